@@ -1,0 +1,156 @@
+"""What the watcher holds in memory of one agent: its promise, and its tasks and probes in every window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from asapd.actors.promises import HeldTo
+from asapd.core.sla import Metrics, measure
+from asapd.core.uptime import UptimeTimeline
+from asapd.core.windows import TaskWindow, window_bounds
+from asapd.store.agents import DirectoryAgent, ProbeFact
+from asapd.store.sla_queries import Followed, ProbeHistory, Slots, TaskCount
+
+# Evidence is kept for good: an agent that flaps at every probe of a long window must not bloat it. The sums are
+# there in any case.
+_MOST_SEGMENTS = 1_000
+
+
+class AgentBook:
+    """Counts of one agent, filled from its history and then followed row by row.
+
+    `usage_seq` and `probe_seq` are the last rows that the history holds; only later ones may be added.
+    """
+
+    __slots__ = ("_probes", "_tasks", "_timeline", "agent", "held_to", "probe_seq", "stale", "usage_seq")
+
+    def __init__(self, agent: DirectoryAgent, held_to: HeldTo, windows_us: Sequence[int], now_us: int) -> None:
+        self.agent = agent
+        self.held_to = held_to
+        self.usage_seq = 0
+        self.probe_seq = 0
+        self.stale = False
+        """Whether the clock fell back so far that the book is to be read afresh from the store."""
+        self._tasks = {window_us: TaskWindow(window_us) for window_us in windows_us}
+        # Probes roll through windows as tasks do: each counts as one completed.
+        self._probes = {window_us: TaskWindow(window_us) for window_us in windows_us}
+        self._timeline = UptimeTimeline()
+        self.advance(now_us)
+
+    @property
+    def followed(self) -> Followed:
+        """What the store needs to know to count this agent's further tasks."""
+        return Followed(self.agent.id, self.agent.tenant, self.held_to.promise.max_latency_p95_ms, self.usage_seq)
+
+    def slots(self) -> list[Slots]:
+        """The part of the past that each window needs, in the order of the windows."""
+        return [Slots(window.bounds[0], window.step_us) for window in self._tasks.values()]
+
+    # --- filling
+
+    def add_task_history(self, counts: Sequence[Sequence[TaskCount]]) -> None:
+        """Add what the store counted in `slots`."""
+        for window, part in zip(self._tasks.values(), counts, strict=True):
+            for count in part:
+                _add(window, count)
+
+    def add_probe_history(self, history: ProbeHistory) -> None:
+        """Take over the uptime and the probes that the store knows."""
+        for segment in history.segments:
+            self._timeline.extend(segment.start_us, segment.end_us, segment.up)
+        newest_us, last = history.newest_us, self._timeline.last
+        if newest_us is not None and (last is None or newest_us >= last.start_us):
+            # Repeats the newest probe without changing anything, so that the timeline knows when it was and, as the
+            # store does, ignores one from before it.
+            held = last is not None and newest_us <= last.end_us
+            self._timeline.extend(newest_us, last.end_us if last and held else newest_us, last is None or last.up)
+        for window, part in zip(self._probes.values(), history.counts, strict=True):
+            for slot_us, count in part:
+                window.add(slot_us, completed=count, failed=0)
+        self.probe_seq = history.through_seq
+
+    def add_tasks(self, count: TaskCount) -> None:
+        """Count tasks that were committed behind `usage_seq`."""
+        for window in self._tasks.values():
+            _add(window, count)
+
+    def add_probe(self, probe: ProbeFact) -> None:
+        """Count a probe that was committed behind `probe_seq`."""
+        self._timeline.extend(probe.ts_us, probe.ts_us + probe.hold_us, probe.up)
+        for window in self._probes.values():
+            window.add(probe.ts_us, completed=1, failed=0)
+
+    def advance(self, now_us: int) -> bool:
+        """Move every window up to a time; False when the book has become stale."""
+        for window in (*self._tasks.values(), *self._probes.values()):
+            if not window.advance(now_us):
+                self.stale = True
+        self._timeline.forget_before(min(window.bounds[0] for window in self._tasks.values()))
+        return not self.stale
+
+    # --- asking
+
+    def metrics(self, window_us: int) -> Metrics:
+        """The figures of a window as of the last `advance`."""
+        tasks = self._tasks[window_us]
+        return measure(
+            self.agent.id,
+            window_us=window_us,
+            period=tasks.bounds,
+            completed=tasks.completed,
+            failed=tasks.failed,
+            latency=tasks.latency,
+            over_promise=tasks.over_promise,
+            uptime=self._timeline.uptime(*tasks.bounds),
+            probes=self._probes[window_us].completed,
+            max_latency_p95_ms=self.held_to.promise.max_latency_p95_ms,
+        )
+
+    def evidence(self, window_us: int) -> dict[str, Any]:
+        """All that the figures of a window were made of: integers, text, lists; times in microseconds."""
+        metrics, promise, manifest = self.metrics(window_us), self.held_to.promise, self.agent.manifest
+        segments = self._timeline.segments(metrics.period_start_us, metrics.period_end_us)
+        return {
+            "agent_id": self.agent.id,
+            "window_us": window_us,
+            "period_start_us": metrics.period_start_us,
+            "period_end_us": metrics.period_end_us,
+            "promise": {
+                "availability_percent": _text(promise.availability_percent),
+                "max_latency_p95_ms": promise.max_latency_p95_ms,
+                "max_error_rate_percent": _text(promise.max_error_rate_percent),
+            },
+            "promise_source": self.held_to.source,
+            "manifest_digest": None if manifest is None else manifest.digest,
+            "tasks_completed": metrics.tasks_completed,
+            "tasks_failed": metrics.tasks_failed,
+            "samples": metrics.samples,
+            "over_promise": metrics.over_promise,
+            "latency_buckets": [
+                [bucket, count] for bucket, count in sorted(self._tasks[window_us].latency.counts.items())
+            ],
+            "up_us": metrics.up_us,
+            "down_us": metrics.down_us,
+            "unknown_us": metrics.unknown_us,
+            "probes": metrics.probes,
+            "segments": [[part.start_us, part.end_us, part.up] for part in segments[-_MOST_SEGMENTS:]],
+            "segments_left_out": max(0, len(segments) - _MOST_SEGMENTS),
+        }
+
+
+def horizon_us(windows_us: Sequence[int], now_us: int) -> int:
+    """Where the longest of the windows starts."""
+    return min(window_bounds(window_us, now_us)[0] for window_us in windows_us)
+
+
+def _add(window: TaskWindow, count: TaskCount) -> None:
+    if count.bucket is None:
+        window.add(count.slot_us, completed=0, failed=count.count)
+    else:
+        latencies = ((count.bucket, count.count),)
+        window.add(count.slot_us, completed=count.count, failed=0, latencies=latencies, over_promise=count.over)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

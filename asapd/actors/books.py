@@ -1,0 +1,171 @@
+"""The watcher's memory: every agent of the directory with its figures, kept level with the store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import trio
+
+from asapd import config
+from asapd.actors.agent_book import AgentBook, horizon_us
+from asapd.actors.promises import HeldTo, held_to
+from asapd.core.windows import step_us
+from asapd.runtime.clock import Clock
+from asapd.runtime.fanout import Wakeup
+from asapd.store import sla_queries
+from asapd.store.agents import DirectoryAgent, directory, probes_after
+from asapd.store.database import Database
+from asapd.store.visibility import EVERYTHING
+
+# Rows counted in one read: tens of milliseconds of SQLite, far below the store's limit on a query.
+USAGE_PAGE = 20_000
+PROBE_PAGE = 1_000
+HISTORY_PAGE = 250_000
+
+
+@dataclass
+class WatcherSettings:
+    """What the watcher goes by. It outlives an incarnation, so that a restarted one uses the newest."""
+
+    sla: config.Sla
+
+
+class Books:
+    """One `AgentBook` for each agent of the directory.
+
+    `sla` and the books change together: the books have its windows and hold to its tiers. A lock is held from reading
+    rows to counting them, so that each counts once.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        settings: WatcherSettings,
+        committed: Wakeup,
+        directory_changed: Wakeup,
+        beat: Callable[[], None],
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._settings = settings
+        self._committed = committed
+        self._directory_changed = directory_changed
+        self._beat = beat
+        self._lock = trio.Lock()
+        self._seen_commits = self._seen_directory = -1
+        self.usage_seq = self.probe_seq = 0
+        """The last rows that were counted; a book that was read since may hold more."""
+        self._windows_us: tuple[int, ...] = ()
+        self._followed = ""
+        self._touched: set[str] = set()
+        self.sla = settings.sla
+        self.by_agent: dict[str, AgentBook] = {}
+
+    @property
+    def behind(self) -> bool:
+        """Whether something was committed, or the directory changed, since the last `catch_up`."""
+        return (self._committed.count, self._directory_changed.count) != (self._seen_commits, self._seen_directory)
+
+    def take_touched(self) -> set[str]:
+        """The agents whose figures or promise may have changed since the last call."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    async def start(self) -> None:
+        """Read all that is needed from the store."""
+        async with self._lock:
+            # Read before the books are: rows up to here are in all of them, and each book knows what more it holds.
+            self.usage_seq = await self._database.read(sla_queries.newest_usage_seq)
+            self.probe_seq = await self._database.read(sla_queries.newest_probe_seq)
+            await self._refresh()
+
+    async def catch_up(self) -> None:
+        """Count everything that was committed before this call."""
+        async with self._lock:
+            if self._directory_changed.count != self._seen_directory:
+                await self._refresh()
+            seen_commits = self._committed.count
+            target = math.inf
+            while self.usage_seq < target:
+                page = await self._database.read(
+                    sla_queries.tasks_after, self._followed, self.usage_seq, self._step_us(), USAGE_PAGE
+                )
+                for count in page.counts:
+                    self.by_agent[count.agent].add_tasks(count)
+                    self._touched.add(count.agent)
+                target = min(target, page.newest_seq)
+                self.usage_seq = page.through_seq
+                self._beat()
+            full = True
+            while full:
+                probes = await self._database.read(probes_after, self.probe_seq, PROBE_PAGE)
+                for probe in probes:
+                    book = self.by_agent.get(probe.agent)
+                    if book is not None and probe.seq > book.probe_seq:
+                        book.add_probe(probe)
+                        self._touched.add(probe.agent)
+                    self.probe_seq = probe.seq
+                full = len(probes) == PROBE_PAGE
+            self._seen_commits = seen_commits
+
+    def _step_us(self) -> int:
+        return math.gcd(*(step_us(window_us) for window_us in self._windows_us))
+
+    async def refresh(self) -> None:
+        """Go by the newest settings and the directory as it is now."""
+        async with self._lock:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        # Only what has to be is read again: a latency promise is counted exactly, so another one needs the raw rows.
+        seen, sla = self._directory_changed.count, self._settings.sla
+        windows_us = tuple(sorted({*sla.windows_us, sla.breach_window_us}))
+        books: dict[str, AgentBook] = {}
+        for agent in await self._database.read(directory, EVERYTHING):
+            held = held_to(agent, sla)
+            book = self.by_agent.get(agent.id)
+            if (
+                book is None
+                or book.stale
+                or windows_us != self._windows_us
+                or agent.tenant != book.agent.tenant
+                or held.promise.max_latency_p95_ms != book.held_to.promise.max_latency_p95_ms
+            ):
+                book = await self._load(agent, held, windows_us)
+            else:
+                book.agent, book.held_to = agent, held
+            books[agent.id] = book
+        self.sla, self._windows_us, self.by_agent = sla, windows_us, books
+        self._followed = sla_queries.followed_json([book.followed for book in books.values()])
+        self._touched.update(books)
+        self._seen_directory = seen
+
+    async def _load(self, agent: DirectoryAgent, held: HeldTo, windows_us: tuple[int, ...]) -> AgentBook:
+        now_us = self._clock.now_us()
+        book = AgentBook(agent, held, windows_us, now_us)
+        slots, since_us = book.slots(), horizon_us(windows_us, now_us)
+        start_us: int | None = since_us
+        through_seq: int | None = None
+        while start_us is not None:
+            history = await self._database.read(
+                sla_queries.task_history, book.followed, slots, start_us, through_seq, HISTORY_PAGE
+            )
+            book.add_task_history(history.counts)
+            start_us, through_seq = history.next_us, history.through_seq
+            self._beat()
+        assert through_seq is not None
+        book.usage_seq = through_seq
+        book.add_probe_history(await self._database.read(sla_queries.probe_history, agent.id, slots, since_us))
+        return book
+
+    async def advance(self, agents: Iterable[str]) -> None:
+        """Move the windows of agents up to now; books that the clock has left behind are read again."""
+        now_us = self._clock.now_us()
+        books = [book for agent in agents if (book := self.by_agent.get(agent)) is not None]
+        for book in books:
+            book.advance(now_us)
+        if any(book.stale for book in books):
+            await self.refresh()

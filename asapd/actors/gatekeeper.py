@@ -1,0 +1,109 @@
+"""The gatekeeper: makes and revokes API keys, and keeps the ring that the doors look keys up in."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Callable
+from typing import assert_never
+
+import trio
+
+from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
+from asapd.core.access import Caller
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import Role
+from asapd.runtime import mailbox
+from asapd.runtime.clock import Clock
+from asapd.store.database import Database
+from asapd.store.keys import list_keys
+from asapd.store.units import ApiKey, CreateKey, RevokeKey
+
+KEY_PREFIX = "asapd"
+
+
+class KeyRing:
+    """The keys in use, in memory; a key that was revoked is gone from the reply on."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, ApiKey] = {}
+
+    def replace(self, keys: list[ApiKey]) -> None:
+        """Hold exactly the keys of this list that are not revoked."""
+        self._keys = {key.id: key for key in keys if key.revoked_us is None}
+
+    def find(self, presented: str) -> Caller | None:
+        """Who presents this text, `asapd_<id>_<secret>`; None when no key in use is like it."""
+        prefix, _, rest = presented.partition("_")
+        key_id, _, secret = rest.partition("_")
+        key = self._keys.get(key_id)
+        digest = digest_of(secret)
+        # Compared even when the id is unknown, so that the time taken tells nothing.
+        if not hmac.compare_digest(digest, key.digest if key is not None else bytes(32)) or key is None:
+            return None
+        if prefix != KEY_PREFIX:
+            return None
+        return Caller(f"key:{key.id}", Role(key.role), tuple(key.agents), key.tenant, key.may_sign)
+
+
+def digest_of(secret: str) -> bytes:
+    """SHA-256: a secret of 256 random bits needs no slow hash."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+async def run_gatekeeper(
+    inbox: trio.MemoryReceiveChannel[GatekeeperMessage],
+    *,
+    database: Database,
+    ring: KeyRing,
+    clock: Clock,
+    entropy: Callable[[int], bytes],
+    beat: Callable[[], None],
+    log: logging.Logger,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve key requests until the mailbox is closed."""
+    ring.replace(await database.read(list_keys))
+
+    async def handle(message: GatekeeperMessage) -> None:
+        match message:
+            case CreateKeyRequest():
+                outcome = await _create(message, database, clock.now_us(), entropy)
+                ring.replace(await database.read(list_keys))
+                message.reply.send(outcome)
+            case RevokeKeyRequest():
+                unit = RevokeKey(message.id, message.caller.actor, clock.now_us())
+                revoked = await database.submit(unit, urgent=True)
+                ring.replace(await database.read(list_keys))
+                message.reply.send(revoked)
+            case _:
+                assert_never(message)
+
+    def failed(message: GatekeeperMessage, error: Exception) -> None:
+        log.error("a %s could not be handled", type(message).__name__, exc_info=error)
+
+    async with inbox:
+        task_status.started()
+        await mailbox.serve(inbox, handle, failed=failed, beat=beat)
+
+
+async def _create(
+    message: CreateKeyRequest, database: Database, now_us: int, entropy: Callable[[int], bytes]
+) -> NewKey | Refusal:
+    if message.role not in set(Role):
+        roles = ", ".join(Role)
+        return Refusal("invalid", "no key was made", (FieldError("role", f"must be one of {roles}"),))
+    secret = entropy(32).hex()
+    key = ApiKey(
+        entropy(5).hex(),
+        message.name,
+        message.role,
+        list(message.agents),
+        message.tenant,
+        message.may_sign,
+        digest_of(secret),
+        now_us,
+    )
+    made = await database.submit(CreateKey(key, message.caller.actor, now_us), urgent=True)
+    return made if isinstance(made, Refusal) else NewKey(key, f"{KEY_PREFIX}_{key.id}_{secret}")

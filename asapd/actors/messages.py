@@ -1,0 +1,316 @@
+"""What can be asked of the actors. Every message that expects an answer carries its reply slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from asapd import config
+from asapd.core.access import Caller
+from asapd.core.audit import Walk
+from asapd.core.delegation import Claims, Denied
+from asapd.core.errors import Refusal
+from asapd.core.ledger import Estimate, Remaining
+from asapd.core.pricing import PriceTable
+from asapd.core.sla import Metrics, Promise, TermVerdict
+from asapd.core.usage import UsageEvent
+from asapd.runtime.ask import Reply
+from asapd.store.units import (
+    AgentRecord as AgentRecord,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+from asapd.store.units import (
+    AgentsChanged,
+    ApiKey,
+    Recorded,
+    ReservationChanged,
+    Reserved,
+    Revoked,
+    RowWritten,
+)
+from asapd.store.units import (
+    AuthorizationDenied as AuthorizationDenied,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+from asapd.store.units import (
+    Idempotency as Idempotency,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+from asapd.store.units import (
+    TaskEvent as TaskEvent,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+
+# --- meter
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Record these events once each. With `partial` the conflicting ones are left out.
+
+    `places` says where in the request each event stood; None for a request that is one event.
+    """
+
+    caller: Caller
+    events: list[UsageEvent]
+    places: list[int] | None
+    partial: bool
+    idempotency: Idempotency | None
+    reply: Reply[Recorded | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTask:
+    """Record one step in the life of a task."""
+
+    caller: Caller
+    task: TaskEvent
+    idempotency: Idempotency | None
+    reply: Reply[RowWritten | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ReconfigureMeter:
+    """Use other limits of lateness and another price table from the next message on."""
+
+    metering: config.Metering
+    prices: PriceTable
+    reply: Reply[None]
+
+
+MeterMessage = Report | ReportTask | ReconfigureMeter
+
+# --- registry
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Sign a token with a key that the daemon holds for the delegator, and register it."""
+
+    caller: Caller
+    delegator: str
+    delegate: str
+    scopes: tuple[str, ...]
+    max_cost_microusd: int | None
+    max_tasks: int | None
+    expires_at_us: int
+    parent: str | None
+    idempotency: Idempotency | None
+    reply: Reply[Issued | Denied | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A registered delegation and its token."""
+
+    id: str
+    token: str
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Register a token that was signed elsewhere."""
+
+    caller: Caller
+    token: str
+    idempotency: Idempotency | None
+    reply: Reply[Issued | Denied | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Validate:
+    """Judge a token without touching the ledger. `action` and `delegate` None are not judged."""
+
+    token: str
+    action: str | None
+    delegate: str | None
+    reply: Reply[Validity | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """A verdict on a token: `denied` None means valid. `chain` is root first, as far as it could be read."""
+
+    denied: Denied | None
+    chain: tuple[Claims, ...]
+    remaining: Remaining | None
+
+
+@dataclass(frozen=True, slots=True)
+class Authorize:
+    """Reserve an estimate under a token or a registered delegation."""
+
+    caller: Caller
+    token: str | None
+    delegation: str | None
+    action: str
+    task_id: str
+    delegate: str | None
+    consumer: str | None
+    project: str | None
+    estimate: Estimate
+    ttl_us: int | None
+    idempotency: Idempotency | None
+    reply: Reply[Reserved | AuthorizationDenied | Denied | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeReservation:
+    """Settle, release, extend or refund a reservation."""
+
+    caller: Caller
+    verb: Literal["settle", "release", "extend", "refund"]
+    reservation: str
+    cost_microusd: int | None
+    ttl_us: int | None
+    reason: str
+    idempotency: Idempotency | None
+    reply: Reply[ReservationChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeDelegation:
+    """Revoke a delegation and everything under it."""
+
+    caller: Caller
+    delegation: str
+    reason: str
+    reply: Reply[Revoked | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ReconfigureRegistry:
+    """Use other roots, keys and limits from the next message on; `pinned` maps agents to raw public keys."""
+
+    delegation: config.Delegation
+    pinned: dict[str, bytes]
+    reply: Reply[None]
+
+
+RegistryMessage = Issue | Register | Validate | Authorize | ChangeReservation | RevokeDelegation | ReconfigureRegistry
+
+# --- prober, which owns the directory
+
+
+@dataclass(frozen=True, slots=True)
+class PutAgentRequest:
+    """Add an agent through the API, or change one."""
+
+    agent: AgentRecord
+    actor: str
+    idempotency: Idempotency | None
+    reply: Reply[AgentsChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAgentRequest:
+    """Take an agent out of the directory."""
+
+    id: str
+    actor: str
+    reply: Reply[AgentsChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ReconfigureProber:
+    """Probe by other settings, and make the configured part of the directory equal to `agents`."""
+
+    settings: config.Prober
+    agents: list[AgentRecord]
+    actor: str
+    reply: Reply[AgentsChanged | Refusal]
+
+
+ProberMessage = PutAgentRequest | RemoveAgentRequest | ReconfigureProber
+
+# --- watcher
+
+
+@dataclass(frozen=True, slots=True)
+class FiguresRequest:
+    """The figures of one agent, or of all in the directory, in one of the configured windows."""
+
+    agent: str | None
+    window_us: int
+    reply: Reply[list[Figures] | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What an agent promised in a window and what it kept. `promise_source` is `config`, `manifest`, `tier` or None."""
+
+    metrics: Metrics
+    promise: Promise
+    promise_source: str | None
+    sla_error: str | None
+    verdicts: list[TermVerdict]
+    compliance_percent: float | None
+    sla_score: float | None
+    error_budget_left_percent: float | None
+    burn_rates: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReconfigureWatcher:
+    """Judge by other windows, thresholds and tiers from now on."""
+
+    sla: config.Sla
+    reply: Reply[None]
+
+
+WatcherMessage = FiguresRequest | ReconfigureWatcher
+
+# --- gatekeeper, which owns the API keys
+
+
+@dataclass(frozen=True, slots=True)
+class CreateKeyRequest:
+    """Make an API key."""
+
+    caller: Caller
+    name: str
+    role: str
+    agents: tuple[str, ...]
+    tenant: str | None
+    may_sign: bool
+    reply: Reply[NewKey | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just made, with the secret that is shown this once."""
+
+    key: ApiKey
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeKeyRequest:
+    """Refuse a key from the next request on."""
+
+    caller: Caller
+    id: str
+    reply: Reply[ApiKey | Refusal]
+
+
+GatekeeperMessage = CreateKeyRequest | RevokeKeyRequest
+
+# --- auditor
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Write an audit entry about the daemon itself."""
+
+    event_type: str
+    actor: str
+    subject: str
+    details: dict[str, Any]
+    reply: Reply[RowWritten | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyLog:
+    """Walk the whole audit log."""
+
+    reply: Reply[Walk]
+
+
+AuditorMessage = Remark | VerifyLog

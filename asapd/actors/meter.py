@@ -1,0 +1,153 @@
+"""The meter: judges when events happened, prices them, and hands each report to the store as one unit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+import trio
+
+from asapd import config
+from asapd.actors.messages import MeterMessage, ReconfigureMeter, Report, ReportTask
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.pricing import PriceTable
+from asapd.core.types import DEFAULT_TENANT, format_us
+from asapd.core.usage import Cost, UsageEvent
+from asapd.runtime import mailbox
+from asapd.runtime.clock import Clock
+from asapd.store import usage_queries
+from asapd.store.database import Database
+from asapd.store.units import Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict
+
+# Reports in hand at once: what a group commit can gather. 256 single events fill a commit well,
+# and 256 of the largest bodies are held back by the store's bound on bytes in flight.
+CONCURRENCY = 256
+
+
+@dataclass
+class MeterSettings:
+    """What the meter goes by. It outlives an incarnation, so that a restarted one uses the newest."""
+
+    metering: config.Metering
+    prices: PriceTable
+    horizon_us: int = 0
+    """Events from before this are too late. It never moves back, so that identity holds as long as it must."""
+
+
+def price(events: list[UsageEvent], prices: PriceTable, prefer: str) -> list[Cost]:
+    """What each event cost."""
+    return [prices.cost(event, prefer=prefer) for event in events]
+
+
+def check_times(events: list[UsageEvent], horizon_us: int, latest_us: int, places: list[int] | None) -> Refusal | None:
+    """Refuse events that are too old to be told from resent ones, or that claim to come from the future."""
+    errors = []
+    for index, event in enumerate(events):
+        if event.timestamp_us < horizon_us:
+            reason = f"is too late: events from before {format_us(horizon_us)} are no longer taken"
+        elif event.timestamp_us > latest_us:
+            reason = f"is in the future: the newest time taken now is {format_us(latest_us)}; check the clock"
+        else:
+            continue
+        errors.append(FieldError("timestamp", reason, None if places is None else places[index]))
+    if not errors:
+        return None
+    return Refusal("invalid", f"nothing was recorded: timestamp {errors[0].reason}", tuple(errors[:100]))
+
+
+async def run_meter(
+    inbox: trio.MemoryReceiveChannel[MeterMessage],
+    *,
+    database: Database,
+    clock: Clock,
+    settings: MeterSettings,
+    beat: Callable[[], None],
+    log: logging.Logger,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve reports until the mailbox is closed."""
+    newest_us = await database.read(usage_queries.newest_commit)
+    _move_horizon(settings, max(newest_us, clock.now_us()))
+
+    async def handle(message: MeterMessage) -> None:
+        match message:
+            case Report():
+                message.reply.send(await _record(message, database, settings, clock.now_us()))
+            case ReportTask():
+                message.reply.send(await _record_task(message, database, settings, clock.now_us()))
+            case ReconfigureMeter():
+                settings.metering, settings.prices = message.metering, message.prices
+                message.reply.send(None)
+            case _:
+                assert_never(message)
+
+    def failed(message: MeterMessage, error: Exception) -> None:
+        log.error("a %s could not be handled", type(message).__name__, exc_info=error)
+
+    async with inbox:
+        task_status.started()
+        await mailbox.serve(inbox, handle, failed=failed, concurrency=CONCURRENCY, beat=beat)
+
+
+def _move_horizon(settings: MeterSettings, now_us: int) -> None:
+    settings.horizon_us = max(settings.horizon_us, now_us - settings.metering.late_max_us)
+
+
+async def _record(message: Report, database: Database, settings: MeterSettings, now_us: int) -> Recorded | Refusal:
+    _move_horizon(settings, now_us)
+    events = message.events
+    untimely = check_times(events, settings.horizon_us, now_us + settings.metering.clock_skew_max_us, message.places)
+    if untimely is not None:
+        return untimely
+    unit = RecordUsage(
+        message.caller.tenant or DEFAULT_TENANT,
+        message.caller.actor,
+        now_us,
+        events,
+        price(events, settings.prices, settings.metering.pricing.prefer),
+        message.partial,
+    )
+    outcome = await database.submit(unit, idempotency=message.idempotency)
+    if isinstance(outcome, UsageConflict):
+        return await _explain_conflict(message, outcome, database)
+    return outcome
+
+
+async def _explain_conflict(message: Report, outcome: UsageConflict, database: Database) -> Refusal:
+    """Name the conflicting events, and show the stored ones to a caller who may read them."""
+    errors = tuple(
+        FieldError(
+            "id",
+            f"{message.events[index].id} was reported before with other content"
+            if seq
+            else f"{message.events[index].id} stands twice in this request with different content",
+            index if message.places is None else message.places[index],
+        )
+        for index, seq in outcome.conflicts[:100]
+    )
+    index, seq = outcome.conflicts[0]
+    extra = {"received": _shown(message.events[index]), "stored": None}
+    if seq and message.caller.may_read(message.events[index].agent, message.events[index].consumer):
+        extra["stored"] = await database.read(usage_queries.get_usage, seq)
+    detail = f"nothing was recorded: {errors[0].reason}; give a new event a new id"
+    return Refusal("usage_conflict", detail, errors, extra)
+
+
+def _shown(event: UsageEvent) -> dict[str, object]:
+    shown = {name: value for name in event.__struct_fields__ if (value := getattr(event, name)) not in (None, "")}
+    return {**shown, "timestamp": format_us(event.timestamp_us)}
+
+
+async def _record_task(
+    message: ReportTask, database: Database, settings: MeterSettings, now_us: int
+) -> RowWritten | Refusal:
+    _move_horizon(settings, now_us)
+    latest_us = now_us + settings.metering.clock_skew_max_us
+    task = message.task
+    if not settings.horizon_us <= task.timestamp_us <= latest_us:
+        reason = f"must be between {format_us(settings.horizon_us)} and {format_us(latest_us)}"
+        return Refusal("invalid", f"nothing was recorded: timestamp {reason}", (FieldError("timestamp", reason),))
+    unit = RecordTask(task, message.caller.actor, message.caller.tenant or DEFAULT_TENANT, now_us)
+    return await database.submit(unit, idempotency=message.idempotency)

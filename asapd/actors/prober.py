@@ -1,0 +1,571 @@
+"""The prober: owns the directory, asks every agent in it how it is and what it promises, and stores the answers.
+
+What it cannot know it does not record: a probe that asapd itself was not allowed or not able to make says nothing of
+the agent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Protocol, assert_never
+
+import msgspec
+import trio
+
+from asapd import config
+from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
+from asapd.core.errors import Refusal
+from asapd.core.health import AgentState, ProbeResult, State, step
+from asapd.core.types import SECOND_US
+from asapd.core.uptime import hold_us
+from asapd.runtime import mailbox
+from asapd.runtime.clock import Clock
+from asapd.runtime.fanout import Wakeup
+from asapd.runtime.fetch import Fetched, FetchFailed
+from asapd.store.agents import DirectoryAgent, StoredManifest, directory, probes
+from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
+from asapd.store.units import (
+    AgentRecord,
+    AgentsChanged,
+    Idempotency,
+    PutAgent,
+    RecordManifest,
+    RecordProbe,
+    RemoveAgent,
+    RowWritten,
+    SyncAgents,
+    Unit,
+)
+from asapd.store.visibility import EVERYTHING
+from asapd.wire.keys import KeyFormatError, load_public, public_base64
+from asapd.wire.manifest import Manifest, ManifestError, Verification, decode_health, decode_manifest, verify_manifest
+
+HEALTH_PATH = "/.well-known/asap/health"
+MANIFEST_PATH = "/.well-known/asap/manifest.json"
+HEALTH_MAX_BYTES = 64 << 10
+MANIFEST_MAX_BYTES = 256 << 10
+
+# With all of 64 agents silent for the default 5 s there is still room for 12 probes a second: 384 agents at 30 s.
+PROBES_AT_ONCE = 64
+# Apart from the probes, so that large manifests never hold these up; 16 of the largest are 4 MiB.
+MANIFESTS_AT_ONCE = 16
+# A new agent is known within this time, and a start does not ask everybody in the same moment.
+FIRST_WITHIN_S = 1.0
+
+# Six tries with doubling waits in between take 6 s, in which a writer is back from most restarts.
+RECORD_TRIES = 6
+RETRY_BASE_S = 0.2
+# After "outcome unknown" a dying writer may still finish its commit for as long as its supervisor gives it.
+LOOK_AGAIN_FOR_S = 30.0
+LOOK_AGAIN_EVERY_S = 5.0
+
+# What wall and monotonic time may differ by within one probe without saying that the host slept or its clock was set.
+CLOCK_SLACK_S = 1.0
+_MAX_DETAIL = 300
+
+
+class DirectoryNotSyncedError(Exception):
+    """The store could not take the configured agents at the prober's start; a later start may do. See its reason."""
+
+
+class HealthFetcher(Protocol):
+    """Whatever makes the requests, within the allowed networks: `asapd.runtime.fetch.Fetcher`."""
+
+    async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> Fetched | FetchFailed:
+        """GET a whole answer within all bounds."""
+        ...
+
+
+@dataclass(slots=True)
+class ProberSettings:
+    """What the prober goes by, and the configured agents; outlives an incarnation, so that the next has the newest."""
+
+    prober: config.Prober
+    agents: list[AgentRecord]
+
+
+@dataclass(slots=True, eq=False)
+class _Watch:
+    """One agent under probe. `recording` is held for each write, so that a change of the agent falls between two."""
+
+    id: str
+    url: str
+    public_key: str | None
+    origin: str
+    state: AgentState
+    manifest: StoredManifest | None
+    health_ttl_s: int | None = None
+    manifest_unanswered: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    recording: trio.Lock = field(default_factory=trio.Lock)
+    said: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ttl_us(self) -> int | None:
+        """How long the agent says its word holds: in its last health document, else in a manifest to be believed."""
+        ttl_s = self.health_ttl_s
+        if ttl_s is None and self.manifest is not None:
+            believed = _disbelief(self.manifest.verification, pinned=self.public_key is not None) is None
+            ttl_s = self.manifest.ttl_seconds if believed else None
+        return None if ttl_s is None else ttl_s * SECOND_US
+
+
+async def run_prober(
+    inbox: trio.MemoryReceiveChannel[ProberMessage],
+    *,
+    database: Database,
+    fetcher: HealthFetcher,
+    clock: Clock,
+    random: Callable[[], float],
+    settings: ProberSettings,
+    directory_changed: Wakeup,
+    beat: Callable[[], None],
+    log: logging.Logger,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Probe every agent of the directory, and serve changes of it, until the mailbox is closed.
+
+    `settings` is changed in place by a reconfiguration. `directory_changed` is notified after each commit that changed
+    an agent or stored a manifest. `random` gives 0 <= x < 1.
+
+    Raises:
+        DirectoryNotSyncedError: at the start.
+    """
+
+    def failed(message: ProberMessage, error: Exception) -> None:
+        log.error("prober: %s failed", type(message).__name__, exc_info=error)
+
+    async with trio.open_nursery() as nursery:
+        prober = _Prober(nursery, database, fetcher, clock, random, settings, directory_changed, log)
+        outcome = await prober.sync(settings.agents, "asapd")
+        if isinstance(outcome, Refusal):
+            raise DirectoryNotSyncedError(outcome.detail)
+        task_status.started()
+        await mailbox.serve(inbox, prober.handle, failed=failed, beat=beat)
+        nursery.cancel_scope.cancel()
+
+
+class _Prober:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        database: Database,
+        fetcher: HealthFetcher,
+        clock: Clock,
+        random: Callable[[], float],
+        settings: ProberSettings,
+        directory_changed: Wakeup,
+        log: logging.Logger,
+    ) -> None:
+        self._nursery = nursery
+        self._database = database
+        self._fetcher = fetcher
+        self._clock = clock
+        self._random = random
+        self._settings = settings
+        self._directory_changed = directory_changed
+        self._log = log
+        self._watches: dict[str, _Watch] = {}
+        self._changing = trio.Lock()
+        self._reconfigured = Wakeup()
+        self._probing = trio.CapacityLimiter(PROBES_AT_ONCE)
+        self._fetching_manifests = trio.CapacityLimiter(MANIFESTS_AT_ONCE)
+        self._look_again_until_s: float | None = None
+
+    # --- the directory
+
+    async def handle(self, message: ProberMessage) -> None:
+        now_us = self._clock.now_us()
+        match message:
+            case PutAgentRequest(agent=agent, actor=actor):
+                put = PutAgent(agent, actor, now_us)
+                message.reply.send(await self._change(put, agent.id, self._touched(agent.id), message.idempotency))
+            case RemoveAgentRequest(id=agent_id, actor=actor):
+                remove = RemoveAgent(agent_id, actor, now_us)
+                message.reply.send(await self._change(remove, agent_id, self._touched(agent_id)))
+            case ReconfigureProber(settings=settings, agents=agents, actor=actor):
+                message.reply.send(await self.sync(agents, actor, settings))
+            case _:
+                assert_never(message)
+
+    async def sync(self, agents: list[AgentRecord], actor: str, prober: config.Prober | None = None) -> _Outcome:
+        """Make the configured agents be these, and go by other settings; a refusal is of both."""
+
+        def committed() -> None:
+            # Before anything else can fail: the next incarnation must not bring back what was configured before.
+            self._settings.agents = agents
+            if prober is not None:
+                self._settings.prober = prober
+                self._reconfigured.notify()
+
+        wanted = {agent.id: agent for agent in agents}
+        outcome: _Outcome = OUTCOME_UNKNOWN
+        for tried in range(RECORD_TRIES):
+            await self._back_off(tried)
+            unit = SyncAgents(agents, actor, self._clock.now_us())
+            touched = [watch for watch in self._watches.values() if _is_touched(watch, wanted.get(watch.id))]
+            outcome = await self._change(unit, None, touched, committed=committed)
+            if not isinstance(outcome, Refusal):
+                break
+        return outcome
+
+    def _touched(self, agent: str) -> list[_Watch]:
+        watch = self._watches.get(agent)
+        return [] if watch is None else [watch]
+
+    async def _change(
+        self,
+        unit: Unit[AgentsChanged | Refusal] | Unit[AgentsChanged],
+        agent: str | None,
+        touched: Iterable[_Watch],
+        idempotency: Idempotency | None = None,
+        committed: Callable[[], None] = lambda: None,
+    ) -> _Outcome:
+        """Submit a change of one agent, or with None of all, and follow what the store then holds."""
+        async with self._changing, AsyncExitStack() as held:
+            for watch in touched:
+                await held.enter_async_context(watch.recording)
+            outcome = await self._database.submit(unit, idempotency=idempotency)
+            if isinstance(outcome, AgentsChanged):
+                committed()
+                if outcome.added or outcome.changed or outcome.removed:
+                    self._directory_changed.notify()
+            try:
+                await self._follow(agent)
+                known = not (isinstance(outcome, Refusal) and outcome.code == OUTCOME_UNKNOWN.code)
+            except ReadTooLongError:
+                known = False
+            if not known:
+                self._look_again_for_a_while()
+        return outcome
+
+    async def _follow(self, agent: str | None) -> None:
+        """Start, replace and stop watches, so that they are those of the directory. Call with `_changing` held."""
+        found = {row.id: row for row in await self._database.read(directory, EVERYTHING, agent)}
+        for gone in [known for known in self._watches if known not in found and agent in (None, known)]:
+            self._watches.pop(gone).scope.cancel()
+        for row in found.values():
+            watch = self._watches.get(row.id)
+            if watch is not None:
+                watch.origin = row.origin
+                if (watch.url, watch.public_key) == (row.url, row.public_key):
+                    continue
+                watch.scope.cancel()
+            self._watches[row.id] = fresh = _watch(row)
+            self._nursery.start_soon(self._keep, fresh)
+
+    def _look_again_for_a_while(self) -> None:
+        started = self._look_again_until_s is not None
+        self._look_again_until_s = trio.current_time() + LOOK_AGAIN_FOR_S
+        if not started:
+            self._nursery.start_soon(self._look_again)
+
+    async def _look_again(self) -> None:
+        while self._look_again_until_s is not None and trio.current_time() < self._look_again_until_s:
+            await trio.sleep(LOOK_AGAIN_EVERY_S)
+            try:
+                async with self._changing:
+                    await self._follow(None)
+            except ReadTooLongError as error:
+                self._log.warning("prober: the directory could not be read: %s", error)
+                continue
+            self._directory_changed.notify()
+        self._look_again_until_s = None
+
+    # --- turns
+
+    async def _keep(self, watch: _Watch) -> None:
+        with watch.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_fetching_manifests, watch)
+                await self._spread(self._settings.prober.interval_us)
+                while True:
+                    started_s = trio.current_time()
+                    await self._guard(watch, "probe", self._probe)
+                    await self._wait_turn(started_s, lambda prober: prober.interval_us)
+
+    async def _keep_fetching_manifests(self, watch: _Watch) -> None:
+        def interval_us(prober: config.Prober) -> int:
+            # An agent that was not there at all is likely to come back, and its promise is wanted then.
+            soon = watch.manifest_unanswered
+            return min(prober.interval_us, prober.manifest_interval_us) if soon else prober.manifest_interval_us
+
+        await self._spread(self._settings.prober.manifest_interval_us)
+        while True:
+            started_s = trio.current_time()
+            await self._guard(watch, "manifest", self._fetch_manifest)
+            await self._wait_turn(started_s, interval_us)
+
+    async def _spread(self, interval_us: int) -> None:
+        await trio.sleep(self._random() * min(FIRST_WITHIN_S, interval_us / SECOND_US))
+
+    async def _wait_turn(self, started_s: float, interval_us: Callable[[config.Prober], int]) -> None:
+        """Wait until an interval, with jitter, has passed since a start; a change of settings moves the end at once."""
+        chance = 2 * self._random() - 1
+        while True:
+            seen = self._reconfigured.count
+            prober = self._settings.prober
+            wait_s = interval_us(prober) / SECOND_US * (1 + chance * float(prober.jitter_percent) / 100)
+            with trio.move_on_at(started_s + wait_s):
+                await self._reconfigured.wait(seen)
+                continue
+            return
+
+    async def _guard(self, watch: _Watch, what: str, work: Callable[[_Watch], Awaitable[None]]) -> None:
+        """One turn; whatever it meets ends it alone."""
+        try:
+            await work(watch)
+            watch.said.pop(f"{what} failed", None)
+        except* OSError as group:
+            self._say(watch, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}")
+        except* Exception as group:  # noqa: BLE001 -- a bug met with one agent must not end the watch over the others
+            self._say(watch, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
+
+    def _say(self, watch: _Watch, topic: str, level: int, text: str, *, error: BaseException | None = None) -> None:
+        """Log something about an agent, once until it changes or its topic is forgotten."""
+        if watch.said.get(topic) != text:
+            watch.said[topic] = text
+            self._log.log(level, "agent %s: %s", watch.id, text, exc_info=error)
+
+    # --- probes
+
+    async def _probe(self, watch: _Watch) -> None:
+        found = await self._ask_health(watch)
+        if found is None:
+            return
+        result, ttl_s = found
+        if ttl_s is not None or result.up:
+            watch.health_ttl_s = ttl_s
+        prober = self._settings.prober
+        state, transition = step(
+            watch.state, result, healthy_after=prober.healthy_after, unhealthy_after=prober.unhealthy_after
+        )
+        unit = RecordProbe(
+            agent=watch.id,
+            ts_us=result.ts_us,
+            up=result.up,
+            status=result.status,
+            latency_us=None if result.latency_ms is None else round(result.latency_ms * 1000),
+            reason=result.reason,
+            detail=result.detail,
+            hold_us=hold_us(watch.ttl_us, prober.interval_us),
+            state=state.state,
+            since_us=state.since_us,
+            ok_streak=state.ok_streak,
+            fail_streak=state.fail_streak,
+            transition_from=None if transition is None else transition.old,
+        )
+
+        async def stored() -> bool:
+            return bool(await self._database.read(probes, watch.id, unit.ts_us, unit.ts_us + 1, 1, None))
+
+        if await self._record(watch, unit, stored):
+            watch.state = state
+            if transition is not None:
+                why = "" if result.reason is None else f" ({result.reason}: {result.detail})"
+                self._log.info("agent %s: %s -> %s%s", watch.id, transition.old, transition.new, why)
+
+    async def _ask_health(self, watch: _Watch) -> tuple[ProbeResult, int | None] | None:
+        """One probe's result and the ttl in its answer; None when it says nothing of the agent."""
+        for _ in range(2):
+            async with self._probing:
+                timeout_s = self._settings.prober.timeout_us / SECOND_US
+                ts_us, started_s = self._clock.now_us(), self._clock.monotonic_s()
+                answer = await self._fetcher.get(
+                    _join(watch.url, HEALTH_PATH), deadline_s=timeout_s, max_bytes=HEALTH_MAX_BYTES
+                )
+                elapsed_s = self._clock.monotonic_s() - started_s
+                wall_s = (self._clock.now_us() - ts_us) / SECOND_US
+            if isinstance(answer, FetchFailed):
+                if answer.reason == "not_allowed":
+                    self._say(watch, "probe", logging.WARNING, f"not probed: {answer.detail}")
+                    return None
+                if _disturbed(elapsed_s, wall_s, timeout_s):
+                    continue
+            watch.said.pop("probe", None)
+            return _judge(answer, watch.id, ts_us, elapsed_s * 1000)
+        self._say(watch, "probe", logging.WARNING, "probe not counted: asapd itself was held up, or the clock was set")
+        return None
+
+    async def _record(self, watch: _Watch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:
+        """Write a unit, in several tries; whether it is in the store. `stored` looks, once that is uncertain."""
+        outcome: RowWritten | Refusal = OUTCOME_UNKNOWN
+        uncertain = False
+        for tried in range(RECORD_TRIES):
+            await self._back_off(tried)
+            async with watch.recording:
+                if uncertain and await stored():
+                    return True
+                outcome = await self._database.submit(unit)
+            if not isinstance(outcome, Refusal):
+                watch.said.pop("store", None)
+                return True
+            uncertain = uncertain or outcome.code == OUTCOME_UNKNOWN.code
+        assert isinstance(outcome, Refusal)
+        self._say(watch, "store", logging.WARNING, f"a result was dropped, the store did not take it: {outcome.detail}")
+        return False
+
+    async def _back_off(self, tried: int) -> None:
+        if tried:
+            await trio.sleep(RETRY_BASE_S * 2 ** (tried - 1) * (0.5 + self._random() / 2))
+
+    # --- manifests
+
+    async def _fetch_manifest(self, watch: _Watch) -> None:
+        async with self._fetching_manifests:
+            timeout_s = self._settings.prober.timeout_us / SECOND_US
+            answer = await self._fetcher.get(
+                _join(watch.url, MANIFEST_PATH), deadline_s=timeout_s, max_bytes=MANIFEST_MAX_BYTES
+            )
+        watch.manifest_unanswered = isinstance(answer, FetchFailed)
+        unit = _read_manifest(answer, watch, self._clock.now_us())
+        if isinstance(unit, str):
+            self._say(watch, "manifest", logging.INFO, f"no manifest taken: {unit}")
+            return
+        watch.said.pop("manifest", None)
+        newest = _as_stored(unit)
+        old = watch.manifest
+        if old is not None and msgspec.structs.replace(old, fetched_us=newest.fetched_us) == newest:
+            return
+
+        async def stored() -> bool:
+            rows = await self._database.read(directory, EVERYTHING, watch.id)
+            return [row.manifest for row in rows] == [newest]
+
+        if await self._record(watch, unit, stored):
+            watch.manifest = newest
+            self._directory_changed.notify()
+            if unit.sla_error is not None:
+                self._log.warning("agent %s: the SLA in its manifest is not used: %s", watch.id, unit.sla_error)
+
+
+_Outcome = AgentsChanged | Refusal
+
+
+def _watch(row: DirectoryAgent) -> _Watch:
+    state = AgentState(
+        state=msgspec.convert(row.state, State),
+        since_us=row.since_us,
+        ok_streak=row.ok_streak,
+        fail_streak=row.fail_streak,
+        last_probe_us=None if row.last_probe is None else row.last_probe.ts_us,
+    )
+    return _Watch(row.id, row.url, row.public_key, row.origin, state, row.manifest)
+
+
+def _is_touched(watch: _Watch, wanted: AgentRecord | None) -> bool:
+    if wanted is None:
+        return watch.origin == "config"
+    return (watch.url, watch.public_key) != (wanted.url, wanted.public_key)
+
+
+def _join(url: str, path: str) -> str:
+    return url.rstrip("/") + path
+
+
+def _named(group: BaseExceptionGroup[BaseException]) -> str:
+    return "; ".join(f"{type(error).__name__}: {error}"[:_MAX_DETAIL] for error in group.exceptions)
+
+
+def _disturbed(elapsed_s: float, wall_s: float, timeout_s: float) -> bool:
+    """Whether a failure may be asapd's own: it came back from its wait too late, or the host slept in between.
+
+    A held-up loop reads what has arrived before it looks at deadlines, so only lateness beyond the deadline counts.
+    """
+    return elapsed_s > timeout_s + max(0.1, timeout_s / 10) or abs(wall_s - elapsed_s) > CLOCK_SLACK_S
+
+
+def _judge(answer: Fetched | FetchFailed, agent: str, ts_us: int, latency_ms: float) -> tuple[ProbeResult, int | None]:
+    """What an answer says of the agent, and the ttl in it."""
+    if isinstance(answer, FetchFailed):
+        return ProbeResult(ts_us, False, reason=answer.reason, detail=answer.detail[:_MAX_DETAIL]), None
+    wrong_status = ProbeResult(
+        ts_us, False, None, latency_ms, "http_status", f"answered with status {answer.status} instead of 200"
+    )
+    if answer.status not in (200, 503):
+        return wrong_status, None
+    try:
+        health = decode_health(answer.body, agent)
+    except ManifestError as problem:
+        if answer.status != 200:
+            return wrong_status, None
+        return ProbeResult(ts_us, False, None, latency_ms, problem.reason, str(problem)[:_MAX_DETAIL]), None
+    if health.status == "unhealthy":
+        detail = "the agent calls itself unhealthy"
+        return ProbeResult(ts_us, False, "unhealthy", latency_ms, "reports_unhealthy", detail), health.ttl_seconds
+    if answer.status != 200:
+        return wrong_status, None
+    return ProbeResult(ts_us, True, health.status, latency_ms), health.ttl_seconds
+
+
+def _read_manifest(answer: Fetched | FetchFailed, watch: _Watch, now_us: int) -> RecordManifest | str:
+    """What to store of an answer, or why nothing."""
+    if isinstance(answer, FetchFailed):
+        return f"{answer.reason}: {answer.detail[:_MAX_DETAIL]}"
+    if answer.status != 200:
+        return f"answered with status {answer.status} instead of 200"
+    try:
+        manifest = decode_manifest(answer.body)
+    except ManifestError as problem:
+        return str(problem)[:_MAX_DETAIL]
+    if manifest.id != watch.id:
+        return f"it is the manifest of {manifest.id}"
+    verification, key = _verified(manifest, watch.public_key)
+    sla_error = _disbelief(verification, pinned=watch.public_key is not None) or manifest.sla_error
+    return RecordManifest(
+        agent=watch.id,
+        fetched_us=now_us,
+        digest=manifest.digest,
+        body=answer.body,
+        verification=verification,
+        sla=manifest.raw["sla"] if manifest.sla is not None and sla_error is None else None,
+        sla_error=sla_error,
+        ttl_seconds=manifest.ttl_seconds,
+        public_key=None if key is None else public_base64(key),
+    )
+
+
+def _verified(manifest: Manifest, pinned: str | None) -> tuple[Verification, bytes | None]:
+    """Who signed a manifest, and the key that did: one that is only named in it is not to be learned from it."""
+    try:
+        pinned_key = None if pinned is None else load_public(pinned)
+    except KeyFormatError:
+        return ("wrong_key" if manifest.signed else "unsigned"), None
+    verification = verify_manifest(manifest, pinned_key)
+    match verification:
+        case "verified":
+            return verification, pinned_key
+        case "self_signed":
+            return verification, manifest.public_key
+        case _:
+            return verification, None
+
+
+def _disbelief(verification: str, *, pinned: bool) -> str | None:
+    """Why what a manifest promises must not be used; None when it may be."""
+    match verification:
+        case "bad_signature":
+            return "the manifest's signature does not verify"
+        case "wrong_key":
+            return "the manifest is not signed with the public key that is set for this agent"
+        case "verified":
+            return None
+        case _ if pinned:
+            return "the manifest is not signed, and a public key is set for this agent"
+        case _:
+            return None
+
+
+def _as_stored(unit: RecordManifest) -> StoredManifest:
+    return StoredManifest(
+        fetched_us=unit.fetched_us,
+        digest=unit.digest,
+        verification=unit.verification,
+        sla=unit.sla,
+        sla_error=unit.sla_error,
+        ttl_seconds=unit.ttl_seconds,
+        public_key=unit.public_key,
+    )

@@ -1,0 +1,82 @@
+"""Which promise an agent is held to: its operator's word, its own, its tier's, or the default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from asapd import config
+from asapd.core.sla import Promise
+from asapd.store.agents import DirectoryAgent
+from asapd.wire.manifest import ManifestError, parse_sla
+
+
+class HeldTo(Struct, frozen=True):
+    """A promise and where it is from (`config`, `manifest`, `tier`; None without one).
+
+    `error` says what is wrong with a source that therefore does not count.
+    """
+
+    promise: Promise = Promise()
+    source: str | None = None
+    error: str | None = None
+
+
+def held_to(agent: DirectoryAgent, sla: config.Sla) -> HeldTo:
+    """The first that applies, as a whole: the operator's own block, the manifest's SLA, the tier, the default tier.
+
+    Terms that the operator's block leaves out are its tier's. A manifest whose signature is bad was stored without
+    its SLA. A block without any term promises nothing, so the next source applies.
+    """
+    tiers = {tier.name: tier for tier in sla.tiers}
+    tier = _tier(tiers.get(agent.tier)) if agent.tier is not None else None
+    errors = []
+    if agent.tier is not None and tier is None:
+        errors.append(f"tier: no [[sla.tier]] is named {agent.tier}")
+    own = _parsed(agent.sla, "", errors)
+    if own is not None:
+        return HeldTo(_over(own, tier), "config", _joined(errors))
+    if agent.manifest is not None:
+        if agent.manifest.sla_error is not None:
+            errors.append(f"manifest: {agent.manifest.sla_error}")
+        declared = _parsed(agent.manifest.sla, "manifest: ", errors)
+        if declared is not None:
+            return HeldTo(declared, "manifest", _joined(errors))
+    if tier is None and sla.default_tier is not None:
+        tier = _tier(tiers.get(sla.default_tier))
+    if tier is None:
+        return HeldTo(error=_joined(errors))
+    return HeldTo(tier, "tier", _joined(errors))
+
+
+def _parsed(block: dict[str, Any] | None, place: str, errors: list[str]) -> Promise | None:
+    if block is None:
+        return None
+    try:
+        promise = parse_sla(block)
+    except ManifestError as problem:
+        errors.append(f"{place}{problem}")
+        return None
+    return None if promise == Promise() else promise
+
+
+def _tier(tier: config.SlaTerms | None) -> Promise | None:
+    if tier is None:
+        return None
+    return Promise(tier.availability_percent, tier.max_latency_p95_ms, tier.max_error_rate_percent, tier.support_hours)
+
+
+def _over(own: Promise, tier: Promise | None) -> Promise:
+    if tier is None:
+        return own
+    return Promise(
+        **{
+            term: getattr(tier, term) if getattr(own, term) is None else getattr(own, term)
+            for term in Promise.__struct_fields__
+        }
+    )
+
+
+def _joined(errors: list[str]) -> str | None:
+    return "; ".join(errors) or None

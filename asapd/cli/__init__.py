@@ -1,0 +1,1 @@
+"""The commands `asapd` and `asapctl`."""

@@ -1,0 +1,286 @@
+"""Every setting of the file, with its default: the only place where defaults live.
+
+A field is named after its unit (`interval_us`) and carries the name it has in the file as alias
+(`interval`). Checks that involve more than one field are in `asapd.config.checks`.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+from asapd.config import values
+from asapd.config.values import MILLISECOND_US, Bind
+from asapd.core.types import DAY_US, DEFAULT_TENANT, HOUR_US, MAX_INT, MINUTE_US, SECOND_US
+
+T = TypeVar("T")
+
+# Loops never spin faster than this, however the file is written.
+_TICK_US = 10 * MILLISECOND_US
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Many = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
+Duration = Annotated[int, PlainValidator(values.read_duration)]
+Tick = Annotated[int, PlainValidator(values.duration_between(_TICK_US))]
+Window = Annotated[int, PlainValidator(values.duration_between(MINUTE_US, 30 * DAY_US))]
+Kept = Annotated[int, PlainValidator(values.duration_between(SECOND_US))]
+KeptOrForever = Annotated[int | None, PlainValidator(values.read_duration_or_forever)]
+Size = Annotated[int, PlainValidator(values.read_size)]
+Percent = Annotated[Decimal, PlainValidator(values.read_percent)]
+Usd = Annotated[int, PlainValidator(values.read_usd)]
+Mode = Annotated[int, PlainValidator(values.read_mode)]
+Path = Annotated[FilePath, PlainValidator(values.read_path)]
+Address = Annotated[Bind, PlainValidator(values.read_bind)]
+Network = Annotated[IPv4Network | IPv6Network | Literal["host"], PlainValidator(values.read_network)]
+Urn = Annotated[str, AfterValidator(values.check_urn)]
+AgentPattern = Annotated[str, AfterValidator(values.check_agent_pattern)]
+Name = Annotated[str, AfterValidator(values.check_name)]
+Text = Annotated[str, AfterValidator(values.check_text)]
+Host = Annotated[str, AfterValidator(values.check_host)]
+Origin = Annotated[str, AfterValidator(values.check_origin)]
+AgentUrl = Annotated[str, AfterValidator(values.check_agent_url)]
+WebhookUrl = Annotated[str, AfterValidator(values.check_webhook_url)]
+PublicKey = Annotated[str, AfterValidator(values.check_public_key)]
+TimeZone = Annotated[str, AfterValidator(values.check_timezone)]
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Severity = Literal["warning", "critical"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Tls(_Section):
+    """Certificate and key of the HTTP door; with `client_ca_file`, clients need a certificate of that authority."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+
+
+class Http(_Section):
+    """The HTTP door."""
+
+    bind: Many[Address] = Field(default=(Bind("tcp", host="127.0.0.1", port=8727),), min_length=1)
+    auth: Literal["keys", "none"] = "keys"
+    max_body_bytes: Size = Field(default=8 * 2**20, alias="max_body")
+    allowed_hosts: Many[Host] = ()
+    allowed_origins: Many[Origin] = ()
+    tls: Tls | None = None
+
+
+class Admin(_Section):
+    """The admin socket; without `socket` it is `admin.sock` in the runtime directory."""
+
+    socket: Path | None = None
+    mode: Mode = 0o660
+    group: Name | None = None
+
+
+class IngestAllow(_Section):
+    """What one local user or group may report: exactly one of the four names it."""
+
+    uid: Annotated[int, Field(ge=0, le=2**32 - 2)] | None = None
+    gid: Annotated[int, Field(ge=0, le=2**32 - 2)] | None = None
+    user: Name | None = None
+    group: Name | None = None
+    agents: Many[AgentPattern] = Field(min_length=1)
+
+
+class Ingest(_Section):
+    """The ingest socket, `ingest.sock` in the runtime directory unless named, and the fast lane on TCP."""
+
+    socket: Path | None = None
+    mode: Mode = 0o660
+    group: Name | None = None
+    bind: Many[Address] = ()
+    allow: Many[IngestAllow] = ()
+
+
+class Limits(_Section):
+    """Bounds against exhaustion."""
+
+    max_connections: int = Field(default=4096, ge=1, le=1_000_000)
+
+
+class Store(_Section):
+    """How commits are made durable and shared."""
+
+    synchronous: Literal["full", "normal"] = "full"
+    # Measured: beyond some five thousand rows a commit gains nothing and holds up everybody behind it.
+    group_commit_max: int = Field(default=5_000, ge=1, le=100_000)
+    group_commit_wait_us: Annotated[int, PlainValidator(values.duration_between(0, SECOND_US))] = Field(
+        default=0, alias="group_commit_wait"
+    )
+
+
+class Pricing(_Section):
+    """The price table, and which figure counts when an event is both priced and reported."""
+
+    file: Path | None = None
+    prefer: Literal["priced", "reported"] = "priced"
+
+
+class Metering(_Section):
+    """Which usage events are taken."""
+
+    clock_skew_max_us: Duration = Field(default=5 * MINUTE_US, alias="clock_skew_max")
+    late_max_us: Duration = Field(default=7 * DAY_US, alias="late_max")
+    pricing: Pricing = Pricing()
+
+
+class Prober(_Section):
+    """How agents are probed. `jitter_percent` spreads each interval by up to that share either way."""
+
+    interval_us: Tick = Field(default=30 * SECOND_US, alias="interval")
+    timeout_us: Tick = Field(default=5 * SECOND_US, alias="timeout")
+    jitter_percent: Percent = Field(default=Decimal(10), alias="jitter")
+    healthy_after: int = Field(default=1, ge=1, le=1_000)
+    unhealthy_after: int = Field(default=2, ge=1, le=1_000)
+    manifest_interval_us: Tick = Field(default=5 * MINUTE_US, alias="manifest_interval")
+    allow: Many[Network] = ("host",)
+
+    @property
+    def allow_host(self) -> bool:
+        """Whether loopback and the host's own networks may be reached."""
+        return "host" in self.allow
+
+    @property
+    def allow_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks that may be reached besides."""
+        return tuple(network for network in self.allow if network != "host")
+
+
+class SlaTerms(_Section):
+    """What an agent promises; a term left out is not promised."""
+
+    availability_percent: Percent | None = Field(default=None, alias="availability")
+    max_latency_p95_ms: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_error_rate_percent: Percent | None = Field(default=None, alias="max_error_rate")
+    support_hours: Text | None = None
+
+
+class SlaTier(SlaTerms):
+    """A promise with a name, for agents to refer to."""
+
+    name: Name
+
+
+class Sla(_Section):
+    """How promises are judged. `default_tier` names the tier of agents that have no SLA."""
+
+    windows_us: Many[Window] = Field(default=(HOUR_US, DAY_US, 7 * DAY_US, 30 * DAY_US), alias="windows", min_length=1)
+    breach_window_us: Window = Field(default=HOUR_US, alias="breach_window")
+    min_samples: int = Field(default=20, ge=1, le=MAX_INT)
+    hold_us: Duration = Field(default=0, alias="hold")
+    evaluate_every_us: Tick = Field(default=SECOND_US, alias="evaluate_every")
+    default_tier: Name | None = None
+    tiers: Many[SlaTier] = Field(default=(), alias="tier")
+
+
+class Delegation(_Section):
+    """Which chains of delegation are believed. `keys_dir` holds the keys the daemon signs with."""
+
+    max_depth: int = Field(default=8, ge=1, le=64)
+    roots: Many[Urn] = ()
+    keys_dir: Path | None = None
+    reservation_ttl_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
+        default=60 * SECOND_US, alias="reservation_ttl"
+    )
+
+
+class BudgetMatch(_Section):
+    """Which work a budget counts: all that fits every key given; without any, all work on the host."""
+
+    agent: AgentPattern | None = None
+    consumer: Text | None = None
+    project: Text | None = None
+    delegation: Text | None = None
+
+
+class Budget(_Section):
+    """A limit for a calendar period: soft ones alert, hard ones refuse."""
+
+    name: Name
+    match: BudgetMatch = BudgetMatch()
+    period: Literal["day", "week", "month"]
+    timezone: TimeZone = "UTC"
+    soft_microusd: Usd | None = Field(default=None, alias="soft_usd")
+    hard_microusd: Usd | None = Field(default=None, alias="hard_usd")
+    soft_tokens: Count | None = None
+    hard_tokens: Count | None = None
+    soft_tasks: Count | None = None
+    hard_tasks: Count | None = None
+
+
+class Webhook(_Section):
+    """Where breach alerts are posted; with `secret_file` they are signed."""
+
+    url: WebhookUrl
+    secret_file: Path | None = None
+    events: Many[Literal["opened", "escalated", "resolved"]] = Field(
+        default=("opened", "escalated", "resolved"), min_length=1
+    )
+    min_severity: Severity = "warning"
+
+
+class Alerts(_Section):
+    """Who is told of breaches, besides live subscribers and the log."""
+
+    webhooks: Many[Webhook] = Field(default=(), alias="webhook")
+
+
+class Audit(_Section):
+    """The audit log."""
+
+    enabled: bool = True
+    checkpoint_every_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, DAY_US))] = Field(
+        default=60 * SECOND_US, alias="checkpoint_every"
+    )
+
+
+class Retention(_Section):
+    """How long records are kept; `audit_us` None is forever."""
+
+    usage_us: Kept = Field(default=400 * DAY_US, alias="usage")
+    probes_us: Kept = Field(default=35 * DAY_US, alias="probes")
+    audit_us: KeptOrForever = Field(default=None, alias="audit")
+
+
+class Agent(_Section):
+    """An agent of the directory. Terms in `sla` win over those of `tier`."""
+
+    id: Urn
+    url: AgentUrl
+    public_key: PublicKey | None = None
+    sla: SlaTerms | None = None
+    tier: Name | None = None
+    tenant: Name = DEFAULT_TENANT
+
+
+class Config(_Section):
+    """The whole file. Make one with `asapd.config.parse`, which also checks what involves several fields."""
+
+    state_dir: Path | None = None
+    http: Http = Http()
+    admin: Admin = Admin()
+    ingest: Ingest = Ingest()
+    limits: Limits = Limits()
+    store: Store = Store()
+    metering: Metering = Metering()
+    prober: Prober = Prober()
+    sla: Sla = Sla()
+    delegation: Delegation = Delegation()
+    budgets: Many[Budget] = Field(default=(), alias="budget")
+    alerts: Alerts = Alerts()
+    audit: Audit = Audit()
+    retention: Retention = Retention()
+    agents: Many[Agent] = ()

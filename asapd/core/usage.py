@@ -1,0 +1,151 @@
+"""A usage event in its one normal form, and how events fold into hourly rollups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import NamedTuple
+
+import msgspec
+
+from asapd.core.types import HOUR_US, Outcome
+
+FLAG_UNRESERVED = 1
+"""Names a delegation but no reservation."""
+FLAG_OVERRUN = 2
+"""Passed the estimate of its reservation, or the limit of an account on its path."""
+FLAG_UNPRICED = 4
+"""Cost unknown under a reservation: the ledger settled at the estimate."""
+FLAG_UNAUTHORISED = 8
+"""Under a delegation that is unknown, revoked, expired, or does not allow the action."""
+FLAG_CLOSED_RESERVATION = 16
+"""Names a reservation that is unknown or no longer open: debited without a hold."""
+
+FLAG_NAMES = {
+    FLAG_UNRESERVED: "unreserved",
+    FLAG_OVERRUN: "overrun",
+    FLAG_UNPRICED: "unpriced",
+    FLAG_UNAUTHORISED: "unauthorised",
+    FLAG_CLOSED_RESERVATION: "reservation_closed",
+}
+
+
+class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a client says was used, normalised.
+
+    Token and call counts are integers in 0 .. 2**53-1. `tokens_in` includes cached and cache-write
+    tokens, `tokens_out` includes reasoning tokens. `timestamp_us` is the end of the work. An empty
+    `id` means that the client gave none: the daemon names the event and cannot tell a resend.
+    """
+
+    task_id: str
+    agent: str
+    consumer: str
+    timestamp_us: int
+    tokens_in: int = 0
+    tokens_out: int = 0
+    duration_ms: int = 0
+    api_calls: int = 0
+    cached_tokens_in: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    outcome: int = Outcome.COMPLETED
+    partial: bool = False
+    id: str = ""
+    source: str = ""
+    source_seq: int | None = None
+    error: str | None = None
+    model: str = ""
+    provider: str = ""
+    project: str = ""
+    reported_microusd: int | None = None
+    delegation: str | None = None
+    reservation: str | None = None
+    action: str = "task.execute"
+    parent_task_id: str | None = None
+    labels: dict[str, str] | None = None
+    trace_id: str | None = None
+
+
+class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an event cost: `microusd` is None when nobody knows; never guessed, never 0 instead."""
+
+    microusd: int | None = None
+    source: str | None = None
+    priced_microusd: int | None = None
+    price_version: str | None = None
+
+
+UNKNOWN_COST = Cost()
+
+_encoder = msgspec.msgpack.Encoder(order="sorted")
+
+
+def content_digest(event: UsageEvent) -> bytes:
+    """16 bytes over everything the client supplied, after normalisation: equal means the same event."""
+    return blake2b(_encoder.encode(event), digest_size=16).digest()
+
+
+def identity_digest(tenant: str, event: UsageEvent) -> bytes:
+    """16 bytes over (tenant, agent, source, id): the identity under which an event counts once."""
+    parts = (
+        tenant,
+        event.agent,
+        event.source,
+        event.id,
+    )  # encoded with their lengths: no character joins or splits them
+    return blake2b(_encoder.encode(parts), digest_size=16).digest()
+
+
+class RollupKey(NamedTuple):
+    """One row of the hourly rollup. `hour` counts whole hours since the epoch, UTC."""
+
+    hour: int
+    agent: str
+    consumer: str
+    model: str
+    project: str
+    outcome: int
+
+
+class RollupSums(NamedTuple):
+    """What an hourly row adds up; integers throughout, so that any order gives the same sums."""
+
+    events: int = 0
+    tasks: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached_tokens_in: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    duration_ms: int = 0
+    api_calls: int = 0
+    cost_microusd: int = 0
+    unpriced: int = 0
+
+
+def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupSums]:
+    """Fold events into hourly sums; splitting a batch and adding the parts gives the same.
+
+    `tasks` counts events that are not partial, as the reference implementation does.
+    """
+    sums: dict[RollupKey, RollupSums] = {}
+    for event, cost in priced:
+        key = RollupKey(
+            event.timestamp_us // HOUR_US, event.agent, event.consumer, event.model, event.project, event.outcome
+        )
+        old = sums.get(key) or RollupSums()
+        sums[key] = RollupSums(
+            old.events + 1,
+            old.tasks + (not event.partial),
+            old.tokens_in + event.tokens_in,
+            old.tokens_out + event.tokens_out,
+            old.cached_tokens_in + event.cached_tokens_in,
+            old.cache_write_tokens + event.cache_write_tokens,
+            old.reasoning_tokens + event.reasoning_tokens,
+            old.duration_ms + event.duration_ms,
+            old.api_calls + event.api_calls,
+            old.cost_microusd + (cost.microusd or 0),
+            old.unpriced + (cost.microusd is None),
+        )
+    return sums

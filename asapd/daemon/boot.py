@@ -1,0 +1,169 @@
+"""What happens before anything runs: configuration, state directory, lock, identity; each failure in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nacl.signing import SigningKey
+
+from asapd import config
+from asapd.config import Config, ConfigError, Problem
+from asapd.core.pricing import PriceTable, PriceTableError, parse_price_table
+from asapd.store import lock
+from asapd.store.database import prepare
+from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
+from asapd.store.units import AgentRecord
+from asapd.wire.keys import KeyFormatError, load_private_pem, load_public, private_pem
+
+LOCK_PATIENCE_S = 10.0
+_log = logging.getLogger("asapd")
+
+
+class BootError(Exception):
+    """The daemon cannot start; the message says what happened and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration together with what the files it names hold."""
+
+    config: Config
+    prices: PriceTable
+    pinned: dict[str, bytes]
+    agents: list[AgentRecord]
+
+
+def load(path: Path | None) -> Loaded:
+    """Read the configuration and the price table it names; without a path, the defaults.
+
+    Raises:
+        ConfigError: with every problem of either file.
+    """
+    loaded = config.parse("") if path is None else config.load(path)
+    name = "<defaults>" if path is None else str(path)
+    prices = _prices(loaded.metering.pricing.file)
+    pinned: dict[str, bytes] = {}
+    problems: list[Problem] = []
+    for index, agent in enumerate(loaded.agents):
+        if agent.public_key is not None:
+            try:
+                pinned[agent.id] = load_public(agent.public_key)
+            except KeyFormatError as error:
+                problems.append(Problem(None, f"agents[{index}].public_key", str(error)))
+    if problems:
+        raise ConfigError(problems, name)
+    return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents])
+
+
+def _prices(path: Path | None) -> PriceTable:
+    if path is None:
+        return PriceTable()
+    try:
+        return parse_price_table(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"the price table cannot be read: {error.strerror or error}"
+        raise ConfigError([Problem(None, "metering.pricing.file", reason)], str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError([Problem(None, "file", "is not UTF-8 text")], str(path)) from None
+    except PriceTableError as error:
+        found = [Problem(None, problem.field, problem.reason) for problem in error.problems]
+        raise ConfigError(found, str(path)) from None
+
+
+def _record(agent: config.Agent) -> AgentRecord:
+    sla: dict[str, object] | None = None
+    if agent.sla is not None:
+        terms = agent.sla
+        sla = {
+            "availability": _percent(terms.availability_percent),
+            "max_latency_p95_ms": terms.max_latency_p95_ms,
+            "max_error_rate": _percent(terms.max_error_rate_percent),
+            "support_hours": terms.support_hours,
+        }
+    return AgentRecord(agent.id, agent.url, agent.tenant, agent.public_key, agent.tier, sla)
+
+
+def _percent(value: object) -> str | None:
+    return None if value is None else f"{value}%"
+
+
+@dataclass(frozen=True)
+class Premises:
+    """The state directory, locked, with what the first start puts there."""
+
+    state_dir: Path
+    runtime_dir: Path
+    lock_descriptor: int
+    identity: SigningKey
+
+    @property
+    def database(self) -> Path:
+        """The one file that holds everything."""
+        return self.state_dir / "asapd.db"
+
+    @property
+    def admin_key(self) -> Path:
+        """Where the first API key is written."""
+        return self.state_dir / "admin.key"
+
+
+def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -> Premises:
+    """Make and lock the state directory, and bring the database up to date.
+
+    Raises:
+        BootError: with what to do.
+    """
+    is_root = os.geteuid() == 0
+    chosen = (state_dir or loaded.state_dir or config.default_state_dir(environ, is_root)).absolute()
+    try:
+        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = lock.acquire(
+            chosen / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
+        )
+        identity = _identity(chosen / "identity.pem")
+        prepare(chosen / "asapd.db")
+    except lock.LockedError as error:
+        raise BootError(f"{error}: stop it first, or choose another directory with --state-dir") from None
+    except (DatabaseTooNewError, NotOurDatabaseError) as error:
+        raise BootError(str(error)) from None
+    except OSError as error:
+        what = f"{error.filename or chosen}: {error.strerror or error}"
+        raise BootError(f"the state directory cannot be used: {what}; name a writable one with --state-dir") from None
+    return Premises(chosen, config.default_runtime_dir(environ, is_root, chosen), descriptor, identity)
+
+
+def _identity(path: Path) -> SigningKey:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        key = SigningKey(os.urandom(32))
+        write_private(path, private_pem(key))
+        _log.info("made the daemon's own key: %s", path)
+        return key
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        _log.warning("%s can be read by others: chmod 600 it", path)
+    try:
+        return load_private_pem(text)
+    except KeyFormatError as error:
+        raise BootError(
+            f"{path} is not an Ed25519 key ({error}): restore it, or move it away to get a new one"
+        ) from None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    fresh = path.with_name(f"{path.name}.new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    fresh.rename(path)

@@ -1,0 +1,140 @@
+"""Reload: validate everything, then give each actor its part; a bad file changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from asapd import config
+from asapd.actors.messages import (
+    ReconfigureMeter,
+    ReconfigureProber,
+    ReconfigureRegistry,
+    ReconfigureWatcher,
+    Remark,
+)
+from asapd.config import Changes, ConfigError
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import format_us
+from asapd.daemon.boot import Loaded, load
+from asapd.edge.asking import ask_actor
+from asapd.runtime.clock import Clock
+
+_RESTART_SECTIONS = ("state_dir", "http", "admin", "ingest", "limits", "store")
+_log = logging.getLogger("asapd.config")
+
+
+class Target(Protocol):
+    """What a reload changes."""
+
+    @property
+    def mailboxes(self) -> dict[str, trio.MemorySendChannel[Any]]:
+        """The send ends by actor."""
+        ...
+
+    @property
+    def clock(self) -> Clock:
+        """The clock."""
+        ...
+
+    def adopt(self, settings: config.Config) -> None:
+        """Make a configuration the one in force."""
+        ...
+
+
+class Reloader:
+    """The configuration in force, and the outcome of the last attempt to change it."""
+
+    def __init__(self, path: Path | None, loaded: Loaded, target: Target) -> None:
+        self._path = path
+        self._loaded = loaded
+        self._target = target
+        self._busy = trio.Lock()
+        self._errors: list[str] = []
+        self._loaded_us = target.clock.now_us()
+
+    def status(self) -> dict[str, Any]:
+        """`state` is "error" from a refused reload until one is accepted."""
+        return {
+            "state": "error" if self._errors else "ok",
+            "errors": self._errors,
+            "loaded_at": format_us(self._loaded_us),
+            "path": None if self._path is None else str(self._path),
+        }
+
+    async def reload(self, actor: str) -> dict[str, Any] | Refusal:
+        """Read the file again and apply it, or say why not."""
+        async with self._busy:
+            try:
+                fresh = await trio.to_thread.run_sync(load, self._path)
+            except ConfigError as error:
+                return self._refuse(error)
+            # What only a restart applies stays as it is until then.
+            kept = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
+            changes = config.diff(self._loaded.config, fresh.config)
+            effective = fresh.config.model_copy(update=kept)
+            refusal = await self._apply(fresh, effective, actor)
+            if refusal is not None:
+                self._errors = [refusal.detail]
+                return refusal
+            self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents)
+            self._errors = []
+            self._loaded_us = self._target.clock.now_us()
+            applied = _summary(changes)
+            details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
+            await self._remark("config.reloaded", actor, details)
+            if changes.restart_required:
+                _log.warning("reloaded; a restart is needed for %s", ", ".join(changes.restart_required))
+            else:
+                _log.info("reloaded")
+            return {"state": "ok", "applied": applied, "restart_required": list(changes.restart_required)}
+
+    def _refuse(self, error: ConfigError) -> Refusal:
+        self._errors = str(error).splitlines()
+        for line in self._errors:
+            _log.error("the configuration was not reloaded: %s", line)
+        errors = tuple(FieldError(problem.field, problem.reason) for problem in error.problems)
+        detail = f"nothing was changed: {self._errors[0]}"
+        return Refusal("config_refused", detail, errors, {"problems": self._errors})
+
+    async def _apply(self, fresh: Loaded, effective: config.Config, actor: str) -> Refusal | None:
+        """Everybody's part, the directory first: it alone can be refused, by a store that is away."""
+        boxes = self._target.mailboxes
+        changed = await ask_actor(
+            boxes["prober"], lambda to: ReconfigureProber(effective.prober, fresh.agents, actor, to)
+        )
+        if isinstance(changed, Refusal):
+            return changed
+        self._target.adopt(effective)
+        for outcome in (
+            await ask_actor(boxes["meter"], lambda to: ReconfigureMeter(effective.metering, fresh.prices, to)),
+            await ask_actor(boxes["registry"], lambda to: ReconfigureRegistry(effective.delegation, fresh.pinned, to)),
+            await ask_actor(boxes["watcher"], lambda to: ReconfigureWatcher(effective.sla, to)),
+        ):
+            if isinstance(outcome, Refusal):
+                return outcome
+        return None
+
+    async def _remark(self, event_type: str, actor: str, details: dict[str, Any]) -> None:
+        outcome = await ask_actor(
+            self._target.mailboxes["auditor"], lambda to: Remark(event_type, actor, "config", details, to)
+        )
+        if isinstance(outcome, Refusal):
+            _log.error("the reload is not in the audit log: %s", outcome.detail)
+
+
+def _summary(changes: Changes) -> dict[str, Any]:
+    """What changed, for a person: the agents by id, the sections by name."""
+    agents = {
+        "agents_added": [agent.id for agent in changes.agents_added],
+        "agents_removed": [agent.id for agent in changes.agents_removed],
+        "agents_changed": [agent.id for agent in changes.agents_changed],
+    }
+    sections = ("prober", "sla", "delegation", "metering", "budgets", "alerts", "audit", "retention")
+    return {
+        **{name: ids for name, ids in agents.items() if ids},
+        **{section: True for section in sections if getattr(changes, section)},
+    }

@@ -1,0 +1,1 @@
+"""Doors: what comes in is decoded, asked of an actor, and answered. They know no store."""

@@ -1,0 +1,85 @@
+"""Who is at the door: API keys on TCP, peer credentials on Unix sockets."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from werkzeug.datastructures import Headers
+
+from asapd import config
+from asapd.actors.gatekeeper import KeyRing
+from asapd.core.access import Caller
+from asapd.core.errors import Refusal
+from asapd.core.types import Role
+from asapd.edge.sockets import Peer
+
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+UNAUTHORIZED = Refusal(
+    "unauthorized",
+    "send a valid key as `Authorization: Bearer KEY`; the first one is in admin.key in the state directory",
+)
+
+
+def admin_socket_caller(peer: Peer, daemon_uid: int) -> Caller:
+    """Root and the daemon's own user are admin; whoever else the socket's mode lets in is operator."""
+    is_admin = peer.uid in {0, daemon_uid}
+    role = Role.ADMIN if is_admin else Role.OPERATOR
+    return Caller(f"uid:{peer.uid} pid:{peer.pid}", role, may_sign=is_admin)
+
+
+def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[str], user: str | None) -> Caller | None:
+    """Whoever the socket's mode lets in may report, narrowed by `[[ingest.allow]]` where there is any.
+
+    `user` and `groups` are the names of the peer's user and groups. None when no rule admits the peer.
+    """
+    actor = f"uid:{peer.uid} pid:{peer.pid}"
+    if not ingest.allow:
+        return Caller(actor, Role.INGEST)
+    agents = tuple(
+        agent
+        for rule in ingest.allow
+        if (rule.uid is not None and rule.uid == peer.uid)
+        or (rule.gid is not None and rule.gid == peer.gid)
+        or (rule.user is not None and rule.user == user)
+        or (rule.group is not None and rule.group in groups)
+        for agent in rule.agents
+    )
+    return Caller(actor, Role.INGEST, agents) if agents else None
+
+
+def tcp_caller(headers: Headers, ring: KeyRing, http: config.Http) -> Caller | Refusal:
+    """The caller behind a bearer key; under `auth = "none"` everybody is admin."""
+    if http.auth == "none":
+        return Caller("anonymous", Role.ADMIN, may_sign=True)
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        return UNAUTHORIZED
+    return ring.find(key.strip()) or UNAUTHORIZED
+
+
+def check_host(headers: Headers, http: config.Http) -> Refusal | None:
+    """Refuse a host name or a browser's origin that is not ours: what DNS rebinding and foreign pages would use."""
+    host = _host_of(headers.get("Host", ""))
+    own = LOCAL_HOSTS | {bind.host for bind in http.bind} | set(http.allowed_hosts)
+    if host and host not in own and not _is_address(host):
+        return Refusal("host_not_allowed", f"{host} is not served: add it to http.allowed_hosts if it should be")
+    origin = headers.get("Origin")
+    if origin is None or origin in http.allowed_origins:
+        return None
+    if _host_of(origin.partition("://")[2]) == host and origin.partition("://")[2] == headers.get("Host"):
+        return None
+    return Refusal("host_not_allowed", f"pages of {origin} may not call: add it to http.allowed_origins if they should")
+
+
+def _host_of(netloc: str) -> str:
+    if netloc.startswith("["):
+        return netloc[1:].partition("]")[0].lower()
+    return netloc.partition(":")[0].lower()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,91 @@
+"""Routes of administration: keys, reload, actors. The admin socket leads here, and admin keys."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from quart import Response
+from quart_trio import QuartTrio
+
+from asapd.actors.messages import CreateKeyRequest, RevokeKeyRequest
+from asapd.core.access import Permission
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import Role, format_us
+from asapd.edge.asking import ask_actor
+from asapd.edge.http.context import raw_body, require, require_everything
+from asapd.edge.http.parameters import RefusedError, decode_body
+from asapd.edge.http.replies import refuse, reply
+from asapd.edge.services import Services
+
+_Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class _NewKey(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    role: Role
+    agents: Annotated[list[_Pattern], msgspec.Meta(min_length=1, max_length=64)] = msgspec.field(
+        default_factory=lambda: ["*"]
+    )
+    tenant: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+    sign: bool = False
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+    gatekeeper = services.mailboxes.gatekeeper
+
+    @app.post("/keys")
+    async def post_key() -> Response:
+        caller = require_everything(Permission.ADMINISTER)
+        sent = decode_body(await raw_body(), _NewKey)
+        bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
+        if bad is not None:
+            error = FieldError("agents", f"{bad}: a * may stand at the end only")
+            raise RefusedError(Refusal("invalid", "no key was made", (error,)))
+        outcome = await ask_actor(
+            gatekeeper,
+            lambda to: CreateKeyRequest(caller, sent.name, sent.role, tuple(sent.agents), sent.tenant, sent.sign, to),
+        )
+        if isinstance(outcome, Refusal):
+            return refuse(outcome)
+        shown = {"id": outcome.key.id, "name": outcome.key.name, "role": outcome.key.role, "agents": outcome.key.agents}
+        return reply({**shown, "key": outcome.secret}, 201)
+
+    @app.get("/keys")
+    async def get_keys() -> Response:
+        require_everything(Permission.ADMINISTER)
+        rows = [
+            {
+                "id": key.id,
+                "name": key.name,
+                "role": key.role,
+                "agents": key.agents,
+                "tenant": key.tenant,
+                "sign": key.may_sign,
+                "created_at": format_us(key.created_us),
+                "revoked_at": None if key.revoked_us is None else format_us(key.revoked_us),
+            }
+            for key in await services.reads.keys()
+        ]
+        return reply({"data": rows, "count": len(rows), "next_cursor": None})
+
+    @app.delete("/keys/<key>")
+    async def delete_key(key: str) -> Response:
+        caller = require_everything(Permission.ADMINISTER)
+        outcome = await ask_actor(gatekeeper, lambda to: RevokeKeyRequest(caller, key, to))
+        if isinstance(outcome, Refusal):
+            return refuse(outcome)
+        return reply({"id": outcome.id, "name": outcome.name, "revoked": True})
+
+    @app.post("/reload")
+    async def post_reload() -> Response:
+        caller = require(Permission.ADMINISTER)
+        return reply(await services.reload(caller.actor))
+
+    @app.post("/actors/<actor>/restart")
+    async def post_restart(actor: str) -> Response:
+        caller = require(Permission.ADMINISTER)
+        if not await services.restart_actor(actor, caller.actor):
+            return refuse(Refusal("actor_not_found", f"there is no running actor {actor}: see the status"))
+        return reply({"restarted": actor}, 202)

@@ -1,0 +1,95 @@
+"""The application: routes, who may use them, and every error as a problem document."""
+
+from __future__ import annotations
+
+import logging
+
+from quart import Response, g, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from asapd.core.errors import Refusal
+from asapd.edge import ws
+from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
+from asapd.edge.http import admin, agents, audit, delegations, operations, sla, usage
+from asapd.edge.http.parameters import RefusedError
+from asapd.edge.http.replies import refuse
+from asapd.edge.services import Services
+
+OPEN_PATHS = frozenset(
+    {
+        "/",
+        "/healthz",
+        "/readyz",
+        "/openapi.json",
+        "/.well-known/asap/health",
+        "/.well-known/asap/manifest.json",
+    }
+)
+"""What answers without a key."""
+
+_STATUS_CODES = {400: "malformed", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
+_STATUS_CODES |= {408: "malformed", 413: "too_large", 415: "unsupported_media_type"}
+
+
+def create_app(services: Services, log: logging.Logger) -> QuartTrio:
+    """One application for every HTTP door; a door says in the ASGI scope who is at it."""
+    app = QuartTrio("asapd", static_folder=None)
+    http = services.settings().http
+    app.config["MAX_CONTENT_LENGTH"] = http.max_body_bytes
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.url_map.strict_slashes = False
+
+    @app.before_request
+    async def authenticate() -> Response | None:
+        door = request.scope["asapd"]  # type: ignore[typeddict-item]  # put there by the door
+        if door["door"] == "admin":
+            g.caller = admin_socket_caller(door["peer"], services.daemon_uid)
+            return None
+        if door["door"] == "ingest":
+            local = services.ingest_caller(door["peer"])
+            if local is None:
+                return refuse(Refusal("forbidden", "no [[ingest.allow]] rule admits this user"))
+            g.caller = local
+            return None
+        foreign = check_host(request.headers, services.settings().http)
+        if foreign is not None:
+            return refuse(foreign)
+        if request.path in OPEN_PATHS or request.path.startswith("/web/"):
+            return None
+        found = tcp_caller(request.headers, services.ring, services.settings().http)
+        if isinstance(found, Refusal):
+            return refuse(found)
+        g.caller = found
+        return None
+
+    @app.after_request
+    async def harden(response: Response) -> Response:
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    @app.errorhandler(RefusedError)
+    async def refused(error: RefusedError) -> Response:
+        return refuse(error.refusal)
+
+    @app.errorhandler(HTTPException)
+    async def refused_by_framework(error: HTTPException) -> Response:
+        status = error.code or 500
+        if status == 413:
+            limit = services.settings().http.max_body_bytes
+            return refuse(Refusal("too_large", f"a body may have {limit} bytes: send it in parts"))
+        code = _STATUS_CODES.get(status, "malformed" if status < 500 else "internal")
+        response = refuse(Refusal(code, error.description or error.name), status)
+        if status == 405 and getattr(error, "valid_methods", None):
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods))  # type: ignore[attr-defined]
+        return response
+
+    @app.errorhandler(Exception)
+    async def broken(error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.path, exc_info=error)
+        return refuse(Refusal("internal", "the request met a bug, which is in the log; sending it again does not help"))
+
+    for module in (usage, delegations, agents, sla, audit, operations, admin, ws):
+        module.register(app, services)
+    return app

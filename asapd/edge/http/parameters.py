@@ -1,0 +1,152 @@
+"""Query parameters and JSON bodies of requests, read strictly: what is not understood is refused by name."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import msgspec
+from quart import request
+
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import Outcome
+from asapd.wire.usage import parse_timestamp
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1_000
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class RefusedError(Exception):
+    """Carries a refusal from a helper to the application's error handler; never a bug."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.detail)
+        self.refusal = refusal
+
+
+def bad_parameter(name: str, reason: str) -> RefusedError:
+    """The refusal of one query parameter."""
+    return RefusedError(Refusal("bad_parameter", f"{name} {reason}", (FieldError(name, reason),)))
+
+
+class Parameters:
+    """The query parameters of the request at hand; `done` refuses those that nobody asked for."""
+
+    def __init__(self) -> None:
+        self._args = request.args
+        self._known: set[str] = set()
+
+    def text(self, *names: str) -> str | None:
+        """The first of several names for the same thing that is given."""
+        self._known.update(names)
+        return next((value for name in names if (value := self._args.get(name)) is not None), None)
+
+    def time_us(self, name: str) -> int | None:
+        """A time: RFC 3339 or an epoch."""
+        value = self.text(name)
+        if value is None:
+            return None
+        try:
+            # A + in a query string arrives as a space; between time and offset it can only have been a +.
+            mended = f"{value[:-6]}+{value[-5:]}" if len(value) > 16 and value[-6] == " " else value
+            return parse_timestamp(float(value) if value.replace(".", "", 1).isdecimal() else mended)
+        except ValueError as error:
+            raise bad_parameter(name, str(error)) from None
+
+    def number(self, name: str, default: int, low: int, high: int) -> int:
+        """A whole number in a range."""
+        value = self.text(name)
+        if value is None:
+            return default
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise bad_parameter(name, f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    def decimal(self, name: str) -> float | None:
+        """A number, with or without a percent sign."""
+        value = self.text(name)
+        if value is None:
+            return None
+        try:
+            number = float(value.removesuffix("%"))
+        except ValueError:
+            raise bad_parameter(name, "must be a number") from None
+        if not 0 <= number < 2**53:
+            raise bad_parameter(name, "must be a number that is not negative")
+        return number
+
+    def choice(self, name: str, choices: Iterable[str], default: str | None = None) -> str | None:
+        """One of several words."""
+        value = self.text(name)
+        allowed = list(choices)
+        if value is None or value == "":
+            return default
+        if value not in allowed:
+            raise bad_parameter(name, f"must be one of {', '.join(allowed)}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """true or false."""
+        return self.choice(name, ("true", "false", "1", "0"), "false") in {"true", "1"}
+
+    def limit(self) -> int:
+        """How many rows: 1 to 1000, 100 unless given."""
+        return self.number("limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+
+    def offset(self) -> int:
+        """How many rows to skip, as clients of the reference implementation page."""
+        return self.number("offset", 0, 0, 10**9)
+
+    def cursor(self, shape: type[Any]) -> Any:
+        """Where the page before ended, None on the first."""
+        value = self.text("cursor")
+        if value is None:
+            return None
+        try:
+            raw = base64.urlsafe_b64decode(value.encode("ascii") + b"=" * (-len(value) % 4))
+            return msgspec.json.decode(raw, type=shape)
+        except (msgspec.DecodeError, binascii.Error, UnicodeError):
+            raise bad_parameter("cursor", "must be the next_cursor of the page before") from None
+
+    def outcome(self) -> int | None:
+        """An outcome as stored."""
+        word = self.choice("outcome", ("completed", "failed"))
+        return None if word is None else int(Outcome[word.upper()])
+
+    def done(self) -> None:
+        """Refuse parameters that were not asked for: a typo must not silently widen a query."""
+        for name in self._args:
+            if name not in self._known:
+                raise bad_parameter(name, f"is not a parameter here; there are {', '.join(sorted(self._known))}")
+
+
+def encode_cursor(position: Any) -> str:
+    """An opaque cursor from a position."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
+
+
+def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:
+    """A page of a list; there is a next one as long as pages come full."""
+    more = position is not None and len(rows) == limit
+    return {"data": rows, "count": len(rows), "next_cursor": encode_cursor(position) if more else None}
+
+
+def decode_body(body: bytes, shape: type[S]) -> S:
+    """A JSON object as a struct; a wrong field is named."""
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        field = where.rstrip("`").lstrip(".") or _missing_or_unknown(what)
+        reason = what.replace("`", "")
+        raise RefusedError(Refusal("invalid", f"{field}: {reason}", (FieldError(field, reason),))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError(Refusal("malformed", f"the body cannot be read: {error}")) from None
+
+
+def _missing_or_unknown(what: str) -> str:
+    quoted = what.split("`")
+    return quoted[1] if len(quoted) > 2 and "field" in what else "body"

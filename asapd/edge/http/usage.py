@@ -1,0 +1,157 @@
+"""Routes of metering."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from quart import Response
+from quart_trio import QuartTrio
+
+from asapd.actors.messages import ReportTask, TaskEvent
+from asapd.actors.reads import GROUPS
+from asapd.core.access import Permission
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import AGENT_URN
+from asapd.edge.asking import ask_actor
+from asapd.edge.http.context import body_format, idempotency, raw_body, read_body, require
+from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page
+from asapd.edge.http.replies import reply
+from asapd.edge.reporting import report, validate
+from asapd.edge.services import Services
+from asapd.wire.usage import parse_timestamp
+
+
+class _Task(msgspec.Struct, forbid_unknown_fields=True):
+    task_id: str
+    agent: str
+    consumer: str
+    state: Literal["started", "completed", "failed"]
+    timestamp: str | int | float
+    error: str | None = None
+
+
+def _filters(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "agent": parameters.text("agent", "agent_id"),
+        "consumer": parameters.text("consumer", "consumer_id"),
+        "task": parameters.text("task", "task_id"),
+        "model": parameters.text("model"),
+        "project": parameters.text("project"),
+        "outcome": parameters.outcome(),
+        "delegation": parameters.text("delegation"),
+        "start_us": parameters.time_us("start"),
+        "end_us": parameters.time_us("end"),
+    }
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+
+    @app.post("/usage")
+    @app.post("/usage/batch")
+    async def post_usage() -> Response:
+        caller = require(Permission.INGEST)
+        parameters = Parameters()
+        partial = parameters.flag("partial")
+        parameters.done()
+        written = body_format()
+        body = await read_body(services.settings().http.max_body_bytes)
+        key = idempotency(caller, body, services.clock.now_us())
+        outcome = await report(services, caller, body, written, partial=partial, idempotency=key)
+        return reply(outcome, 201)
+
+    @app.post("/usage/validate")
+    async def post_validate() -> Response:
+        caller = require(Permission.INGEST)
+        body = await read_body(services.settings().http.max_body_bytes)
+        return reply(validate(services, caller, body, body_format()))
+
+    @app.get("/usage")
+    async def get_usage() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        filters, limit, offset = _filters(parameters), parameters.limit(), parameters.offset()
+        descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
+        after = parameters.cursor(tuple[int, int])
+        parameters.done()
+        rows = await services.reads.usage(
+            caller, filters, limit=limit, after=after, offset=offset, descending=descending
+        )
+        position = None
+        if rows:
+            position = (parse_timestamp(rows[-1]["timestamp"]), rows[-1]["seq"])
+        return reply(page(rows, limit, position))
+
+    @app.get("/usage/aggregate")
+    async def get_aggregate() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        return await aggregate(parameters, parameters.text("group_by") or "agent", caller)
+
+    @app.get("/usage/agents")
+    async def get_usage_by_agent() -> Response:
+        return await aggregate(Parameters(), "agent", require(Permission.READ))
+
+    @app.get("/usage/consumers")
+    async def get_usage_by_consumer() -> Response:
+        return await aggregate(Parameters(), "consumer", require(Permission.READ))
+
+    async def aggregate(parameters: Parameters, group_by: str, caller: Any) -> Response:
+        groups = tuple(dict.fromkeys(group.strip() for group in group_by.split(",")))
+        unknown = [group for group in groups if group not in GROUPS]
+        if unknown:
+            raise bad_parameter("group_by", f"must be any of {', '.join(GROUPS)}, not {unknown[0]}")
+        filters, limit, offset = _filters(parameters), parameters.number("limit", 1000, 1, 1000), parameters.offset()
+        after = parameters.cursor(int)
+        parameters.done()
+        start = offset if after is None else after
+        rows = await services.reads.usage_aggregate(caller, filters, groups, limit=limit, offset=start)
+        return reply({"group_by": group_by, **page(rows, limit, start + limit)})
+
+    @app.get("/usage/summary")
+    async def get_summary() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        filters = _filters(parameters)
+        parameters.done()
+        return reply(await services.reads.usage_summary(caller, filters))
+
+    @app.get("/usage/stats")
+    async def get_stats() -> Response:
+        caller = require(Permission.READ)
+        retention_s = services.settings().retention.usage_us // 1_000_000
+        return reply({**await services.reads.usage_stats(caller), "retention_ttl_seconds": retention_s})
+
+    @app.post("/tasks")
+    async def post_task() -> Response:
+        caller = require(Permission.INGEST)
+        body = await raw_body()
+        sent = decode_body(body, _Task)
+        task = _task_event(sent)
+        if not caller.may_touch(task.agent):
+            raise RefusedError(Refusal("forbidden", f"this key may not report for {task.agent}"))
+        key = idempotency(caller, body, services.clock.now_us())
+        outcome = await ask_actor(services.mailboxes.meter, lambda reply_to: ReportTask(caller, task, key, reply_to))
+        if isinstance(outcome, Refusal):
+            return reply(outcome)
+        return reply({"status": "recorded", "task_id": task.task_id, "state": task.state}, 201)
+
+
+def _task_event(sent: _Task) -> TaskEvent:
+    errors = [
+        FieldError(name, "must have 1 to 256 printable characters")
+        for name in ("task_id", "consumer")
+        if not (1 <= len(getattr(sent, name)) <= 256 and getattr(sent, name).isprintable())
+    ]
+    if not AGENT_URN.match(sent.agent):
+        errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))
+    timestamp_us = 0
+    try:
+        timestamp_us = parse_timestamp(sent.timestamp)
+    except ValueError as error:
+        errors.append(FieldError("timestamp", str(error)))
+    if errors:
+        detail = f"nothing was recorded: {errors[0].field} {errors[0].reason}"
+        raise RefusedError(Refusal("invalid", detail, tuple(errors)))
+    return TaskEvent(sent.task_id, sent.agent, sent.consumer, sent.state, timestamp_us, sent.error)

@@ -1,0 +1,302 @@
+"""The ingest socket: many frames in flight on a connection, answered in order; HTTP is passed on."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+
+import msgspec
+import trio
+
+from asapd.edge.connection import bare_response
+from asapd.edge.sockets import Peer, peer_credentials
+from asapd.wire.frames import FrameDecoder, Oversized, encode
+
+RECEIVE_BYTES = 65_536
+ACCEPT_PAUSE_S = 0.1
+# Answers are joined into one write up to this size.
+ANSWER_BYTES = 65_536
+
+Handle = Callable[[bytes, Peer], Awaitable[bytes]]
+
+_GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class PushbackStream:
+    """A Unix stream whose first bytes, already received, come first; for the rest like `trio.SocketStream`."""
+
+    def __init__(self, stream: trio.SocketStream, first: bytes) -> None:
+        self._stream = stream
+        self._first = first
+        self.socket = stream.socket
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Like `trio.abc.ReceiveStream.receive_some`."""
+        if not self._first:
+            return await self._stream.receive_some(max_bytes)
+        await trio.lowlevel.checkpoint()
+        head, self._first = self._first[:max_bytes], self._first[max_bytes:] if max_bytes else b""
+        return head
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Like `trio.abc.SendStream.send_all`."""
+        await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        """Like `trio.abc.HalfCloseableStream.send_eof`."""
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """Closes the stream."""
+        await self._stream.aclose()
+
+
+Http = Callable[[PushbackStream, Peer], Awaitable[None]]
+
+
+class IngestLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds to wait for a client."""
+
+    frame_s: float = 30.0
+    """From one piece of an unfinished frame to the next."""
+    send_s: float = 30.0
+    """For up to 64 KiB of answers to be taken."""
+    first_byte_s: float = 30.0
+    linger_s: float = 2.0
+    """After a last answer: how long unread input is discarded, so that the client comes to read the answer."""
+
+
+DEFAULT_LIMITS = IngestLimits()
+
+
+async def run_ingest(
+    listener: trio.SocketListener,
+    handle: Handle,
+    *,
+    max_frame_bytes: int,
+    max_connections: int,
+    log: logging.Logger,
+    in_flight_per_connection: int = 64,
+    http: Http | None = None,
+    grace_s: float = 5.0,
+    limits: IngestLimits = DEFAULT_LIMITS,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves the ingest socket until cancelled; frames already handed to `handle` are then answered within `grace_s`.
+
+    A connection has up to `in_flight_per_connection` frames with `handle` at once, which may run in any order; the
+    answers keep the frames' order. At that bound, and for as long as the client does not read, nothing more is read.
+    At `max_connections` nothing more is accepted: clients wait in the backlog. A connection whose first byte is a
+    letter is given to `http`, or answered 501. Closes `listener`.
+
+    Raises: ValueError for a `max_frame_bytes` that frames cannot have.
+    """
+    if in_flight_per_connection < 1 or max_connections < 1:
+        raise ValueError("in_flight_per_connection and max_connections must be at least 1")
+    FrameDecoder(max_frame_bytes)
+    shared = _Shared(
+        handle=handle,
+        http=http,
+        max_frame_bytes=max_frame_bytes,
+        in_flight=in_flight_per_connection,
+        limits=limits,
+        log=log,
+        places=trio.Semaphore(max_connections),
+        stopping=trio.Event(),
+    )
+    async with trio.open_nursery() as outside:
+        outside.start_soon(_set_when_cancelled, shared.stopping)
+        async with trio.open_nursery() as connections:
+            # Cancellation is turned into a stop, which sets the deadline of this shield.
+            connections.cancel_scope.shield = True
+            async with trio.open_nursery() as accepting:
+                accepting.start_soon(_accept, listener, shared, connections)
+                task_status.started()
+                await shared.stopping.wait()
+                accepting.cancel_scope.cancel()
+            connections.cancel_scope.deadline = trio.current_time() + grace_s
+            for reading in list(shared.readers):
+                reading.cancel()
+        outside.cancel_scope.cancel()
+
+
+class _Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """What all connections of a listener have in common."""
+
+    handle: Handle
+    http: Http | None
+    max_frame_bytes: int
+    in_flight: int
+    limits: IngestLimits
+    log: logging.Logger
+    places: trio.Semaphore
+    stopping: trio.Event
+    readers: set[trio.CancelScope] = msgspec.field(default_factory=set)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Waiting for a client, which a stop ends at once."""
+        with trio.CancelScope() as scope:
+            self.readers.add(scope)
+            if self.stopping.is_set():
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self.readers.discard(scope)
+
+
+async def _set_when_cancelled(event: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
+
+
+async def _accept(listener: trio.SocketListener, shared: _Shared, connections: trio.Nursery) -> None:
+    async with listener:
+        while True:
+            await shared.places.acquire()
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                shared.places.release()
+                shared.log.warning("cannot accept an ingest connection: %s", error)
+                await trio.sleep(ACCEPT_PAUSE_S)
+            else:
+                connections.start_soon(_serve, stream, shared)
+
+
+async def _serve(stream: trio.SocketStream, shared: _Shared) -> None:
+    try:
+        await _talk(stream, peer_credentials(stream), shared)
+    except* _GONE as group:
+        shared.log.debug("an ingest connection broke: %r", group.exceptions[0])
+    except* Exception:
+        shared.log.warning("an ingest connection ended in an error", exc_info=True)
+    finally:
+        stream.socket.close()
+        shared.places.release()
+
+
+async def _talk(stream: trio.SocketStream, peer: Peer, shared: _Shared) -> None:
+    first = b""
+    with trio.move_on_after(shared.limits.first_byte_s), shared.reading():
+        first = await stream.receive_some(RECEIVE_BYTES)
+    if not first:
+        return
+    if not first[:1].isalpha():
+        await _Frames(stream, peer, shared).run(first)
+    elif shared.http is not None:
+        await shared.http(PushbackStream(stream, first), peer)
+    else:
+        with trio.move_on_after(shared.limits.send_s):
+            await stream.send_all(bare_response(501))
+        await _linger(stream, shared.limits.linger_s)
+
+
+async def _linger(stream: trio.SocketStream, linger_s: float) -> None:
+    """Lets a client that is still sending finish, so that it comes to read its answer."""
+    with trio.move_on_after(linger_s):
+        await stream.send_eof()
+        while await stream.receive_some(RECEIVE_BYTES):
+            pass
+
+
+class _Answer:
+    """The place of one frame's answer in the order of answers."""
+
+    __slots__ = ("body", "ready")
+
+    def __init__(self) -> None:
+        self.body = b""
+        self.ready = trio.Event()
+
+    def set(self, body: bytes) -> None:
+        self.body = body
+        self.ready.set()
+
+
+class _Frames:
+    """A connection that speaks frames: one task reads, one a frame handles, one writes the answers in order."""
+
+    def __init__(self, stream: trio.SocketStream, peer: Peer, shared: _Shared) -> None:
+        self._stream = stream
+        self._peer = peer
+        self._shared = shared
+        # A frame's place is free again when its answer is written, so a client that does not read is not read.
+        self._places = trio.Semaphore(shared.in_flight)
+        self._answers: deque[_Answer] = deque()
+        self._changed = trio.Event()
+        self._ended = False
+        self._oversized = False
+
+    async def run(self, first: bytes) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write, nursery.cancel_scope)
+            with self._shared.reading():
+                await self._read(first, nursery)
+            self._ended = True
+            self._changed.set()
+        if self._oversized:
+            await _linger(self._stream, self._shared.limits.linger_s)
+
+    async def _read(self, data: bytes, nursery: trio.Nursery) -> None:
+        decoder = FrameDecoder(self._shared.max_frame_bytes)
+        while data:
+            for item in decoder.feed(data):
+                await self._places.acquire()
+                answer = _Answer()
+                self._answers.append(answer)
+                self._changed.set()
+                if isinstance(item, Oversized):
+                    answer.set(_too_large(item, self._shared.max_frame_bytes))
+                    self._oversized = True
+                    return
+                nursery.start_soon(self._handle, item, answer)
+            data = b""
+            with trio.move_on_after(self._shared.limits.frame_s if decoder.partial else inf):
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+
+    async def _handle(self, body: bytes, answer: _Answer) -> None:
+        try:
+            answer.set(await self._shared.handle(body, self._peer))
+        except* Exception:
+            self._shared.log.exception("an ingest frame failed")
+            answer.set(_INTERNAL)
+
+    async def _write(self, connection: trio.CancelScope) -> None:
+        answers = self._answers
+        while True:
+            while not answers:
+                if self._ended:
+                    return
+                self._changed = trio.Event()
+                await self._changed.wait()
+            await answers[0].ready.wait()
+            out = bytearray()
+            written = 0
+            while answers and answers[0].ready.is_set() and len(out) < ANSWER_BYTES:
+                out += encode(answers.popleft().body)
+                written += 1
+            with trio.move_on_after(self._shared.limits.send_s) as sending:
+                await self._stream.send_all(out)
+            if sending.cancelled_caught:
+                self._shared.log.debug("an ingest client did not read its answers and was cut off")
+                connection.cancel()
+                return
+            for _ in range(written):
+                self._places.release()
+
+
+_INTERNAL = msgspec.json.encode(
+    {"ok": False, "code": "internal", "detail": "The frame failed inside the daemon; its log says why. Send it again."}
+)
+
+
+def _too_large(item: Oversized, max_frame_bytes: int) -> bytes:
+    detail = f"A frame of {item.announced_bytes} bytes is over the limit of {max_frame_bytes}: send smaller batches."
+    return msgspec.json.encode({"ok": False, "code": "too_large", "detail": detail})

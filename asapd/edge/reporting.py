@@ -1,0 +1,159 @@
+"""Reporting usage: the one path from a body to the meter and to its reply, behind every door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from asapd.actors.messages import Idempotency, Report
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.usage import UsageEvent
+from asapd.edge.asking import ask_actor
+from asapd.edge.services import Services
+from asapd.wire.problem import problem
+from asapd.wire.usage import MAX_ERRORS, BodyFormat, Events, decode_events
+
+
+async def report(
+    services: Services,
+    caller: Caller,
+    body: bytes,
+    body_format: BodyFormat,
+    *,
+    partial: bool = False,
+    idempotency: Idempotency | None = None,
+    wait_for_room: bool = False,
+) -> dict[str, Any] | Refusal:
+    """Record what a body holds and return the reply, after the commit.
+
+    Without `partial` one bad event refuses the whole body; with it the bad ones are left out and named.
+    """
+    if not caller.may(Permission.INGEST):
+        return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
+    decoded = decode_events(body, body_format)
+    if isinstance(decoded, Refusal):
+        return decoded
+    refusal = decoded.refusal or _check_agents(decoded, caller)
+    if refusal is not None and not partial:
+        return refusal
+    events, places = decoded.events, decoded.places
+    errors = list(decoded.errors)
+    if partial:
+        events, places, foreign = _own(decoded, caller)
+        errors += foreign
+        untimely = _untimely(services, events, places)
+        errors += untimely
+        if untimely:
+            late = {error.index for error in untimely}
+            kept = [(event, place) for event, place in zip(events, places, strict=True) if place not in late]
+            events, places = [event for event, _ in kept], [place for _, place in kept]
+    recorded = await ask_actor(
+        services.mailboxes.meter,
+        lambda reply: Report(caller, events, places if decoded.is_batch else None, partial, idempotency, reply),
+        wait_for_room=wait_for_room,
+    )
+    if isinstance(recorded, Refusal):
+        return recorded
+    reply: dict[str, Any] = {
+        "status": "recorded",
+        "recorded": recorded.recorded,
+        "duplicates": recorded.duplicates,
+        "unprotected": recorded.unprotected,
+        "ids": recorded.ids,
+    }
+    if decoded.is_batch:
+        reply["count"] = len(recorded.ids)
+        reply["task_ids"] = [event.task_id for event in events]
+    elif events:
+        reply["task_id"] = events[0].task_id
+    if partial:
+        errors += [
+            FieldError("id", f"{events[index].id} was reported before with other content", places[index])
+            for index, _ in recorded.conflicts
+        ]
+        reply["refused"] = len({error.index for error in errors})
+        reply["errors"] = errors[:MAX_ERRORS]
+    return reply
+
+
+def _check_agents(decoded: Events, caller: Caller) -> Refusal | None:
+    _, _, foreign = _own(decoded, caller)
+    if not foreign:
+        return None
+    detail = f"nothing was recorded: {foreign[0].field} {foreign[0].reason}"
+    return Refusal("forbidden", detail, tuple(foreign[:MAX_ERRORS]))
+
+
+def _own(decoded: Events, caller: Caller) -> tuple[list[UsageEvent], list[int], list[FieldError]]:
+    """The events of agents that the caller may report for, their places, and errors for the others."""
+    if "*" in caller.agents:
+        return decoded.events, decoded.places, []
+    events: list[UsageEvent] = []
+    places: list[int] = []
+    foreign: list[FieldError] = []
+    for event, place in zip(decoded.events, decoded.places, strict=True):
+        if caller.may_touch(event.agent):
+            events.append(event)
+            places.append(place)
+        else:
+            reason = f"{event.agent} is not one this key may report for"
+            foreign.append(FieldError("agent", reason, place if decoded.is_batch else None))
+    return events, places, foreign
+
+
+def _untimely(services: Services, events: list[UsageEvent], places: list[int]) -> list[FieldError]:
+    metering = services.settings().metering
+    now_us = services.clock.now_us()
+    earliest_us, latest_us = now_us - metering.late_max_us, now_us + metering.clock_skew_max_us
+    return [
+        FieldError("timestamp", "is too old or in the future", place)
+        for event, place in zip(events, places, strict=True)
+        if not earliest_us <= event.timestamp_us <= latest_us
+    ]
+
+
+def validate(services: Services, caller: Caller, body: bytes, body_format: BodyFormat) -> dict[str, Any] | Refusal:
+    """Say what reporting a body would say of its form, recording nothing; always an answer, never a refusal of it."""
+    if not caller.may(Permission.INGEST):
+        return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
+    decoded = decode_events(body, body_format)
+    if isinstance(decoded, Refusal):
+        return {"valid": False, "error": decoded.detail, "code": decoded.code}
+    late = [
+        FieldError(error.field, error.reason, error.index if decoded.is_batch else None)
+        for error in _untimely(services, decoded.events, decoded.places)
+    ]
+    foreign = _check_agents(decoded, caller)
+    errors = [*decoded.errors, *(foreign.errors if foreign is not None else ()), *late]
+    if errors:
+        first = errors[0]
+        return {
+            "valid": False,
+            "error": f"{first.field} {first.reason}",
+            "code": "invalid",
+            "errors": errors[:MAX_ERRORS],
+        }
+    reply: dict[str, Any] = {"valid": True, "count": len(decoded.events)}
+    if not decoded.is_batch:
+        event = decoded.events[0]
+        reply |= {"task_id": event.task_id, "agent_id": event.agent, "consumer_id": event.consumer}
+    return reply
+
+
+_frame_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+async def report_frame(services: Services, caller: Caller | None, body: bytes) -> bytes:
+    """Answer one frame of the ingest socket: msgpack, or JSON when it begins with `{` or `[`."""
+    if caller is None:
+        outcome: dict[str, Any] | Refusal = Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
+    else:
+        body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
+        outcome = await report(services, caller, body, body_format, wait_for_room=True)
+    if isinstance(outcome, Refusal):
+        document = problem(outcome)
+        return _frame_encoder.encode({"ok": False, **document})
+    del outcome["status"]
+    return _frame_encoder.encode({"ok": True, **outcome})

@@ -1,0 +1,72 @@
+"""What the doors are given by the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from asapd import config
+from asapd.actors.gatekeeper import KeyRing
+from asapd.actors.messages import (
+    AuditorMessage,
+    GatekeeperMessage,
+    MeterMessage,
+    ProberMessage,
+    RegistryMessage,
+    WatcherMessage,
+)
+from asapd.actors.notifier import Subscription
+from asapd.actors.reads import Reads
+from asapd.core.access import Caller
+from asapd.core.errors import Refusal
+from asapd.edge.sockets import Peer
+from asapd.runtime.clock import Clock
+
+ASK_S = 30.0
+"""How long a door waits for an actor: a commit on a slow disk behind a full queue takes seconds at worst."""
+
+
+@dataclass(frozen=True)
+class Mailboxes:
+    """The send ends of the actors' mailboxes."""
+
+    meter: trio.MemorySendChannel[MeterMessage]
+    registry: trio.MemorySendChannel[RegistryMessage]
+    prober: trio.MemorySendChannel[ProberMessage]
+    watcher: trio.MemorySendChannel[WatcherMessage]
+    gatekeeper: trio.MemorySendChannel[GatekeeperMessage]
+    auditor: trio.MemorySendChannel[AuditorMessage]
+
+
+class Subscribe(Protocol):
+    """Opens a cursor over breach transitions."""
+
+    def __call__(self, *, resume_after: int | None, wanted: Callable[[Any], bool]) -> Subscription:
+        """From behind `resume_after`, or from now on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a door may use. `settings` answers the configuration in force now."""
+
+    mailboxes: Mailboxes
+    reads: Reads
+    ring: KeyRing
+    clock: Clock
+    settings: Callable[[], config.Config]
+    subscribe: Subscribe
+    last_alert: Callable[[], int]
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    is_ready: Callable[[], bool]
+    reload: Callable[[str], Awaitable[dict[str, Any] | Refusal]]
+    restart_actor: Callable[[str, str], Awaitable[bool]]
+    metrics: Callable[[], bytes]
+    manifest: Callable[[], dict[str, Any]]
+    health: Callable[[], dict[str, Any]]
+    ingest_caller: Callable[[Peer], Caller | None]
+    daemon_uid: int
+    version: str

@@ -1,0 +1,159 @@
+"""Live alerts: JSON-RPC over a WebSocket. Every subscriber has a cursor of its own over the stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from quart import Response, websocket
+from quart_trio import QuartTrio
+
+from asapd.actors.notifier import Gap, Subscription
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import Refusal
+from asapd.edge.auth import check_host, tcp_caller
+from asapd.edge.http.replies import refuse
+from asapd.edge.services import Services
+from asapd.runtime.fanout import FeedClosed
+from asapd.wire import jsonrpc
+from asapd.wire.jsonrpc import Fault, Subscribe
+
+SUBPROTOCOL = "asapd.v1"
+_BEARER = "asapd.bearer."
+GOING_AWAY = 1001
+TRY_AGAIN_LATER = 1013
+
+# A subscriber that takes nothing for this long is let go; it comes back with its last seq.
+SEND_S = 10.0
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+
+    @app.before_websocket
+    async def authenticate() -> Response | None:
+        foreign = check_host(websocket.headers, services.settings().http)
+        return None if foreign is None else refuse(foreign)
+
+    @app.websocket("/ws")
+    async def live() -> Response | None:
+        caller = _caller(services)
+        if isinstance(caller, Refusal):
+            return refuse(caller)
+        if not caller.may(Permission.READ):
+            return refuse(Refusal("forbidden", f"a key with role {caller.role} may not read alerts"))
+        offered = websocket.requested_subprotocols
+        await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await _Session(services, caller).run()
+        return None
+
+
+def _caller(services: Services) -> Caller | Refusal:
+    door = websocket.scope["asapd"]  # type: ignore[typeddict-item]  # put there by the door
+    if door["door"] == "admin":
+        from asapd.edge.auth import admin_socket_caller
+
+        return admin_socket_caller(door["peer"], services.daemon_uid)
+    for protocol in websocket.requested_subprotocols:
+        if protocol.startswith(_BEARER):
+            found = services.ring.find(protocol.removeprefix(_BEARER))
+            if found is not None:
+                return found
+    return tcp_caller(websocket.headers, services.ring, services.settings().http)
+
+
+class _Session:
+    """One connection: a task reads requests, another sends alerts, and only one of them writes at a time."""
+
+    def __init__(self, services: Services, caller: Caller) -> None:
+        self._services = services
+        self._caller = caller
+        self._sending = trio.Lock()
+        self._following: trio.CancelScope | None = None
+        self._sent_seq = 0
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                message = await websocket.receive()
+                await self._handle(message, nursery)
+
+    async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
+        request = jsonrpc.decode_request(message)
+        if isinstance(request, Fault):
+            await self._send(jsonrpc.fault(request))
+            return
+        match request.method:
+            case "sla.subscribe":
+                wanted = jsonrpc.decode_subscribe(request.params)
+                if isinstance(wanted, str):
+                    await self._send(
+                        jsonrpc.fault(Fault(jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}", request.id))
+                    )
+                    return
+                self._stop_following()
+                subscription = self._services.subscribe(resume_after=wanted.resume_after, wanted=self._filter(wanted))
+                answer: dict[str, Any] = {"subscribed": True, "seq": self._services.last_alert()}
+                # Answered before the first alert can go out: the lock is fair.
+                await self._send(jsonrpc.result(request.id, answer))
+                self._following = trio.CancelScope()
+                nursery.start_soon(self._follow, subscription, self._following)
+                return
+            case "sla.unsubscribe":
+                self._stop_following()
+                answer = {"unsubscribed": True}
+            case "ping":
+                answer = {"pong": True}
+            case other:
+                await self._send(
+                    jsonrpc.fault(Fault(jsonrpc.METHOD_NOT_FOUND, f"Method not found: {other[:100]}", request.id))
+                )
+                return
+        if request.wants_answer:
+            await self._send(jsonrpc.result(request.id, answer))
+
+    def _stop_following(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            self._following = None
+
+    def _filter(self, wanted: Subscribe) -> Any:
+        caller = self._caller
+
+        def accept(alert: Any) -> bool:
+            if wanted.agent_id is not None and alert.agent_id != wanted.agent_id:
+                return False
+            if wanted.min_severity == "critical" and alert.severity != "critical":
+                return False
+            if caller.tenant is not None and alert.tenant != caller.tenant:
+                return False
+            return "*" in caller.agents or caller.may_touch(alert.agent_id)
+
+        return accept
+
+    async def _follow(self, subscription: Subscription, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                try:
+                    alerts = await subscription.next_alerts()
+                except FeedClosed:
+                    await self._close(GOING_AWAY, "asapd is shutting down")
+                    return
+                for alert in alerts:
+                    if isinstance(alert, Gap):
+                        gap = {"first_missing": alert.first_missing, "last_missing": alert.last_missing}
+                        await self._send(jsonrpc.notification("gap", gap))
+                        continue
+                    await self._send(jsonrpc.notification("sla.breach", alert.params))
+                    self._sent_seq = alert.seq
+
+    async def _send(self, text: str) -> None:
+        with trio.move_on_after(SEND_S) as patience:
+            async with self._sending:
+                await websocket.send(text)
+        if patience.cancelled_caught:
+            await self._close(TRY_AGAIN_LATER, f"too slow: resume_after {self._sent_seq}")
+
+    async def _close(self, code: int, reason: str) -> None:
+        with trio.move_on_after(1):
+            await websocket.close(code, reason)

@@ -1,0 +1,153 @@
+"""Request and reply between tasks: a message carries a slot for its answer, the caller holds a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from types import TracebackType
+from typing import Generic, Self, TypeVar, cast
+
+import trio
+
+T = TypeVar("T")
+M = TypeVar("M")
+
+
+class Unavailable(Exception):  # noqa: N818 -- named for what the caller meets, as trio names its own
+    """Nobody's bug: the answerer is busy, away or slow. Tell the client to try again after `retry_after_s`."""
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class MailboxFull(Unavailable):
+    """The load is above what the answerer can do; nothing was sent and nothing was done. Slow down, then try again."""
+
+
+class AnswererGone(Unavailable):
+    """The answerer crashed with the request in hand, or has shut down. Try again; ask for the outcome first."""
+
+
+class NoAnswerInTime(Unavailable):
+    """The deadline passed after the request was sent: it may still take effect. Try again with the same identity."""
+
+
+class HandlerFailed(Exception):  # noqa: N818 -- named for what the caller meets
+    """The answerer has a bug that this request meets; its traceback is in the log. Trying again does not help."""
+
+
+class AlreadyAnswered(Exception):  # noqa: N818 -- named for what the handler did
+    """A bug of the handler: it answered twice, or after its reply was closed. The first outcome stands."""
+
+
+class _State(Enum):
+    PENDING = "pending"
+    ANSWERED = "answered"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class Reply(Generic[T]):
+    """A slot for one answer; as a context manager it closes on exit, so that a crash never leaves the caller hanging.
+
+    The first of `send`, `fail` and `close` decides. All three are synchronous and harmless when the caller has left.
+    """
+
+    __slots__ = ("_ended", "_state", "_value")
+
+    def __init__(self) -> None:
+        self._state = _State.PENDING
+        self._value: T | None = None
+        self._ended = trio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the slot was answered, failed or closed."""
+        return self._state is not _State.PENDING
+
+    def send(self, value: T) -> None:
+        """Answer the caller.
+
+        Raises AlreadyAnswered when the slot has ended.
+        """
+        if self.ended:
+            raise AlreadyAnswered(f"the reply is {self._state.value} already")
+        self._value = value
+        self._end(_State.ANSWERED)
+
+    def fail(self) -> None:
+        """Tell the caller that the handler has a bug; does nothing once the slot has ended."""
+        if not self.ended:
+            self._end(_State.FAILED)
+
+    def close(self) -> None:
+        """Tell the caller that no answer will come; does nothing once the slot has ended."""
+        if not self.ended:
+            self._end(_State.CLOSED)
+
+    async def wait_ended(self) -> None:
+        """Return once the slot was answered, failed or closed."""
+        await self._ended.wait()
+
+    def result_nowait(self) -> T:
+        """The answer of a slot that has ended.
+
+        Raises HandlerFailed or AnswererGone when it ended without one, trio.WouldBlock when it has not ended.
+        """
+        if self._state is _State.PENDING:
+            raise trio.WouldBlock
+        if self._state is _State.FAILED:
+            raise HandlerFailed("the request met a bug, which was logged")
+        if self._state is _State.CLOSED:
+            raise AnswererGone("the answerer went away with the request in hand; its outcome is unknown")
+        return cast("T", self._value)
+
+    def _end(self, state: _State) -> None:
+        self._state = state
+        self._ended.set()
+
+
+async def ask(
+    mailbox: trio.MemorySendChannel[M],
+    build: Callable[[Reply[T]], M],
+    *,
+    deadline_s: float,
+    wait_for_room: bool = False,
+) -> T:
+    """Send the message that `build` makes around a fresh reply, and return the answer.
+
+    A full mailbox is refused at once; with `wait_for_room` it is waited for, within the same deadline, which suits a
+    socket that stops reading meanwhile. A caller that is cancelled before the message was accepted has sent nothing.
+
+    Raises MailboxFull (nothing was done), AnswererGone, NoAnswerInTime (the outcome is unknown) and HandlerFailed.
+    """
+    reply: Reply[T] = Reply()
+    message = build(reply)
+    sent = False
+    with trio.move_on_after(deadline_s):
+        try:
+            if wait_for_room:
+                await mailbox.send(message)
+            else:
+                mailbox.send_nowait(message)
+        except trio.WouldBlock:
+            raise MailboxFull("the queue is full; nothing was done") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise AnswererGone("the answerer has shut down; nothing was done") from None
+        sent = True
+        await reply.wait_ended()
+    if not sent:
+        raise MailboxFull(f"the queue stayed full for {deadline_s:g} s; nothing was done")
+    # Not the scope's verdict: an answer that arrives together with the deadline still counts.
+    if not reply.ended:
+        raise NoAnswerInTime(f"no answer within {deadline_s:g} s; the request may still take effect")
+    return reply.result_nowait()

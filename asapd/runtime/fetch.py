@@ -1,0 +1,329 @@
+"""Outbound GET with every bound that a hostile or broken server makes necessary.
+
+A name is resolved here, its addresses are held against the allowed networks, and exactly a checked
+address is connected to: a name that answers differently the second time gains nothing. TLS and the
+Host header keep the name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+import ssl
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import aclosing
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import SplitResult, urlsplit
+
+import httpcore2
+import msgspec
+import trio
+
+Network = IPv4Network | IPv6Network
+Reason = Literal["timeout", "refused", "dns", "not_allowed", "too_large", "tls", "redirect", "protocol"]
+
+LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+_KEPT_HEADERS = frozenset({b"content-type", b"date", b"etag", b"retry-after"})
+_RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200  # linux/route.h
+_URL_CHARACTERS = re.compile(r"[!-~]+\Z")
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """A whole answer, of any status but 3xx.
+
+    `elapsed_ms` counts from the call to the last byte, connecting included, rounded up. `headers` has
+    lower-case names and only content-type, date, etag and retry-after.
+    """
+
+    status: int
+    body: bytes
+    elapsed_ms: int
+    headers: dict[str, str]
+
+
+class FetchFailed(msgspec.Struct, frozen=True):
+    """No whole answer. `reason` is stable, `detail` is for people."""
+
+    reason: Reason
+    detail: str
+
+
+class _UnreachableError(Exception):
+    """The way to the server ended before HTTP began; carries the outcome through the HTTP library."""
+
+    def __init__(self, failed: FetchFailed) -> None:
+        super().__init__(failed.detail)
+        self.failed = failed
+
+
+class Fetcher:
+    """GETs with kept-alive connections; use as an async context manager, or call `aclose`.
+
+    Redirects are not followed, cookies not kept, proxy settings not looked at, and certificates
+    verified by `ssl_context` (default: the authorities OpenSSL finds on the host). Up to `max_idle`
+    connections stay open, each for `keepalive_s` at most.
+    """
+
+    def __init__(
+        self,
+        allowed_networks: Sequence[Network],
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        user_agent: str = "asapd",
+        max_idle: int = 64,
+        keepalive_s: float = 75.0,
+    ) -> None:
+        self._user_agent = user_agent
+        self._pool = httpcore2.AsyncConnectionPool(
+            # Made once: the pool would load all authorities again for each connection.
+            ssl_context=ssl.create_default_context() if ssl_context is None else ssl_context,
+            max_connections=None,  # the caller bounds how many run at once; a queue here would eat their deadlines
+            max_keepalive_connections=max_idle,
+            keepalive_expiry=keepalive_s,
+            network_backend=_GuardedNetwork(tuple(allowed_networks)),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the idle connections."""
+        await self._pool.aclose()
+
+    async def get(
+        self, url: str, *, deadline_s: float, max_bytes: int, accept: str = "application/json"
+    ) -> Fetched | FetchFailed:
+        """GET `url` within `deadline_s` seconds, everything included, and at most `max_bytes` of body.
+
+        Cancellation passes through and closes the connection.
+        """
+        target = _target(url)
+        if isinstance(target, FetchFailed):
+            return target
+        headers = [
+            (b"Host", target.netloc.encode()),
+            (b"User-Agent", self._user_agent.encode()),
+            (b"Accept", accept.encode()),
+            # Without it a few compressed bytes could stand for gigabytes.
+            (b"Accept-Encoding", b"identity"),
+        ]
+        started_s = trio.current_time()
+        attempt = _Attempt()
+        with trio.move_on_after(deadline_s):
+            while True:
+                attempt = _Attempt()
+                try:
+                    async with self._pool.stream(
+                        b"GET", url.partition("#")[0], headers=headers, extensions={"trace": attempt.trace}
+                    ) as response:
+                        return await _read(response, max_bytes, started_s)
+                except _UnreachableError as error:
+                    return error.failed
+                except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
+                    if attempt.may_repeat:
+                        continue
+                    return FetchFailed("protocol", f"{attempt.phase} failed: {str(error) or type(error).__name__}")
+        return FetchFailed("timeout", f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long")
+
+
+class _Attempt:
+    """How far one attempt came."""
+
+    def __init__(self) -> None:
+        self.phase = "sending the request"
+        self.reused = True
+        self.answered = False
+
+    @property
+    def may_repeat(self) -> bool:
+        # RFC 9112 9.3.1: a server may close an idle connection in the moment it is used again, and a GET may then
+        # be repeated. Each failure takes one idle connection away and a fresh one is not repeated, so this ends.
+        return self.reused and not self.answered
+
+    async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002 -- the library's signature
+        match event:
+            case "connection.connect_tcp.started":
+                self.reused = False
+                self.phase = "connecting"
+            case "connection.start_tls.started":
+                self.phase = "the TLS handshake"
+            case "http11.receive_response_headers.started":
+                self.phase = "waiting for the answer"
+            case "http11.receive_response_headers.complete":
+                self.answered = True
+                self.phase = "reading the body"
+
+
+class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
+    def __init__(self, allowed: tuple[Network, ...]) -> None:
+        self._allowed = allowed
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ARG002 -- the deadline around the whole operation bounds this
+        local_address: str | None = None,  # noqa: ARG002 -- the library's signature
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,  # noqa: ARG002 -- the library's signature
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise _UnreachableError(FetchFailed("dns", f"{host} has no address: {error}")) from None
+        usable = [(family, where) for family, _, _, _, where in found if self._is_allowed(str(where[0]))]
+        if not usable:
+            addresses = ", ".join(dict.fromkeys(str(where[0]) for *_, where in found))
+            detail = f"{host} is at {addresses}, outside the allowed networks"
+            raise _UnreachableError(FetchFailed("not_allowed", detail))
+        failure = ""
+        for tried, (family, where) in enumerate(usable):
+            # An address that swallows packets must leave time for those behind it; the last may use it all.
+            left = len(usable) - tried
+            share_s = (trio.current_effective_deadline() - trio.current_time()) / left if left > 1 else math.inf
+            with trio.move_on_after(share_s):
+                connection = trio.socket.socket(family, socket.SOCK_STREAM)
+                try:
+                    await connection.connect(where)
+                except OSError as error:
+                    connection.close()
+                    failure = f"{where[0]} port {port}: {error.strerror or error}"
+                    continue
+                return _Stream(trio.SocketStream(connection))
+            failure = f"{where[0]} port {port}: no answer"
+        raise _UnreachableError(FetchFailed("refused", failure))
+
+    def _is_allowed(self, address: str) -> bool:
+        ip: IPv4Address | IPv6Address = ip_address(address)
+        if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        return not ip.is_link_local and any(ip in network for network in self._allowed)
+
+
+class _Stream(httpcore2.AsyncNetworkStream):
+    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 -- as above
+        try:
+            return bytes(await self._stream.receive_some(max_bytes))
+        except trio.BrokenResourceError as error:
+            raise httpcore2.ReadError("the connection was reset") from error
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 -- as above
+        try:
+            await self._stream.send_all(buffer)
+        except trio.BrokenResourceError as error:
+            raise httpcore2.WriteError("the connection was reset") from error
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ARG002 -- as above
+    ) -> httpcore2.AsyncNetworkStream:
+        assert isinstance(self._stream, trio.SocketStream)
+        secure = trio.SSLStream(self._stream, ssl_context, server_hostname=server_hostname, https_compatible=True)
+        try:
+            await secure.do_handshake()
+        except trio.BrokenResourceError as error:
+            self._stream.socket.close()
+            detail = str(error.__cause__ or "the connection was closed in the handshake")
+            raise _UnreachableError(FetchFailed("tls", detail)) from None
+        except trio.Cancelled:
+            # The library forgets a connection that is cancelled here, and leaves its socket open.
+            self._stream.socket.close()
+            raise
+        return _Stream(secure)
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "is_readable":  # asked of an idle connection: readable means closed by the server
+            stream = self._stream
+            transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+            return transport.socket.is_readable()
+        return None
+
+
+def _target(url: str) -> SplitResult | FetchFailed:
+    try:
+        parts = urlsplit(url)
+        usable = bool(_URL_CHARACTERS.match(url) and parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.scheme not in ("http", "https") or "@" in parts.netloc:
+        return FetchFailed("not_allowed", "only http and https addresses, without user name or password, are fetched")
+    return parts
+
+
+async def _read(response: httpcore2.Response, max_bytes: int, started_s: float) -> Fetched | FetchFailed:
+    if 300 <= response.status < 400:
+        return FetchFailed("redirect", f"answered with status {response.status}; redirects are not followed")
+    coding = next((value for name, value in response.headers if name.lower() == b"content-encoding"), b"identity")
+    if coding.lower() != b"identity":
+        return FetchFailed("protocol", "answered with a compressed body, which was not asked for")
+    parts: list[bytes] = []
+    size = 0
+    async with aclosing(response.aiter_stream()) as chunks:
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > max_bytes:
+                return FetchFailed("too_large", f"the body is larger than {max_bytes} bytes")
+            parts.append(chunk)
+    headers = {
+        name.lower().decode("ascii"): value.decode("latin-1")
+        for name, value in response.headers
+        if name.lower() in _KEPT_HEADERS
+    }
+    elapsed_ms = math.ceil((trio.current_time() - started_s) * 1000)
+    return Fetched(response.status, b"".join(parts), elapsed_ms, headers)
+
+
+def host_networks(
+    route_text: str, if_inet6_text: str, *, byteorder: Literal["little", "big"] = sys.byteorder
+) -> list[Network]:
+    """Loopback and the networks the host is connected to, from /proc/net/route and /proc/net/if_inet6.
+
+    What lies behind a gateway, default routes and link-local networks are left out. /proc/net/route
+    writes addresses in the byte order of the machine.
+    """
+    return list(dict.fromkeys([*LOOPBACK, *_ipv4_networks(route_text, byteorder), *_ipv6_networks(if_inet6_text)]))
+
+
+def own_networks(proc_net: Path = Path("/proc/net")) -> list[Network]:
+    """`host_networks` of this host as it is now; what cannot be read counts as empty."""
+    texts = []
+    for name in ("route", "if_inet6"):
+        try:
+            texts.append((proc_net / name).read_text(encoding="ascii"))
+        except OSError:  # if_inet6 is missing where IPv6 is switched off
+            texts.append("")
+    return host_networks(texts[0], texts[1])
+
+
+def _ipv4_networks(text: str, byteorder: Literal["little", "big"]) -> Iterator[Network]:
+    for line in text.splitlines()[1:]:
+        _interface, destination, _gateway, flags, _refs, _use, _metric, mask, *_rest = line.split()
+        wanted = int(flags, 16) & (_RTF_UP | _RTF_GATEWAY | _RTF_REJECT) == _RTF_UP
+        if wanted and int(mask, 16):
+            numbers = [int(part, 16).to_bytes(4, byteorder) for part in (destination, mask)]
+            network = IPv4Network((numbers[0], str(IPv4Address(numbers[1]))))
+            if not network.is_link_local:
+                yield network
+
+
+def _ipv6_networks(text: str) -> Iterator[Network]:
+    for line in text.splitlines():
+        address, _index, prefix, *_rest = line.split()
+        network = IPv6Network((int(address, 16), int(prefix, 16)), strict=False)
+        if network.prefixlen and not network.is_link_local:
+            yield network

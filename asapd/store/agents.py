@@ -1,0 +1,315 @@
+"""The directory of agents, their manifests, probes and uptime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.errors import Refusal
+from asapd.core.uptime import Segment, fold_probe
+from asapd.store.rows import fetch
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import (
+    AgentRecord,
+    AgentsChanged,
+    PutAgent,
+    RecordManifest,
+    RecordProbe,
+    RemoveAgent,
+    RowWritten,
+    SyncAgents,
+)
+from asapd.store.visibility import Visibility, visible_text
+
+_COLUMNS = "url, tenant, public_key, tier, sla"
+
+
+class DirectoryAgent(msgspec.Struct, frozen=True):
+    """An agent as the directory holds it, with its newest manifest and probe."""
+
+    id: str
+    url: str
+    tenant: str
+    origin: str
+    public_key: str | None
+    tier: str | None
+    sla: dict[str, Any] | None
+    added_us: int
+    state: str
+    since_us: int
+    ok_streak: int
+    fail_streak: int
+    manifest: StoredManifest | None
+    last_probe: StoredProbe | None
+
+
+class StoredManifest(msgspec.Struct, frozen=True):
+    """The newest manifest of an agent, without its body."""
+
+    fetched_us: int
+    digest: str
+    verification: str
+    sla: dict[str, Any] | None
+    sla_error: str | None
+    ttl_seconds: int | None
+    public_key: str | None
+
+
+class StoredProbe(msgspec.Struct, frozen=True):
+    """One probe: `up` is what counts for uptime, `reason` why it failed."""
+
+    ts_us: int
+    up: bool
+    status: str | None
+    latency_us: int | None
+    reason: str | None
+    detail: str | None
+    hold_us: int
+
+
+# --- units
+
+
+def put(tx: Tx, unit: PutAgent) -> AgentsChanged:
+    """Add or change an agent through the API.
+
+    Raises:
+        RefuseError: the agent comes from the configuration, which then decides.
+    """
+    row = tx.row("SELECT origin FROM agent WHERE id = ?", (unit.agent.id,))
+    if row is not None and row[0] == "config":
+        raise RefuseError(
+            Refusal("agent_configured", f"{unit.agent.id} is set in the configuration file: change it there and reload")
+        )
+    return _write(tx, [unit.agent], "api", unit.actor, unit.now_us)
+
+
+def remove(tx: Tx, unit: RemoveAgent) -> AgentsChanged:
+    """Take an agent out of the directory; what was recorded of it stays."""
+    row = tx.row("SELECT origin FROM agent WHERE id = ?", (unit.id,))
+    if row is None:
+        raise RefuseError(Refusal("agent_not_found", f"there is no agent {unit.id} in the directory: check the id"))
+    if row[0] == "config":
+        raise RefuseError(
+            Refusal("agent_configured", f"{unit.id} is set in the configuration file: remove it there and reload")
+        )
+    return _delete(tx, [unit.id], unit.actor, unit.now_us)
+
+
+def sync(tx: Tx, unit: SyncAgents) -> AgentsChanged:
+    """Make the configured agents be these; one that was added through the API is taken over."""
+    wanted = {agent.id for agent in unit.agents}
+    gone = [
+        agent_id
+        for (agent_id,) in fetch(tx.connection, "SELECT id FROM agent WHERE origin = 'config' ORDER BY id")
+        if agent_id not in wanted
+    ]
+    written = _write(tx, unit.agents, "config", unit.actor, unit.now_us)
+    removed = _delete(tx, gone, unit.actor, unit.now_us)
+    return AgentsChanged(written.added, written.changed, removed.removed)
+
+
+def _write(tx: Tx, agents: list[AgentRecord], origin: str, actor: str, now_us: int) -> AgentsChanged:
+    added: list[str] = []
+    changed: list[str] = []
+    for agent in agents:
+        sla = None if agent.sla is None else msgspec.json.encode(agent.sla, order="sorted").decode()
+        values = (agent.url, agent.tenant, agent.public_key, agent.tier, sla)
+        known = tx.row(f"SELECT origin, {_COLUMNS} FROM agent WHERE id = ?", (agent.id,))
+        if known is None:
+            tx.execute(
+                "INSERT INTO agent (id, origin, url, tenant, public_key, tier, sla, added_us, since_us) "
+                "VALUES (?,?,?,?,?,?,?,?,?)",
+                (agent.id, origin, *values, now_us, now_us),
+            )
+            added.append(agent.id)
+        elif known != (origin, *values):
+            tx.execute(
+                "UPDATE agent SET origin = ?, url = ?, tenant = ?, public_key = ?, tier = ?, sla = ? WHERE id = ?",
+                (origin, *values, agent.id),
+            )
+            changed.append(agent.id)
+        else:
+            continue
+        event = "agent.added" if known is None else "agent.changed"
+        details = {
+            "id": agent.id,
+            "origin": origin,
+            "public_key": agent.public_key,
+            "sla": sla,
+            "tier": agent.tier,
+            "url": agent.url,
+        }
+        tx.audit(event, actor, agent.id, details, now_us)
+    return AgentsChanged(added, changed)
+
+
+def _delete(tx: Tx, agents: list[str], actor: str, now_us: int) -> AgentsChanged:
+    for agent in agents:
+        tx.execute("DELETE FROM agent WHERE id = ?", (agent,))
+        tx.audit("agent.removed", actor, agent, {"id": agent}, now_us)
+    return AgentsChanged(removed=agents)
+
+
+def record_probe(tx: Tx, unit: RecordProbe) -> RowWritten:
+    """Write a probe, extend the agent's uptime by it, and set its state."""
+    agent = tx.intern(unit.agent)
+    last = tx.row(
+        "SELECT start_us, end_us, up FROM uptime_segment WHERE agent = ? ORDER BY start_us DESC LIMIT 1", (agent,)
+    )
+    newest = tx.row("SELECT max(ts_us) FROM probe WHERE agent = ?", (agent,))
+    segment = None if last is None else Segment(last[0], last[1], bool(last[2]))
+    changed, new = fold_probe(
+        segment, unit.ts_us, unit.up, unit.hold_us, last_probe_us=newest[0] if newest is not None else None
+    )
+    if changed is not None:
+        tx.execute(
+            "UPDATE uptime_segment SET end_us = ?, up = ? WHERE agent = ? AND start_us = ?",
+            (changed.end_us, changed.up, agent, changed.start_us),
+        )
+    if new is not None:
+        tx.execute("INSERT INTO uptime_segment VALUES (?,?,?,?)", (agent, new.start_us, new.end_us, new.up))
+    tx.execute(
+        "INSERT INTO probe (agent, ts_us, up, status, latency_us, reason, detail, hold_us) VALUES (?,?,?,?,?,?,?,?)",
+        (agent, unit.ts_us, unit.up, unit.status, unit.latency_us, unit.reason, unit.detail, unit.hold_us),
+    )
+    seq = tx.connection.last_insert_rowid()
+    tx.execute(
+        "UPDATE agent SET state = ?, since_us = ?, ok_streak = ?, fail_streak = ? WHERE id = ?",
+        (unit.state, unit.since_us, unit.ok_streak, unit.fail_streak, unit.agent),
+    )
+    if unit.transition_from is not None:
+        tx.execute(
+            "INSERT INTO agent_transition (agent, ts_us, old_state, new_state, reason) VALUES (?,?,?,?,?)",
+            (unit.agent, unit.ts_us, unit.transition_from, unit.state, unit.reason),
+        )
+        details = {"from": unit.transition_from, "id": unit.agent, "reason": unit.reason, "to": unit.state}
+        tx.audit("agent.state", "asapd", unit.agent, details, unit.ts_us)
+    return RowWritten(seq)
+
+
+def record_manifest(tx: Tx, unit: RecordManifest) -> RowWritten:
+    """Keep a version of an agent's manifest."""
+    tx.execute(
+        "INSERT INTO manifest (agent, fetched_us, digest, body, verification, sla, sla_error, ttl_seconds, public_key) "
+        "VALUES (?,?,?,?,?,?,?,?,?)",
+        (
+            unit.agent,
+            unit.fetched_us,
+            unit.digest,
+            unit.body,
+            unit.verification,
+            None if unit.sla is None else msgspec.json.encode(unit.sla, order="sorted").decode(),
+            unit.sla_error,
+            unit.ttl_seconds,
+            unit.public_key,
+        ),
+    )
+    seq = tx.connection.last_insert_rowid()
+    details = {"digest": unit.digest, "id": unit.agent, "sla_error": unit.sla_error, "verification": unit.verification}
+    tx.audit("agent.manifest", "asapd", unit.agent, details, unit.fetched_us)
+    return RowWritten(seq)
+
+
+# --- reading
+
+_DIRECTORY = """
+SELECT a.id, a.url, a.tenant, a.origin, a.public_key, a.tier, a.sla, a.added_us, a.state, a.since_us, a.ok_streak,
+       a.fail_streak, m.fetched_us, m.digest, m.verification, m.sla, m.sla_error, m.ttl_seconds, m.public_key,
+       p.ts_us, p.up, p.status, p.latency_us, p.reason, p.detail, p.hold_us
+FROM agent a
+LEFT JOIN manifest m ON m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
+LEFT JOIN probe p ON p.seq = (
+  SELECT seq FROM probe WHERE agent = (SELECT id FROM name WHERE name = a.id) ORDER BY ts_us DESC, seq DESC LIMIT 1)
+"""
+
+
+def directory(connection: apsw.Connection, visible: Visibility, agent: str | None = None) -> list[DirectoryAgent]:
+    """All agents that a caller may see, or one, in the order of their ids."""
+    where, values = visible_text(visible, ("a.id",), "a.tenant")
+    if agent is not None:
+        where.append("a.id = ?")
+        values.append(agent)
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    return [_directory_agent(*row) for row in fetch(connection, f"{_DIRECTORY} {condition} ORDER BY a.id", values)]
+
+
+def _directory_agent(*row: Any) -> DirectoryAgent:
+    fetched_us, probed_us = row[12], row[19]
+    manifest = [*row[12:15], _json(row[15]), *row[16:19]]
+    newest = (
+        None if fetched_us is None else StoredManifest(*manifest),
+        None if probed_us is None else StoredProbe(*row[19:26]),
+    )
+    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest])
+
+
+def _json(text: str | None) -> dict[str, Any] | None:
+    return None if text is None else msgspec.json.decode(text, type=dict[str, Any])
+
+
+def probes(
+    connection: apsw.Connection, agent: str, start_us: int | None, end_us: int | None, limit: int, before: int | None
+) -> list[tuple[int, StoredProbe]]:
+    """Probes of an agent, the newest first, each with its row number."""
+    rows = fetch(
+        connection,
+        "SELECT seq, ts_us, up, status, latency_us, reason, detail, hold_us FROM probe "
+        "WHERE agent = (SELECT id FROM name WHERE name = ?) AND ts_us >= ? AND ts_us < ? AND seq < ? "
+        "ORDER BY ts_us DESC, seq DESC LIMIT ?",
+        (agent, start_us or 0, end_us or 2**62, before or 2**62, limit),
+    )
+    return [(row[0], StoredProbe(*row[1:])) for row in rows]
+
+
+def transitions(connection: apsw.Connection, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
+    """Changes of an agent's state, the newest first: (time, from, to, reason)."""
+    return fetch(
+        connection,
+        "SELECT ts_us, old_state, new_state, reason FROM agent_transition WHERE agent = ? ORDER BY seq DESC LIMIT ?",
+        (agent, limit),
+    )
+
+
+def segments_since(connection: apsw.Connection, since_us: int) -> list[tuple[str, Segment]]:
+    """Uptime of all agents that reaches past a time, in order."""
+    rows = fetch(
+        connection,
+        "SELECT name, start_us, end_us, up FROM uptime_segment JOIN name ON name.id = agent "
+        "WHERE end_us > ? ORDER BY agent, start_us",
+        (since_us,),
+    )
+    return [(name, Segment(start_us, end_us, bool(up))) for name, start_us, end_us, up in rows]
+
+
+class ProbeFact(msgspec.Struct, frozen=True):
+    """What a follower needs to know of a probe."""
+
+    seq: int
+    agent: str
+    ts_us: int
+    up: bool
+    hold_us: int
+
+
+def probes_after(connection: apsw.Connection, seq: int, limit: int) -> list[ProbeFact]:
+    """Probes in commit order behind a row number."""
+    rows = fetch(
+        connection,
+        "SELECT seq, name, ts_us, up, hold_us FROM probe JOIN name ON name.id = agent WHERE seq > ? "
+        "ORDER BY seq LIMIT ?",
+        (seq, limit),
+    )
+    return [ProbeFact(*row) for row in rows]
+
+
+def probe_counts(connection: apsw.Connection, since_us: int, step_us: int) -> list[tuple[str, int, int]]:
+    """(agent, slot start, probes) since a time, in slots of `step_us`."""
+    return fetch(
+        connection,
+        "SELECT name, ts_us / ?1 * ?1 AS slot, count(*) FROM probe JOIN name ON name.id = agent "
+        "WHERE ts_us >= ?2 GROUP BY agent, slot ORDER BY slot",
+        (step_us, since_us),
+    )

@@ -1,0 +1,124 @@
+"""The audit log: notes of the daemon itself, queries, and walks of the whole chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.audit import Entry, Fault, Walk, verify
+from asapd.core.types import format_us
+from asapd.store.rows import fetch, fetch_one
+from asapd.store.tx import Tx
+from asapd.store.units import Note, RowWritten
+
+
+def note(tx: Tx, unit: Note) -> RowWritten:
+    """Write an entry that records nothing but itself."""
+    tx.audit(unit.event_type, unit.actor, unit.subject, unit.details, unit.now_us)
+    tx.flush_audit()
+    row = tx.row("SELECT max(seq) FROM audit")
+    assert row is not None
+    return RowWritten(row[0])
+
+
+class AuditFilter(msgspec.Struct, frozen=True):
+    """Which entries; None means any. `start_us` inclusive, `end_us` exclusive."""
+
+    actor: str | None = None
+    subject: str | None = None
+    event_type: str | None = None
+    task: str | None = None
+    agent: str | None = None
+    start_us: int | None = None
+    end_us: int | None = None
+
+
+_COLUMNS = "seq, id, timestamp_us, event_type, actor, subject, details, salt, payload_hash, previous_hash, hash"
+
+
+def list_entries(
+    connection: apsw.Connection, query: AuditFilter, limit: int, after: int, *, descending: bool
+) -> list[dict[str, Any]]:
+    """Entries in the order of `seq`, from behind `after`."""
+    where = ["seq < ?" if descending else "seq > ?"]
+    values: list[Any] = [after]
+    for sql, value in (
+        ("actor = ?", query.actor),
+        ("subject = ?", query.subject),
+        ("event_type = ?", query.event_type),
+        ("details ->> 'task_id' = ?", query.task),
+        ("timestamp_us >= ?", query.start_us),
+        ("timestamp_us < ?", query.end_us),
+    ):
+        if value is not None:
+            where.append(sql)
+            values.append(value)
+    if query.agent is not None:
+        where.append("(details ->> 'agent' = ? OR subject = ?)")
+        values += [query.agent, query.agent]
+    rows = fetch(
+        connection,
+        f"SELECT {_COLUMNS} FROM audit WHERE {' AND '.join(where)} "
+        f"ORDER BY seq {'DESC' if descending else 'ASC'} LIMIT ?",
+        (*values, limit),
+    )
+    return [_public(row) for row in rows]
+
+
+def get_entry(connection: apsw.Connection, entry: str) -> dict[str, Any] | None:
+    """One entry by its id or its number."""
+    number = int(entry) if entry.isdecimal() and len(entry) < 19 else -1
+    row = fetch_one(
+        connection,
+        f"SELECT {_COLUMNS} FROM audit WHERE seq = ? OR id = ? LIMIT 1",
+        (number, entry),
+    )
+    return None if row is None else _public(row)
+
+
+def _public(row: tuple[Any, ...]) -> dict[str, Any]:
+    seq, entry_id, timestamp_us, event_type, actor, subject, details, salt, payload, previous, digest = row
+    return {
+        "id": entry_id,
+        "seq": seq,
+        "timestamp": format_us(timestamp_us),
+        "event_type": event_type,
+        "actor": actor,
+        "subject": subject,
+        "details": None if details is None else msgspec.json.decode(details),
+        "salt": None if salt is None else salt.hex(),
+        "payload_hash": payload.hex(),
+        "previous_hash": previous.hex(),
+        "hash": digest.hex(),
+    }
+
+
+def head(connection: apsw.Connection) -> tuple[int, str]:
+    """The number and hash of the newest entry; (0, 64 zeros) when there is none."""
+    row = fetch_one(connection, "SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
+    return (0, "0" * 64) if row is None else (row[0], row[1].hex())
+
+
+# Text is read as bytes: a flipped byte may have made it anything but UTF-8.
+_RAW = (
+    "SELECT seq, CAST(id AS BLOB), timestamp_us, CAST(event_type AS BLOB), CAST(actor AS BLOB), CAST(subject AS BLOB), "
+    "CAST(details AS BLOB), salt, payload_hash, previous_hash, hash FROM audit WHERE seq >= ? ORDER BY seq LIMIT ?"
+)
+
+
+def _entries(connection: apsw.Connection, first: int, limit: int) -> Iterator[Entry]:
+    for row in fetch(connection, _RAW, (first, limit)):
+        entry_id, event_type = (row[index].decode("utf-8", "replace") for index in (1, 3))
+        yield Entry(row[0], entry_id, row[2], event_type, *row[4:])
+
+
+def verify_step(connection: apsw.Connection, walk: Walk, limit: int) -> Walk:
+    """Verify up to `limit` entries on from where a walk stands."""
+    first = walk.seq + 1 if walk.seq else -(2**63)  # a forged entry may stand before the first
+    try:
+        return verify(_entries(connection, first, limit), walk)
+    except apsw.CorruptError as error:
+        return msgspec.structs.replace(walk, fault=Fault(walk.seq + 1, None, f"the database file is damaged: {error}"))

@@ -1,0 +1,172 @@
+"""Breaches and their numbered transitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.types import SECOND_US, format_us
+from asapd.store.rows import fetch, fetch_one
+from asapd.store.tx import Tx
+from asapd.store.units import AlertWritten, BreachRow, WriteBreach
+from asapd.store.visibility import Visibility, visible_text
+
+_COLUMNS = (
+    "id, agent_id, breach_type, window_us, threshold, threshold_value, actual, actual_value, severity, state, "
+    "detected_at_us, samples, tenant, resolved_at_us, resolve_reason, evidence"
+)
+
+
+class Alert(msgspec.Struct, frozen=True):
+    """One numbered transition. `params` is what subscribers receive; `severity` is the breach's highest so far."""
+
+    seq: int
+    event: str
+    agent_id: str | None
+    severity: str
+    tenant: str
+    params: dict[str, Any]
+
+
+def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
+    """Write one transition. A transition that is already in the store answers None and writes nothing."""
+    breach = unit.breach
+    known = tx.row("SELECT state, severity FROM breach WHERE id = ?", (breach.id,))
+    already_open = tx.row(
+        "SELECT id FROM breach WHERE agent_id IS ? AND breach_type = ? AND state = 'open'",
+        (breach.agent_id, breach.breach_type),
+    )
+    stale = (
+        (unit.event == "opened" and (known is not None or already_open is not None))
+        or (unit.event == "escalated" and known != ("open", "warning"))
+        or (unit.event == "resolved" and (known is None or known[0] != "open"))
+    )
+    if stale:
+        return AlertWritten(None)
+    seq = tx.next_seq("alert")
+    tx.execute(
+        f"INSERT INTO breach ({_COLUMNS}, seq) VALUES ({','.join('?' * 17)}) "
+        "ON CONFLICT (id) DO UPDATE SET actual = excluded.actual, actual_value = excluded.actual_value, "
+        "severity = excluded.severity, state = excluded.state, samples = excluded.samples, "
+        "resolved_at_us = excluded.resolved_at_us, resolve_reason = excluded.resolve_reason, seq = excluded.seq",
+        (*msgspec.structs.astuple(breach)[:-1], msgspec.json.encode(breach.evidence).decode(), seq),
+    )
+    params = {"event": unit.event, "seq": seq, "breach": {**public(breach), "seq": seq}}
+    alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params)
+    tx.execute(
+        "INSERT INTO alert VALUES (?,?,?,?,?)",
+        (seq, unit.now_us, breach.id, unit.event, msgspec.json.encode(alert)),
+    )
+    details = {
+        "actual": breach.actual,
+        "agent": breach.agent_id,
+        "breach_type": breach.breach_type,
+        "event": unit.event,
+        "id": breach.id,
+        "samples": breach.samples,
+        "seq": seq,
+        "severity": breach.severity,
+        "threshold": breach.threshold,
+        "window_us": breach.window_us,
+    }
+    tx.audit("sla.breach", "asapd", breach.agent_id or breach.id, details, unit.now_us)
+    return AlertWritten(seq)
+
+
+def public(breach: BreachRow) -> dict[str, Any]:
+    """A breach as users see it."""
+    ended = breach.resolved_at_us
+    return {
+        "id": breach.id,
+        "agent_id": breach.agent_id,
+        "breach_type": breach.breach_type,
+        "window": _window(breach.window_us),
+        "threshold": breach.threshold,
+        "threshold_value": breach.threshold_value,
+        "actual": breach.actual,
+        "actual_value": breach.actual_value,
+        "severity": breach.severity,
+        "state": breach.state,
+        "detected_at": format_us(breach.detected_at_us),
+        "resolved_at": None if ended is None else format_us(ended),
+        "resolve_reason": breach.resolve_reason,
+        "duration_seconds": None if ended is None else (ended - breach.detected_at_us) / SECOND_US,
+        "samples": breach.samples,
+    }
+
+
+def _window(window_us: int) -> str:
+    seconds = window_us // SECOND_US
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds % size == 0 and not (size == 86_400 and seconds == 86_400):
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def list_breaches(
+    connection: apsw.Connection,
+    visible: Visibility,
+    *,
+    agent: str | None = None,
+    state: str | None = None,
+    severity: str | None = None,
+    breach_type: str | None = None,
+    start_us: int | None = None,
+    end_us: int | None = None,
+    limit: int = 1000,
+    before: tuple[int, str] | None = None,
+) -> list[tuple[BreachRow, int]]:
+    """Breaches, the newest first, each with the number of its last transition."""
+    where, values = visible_text(visible, ("agent_id",))
+    for column, value in (
+        ("agent_id", agent),
+        ("state", state),
+        ("severity", severity),
+        ("breach_type", breach_type),
+    ):
+        if value is not None:
+            where.append(f"{column} = ?")
+            values.append(value)
+    if start_us is not None:
+        where.append("detected_at_us >= ?")
+        values.append(start_us)
+    if end_us is not None:
+        where.append("detected_at_us < ?")
+        values.append(end_us)
+    if before is not None:
+        where.append("(detected_at_us, id) < (?, ?)")
+        values.extend(before)
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    rows = fetch(
+        connection,
+        f"SELECT {_COLUMNS}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
+        (*values, limit),
+    )
+    return [(_breach(*row[:16]), row[16]) for row in rows]
+
+
+def get_breach(connection: apsw.Connection, breach: str) -> tuple[BreachRow, int] | None:
+    """One breach by its id."""
+    row = fetch_one(connection, f"SELECT {_COLUMNS}, seq FROM breach WHERE id = ?", (breach,))
+    return None if row is None else (_breach(*row[:16]), row[16])
+
+
+def _breach(*row: Any) -> BreachRow:
+    return BreachRow(*[*row[:-1], msgspec.json.decode(row[-1])])
+
+
+_alert = msgspec.json.Decoder(Alert)
+
+
+def alerts_after(connection: apsw.Connection, seq: int, limit: int) -> list[Alert]:
+    """Transitions in order behind a number."""
+    rows = fetch(connection, "SELECT body FROM alert WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
+    return [_alert.decode(body) for (body,) in rows]
+
+
+def alert_bounds(connection: apsw.Connection) -> tuple[int, int]:
+    """The oldest and newest numbers that are kept; (1, 0) when there are none."""
+    oldest, newest = fetch(connection, "SELECT coalesce(min(seq), 1), coalesce(max(seq), 0) FROM alert")[0]
+    return oldest, newest

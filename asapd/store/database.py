@@ -1,0 +1,381 @@
+"""The store as the actors see it: submit a unit and hear of its commit, read a snapshot in a thread.
+
+What runs the units is an argument: a process of its own in production (`ProcessRunner`), the same
+code inline in tests (`InlineRunner`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import apsw
+import msgspec
+import trio
+
+from asapd.core.errors import Refusal
+from asapd.store.units import Answer, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
+from asapd.store.writer import HEADER, ROWS_PER_COMMIT, Writer, open_for_writing
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+READERS = 4
+"""Two cores, and queries that wait for the GIL half of their time."""
+
+MAX_IN_FLIGHT_BYTES = 64 << 20
+"""Eight of the largest request bodies: beyond it callers wait, and the doors stop reading."""
+
+READ_LIMIT_S = 30.0
+"""A query that runs longer is interrupted: an open reader keeps the WAL from being folded back."""
+
+
+class UnitFailedError(Exception):
+    """A bug in the handler of a unit; nothing of the unit was written. The traceback is in the writer's log."""
+
+
+class WriterDiedError(Exception):
+    """The writer process ended by itself; its supervisor starts another. Callers heard that their outcome is unknown."""
+
+
+class ReadTooLongError(Exception):
+    """A query ran for longer than `READ_LIMIT_S` and was interrupted; narrow it."""
+
+
+class Runner(Protocol):
+    """Whatever takes an envelope's content and answers after its commit."""
+
+    async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+        """Run one unit."""
+        ...
+
+
+OUTCOME_UNKNOWN = Refusal(
+    "outcome_unknown",
+    "the writer stopped with this request in hand: send it again, an event with an id is still counted once",
+    retry_after_s=1,
+)
+WRITER_AWAY = Refusal("writer_unavailable", "the writer is being restarted: try again in a moment", retry_after_s=1)
+
+
+class Database:
+    """Units in, results out; `on_commit` is called after every commit this process hears of."""
+
+    def __init__(self, runner: Runner, readers: Readers) -> None:
+        self._runner = runner
+        self._readers = readers
+
+    async def submit(
+        self, unit: Unit[R], *, urgent: bool = False, idempotency: Idempotency | None = None
+    ) -> R | Refusal:
+        """Run a unit and return its result after the commit that holds it.
+
+        A refusal with code `outcome_unknown`, `writer_unavailable`, `storage_full` or `storage_failed` says that the
+        store could not answer; the first of them that it may still have been committed.
+
+        Raises:
+            UnitFailedError: the unit met a bug.
+        """
+        answer = await self._runner.execute(cast("AnyUnit", unit), urgent=urgent, idempotency=idempotency)
+        if isinstance(answer, Refusal):
+            return answer
+        match answer.result:
+            case Failed(error=error):
+                raise UnitFailedError(error)
+            case NotWritten(error=error, full=True):
+                return Refusal(
+                    "storage_full", f"nothing was written, the disk is full ({error}): make room", retry_after_s=30
+                )
+            case NotWritten(error=error):
+                return Refusal("storage_failed", f"nothing was written, the disk failed ({error})", retry_after_s=5)
+            case result:
+                return cast("R", result)
+
+    async def read(self, query: Callable[..., T], *arguments: Any) -> T:
+        """Run `query(connection, *arguments)` on a read-only snapshot.
+
+        Raises:
+            ReadTooLongError: it did not end within `READ_LIMIT_S`.
+        """
+        return await self._readers.run(query, *arguments)
+
+
+class Readers(Protocol):
+    """Whatever runs a query on a snapshot."""
+
+    async def run(self, query: Callable[..., T], *arguments: Any) -> T:
+        """Run one query."""
+        ...
+
+
+# --- inline
+
+
+class InlineRunner:
+    """Runs each unit at once on the given connection: for tests, with real SQLite and an honest mock clock."""
+
+    def __init__(self, writer: Writer, on_commit: Callable[[], None] = lambda: None) -> None:
+        self._writer = writer
+        self._on_commit = on_commit
+        self._number = 0
+
+    async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+        """Run one unit in a commit of its own."""
+        await trio.lowlevel.checkpoint()
+        self._number += 1
+        (answer,) = self._writer.run([Envelope(self._number, unit, urgent, idempotency)])
+        self._on_commit()
+        return answer
+
+
+class InlineReaders:
+    """Runs queries at once on the given connection."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+
+    async def run(self, query: Callable[..., T], *arguments: Any) -> T:
+        """Run one query."""
+        await trio.lowlevel.checkpoint()
+        return query(self._connection, *arguments)
+
+
+# --- production
+
+
+class ThreadReaders:
+    """A small pool of read-only connections, each used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._limiter = trio.CapacityLimiter(READERS)
+        self._idle: list[apsw.Connection] = []
+
+    async def run(self, query: Callable[..., T], *arguments: Any) -> T:
+        """Run one query in a thread, on one snapshot however many statements it has."""
+        return await trio.to_thread.run_sync(self._run, query, arguments, limiter=self._limiter)
+
+    def _run(self, query: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        try:
+            connection = self._idle.pop()
+        except IndexError:  # asking first whether one is there would race with the other threads
+            connection = self._open()
+        deadline_s = time.monotonic() + READ_LIMIT_S
+        connection.set_progress_handler(lambda: time.monotonic() > deadline_s, 50_000)
+        try:
+            with _snapshot(connection):
+                return query(connection, *arguments)
+        except apsw.InterruptError:
+            raise ReadTooLongError(f"the query ran for over {READ_LIMIT_S:g} s: narrow it") from None
+        finally:
+            self._idle.append(connection)
+
+    def _open(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
+        connection.set_busy_timeout(5_000)
+        connection.pragma("cache_size", -16_384)
+        connection.pragma("temp_store", "memory")
+        return connection
+
+    def close(self) -> None:
+        """Close the connections; no query may be running."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+@contextlib.contextmanager
+def _snapshot(connection: apsw.Connection) -> Iterator[None]:
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("COMMIT")
+
+
+class ProcessRunner:
+    """Runs units in a writer process: one at a time, started and restarted by whoever supervises `run`.
+
+    `inherit` are file descriptors that the process holds as long as it lives: the lock of the state
+    directory, so that no other daemon opens the file while a commit is still under way.
+    `group_commit_max` bounds the rows of bulk ingest in one commit, `group_commit_wait_us` is how long a
+    commit that is not full waits for more.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        synchronous: str,
+        group_commit_max: int = ROWS_PER_COMMIT,
+        group_commit_wait_us: int = 0,
+        inherit: Sequence[int] = (),
+        on_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._arguments = (str(path), synchronous, str(group_commit_max), str(group_commit_wait_us))
+        self._inherit = tuple(inherit)
+        self._on_commit = on_commit
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Answer)
+        self._number = 0
+        self._pending: dict[int, _Pending] = {}
+        self._outgoing = bytearray()
+        self._in_flight_bytes = 0
+        self._changed = trio.Condition()
+        self._connected = False
+        self._closing = False
+        self.pid: int | None = None
+
+    @property
+    def pending(self) -> int:
+        """How many units wait for their commit."""
+        return len(self._pending)
+
+    async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+        """Send one unit and wait for its commit; waits first while too much is in flight."""
+        self._number += 1
+        number = self._number
+        body = self._encoder.encode(Envelope(number, unit, urgent, idempotency))
+        async with self._changed:
+            while self._connected and self._in_flight_bytes > MAX_IN_FLIGHT_BYTES and not urgent:
+                await self._changed.wait()
+            if not self._connected or self._closing:
+                return WRITER_AWAY
+            pending = self._pending[number] = _Pending(len(body))
+            self._in_flight_bytes += len(body)
+            self._outgoing += HEADER.pack(len(body))
+            self._outgoing += body
+            self._changed.notify_all()
+        await pending.answered.wait()
+        return pending.answer
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run one writer process until `close`.
+
+        Raises:
+            WriterDiedError: it ended by itself.
+        """
+        ours, theirs = socket.socketpair()
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        try:
+            with theirs:
+                descriptor = theirs.fileno()
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "asapd.store.writer", str(descriptor), *self._arguments],
+                    pass_fds=(descriptor, *self._inherit),
+                    stdin=subprocess.DEVNULL,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        self.pid = process.pid
+        self._connected = True
+        task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, stream)
+                await self._receive(stream)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._disconnect()
+            stream.socket.close()  # not aclose(): when cancelled it would raise before the process is waited for
+            with trio.move_on_after(30, shield=True) as patience:
+                async with self._changed:
+                    self._changed.notify_all()  # those who wait for room
+                await process.wait()  # its last commit; the process ignores signals on purpose
+            if patience.cancelled_caught:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+        if not self._closing:
+            raise WriterDiedError(f"the writer process ended with code {process.returncode}")
+
+    async def _send(self, stream: trio.SocketStream) -> None:
+        try:
+            while True:
+                async with self._changed:
+                    while not self._outgoing and not self._closing:
+                        await self._changed.wait()
+                    data, self._outgoing = self._outgoing, bytearray()
+                if not data:
+                    await stream.send_eof()
+                    return
+                await stream.send_all(data)
+        except trio.BrokenResourceError:
+            return  # the receiving side learns of it too, and knows what to do
+
+    async def _receive(self, stream: trio.SocketStream) -> None:
+        buffer = bytearray()
+        try:
+            async for chunk in stream:
+                buffer += chunk
+                await self._take_answers(buffer)
+        except trio.BrokenResourceError:
+            return
+
+    async def _take_answers(self, buffer: bytearray) -> None:
+        start = 0
+        committed = False
+        while len(buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(buffer, start)
+            begin = start + HEADER.size
+            if len(buffer) - begin < length:
+                break
+            with memoryview(buffer) as view:
+                answer = self._decoder.decode(view[begin : begin + length])
+            start = begin + length
+            pending = self._pending.pop(answer.number)
+            self._in_flight_bytes -= pending.size
+            pending.settle(answer)
+            committed = True
+        del buffer[:start]
+        if committed:
+            self._on_commit()
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _disconnect(self) -> None:
+        self._connected = False
+        self.pid = None
+        self._outgoing.clear()
+        self._in_flight_bytes = 0
+        lost, self._pending = self._pending, {}
+        for pending in lost.values():
+            pending.settle(OUTCOME_UNKNOWN)
+        self._on_commit()  # what was in flight may be committed: followers look
+
+    async def close(self) -> None:
+        """Let the process finish what it has and end; `run` then returns."""
+        async with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+
+class _Pending:
+    """One unit on its way."""
+
+    __slots__ = ("answer", "answered", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.answered = trio.Event()
+        self.answer: Answer | Refusal = OUTCOME_UNKNOWN
+
+    def settle(self, answer: Answer | Refusal) -> None:
+        self.answer = answer
+        self.answered.set()
+
+
+def prepare(path: Path) -> None:
+    """Create the file or bring its schema up to date, before the writer starts.
+
+    Raises:
+        DatabaseTooNewError, NotOurDatabaseError: see `asapd.store.migrations`.
+    """
+    open_for_writing(path).close()
+    path.chmod(0o600)

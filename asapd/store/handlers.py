@@ -1,0 +1,36 @@
+"""Which function runs which unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from asapd.store import agents, audit, breaches, keys, ledger, sweep, units, usage
+from asapd.store.tx import Tx
+
+_HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
+    units.RecordUsage: usage.record,
+    units.RecordTask: usage.record_task,
+    units.RegisterDelegation: ledger.register,
+    units.Reserve: ledger.authorize,
+    units.SettleReservation: ledger.settle_reservation,
+    units.ReleaseReservation: ledger.release_reservation,
+    units.ExtendReservation: ledger.extend_reservation,
+    units.RefundReservation: ledger.refund_reservation,
+    units.Revoke: ledger.revoke,
+    units.PutAgent: agents.put,
+    units.RemoveAgent: agents.remove,
+    units.SyncAgents: agents.sync,
+    units.RecordProbe: agents.record_probe,
+    units.RecordManifest: agents.record_manifest,
+    units.WriteBreach: breaches.write,
+    units.CreateKey: keys.create,
+    units.RevokeKey: keys.revoke,
+    units.Note: audit.note,
+    units.Sweep: sweep.sweep,
+}
+
+
+def handle(tx: Tx, unit: units.AnyUnit) -> units.AnyResult:
+    """Run a unit against the open savepoint."""
+    return _HANDLERS[type(unit)](tx, unit)

@@ -1,0 +1,227 @@
+"""Reading delegations and reservations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.ledger import Account, Remaining, remaining
+from asapd.core.money import to_usd
+from asapd.core.types import format_us
+from asapd.store.ledger import PATH
+from asapd.store.rows import fetch, fetch_one
+from asapd.store.visibility import Visibility, visible_text
+
+
+class DelegationRow(msgspec.Struct, frozen=True):
+    """A registered delegation with its counters."""
+
+    account: int
+    id: str
+    tenant: str
+    jti: str
+    delegator: str
+    delegate: str
+    scopes: str
+    max_cost_microusd: int | None
+    max_tasks: int | None
+    issued_us: int
+    not_before_us: int | None
+    expires_us: int
+    parent: str | None
+    token: str
+    registered_us: int
+    spent_microusd: int
+    reserved_microusd: int
+    tasks_used: int
+    tasks_reserved: int
+    revoked_us: int | None
+    revoke_reason: str | None
+
+
+_COLUMNS = (
+    "d.account, d.id, d.tenant, d.jti, d.delegator, d.delegate, d.scopes, d.max_cost_microusd, d.max_tasks, "
+    "d.issued_us, d.not_before_us, d.expires_us, (SELECT id FROM delegation WHERE account = d.parent), d.token, "
+    "d.registered_us, d.spent_microusd, d.reserved_microusd, d.tasks_used, d.tasks_reserved, d.revoked_us, "
+    "d.revoke_reason"
+)
+
+
+def get_delegation(connection: apsw.Connection, delegation: str) -> DelegationRow | None:
+    """One delegation by its id."""
+    row = fetch_one(connection, f"SELECT {_COLUMNS} FROM delegation d WHERE id = ?", (delegation,))
+    return None if row is None else DelegationRow(*row)
+
+
+def find_account(connection: apsw.Connection, delegator: str, jti: str) -> int | None:
+    """The account of a token, when it is registered."""
+    row = fetch_one(connection, "SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
+    return None if row is None else int(row[0])
+
+
+def remaining_of(connection: apsw.Connection, account: int) -> Remaining:
+    """What an account and its ancestors can still give."""
+    return remaining([Account(*row) for row in fetch(connection, PATH, (account,))])
+
+
+def remaining_under(connection: apsw.Connection, chain: list[tuple[str, str]]) -> Remaining:
+    """What the registered tokens of a chain of (delegator, jti) can still give; the others have spent nothing."""
+    accounts = [find_account(connection, delegator, jti) for delegator, jti in chain]
+    known = [remaining_of(connection, account) for account in accounts if account is not None]
+    costs = [left.cost_microusd for left in known if left.cost_microusd is not None]
+    tasks = [left.tasks for left in known if left.tasks is not None]
+    return Remaining(min(costs, default=None), min(tasks, default=None))
+
+
+def children_of(connection: apsw.Connection, account: int) -> list[str]:
+    """The ids of the direct children."""
+    return [
+        row[0] for row in fetch(connection, "SELECT id FROM delegation WHERE parent = ? ORDER BY account", (account,))
+    ]
+
+
+def list_delegations(
+    connection: apsw.Connection,
+    visible: Visibility,
+    *,
+    now_us: int,
+    delegator: str | None = None,
+    delegate: str | None = None,
+    state: str | None = None,
+    after: int = 0,
+    limit: int = 100,
+) -> list[DelegationRow]:
+    """Delegations in the order of their registration."""
+    where, values = visible_text(visible, ("d.delegator", "d.delegate"), "d.tenant")
+    where.append("d.account > ?")
+    values.append(after)
+    for column, value in (("d.delegator", delegator), ("d.delegate", delegate)):
+        if value is not None:
+            where.append(f"{column} = ?")
+            values.append(value)
+    if state == "revoked":
+        where.append("d.revoked_us IS NOT NULL")
+    elif state == "expired":
+        where.append("d.revoked_us IS NULL AND d.expires_us <= ?")
+        values.append(now_us)
+    elif state == "active":
+        where.append("d.revoked_us IS NULL AND d.expires_us > ?")
+        values.append(now_us)
+    rows = fetch(
+        connection,
+        f"SELECT {_COLUMNS} FROM delegation d WHERE {' AND '.join(where)} ORDER BY d.account LIMIT ?",
+        (*values, limit),
+    )
+    return [DelegationRow(*row) for row in rows]
+
+
+def revoked_tokens(connection: apsw.Connection, now_us: int) -> list[tuple[str, str]]:
+    """(delegator, jti) of every revoked token that has not expired."""
+    return [
+        (row[0], row[1])
+        for row in fetch(
+            connection,
+            "SELECT delegator, jti FROM delegation WHERE revoked_us IS NOT NULL AND expires_us > ?",
+            (now_us,),
+        )
+    ]
+
+
+class ReservationRow(msgspec.Struct, frozen=True):
+    """A reservation, with the parties that may act on it."""
+
+    id: str
+    delegation: str
+    delegator: str
+    delegate: str
+    tenant: str
+    task_id: str
+    action: str
+    cost_microusd: int | None
+    tasks: int
+    held_microusd: int
+    used_microusd: int
+    refunded_microusd: int
+    state: str
+    reason: str | None
+    created_us: int
+    expires_us: int
+    closed_us: int | None
+
+
+def get_reservation(connection: apsw.Connection, reservation: str) -> ReservationRow | None:
+    """One reservation by its id."""
+    row = fetch_one(
+        connection,
+        "SELECT r.id, d.id, d.delegator, d.delegate, r.tenant, r.task_id, r.action, r.cost_microusd, r.tasks, "
+        "r.held_microusd, r.used_microusd, r.refunded_microusd, r.state, r.reason, r.created_us, r.expires_us, "
+        "r.closed_us FROM reservation r JOIN delegation d USING (account) WHERE r.id = ?",
+        (reservation,),
+    )
+    return None if row is None else ReservationRow(*row)
+
+
+def public_delegation(row: DelegationRow, left: Remaining, children: list[str], now_us: int) -> dict[str, Any]:
+    """A delegation as users see it."""
+    if row.revoked_us is not None:
+        state = "revoked"
+    elif row.expires_us <= now_us:
+        state = "expired"
+    elif row.not_before_us is not None and row.not_before_us > now_us:
+        state = "not_yet_valid"
+    else:
+        state = "active"
+    return {
+        "id": row.id,
+        "jti": row.jti,
+        "delegator": row.delegator,
+        "delegate": row.delegate,
+        "scopes": msgspec.json.decode(row.scopes),
+        "constraints": {
+            "max_cost_usd": None if row.max_cost_microusd is None else to_usd(row.max_cost_microusd),
+            "max_tasks": row.max_tasks,
+            "expires_at": format_us(row.expires_us),
+            "not_before": None if row.not_before_us is None else format_us(row.not_before_us),
+        },
+        "state": state,
+        "active": state == "active",
+        "parent": row.parent,
+        "children": children,
+        "spent_usd": to_usd(row.spent_microusd),
+        "reserved_usd": to_usd(row.reserved_microusd),
+        "tasks_used": row.tasks_used,
+        "tasks_reserved": row.tasks_reserved,
+        "remaining": public_remaining(left),
+        "created_at": format_us(row.issued_us),
+        "registered_at": format_us(row.registered_us),
+        "revoked_at": None if row.revoked_us is None else format_us(row.revoked_us),
+        "revoke_reason": row.revoke_reason,
+    }
+
+
+def public_remaining(left: Remaining) -> dict[str, Any]:
+    """What is left, `null` where nothing limits."""
+    return {"cost_usd": None if left.cost_microusd is None else to_usd(left.cost_microusd), "tasks": left.tasks}
+
+
+def public_reservation(row: ReservationRow, left: Remaining) -> dict[str, Any]:
+    """A reservation as users see it."""
+    return {
+        "id": row.id,
+        "delegation": row.delegation,
+        "delegate": row.delegate,
+        "task_id": row.task_id,
+        "action": row.action,
+        "estimate": {"cost_usd": None if row.cost_microusd is None else to_usd(row.cost_microusd), "tasks": row.tasks},
+        "held_usd": to_usd(row.held_microusd),
+        "used_usd": to_usd(row.used_microusd),
+        "refunded_usd": to_usd(row.refunded_microusd),
+        "state": row.state,
+        "reason": row.reason,
+        "created_at": format_us(row.created_us),
+        "expires_at": format_us(row.expires_us),
+        "closed_at": None if row.closed_us is None else format_us(row.closed_us),
+        "remaining": public_remaining(left),
+    }

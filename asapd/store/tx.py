@@ -1,0 +1,127 @@
+"""What a handler holds while its unit runs: the connection, interned names, ids, and the audit chain's head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import apsw
+from ulid import base32
+
+from asapd.core.audit import GENESIS, canonical_details, entry_hash, payload_hash
+from asapd.store.rows import Row, fetch_one
+
+
+@lru_cache(maxsize=64)  # the rows of one commit share few times
+def _ulid_time(now_ms: int) -> str:
+    return base32.encode_timestamp(now_ms.to_bytes(6, "big"))
+
+
+class RefuseError(Exception):
+    """Raised by a handler to roll its unit back and answer `value`; never leaves the writer."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Tx:
+    """One write connection and what it caches; the caches follow savepoints and rollbacks."""
+
+    def __init__(self, connection: apsw.Connection, entropy: Callable[[int], bytes]) -> None:
+        self.connection = connection
+        self._entropy = entropy
+        self._names: dict[str, int] = {"": 0}
+        self._new_names: list[str] = []
+        self._pending_audit: list[Row] = []
+        self._load_head()
+
+    def _load_head(self) -> None:
+        self._audit_seq: int
+        self._audit_hash: bytes
+        self._audit_seq, self._audit_hash = self.row("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1") or (
+            0,
+            GENESIS,
+        )
+
+    # --- statements
+
+    def execute(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> apsw.Cursor:
+        """Run one statement with the connection's statement cache."""
+        return self.connection.execute(sql, values)
+
+    def row(self, sql: str, values: Sequence[Any] = ()) -> Row | None:
+        """The first row of a statement, or None."""
+        return fetch_one(self.connection, sql, values)
+
+    def insert_many(self, sql: str, rows: Iterable[Row]) -> None:
+        """Run a statement once for each row."""
+        self.connection.executemany(sql, rows)
+
+    def next_seq(self, table: str) -> int:
+        """The number of the next row of a table that counts its rows: never one that was given before."""
+        row = self.row("SELECT seq + 1 FROM sqlite_sequence WHERE name = ?", (table,))
+        return 1 if row is None else int(row[0])
+
+    # --- names and ids
+
+    def intern(self, name: str) -> int:
+        """The number that stands for a name in wide tables; made on first use."""
+        number = self._names.get(name)
+        if number is None:
+            row = self.row("SELECT id FROM name WHERE name = ?", (name,))
+            if row is None:
+                self.execute("INSERT INTO name (name) VALUES (?)", (name,))
+                number = self.connection.last_insert_rowid()
+                self._new_names.append(name)
+            else:
+                number = row[0]
+            self._names[name] = number
+        return number
+
+    def new_id(self, prefix: str, now_us: int) -> str:
+        """A ULID with a type prefix, its time taken from the unit: `use_01J...`."""
+        return f"{prefix}_{_ulid_time(now_us // 1000)}{base32.encode_randomness(self._entropy(10))}"
+
+    # --- audit
+
+    def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
+        """Chain one entry to the log; it is written with its unit or not at all."""
+        salt = self._entropy(16)
+        text = canonical_details(details)
+        payload = payload_hash(salt, actor, text, subject)
+        seq, previous = self._audit_seq + 1, self._audit_hash
+        entry_id = self.new_id("aud", now_us)
+        digest = entry_hash(seq, entry_id, now_us, event_type, payload, previous)
+        self._pending_audit.append(
+            (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
+        )
+        self._audit_seq, self._audit_hash = seq, digest
+
+    def flush_audit(self) -> None:
+        """Write the entries of the unit at hand in one statement."""
+        if self._pending_audit:
+            self.insert_many("INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)", self._pending_audit)
+            self._pending_audit.clear()
+
+    # --- savepoints
+
+    def mark(self) -> tuple[int, bytes]:
+        """Remember the state that a rollback of the next unit returns to."""
+        self._new_names.clear()
+        return self._audit_seq, self._audit_hash
+
+    def rewind(self, mark: tuple[int, bytes]) -> None:
+        """Forget what the unit since `mark` cached, its SQL having been rolled back."""
+        for name in self._new_names:
+            del self._names[name]
+        self._new_names.clear()
+        self._pending_audit.clear()
+        self._audit_seq, self._audit_hash = mark
+
+    def forget(self) -> None:
+        """Forget everything cached, the whole transaction having been rolled back."""
+        self._names = {"": 0}
+        self._new_names.clear()
+        self._pending_audit.clear()
+        self._load_head()

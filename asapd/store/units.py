@@ -1,0 +1,464 @@
+"""Units of work: frozen values that say what to write, and the values that answer them.
+
+One writer runs them, each in a savepoint of a shared transaction. A unit that is refused (by a
+`Refusal`, `Denied` or `UsageConflict`) or fails is rolled back alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from asapd.core.delegation import Claims, Denied
+from asapd.core.errors import Refusal
+from asapd.core.ledger import Estimate, Remaining
+from asapd.core.usage import Cost, UsageEvent
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Unit(msgspec.Struct, Generic[R_co], frozen=True, tag=True):
+    """Something to write; `R_co` is what its handler answers."""
+
+
+# --- usage
+
+
+class UsageConflict(msgspec.Struct, frozen=True, tag=True):
+    """Events whose identity is already taken by other content: index in the request, and the stored row's number."""
+
+    conflicts: list[tuple[int, int]]
+
+
+class Recorded(msgspec.Struct, frozen=True, tag=True):
+    """What became of a batch. `ids` is in the order of the request, duplicates included."""
+
+    recorded: int
+    duplicates: int
+    unprotected: int
+    ids: list[str]
+    conflicts: list[tuple[int, int]] = []
+
+
+class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
+    """Record events once each: rows, rollups, ledger and audit entries together.
+
+    With `partial` the conflicting events are left out instead of refusing the whole.
+    """
+
+    tenant: str
+    actor: str
+    now_us: int
+    events: list[UsageEvent]
+    costs: list[Cost]
+    partial: bool = False
+
+
+# --- delegations
+
+
+class NewDelegation(msgspec.Struct, frozen=True):
+    """A verified token on its way into the ledger."""
+
+    claims: Claims
+    token: str
+    digest: bytes
+
+
+class Registered(msgspec.Struct, frozen=True, tag=True):
+    """The id under which the leaf of a chain is known from now on, and whether it is new."""
+
+    id: str
+    account: int
+    created: bool
+
+
+class RegisterDelegation(Unit[Registered | Denied], frozen=True):
+    """Register a verified chain, root first; those already known with the same bytes stay as they are."""
+
+    chain: list[NewDelegation]
+    actor: str
+    tenant: str
+    now_us: int
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """A reservation that now holds its estimate on every account of its path."""
+
+    reservation: str
+    delegation: str
+    expires_at_us: int
+    remaining: Remaining
+
+
+class AuthorizationDenied(msgspec.Struct, frozen=True, tag=True):
+    """The ledger's no, with what the path can still give."""
+
+    denied: Denied
+    remaining: Remaining
+
+
+class Reserve(Unit[Reserved | AuthorizationDenied | Denied | Refusal], frozen=True):
+    """Hold an estimate on a delegation and all its ancestors, or on none.
+
+    Either `chain` (registered if new) or `delegation` names the account.
+    """
+
+    task_id: str
+    action: str
+    estimate: Estimate
+    ttl_us: int
+    actor: str
+    tenant: str
+    now_us: int
+    chain: list[NewDelegation] = []
+    delegation: str = ""
+    delegate: str | None = None
+    consumer: str | None = None
+    project: str | None = None
+
+
+class ReservationChanged(msgspec.Struct, frozen=True, tag=True):
+    """A reservation after a verb was applied to it."""
+
+    id: str
+    state: str
+    reason: str | None
+    used_microusd: int
+    held_microusd: int
+    expires_at_us: int
+    remaining: Remaining
+
+
+class SettleReservation(Unit[ReservationChanged | Refusal], frozen=True):
+    """Close a reservation, adding `cost_microusd` to what usage already spent under it."""
+
+    id: str
+    cost_microusd: int | None
+    actor: str
+    now_us: int
+
+
+class ReleaseReservation(Unit[ReservationChanged | Refusal], frozen=True):
+    """Give back what a reservation still holds; what was spent under it stays spent."""
+
+    id: str
+    actor: str
+    now_us: int
+
+
+class ExtendReservation(Unit[ReservationChanged | Refusal], frozen=True):
+    """Move the expiry of an open reservation to `now_us + ttl_us`."""
+
+    id: str
+    ttl_us: int
+    actor: str
+    now_us: int
+
+
+class RefundReservation(Unit[ReservationChanged | Refusal], frozen=True):
+    """Give back an amount that was settled under a closed reservation, with a reason."""
+
+    id: str
+    cost_microusd: int
+    reason: str
+    actor: str
+    now_us: int
+
+
+class Revoked(msgspec.Struct, frozen=True, tag=True):
+    """Every delegation that is now revoked by this request or an earlier one: the root first."""
+
+    ids: list[str]
+    newly: int
+
+
+class Revoke(Unit[Revoked | Refusal], frozen=True):
+    """Revoke a delegation and every descendant in one commit."""
+
+    id: str
+    actor: str
+    reason: str
+    now_us: int
+
+
+# --- agents, probes, breaches
+
+
+class AgentRecord(msgspec.Struct, frozen=True):
+    """An agent of the directory. `sla` is the operator's own block, which goes before the manifest's."""
+
+    id: str
+    url: str
+    tenant: str
+    public_key: str | None = None
+    tier: str | None = None
+    sla: dict[str, Any] | None = None
+
+
+class AgentsChanged(msgspec.Struct, frozen=True, tag=True):
+    """Which agents a change of the directory touched."""
+
+    added: list[str] = []
+    changed: list[str] = []
+    removed: list[str] = []
+
+
+class PutAgent(Unit[AgentsChanged | Refusal], frozen=True):
+    """Add an agent through the API, or change one that was added so."""
+
+    agent: AgentRecord
+    actor: str
+    now_us: int
+
+
+class RemoveAgent(Unit[AgentsChanged | Refusal], frozen=True):
+    """Remove an agent that was added through the API; its history stays."""
+
+    id: str
+    actor: str
+    now_us: int
+
+
+class SyncAgents(Unit[AgentsChanged], frozen=True):
+    """Make the configured part of the directory equal to this list."""
+
+    agents: list[AgentRecord]
+    actor: str
+    now_us: int
+
+
+class RowWritten(msgspec.Struct, frozen=True, tag=True):
+    """A row was written; its number in its table."""
+
+    seq: int
+
+
+class RecordProbe(Unit[RowWritten], frozen=True):
+    """A probe's result, what it makes of the agent's state, and the uptime it adds.
+
+    The probe's word holds for `hold_us` unless a newer one replaces it.
+    """
+
+    agent: str
+    ts_us: int
+    up: bool
+    status: str | None
+    latency_us: int | None
+    reason: str | None
+    detail: str | None
+    hold_us: int
+    state: str
+    since_us: int
+    ok_streak: int
+    fail_streak: int
+    transition_from: str | None = None
+
+
+class RecordManifest(Unit[RowWritten], frozen=True):
+    """A manifest that differs from the last one stored for its agent."""
+
+    agent: str
+    fetched_us: int
+    digest: str
+    body: bytes
+    verification: str
+    sla: dict[str, Any] | None
+    sla_error: str | None
+    ttl_seconds: int | None
+    public_key: str | None
+
+
+class BreachRow(msgspec.Struct, frozen=True):
+    """A breach as users see it; thresholds and values both as the reference's text and as numbers."""
+
+    id: str
+    agent_id: str | None
+    breach_type: str
+    window_us: int
+    threshold: str
+    threshold_value: float
+    actual: str | None
+    actual_value: float | None
+    severity: str
+    state: str
+    detected_at_us: int
+    samples: int
+    tenant: str
+    resolved_at_us: int | None = None
+    resolve_reason: str | None = None
+    evidence: dict[str, Any] = {}
+
+
+class AlertWritten(msgspec.Struct, frozen=True, tag=True):
+    """The number of a breach transition on this host; None when an equal transition was already there."""
+
+    seq: int | None
+
+
+class WriteBreach(Unit[AlertWritten], frozen=True):
+    """One transition of a breach (`opened`, `escalated`, `resolved`), its alert and its audit entry."""
+
+    event: str
+    breach: BreachRow
+    now_us: int
+
+
+# --- keys, tasks, the daemon's own affairs
+
+
+class ApiKey(msgspec.Struct, frozen=True, tag=True):
+    """An API key without its secret: `digest` is the SHA-256 of the secret part."""
+
+    id: str
+    name: str
+    role: str
+    agents: list[str]
+    tenant: str | None
+    may_sign: bool
+    digest: bytes
+    created_us: int
+    revoked_us: int | None = None
+
+
+class CreateKey(Unit[ApiKey | Refusal], frozen=True):
+    """Store a new API key."""
+
+    key: ApiKey
+    actor: str
+    now_us: int
+
+
+class RevokeKey(Unit[ApiKey | Refusal], frozen=True):
+    """Refuse a key from the next request on."""
+
+    id: str
+    actor: str
+    now_us: int
+
+
+class TaskEvent(msgspec.Struct, frozen=True):
+    """One step in the life of a task: state is `started`, `completed` or `failed`."""
+
+    task_id: str
+    agent: str
+    consumer: str
+    state: str
+    timestamp_us: int
+    error: str | None = None
+
+
+class RecordTask(Unit[RowWritten | Refusal], frozen=True):
+    """A task began or ended. A task ends once: the same end again changes nothing, another is refused."""
+
+    task: TaskEvent
+    actor: str
+    tenant: str
+    now_us: int
+
+
+class Note(Unit[RowWritten], frozen=True):
+    """An audit entry about the daemon itself: started, configuration reloaded, ..."""
+
+    event_type: str
+    actor: str
+    subject: str
+    details: dict[str, Any]
+    now_us: int
+
+
+class Swept(msgspec.Struct, frozen=True, tag=True):
+    """What a sweep did, and whether there is more of it to do."""
+
+    reservations_expired: int
+    rows_deleted: int
+    more: bool
+
+
+class Sweep(Unit[Swept], frozen=True):
+    """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step."""
+
+    now_us: int
+    probes_before_us: int
+    idempotency_before_us: int
+    limit: int = 500
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The handler of this unit had a bug; nothing of the unit was written."""
+
+    error: str
+
+
+class NotWritten(msgspec.Struct, frozen=True, tag=True):
+    """The whole commit failed for a reason of the disk; nothing of it was written."""
+
+    error: str
+    full: bool
+
+
+AnyUnit = (
+    RecordUsage
+    | RegisterDelegation
+    | Reserve
+    | SettleReservation
+    | ReleaseReservation
+    | ExtendReservation
+    | RefundReservation
+    | Revoke
+    | PutAgent
+    | RemoveAgent
+    | SyncAgents
+    | RecordProbe
+    | RecordManifest
+    | WriteBreach
+    | CreateKey
+    | RevokeKey
+    | RecordTask
+    | Note
+    | Sweep
+)
+AnyResult = (
+    Recorded
+    | UsageConflict
+    | Registered
+    | Reserved
+    | AuthorizationDenied
+    | Denied
+    | Refusal
+    | ReservationChanged
+    | Revoked
+    | AgentsChanged
+    | RowWritten
+    | AlertWritten
+    | ApiKey
+    | Swept
+    | Failed
+    | NotWritten
+)
+
+
+class Idempotency(msgspec.Struct, frozen=True, array_like=True):
+    """An Idempotency-Key: 16-byte digests of (caller, route, key) and of the request it came with."""
+
+    key: bytes
+    request: bytes
+    now_us: int
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """A unit on its way to the writer. Decisions (`urgent`) go ahead of bulk ingest."""
+
+    number: int
+    unit: AnyUnit
+    urgent: bool
+    idempotency: Idempotency | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """The outcome of one envelope, sent after its commit."""
+
+    number: int
+    result: AnyResult
+    replayed: bool = False

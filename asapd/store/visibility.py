@@ -1,0 +1,53 @@
+"""Which rows a caller may see, as SQL: by tenant and by agent patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+
+class Visibility(msgspec.Struct, frozen=True):
+    """`tenant` None is every tenant; `agents` are exact names or prefixes ending in `*`."""
+
+    tenant: str | None = None
+    agents: tuple[str, ...] = ("*",)
+
+
+EVERYTHING = Visibility()
+
+
+def _globs(agents: Sequence[str]) -> list[str]:
+    # GLOB knows more wildcards than our patterns do: a bracket around each keeps it literal.
+    escaped = ("".join(f"[{char}]" if char in "*?[" else char for char in agent.removesuffix("*")) for agent in agents)
+    return [text + ("*" if agent.endswith("*") else "") for agent, text in zip(agents, escaped, strict=True)]
+
+
+def visible_names(visible: Visibility, columns: Sequence[str]) -> tuple[list[str], list[Any]]:
+    """Conditions over interned columns: any of them matches a pattern, and the tenant is the caller's."""
+    where: list[str] = []
+    values: list[Any] = []
+    if visible.tenant is not None:
+        where.append("tenant = (SELECT id FROM name WHERE name = ?)")
+        values.append(visible.tenant)
+    if "*" not in visible.agents:
+        globs = _globs(visible.agents)
+        matched = f"(SELECT id FROM name WHERE {' OR '.join(['name GLOB ?'] * len(globs))})"
+        where.append("(" + " OR ".join(f"{column} IN {matched}" for column in columns) + ")")
+        values.extend(globs * len(columns))
+    return where, values
+
+
+def visible_text(visible: Visibility, columns: Sequence[str], tenant: str = "tenant") -> tuple[list[str], list[Any]]:
+    """The same over columns that hold the names themselves."""
+    where: list[str] = []
+    values: list[Any] = []
+    if visible.tenant is not None:
+        where.append(f"{tenant} = ?")
+        values.append(visible.tenant)
+    if "*" not in visible.agents:
+        globs = _globs(visible.agents)
+        where.append("(" + " OR ".join(f"{column} GLOB ?" for column in columns for _ in globs) + ")")
+        values.extend(globs * len(columns))
+    return where, values

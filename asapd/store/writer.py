@@ -1,0 +1,251 @@
+"""The one writer: runs units of work in group commits, and the process that does so in production.
+
+The process reads envelopes from a socket, takes all that wait (decisions first, then ingest up to a
+number of rows), commits once, and answers. It ends when the socket closes, after finishing its commit;
+it ignores SIGTERM and SIGINT, because its daemon decides when it is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.delegation import Denied
+from asapd.core.errors import Refusal
+from asapd.core.types import SECOND_US
+from asapd.store import handlers
+from asapd.store.migrations import migrate
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import Answer, AnyResult, Envelope, Failed, Idempotency, NotWritten, RecordUsage, UsageConflict
+
+ROWS_PER_COMMIT = 5_000
+"""Beyond this a commit gains nothing more per row and only makes decisions wait longer."""
+
+HEADER = struct.Struct(">I")
+_log = logging.getLogger("asapd.store.writer")
+_result_encoder = msgspec.msgpack.Encoder()
+_result_decoder: msgspec.msgpack.Decoder[AnyResult] = msgspec.msgpack.Decoder(AnyResult)
+
+
+def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connection:
+    """The write connection: WAL, 64 MiB cache, autocheckpoint at 4 000 pages, schema up to date."""
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(10_000)
+    migrate(connection, path)  # first: a file that is refused is left as it was, its journal mode too
+    journal_mode = connection.pragma("journal_mode", "wal")
+    assert journal_mode == "wal", f"{path} cannot be put into WAL mode"
+    connection.pragma("synchronous", synchronous)
+    connection.pragma("cache_size", -65_536)
+    connection.pragma("wal_autocheckpoint", 4_000)
+    connection.pragma("foreign_keys", True)
+    connection.pragma("temp_store", "memory")
+    return connection
+
+
+class Writer:
+    """Runs groups of envelopes against one connection."""
+
+    def __init__(self, connection: apsw.Connection, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        self._tx = Tx(connection, entropy)
+
+    def run(self, group: Sequence[Envelope]) -> list[Answer]:
+        """Run envelopes in one transaction, each in its own savepoint, and commit.
+
+        A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
+        every answer is `NotWritten`: nothing of the group is in the file.
+        """
+        tx = self._tx
+        try:
+            tx.execute("BEGIN IMMEDIATE")
+            answers = [self._run_one(envelope) for envelope in group]
+            tx.execute("COMMIT")
+        except apsw.Error as error:
+            if tx.connection.in_transaction:
+                tx.execute("ROLLBACK")
+            tx.forget()
+            _log.error("commit of %d units failed: %s", len(group), error)
+            outcome = NotWritten(str(error) or type(error).__name__, full=isinstance(error, apsw.FullError))
+            return [Answer(envelope.number, outcome) for envelope in group]
+        return answers
+
+    def _run_one(self, envelope: Envelope) -> Answer:
+        tx = self._tx
+        mark = tx.mark()
+        replayed = self._replay(envelope.idempotency)
+        if replayed is not None:
+            return Answer(envelope.number, replayed, replayed=not isinstance(replayed, Refusal))
+        tx.execute("SAVEPOINT unit")
+        try:
+            result = handlers.handle(tx, envelope.unit)
+            tx.flush_audit()
+            self._remember(envelope.idempotency, result)
+        except RefuseError as refusal:
+            self._undo(mark)
+            return Answer(envelope.number, refusal.value)
+        except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
+            raise
+        except Exception as error:
+            if not tx.connection.in_transaction:
+                raise  # SQLite already rolled the whole transaction back: nobody's work is in it
+            self._undo(mark)
+            _log.exception("unit %s failed", type(envelope.unit).__name__)
+            summary = "".join(traceback.format_exception_only(error)).strip()
+            return Answer(envelope.number, Failed(f"{type(envelope.unit).__name__}: {summary}"))
+        tx.execute("RELEASE unit")
+        return Answer(envelope.number, result)
+
+    def _undo(self, mark: tuple[int, bytes]) -> None:
+        self._tx.execute("ROLLBACK TO unit")
+        self._tx.execute("RELEASE unit")
+        self._tx.rewind(mark)
+
+    def _replay(self, idempotency: Idempotency | None) -> AnyResult | None:
+        if idempotency is None:
+            return None
+        row = self._tx.row("SELECT request, result FROM idempotency WHERE key = ?", (idempotency.key,))
+        if row is None:
+            return None
+        if row[0] != idempotency.request:
+            return Refusal(
+                "idempotency_key_reused",
+                "this Idempotency-Key came with another body before: use a new key for a new request",
+            )
+        return _result_decoder.decode(row[1])
+
+    def _remember(self, idempotency: Idempotency | None, result: AnyResult) -> None:
+        if idempotency is not None and not isinstance(result, Refusal | Denied | UsageConflict):
+            self._tx.execute(
+                "INSERT INTO idempotency VALUES (?,?,?,?)",
+                (idempotency.key, idempotency.request, _result_encoder.encode(result), idempotency.now_us),
+            )
+
+
+def weigh(envelope: Envelope) -> int:
+    """How many rows an envelope adds to a commit, roughly."""
+    return len(envelope.unit.events) if isinstance(envelope.unit, RecordUsage) else 1
+
+
+class _Frames:
+    """Length-prefixed msgpack over a blocking socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._decoder = msgspec.msgpack.Decoder(Envelope)
+        self._encoder = msgspec.msgpack.Encoder()
+        self.ended = False
+
+    def receive(self, timeout_s: float | None) -> list[Envelope]:
+        """Everything that has arrived; None waits for at least one envelope, or until the peer is gone."""
+        received: list[Envelope] = []
+        while not self.ended and select.select([self._sock], [], [], 0 if received else timeout_s)[0]:
+            try:
+                chunk = self._sock.recv(1 << 20)
+            except ConnectionResetError:
+                chunk = b""
+            self.ended = not chunk
+            self._buffer += chunk
+            received += self._complete()
+        return received
+
+    def _complete(self) -> list[Envelope]:
+        found, start = [], 0
+        while len(self._buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer, start)
+            if len(self._buffer) - start - HEADER.size < length:
+                break
+            begin = start + HEADER.size
+            with memoryview(self._buffer) as view:
+                found.append(self._decoder.decode(view[begin : begin + length]))
+            start = begin + length
+        del self._buffer[:start]
+        return found
+
+    def send(self, answers: list[Answer]) -> None:
+        bodies = [self._encoder.encode(answer) for answer in answers]
+        self._sock.sendall(b"".join(part for body in bodies for part in (HEADER.pack(len(body)), body)))
+
+
+def serve(sock: socket.socket, writer: Writer, *, rows_per_commit: int = ROWS_PER_COMMIT, wait_us: int = 0) -> None:
+    """Answer envelopes until the other side closes its end; what had arrived by then is still committed.
+
+    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it.
+    """
+    frames = _Frames(sock)
+    urgent: deque[Envelope] = deque()
+    bulk: deque[Envelope] = deque()
+    waiting_rows = 0
+
+    def take(timeout_s: float | None) -> int:
+        rows = 0
+        for envelope in frames.receive(timeout_s):
+            (urgent if envelope.urgent else bulk).append(envelope)
+            rows += 0 if envelope.urgent else weigh(envelope)
+        return rows
+
+    while True:
+        idle = not urgent and not bulk
+        if idle and frames.ended:
+            return
+        waiting_rows += take(None if idle else 0)
+        deadline_s = time.monotonic() + wait_us / SECOND_US
+        while not urgent and waiting_rows < rows_per_commit and not frames.ended:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            waiting_rows += take(left_s)
+        group, rows = list(urgent), 0
+        urgent.clear()
+        while bulk and (rows == 0 or rows + weigh(bulk[0]) <= rows_per_commit):
+            rows += weigh(bulk[0])
+            group.append(bulk.popleft())
+        waiting_rows -= rows
+        if group:
+            answers = writer.run(group)
+            # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                frames.send(answers)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m asapd.store.writer SOCKET-FD DATABASE SYNCHRONOUS ROWS WAIT-US`; started by the daemon only."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    inherited, path, synchronous = int(arguments[0]), Path(arguments[1]), arguments[2]
+    # A daemon with thousands of sockets hands down a number that select() cannot take; a copy gets a low one.
+    descriptor = os.dup(inherited)
+    os.close(inherited)
+    with socket.socket(fileno=descriptor) as sock:
+        connection = open_for_writing(path, synchronous=synchronous)
+        try:
+            serve(sock, Writer(connection), rows_per_commit=int(arguments[3]), wait_us=int(arguments[4]))
+        finally:
+            connection.close()
+    return 0
+
+
+def replay(connection: apsw.Connection, envelopes: Sequence[Envelope]) -> list[Any]:
+    """Run a log of envelopes one by one, each in a commit of its own: the model that tests compare with."""
+    writer = Writer(connection)
+    return [writer.run([envelope])[0].result for envelope in envelopes]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""JSON-RPC 2.0 messages of the live alert stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+
+Id = str | int | None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A request; without `id` it is a notification and gets no answer."""
+
+    method: str
+    params: dict[str, Any]
+    id: Id
+    wants_answer: bool
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """What is answered to a message that is no request."""
+
+    code: int
+    message: str
+    id: Id = None
+
+
+class Subscribe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of `sla.subscribe`."""
+
+    agent_id: str | None = None
+    min_severity: Literal["warning", "critical"] | None = None
+    resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
+
+
+def decode_request(text: str | bytes) -> Request | Fault:
+    """A request from its text; never raises."""
+    try:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        return Fault(PARSE_ERROR, f"Parse error: {error}")
+    if not isinstance(raw, dict) or raw.get("jsonrpc") != "2.0" or not isinstance(raw.get("method"), str):
+        request_id = raw.get("id") if isinstance(raw, dict) else None
+        kept = request_id if isinstance(request_id, str | int) and not isinstance(request_id, bool) else None
+        return Fault(INVALID_REQUEST, 'Invalid request: "jsonrpc" must be "2.0" and "method" a string', kept)
+    request_id = raw.get("id")
+    if isinstance(request_id, bool) or not isinstance(request_id, str | int | None):
+        return Fault(INVALID_REQUEST, 'Invalid request: "id" must be a string, a whole number or null')
+    params = raw.get("params")
+    if params is not None and not isinstance(params, dict):
+        return Fault(INVALID_PARAMS, "Invalid params: an object is needed", request_id)
+    return Request(raw["method"], params or {}, request_id, "id" in raw)
+
+
+def decode_subscribe(params: dict[str, Any]) -> Subscribe | str:
+    """The parameters of a subscription, or what is wrong with them."""
+    try:
+        return msgspec.convert(params, Subscribe)
+    except msgspec.ValidationError as error:
+        return str(error)
+
+
+def result(request_id: Id, value: Any) -> str:
+    """The answer to a request."""
+    return _text({"jsonrpc": "2.0", "result": value, "id": request_id})
+
+
+def fault(problem: Fault) -> str:
+    """The answer to what went wrong."""
+    return _text({"jsonrpc": "2.0", "error": {"code": problem.code, "message": problem.message}, "id": problem.id})
+
+
+def notification(method: str, params: Any) -> str:
+    """A message that wants no answer."""
+    return _text({"jsonrpc": "2.0", "method": method, "params": params})
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

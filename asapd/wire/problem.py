@@ -1,0 +1,95 @@
+"""Refusals on the wire: RFC 9457 problem documents, and the one table of codes with their status and title."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from asapd.core.delegation import Denied, Reason
+from asapd.core.errors import Refusal
+from asapd.core.money import to_usd
+
+CODES: dict[str, tuple[int, str]] = {
+    "malformed": (400, "The request cannot be read"),
+    "bad_parameter": (400, "A query parameter is wrong"),
+    "unauthorized": (401, "A valid API key is needed"),
+    "forbidden": (403, "The caller may not do this"),
+    "host_not_allowed": (403, "This host name or origin is not served"),
+    "not_found": (404, "There is nothing at this address"),
+    "agent_not_found": (404, "There is no such agent"),
+    "breach_not_found": (404, "There is no such breach"),
+    "delegation_not_found": (404, "There is no such delegation"),
+    "entry_not_found": (404, "There is no such audit entry"),
+    "key_not_found": (404, "There is no such key"),
+    "reservation_not_found": (404, "There is no such reservation"),
+    "actor_not_found": (404, "There is no such actor"),
+    "method_not_allowed": (405, "This method is not offered here"),
+    "agent_configured": (409, "The agent is set in the configuration file"),
+    "jti_reused": (409, "The token id belongs to another token"),
+    "key_name_taken": (409, "The name is in use"),
+    "reservation_closed": (409, "The reservation is closed"),
+    "task_conflict": (409, "The task already went another way"),
+    "usage_conflict": (409, "The event was reported before with other content"),
+    "too_large": (413, "The request is too large"),
+    "too_many_events": (413, "Too many events in one request"),
+    "unsupported_media_type": (415, "This content type or encoding is not taken"),
+    "invalid": (422, "The request is well-formed but invalid"),
+    "missing_estimate": (422, "An estimate is missing"),
+    "no_signing_key": (422, "The daemon holds no key of the delegator"),
+    "idempotency_key_reused": (422, "The Idempotency-Key belongs to another request"),
+    "config_refused": (422, "The configuration file is not valid"),
+    "internal": (500, "A bug in asapd"),
+    "overloaded": (503, "asapd has more to do than it can"),
+    "shutting_down": (503, "asapd is shutting down"),
+    "outcome_unknown": (503, "Whether this was recorded is not known"),
+    "writer_unavailable": (503, "The writer is being restarted"),
+    "storage_full": (503, "The disk is full"),
+    "storage_failed": (503, "The disk failed"),
+    **{
+        str(reason): (422, "The delegation is not valid")
+        for reason in Reason
+        if reason not in {Reason.JTI_REUSED, Reason.MALFORMED}
+    },
+}
+"""Every `code` a problem document can have."""
+
+PROBLEM_JSON = "application/problem+json"
+_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as users receive it: money (Decimal) as exact numbers."""
+    return _encoder.encode(value)
+
+
+def status_of(code: str) -> int:
+    """The HTTP status of a code."""
+    return CODES[code][0]
+
+
+def problem(refusal: Refusal, *, status: int | None = None) -> dict[str, Any]:
+    """The problem document of a refusal."""
+    own_status, title = CODES[refusal.code]
+    document: dict[str, Any] = {
+        "type": f"urn:asapd:problem:{refusal.code}",
+        "title": title,
+        "status": own_status if status is None else status,
+        "detail": refusal.detail,
+        "code": refusal.code,
+        **refusal.extra,
+    }
+    if refusal.errors:
+        document["errors"] = refusal.errors
+    return document
+
+
+def denied_as_refusal(denied: Denied) -> Refusal:
+    """A denial where nothing was to be authorised: at registering or issuing."""
+    return Refusal(str(denied.reason), denied.detail, extra={"token_id": denied.token_id})
+
+
+def usd(amount_microusd: int | None) -> Decimal | None:
+    """USD for a reply, `null` when unknown."""
+    return None if amount_microusd is None else to_usd(amount_microusd)

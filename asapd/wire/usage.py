@@ -1,0 +1,383 @@
+"""Usage events from the outside: nested and flat JSON, arrays, NDJSON and msgpack, to one normal form.
+
+A typed decoder takes what is right in one pass; only when it objects is the body looked at again,
+slowly, to name every bad field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from asapd.core.delegation import is_action
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.money import MoneyError, parse_usd
+from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US, datetime_us
+from asapd.core.usage import UsageEvent
+
+MAX_EVENTS = 5_000
+"""As many as one commit takes (CONTRACT: more is 413 `too_many_events`)."""
+
+MAX_ERRORS = 100
+"""Enough to see the pattern of a broken batch; the reply says when there are more."""
+
+BodyFormat = Literal["json", "ndjson", "msgpack"]
+
+_Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+_Name = Annotated[str, Meta(min_length=1, max_length=256)]
+_Short = Annotated[str, Meta(max_length=128)]
+_Label = Annotated[str, Meta(max_length=256)]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_EPOCH_MS_ABOVE = 10**11
+"""CONTRACT: an epoch above this is in milliseconds."""
+
+
+class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The counts of an event in its nested form."""
+
+    tokens_in: _Count = 0
+    tokens_out: _Count = 0
+    duration_ms: _Count = 0
+    api_calls: _Count = 0
+    cached_tokens_in: _Count = 0
+    cache_write_tokens: _Count = 0
+    reasoning_tokens: _Count = 0
+
+
+class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """One event as clients write it: CONTRACT's nested form and the reference implementation's flat one."""
+
+    task_id: _Name | None = None
+    agent: _Name | None = None
+    agent_id: _Name | None = None
+    consumer: _Name | None = None
+    consumer_id: _Name | None = None
+    timestamp: str | int | float | None = None
+    metrics: WireMetrics | None = None
+    tokens_in: _Count = 0
+    tokens_out: _Count = 0
+    duration_ms: _Count = 0
+    api_calls: _Count = 0
+    cached_tokens_in: _Count = 0
+    cache_write_tokens: _Count = 0
+    reasoning_tokens: _Count = 0
+    id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    source: Annotated[str, Meta(max_length=256)] | None = None
+    seq: _Count | None = None
+    outcome: Literal["completed", "failed"] = "completed"
+    error: Annotated[str, Meta(max_length=2000)] | None = None
+    model: _Short | None = None
+    provider: _Short | None = None
+    cost_usd: Decimal | None = None
+    delegation: _Name | None = None
+    reservation: _Name | None = None
+    action: _Short | None = None
+    partial: bool = False
+    parent_task_id: _Name | None = None
+    project: _Short | None = None
+    labels: Annotated[dict[_Label, _Label], Meta(max_length=16)] | None = None
+    trace_id: _Short | None = None
+
+
+class _Body(WireEvent, forbid_unknown_fields=True):
+    """An object body: an event itself, or one that holds `usage` or `events`."""
+
+    usage: WireEvent | UnsetType = UNSET
+    events: list[WireEvent] | UnsetType = UNSET
+
+
+_json_list = msgspec.json.Decoder(list[WireEvent])
+_json_body = msgspec.json.Decoder(_Body)
+_msgpack_list = msgspec.msgpack.Decoder(list[WireEvent])
+_msgpack_body = msgspec.msgpack.Decoder(_Body)
+
+
+class Events(msgspec.Struct, frozen=True):
+    """What a body held: the events that are right, each with its place in the request, and the errors of the others."""
+
+    events: list[UsageEvent]
+    places: list[int]
+    errors: tuple[FieldError, ...]
+    is_batch: bool
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """The refusal of a body that must be right as a whole."""
+        if not self.errors:
+            return None
+        return Refusal("invalid", _summary(self.errors), self.errors[:MAX_ERRORS])
+
+
+def _summary(errors: tuple[FieldError, ...]) -> str:
+    first = errors[0]
+    where = "" if first.index is None else f" of event {first.index}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"nothing was recorded: {first.field}{where} {first.reason}{more}"
+
+
+def decode_events(body: bytes, body_format: BodyFormat = "json") -> Events | Refusal:
+    """Decode a body of one event, `{"usage"}`, `{"events"}` or an array; never raises.
+
+    A `Refusal` is for what is not events at all: `malformed`, `too_many_events`.
+    """
+    if body_format == "ndjson":
+        body = b"[" + b",".join(line for line in body.splitlines() if line.strip()) + b"]"
+    try:
+        typed, is_batch = _typed(body, body_format == "msgpack")
+    except msgspec.ValidationError:
+        return _explain(body, body_format == "msgpack")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _malformed(error)
+    if len(typed) > MAX_EVENTS:
+        return _too_many(len(typed))
+    return _normalise_all(typed, is_batch)
+
+
+def _malformed(error: Exception) -> Refusal:
+    return Refusal("malformed", f"the body cannot be read: {error}")
+
+
+def _too_many(count: int) -> Refusal:
+    return Refusal("too_many_events", f"{count} events in one request, at most {MAX_EVENTS}: send them in parts")
+
+
+def _typed(body: bytes, is_msgpack: bool) -> tuple[list[WireEvent], bool]:
+    is_list = _is_msgpack_array(body) if is_msgpack else body.lstrip()[:1] == b"["
+    if is_list:
+        return (_msgpack_list if is_msgpack else _json_list).decode(body), True
+    whole = (_msgpack_body if is_msgpack else _json_body).decode(body)
+    if whole.events is UNSET and whole.usage is UNSET:
+        return [whole], False
+    beside = any(getattr(whole, field.name) != field.default for field in msgspec.structs.fields(WireEvent))
+    if beside or (whole.events is not UNSET and whole.usage is not UNSET):
+        raise msgspec.ValidationError("fields beside `usage` or `events`")
+    if whole.events is not UNSET:
+        return whole.events, True
+    assert whole.usage is not UNSET
+    return [whole.usage], False
+
+
+def _is_msgpack_array(body: bytes) -> bool:
+    return bool(body) and (0x90 <= body[0] <= 0x9F or body[0] in (0xDC, 0xDD))
+
+
+def _normalise_all(typed: list[WireEvent], is_batch: bool) -> Events:
+    events: list[UsageEvent] = []
+    places: list[int] = []
+    errors: list[FieldError] = []
+    for index, wire in enumerate(typed):
+        event = normalise(wire)
+        if isinstance(event, UsageEvent):
+            events.append(event)
+            places.append(index)
+        else:
+            errors += [FieldError(bad.field, bad.reason, index if is_batch else None) for bad in event]
+    return Events(events, places, tuple(errors), is_batch)
+
+
+def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
+    """The normal form of an event, or what is wrong with it."""
+    errors: list[FieldError] = []
+    agent = wire.agent if wire.agent_id is None and wire.agent is not None else _one_of(wire, "agent", errors)
+    consumer = (
+        wire.consumer if wire.consumer_id is None and wire.consumer is not None else _one_of(wire, "consumer", errors)
+    )
+    if not AGENT_URN.match(agent) and agent:
+        errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))
+    if wire.task_id is None:
+        errors.append(FieldError("task_id", "is missing"))
+    counts = _counts(wire, errors)
+    action = wire.action or "task.execute"
+    if action != "task.execute" and not is_action(action):
+        errors.append(FieldError("action", "must be words joined by dots, such as task.execute"))
+    event = UsageEvent(
+        wire.task_id or "",
+        agent,
+        consumer,
+        _timestamp(wire.timestamp, errors),
+        counts.tokens_in,
+        counts.tokens_out,
+        counts.duration_ms,
+        counts.api_calls,
+        counts.cached_tokens_in,
+        counts.cache_write_tokens,
+        counts.reasoning_tokens,
+        1 if wire.outcome == "completed" else 2,
+        wire.partial,
+        wire.id or "",
+        wire.source or "",
+        wire.seq,
+        wire.error,
+        wire.model or "",
+        wire.provider or "",
+        wire.project or "",
+        None if wire.cost_usd is None else _cost(wire.cost_usd, errors),
+        wire.delegation,
+        wire.reservation,
+        action,
+        wire.parent_task_id,
+        wire.labels or None,
+        wire.trace_id,
+    )
+    texts = f"{event.task_id}{consumer}{event.id}{event.source}{event.model}{event.provider}{event.project}"
+    names = f"{event.delegation}{event.reservation}{event.parent_task_id}{event.trace_id}"
+    if not (texts.isprintable() and names.isprintable()):
+        errors += [
+            FieldError(name, "must not hold control characters")
+            for name in _TEXTS
+            if (text := getattr(event, name)) and _CONTROL.search(text)
+        ]
+    return errors or event
+
+
+_TEXTS = (
+    "task_id",
+    "consumer",
+    "id",
+    "source",
+    "model",
+    "provider",
+    "project",
+    "delegation",
+    "reservation",
+    "parent_task_id",
+    "trace_id",
+)
+
+
+def _one_of(wire: WireEvent, name: str, errors: list[FieldError]) -> str:
+    nested: str | None = getattr(wire, name)
+    flat: str | None = getattr(wire, f"{name}_id")
+    if nested is None and flat is None:
+        errors.append(FieldError(name, "is missing"))
+    elif nested is not None and flat is not None and nested != flat:
+        errors.append(FieldError(f"{name}_id", f"says something else than {name}"))
+    return nested or flat or ""
+
+
+def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetrics:
+    counts: WireEvent | WireMetrics = wire
+    prefix = ""
+    if wire.metrics is not None:
+        counts, prefix = wire.metrics, "metrics."
+        if wire.tokens_in or wire.tokens_out or wire.duration_ms or wire.api_calls:
+            errors.append(FieldError("metrics", "the counts stand both in metrics and beside it"))
+    if counts.cached_tokens_in or counts.cache_write_tokens or counts.reasoning_tokens:
+        if counts.cached_tokens_in + counts.cache_write_tokens > counts.tokens_in:
+            errors.append(FieldError(f"{prefix}tokens_in", "must include cached_tokens_in and cache_write_tokens"))
+        if counts.reasoning_tokens > counts.tokens_out:
+            errors.append(FieldError(f"{prefix}tokens_out", "must include reasoning_tokens"))
+    return counts
+
+
+def _timestamp(value: str | float | None, errors: list[FieldError]) -> int:
+    if value is None:
+        errors.append(FieldError("timestamp", "is missing"))
+        return 0
+    try:
+        return parse_timestamp(value)
+    except ValueError as error:
+        errors.append(FieldError("timestamp", str(error)))
+        return 0
+
+
+def parse_timestamp(value: str | float) -> int:
+    """Microseconds since the epoch from RFC 3339 (naive means UTC), or from an epoch in seconds or milliseconds.
+
+    Raises:
+        ValueError: with a reason for the client.
+    """
+    if isinstance(value, str):
+        if len(value) < 16 or value[10] not in "Tt ":
+            raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z")
+        try:
+            return datetime_us(datetime.fromisoformat(value))
+        except (ValueError, OverflowError):
+            raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z") from None
+    if not 0 <= value <= 253_402_300_799_000:
+        raise ValueError("must be an epoch between 1970 and 9999")
+    if value > _EPOCH_MS_ABOVE:
+        return round(value * 1000)
+    return value * SECOND_US if isinstance(value, int) else round(value * SECOND_US)
+
+
+def _cost(value: Decimal, errors: list[FieldError]) -> int | None:
+    try:
+        return parse_usd(value, round_up=True)
+    except MoneyError as error:
+        errors.append(FieldError("cost_usd", str(error)))
+        return None
+
+
+# --- the slow way, which names every bad field
+
+
+def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
+    try:
+        raw = msgspec.msgpack.decode(body) if is_msgpack else msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _malformed(error)
+    if isinstance(raw, dict) and ("events" in raw or "usage" in raw):
+        holder, wanted = ("events", list) if "events" in raw else ("usage", dict)
+        stray = [FieldError(str(name), f"does not belong beside {holder}") for name in raw if name != holder]
+        if stray:
+            return Events([], [], tuple(stray), is_batch=False)
+        raw = raw[holder]
+        if not isinstance(raw, wanted):
+            reason = "must be an array of events" if wanted is list else "must be an event"
+            return Events([], [], (FieldError(holder, reason),), is_batch=False)
+    is_batch = isinstance(raw, list)
+    items = raw if isinstance(raw, list) else [raw]
+    if len(items) > MAX_EVENTS:
+        return _too_many(len(items))
+    events: list[UsageEvent] = []
+    places: list[int] = []
+    errors: list[FieldError] = []
+    for index, item in enumerate(items):
+        found = _explain_one(item)
+        if isinstance(found, UsageEvent):
+            events.append(found)
+            places.append(index)
+        else:
+            errors += [FieldError(bad.field, bad.reason, index if is_batch else None) for bad in found]
+    return Events(events, places, tuple(errors), is_batch)
+
+
+def _explain_one(item: Any) -> UsageEvent | list[FieldError]:
+    if not isinstance(item, dict):
+        return [FieldError("event", "must be an object")]
+    errors = list(_bad_fields(item, WireEvent, ""))
+    if errors:
+        return errors
+    return normalise(msgspec.convert(item, WireEvent))
+
+
+def _bad_fields(item: dict[Any, Any], shape: type[msgspec.Struct], prefix: str) -> Iterator[FieldError]:
+    known = {field.name: field for field in msgspec.structs.fields(shape)}
+    for name, value in item.items():
+        if name not in known:
+            yield FieldError(f"{prefix}{name}", "is not a field of a usage event; what is yours goes into labels")
+        elif name == "metrics" and isinstance(value, dict):
+            yield from _bad_fields(value, WireMetrics, "metrics.")
+        else:
+            reason = _mismatch(value, known[name].type)
+            if reason is not None:
+                yield FieldError(f"{prefix}{name}", reason)
+
+
+def _mismatch(value: Any, wanted: Any) -> str | None:
+    try:
+        msgspec.convert(value, wanted)
+    except msgspec.ValidationError as error:
+        return _WORDING.sub(lambda found: _WORDS[found[0]], str(error).partition(" - at ")[0]).strip()
+    return None
+
+
+_WORDS = {"Expected": "must be", "`": "", ", got": ", not"}
+_WORDING = re.compile("|".join(map(re.escape, _WORDS)))

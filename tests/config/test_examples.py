@@ -1,0 +1,77 @@
+"""The shipped example files: they load, they are complete, and they say the truth about the defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from asapd.config import Config, load, parse
+from asapd.config.positions import Place, lines_of
+from asapd.core.pricing import parse_price_table
+
+EXAMPLES = Path(__file__).parents[2] / "config"
+TEXT = (EXAMPLES / "asapd.toml").read_text(encoding="utf-8")
+# A comment mark without a space behind it hides a setting, with one it is prose.
+UNHIDDEN = re.sub(r"(?m)^#(?=[^ \n])", "", TEXT)
+
+
+def settings(model: type[BaseModel], at: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        path = f"{at}.{field.alias or name}".lstrip(".")
+        yield path
+        for inner in models_in(field.annotation):
+            yield from settings(inner, path)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
+def keys_of(place: Place) -> str:
+    return ".".join(step for step in place if isinstance(step, str))
+
+
+def test_the_example_loads_as_it_is_and_shows_the_defaults() -> None:
+    assert load(EXAMPLES / "asapd.toml") == Config()
+
+
+def test_the_example_loads_with_everything_taken_from_behind_its_comment_mark() -> None:
+    config = parse(UNHIDDEN)
+    assert config.agents
+    assert config.budgets
+    assert config.alerts.webhooks
+    assert config.ingest.allow
+    assert config.http.tls
+
+
+def test_the_example_holds_every_setting_and_no_other() -> None:
+    assert {keys_of(place) for place in lines_of(UNHIDDEN)} == set(settings(Config))
+
+
+def test_hidden_settings_of_a_section_that_has_defaults_show_those() -> None:
+    shown = parse(UNHIDDEN)
+    for name, model in (
+        ("budgets", shown.budgets[0]),
+        ("alerts", shown.alerts.webhooks[0]),
+        ("agents", shown.agents[0]),
+    ):
+        for field in ("timezone", "events", "min_severity", "tenant"):
+            if field in type(model).model_fields:
+                assert getattr(model, field) == type(model).model_fields[field].default, (name, field)
+
+
+def test_the_example_price_table_prices_well_known_models() -> None:
+    table = parse_price_table((EXAMPLES / "prices.toml").read_text(encoding="utf-8"))
+    assert table.version.startswith("2026-11-01")
+    assert len(table.prices) >= 12
+    assert {price.provider for price in table.prices} >= {"openai", "anthropic", "google"}
+    assert all(price.input_pico > 0 for price in table.prices)
+    # A pattern for everything would price models nobody looked up.
+    assert all(price.model != "*" for price in table.prices)

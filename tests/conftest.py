@@ -1,0 +1,20 @@
+"""Parts that tests of several rooms stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+
+from asapd.store.database import Database, InlineReaders, InlineRunner
+from asapd.store.writer import Writer, open_for_writing
+
+
+@pytest.fixture
+def inline_database(tmp_path: Path) -> Iterator[tuple[Database, apsw.Connection]]:
+    """A database in a real file whose units run at once on the connection that comes with it."""
+    connection = open_for_writing(tmp_path / "asapd.db", synchronous="off")
+    yield Database(InlineRunner(Writer(connection)), InlineReaders(connection)), connection
+    connection.close()

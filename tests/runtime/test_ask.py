@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from asapd.runtime.ask import (
+    AlreadyAnswered,
+    AnswererGone,
+    HandlerFailed,
+    MailboxFull,
+    NoAnswerInTime,
+    Reply,
+    Unavailable,
+    ask,
+)
+
+
+@dataclass(frozen=True)
+class Double:
+    number: int
+    reply: Reply[int] = field(default_factory=Reply)
+
+
+def double(number: int):
+    return lambda reply: Double(number, reply)
+
+
+async def test_the_answer_reaches_the_caller(nursery: trio.Nursery) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        message = await receive.receive()
+        with message.reply as reply:
+            reply.send(message.number * 2)
+
+    assert await ask(send, double(21), deadline_s=1) == 42
+
+
+async def test_none_is_an_answer(nursery: trio.Nursery) -> None:
+    send, receive = trio.open_memory_channel[Reply[None]](1)
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        (await receive.receive()).send(None)
+
+    assert await ask(send, lambda reply: reply, deadline_s=1) is None
+
+
+async def test_a_full_mailbox_is_refused_at_once() -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    send.send_nowait(Double(1))
+    with pytest.raises(MailboxFull, match="nothing was done") as caught, trio.testing.assert_no_checkpoints():
+        await ask(send, double(2), deadline_s=1)
+    assert isinstance(caught.value, Unavailable)
+    assert caught.value.retry_after_s == 1
+    assert receive.statistics().current_buffer_used == 1
+
+
+async def test_waiting_for_room_sends_when_there_is_room(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    send.send_nowait(Double(1))
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        await trio.sleep(2)
+        async for message in receive:
+            with message.reply as reply:
+                reply.send(message.number * 2)
+
+    assert await ask(send, double(5), deadline_s=3, wait_for_room=True) == 10
+    await send.aclose()
+
+
+async def test_waiting_for_room_ends_at_the_deadline_with_nothing_sent(autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    send.send_nowait(Double(1))
+    with pytest.raises(MailboxFull, match="stayed full for 3 s"):
+        await ask(send, double(2), deadline_s=3, wait_for_room=True)
+    assert trio.current_time() == pytest.approx(3)
+    assert receive.receive_nowait().number == 1
+    with pytest.raises(trio.WouldBlock):
+        receive.receive_nowait()
+
+
+@pytest.mark.parametrize("wait_for_room", [False, True])
+async def test_a_mailbox_nobody_will_read_is_an_answerer_gone(wait_for_room: bool) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    await receive.aclose()
+    with pytest.raises(AnswererGone, match="nothing was done"):
+        await ask(send, double(1), deadline_s=1, wait_for_room=wait_for_room)
+    await send.aclose()
+    with pytest.raises(AnswererGone, match="nothing was done"):
+        await ask(send, double(1), deadline_s=1, wait_for_room=wait_for_room)
+
+
+async def test_a_crash_with_the_request_in_hand_ends_the_wait_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        message = await receive.receive()
+        with pytest.raises(OSError, match="disk on fire"), message.reply:
+            raise OSError("disk on fire")
+
+    with pytest.raises(AnswererGone, match="unknown"):
+        await ask(send, double(1), deadline_s=60)
+    assert trio.current_time() == 0
+
+
+async def test_no_answer_in_time_leaves_the_request_sent(autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    with pytest.raises(NoAnswerInTime, match="within 4 s"):
+        await ask(send, double(1), deadline_s=4)
+    assert trio.current_time() == pytest.approx(4)
+    message = receive.receive_nowait()
+    message.reply.send(2)
+    assert message.reply.ended
+
+
+async def test_an_answer_that_comes_with_the_deadline_counts(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Double](0)
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        message = await receive.receive()
+        autojump_clock.jump(10)
+        message.reply.send(2)
+
+    await wait_all_tasks_blocked()
+    assert await ask(send, double(1), deadline_s=4) == 2
+
+
+async def test_a_handlers_bug_is_not_unavailability(nursery: trio.Nursery) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+
+    @nursery.start_soon
+    async def answerer() -> None:
+        with (await receive.receive()).reply as reply:
+            reply.fail()
+
+    with pytest.raises(HandlerFailed) as caught:
+        await ask(send, double(1), deadline_s=1)
+    assert not isinstance(caught.value, Unavailable)
+
+
+async def test_the_callers_own_cancellation_passes_through() -> None:
+    send, _receive = trio.open_memory_channel[Double](1)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: ask(send, double(1), deadline_s=60))
+            await wait_all_tasks_blocked()
+            scope.cancel()
+    assert scope.cancelled_caught
+
+
+def test_the_first_outcome_of_a_reply_stands() -> None:
+    answered: Reply[int] = Reply()
+    answered.send(1)
+    answered.fail()
+    answered.close()
+    assert answered.result_nowait() == 1
+    with pytest.raises(AlreadyAnswered, match="answered already"):
+        answered.send(2)
+
+    closed: Reply[int] = Reply()
+    closed.close()
+    closed.fail()
+    with pytest.raises(AnswererGone):
+        closed.result_nowait()
+    with pytest.raises(AlreadyAnswered, match="closed already"):
+        closed.send(2)
+
+
+def test_a_pending_reply_has_no_result() -> None:
+    with pytest.raises(trio.WouldBlock):
+        Reply().result_nowait()

@@ -1,0 +1,291 @@
+"""Aggregates equal a recount of the raw events, for every grouping, filter and period."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import apsw
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asapd.core.money import to_usd
+from asapd.core.types import EPOCH, HOUR_US
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import usage_queries as q
+from asapd.store.units import Envelope, RecordUsage
+from asapd.store.visibility import EVERYTHING, Visibility
+from asapd.store.writer import Writer
+
+# Sunday 2026-12-27 22:00 UTC: the hours from here on cross a day, a week, a month and, with the far ones, an ISO year.
+START_US = int(datetime(2026, 12, 27, 22, tzinfo=UTC).timestamp()) * 1_000_000
+DAYS_US = 24 * HOUR_US
+
+OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
+Stored = tuple[str, UsageEvent, Cost]
+
+hours = st.sampled_from((0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US))
+inside = st.sampled_from((0, 1, HOUR_US // 2, HOUR_US - 1))
+times = st.builds(lambda hour, offset: START_US + hour + offset, hours, inside)
+bounds = st.none() | st.builds(lambda time, offset: time + offset, times, st.integers(-1, 1))
+counts = st.integers(0, 3)
+events = st.builds(
+    UsageEvent,
+    task_id=st.sampled_from("tu"),
+    agent=st.sampled_from(("x.a", "x.b", "y.c")),
+    consumer=st.sampled_from(("x.d", "y.e")),
+    timestamp_us=times,
+    tokens_in=counts,
+    tokens_out=counts,
+    duration_ms=counts,
+    api_calls=counts,
+    cached_tokens_in=counts,
+    cache_write_tokens=counts,
+    reasoning_tokens=counts,
+    outcome=st.integers(1, 2),
+    partial=st.booleans(),
+    model=st.sampled_from(("", "m", "n")),
+    project=st.sampled_from(("", "p")),
+    delegation=st.sampled_from((None, "del")),
+)
+stored = st.lists(st.tuples(st.sampled_from(("one", "two")), events, st.builds(Cost, st.none() | counts)), max_size=15)
+visibilities = st.builds(
+    Visibility,
+    st.sampled_from((None, "one", "none")),
+    st.sampled_from((("*",), ("x.*",), ("x.a", "y.e"), ("x.", "[xy].*"))),
+)
+filters = st.builds(
+    q.UsageFilter,
+    visible=st.just(EVERYTHING) | visibilities,
+    agent=st.sampled_from((None, None, "x.a", "none")),
+    consumer=st.sampled_from((None, None, "x.d")),
+    task=st.sampled_from((None, None, "t")),
+    model=st.sampled_from((None, None, "m", "")),
+    outcome=st.sampled_from((None, None, 1)),
+    delegation=st.sampled_from((None, None, "del")),
+    project=st.sampled_from((None, None, "p")),
+    start_us=bounds,
+    end_us=bounds,
+)
+groupings = st.lists(st.sampled_from(sorted(q.GROUPS)), min_size=1, max_size=4, unique=True).filter(
+    lambda groups: len(q.TIME_GROUPS & set(groups)) < 2
+)
+
+
+def keep(query: q.UsageFilter, row: Stored) -> bool:
+    tenant, event, _ = row
+    names = (event.agent, event.consumer)
+    seen = any(
+        name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+        for pattern in query.visible.agents
+        for name in names
+    )
+    wanted = (
+        (query.visible.tenant, tenant),
+        (query.agent, event.agent),
+        (query.consumer, event.consumer),
+        (query.task, event.task_id),
+        (query.model, event.model),
+        (query.outcome, event.outcome),
+        (query.delegation, event.delegation),
+        (query.project, event.project),
+    )
+    return (
+        seen
+        and all(value is None or value == own for value, own in wanted)
+        and (query.start_us is None or query.start_us <= event.timestamp_us)
+        and (query.end_us is None or event.timestamp_us < query.end_us)
+    )
+
+
+def group_of(group: str, event: UsageEvent) -> tuple[str, str | None]:
+    moment = EPOCH + timedelta(microseconds=event.timestamp_us)
+    match group:
+        case "hour":
+            return "period", f"{moment:%Y-%m-%dT%H}:00:00Z"
+        case "day":
+            return "period", f"{moment:%Y-%m-%d}"
+        case "week":
+            return "period", f"{moment:%G-W%V}"
+        case "month":
+            return "period", f"{moment:%Y-%m}"
+        case "agent" | "consumer":
+            return f"{group}_id", getattr(event, group)
+        case "outcome":
+            return group, "completed" if event.outcome == 1 else "failed"
+        case _:
+            return group, getattr(event, group) or None
+
+
+def totals(rows: list[Stored]) -> dict[str, Any]:
+    events = [event for _, event, _ in rows]
+    known = [cost.microusd for _, _, cost in rows if cost.microusd is not None]
+    tasks = sum(not event.partial for event in events)
+    sums = {
+        field: sum(getattr(event, field) for event in events)
+        for field in (
+            "tokens_in",
+            "tokens_out",
+            "cached_tokens_in",
+            "cache_write_tokens",
+            "reasoning_tokens",
+            "duration_ms",
+            "api_calls",
+        )
+    }
+    tokens = sums["tokens_in"] + sums["tokens_out"]
+    return {
+        **{f"total_{field}": value for field, value in sums.items()},
+        "total_tasks": tasks,
+        "total_tokens": tokens,
+        "total_cost_usd": None if rows and not known else to_usd(sum(known)),
+        "unpriced_events": len(rows) - len(known),
+        "total_events": len(rows),
+        "avg_tokens_per_task": tokens / tasks if tasks else None,
+        "avg_duration_ms_per_task": sums["duration_ms"] / tasks if tasks else None,
+        "unique_agents": len({event.agent for event in events}),
+        "unique_consumers": len({event.consumer for event in events}),
+    }
+
+
+def fill(connection: apsw.Connection, rows: list[Stored]) -> None:
+    writer = Writer(connection)
+    for tenant, event, cost in rows:
+        writer.run([Envelope(1, RecordUsage(tenant, "key:x", START_US, [event], [cost]), False)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=stored, query=filters, groups=groupings)
+def test_aggregates_equal_a_recount_of_the_raw_events(
+    open_store: OpenStore, rows: list[Stored], query: q.UsageFilter, groups: list[str]
+) -> None:
+    kept = [row for row in rows if keep(query, row)]
+    recount: defaultdict[tuple[tuple[str, str | None], ...], list[Stored]] = defaultdict(list)
+    for row in kept:
+        recount[tuple(group_of(group, row[1]) for group in groups)].append(row)
+    period = {} if q.TIME_GROUPS & set(groups) else {"period": "all"}
+    expected = [
+        {**period, **dict(key), **totals(recount[key])}
+        for key in sorted(recount, key=lambda key: [value or "" for _, value in key])
+    ]
+    with open_store() as connection:
+        fill(connection, rows)
+        assert q.aggregate(connection, query, tuple(groups), 1000, 0) == expected
+        assert q.aggregate(connection, query, tuple(groups), 1, 1) == expected[1:2]
+        assert q.summary(connection, query) == totals(kept)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=stored, query=filters, limit=st.integers(1, 4), descending=st.booleans())
+def test_pages_of_rows_are_the_filtered_events_in_order_each_once(
+    open_store: OpenStore, rows: list[Stored], query: q.UsageFilter, limit: int, descending: bool
+) -> None:
+    numbered = [(row[1].timestamp_us, seq) for seq, row in enumerate(rows, 1) if keep(query, row)]
+    with open_store() as connection:
+        fill(connection, rows)
+        found: list[tuple[int, int]] = []
+        while True:
+            after = found[-1] if found else None
+            page = q.list_usage(connection, query, limit, after, descending=descending)
+            if not page:
+                break
+            found += [(rows[row["seq"] - 1][1].timestamp_us, row["seq"]) for row in page]
+        assert found == sorted(numbered, reverse=descending)
+        everything = q.list_usage(connection, query, 100, None, descending=descending)
+        assert q.list_usage(connection, query, 2, None, offset=1, descending=descending) == everything[1:3]
+
+
+def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
+    event = UsageEvent(
+        task_id="t",
+        agent="a",
+        consumer="c",
+        timestamp_us=START_US,
+        tokens_in=1,
+        tokens_out=2,
+        duration_ms=3,
+        api_calls=4,
+        cached_tokens_in=5,
+        cache_write_tokens=6,
+        reasoning_tokens=7,
+        outcome=2,
+        partial=True,
+        id="e",
+        source="s",
+        source_seq=8,
+        error="bad",
+        model="m",
+        provider="v",
+        project="p",
+        reported_microusd=9,
+        delegation="d",
+        action="task.other",
+        parent_task_id="u",
+        labels={"z": "1", "b": "é"},
+        trace_id="f" * 32,
+    )
+    unit = RecordUsage("default", "key:x", START_US + 1, [event], [Cost(10, "priced", 10, "v1")])
+    Writer(connection).run([Envelope(1, unit, False)])
+    row = q.get_usage(connection, 1)
+    assert row == {
+        "seq": 1,
+        "id": "e",
+        "source": "s",
+        "source_seq": 8,
+        "task_id": "t",
+        "agent_id": "a",
+        "consumer_id": "c",
+        "tokens_in": 1,
+        "tokens_out": 2,
+        "duration_ms": 3,
+        "api_calls": 4,
+        "cached_tokens_in": 5,
+        "cache_write_tokens": 6,
+        "reasoning_tokens": 7,
+        "timestamp": "2026-12-27T22:00:00.000000Z",
+        "outcome": "failed",
+        "partial": True,
+        "error": "bad",
+        "model": "m",
+        "provider": "v",
+        "project": "p",
+        "cost_usd": to_usd(10),
+        "cost_source": "priced",
+        "reported_cost_usd": to_usd(9),
+        "price_version": "v1",
+        "delegation": "d",
+        "reservation": None,
+        "action": "task.other",
+        "flags": ["unauthorised"],
+        "parent_task_id": "u",
+        "labels": {"b": "é", "z": "1"},
+        "trace_id": "f" * 32,
+        "recorded_at": "2026-12-27T22:00:00.000001Z",
+    }
+    assert q.get_usage(connection, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (EVERYTHING, (2, "2026-12-27T22:00:00.000000Z")),
+        (Visibility("one"), (1, "2026-12-27T22:00:00.000001Z")),
+        (Visibility(None, ("z.*",)), (0, None)),
+    ],
+)
+def test_stats_count_what_the_caller_may_see(
+    connection: apsw.Connection, visible: Visibility, expected: tuple[int, str | None]
+) -> None:
+    fill(
+        connection,
+        [
+            ("one", UsageEvent("t", "x.a", "c", START_US + 1), Cost()),
+            ("two", UsageEvent("t", "x.b", "c", START_US), Cost()),
+        ],
+    )
+    stats = q.stats(connection, visible)
+    assert (stats["total_events"], stats["oldest_timestamp"]) == expected

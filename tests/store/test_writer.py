@@ -1,0 +1,599 @@
+"""The writer: group commits change nothing but the number of commits, and a unit that fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import apsw
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ulid import base32
+
+from asapd.core.audit import Walk
+from asapd.core.delegation import Claims, Denied
+from asapd.core.errors import Refusal
+from asapd.core.ledger import Estimate
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import audit, handlers, units
+from asapd.store.units import (
+    AgentRecord,
+    AgentsChanged,
+    Answer,
+    AnyUnit,
+    ApiKey,
+    BreachRow,
+    CreateKey,
+    Envelope,
+    ExtendReservation,
+    Failed,
+    Idempotency,
+    NewDelegation,
+    Note,
+    NotWritten,
+    PutAgent,
+    Recorded,
+    RecordManifest,
+    RecordProbe,
+    RecordTask,
+    RecordUsage,
+    RefundReservation,
+    RegisterDelegation,
+    ReleaseReservation,
+    RemoveAgent,
+    Reserve,
+    Revoke,
+    RevokeKey,
+    RowWritten,
+    SettleReservation,
+    Sweep,
+    SyncAgents,
+    TaskEvent,
+    UsageConflict,
+    WriteBreach,
+)
+from asapd.store.writer import HEADER, Writer, replay, serve
+
+NOW_US = 1_795_169_203_000_000
+HOUR_US = 3_600_000_000
+AGENTS = ("urn:asap:agent:a", "urn:asap:agent:b", "urn:asap:agent:c")
+
+OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
+
+
+def zeros(count: int) -> bytes:
+    """Entropy that makes an id a function of its unit's time."""
+    return bytes(count)
+
+
+def event(**fields: Any) -> UsageEvent:
+    return UsageEvent(
+        **({"task_id": "t", "agent": AGENTS[0], "consumer": AGENTS[1], "timestamp_us": NOW_US, "id": "e"} | fields)
+    )
+
+
+def usage(*events: UsageEvent, partial: bool = False, now_us: int = NOW_US) -> RecordUsage:
+    return RecordUsage("default", "key:x", now_us, list(events), [Cost(250, "reported")] * len(events), partial)
+
+
+def link(jti: str, delegator: str, delegate: str, **limits: Any) -> NewDelegation:
+    claims = Claims(
+        **(
+            {
+                "id": jti,
+                "delegator": delegator,
+                "delegate": delegate,
+                "scopes": ("task.execute",),
+                "max_tasks": 3,
+                "max_cost_microusd": 1_000,
+                "issued_at_us": NOW_US,
+                "expires_at_us": NOW_US + HOUR_US,
+            }
+            | limits
+        )
+    )
+    return NewDelegation(claims, f"token of {jti}", msgspec.json.encode(claims)[:16])
+
+
+CHAINS = (
+    [link("del_root", AGENTS[0], AGENTS[1])],
+    [link("del_root", AGENTS[0], AGENTS[1]), link("del_leaf", AGENTS[1], AGENTS[2])],
+    [link("del_root", AGENTS[0], AGENTS[1], max_tasks=4)],  # the same id, other bytes
+)
+DELEGATIONS = ("del_root", "del_leaf", "del_none")
+
+
+def run(writer: Writer, unit: AnyUnit, idempotency: Idempotency | None = None) -> Any:
+    return writer.run([Envelope(1, unit, False, idempotency)])[0].result
+
+
+def contents(connection: apsw.Connection) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    tables = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name").fetchall()
+    return {name: sorted(map(repr, connection.execute(f"SELECT * FROM {name}").fetchall())) for (name,) in tables}
+
+
+def assert_log_is_whole(connection: apsw.Connection) -> None:
+    walk = audit.verify_step(connection, Walk(), 100_000)
+    assert walk.fault is None
+    assert walk.verified == connection.execute("SELECT count(*) FROM audit").get
+
+
+# --- grouping
+
+agents = st.sampled_from(AGENTS)
+costs = st.integers(0, 600)
+events = st.builds(
+    event,
+    id=st.sampled_from(("", "e1", "e2", "e3")),
+    agent=agents,
+    task_id=st.sampled_from(("t1", "t2", "t3")),
+    tokens_in=st.sampled_from((1, 2, 2, 2**63)),  # the last one does not fit into a column: a bug in the handler
+    model=st.text("mn", max_size=2),
+    project=st.text("pq", max_size=2),
+    timestamp_us=st.sampled_from((NOW_US, NOW_US + HOUR_US)),
+    delegation=st.sampled_from((None, *DELEGATIONS)),
+    partial=st.booleans(),
+)
+
+
+def units_at(number: int) -> st.SearchStrategy[AnyUnit]:
+    """Every kind of unit, at the time of the `number`th; reservations have the id of an earlier unit's time."""
+    now_us = NOW_US + number * 1000
+    at = st.just(now_us)
+    actor = st.sampled_from(("key:x", "key:y"))
+    reservation = st.integers(0, 12).map(
+        lambda earlier: f"rsv_{base32.encode_timestamp((NOW_US // 1000 + earlier).to_bytes(6, 'big'))}{'0' * 16}"
+    )
+    agent = st.builds(AgentRecord, agents, st.sampled_from(("http://x", "http://y")), st.just("default"))
+    event_under = st.builds(
+        lambda plain, named: msgspec.structs.replace(plain, reservation=named), events, st.none() | reservation
+    )
+    batches = st.lists(st.tuples(event_under, st.none() | costs), max_size=4)
+    breach = st.builds(
+        BreachRow,
+        id=st.sampled_from(("brc_1", "brc_2")),
+        agent_id=agents,
+        breach_type=st.just("latency"),
+        window_us=st.just(HOUR_US),
+        threshold=st.just("100"),
+        threshold_value=st.just(100.0),
+        actual=st.just("200"),
+        actual_value=st.just(200.0),
+        severity=st.sampled_from(("warning", "critical")),
+        state=st.sampled_from(("open", "resolved")),
+        detected_at_us=at,
+        samples=st.just(20),
+        tenant=st.just("default"),
+    )
+    key = st.builds(
+        ApiKey,
+        id=st.sampled_from(("key_1", "key_2")),
+        name=st.sampled_from(("one", "two")),
+        role=st.just("reader"),
+        agents=st.just(["*"]),
+        tenant=st.none(),
+        may_sign=st.just(False),
+        digest=st.just(b"d"),
+        created_us=at,
+    )
+    task = st.builds(
+        TaskEvent, st.sampled_from(("t1", "t2")), agents, agents, st.sampled_from(("started", "failed")), at
+    )
+    of_kind: dict[type[Any], st.SearchStrategy[Any]] = {
+        RecordUsage: batches.flatmap(
+            lambda batch: st.builds(
+                RecordUsage,
+                st.just("default"),
+                actor,
+                at,
+                st.just([plain for plain, _ in batch]),
+                st.just([Cost(cost, None if cost is None else "reported") for _, cost in batch]),
+                st.booleans(),
+            )
+        ),
+        RecordTask: st.builds(RecordTask, task, actor, st.just("default"), at),
+        RegisterDelegation: st.builds(RegisterDelegation, st.sampled_from(CHAINS), actor, st.just("default"), at),
+        Reserve: st.builds(
+            Reserve,
+            task_id=st.sampled_from(("t1", "t2", "t3")),
+            action=st.just("task.execute"),
+            estimate=st.builds(Estimate, st.none() | costs, st.integers(1, 2)),
+            ttl_us=st.sampled_from((1, HOUR_US)),
+            actor=actor,
+            tenant=st.just("default"),
+            now_us=at,
+            chain=st.sampled_from(([], *CHAINS)),
+            delegation=st.sampled_from(DELEGATIONS),
+        ),
+        SettleReservation: st.builds(SettleReservation, reservation, st.none() | costs, actor, at),
+        ReleaseReservation: st.builds(ReleaseReservation, reservation, actor, at),
+        ExtendReservation: st.builds(ExtendReservation, reservation, st.just(HOUR_US), actor, at),
+        RefundReservation: st.builds(RefundReservation, reservation, costs, st.just("why"), actor, at),
+        Revoke: st.builds(Revoke, st.sampled_from(DELEGATIONS), actor, st.just("why"), at),
+        PutAgent: st.builds(PutAgent, agent, actor, at),
+        RemoveAgent: st.builds(RemoveAgent, agents, actor, at),
+        SyncAgents: st.builds(
+            SyncAgents, st.lists(agent, max_size=2, unique_by=lambda one: one.id), st.just("asapd"), at
+        ),
+        RecordProbe: st.builds(
+            RecordProbe,
+            agent=agents,
+            ts_us=at,
+            up=st.booleans(),
+            status=st.none(),
+            latency_us=st.none(),
+            reason=st.none(),
+            detail=st.none(),
+            hold_us=st.sampled_from((0, 1500, 10_000)),
+            state=st.just("healthy"),
+            since_us=at,
+            ok_streak=st.just(1),
+            fail_streak=st.just(0),
+            transition_from=st.sampled_from((None, "unknown")),
+        ),
+        RecordManifest: st.builds(
+            RecordManifest,
+            agents,
+            at,
+            st.just("d"),
+            st.just(b"{}"),
+            st.just("unsigned"),
+            st.sampled_from((None, {"availability": 99})),
+            st.none(),
+            st.none(),
+            st.none(),
+        ),
+        WriteBreach: st.builds(WriteBreach, st.sampled_from(("opened", "escalated", "resolved")), breach, at),
+        CreateKey: st.builds(CreateKey, key, actor, at),
+        RevokeKey: st.builds(RevokeKey, st.sampled_from(("key_1", "two")), actor, at),
+        Note: st.builds(Note, st.just("config.reloaded"), actor, st.just("asapd"), st.just({"n": 1}), at),
+        Sweep: st.builds(Sweep, at, at, at, st.integers(1, 3)),
+    }
+    assert of_kind.keys() == set(handlers._HANDLERS)
+    often = [RecordUsage, Reserve, SettleReservation]
+    return st.sampled_from([*of_kind, *often, *often]).flatmap(lambda kind: of_kind[kind])
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[Envelope]:
+    size = draw(st.integers(1, 14))
+    keys = st.none() | st.builds(
+        Idempotency, st.sampled_from((b"k1", b"k2")), st.sampled_from((b"r1", b"r2")), st.just(NOW_US)
+    )
+    return [Envelope(number, draw(units_at(number)), draw(st.booleans()), draw(keys)) for number in range(size)]
+
+
+def failed(result: Any) -> bool:
+    return isinstance(result, Refusal | Denied | UsageConflict | units.AuthorizationDenied | Failed | NotWritten)
+
+
+@settings(max_examples=100, deadline=None)
+@given(log=logs(), sizes=st.lists(st.integers(1, 5)))
+def test_any_grouping_equals_running_the_successful_units_one_by_one(
+    open_store: OpenStore, log: list[Envelope], sizes: list[int]
+) -> None:
+    with open_store() as grouped, open_store() as one_by_one:
+        writer = Writer(grouped, zeros)
+        answers: list[Answer] = []
+        rest = list(log)
+        for size in [*sizes, len(log)]:
+            answers += writer.run(rest[:size])
+            del rest[:size]
+        assert [answer.number for answer in answers] == [envelope.number for envelope in log]
+        done = [envelope for envelope, answer in zip(log, answers, strict=True) if not failed(answer.result)]
+        alone = Writer(one_by_one, zeros)
+        assert [alone.run([envelope])[0].result for envelope in done] == [
+            answer.result for answer in answers if not failed(answer.result)
+        ]
+        assert contents(grouped) == contents(one_by_one)
+        assert_log_is_whole(grouped)
+
+
+def test_replay_runs_a_log_one_by_one(connection: apsw.Connection) -> None:
+    log = [Envelope(number, usage(event(id=f"e{number % 2}")), False) for number in range(3)]
+    assert [result.recorded for result in replay(connection, log)] == [1, 1, 0]
+
+
+# --- units that fail
+
+
+def test_names_of_a_refused_unit_are_forgotten_and_can_be_used_again(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    assert run(writer, usage(event())).recorded == 1
+    names = connection.execute("SELECT count(*) FROM name").get
+    task = RecordTask(TaskEvent("t", "new agent", "new consumer", "started", NOW_US), "key:x", "new tenant", NOW_US)
+    moved = msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, timestamp_us=NOW_US + 1))
+    broken = usage(event(id="x", source="new source", model="new model", tokens_in=2**63))
+    answers = writer.run([Envelope(number, unit, False) for number, unit in enumerate((broken, task, moved, broken))])
+    assert [type(answer.result) for answer in answers] == [Failed, RowWritten, Refusal, Failed]
+    assert connection.execute("SELECT count(*) FROM name").get == names + 3
+    assert run(writer, usage(event(id="y", model="new model", source="new agent"))).recorded == 1
+    stored = connection.execute(
+        "SELECT m.name, s.name FROM usage u JOIN name m ON m.id = model JOIN name s ON s.id = source ORDER BY seq DESC"
+    ).fetchone()
+    assert stored == ("new model", "new agent")
+    assert_log_is_whole(connection)
+
+
+def test_a_unit_that_fails_after_its_audit_entries_leaves_the_chain_whole(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    bad = usage(event(id="a"), event(id="b", tokens_in=2**63))
+    group = [usage(event(id="1")), bad, usage(event(id="2")), bad, Note("noted", "asapd", "x", {}, NOW_US)]
+    answers = writer.run([Envelope(number, unit, False) for number, unit in enumerate(group)])
+    assert [type(answer.result) for answer in answers] == [Recorded, Failed, Recorded, Failed, RowWritten]
+    assert answers[-1].result == RowWritten(3)
+    assert_log_is_whole(connection)
+
+
+def test_a_failed_unit_names_its_kind_and_the_error_and_logs_the_traceback(
+    connection: apsw.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(Writer(connection), usage(event(tokens_in=2**63)))
+    assert isinstance(result, Failed)
+    assert result.error.startswith("RecordUsage: OverflowError")
+    assert "Traceback" in caplog.text
+
+
+def test_touching_an_append_only_row_is_a_bug_of_that_unit_alone(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    connection.execute(
+        "CREATE TRIGGER bug AFTER INSERT ON task BEGIN UPDATE task SET error = 'changed' WHERE seq = NEW.seq; END"
+    )
+    task = RecordTask(TaskEvent("t", "a", "b", "started", NOW_US), "key:x", "default", NOW_US)
+    answers = writer.run([Envelope(1, task, False), Envelope(2, usage(event()), False)])
+    assert [type(answer.result) for answer in answers] == [Failed, Recorded]
+    assert connection.execute("SELECT count(*) FROM task").get == 0
+
+
+def test_a_handler_whose_error_ended_the_transaction_takes_the_whole_commit_with_it(
+    connection: apsw.Connection,
+) -> None:
+    writer = Writer(connection)
+    connection.execute("CREATE TRIGGER bug AFTER INSERT ON task BEGIN SELECT RAISE(ROLLBACK, 'all of it'); END")
+    task = RecordTask(TaskEvent("t", "a", "b", "started", NOW_US), "key:x", "default", NOW_US)
+    answers = writer.run([Envelope(1, usage(event()), False), Envelope(2, task, False)])
+    assert [type(answer.result) for answer in answers] == [NotWritten, NotWritten]
+    assert connection.execute("SELECT count(*) FROM usage").get == 0
+    assert run(writer, usage(event())).recorded == 1
+    assert_log_is_whole(connection)
+
+
+# --- a full disk
+
+
+@contextmanager
+def no_more_pages(connection: apsw.Connection) -> Iterator[None]:
+    connection.pragma("max_page_count", connection.pragma("page_count"))
+    try:
+        yield
+    finally:
+        connection.pragma("max_page_count", 1 << 30)
+
+
+def test_on_a_full_disk_nothing_of_the_commit_is_written_and_work_goes_on_once_there_is_room(
+    connection: apsw.Connection,
+) -> None:
+    writer = Writer(connection)
+    run(writer, usage(event(id="before")))
+    before = contents(connection)
+    large = usage(*(event(id=f"large{number}", error="x" * 5000) for number in range(50)))
+    small = usage(event(id="small", model="a new model"))
+    key = Idempotency(b"key", b"request", NOW_US)
+    with no_more_pages(connection):
+        answers = writer.run([Envelope(1, small, True, key), Envelope(2, large, False), Envelope(3, small, False)])
+        assert [(type(answer.result), answer.result.full) for answer in answers] == [(NotWritten, True)] * 3
+        assert contents(connection) == before
+    assert run(writer, small, key).recorded == 1
+    assert run(writer, large).recorded == 50
+    model = connection.execute("SELECT name.name FROM usage JOIN name ON name.id = model WHERE usage.id = 'small'").get
+    assert model == "a new model"
+    assert_log_is_whole(connection)
+
+
+def test_a_store_locked_by_another_program_fails_the_commit_and_not_as_full(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    connection.set_busy_timeout(0)
+    other = apsw.Connection(connection.filename)
+    other.execute("BEGIN IMMEDIATE")
+    result = run(writer, usage(event()))
+    assert isinstance(result, NotWritten)
+    assert not result.full
+    other.close()
+    assert run(writer, usage(event())).recorded == 1
+
+
+# --- idempotency
+
+
+def test_the_same_key_and_request_replay_the_result_and_write_nothing(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    key = Idempotency(b"key", b"request", NOW_US)
+    unit = usage(event(id=""), event(id=""))
+    first = writer.run([Envelope(1, unit, False, key)])[0]
+    before = contents(connection)
+    again = writer.run([Envelope(2, unit, False, key)])[0]
+    assert again == Answer(2, first.result, replayed=True)
+    assert not first.replayed
+    assert contents(connection) == before
+
+
+def test_the_same_key_twice_in_one_commit_is_written_once(connection: apsw.Connection) -> None:
+    key = Idempotency(b"key", b"request", NOW_US)
+    first, second = Writer(connection).run([Envelope(n, usage(event(id="")), False, key) for n in range(2)])
+    assert (second.result, second.replayed) == (first.result, True)
+    assert connection.execute("SELECT count(*) FROM usage").get == 1
+
+
+def test_the_same_key_with_another_request_is_refused(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    run(writer, usage(event()), Idempotency(b"key", b"request", NOW_US))
+    answer = writer.run([Envelope(2, usage(event(id="x")), False, Idempotency(b"key", b"another", NOW_US))])[0]
+    assert isinstance(answer.result, Refusal)
+    assert answer.result.code == "idempotency_key_reused"
+    assert not answer.replayed
+    assert connection.execute("SELECT count(*) FROM usage").get == 1
+
+
+def test_a_refused_or_failed_request_leaves_its_key_free(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    key = Idempotency(b"key", b"request", NOW_US)
+    assert isinstance(run(writer, RemoveAgent("urn:asap:agent:none", "key:x", NOW_US), key), Refusal)
+    assert isinstance(run(writer, usage(event(tokens_in=2**63)), key), Failed)
+    assert run(writer, usage(event()), key).recorded == 1
+
+
+def test_every_kind_of_result_comes_back_from_a_replay_as_it_was(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    agent = AgentRecord(AGENTS[0], "http://x", "default", sla={"availability": 99.5})
+    for number, unit in enumerate(
+        (
+            PutAgent(agent, "key:x", NOW_US),
+            Reserve("t", "task.execute", Estimate(5), HOUR_US, "key:x", "default", NOW_US, chain=CHAINS[1]),
+            CreateKey(ApiKey("key_1", "n", "reader", ["*"], None, False, b"\xff\x00", NOW_US), "key:x", NOW_US),
+            RecordTask(TaskEvent("t", "a", "b", "started", NOW_US), "key:x", "default", NOW_US),
+            Sweep(NOW_US, 0, 0),
+        )
+    ):
+        key = Idempotency(bytes([number]), b"request", NOW_US)
+        assert run(writer, unit, key) == run(writer, unit, key)
+    assert run(writer, PutAgent(agent, "key:x", NOW_US)) == AgentsChanged()
+
+
+# --- serving
+
+
+class Served:
+    """A writer that serves one end of a socket pair in a thread, and a blocking client on the other end."""
+
+    def __init__(self, **options: Any) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.settimeout(10)
+        self.commits: list[list[int]] = []
+        self.first = threading.Event()
+        self.gate = threading.Event()
+        self.thread = threading.Thread(target=self._serve, kwargs=options)
+
+    def _serve(self, **options: Any) -> None:
+        with self.theirs:
+            serve(self.theirs, self, **options)  # type: ignore[arg-type] -- only `run` is used, and it is this class's
+
+    def run(self, group: Sequence[Envelope]) -> list[Answer]:
+        self.commits.append([envelope.number for envelope in group])
+        self.first.set()
+        assert self.gate.wait(10)
+        return [Answer(envelope.number, RowWritten(envelope.number)) for envelope in group]
+
+    def send(self, *envelopes: Envelope) -> None:
+        bodies = [msgspec.msgpack.encode(envelope) for envelope in envelopes]
+        self.ours.sendall(b"".join(HEADER.pack(len(body)) + body for body in bodies))
+
+    def receive(self, count: int) -> list[int]:
+        numbers = []
+        for _ in range(count):
+            (length,) = HEADER.unpack(self.ours.recv(HEADER.size, socket.MSG_WAITALL))
+            body = self.ours.recv(length, socket.MSG_WAITALL)
+            numbers.append(msgspec.msgpack.decode(body, type=Answer).number)
+        return numbers
+
+    def end(self) -> None:
+        self.gate.set()
+        self.ours.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def served(**options: Any) -> Iterator[Served]:
+    server = Served(**options)
+    server.thread.start()
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def bulk(number: int, rows: int = 1) -> Envelope:
+    return Envelope(number, usage(*(event(id=f"{number}.{row}") for row in range(rows))), False)
+
+
+def decision(number: int) -> Envelope:
+    return Envelope(number, Sweep(NOW_US, 0, 0), True)
+
+
+def test_decisions_go_ahead_of_the_ingest_that_waits() -> None:
+    with served(rows_per_commit=4) as server:
+        server.send(bulk(1))
+        assert server.first.wait(10)
+        server.send(bulk(2, 3), bulk(3, 2), decision(4), bulk(5), decision(6))
+        server.gate.set()
+        assert server.receive(6) == [1, 4, 6, 2, 3, 5]
+        assert server.commits == [[1], [4, 6, 2], [3, 5]]
+
+
+def test_a_request_larger_than_a_commit_is_a_commit_of_its_own() -> None:
+    with served(rows_per_commit=2) as server:
+        server.send(bulk(1))
+        assert server.first.wait(10)
+        server.send(bulk(2, 5), bulk(3))
+        server.gate.set()
+        server.receive(3)
+        assert server.commits == [[1], [2], [3]]
+
+
+def test_what_had_arrived_when_the_peer_left_is_still_committed() -> None:
+    server = Served(rows_per_commit=1)
+    server.thread.start()
+    server.send(bulk(1))
+    assert server.first.wait(10)
+    server.send(bulk(2), decision(3), bulk(4))
+    server.end()
+    assert server.commits == [[1], [3, 2], [4]]
+
+
+def test_half_a_frame_at_the_end_is_dropped() -> None:
+    with served() as server:
+        server.gate.set()
+        server.send(bulk(1))
+        assert server.receive(1) == [1]
+        server.ours.sendall(HEADER.pack(100) + b"half")
+    assert server.commits == [[1]]
+
+
+def test_a_commit_that_is_not_full_waits_for_more_to_share_it() -> None:
+    with served(rows_per_commit=3, wait_us=60_000_000) as server:
+        server.gate.set()
+        server.send(bulk(1))
+        server.send(bulk(2))
+        assert not server.first.is_set()
+        server.send(bulk(3))
+        assert server.receive(3) == [1, 2, 3]
+    assert server.commits == [[1, 2, 3]]
+
+
+def test_a_decision_ends_the_wait_for_a_fuller_commit() -> None:
+    with served(wait_us=60_000_000) as server:
+        server.gate.set()
+        server.send(bulk(1))
+        server.send(decision(2))
+        assert sorted(server.receive(2)) == [1, 2]
+
+
+def test_the_wait_for_a_fuller_commit_ends_by_itself() -> None:
+    with served(wait_us=1_000) as server:
+        server.gate.set()
+        server.send(bulk(1))
+        assert server.receive(1) == [1]
+
+
+def test_the_end_of_the_peer_ends_the_wait_for_a_fuller_commit() -> None:
+    server = Served(wait_us=60_000_000)
+    server.thread.start()
+    server.send(bulk(1))
+    server.end()
+    assert server.commits == [[1]]
