@@ -17,6 +17,7 @@ import trio
 
 from asapd import config
 from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
+from asapd.actors.probe_answers import MAX_DETAIL, disbelief, disturbed, judge, read_manifest
 from asapd.core.errors import Refusal
 from asapd.core.health import AgentState, ProbeResult, State, step
 from asapd.core.types import SECOND_US
@@ -40,8 +41,6 @@ from asapd.store.units import (
     Unit,
 )
 from asapd.store.visibility import EVERYTHING
-from asapd.wire.keys import KeyFormatError, load_public, public_base64
-from asapd.wire.manifest import Manifest, ManifestError, Verification, decode_health, decode_manifest, verify_manifest
 
 HEALTH_PATH = "/.well-known/asap/health"
 MANIFEST_PATH = "/.well-known/asap/manifest.json"
@@ -61,10 +60,6 @@ RETRY_BASE_S = 0.2
 # After "outcome unknown" a dying writer may still finish its commit for as long as its supervisor gives it.
 LOOK_AGAIN_FOR_S = 30.0
 LOOK_AGAIN_EVERY_S = 5.0
-
-# What wall and monotonic time may differ by within one probe without saying that the host slept or its clock was set.
-CLOCK_SLACK_S = 1.0
-_MAX_DETAIL = 300
 
 
 class DirectoryNotSyncedError(Exception):
@@ -108,7 +103,7 @@ class _Watch:
         """How long the agent says its word holds: in its last health document, else in a manifest to be believed."""
         ttl_s = self.health_ttl_s
         if ttl_s is None and self.manifest is not None:
-            believed = _disbelief(self.manifest.verification, pinned=self.public_key is not None) is None
+            believed = disbelief(self.manifest.verification, pinned=self.public_key is not None) is None
             ttl_s = self.manifest.ttl_seconds if believed else None
         return None if ttl_s is None else ttl_s * SECOND_US
 
@@ -383,10 +378,10 @@ class _Prober:
                 if answer.reason == "not_allowed":
                     self._say(watch, "probe", logging.WARNING, f"not probed: {answer.detail}")
                     return None
-                if _disturbed(elapsed_s, wall_s, timeout_s):
+                if disturbed(elapsed_s, wall_s, timeout_s):
                     continue
             watch.said.pop("probe", None)
-            return _judge(answer, watch.id, ts_us, elapsed_s * 1000)
+            return judge(answer, watch.id, ts_us, elapsed_s * 1000)
         self._say(watch, "probe", logging.WARNING, "probe not counted: asapd itself was held up, or the clock was set")
         return None
 
@@ -421,7 +416,7 @@ class _Prober:
                 _join(watch.url, MANIFEST_PATH), deadline_s=timeout_s, max_bytes=MANIFEST_MAX_BYTES
             )
         watch.manifest_unanswered = isinstance(answer, FetchFailed)
-        unit = _read_manifest(answer, watch, self._clock.now_us())
+        unit = read_manifest(answer, watch.id, watch.public_key, self._clock.now_us())
         if isinstance(unit, str):
             self._say(watch, "manifest", logging.INFO, f"no manifest taken: {unit}")
             return
@@ -467,96 +462,7 @@ def _join(url: str, path: str) -> str:
 
 
 def _named(group: BaseExceptionGroup[BaseException]) -> str:
-    return "; ".join(f"{type(error).__name__}: {error}"[:_MAX_DETAIL] for error in group.exceptions)
-
-
-def _disturbed(elapsed_s: float, wall_s: float, timeout_s: float) -> bool:
-    """Whether a failure may be asapd's own: it came back from its wait too late, or the host slept in between.
-
-    A held-up loop reads what has arrived before it looks at deadlines, so only lateness beyond the deadline counts.
-    """
-    return elapsed_s > timeout_s + max(0.1, timeout_s / 10) or abs(wall_s - elapsed_s) > CLOCK_SLACK_S
-
-
-def _judge(answer: Fetched | FetchFailed, agent: str, ts_us: int, latency_ms: float) -> tuple[ProbeResult, int | None]:
-    """What an answer says of the agent, and the ttl in it."""
-    if isinstance(answer, FetchFailed):
-        return ProbeResult(ts_us, False, reason=answer.reason, detail=answer.detail[:_MAX_DETAIL]), None
-    wrong_status = ProbeResult(
-        ts_us, False, None, latency_ms, "http_status", f"answered with status {answer.status} instead of 200"
-    )
-    if answer.status not in (200, 503):
-        return wrong_status, None
-    try:
-        health = decode_health(answer.body, agent)
-    except ManifestError as problem:
-        if answer.status != 200:
-            return wrong_status, None
-        return ProbeResult(ts_us, False, None, latency_ms, problem.reason, str(problem)[:_MAX_DETAIL]), None
-    if health.status == "unhealthy":
-        detail = "the agent calls itself unhealthy"
-        return ProbeResult(ts_us, False, "unhealthy", latency_ms, "reports_unhealthy", detail), health.ttl_seconds
-    if answer.status != 200:
-        return wrong_status, None
-    return ProbeResult(ts_us, True, health.status, latency_ms), health.ttl_seconds
-
-
-def _read_manifest(answer: Fetched | FetchFailed, watch: _Watch, now_us: int) -> RecordManifest | str:
-    """What to store of an answer, or why nothing."""
-    if isinstance(answer, FetchFailed):
-        return f"{answer.reason}: {answer.detail[:_MAX_DETAIL]}"
-    if answer.status != 200:
-        return f"answered with status {answer.status} instead of 200"
-    try:
-        manifest = decode_manifest(answer.body)
-    except ManifestError as problem:
-        return str(problem)[:_MAX_DETAIL]
-    if manifest.id != watch.id:
-        return f"it is the manifest of {manifest.id}"
-    verification, key = _verified(manifest, watch.public_key)
-    sla_error = _disbelief(verification, pinned=watch.public_key is not None) or manifest.sla_error
-    return RecordManifest(
-        agent=watch.id,
-        fetched_us=now_us,
-        digest=manifest.digest,
-        body=answer.body,
-        verification=verification,
-        sla=manifest.raw["sla"] if manifest.sla is not None and sla_error is None else None,
-        sla_error=sla_error,
-        ttl_seconds=manifest.ttl_seconds,
-        public_key=None if key is None else public_base64(key),
-    )
-
-
-def _verified(manifest: Manifest, pinned: str | None) -> tuple[Verification, bytes | None]:
-    """Who signed a manifest, and the key that did: one that is only named in it is not to be learned from it."""
-    try:
-        pinned_key = None if pinned is None else load_public(pinned)
-    except KeyFormatError:
-        return ("wrong_key" if manifest.signed else "unsigned"), None
-    verification = verify_manifest(manifest, pinned_key)
-    match verification:
-        case "verified":
-            return verification, pinned_key
-        case "self_signed":
-            return verification, manifest.public_key
-        case _:
-            return verification, None
-
-
-def _disbelief(verification: str, *, pinned: bool) -> str | None:
-    """Why what a manifest promises must not be used; None when it may be."""
-    match verification:
-        case "bad_signature":
-            return "the manifest's signature does not verify"
-        case "wrong_key":
-            return "the manifest is not signed with the public key that is set for this agent"
-        case "verified":
-            return None
-        case _ if pinned:
-            return "the manifest is not signed, and a public key is set for this agent"
-        case _:
-            return None
+    return "; ".join(f"{type(error).__name__}: {error}"[:MAX_DETAIL] for error in group.exceptions)
 
 
 def _as_stored(unit: RecordManifest) -> StoredManifest:

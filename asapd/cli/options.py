@@ -22,78 +22,52 @@ def now_us() -> int:
     return time.time_ns() // 1_000
 
 
-class _Duration(click.ParamType[int]):
+def duration(text: str) -> int:
     """A duration with its unit, in microseconds."""
+    from asapd.config.values import read_duration
 
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from asapd.config.values import read_duration
-
-        if isinstance(value, int):
-            return value
-        try:
-            return read_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    try:
+        return read_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
-class _Moment(click.ParamType[str]):
+def moment(text: str) -> str:
     """A time, or a duration before now, as RFC 3339."""
+    from asapd.config.values import read_duration
+    from asapd.core.types import format_us
+    from asapd.wire.usage import parse_timestamp
 
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from asapd.config.values import read_duration
-        from asapd.core.types import format_us
-        from asapd.wire.usage import parse_timestamp
-
-        try:
-            return format_us(now_us() - read_duration(value))
-        except (ValueError, OverflowError):
-            pass
-        try:
-            return format_us(parse_timestamp(value))
-        except ValueError as error:
-            self.fail(f"{error}; or a duration before now, such as 24h or 7d", param, ctx)
+    try:
+        return format_us(now_us() - read_duration(text))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return format_us(parse_timestamp(text))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}, or a duration before now such as 24h or 7d") from None
 
 
-class _Usd(click.ParamType[int]):
+def usd(text: str) -> int:
     """An amount of USD, in micro-USD."""
+    from asapd.core.money import MoneyError, parse_usd
 
-    name = "usd"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from asapd.core.money import MoneyError, parse_usd
-
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_usd(value)
-        except MoneyError as error:
-            self.fail(str(error), param, ctx)
+    try:
+        return parse_usd(text)
+    except MoneyError as error:
+        raise click.BadParameter(str(error)) from None
 
 
-class _Text(click.ParamType[str]):
+def text_or_file(text: str) -> str:
     """Text as given, of a file with @FILE, or of stdin with -."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            if value == "-":
-                return sys.stdin.read().strip()
-            return Path(value[1:]).read_text("utf-8").strip() if value.startswith("@") else str(value).strip()
-        except OSError as error:
-            self.fail(f"{value}: cannot be read: {error.strerror}", param, ctx)
-        except UnicodeDecodeError:
-            self.fail(f"{value}: is not text", param, ctx)
-
-
-DURATION = _Duration()
-MOMENT = _Moment()
-USD = _Usd()
-TEXT = _Text()
+    try:
+        if text == "-":
+            return sys.stdin.read().strip()
+        return Path(text[1:]).read_text("utf-8").strip() if text.startswith("@") else text.strip()
+    except OSError as error:
+        raise click.BadParameter(f"{text}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{text}: is not text") from None
 
 
 class Session:

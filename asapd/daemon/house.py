@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import grp
 import logging
 import os
-import pwd
 import random
 import signal
-import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,21 +30,21 @@ from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.daemon.boot import BootError, Loaded, Premises, write_private
+from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
-from asapd.edge import sockets
+from asapd.daemon.showing import Showing
 from asapd.edge.auth import ingest_socket_caller
 from asapd.edge.connection import Limits
 from asapd.edge.http.app import create_app
 from asapd.edge.ingest import run_ingest
-from asapd.edge.metrics import render
 from asapd.edge.reporting import report_frame
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
-from asapd.edge.sockets import CannotListen, Peer
+from asapd.edge.sockets import Peer
 from asapd.runtime.clock import SystemClock
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import Fetched, Fetcher, FetchFailed, own_networks
-from asapd.runtime.sdnotify import SystemdNotifier, listen_fds, watchdog_interval_s
+from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
 from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
@@ -89,6 +85,7 @@ class House:
         self._ready = False
         self._stop = trio.Event()
         self._addresses: list[str] = []
+        self._server: HttpServer | None = None
         self._committed = Wakeup()
         self._directory_changed = Wakeup()
         self._runner = ProcessRunner(
@@ -195,7 +192,8 @@ class House:
 
         return [Actor("notifier", notifier), Actor("janitor", janitor)]
 
-    def _services(self, server: Callable[[], HttpServer]) -> Services:
+    def _services(self) -> Services:
+        showing = self._showing()
         return Services(
             mailboxes=Mailboxes(**{name: send for name, (send, _) in self._channels.items()}),
             reads=self._reads,
@@ -204,13 +202,13 @@ class House:
             settings=lambda: self._settings,
             subscribe=partial(Subscription, self._database, self._feed),
             last_alert=lambda: self._feed.last,
-            status=lambda: self._status(server()),
-            is_ready=lambda: self._ready and not self._stop.is_set(),
+            status=lambda: self._status(showing),
+            is_ready=self._is_ready,
             reload=self._reloader.reload,
             restart_actor=self._restart_actor,
-            metrics=lambda: self._metrics(server()),
-            manifest=self._manifest,
-            health=self._health,
+            metrics=showing.metrics,
+            manifest=showing.manifest,
+            health=showing.health,
             ingest_caller=self._ingest_caller,
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
@@ -269,8 +267,7 @@ class House:
     async def _run_doors(self) -> None:
         http = self._settings.http
         limits = Limits(max_body_bytes=http.max_body_bytes)
-        holder: list[HttpServer] = []
-        services = self._services(lambda: holder[0])
+        services = self._services()
         server = HttpServer(
             create_app(services, self._log.getChild("http")),
             max_connections=self._settings.limits.max_connections,
@@ -278,10 +275,17 @@ class House:
             grace_s=GRACE_S,
             log=self._log.getChild("http"),
         )
-        holder.append(server)
-        async with contextlib.AsyncExitStack() as unlinking, trio.open_nursery() as doors:
-            http_doors = await self._open_http_doors(unlinking)
-            ingest = self._open_socket(self._settings.ingest, "ingest.sock", unlinking)
+        self._server = server
+        opening = Doors(self._settings, self._premises.runtime_dir, self._environ)
+        with contextlib.closing(opening):
+            ingest = await opening.open()
+            self._addresses = opening.addresses
+            await self._serve(server, opening.http, ingest, services)
+
+    async def _serve(
+        self, server: HttpServer, http_doors: list[Door], ingest: trio.SocketListener, services: Services
+    ) -> None:
+        async with trio.open_nursery() as doors:
             served = await doors.start(_serve_http, server, http_doors)
             ingest_scope = await doors.start(self._serve_ingest, ingest, services, server)
             doors.start_soon(self._feed_watchdog)
@@ -326,36 +330,6 @@ class House:
                     )
                 )
                 task_status.started(scope)
-
-    async def _open_http_doors(self, unlinking: contextlib.AsyncExitStack) -> list[Door]:
-        http = self._settings.http
-        tls = _tls_context(http.tls)
-        doors: list[Door] = []
-        passed = [fd for fd, name in listen_fds(self._environ, os.getpid()) if name in {"http", "unknown"}]
-        doors += [Door(sockets.adopt(descriptor), "http", ssl_context=tls) for descriptor in passed]
-        for bind in () if passed else http.bind:
-            if bind.path is not None:
-                listener = sockets.open_unix(bind.path, 0o660, None)
-                _unlink_later(unlinking, bind.path)
-                doors.append(Door(listener, "http"))
-            elif bind.kind == "fd":
-                doors.append(Door(sockets.adopt(bind.fd), "http", ssl_context=tls))
-            else:
-                doors += [Door(one, "http", ssl_context=tls) for one in await sockets.open_tcp(bind.text)]
-        scheme = "http" if tls is None else "https"
-        self._addresses = [_address(door.listener, scheme) for door in doors]
-        admin = self._open_socket(self._settings.admin, "admin.sock", unlinking)
-        doors.append(Door(admin, "admin", lambda stream: {"peer": sockets.peer_credentials(stream)}))
-        return doors
-
-    def _open_socket(
-        self, section: config.Admin | config.Ingest, name: str, unlinking: contextlib.AsyncExitStack
-    ) -> trio.SocketListener:
-        path = section.socket or self._premises.runtime_dir / name
-        listener = sockets.open_unix(path, section.mode, section.group)
-        _unlink_later(unlinking, path)
-        self._addresses.append(f"unix:{path}")
-        return listener
 
     # --- signals and systemd
 
@@ -420,85 +394,37 @@ class House:
             self._log.info("%s restarted %s", actor, name)
         return restarted
 
-    async def _status(self, server: HttpServer) -> dict[str, Any]:
+    async def _status(self, showing: Showing) -> dict[str, Any]:
         head, digest = await self._reads.audit_head()
-        return {**self._figures(server), "audit": {"seq": head, "hash": digest}}
+        return {**showing.status(), "audit": {"seq": head, "hash": digest}}
 
-    def _figures(self, server: HttpServer) -> dict[str, Any]:
-        database = self._premises.database
-        return {
-            "version": asapd.__version__,
-            "pid": os.getpid(),
-            "ready": self._ready and not self._stop.is_set(),
-            "uptime_seconds": round(self._clock.monotonic_s() - self._started_s, 3),
-            "listening": self._addresses,
-            "actors": {
-                name: {
-                    "state": status.state,
-                    "restarts": status.restarts,
-                    "mailbox": status.mailbox,
-                    "last_error": status.last_error,
-                }
-                for supervisor in self._supervisors
-                for name, status in supervisor.status().items()
-            },
-            "store": {
-                "path": str(database),
-                "size_bytes": sum(
-                    path.stat().st_size for path in (database, database.with_name("asapd.db-wal")) if path.exists()
-                ),
-                "writer_pid": self._runner.pid,
-                "pending": self._runner.pending,
-            },
-            "http": {
-                "connections_total": server.connections_total,
-                "open_connections": server.open_connections,
-                "refused_total": server.refused_total,
-                "guarded_errors_total": server.guarded_errors_total,
-            },
-            "last_alert": self._feed.last,
-            "config": self._reloader.status(),
-        }
+    def _is_ready(self) -> bool:
+        return self._ready and not self._stop.is_set()
 
-    def _metrics(self, server: HttpServer) -> bytes:
-        return render(self._figures(server))
+    def _showing(self) -> Showing:
+        def server() -> HttpServer:
+            assert self._server is not None, "the doors are opened after the server is made"
+            return self._server
 
-    def _health(self) -> dict[str, Any]:
-        states = [status.state for supervisor in self._supervisors for status in supervisor.status().values()]
-        healthy = self._ready and all(state == "running" for state in states)
-        return {
-            "status": "healthy" if healthy else "degraded",
-            "agent_id": "urn:asap:agent:asapd",
-            "version": asapd.__version__,
-            "asap_version": "0.1",
-            "uptime_seconds": round(self._clock.monotonic_s() - self._started_s, 3),
-            "load": None,
-        }
-
-    def _manifest(self) -> dict[str, Any]:
-        address = self._addresses[0] if self._addresses else ""
-        return {
-            "id": "urn:asap:agent:asapd",
-            "name": "asapd",
-            "version": asapd.__version__,
-            "description": "usage metering, delegation, health, SLA and audit of this host's agents",
-            "capabilities": {
-                "asap_version": "0.1",
-                "skills": [],
-                "state_persistence": True,
-                "streaming": False,
-                "mcp_tools": [],
-            },
-            "endpoints": {"asap": address, "events": f"{address.replace('http', 'ws', 1)}/ws"},
-            "public_key": public_base64(bytes(self._premises.identity.verify_key)),
-            "ttl_seconds": 300,
-        }
+        return Showing(
+            clock=self._clock,
+            started_s=self._started_s,
+            supervisors=self._supervisors,
+            server=server,
+            runner=self._runner,
+            database=self._premises.database,
+            public_key=public_base64(bytes(self._premises.identity.verify_key)),
+            addresses=lambda: self._addresses,
+            is_ready=self._is_ready,
+            last_alert=lambda: self._feed.last,
+            config_status=self._reloader.status,
+        )
 
     def _ingest_caller(self, peer: Peer) -> Caller | None:
         ingest = self._settings.ingest
         if not ingest.allow:
             return ingest_socket_caller(peer, ingest, frozenset(), None)
-        user, groups = _names_of(peer.uid, peer.gid)
+        user, groups = names_of(peer.uid, peer.gid)
         return ingest_socket_caller(peer, ingest, groups, user)
 
 
@@ -530,47 +456,5 @@ class _SwappableFetcher:
         return await self._fetcher.get(url, deadline_s=deadline_s, max_bytes=max_bytes)
 
 
-def _unlink_later(unlinking: contextlib.AsyncExitStack, path: Path) -> None:
-    own = sockets.inode(path)
-    if own is not None:
-        unlinking.callback(sockets.close_unix, path, own)
-
-
 def _new_id(prefix: str, now_us: int) -> str:
     return f"{prefix}_{ULID((now_us // 1000).to_bytes(6, 'big') + os.urandom(10))}"
-
-
-def _address(listener: trio.SocketListener, scheme: str) -> str:
-    name = listener.socket.getsockname()
-    if isinstance(name, str | bytes):
-        return f"unix:{name if isinstance(name, str) else name.decode()}"
-    host = f"[{name[0]}]" if ":" in name[0] else name[0]
-    return f"{scheme}://{host}:{name[1]}"
-
-
-def _tls_context(tls: config.Tls | None) -> ssl.SSLContext | None:
-    if tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-        if tls.client_ca_file is not None:
-            context.load_verify_locations(tls.client_ca_file)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise CannotListen(f"the certificate or key of [http.tls] cannot be used: {error}") from None
-    return context
-
-
-@functools.lru_cache(maxsize=1024)
-def _names_of(uid: int, gid: int) -> tuple[str | None, frozenset[str]]:
-    """A local user's name and the names of its groups."""
-    try:
-        user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return None, frozenset()
-    groups = set()
-    for one in os.getgrouplist(user, gid):
-        with contextlib.suppress(KeyError):
-            groups.add(grp.getgrgid(one).gr_name)
-    return user, frozenset(groups)

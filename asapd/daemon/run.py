@@ -49,6 +49,9 @@ def run(config_path: Path | None, state_dir: Path | None) -> int:
     except* (RestartLimitExceeded, BootFailed) as group:
         log.critical("asapd gives up: %s", _first(group))
         code = EXIT_INTERNAL
+    except* Exception:
+        log.critical("asapd ends by a bug", exc_info=True)
+        code = EXIT_INTERNAL
     return code
 
 

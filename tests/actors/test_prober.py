@@ -23,6 +23,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from asapd import config
 from asapd.actors import prober
 from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
+from asapd.actors.probe_answers import judge, read_manifest
 from asapd.actors.prober import PROBES_AT_ONCE, DirectoryNotSyncedError, ProberSettings, run_prober
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
@@ -399,16 +400,13 @@ async def test_latency_is_measured_from_the_request_to_the_whole_answer(
 
 @given(st.integers(200, 599), st.binary(max_size=50) | st.from_regex(r'\{"status": ?"[a-z]{0,9}"\}').map(str.encode))
 def test_any_answer_is_judged_and_up_exactly_when_there_is_no_reason(status: int, body: bytes) -> None:
-    result, _ = prober._judge(Fetched(status, body, 1, {}), A, EPOCH_US, 1.0)
+    result, _ = judge(Fetched(status, body, 1, {}), A, EPOCH_US, 1.0)
     assert result.up == (result.reason is None) == (result.status in ("healthy", "degraded"))
 
 
 @given(st.binary(max_size=50))
 def test_any_body_is_a_manifest_or_a_reason(body: bytes) -> None:
-    watch = prober._watch(
-        stored.DirectoryAgent(A, "http://a", "t", "api", None, None, None, 0, "unknown", 0, 0, 0, None, None)
-    )
-    assert isinstance(prober._read_manifest(Fetched(200, body, 1, {}), watch, 0), str)
+    assert isinstance(read_manifest(Fetched(200, body, 1, {}), A, None, 0), str)
 
 
 # --- what cannot be known is not recorded

@@ -1,0 +1,145 @@
+"""`asapctl agents`: the directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from asapd.cli.door import segment
+from asapd.cli.options import Session, asks_daemon, text_or_file
+from asapd.cli.show import show_json, show_pairs, show_table
+
+_STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
+
+
+@click.group()
+def agents() -> None:
+    """The directory: agents, their health and promises."""
+
+
+@agents.command("list")
+@click.option("--state", type=click.Choice(_STATES), help="Only agents in this state.")
+@click.option("--window", metavar="WINDOW", help="The window of the figures, such as 1h or 7d.")
+@click.option("--sort", type=click.Choice(("id", "sla_score")), default="id", show_default=True)
+@asks_daemon
+def list_agents(session: Session, **filters: Any) -> None:
+    """List all agents.
+
+    \b
+    Example:
+      asapctl agents list --state unhealthy
+    """
+    rows = list(session.door.rows("/agents", **filters))
+    if session.as_json:
+        show_json({"data": rows, "count": len(rows), "next_cursor": None})
+        return
+    show_table(
+        ("id", "state", "since", "uptime %", "p95 ms", "errors %", "score", "sla", "url"),
+        [
+            (
+                *(row["id"], row["state"], row["since"], row["uptime_percent"], row["latency_p95_ms"]),
+                *(row["error_rate_percent"], row["sla_score"], row["sla_source"], row["url"]),
+            )
+            for row in rows
+        ],
+    )
+
+
+@agents.command()
+@click.argument("urn")
+@click.argument("url")
+@click.option("--public-key", type=text_or_file, metavar="KEY", help="Its Ed25519 key: base64, or @FILE with a PEM.")
+@click.option("--tier", help="A tier of the configuration that it is held to.")
+@click.option("--availability", metavar="PERCENT", help="Its promise, such as 99.9%.")
+@click.option("--max-latency-p95-ms", type=click.IntRange(min=1), metavar="MS", help="Its promise.")
+@click.option("--max-error-rate", metavar="PERCENT", help="Its promise, such as 1%.")
+@click.option("--tenant", help="Whose agent it is.")
+@asks_daemon
+def add(
+    session: Session,
+    urn: str,
+    url: str,
+    public_key: str | None,
+    tier: str | None,
+    tenant: str | None,
+    **terms: str | int | None,
+) -> None:
+    """Add an agent to the directory, or change one that was added.
+
+    \b
+    Examples:
+      asapctl agents add urn:asap:agent:writer http://127.0.0.1:9000
+      asapctl agents add urn:asap:agent:writer http://127.0.0.1:9000 \\
+          --availability 99.9% --max-latency-p95-ms 500 --max-error-rate 1%
+    """
+    promise = {name: value for name, value in terms.items() if value is not None}
+    body = {"id": urn, "url": url, "public_key": public_key, "tier": tier, "sla": promise or None, "tenant": tenant}
+    row = session.door.post("/agents", body)
+    if session.as_json:
+        show_json(row)
+    else:
+        click.echo(f"{row['id']} {row['url']}")
+
+
+@agents.command()
+@click.argument("urn")
+@click.option("--window", metavar="WINDOW", help="The window of the figures, such as 1h or 7d.")
+@asks_daemon
+def show(session: Session, urn: str, window: str | None) -> None:
+    """Show one agent.
+
+    \b
+    Example:
+      asapctl agents show urn:asap:agent:writer
+    """
+    row = session.door.get(f"/agents/{segment(urn)}", window=window)
+    if session.as_json:
+        show_json(row)
+    else:
+        show_pairs([(name.replace("_", " "), value) for name, value in row.items()])
+
+
+@agents.command()
+@click.argument("urn")
+@asks_daemon
+def remove(session: Session, urn: str) -> None:
+    """Remove an agent that was added; one of the configuration is removed there.
+
+    \b
+    Example:
+      asapctl agents remove urn:asap:agent:writer
+    """
+    outcome = session.door.delete(f"/agents/{segment(urn)}")
+    if session.as_json:
+        show_json(outcome)
+    else:
+        click.echo(f"removed: {outcome['removed']}")
+
+
+@agents.command()
+@click.argument("urn")
+@click.option("--window", metavar="WINDOW", help="The window of the uptime, such as 1h or 7d.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many probes.")
+@asks_daemon
+def health(session: Session, urn: str, window: str | None, limit: int) -> None:
+    """Show an agent's state, its latest probes and changes of state.
+
+    \b
+    Example:
+      asapctl agents health urn:asap:agent:writer
+    """
+    found = session.door.get(f"/agents/{segment(urn)}/health", window=window, limit=limit)
+    if session.as_json:
+        show_json(found)
+        return
+    show_pairs([("agent", found["agent_id"]), *((name, found[name]) for name in ("state", "since", "uptime_percent"))])
+    if found["transitions"]:
+        click.echo()
+        fields = ("at", "from", "to", "reason")
+        show_table(("changed", "from", "to", "reason"), [[row[field] for field in fields] for row in found["transitions"]])
+    if found["data"]:
+        click.echo()
+        fields = ("at", "up", "status", "latency_ms", "reason", "detail")
+        shown = ("probed", "up", "status", "latency ms", "reason", "detail")
+        show_table(shown, [[row[field] for field in fields] for row in found["data"]])

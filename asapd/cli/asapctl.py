@@ -1,0 +1,157 @@
+"""`asapctl`: asks a running daemon over its admin socket."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from asapd import __version__
+from asapd.cli.agents import agents
+from asapd.cli.audit import audit
+from asapd.cli.delegation import delegation
+from asapd.cli.door import RefusedError, segment
+from asapd.cli.keys import keys
+from asapd.cli.options import SETTINGS, Session, asks_daemon
+from asapd.cli.outcome import Exit, run
+from asapd.cli.show import cell, show_json, show_pairs, show_table
+from asapd.cli.sla import sla
+from asapd.cli.usage import usage
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="asapctl", message="%(prog)s %(version)s")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in every command.")
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    help="The daemon's admin socket; without it $ASAPD_SOCKET, else the default of a daemon of this user.",
+)
+def asapctl(as_json: bool, socket: Path | None) -> None:
+    """Ask a running asapd, and tell it what to do.
+
+    \b
+    Exit codes: 0 done; 1 the answer is no (an invalid token, a broken audit log,
+    an open breach with --fail); 2 wrong usage; 3 the daemon cannot be reached;
+    4 refused for lack of permission; 70 internal failure.
+
+    \b
+    Examples:
+      asapctl status
+      asapctl usage report --by agent --period day --since 7d
+      asapctl sla breaches --watch
+      asapctl --json agents list
+    """
+
+
+@asapctl.command()
+@asks_daemon
+def status(session: Session) -> None:
+    """Show version, readiness, actors, store and configuration.
+
+    \b
+    Examples:
+      asapctl status
+      asapctl status --json
+    """
+    state = session.door.get("/status")
+    if session.as_json:
+        show_json(state)
+        return
+    config, store = state["config"], state["store"]
+    show_pairs(
+        [
+            ("version", state["version"]),
+            ("ready", state["ready"]),
+            ("uptime", _uptime(int(state["uptime_seconds"]))),
+            ("configuration", config["state"]),
+            ("  path", config.get("path")),
+            ("  loaded", config.get("loaded_at")),
+            *(("  problem", problem) for problem in config.get("errors", [])),
+            *_store_pairs(store),
+        ]
+    )
+    click.echo()
+    columns = ("actor", "state", "restarts", "mailbox", "last error")
+    fields = ("state", "restarts", "mailbox", "last_error")
+    show_table(columns, [(name, *(actor.get(field) for field in fields)) for name, actor in state["actors"].items()])
+
+
+def _store_pairs(store: Any) -> list[tuple[str, Any]]:
+    if not isinstance(store, dict):
+        return [("store", store)]
+    return [("store", store.get("state")), *((f"  {name}", store[name]) for name in store if name != "state")]
+
+
+def _uptime(seconds: int) -> str:
+    days, rest = divmod(seconds, 86_400)
+    hours, rest = divmod(rest, 3_600)
+    clock = f"{hours}:{rest // 60:02}:{rest % 60:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+@asapctl.command()
+@asks_daemon
+def reload(session: Session) -> int:
+    """Have the daemon read its configuration again, and wait for the outcome.
+
+    A file with a problem changes nothing: each problem is printed as file:line: field: reason, and the exit code is 2.
+
+    \b
+    Example:
+      asapctl reload
+    """
+    try:
+        outcome = session.door.post("/reload")
+    except RefusedError as refused:
+        if refused.problem.get("code") != "config_refused":
+            raise
+        if session.as_json:
+            show_json(refused.problem)
+        for problem in refused.problem.get("problems") or [refused.format_message()]:
+            click.echo(problem, err=True)
+        return Exit.USAGE
+    if session.as_json:
+        show_json(outcome)
+        return Exit.DONE
+    changed = [(name, what) for name, what in outcome["applied"].items() if what not in (None, False, 0, [], {})]
+    for name, what in changed:
+        click.echo(f"applied: {name}" if what is True else f"applied: {name}: {cell(what)}")
+    for name in outcome["restart_required"]:
+        click.echo(f"restart required: {name}")
+    if not changed and not outcome["restart_required"]:
+        click.echo("nothing changed")
+    return Exit.DONE
+
+
+@asapctl.group()
+def actor() -> None:
+    """The parts of the daemon."""
+
+
+@actor.command()
+@click.argument("name")
+@asks_daemon
+def restart(session: Session, name: str) -> None:
+    """Restart one part of the daemon; what waits in its mailbox is kept.
+
+    \b
+    Example:
+      asapctl actor restart prober
+    """
+    outcome = session.door.post(f"/actors/{segment(name)}/restart")
+    if session.as_json:
+        show_json(outcome)
+    else:
+        click.echo(f"restarted: {outcome['restarted']}")
+
+
+for group in (agents, usage, delegation, sla, audit, keys):
+    asapctl.add_command(group)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(asapctl, "asapctl"))

@@ -1,0 +1,90 @@
+"""`asapctl usage`: what was used, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from typing import Any
+
+import click
+
+from asapd.cli.options import Session, asks_daemon, moment
+from asapd.cli.show import show_json, show_table
+
+_COLUMNS = {"agent": "agent_id", "consumer": "consumer_id", "model": "model", "project": "project", "outcome": "outcome"}
+_TOTALS = (
+    "total_tasks",
+    "total_events",
+    "total_tokens",
+    "total_tokens_in",
+    "total_tokens_out",
+    "total_cached_tokens_in",
+    "total_cache_write_tokens",
+    "total_reasoning_tokens",
+    "total_duration_ms",
+    "total_api_calls",
+    "total_cost_usd",
+    "unpriced_events",
+    "unique_agents",
+    "unique_consumers",
+)
+_TABLE = ("total_tasks", "total_tokens_in", "total_tokens_out", "total_duration_ms", "total_api_calls", "total_cost_usd")
+
+
+@click.group()
+def usage() -> None:
+    """What was used, and what it cost."""
+
+
+@usage.command()
+@click.option(
+    "--by",
+    multiple=True,
+    type=click.Choice(tuple(_COLUMNS)),
+    help="Sum by this; may be given several times. Without it, and without --period: agent.",
+)
+@click.option("--period", type=click.Choice(("hour", "day", "week", "month")), help="Sum by this length of time (UTC).")
+@click.option("--since", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d for a week ago.")
+@click.option("--until", type=moment, metavar="TIME", help="Before then.")
+@click.option("--agent", metavar="URN", help="Only work of this agent.")
+@click.option("--consumer", metavar="URN", help="Only work for this consumer.")
+@click.option("--format", "form", type=click.Choice(("table", "json", "csv")), default="table", show_default=True)
+@asks_daemon
+def report(
+    session: Session,
+    by: tuple[str, ...],
+    period: str | None,
+    since: str | None,
+    until: str | None,
+    form: str,
+    **filters: str | None,
+) -> None:
+    """Sum up usage and cost.
+
+    \b
+    Examples:
+      asapctl usage report
+      asapctl usage report --by model --period day --since 7d
+      asapctl usage report --by agent --by consumer --format csv > usage.csv
+    """
+    groups = [*([period] if period else []), *dict.fromkeys(by)] or ["agent"]
+    group_by = ",".join(groups)
+    rows = list(session.door.rows("/usage/aggregate", group_by=group_by, start=since, end=until, **filters))
+    if session.as_json or form == "json":
+        show_json({"group_by": group_by, "data": rows, "count": len(rows), "next_cursor": None})
+        return
+    own = [_COLUMNS.get(group, "period") for group in groups]
+    if form == "csv":
+        _write_csv((*own, *_TOTALS), rows)
+        return
+    names = [name.removeprefix("total_").removesuffix("_id").replace("_", " ") for name in (*own, *_TABLE)]
+    show_table(names, [[row[name] for name in (*own, *_TABLE)] for row in rows])
+    if unpriced := sum(row["unpriced_events"] for row in rows):
+        click.echo(f"{unpriced} events have no known cost, which is not in these sums", err=True)
+
+
+def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow("" if row[name] is None else row[name] for name in columns)

@@ -1,0 +1,125 @@
+"""Opening the doors: TCP, Unix and inherited sockets, TLS, and the names behind a local user."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import grp
+import os
+import pwd
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+import trio
+
+from asapd import config
+from asapd.edge import sockets
+from asapd.edge.serve import Door
+from asapd.edge.sockets import CannotListen
+from asapd.runtime.sdnotify import listen_fds
+
+
+class Doors:
+    """Every listener of the daemon; leaving the context removes the socket files it made.
+
+    Raises:
+        CannotListen: with what to do.
+    """
+
+    def __init__(self, settings: config.Config, runtime_dir: Path, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._runtime_dir = runtime_dir
+        self._environ = environ
+        self._unlinking = contextlib.ExitStack()
+        self.http: list[Door] = []
+        self.addresses: list[str] = []
+
+    async def open(self) -> trio.SocketListener:
+        """Open the HTTP and admin doors, and the ingest socket, which is returned."""
+        http = self._settings.http
+        tls = _tls_context(http.tls)
+        # systemd's sockets take the place of http.bind.
+        passed = [fd for fd, name in listen_fds(self._environ, os.getpid()) if name in {"http", "unknown"}]
+        self.http += [Door(sockets.adopt(descriptor), "http", ssl_context=tls) for descriptor in passed]
+        for bind in () if passed else http.bind:
+            if bind.path is not None:
+                self.http.append(Door(self._open_unix(bind.path, 0o660, None), "http"))
+            elif bind.kind == "fd":
+                self.http.append(Door(sockets.adopt(bind.fd), "http", ssl_context=tls))
+            else:
+                self.http += [Door(one, "http", ssl_context=tls) for one in await sockets.open_tcp(bind.text)]
+        for door in self.http:
+            _check_inherited(door.listener, http)
+        scheme = "http" if tls is None else "https"
+        self.addresses = [_address(door.listener, scheme) for door in self.http]
+        admin = self._open_local(self._settings.admin, "admin.sock")
+        self.http.append(Door(admin, "admin", lambda stream: {"peer": sockets.peer_credentials(stream)}))
+        return self._open_local(self._settings.ingest, "ingest.sock")
+
+    def close(self) -> None:
+        """Remove the socket files."""
+        self._unlinking.close()
+
+    def _open_local(self, section: config.Admin | config.Ingest, name: str) -> trio.SocketListener:
+        path = section.socket or self._runtime_dir / name
+        listener = self._open_unix(path, section.mode, section.group)
+        self.addresses.append(f"unix:{path}")
+        return listener
+
+    def _open_unix(self, path: Path, mode: int, group: str | None) -> trio.SocketListener:
+        listener = sockets.open_unix(path, mode, group)
+        own = sockets.inode(path)
+        if own is not None:
+            self._unlinking.callback(sockets.close_unix, path, own)
+        return listener
+
+
+def _check_inherited(listener: trio.SocketListener, http: config.Http) -> None:
+    """Hold an inherited socket to the same rule as the configuration holds `http.bind`."""
+    name = listener.socket.getsockname()
+    if isinstance(name, str | bytes) or sockets.is_loopback(_netloc(name)):
+        return
+    if http.auth == "none" or http.tls is None:
+        raise CannotListen(
+            f'the inherited socket {_netloc(name)} is reachable from outside: that needs [http.tls] and auth = "keys"'
+        )
+
+
+def _netloc(name: tuple[str, int]) -> str:
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+def _address(listener: trio.SocketListener, scheme: str) -> str:
+    name = listener.socket.getsockname()
+    if isinstance(name, str | bytes):
+        return f"unix:{name if isinstance(name, str) else name.decode()}"
+    return f"{scheme}://{_netloc(name)}"
+
+
+def _tls_context(tls: config.Tls | None) -> ssl.SSLContext | None:
+    if tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+        if tls.client_ca_file is not None:
+            context.load_verify_locations(tls.client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise CannotListen(f"the certificate or key of [http.tls] cannot be used: {error}") from None
+    return context
+
+
+@functools.lru_cache(maxsize=1024)
+def names_of(uid: int, gid: int) -> tuple[str | None, frozenset[str]]:
+    """A local user's name and the names of its groups."""
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None, frozenset()
+    groups = set()
+    for one in os.getgrouplist(user, gid):
+        with contextlib.suppress(KeyError):
+            groups.add(grp.getgrgid(one).gr_name)
+    return user, frozenset(groups)

@@ -1,0 +1,116 @@
+"""What the daemon shows of itself: status, metrics, its own health and manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asapd
+from asapd.edge.metrics import render
+from asapd.edge.serve import HttpServer
+from asapd.runtime.clock import Clock
+from asapd.runtime.supervisor import Supervisor
+from asapd.store.database import ProcessRunner
+
+OWN_ID = "urn:asap:agent:asapd"
+
+
+@dataclass(frozen=True)
+class Showing:
+    """Views over the running parts; nothing here changes anything."""
+
+    clock: Clock
+    started_s: float
+    supervisors: Sequence[Supervisor]
+    server: Callable[[], HttpServer]
+    runner: ProcessRunner
+    database: Path
+    public_key: str
+    addresses: Callable[[], list[str]]
+    is_ready: Callable[[], bool]
+    last_alert: Callable[[], int]
+    config_status: Callable[[], dict[str, Any]]
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return round(self.clock.monotonic_s() - self.started_s, 3)
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator asks first; see CONTRACT 4 for the names."""
+        server = self.server()
+        return {
+            "version": asapd.__version__,
+            "pid": os.getpid(),
+            "ready": self.is_ready(),
+            "uptime_seconds": self.uptime_s,
+            "listening": self.addresses(),
+            "actors": {
+                name: {
+                    "state": status.state,
+                    "restarts": status.restarts,
+                    "mailbox": status.mailbox,
+                    "last_error": status.last_error,
+                }
+                for supervisor in self.supervisors
+                for name, status in supervisor.status().items()
+            },
+            "store": {
+                "path": str(self.database),
+                "size_bytes": sum(
+                    path.stat().st_size
+                    for path in (self.database, self.database.with_name(f"{self.database.name}-wal"))
+                    if path.exists()
+                ),
+                "writer_pid": self.runner.pid,
+                "pending": self.runner.pending,
+            },
+            "http": {
+                "connections_total": server.connections_total,
+                "open_connections": server.open_connections,
+                "refused_total": server.refused_total,
+                "guarded_errors_total": server.guarded_errors_total,
+            },
+            "last_alert": self.last_alert(),
+            "config": self.config_status(),
+        }
+
+    def metrics(self) -> bytes:
+        """The same as OpenMetrics text."""
+        return render(self.status())
+
+    def health(self) -> dict[str, Any]:
+        """The daemon as an ASAP agent: degraded while an actor is not running."""
+        states = [status.state for supervisor in self.supervisors for status in supervisor.status().values()]
+        healthy = self.is_ready() and all(state == "running" for state in states)
+        return {
+            "status": "healthy" if healthy else "degraded",
+            "agent_id": OWN_ID,
+            "version": asapd.__version__,
+            "asap_version": "0.1",
+            "uptime_seconds": self.uptime_s,
+            "load": None,
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """What the daemon says of itself to other agents."""
+        address = next(iter(self.addresses()), "")
+        return {
+            "id": OWN_ID,
+            "name": "asapd",
+            "version": asapd.__version__,
+            "description": "usage metering, delegation, health, SLA and audit of this host's agents",
+            "capabilities": {
+                "asap_version": "0.1",
+                "skills": [],
+                "state_persistence": True,
+                "streaming": False,
+                "mcp_tools": [],
+            },
+            "endpoints": {"asap": address, "events": f"{address.replace('http', 'ws', 1)}/ws"},
+            "public_key": self.public_key,
+            "ttl_seconds": 300,
+        }

@@ -1,0 +1,117 @@
+"""Only files of asapd, of a version this program knows, are opened; all others are left as they are."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import apsw
+import pytest
+
+from asapd.store import migrations
+from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDatabaseError
+from asapd.store.units import Envelope, Note
+from asapd.store.writer import Writer, open_for_writing
+
+NOTE = Note("noted", "asapd", "x", {}, 1_795_169_203_000_000)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "asapd.db"
+
+
+@pytest.fixture
+def noted(path: Path) -> Iterator[Path]:
+    """A store with one entry in its log."""
+    with closing(open_for_writing(path)) as connection:
+        Writer(connection).run([Envelope(1, NOTE, False)])
+    yield path
+
+
+def test_a_new_file_gets_the_newest_schema(path: Path) -> None:
+    with closing(open_for_writing(path)) as connection:
+        assert connection.pragma("user_version") == len(migrations.MIGRATIONS)
+        assert connection.pragma("application_id") == APPLICATION_ID
+        assert connection.pragma("journal_mode") == "wal"
+        assert connection.pragma("synchronous") == 2
+        assert connection.pragma("foreign_keys") == 1
+        assert connection.execute("PRAGMA integrity_check").get == "ok"
+        tables = connection.execute("SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict").fetchall()
+        assert {name for (name,) in tables} == {"sqlite_schema", "sqlite_sequence"}
+
+
+def test_opening_again_changes_nothing(noted: Path) -> None:
+    before = noted.read_bytes()
+    with closing(open_for_writing(noted)) as connection:
+        assert connection.execute("SELECT count(*) FROM audit").get == 1
+    assert noted.read_bytes() == before
+    assert [file.name for file in noted.parent.iterdir()] == ["asapd.db"]
+
+
+def test_a_newer_file_is_refused_and_left_alone(noted: Path) -> None:
+    with closing(sqlite3.connect(noted)) as connection:
+        connection.execute(f"PRAGMA user_version = {len(migrations.MIGRATIONS) + 1}")
+    before = noted.read_bytes()
+    with pytest.raises(DatabaseTooNewError, match="run the newer asapd, or restore"):
+        open_for_writing(noted)
+    assert noted.read_bytes() == before
+
+
+def test_a_database_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    with pytest.raises(NotOurDatabaseError, match="not a database of asapd"):
+        open_for_writing(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["asapd.db"]
+
+
+@pytest.mark.parametrize("content", [b"not a database at all, but long enough to be one\n" * 100, b"short"])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(NotOurDatabaseError, match="not a SQLite database"):
+        open_for_writing(path)
+    assert path.read_bytes() == content
+
+
+def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.touch()
+    with closing(open_for_writing(path)) as connection:
+        assert connection.pragma("application_id") == APPLICATION_ID
+
+
+def test_an_older_file_is_backed_up_and_brought_up_to_date(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = noted.with_name("asapd.db.before-v2")
+    stale.write_bytes(b"left over from an upgrade that was given up")
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT;"))
+    with closing(open_for_writing(noted)) as connection:
+        assert connection.pragma("user_version") == 2
+        assert connection.execute("SELECT count(*) FROM more").get == 0
+        assert connection.execute("SELECT count(*) FROM audit").get == 1
+    assert stale.stat().st_mode & 0o777 == 0o600
+    monkeypatch.undo()
+    with closing(open_for_writing(stale)) as backup:
+        assert backup.pragma("user_version") == 1
+        assert backup.execute("SELECT count(*) FROM audit").get == 1
+
+
+def test_a_migration_that_fails_changes_nothing(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "CREATE TABLE more (x INTEGER) STRICT; INSERT INTO nonsense VALUES (1);"
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, broken))
+    with pytest.raises(apsw.SQLError):
+        open_for_writing(noted)
+    monkeypatch.undo()
+    with closing(open_for_writing(noted)) as connection:
+        assert connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").get == 0
+
+
+def test_a_schema_in_memory_needs_no_backup(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = apsw.Connection(":memory:")
+    migrations.migrate(connection, None)
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT;"))
+    migrations.migrate(connection, None)
+    assert connection.pragma("user_version") == 2
