@@ -137,7 +137,9 @@ def health(session: Session, urn: str, window: str | None, limit: int) -> None:
     if found["transitions"]:
         click.echo()
         fields = ("at", "from", "to", "reason")
-        show_table(("changed", "from", "to", "reason"), [[row[field] for field in fields] for row in found["transitions"]])
+        show_table(
+            ("changed", "from", "to", "reason"), [[row[field] for field in fields] for row in found["transitions"]]
+        )
     if found["data"]:
         click.echo()
         fields = ("at", "up", "status", "latency_ms", "reason", "detail")

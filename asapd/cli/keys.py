@@ -27,9 +27,7 @@ def keys() -> None:
 @click.option("--tenant", help="Whose records it is for. Without it: all tenants.")
 @click.option("--sign", is_flag=True, help="It may have the daemon sign delegations for its agents.")
 @asks_daemon
-def create(
-    session: Session, name: str, role: str, patterns: tuple[str, ...], tenant: str | None, sign: bool
-) -> None:
+def create(session: Session, name: str, role: str, patterns: tuple[str, ...], tenant: str | None, sign: bool) -> None:
     """Make a key and print it; it is shown this once.
 
     \b

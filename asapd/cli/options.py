@@ -43,7 +43,7 @@ def moment(text: str) -> str:
     except (ValueError, OverflowError):
         pass
     try:
-        return format_us(parse_timestamp(text))
+        return format_us(parse_timestamp(f"{text}T00:00Z" if len(text) == len("2026-11-20") else text))
     except ValueError as error:
         raise click.BadParameter(f"{error}, or a duration before now such as 24h or 7d") from None
 

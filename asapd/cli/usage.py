@@ -11,7 +11,13 @@ import click
 from asapd.cli.options import Session, asks_daemon, moment
 from asapd.cli.show import show_json, show_table
 
-_COLUMNS = {"agent": "agent_id", "consumer": "consumer_id", "model": "model", "project": "project", "outcome": "outcome"}
+_COLUMNS = {
+    "agent": "agent_id",
+    "consumer": "consumer_id",
+    "model": "model",
+    "project": "project",
+    "outcome": "outcome",
+}
 _TOTALS = (
     "total_tasks",
     "total_events",
@@ -28,7 +34,14 @@ _TOTALS = (
     "unique_agents",
     "unique_consumers",
 )
-_TABLE = ("total_tasks", "total_tokens_in", "total_tokens_out", "total_duration_ms", "total_api_calls", "total_cost_usd")
+_TABLE = (
+    "total_tasks",
+    "total_tokens_in",
+    "total_tokens_out",
+    "total_duration_ms",
+    "total_api_calls",
+    "total_cost_usd",
+)
 
 
 @click.group()

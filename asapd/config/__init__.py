@@ -28,6 +28,7 @@ from asapd.config.model import (
 )
 from asapd.config.places import default_runtime_dir, default_state_dir
 from asapd.config.values import Bind, duration_text
+from asapd.config.without_effect import settings_without_effect
 
 __all__ = [
     "Admin",
@@ -63,4 +64,5 @@ __all__ = [
     "load",
     "parse",
     "resolve",
+    "settings_without_effect",
 ]

@@ -58,6 +58,8 @@ def load(path: Path | None) -> Loaded:
                 problems.append(Problem(None, f"agents[{index}].public_key", str(error)))
     if problems:
         raise ConfigError(problems, name)
+    for setting in config.settings_without_effect(loaded):
+        _log.warning("%s: %s is not acted on by this version", name, setting)
     return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents])
 
 

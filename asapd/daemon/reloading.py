@@ -63,6 +63,7 @@ class Reloader:
             "errors": self._errors,
             "loaded_at": format_us(self._loaded_us),
             "path": None if self._path is None else str(self._path),
+            "without_effect": config.settings_without_effect(self._loaded.config),
         }
 
     async def reload(self, actor: str) -> dict[str, Any] | Refusal:

@@ -241,9 +241,13 @@ def _directory_agent(*row: Any) -> DirectoryAgent:
     manifest = [*row[12:15], _json(row[15]), *row[16:19]]
     newest = (
         None if fetched_us is None else StoredManifest(*manifest),
-        None if probed_us is None else StoredProbe(*row[19:26]),
+        None if probed_us is None else _probe(*row[19:26]),
     )
     return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest])
+
+
+def _probe(ts_us: int, up: int, *rest: Any) -> StoredProbe:
+    return StoredProbe(ts_us, bool(up), *rest)
 
 
 def _json(text: str | None) -> dict[str, Any] | None:
@@ -261,7 +265,7 @@ def probes(
         "ORDER BY ts_us DESC, seq DESC LIMIT ?",
         (agent, start_us or 0, end_us or 2**62, before or 2**62, limit),
     )
-    return [(row[0], StoredProbe(*row[1:])) for row in rows]
+    return [(row[0], _probe(*row[1:])) for row in rows]
 
 
 def transitions(connection: apsw.Connection, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:

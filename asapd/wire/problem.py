@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from asapd.core.delegation import Denied, Reason
+from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
 from asapd.core.money import to_usd
 
@@ -47,11 +47,22 @@ CODES: dict[str, tuple[int, str]] = {
     "writer_unavailable": (503, "The writer is being restarted"),
     "storage_full": (503, "The disk is full"),
     "storage_failed": (503, "The disk failed"),
-    **{
-        str(reason): (422, "The delegation is not valid")
-        for reason in Reason
-        if reason not in {Reason.JTI_REUSED, Reason.MALFORMED}
-    },
+    "bad_signature": (422, "A signature does not verify"),
+    "unknown_key": (422, "The key of an issuer is not known"),
+    "untrusted_root": (422, "The chain does not begin with a trusted root"),
+    "expired": (422, "A token has expired"),
+    "not_yet_valid": (422, "A token is not yet valid"),
+    "revoked": (422, "A token was revoked"),
+    "wrong_delegate": (422, "The token is for another agent"),
+    "scope_exceeded": (422, "A token widens the scopes of its parent"),
+    "action_not_allowed": (422, "The scopes do not allow this action"),
+    "constraint_exceeded": (422, "A token widens the limits of its parent"),
+    "chain_broken": (422, "A token was not issued by its parent's delegate"),
+    "chain_too_deep": (422, "The chain has too many tokens"),
+    "cycle": (422, "The chain holds a token twice"),
+    "task_limit": (422, "No tasks are left"),
+    "budget_exhausted": (422, "Nothing of the budget is left"),
+    "insufficient_budget": (422, "Not enough of the budget is left"),
 }
 """Every `code` a problem document can have."""
 

@@ -56,9 +56,7 @@ def store(connection: apsw.Connection) -> Store:
 
 
 def test_each_transition_has_its_number_and_is_written_once(store: Store) -> None:
-    for seq, (event, breach) in enumerate(
-        (("opened", OPENED), ("escalated", ESCALATED), ("resolved", RESOLVED)), 1
-    ):
+    for seq, (event, breach) in enumerate((("opened", OPENED), ("escalated", ESCALATED), ("resolved", RESOLVED)), 1):
         assert store.write(event, breach) == seq
         assert store.write(event, breach) is None
         assert breaches.get_breach(store.connection, "brc_1") == (breach, seq)

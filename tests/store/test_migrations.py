@@ -39,7 +39,9 @@ def test_a_new_file_gets_the_newest_schema(path: Path) -> None:
         assert connection.pragma("synchronous") == 2
         assert connection.pragma("foreign_keys") == 1
         assert connection.execute("PRAGMA integrity_check").get == "ok"
-        tables = connection.execute("SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict").fetchall()
+        tables = connection.execute(
+            "SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict"
+        ).fetchall()
         assert {name for (name,) in tables} == {"sqlite_schema", "sqlite_sequence"}
 
 

@@ -21,7 +21,6 @@ OPEN_PATHS = frozenset(
         "/",
         "/healthz",
         "/readyz",
-        "/openapi.json",
         "/.well-known/asap/health",
         "/.well-known/asap/manifest.json",
     }

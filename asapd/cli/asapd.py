@@ -1,0 +1,182 @@
+"""`asapd`: runs the daemon, and what needs none."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from asapd import __version__
+from asapd.cli.options import SETTINGS
+from asapd.cli.outcome import Exit, Failure, run
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="asapd", message="%(prog)s %(version)s")
+def asapd() -> None:
+    """The daemon beside your agents: metering, delegation, health, service levels and audit.
+
+    \b
+    Exit codes: 0 done; 1 the answer is no; 2 wrong usage or configuration; 70 internal failure.
+
+    \b
+    Examples:
+      asapd demo
+      asapd run --state-dir state
+      asapd check-config /etc/asapd/asapd.toml
+
+    `asapctl` talks to a daemon that runs.
+    """
+
+
+@asapd.command("run")
+@click.option("--config", "config_path", type=_FILE, metavar="FILE", help="The configuration; none is needed.")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where everything is kept. Without it: as the configuration says, else $STATE_DIRECTORY, "
+    "/var/lib/asapd for root, ~/.local/state/asapd for others.",
+)
+def run_daemon(config_path: Path | None, state_dir: Path | None) -> int:
+    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP reloads the configuration.
+
+    \b
+    Examples:
+      asapd run
+      asapd run --config /etc/asapd/asapd.toml
+    """
+    from asapd.daemon import run as run_until_stopped
+
+    return run_until_stopped(config_path, state_dir)
+
+
+@asapd.command()
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), metavar="N", help="End by itself after so long."
+)
+@click.option("--http", metavar="HOST:PORT", help="Where the daemon listens. Without it: a free port of 127.0.0.1.")
+def demo(seconds: float | None, http: str | None) -> int:
+    """See the main job: agents at work, a broken promise, a refused delegation, an audit.
+
+    Starts a daemon and three agents in a temporary directory; Ctrl-C ends it and leaves nothing behind.
+
+    \b
+    Examples:
+      asapd demo
+      asapd demo --seconds 60 --http 127.0.0.1:8727
+    """
+    from asapd.cli.demo import run_demo
+
+    return run_demo(seconds, http)
+
+
+@asapd.command("check-config")
+@click.argument("file", type=_FILE)
+@click.option("--against", type=_FILE, metavar="RUNNING.toml", help="Say what a reload from this one would change.")
+def check_config(file: Path, against: Path | None) -> int:
+    """Check a configuration and the price table it names; problems are file:line: field: reason, with exit code 2.
+
+    \b
+    Examples:
+      asapd check-config asapd.toml
+      asapd check-config new.toml --against /etc/asapd/asapd.toml
+    """
+    from asapd.cli.config_check import check, reload_effects
+
+    config, problems = check(file)
+    running, running_problems = (None, []) if against is None else check(against)
+    for problem in (*problems, *running_problems):
+        click.echo(problem, err=True)
+    if config is None or problems or running_problems:
+        return Exit.USAGE
+    click.echo(f"{file}: ok")
+    if running is not None:
+        for effect in reload_effects(running, config):
+            click.echo(effect)
+    return Exit.DONE
+
+
+@asapd.command()
+@click.argument("out", type=_FILE)
+def keygen(out: Path) -> None:
+    """Make an Ed25519 key: OUT gets the private one (PKCS#8 PEM, mode 0600), and must not exist.
+
+    Prints the public key, in base64, and the key's id.
+
+    \b
+    Example:
+      asapd keygen writer.pem
+    """
+    from nacl.signing import SigningKey
+
+    from asapd.wire.keys import key_id, private_pem, public_base64
+
+    key = SigningKey.generate()
+    try:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Failure(
+            Exit.USAGE, f"{out}: exists already, and a key is never overwritten: choose another name"
+        ) from None
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(private_pem(key))
+            file.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        out.unlink(missing_ok=True)
+        raise Failure(Exit.USAGE, f"{out}: cannot be written: {error.strerror}") from None
+    raw = bytes(key.verify_key)
+    click.echo(f"public key: {public_base64(raw)}")
+    click.echo(f"key id: {key_id(raw)}")
+
+
+@asapd.command()
+@click.argument("file", type=_FILE)
+@click.option("--public-key", metavar="KEY", help="The key that has to have signed it; audit exports are not signed.")
+def verify(file: Path, public_key: str | None) -> int:
+    """Check an export of the audit log, without a daemon; the exit code is 1 when an entry is bad.
+
+    FILE holds entries as `asapctl audit export` or GET /audit/logs give them.
+
+    \b
+    Example:
+      asapctl audit export audit.ndjson && asapd verify audit.ndjson
+    """
+    from asapd.cli.verify import verify_export
+    from asapd.wire.export import NotAnExportError
+
+    try:
+        with file.open("rb") as lines:
+            verdict = verify_export(lines)
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
+    except NotAnExportError as error:
+        message = f"{file}: {error}: this checks exports of the audit log, as JSON or one entry a line"
+        raise Failure(Exit.USAGE, message) from None
+    if public_key is not None:
+        raise Failure(Exit.USAGE, f"{file}: is an export of the audit log, which carries no signature to check")
+    walk = verdict.walk
+    if walk.fault is not None:
+        click.echo(f"bad: entry {walk.fault.seq} ({walk.fault.id or 'no id'}): {walk.fault.reason}")
+        return Exit.NO
+    if verdict.first_seq is None:
+        click.echo("ok: no entries")
+        return Exit.DONE
+    click.echo(f"ok: {walk.verified} entries, {verdict.first_seq} to {walk.seq}, the last with hash {walk.hash.hex()}")
+    if verdict.first_seq > 1:
+        click.echo(f"the entries before {verdict.first_seq} are not in this file", err=True)
+    return Exit.DONE
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(asapd, "asapd"))

@@ -1,0 +1,69 @@
+"""What `asapd check-config` finds: problems of a configuration and its price table, and what a reload would do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from asapd.config import Config, ConfigError, diff, load
+from asapd.config.positions import Place, lines_of
+from asapd.core.pricing import PriceTableError, parse_price_table
+
+_SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
+_PARTS = ("prober", "sla", "delegation", "metering", "budgets", "alerts", "audit", "retention")
+
+
+def check(path: Path) -> tuple[Config | None, list[str]]:
+    """A configuration, and every problem of it and of its price table, as `file:line: field: reason`."""
+    try:
+        config = load(path)
+    except ConfigError as error:
+        return None, str(error).splitlines()
+    prices = config.metering.pricing.file
+    return config, [] if prices is None else list(_price_problems(prices))
+
+
+def _price_problems(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+        parse_price_table(text)
+    except OSError as error:
+        yield f"{path}: file: cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        yield f"{path}:{line}: file: is not UTF-8 text; save it as UTF-8"
+    except PriceTableError as error:
+        for problem in error.problems:
+            if problem.field == "toml":
+                found = _SYNTAX_LINE.search(problem.reason)
+                line = int(found[1]) if found else len(text.splitlines()) or 1
+                yield f"{path}:{line}: syntax: {problem.reason}"
+            else:
+                yield f"{path}:{_line_of(text, problem.field)}: {problem.field}: {problem.reason}"
+
+
+def _line_of(text: str, field: str) -> int:
+    lines = lines_of(text)
+    place: Place = tuple(int(step) if step.isdecimal() else step for step in re.findall(r"[^.\[\]]+", field))
+    while place and place not in lines:
+        place = place[:-1]
+    return lines.get(place, 1)
+
+
+def reload_effects(running: Config, new: Config) -> Iterator[str]:
+    """What a reload from one configuration to another would do, a line each."""
+    changes = diff(running, new)
+    for agent in changes.agents_added:
+        yield f"reload adds agent {agent.id}"
+    for agent in changes.agents_removed:
+        yield f"reload removes agent {agent.id}"
+    for agent in changes.agents_changed:
+        yield f"reload changes agent {agent.id}"
+    for part in _PARTS:
+        if getattr(changes, part):
+            yield f"reload changes {part}"
+    for name in changes.restart_required:
+        yield f"a restart is needed for {name}"
+    if not changes.any:
+        yield "nothing would change"

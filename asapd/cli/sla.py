@@ -1,0 +1,175 @@
+"""`asapctl sla`: what was promised, what was measured, what was broken."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from asapd.cli.door import segment
+from asapd.cli.options import Session, asks_daemon, moment
+from asapd.cli.outcome import Exit
+from asapd.cli.show import show_json, show_json_line, show_pairs, show_table
+
+WATCH_S = 1.0
+"""Between two looks of `sla show --watch`; figures change with every tick of the daemon, a second by default."""
+
+
+@click.group()
+def sla() -> None:
+    """Promises: what was measured, what was broken."""
+
+
+@sla.command()
+@click.argument("urn", required=False)
+@click.option("--window", metavar="WINDOW", help="The window of the figures, such as 1h or 7d.")
+@click.option("--fail", is_flag=True, help="Exit with 1 when a breach is open.")
+@click.option("--watch", is_flag=True, help="Go on, and print again whenever something changed.")
+@asks_daemon
+def show(session: Session, urn: str | None, window: str | None, fail: bool, watch: bool) -> int:
+    """Show figures and promises of all agents, or of one.
+
+    \b
+    Examples:
+      asapctl sla show
+      asapctl sla show urn:asap:agent:writer --window 24h
+      asapctl sla show --fail
+    """
+    seen: Any = None
+    while True:
+        reports = _reports(session, urn, window)
+        # The period moves with every look; it alone is no news.
+        news = [{**report, "metrics": _without_period(report["metrics"])} for report in reports]
+        if news != seen:
+            _show_reports(session, reports, urn, is_stream=watch)
+            seen = news
+        if fail and any(report["open_breaches"] for report in reports):
+            return Exit.NO
+        if not watch:
+            return Exit.DONE
+        try:
+            time.sleep(WATCH_S)
+        except KeyboardInterrupt:
+            return Exit.DONE
+
+
+def _reports(session: Session, urn: str | None, window: str | None) -> list[dict[str, Any]]:
+    if urn is not None:
+        return [session.door.get(f"/agents/{segment(urn)}/sla", window=window)]
+    return list(session.door.rows("/sla", window=window))
+
+
+def _without_period(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if not name.startswith("period_")}
+
+
+def _show_reports(session: Session, reports: list[dict[str, Any]], urn: str | None, *, is_stream: bool) -> None:
+    if session.as_json:
+        found = reports[0] if urn is not None else {"data": reports, "count": len(reports), "next_cursor": None}
+        (show_json_line if is_stream else show_json)(found)
+        return
+    if is_stream and sys.stdout.isatty():
+        click.clear()
+    if urn is not None:
+        _show_one(reports[0])
+        return
+    show_table(
+        ("agent", "window", "uptime %", "p95 ms", "errors %", "completed", "failed", "score", "compliance %", "open"),
+        [
+            (
+                *(report["agent_id"], report["window"], report["metrics"]["uptime_percent"]),
+                *(report["metrics"]["latency_p95_ms"], report["metrics"]["error_rate_percent"]),
+                *(report["metrics"]["tasks_completed"], report["metrics"]["tasks_failed"]),
+                *(report["sla_score"], report["compliance_percent"]),
+                [breach["breach_type"] for breach in report["open_breaches"]],
+            )
+            for report in reports
+        ],
+    )
+
+
+def _show_one(report: dict[str, Any]) -> None:
+    metrics = report["metrics"]
+    names = ("period_start", "period_end", "uptime_percent", "latency_p95_ms", "error_rate_percent")
+    counts = ("tasks_completed", "tasks_failed", "probes")
+    figures = ("compliance_percent", "sla_score", "error_budget_left_percent", "burn_rates")
+    show_pairs(
+        [
+            ("agent", report["agent_id"]),
+            ("window", report["window"]),
+            *((name.replace("_", " "), metrics[name]) for name in (*names, *counts)),
+            ("sla from", report["sla_source"]),
+            *((("sla error", report["sla_error"]),) if report["sla_error"] else ()),
+            *((name.replace("_", " "), report[name]) for name in figures),
+        ]
+    )
+    if report["compliance"]:
+        click.echo()
+        show_table(
+            ("term", "promised", "measured", "verdict", "samples"),
+            [
+                (name, term["threshold"], term["actual"], _verdict(term["met"]), term["samples"])
+                for name, term in report["compliance"].items()
+            ],
+        )
+    if report["open_breaches"]:
+        click.echo()
+        _show_breaches(report["open_breaches"])
+
+
+def _verdict(met: bool | None) -> str | None:
+    return None if met is None else "met" if met else "broken"
+
+
+@sla.command()
+@click.argument("urn", required=False)
+@click.option("--state", type=click.Choice(("open", "resolved")))
+@click.option("--severity", type=click.Choice(("warning", "critical")))
+@click.option("--since", type=moment, metavar="TIME", help="Detected from then on: 2026-11-20T09:00:00Z, or 7d.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many, the newest."
+)
+@click.option("--fail", is_flag=True, help="Exit with 1 when one of them is open.")
+@click.option("--watch", is_flag=True, help="Print the open ones, then every change as it happens, until Ctrl-C.")
+@asks_daemon
+def breaches(
+    session: Session,
+    urn: str | None,
+    state: str | None,
+    severity: str | None,
+    since: str | None,
+    limit: int,
+    fail: bool,
+    watch: bool,
+) -> int:
+    """List broken promises of all agents, or of one; the newest first.
+
+    \b
+    Examples:
+      asapctl sla breaches --state open
+      asapctl sla breaches --fail
+      asapctl sla breaches --watch --json
+    """
+    if watch:
+        from asapd.cli.watch import follow_breaches
+
+        if state is not None or since is not None:
+            raise click.UsageError("--watch shows every change from now on: leave --state and --since out")
+        return follow_breaches(session, urn, severity, fail=fail)
+    filters = {"agent_id": urn, "state": state, "severity": severity, "start": since}
+    rows = list(session.door.rows("/sla/breaches", limit=limit, **filters))
+    if session.as_json:
+        show_json({"data": rows, "count": len(rows), "next_cursor": None})
+    else:
+        _show_breaches(rows)
+    # One that is open may be older than what was asked to be listed.
+    is_open = fail and state != "resolved" and any(session.door.rows("/sla/breaches", **{**filters, "state": "open"}))
+    return Exit.NO if is_open else Exit.DONE
+
+
+def _show_breaches(rows: list[dict[str, Any]]) -> None:
+    fields = ("id", "state", "severity", "agent_id", "breach_type", "window", "threshold", "actual", "detected_at")
+    names = ("id", "state", "severity", "agent", "type", "window", "promised", "measured", "detected", "resolved")
+    show_table(names, [[row[field] for field in (*fields, "resolved_at")] for row in rows])

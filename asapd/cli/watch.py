@@ -1,0 +1,101 @@
+"""Breaches as they happen: the WebSocket of live alerts, over the admin socket."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import click
+import msgspec
+import trio
+from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, wrap_client_stream
+
+from asapd.cli.door import CONNECT_S, unreachable
+from asapd.cli.options import Session
+from asapd.cli.outcome import Exit, Failure
+from asapd.cli.show import cell, show_json_line
+
+
+def follow_breaches(session: Session, urn: str | None, severity: str | None, *, fail: bool) -> int:
+    """Print what is open, then each transition, until Ctrl-C; with `fail` until one is open, which is 1.
+
+    Raises:
+        Failure: the daemon cannot be reached, or is gone.
+    """
+    ended: int | Failure = Exit.DONE
+    try:
+        ended = trio.run(_follow, session, urn, severity, fail)
+    except* KeyboardInterrupt:
+        ended = Exit.DONE
+    if isinstance(ended, Failure):
+        raise ended
+    return ended
+
+
+async def _follow(session: Session, urn: str | None, severity: str | None, fail: bool) -> int | Failure:
+    socket = session.door.socket
+    try:
+        with trio.fail_after(CONNECT_S):
+            stream = await trio.open_unix_socket(str(socket))
+    except trio.TooSlowError:
+        return unreachable(socket, None)
+    except OSError as error:
+        return unreachable(socket, error)
+    ended: int | Failure = Exit.DONE
+    async with stream, trio.open_nursery() as nursery:
+        try:
+            with trio.fail_after(CONNECT_S):
+                # By this name the daemon knows a caller on its own host.
+                connection = await wrap_client_stream(nursery, stream, "localhost", "/ws")
+            ended = await _print_alerts(connection, session, urn, severity, fail)
+        except trio.TooSlowError:
+            ended = unreachable(socket, None)
+        except ConnectionRejected as error:
+            code = Exit.FORBIDDEN if error.status_code in {401, 403} else Exit.UNREACHABLE
+            ended = Failure(code, f"the daemon refused the WebSocket with status {error.status_code}")
+        except (ConnectionClosed, HandshakeError):
+            ended = Failure(Exit.UNREACHABLE, f"{socket}: the daemon closed the connection: it stops or restarts")
+        nursery.cancel_scope.cancel()
+    return ended
+
+
+async def _print_alerts(
+    connection: WebSocketConnection, session: Session, urn: str | None, severity: str | None, fail: bool
+) -> int:
+    wanted = {name: value for name, value in (("agent_id", urn), ("min_severity", severity)) if value is not None}
+    request = {"jsonrpc": "2.0", "id": 1, "method": "sla.subscribe", "params": wanted}
+    await connection.send_message(msgspec.json.encode(request).decode())
+    await connection.get_message()
+    # Subscribed first and asked after, so that nothing falls in between; what comes twice is told by its number.
+    ask = partial(session.door.rows, "/sla/breaches", state="open", agent_id=urn, severity=severity)
+    shown: dict[str, int] = {}
+    for breach in reversed(await trio.to_thread.run_sync(lambda: list(ask()))):
+        shown[breach["id"]] = breach["seq"]
+        _print(session, {"event": "open", "seq": breach["seq"], "breach": breach})
+    while not (fail and shown):
+        message = msgspec.json.decode(await connection.get_message())
+        if message.get("method") != "sla.breach":
+            continue
+        params = message["params"]
+        breach = params["breach"]
+        if params["seq"] <= shown.get(breach["id"], 0):
+            continue
+        _print(session, params)
+        if params["event"] == "resolved":
+            shown.pop(breach["id"], None)
+        else:
+            shown[breach["id"]] = params["seq"]
+    return Exit.NO
+
+
+def _print(session: Session, params: dict[str, Any]) -> None:
+    if session.as_json:
+        show_json_line(params)
+        return
+    breach = params["breach"]
+    at = breach["resolved_at"] if params["event"] == "resolved" else breach["detected_at"]
+    subject = breach["agent_id"] or breach.get("budget")
+    click.echo(
+        f"{at}  {params['event']}  {breach['severity']}  {cell(subject)}  {breach['breach_type']}  "
+        f"promised {cell(breach['threshold'])}, measured {cell(breach['actual'])}  (seq {params['seq']})"
+    )

@@ -1,0 +1,120 @@
+"""Entry hashes are what anyone computes from the RFC 8785 form, and a walk stops at the first entry that does not fit."""
+
+import copy
+from hashlib import sha256
+from typing import Any
+
+import pytest
+import rfc8785
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from asapd.core.audit import GENESIS, Entry, Fault, Walk, canonical_details, entry_hash, payload_hash, verify
+from asapd.core.types import MAX_INT, format_us
+
+NOW_US = 1_795_169_203_000_000
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-MAX_INT, MAX_INT) | texts,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="ascii")), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+details = st.dictionaries(st.text(st.characters(codec="ascii")), values, max_size=5)
+
+
+@given(details)
+def test_details_are_written_in_their_canonical_form(content: dict[str, Any]) -> None:
+    before = copy.deepcopy(content)
+    assert canonical_details(content) == rfc8785.dumps(content)
+    assert content == before
+
+
+@given(st.binary(min_size=16, max_size=16), texts, details, texts)
+def test_the_payload_hash_covers_salt_actor_details_and_subject(
+    salt: bytes, actor: str, content: dict[str, Any], subject: str
+) -> None:
+    canonical = rfc8785.dumps({"actor": actor, "details": content, "subject": subject})
+    expected = sha256(salt + canonical).digest()
+    text = canonical_details(content)
+    assert payload_hash(salt, actor, text, subject) == expected
+    assert payload_hash(salt, actor.encode(), text, subject.encode()) == expected
+
+
+@given(
+    st.integers(1, MAX_INT),
+    st.integers(0, 4_000_000_000_000_000),
+    st.binary(min_size=32, max_size=32),
+    st.binary(min_size=32, max_size=32),
+)
+def test_the_entry_hash_covers_everything_else(seq: int, timestamp_us: int, payload: bytes, previous: bytes) -> None:
+    canonical = rfc8785.dumps(
+        {
+            "event_type": "usage.recorded",
+            "id": "aud_1",
+            "payload_hash": payload.hex(),
+            "previous_hash": previous.hex(),
+            "seq": seq,
+            "timestamp": format_us(timestamp_us),
+        }
+    )
+    assert entry_hash(seq, "aud_1", timestamp_us, "usage.recorded", payload, previous) == sha256(canonical).digest()
+
+
+def log(length: int) -> list[Entry]:
+    entries: list[Entry] = []
+    for seq in range(1, length + 1):
+        previous = entries[-1].hash if entries else GENESIS
+        payload = payload_hash(b"s" * 16, "actor", b'{"n":1}', f"subject {seq}")
+        digest = entry_hash(seq, f"aud_{seq}", NOW_US, "noted", payload, previous)
+        subject = f"subject {seq}".encode()
+        entries.append(
+            Entry(
+                seq, f"aud_{seq}", NOW_US, "noted", b"actor", subject, b'{"n":1}', b"s" * 16, payload, previous, digest
+            )
+        )
+    return entries
+
+
+def test_a_whole_log_verifies_at_once_and_in_parts() -> None:
+    entries = log(5)
+    walk = verify(entries)
+    assert walk == Walk(5, entries[-1].hash, 5)
+    assert verify(entries[2:], verify(entries[:2])) == walk
+    assert verify([]) == Walk()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seq": 4}, "entry 3 is missing"),
+        ({"seq": 2}, "sequence goes back to 2"),
+        ({"previous_hash": GENESIS}, "previous_hash is not the hash of the entry before it"),
+        ({"actor": b"\xff"}, "actor or subject is not UTF-8"),
+        ({"subject": b"another"}, "payload_hash does not match actor, subject, details and salt"),
+        ({"details": b'{"n": 1}'}, "payload_hash does not match actor, subject, details and salt"),
+        ({"salt": None}, "payload is only partly erased"),
+        ({"actor": None, "subject": None, "details": None}, "payload is only partly erased"),
+        ({"timestamp_us": 2**62}, "timestamp is outside the calendar"),
+        ({"timestamp_us": NOW_US + 1}, "hash does not match the entry"),
+        ({"id": 'aud_3","x":"'}, "hash does not match the entry"),
+        ({"event_type": "other"}, "hash does not match the entry"),
+        ({"hash": GENESIS}, "hash does not match the entry"),
+    ],
+)
+def test_the_first_entry_that_does_not_fit_ends_the_walk_and_is_named(changes: dict[str, Any], reason: str) -> None:
+    entries = log(5)
+    entries[2] = replace(entries[2], **changes)
+    walk = verify(entries)
+    assert walk == Walk(2, entries[1].hash, 2, Fault(entries[2].seq, entries[2].id, reason))
+
+
+def test_an_erased_entry_verifies_without_its_payload() -> None:
+    entries = log(3)
+    entries[1] = replace(entries[1], actor=None, subject=None, details=None, salt=None)
+    assert verify(entries).verified == 3
+    forged = replace(entries[1], payload_hash=GENESIS)
+    assert verify([entries[0], forged]).fault == Fault(2, "aud_2", "hash does not match the entry")

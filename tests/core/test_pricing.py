@@ -1,0 +1,246 @@
+"""Prices are exact integers: disjoint buckets, rounded up once, from the most specific row."""
+
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from asapd.core.money import MAX_MICROUSD
+from asapd.core.pricing import Price, PriceTable, PriceTableError, parse_price_table
+from asapd.core.types import DAY_US
+from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
+
+DAY = 20_000 * DAY_US
+EVENT = UsageEvent("t", "a", "c", DAY, tokens_in=1_000_000, tokens_out=1_000_000, api_calls=2, model="model-1")
+
+
+def price(model: str = "model-1", **fields: Any) -> Price:
+    return Price(model, **({"input_pico": 3_000_000, "output_pico": 15_000_000} | fields))
+
+
+def test_plain_tokens_and_calls_are_priced() -> None:
+    assert price(per_call_microusd=7).microusd(EVENT) == 18_000_014
+
+
+def test_each_token_is_priced_in_one_bucket() -> None:
+    event = replace(EVENT, cached_tokens_in=400_000, cache_write_tokens=100_000, reasoning_tokens=600_000)
+    rates = price(cached_pico=300_000, cache_write_pico=3_750_000, reasoning_pico=20_000_000)
+    assert rates.microusd(event) == 1_500_000 + 120_000 + 375_000 + 6_000_000 + 12_000_000
+    assert price().microusd(event) == price().microusd(EVENT)
+
+
+def test_a_free_bucket_is_free_and_not_the_plain_rate() -> None:
+    assert price(cached_pico=0).microusd(replace(EVENT, cached_tokens_in=1_000_000, tokens_out=0)) == 0
+
+
+@pytest.mark.parametrize(("tokens", "microusd"), [(0, 0), (1, 1), (333_333, 1), (333_334, 2)])
+def test_a_fraction_of_a_micro_dollar_rounds_up_once_per_event(tokens: int, microusd: int) -> None:
+    assert Price("m", input_pico=3).microusd(UsageEvent("t", "a", "c", DAY, tokens_in=tokens)) == microusd
+
+
+def test_a_price_is_at_most_what_every_reader_keeps_exact() -> None:
+    assert price().microusd(replace(EVENT, tokens_in=2**53 - 1)) == MAX_MICROUSD
+
+
+tokens = st.integers(0, 10**7)
+rates = st.none() | st.integers(0, 10**9)
+
+
+@given(st.tuples(tokens, tokens, tokens, tokens, tokens), st.tuples(tokens, tokens, rates, rates, rates))
+def test_the_price_is_the_exact_fraction_rounded_up(
+    buckets: tuple[int, int, int, int, int], table: tuple[int, int, int | None, int | None, int | None]
+) -> None:
+    plain_in, cached, written, plain_out, reasoning = buckets
+    event = UsageEvent(
+        "t",
+        "a",
+        "c",
+        DAY,
+        tokens_in=plain_in + cached + written,
+        tokens_out=plain_out + reasoning,
+        cached_tokens_in=cached,
+        cache_write_tokens=written,
+        reasoning_tokens=reasoning,
+    )
+    own = Price("m", "", *table)
+    each = [
+        (plain_in, table[0]),
+        (cached, table[0] if table[2] is None else table[2]),
+        (written, table[0] if table[3] is None else table[3]),
+        (plain_out, table[1]),
+        (reasoning, table[1] if table[4] is None else table[4]),
+    ]
+    assert own.microusd(event) == min(ceil(sum(Fraction(n * rate, 10**6) for n, rate in each)), MAX_MICROUSD)
+
+
+# --- which row
+
+
+@pytest.mark.parametrize(
+    ("row", "event", "applies"),
+    [
+        ({}, {}, True),
+        ({"model": "model-*"}, {}, True),
+        ({"model": "*"}, {}, True),
+        ({"model": "model-2"}, {}, False),
+        ({"model": "other-*"}, {}, False),
+        ({"model": "model"}, {}, False),
+        ({"provider": "p"}, {"provider": "p"}, True),
+        ({"provider": "p"}, {}, True),
+        ({}, {"provider": "p"}, True),
+        ({"provider": "p"}, {"provider": "q"}, False),
+        ({"valid_from_us": DAY}, {}, True),
+        ({"valid_from_us": DAY + 1}, {}, False),
+        ({"valid_until_us": DAY + 1}, {}, True),
+        ({"valid_until_us": DAY}, {}, False),
+    ],
+)
+def test_a_row_applies_by_model_provider_and_date(row: dict[str, Any], event: dict[str, Any], applies: bool) -> None:
+    assert price(**row).applies(replace(EVENT, **event)) is applies
+
+
+TABLE = """
+version = "2026-11"
+currency = "USD"
+
+[[price]]
+model = "*"
+input_per_mtok = 1
+
+[[price]]
+model = "model-*"
+input_per_mtok = 2
+
+[[price]]
+model = "model-1"
+input_per_mtok = 3
+
+[[price]]
+model = "model-1"
+provider = "p"
+input_per_mtok = "4.000001"
+output_per_mtok = 0.5
+cached_input_per_mtok = 0
+cache_write_per_mtok = 0.1
+reasoning_per_mtok = 6
+per_call = 0.000002
+valid_from = 2020-01-01
+valid_until = 2030-01-01T12:00:00Z
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "input_pico"),
+    [
+        ({}, 4_000_001),
+        ({"provider": "q"}, 3_000_000),
+        ({"model": "model-2"}, 2_000_000),
+        ({"model": "x"}, 1_000_000),
+        ({"timestamp_us": 0}, 3_000_000),
+    ],
+)
+def test_the_most_specific_row_prices_an_event(fields: dict[str, Any], input_pico: int) -> None:
+    found = parse_price_table(TABLE).find(replace(EVENT, **fields))
+    assert found is not None
+    assert found.input_pico == input_pico
+
+
+def test_an_event_without_a_model_has_no_price() -> None:
+    assert parse_price_table(TABLE).find(replace(EVENT, model="")) is None
+
+
+def test_a_row_is_read_exactly() -> None:
+    assert parse_price_table(TABLE).prices[0] == Price(
+        "model-1",
+        "p",
+        4_000_001,
+        500_000,
+        0,
+        100_000,
+        6_000_000,
+        2,
+        1_577_836_800_000_000,
+        1_893_499_200_000_000,
+    )
+
+
+# --- cost
+
+
+@pytest.mark.parametrize(
+    ("reported", "model", "prefer", "cost"),
+    [
+        (None, "none", "priced", UNKNOWN_COST),
+        (0, "none", "priced", Cost(0, "reported")),
+        (5, "none", "reported", Cost(5, "reported")),
+        (None, "model-1", "reported", Cost(18_000_000, "priced", 18_000_000, "v")),
+        (5, "model-1", "priced", Cost(18_000_000, "priced", 18_000_000, "v")),
+        (5, "model-1", "reported", Cost(5, "reported", 18_000_000, "v")),
+    ],
+)
+def test_the_preference_decides_between_a_price_and_a_report_and_nothing_is_guessed(
+    reported: int | None, model: str, prefer: str, cost: Cost
+) -> None:
+    event = replace(EVENT, model=model, reported_microusd=reported)
+    assert PriceTable("v", (price(),)).cost(event, prefer=prefer) == cost
+
+
+def test_without_a_table_only_reports_count() -> None:
+    assert PriceTable().cost(replace(EVENT, reported_microusd=5), prefer="priced") == Cost(5, "reported")
+
+
+# --- reading a table
+
+
+def test_tables_that_differ_have_different_versions() -> None:
+    first, second = parse_price_table(TABLE), parse_price_table(TABLE + "\n# a comment")
+    assert first.version.startswith("2026-11+")
+    assert first.version != second.version
+    assert parse_price_table("").version.startswith("unnamed+")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("version = ", "toml"),
+        ("prices = 1", "prices"),
+        ('currency = "EUR"', "currency"),
+        ("price = 1", "price"),
+        ("price = [1]", "price[0]"),
+        ("[[price]]", "price[0].model"),
+        ("[[price]]\nmodel = 1", "price[0].model"),
+        ('[[price]]\nmodel = ""', "price[0].model"),
+        ('[[price]]\nmodel = "m"\nprovider = 1', "price[0].provider"),
+        ('[[price]]\nmodel = "m"\ninput = 1', "price[0].input"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = -1', "price[0].input_per_mtok"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = true', "price[0].input_per_mtok"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = "free"', "price[0].input_per_mtok"),
+        ('[[price]]\nmodel = "m"\noutput_per_mtok = nan', "price[0].output_per_mtok"),
+        ('[[price]]\nmodel = "m"\noutput_per_mtok = inf', "price[0].output_per_mtok"),
+        ('[[price]]\nmodel = "m"\nper_call = 0.0000001', "price[0].per_call"),
+        ('[[price]]\nmodel = "m"\nper_call = 1e30', "price[0].per_call"),
+        ('[[price]]\nmodel = "m"\nvalid_from = "soon"', "price[0].valid_from"),
+        ('[[price]]\nmodel = "m"\nvalid_until = 2026', "price[0].valid_until"),
+    ],
+)
+def test_a_bad_field_is_named(text: str, field: str) -> None:
+    with pytest.raises(PriceTableError) as caught:
+        parse_price_table(text)
+    assert [problem.field for problem in caught.value.problems] == [field]
+    assert field in str(caught.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    text = 'currency = "EUR"\nx = 1\n[[price]]\n[[price]]\nmodel = "m"\nper_call = -1'
+    with pytest.raises(PriceTableError) as caught:
+        parse_price_table(text)
+    assert {problem.field for problem in caught.value.problems} == {
+        "x",
+        "currency",
+        "price[0].model",
+        "price[1].per_call",
+    }

@@ -1,0 +1,126 @@
+"""An event's identity and content are exact, and rollups add up in any order."""
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from asapd.core.types import HOUR_US, Outcome
+from asapd.core.usage import (
+    FLAG_NAMES,
+    UNKNOWN_COST,
+    Cost,
+    RollupKey,
+    RollupSums,
+    UsageEvent,
+    content_digest,
+    identity_digest,
+    rollup,
+)
+
+NOW_US = 1_795_169_203_000_000
+EVENT = UsageEvent("t", "a", "c", NOW_US, id="e", labels={"x": "1", "y": "2"})
+
+OTHER: dict[str, Any] = {
+    "outcome": Outcome.FAILED,
+    "partial": True,
+    "labels": {"x": "1"},
+    "action": "task.other",
+}
+
+
+@pytest.mark.parametrize("field", UsageEvent.__struct_fields__)
+def test_a_change_of_any_field_changes_the_content(field: str) -> None:
+    old = getattr(EVENT, field)
+    new = OTHER.get(field, old + 1 if isinstance(old, int) else f"{old or ''}x" if isinstance(old, str) else 1)
+    if (old is None) and field not in {"source_seq", "reported_microusd"}:
+        new = "x"
+    assert content_digest(replace(EVENT, **{field: new})) != content_digest(EVENT)
+
+
+def test_content_does_not_depend_on_the_order_of_labels_or_on_the_journey() -> None:
+    turned = replace(EVENT, labels={"y": "2", "x": "1"})
+    assert content_digest(turned) == content_digest(EVENT)
+    travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(EVENT), type=UsageEvent)
+    assert content_digest(travelled) == content_digest(EVENT)
+
+
+parts = st.text("a\0|,", max_size=3)
+identities = st.tuples(parts, parts, parts, parts)
+
+
+def digest(identity: tuple[str, str, str, str]) -> bytes:
+    tenant, agent, source, event_id = identity
+    return identity_digest(tenant, replace(EVENT, agent=agent, source=source, id=event_id))
+
+
+@given(identities, identities)
+def test_identities_are_equal_only_when_all_four_parts_are(
+    one: tuple[str, str, str, str], other: tuple[str, str, str, str]
+) -> None:
+    assert (digest(one) == digest(other)) == (one == other)
+
+
+@given(identities)
+def test_nothing_else_belongs_to_the_identity(identity: tuple[str, str, str, str]) -> None:
+    tenant, agent, source, event_id = identity
+    other = UsageEvent("u", agent, "d", 0, tokens_in=9, id=event_id, source=source)
+    assert identity_digest(tenant, other) == digest(identity)
+    assert len(digest(identity)) == 16
+
+
+def test_a_rollup_counts_in_its_hour_and_leaves_interim_reports_out_of_the_tasks() -> None:
+    hour = NOW_US // HOUR_US
+    first = replace(EVENT, tokens_in=3, timestamp_us=hour * HOUR_US)
+    interim = replace(first, partial=True, timestamp_us=(hour + 1) * HOUR_US - 1)
+    later = replace(first, timestamp_us=(hour + 1) * HOUR_US)
+    sums = rollup([(first, Cost(5)), (interim, UNKNOWN_COST), (later, Cost(0))])
+    assert sums == {
+        RollupKey(hour, "a", "c", "", "", Outcome.COMPLETED): RollupSums(
+            events=2, tasks=1, tokens_in=6, cost_microusd=5, unpriced=1
+        ),
+        RollupKey(hour + 1, "a", "c", "", "", Outcome.COMPLETED): RollupSums(events=1, tasks=1, tokens_in=3),
+    }
+
+
+counts = st.integers(0, 2**53 - 1)
+events = st.builds(
+    UsageEvent,
+    task_id=st.just("t"),
+    agent=st.sampled_from("ab"),
+    consumer=st.sampled_from("cd"),
+    timestamp_us=st.integers(0, 3 * HOUR_US),
+    tokens_in=counts,
+    tokens_out=counts,
+    duration_ms=counts,
+    api_calls=counts,
+    outcome=st.sampled_from(Outcome),
+    partial=st.booleans(),
+    model=st.sampled_from(("", "m")),
+    project=st.sampled_from(("", "p")),
+)
+priced = st.lists(st.tuples(events, st.builds(Cost, st.none() | counts)), max_size=12)
+
+
+@given(priced, st.integers(0, 12), st.randoms(use_true_random=False))
+def test_splitting_and_reordering_change_no_sum(
+    batch: list[tuple[UsageEvent, Cost]], cut: int, chance: random.Random
+) -> None:
+    whole = rollup(batch)
+    shuffled = list(batch)
+    chance.shuffle(shuffled)
+    added: dict[RollupKey, RollupSums] = {}
+    for part in (shuffled[:cut], shuffled[cut:]):
+        for key, sums in rollup(part).items():
+            old = added.get(key, RollupSums())
+            added[key] = RollupSums(*map(sum, zip(old, sums, strict=True)))
+    assert added == whole
+    assert sum(sums.events for sums in whole.values()) == len(batch)
+
+
+def test_flags_are_single_bits_with_a_name_each() -> None:
+    assert sorted(FLAG_NAMES) == [1 << bit for bit in range(len(FLAG_NAMES))]
