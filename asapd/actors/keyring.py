@@ -53,7 +53,9 @@ def read_public_keys(agents: list[tuple[str, str]], log: logging.Logger) -> dict
     keys: dict[str, set[bytes]] = {}
     for agent, text in agents:
         try:
-            keys.setdefault(agent, set()).add(load_public(text))
+            key = load_public(text)
         except KeyFormatError as error:
             log.error("the public key of %s is not used: %s", agent, error)
+        else:
+            keys.setdefault(agent, set()).add(key)
     return keys

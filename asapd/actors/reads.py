@@ -114,6 +114,8 @@ class Reads:
             row = ledger_queries.get_reservation(connection, reservation)
             if row is None or not caller.may_touch(row.delegator, row.delegate):
                 return None
+            if caller.tenant not in {None, row.tenant}:
+                return None
             delegation = ledger_queries.get_delegation(connection, row.delegation)
             assert delegation is not None
             return ledger_queries.public_reservation(row, ledger_queries.remaining_of(connection, delegation.account))

@@ -256,7 +256,7 @@ class _Registry:
         parent_text: str | None = None
         parents: tuple[SignedToken, ...] = ()
         if message.parent is not None:
-            found = await self._find_parent(message.parent)
+            found = await self._find_parent(message.parent, caller)
             if not isinstance(found, _Chain):
                 return found
             parents, parent_text = found.tokens, found.tokens[-1].text
@@ -277,11 +277,11 @@ class _Registry:
             return Refusal("invalid", f"nothing was issued: {error.reason}")
         return await self._enter(_Chain((*parents, token)), caller, message)
 
-    async def _find_parent(self, parent: str) -> _Chain | Denied | Refusal:
+    async def _find_parent(self, parent: str, caller: Caller) -> _Chain | Denied | Refusal:
         if "." in parent:
             return self._open(parent)
         row = await self._database.read(ledger_queries.get_delegation, parent)
-        if row is None:
+        if row is None or _is_foreign(caller, row.tenant):
             error = FieldError("parent", f"there is no delegation {parent}: send its token instead")
             return Refusal("invalid", "nothing was issued", (error,))
         return self._open(row.token)
@@ -310,7 +310,7 @@ class _Registry:
         text, delegation = message.token, message.delegation or ""
         if text is None:
             row = await self._database.read(ledger_queries.get_delegation, delegation)
-            if row is None:
+            if row is None or _is_foreign(message.caller, row.tenant):
                 return Refusal("delegation_not_found", f"there is no delegation {delegation}: send its token instead")
             text = row.token
         chain = self._open(text)
@@ -343,7 +343,11 @@ class _Registry:
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(ledger_queries.get_reservation, message.reservation)
         party = None if row is None else row.delegator if message.verb == "refund" else row.delegate
-        if row is None or not message.caller.may_touch(row.delegate, row.delegator):
+        if (
+            row is None
+            or _is_foreign(message.caller, row.tenant)
+            or not message.caller.may_touch(row.delegate, row.delegator)
+        ):
             return Refusal("reservation_not_found", f"there is no reservation {message.reservation}: check the id")
         if not message.caller.may_touch(party):
             return _forbidden(f"only who may act for {party} can {message.verb} this reservation")
@@ -365,7 +369,11 @@ class _Registry:
 
     async def _revoke(self, message: RevokeDelegation) -> Revoked | Refusal:
         row = await self._database.read(ledger_queries.get_delegation, message.delegation)
-        if row is None or not message.caller.may_touch(row.delegator, row.delegate):
+        if (
+            row is None
+            or _is_foreign(message.caller, row.tenant)
+            or not message.caller.may_touch(row.delegator, row.delegate)
+        ):
             return Refusal("delegation_not_found", f"there is no delegation {message.delegation}: check the id")
         if not message.caller.may_touch(row.delegator):
             return _forbidden(f"only who may act for {row.delegator} can revoke this delegation")
@@ -382,6 +390,10 @@ _MAX_TOKEN = 256 * 1024
 
 def _forbidden(detail: str) -> Refusal:
     return Refusal("forbidden", detail)
+
+
+def _is_foreign(caller: Caller, tenant: str) -> bool:
+    return caller.tenant not in {None, tenant}
 
 
 def _narrowed(left: Remaining, claims: tuple[Claims, ...]) -> Remaining:

@@ -8,14 +8,14 @@ import click
 
 from asapd.cli.door import segment
 from asapd.cli.options import Session, asks_daemon, text_or_file
-from asapd.cli.show import show_json, show_pairs, show_table
+from asapd.cli.show import cell, show_json, show_pairs, show_table
 
 _STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
 
 
 @click.group()
 def agents() -> None:
-    """The directory: agents, their health and promises."""
+    """The directory of agents."""
 
 
 @agents.command("list")
@@ -65,7 +65,7 @@ def add(
     tenant: str | None,
     **terms: str | int | None,
 ) -> None:
-    """Add an agent to the directory, or change one that was added.
+    """Add an agent, or change one.
 
     \b
     Examples:
@@ -104,7 +104,9 @@ def show(session: Session, urn: str, window: str | None) -> None:
 @click.argument("urn")
 @asks_daemon
 def remove(session: Session, urn: str) -> None:
-    """Remove an agent that was added; one of the configuration is removed there.
+    """Remove an agent.
+
+    One that the configuration names can only be removed there.
 
     \b
     Example:
@@ -114,7 +116,7 @@ def remove(session: Session, urn: str) -> None:
     if session.as_json:
         show_json(outcome)
     else:
-        click.echo(f"removed: {outcome['removed']}")
+        click.echo(f"removed: {cell(outcome['removed'])}")
 
 
 @agents.command()
@@ -123,7 +125,9 @@ def remove(session: Session, urn: str) -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many probes.")
 @asks_daemon
 def health(session: Session, urn: str, window: str | None, limit: int) -> None:
-    """Show an agent's state, its latest probes and changes of state.
+    """Show an agent's health.
+
+    Its state, its latest probes, the newest first, and its changes of state.
 
     \b
     Example:
@@ -133,7 +137,8 @@ def health(session: Session, urn: str, window: str | None, limit: int) -> None:
     if session.as_json:
         show_json(found)
         return
-    show_pairs([("agent", found["agent_id"]), *((name, found[name]) for name in ("state", "since", "uptime_percent"))])
+    facts = ("state", "since", "uptime_percent")
+    show_pairs([("agent", found["agent_id"]), *((name.replace("_", " "), found[name]) for name in facts)])
     if found["transitions"]:
         click.echo()
         fields = ("at", "from", "to", "reason")
@@ -142,6 +147,6 @@ def health(session: Session, urn: str, window: str | None, limit: int) -> None:
         )
     if found["data"]:
         click.echo()
-        fields = ("at", "up", "status", "latency_ms", "reason", "detail")
+        names = ("at", "up", "status", "latency_ms", "reason", "detail")
         shown = ("probed", "up", "status", "latency ms", "reason", "detail")
-        show_table(shown, [[row[field] for field in fields] for row in found["data"]])
+        show_table(shown, [[row[name] for name in names] for row in found["data"]])

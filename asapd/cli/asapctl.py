@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -49,7 +47,9 @@ def asapctl(as_json: bool, socket: Path | None) -> None:
 @asapctl.command()
 @asks_daemon
 def status(session: Session) -> None:
-    """Show version, readiness, actors, store and configuration.
+    """Show how the daemon is.
+
+    Version, readiness, addresses, actors, store and configuration.
 
     \b
     Examples:
@@ -66,23 +66,22 @@ def status(session: Session) -> None:
             ("version", state["version"]),
             ("ready", state["ready"]),
             ("uptime", _uptime(int(state["uptime_seconds"]))),
+            ("listening", state.get("listening")),
             ("configuration", config["state"]),
-            ("  path", config.get("path")),
-            ("  loaded", config.get("loaded_at")),
-            *(("  problem", problem) for problem in config.get("errors", [])),
-            *_store_pairs(store),
+            *(
+                (f"  {name.replace('_', ' ')}", value)
+                for name, value in config.items()
+                if name not in ("state", "errors")
+            ),
+            *(("  problem", problem) for problem in config["errors"]),
+            ("store", store["path"]),
+            *((f"  {name.replace('_', ' ')}", value) for name, value in store.items() if name != "path"),
         ]
     )
     click.echo()
     columns = ("actor", "state", "restarts", "mailbox", "last error")
     fields = ("state", "restarts", "mailbox", "last_error")
     show_table(columns, [(name, *(actor.get(field) for field in fields)) for name, actor in state["actors"].items()])
-
-
-def _store_pairs(store: Any) -> list[tuple[str, Any]]:
-    if not isinstance(store, dict):
-        return [("store", store)]
-    return [("store", store.get("state")), *((f"  {name}", store[name]) for name in store if name != "state")]
 
 
 def _uptime(seconds: int) -> str:
@@ -95,9 +94,10 @@ def _uptime(seconds: int) -> str:
 @asapctl.command()
 @asks_daemon
 def reload(session: Session) -> int:
-    """Have the daemon read its configuration again, and wait for the outcome.
+    """Read the configuration again.
 
-    A file with a problem changes nothing: each problem is printed as file:line: field: reason, and the exit code is 2.
+    Waits for the outcome. A file with a problem changes nothing: each problem is printed as file:line: field: reason,
+    and the exit code is 2.
 
     \b
     Example:
@@ -110,7 +110,7 @@ def reload(session: Session) -> int:
             raise
         if session.as_json:
             show_json(refused.problem)
-        for problem in refused.problem.get("problems") or [refused.format_message()]:
+        for problem in refused.problem.get("problems") or [str(refused)]:
             click.echo(problem, err=True)
         return Exit.USAGE
     if session.as_json:
@@ -135,7 +135,9 @@ def actor() -> None:
 @click.argument("name")
 @asks_daemon
 def restart(session: Session, name: str) -> None:
-    """Restart one part of the daemon; what waits in its mailbox is kept.
+    """Restart one part of the daemon.
+
+    What waits in its mailbox is kept.
 
     \b
     Example:
@@ -152,6 +154,6 @@ for group in (agents, usage, delegation, sla, audit, keys):
     asapctl.add_command(group)
 
 
-def main() -> None:
+def main() -> int:
     """The console script."""
-    sys.exit(run(asapctl, "asapctl"))
+    return run(asapctl, "asapctl")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import click
@@ -43,7 +42,9 @@ def asapd() -> None:
     "/var/lib/asapd for root, ~/.local/state/asapd for others.",
 )
 def run_daemon(config_path: Path | None, state_dir: Path | None) -> int:
-    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP reloads the configuration.
+    """Run the daemon in the foreground.
+
+    SIGTERM or SIGINT ends it, a second one at once; SIGHUP reloads the configuration.
 
     \b
     Examples:
@@ -61,9 +62,10 @@ def run_daemon(config_path: Path | None, state_dir: Path | None) -> int:
 )
 @click.option("--http", metavar="HOST:PORT", help="Where the daemon listens. Without it: a free port of 127.0.0.1.")
 def demo(seconds: float | None, http: str | None) -> int:
-    """See the main job: agents at work, a broken promise, a refused delegation, an audit.
+    """See it work.
 
-    Starts a daemon and three agents in a temporary directory; Ctrl-C ends it and leaves nothing behind.
+    Agents at work, a broken promise, a refused delegation, an audit. Starts a daemon and three agents in a temporary
+    directory; Ctrl-C ends it and leaves nothing behind.
 
     \b
     Examples:
@@ -79,14 +81,17 @@ def demo(seconds: float | None, http: str | None) -> int:
 @click.argument("file", type=_FILE)
 @click.option("--against", type=_FILE, metavar="RUNNING.toml", help="Say what a reload from this one would change.")
 def check_config(file: Path, against: Path | None) -> int:
-    """Check a configuration and the price table it names; problems are file:line: field: reason, with exit code 2.
+    """Check a configuration file.
+
+    The price table it names is checked as well. Each problem is printed as file:line: field: reason, and the exit
+    code is 2.
 
     \b
     Examples:
       asapd check-config asapd.toml
       asapd check-config new.toml --against /etc/asapd/asapd.toml
     """
-    from asapd.cli.config_check import check, reload_effects
+    from asapd.cli.config_check import check, reload_effects, remarks
 
     config, problems = check(file)
     running, running_problems = (None, []) if against is None else check(against)
@@ -94,6 +99,8 @@ def check_config(file: Path, against: Path | None) -> int:
         click.echo(problem, err=True)
     if config is None or problems or running_problems:
         return Exit.USAGE
+    for remark in remarks(config):
+        click.echo(f"{file}: {remark}", err=True)
     click.echo(f"{file}: ok")
     if running is not None:
         for effect in reload_effects(running, config):
@@ -104,9 +111,10 @@ def check_config(file: Path, against: Path | None) -> int:
 @asapd.command()
 @click.argument("out", type=_FILE)
 def keygen(out: Path) -> None:
-    """Make an Ed25519 key: OUT gets the private one (PKCS#8 PEM, mode 0600), and must not exist.
+    """Make an Ed25519 key.
 
-    Prints the public key, in base64, and the key's id.
+    OUT gets the private key (PKCS#8 PEM, mode 0600), and must not exist. Prints the public key, in base64, and the
+    key's id.
 
     \b
     Example:
@@ -143,9 +151,10 @@ def keygen(out: Path) -> None:
 @click.argument("file", type=_FILE)
 @click.option("--public-key", metavar="KEY", help="The key that has to have signed it; audit exports are not signed.")
 def verify(file: Path, public_key: str | None) -> int:
-    """Check an export of the audit log, without a daemon; the exit code is 1 when an entry is bad.
+    """Check an export of the audit log.
 
-    FILE holds entries as `asapctl audit export` or GET /audit/logs give them.
+    Needs no daemon; the exit code is 1 when an entry is bad. FILE holds entries as `asapctl audit export` or
+    GET /audit/logs give them.
 
     \b
     Example:
@@ -160,7 +169,7 @@ def verify(file: Path, public_key: str | None) -> int:
     except OSError as error:
         raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
     except NotAnExportError as error:
-        message = f"{file}: {error}: this checks exports of the audit log, as JSON or one entry a line"
+        message = f"{file}: {error}; an export of the audit log, as JSON or one entry a line, can be verified"
         raise Failure(Exit.USAGE, message) from None
     if public_key is not None:
         raise Failure(Exit.USAGE, f"{file}: is an export of the audit log, which carries no signature to check")
@@ -177,6 +186,6 @@ def verify(file: Path, public_key: str | None) -> int:
     return Exit.DONE
 
 
-def main() -> None:
+def main() -> int:
     """The console script."""
-    sys.exit(run(asapd, "asapd"))
+    return run(asapd, "asapd")

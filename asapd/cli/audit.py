@@ -20,13 +20,15 @@ from asapd.cli.show import encode, show_json, show_table
 
 @click.group()
 def audit() -> None:
-    """The audit log: read it, export it, and check that nothing in it was changed."""
+    """The audit log: read, export, verify."""
 
 
 @audit.command()
 @asks_daemon
 def verify(session: Session) -> int:
-    """Have the daemon check the whole log; the exit code is 1 when an entry is bad.
+    """Check the whole log.
+
+    The daemon walks all entries; the exit code is 1 when one is bad.
 
     \b
     Example:
@@ -92,7 +94,9 @@ def log(session: Session, limit: int, **filters: str | None) -> None:
 @click.option("--format", "form", type=click.Choice(("ndjson", "json")), help="ndjson unless --json is given.")
 @asks_daemon
 def export(session: Session, file: Path, form: str | None) -> None:
-    """Write the whole log to FILE or to stdout; `asapd verify FILE` checks it anywhere.
+    """Write out the whole log.
+
+    To FILE or to stdout; `asapd verify FILE` checks it anywhere, without a daemon.
 
     \b
     Examples:

@@ -6,22 +6,42 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from asapd.config import Config, ConfigError, diff, load
+from asapd.config import Config, ConfigError, diff, load, settings_without_effect
 from asapd.config.positions import Place, lines_of
 from asapd.core.pricing import PriceTableError, parse_price_table
+from asapd.wire.keys import KeyFormatError, load_public
 
 _SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _PARTS = ("prober", "sla", "delegation", "metering", "budgets", "alerts", "audit", "retention")
 
 
 def check(path: Path) -> tuple[Config | None, list[str]]:
-    """A configuration, and every problem of it and of its price table, as `file:line: field: reason`."""
+    """A configuration, and every problem of it and of what it names, as `file:line: field: reason`."""
     try:
         config = load(path)
     except ConfigError as error:
         return None, str(error).splitlines()
+    problems = list(_key_problems(config, path))
     prices = config.metering.pricing.file
-    return config, [] if prices is None else list(_price_problems(prices))
+    if prices is not None:
+        problems += _price_problems(prices)
+    return config, problems
+
+
+def remarks(config: Config) -> Iterator[str]:
+    """What is no problem and yet not as its writer may think."""
+    for setting in settings_without_effect(config):
+        yield f"{setting} is not acted on by this version"
+
+
+def _key_problems(config: Config, path: Path) -> Iterator[str]:
+    for index, agent in enumerate(config.agents):
+        if agent.public_key is not None:
+            try:
+                load_public(agent.public_key)
+            except KeyFormatError as error:
+                field = f"agents[{index}].public_key"
+                yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {error}"
 
 
 def _price_problems(path: Path) -> Iterator[str]:

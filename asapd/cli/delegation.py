@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asapd.cli.door import Door, RefusedError, default_socket, segment
-from asapd.cli.options import Session, asks_daemon, duration, json_option, now_us, text_or_file, usd
+from asapd.cli.door import RefusedError, segment
+from asapd.cli.options import Session, asks_daemon, duration, json_option, now_us, open_door, text_or_file, usd
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import cell, show_json, show_pairs, show_table
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def delegation() -> None:
-    """Tokens that say who may do what on whose behalf.
+    """Tokens: who may do what for whom.
 
     A TOKEN may be given as @FILE, or as - for stdin.
     """
@@ -118,22 +118,22 @@ def _signed_by_daemon(socket: Path | None, terms: dict[str, Any]) -> Any:
     }
     body = {name: terms[name] for name in ("delegator", "delegate", "scopes", "parent")}
     body["constraints"] = {name: value for name, value in constraints.items() if value is not None}
-    context = click.get_current_context().find_root()
-    with Door(socket or context.params.get("socket") or default_socket()) as door:
-        try:
-            return door.post("/delegations", body)
-        except RefusedError as refused:
-            code = refused.problem.get("code")
-            if code in set(Reason):
-                raise Failure(Exit.NO, f"{code}: {refused.format_message()}") from None
-            raise
+    try:
+        return open_door(socket).post("/delegations", body)
+    except RefusedError as refused:
+        code = refused.problem.get("code")
+        if code in set(Reason):
+            raise Failure(Exit.NO, f"{code}: {refused}") from None
+        raise
 
 
 @delegation.command()
 @click.argument("token", type=text_or_file)
 @json_option
 def inspect(token: str, as_json: bool) -> None:
-    """Show what a token and its parents say. Signatures are not checked: `validate` does that.
+    """Show what a token and its parents say.
+
+    Works without a daemon; signatures are not checked, which `validate` does.
 
     \b
     Example:
@@ -179,7 +179,9 @@ def _shown(claims: Claims) -> dict[str, Any]:
 @click.option("--delegate", metavar="URN", help="Whether it was given to this agent.")
 @asks_daemon
 def validate(session: Session, token: str, action: str | None, delegate: str | None) -> int:
-    """Ask the daemon whether a token holds; the exit code is 1 when it does not.
+    """Ask whether a token holds.
+
+    The exit code is 1 when it does not.
 
     \b
     Example:
@@ -201,7 +203,9 @@ def validate(session: Session, token: str, action: str | None, delegate: str | N
 @click.option("--reason", help="Why, for the record.")
 @asks_daemon
 def revoke(session: Session, delegation_id: str, reason: str | None) -> None:
-    """Revoke a delegation and everything that was passed on from it.
+    """Revoke a delegation.
+
+    Everything that was passed on from it is revoked with it.
 
     \b
     Example:
@@ -220,8 +224,8 @@ def revoke(session: Session, delegation_id: str, reason: str | None) -> None:
 @click.option("--delegate", metavar="URN", help="Only those that this agent was given.")
 @click.option("--state", type=click.Choice(("active", "revoked", "expired")))
 @asks_daemon
-def list_delegations(session: Session, **filters: str | None) -> None:
-    """List the delegations that the daemon knows.
+def list_delegations(session: Session, **filters: Any) -> None:
+    """List all delegations.
 
     \b
     Example:
@@ -248,7 +252,9 @@ def list_delegations(session: Session, **filters: str | None) -> None:
 @click.argument("delegation_id", metavar="[ID]", required=False)
 @asks_daemon
 def tree(session: Session, delegation_id: str | None) -> None:
-    """Show who passed on what to whom, from all roots or from one delegation.
+    """Show who passed on what to whom.
+
+    From all roots, or from one delegation.
 
     \b
     Example:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import trio
 from nacl.signing import SigningKey
 
@@ -26,6 +27,7 @@ DELEGATOR = "urn:asap:agent:desk"
 # Boot takes a second or two; the rest is for a host that is busy with other things.
 BOOT_S = 30.0
 STOP_S = 10.0
+CLOSE_S = 1.0
 # What a service manager told the demo is not meant for the daemon that the demo starts.
 _SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "CREDENTIALS_")
 # sun_path holds 108 bytes with its NUL; the longest name below the directory is /run/ingest.sock.
@@ -92,8 +94,9 @@ def free_address(http: str | None) -> str:
         wanted = read_bind(http or "127.0.0.1:0")
     except ValueError as error:
         raise DaemonFailedError(Exit.USAGE, f"--http {http}: {error}") from None
-    if wanted.host is None:
-        raise DaemonFailedError(Exit.USAGE, f"--http {http}: the demo needs a HOST:PORT, for the browser")
+    if wanted.kind != "tcp" or not wanted.is_local:
+        reason = "the demo speaks plain HTTP, so it takes HOST:PORT on the loopback only, such as 127.0.0.1:8727"
+        raise DaemonFailedError(Exit.USAGE, f"--http {http}: {reason}")
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(wanted.host, wanted.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as trial:
@@ -105,7 +108,7 @@ def free_address(http: str | None) -> str:
     except OSError as error:
         message = f"{http or 'a port of the loopback'} cannot be used: {error.strerror}; choose another with --http"
         raise DaemonFailedError(Exit.USAGE, message) from None
-    return f"[{wanted.host}]:{port}" if ":" in wanted.host else f"{wanted.host}:{port}"
+    return msgspec.structs.replace(wanted, port=port).text
 
 
 def furnish(root: Path, address: str, agents: Sequence[DemoAgent]) -> None:
@@ -147,8 +150,11 @@ async def running_daemon(root: Path, address: str) -> AsyncIterator[Daemon]:
         )
     try:
         admin = await _wait_ready(root, address, process)
-        async with admin:
+        try:
             yield Daemon(address, root, process, admin)
+        finally:
+            with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+                await admin.aclose()
     finally:
         await _stop(process)
 

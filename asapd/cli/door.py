@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from asapd.cli.outcome import Exit, Failure
 
@@ -44,41 +44,28 @@ def segment(name: str) -> str:
     return quote(name, safe="")
 
 
-def unreachable(socket: Path, error: OSError | None) -> Failure:
+def unreachable(path: Path, error: OSError | None) -> Failure:
     """Why nobody answers at a socket, and what to do."""
     match error:
         case PermissionError():
-            return Failure(Exit.FORBIDDEN, f"{socket}: this user may not use the admin socket: ask for its group")
+            return Failure(Exit.FORBIDDEN, f"{path}: this user may not use the admin socket: ask for its group")
         case FileNotFoundError():
             hint = "start one with `asapd run`, or name its socket with --socket"
-            if socket != _SERVICE_SOCKET and _SERVICE_SOCKET.exists():
+            if path != _SERVICE_SOCKET and _SERVICE_SOCKET.exists():
                 hint = f"one that runs as a service listens at {_SERVICE_SOCKET}: name it with --socket"
-            return Failure(Exit.UNREACHABLE, f"{socket}: there is no daemon: {hint}")
+            return Failure(Exit.UNREACHABLE, f"{path}: there is no daemon: {hint}")
         case ConnectionRefusedError():
-            return Failure(Exit.UNREACHABLE, f"{socket}: the daemon that made this socket is gone: start it again")
+            return Failure(Exit.UNREACHABLE, f"{path}: the daemon that made this socket is gone: start it again")
         case None:
-            return Failure(Exit.UNREACHABLE, f"{socket}: the daemon does not answer in time")
-    return Failure(Exit.UNREACHABLE, f"{socket}: the daemon cannot be reached: {error.strerror or error}")
+            return Failure(Exit.UNREACHABLE, f"{path}: the daemon does not answer in time")
+    return Failure(Exit.UNREACHABLE, f"{path}: the daemon cannot be reached: {error.strerror or error}")
 
 
 class Door:
     """Requests over one admin socket. Replies are JSON, numbers with a fraction as Decimal."""
 
-    def __init__(self, socket: Path) -> None:
-        import httpx2
-
-        self.socket = socket
-        transport = httpx2.HTTPTransport(uds=str(socket), verify=False)  # noqa: S501 -- a Unix socket has no TLS
-        timeout = httpx2.Timeout(READ_S, connect=CONNECT_S)
-        self._client = httpx2.Client(transport=transport, base_url="http://asapd", timeout=timeout, trust_env=False)
-
-    def __enter__(self) -> Door:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.close()
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def get(self, path: str, **parameters: Any) -> Any:
         """A resource; parameters that are None are left out."""
@@ -106,7 +93,9 @@ class Door:
                 return
 
     def _ask(self, method: str, path: str, parameters: dict[str, Any], body: dict[str, Any] | None = None) -> Any:
-        import httpx2
+        import http.client
+        from contextlib import closing
+
         import msgspec
 
         given = {name: value for name, value in parameters.items() if value is not None}
@@ -114,28 +103,35 @@ class Door:
         content = None if sent is None else msgspec.json.Encoder(decimal_format="number").encode(sent)
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
-            response = self._client.request(method, path, params=given, content=content, headers=headers)
-        except httpx2.TimeoutException:
-            raise unreachable(self.socket, None) from None
-        except httpx2.TransportError as error:
-            raise unreachable(self.socket, _cause(error)) from None
-        try:
-            reply = msgspec.json.decode(response.content, float_hook=Decimal)
-        except msgspec.DecodeError:
-            raise Failure(Exit.UNREACHABLE, f"{self.socket}: what answers there is not asapd") from None
-        if response.is_success:
+            # One connection a request: an idle one may be closed by the daemon just when it is used again.
+            with closing(http.client.HTTPConnection("asapd", timeout=READ_S)) as connection:
+                connection.sock = self._connect()
+                connection.request(method, f"{path}?{urlencode(given)}" if given else path, content, headers)
+                response = connection.getresponse()
+                raw = response.read()
+            reply = msgspec.json.Decoder(float_hook=Decimal).decode(raw)
+        except TimeoutError:
+            raise unreachable(self.path, None) from None
+        except OSError as error:
+            raise unreachable(self.path, error) from None
+        except http.client.IncompleteRead:
+            raise unreachable(self.path, ConnectionResetError("it ended in the middle of its answer")) from None
+        except (http.client.HTTPException, msgspec.DecodeError):
+            raise Failure(Exit.UNREACHABLE, f"{self.path}: what answers there is not asapd") from None
+        if response.status < 400:
             return reply
-        raise RefusedError(response.status_code, reply if isinstance(reply, dict) else {})
+        raise RefusedError(response.status, reply if isinstance(reply, dict) else {})
 
-
-def _cause(error: BaseException) -> OSError:
-    """The operating system's error below a library's."""
-    below: BaseException | None = error
-    while below is not None:
-        if isinstance(below, OSError):
-            return below
-        below = below.__cause__ or below.__context__
-    return OSError(str(error) or "the connection was closed")
+    def _connect(self) -> socket.socket:
+        connected = socket.socket(socket.AF_UNIX)
+        try:
+            connected.settimeout(CONNECT_S)
+            connected.connect(str(self.path))
+            connected.settimeout(READ_S)
+        except BaseException:
+            connected.close()
+            raise
+        return connected
 
 
 def _exit_of(status: int) -> Exit:
@@ -149,8 +145,7 @@ def _exit_of(status: int) -> Exit:
 
 
 def _message(status: int, problem: dict[str, Any]) -> str:
-    lines = [str(problem.get("detail") or problem.get("title") or f"the daemon answered with status {status}")]
-    errors = problem.get("errors") or []
-    if len(errors) > 1:
-        lines += [f"  {error.get('field')}: {error.get('reason')}" for error in errors]
-    return "\n".join(lines)
+    detail = str(problem.get("detail") or problem.get("title") or f"the daemon answered with status {status}")
+    # The detail often quotes the first error; what it already says is not said twice.
+    errors = [error for error in problem.get("errors") or [] if str(error.get("reason")) not in detail]
+    return "\n".join([detail, *(f"  {error.get('field')}: {error.get('reason')}" for error in errors)])

@@ -11,7 +11,7 @@ from asapd.cli.show import show_json, show_table
 
 @click.group()
 def keys() -> None:
-    """API keys, with their roles and the agents they may act for."""
+    """API keys."""
 
 
 @keys.command()
@@ -28,7 +28,9 @@ def keys() -> None:
 @click.option("--sign", is_flag=True, help="It may have the daemon sign delegations for its agents.")
 @asks_daemon
 def create(session: Session, name: str, role: str, patterns: tuple[str, ...], tenant: str | None, sign: bool) -> None:
-    """Make a key and print it; it is shown this once.
+    """Make a key and print it.
+
+    This is the only time that it is shown.
 
     \b
     Examples:
@@ -47,7 +49,9 @@ def create(session: Session, name: str, role: str, patterns: tuple[str, ...], te
 @keys.command("list")
 @asks_daemon
 def list_keys(session: Session) -> None:
-    """List all keys, without the secrets, which nobody can read back.
+    """List all keys.
+
+    The secrets are not among it: the daemon does not keep them.
 
     \b
     Example:
@@ -66,11 +70,11 @@ def list_keys(session: Session) -> None:
 @click.argument("key_id", metavar="ID")
 @asks_daemon
 def revoke(session: Session, key_id: str) -> None:
-    """Revoke a key, at once and for good.
+    """Revoke a key, by its id or name.
 
     \b
     Example:
-      asapctl keys revoke key_01JD0Q6Y8T5W3N9V2X4Z7B1C6D
+      asapctl keys revoke dashboard
     """
     outcome = session.door.delete(f"/keys/{segment(key_id)}")
     if session.as_json:

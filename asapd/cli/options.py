@@ -82,10 +82,9 @@ def json_option(function: Command) -> Command:
     """Give a command that needs no daemon the option `--json`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-    @click.pass_context
     @functools.wraps(function)
-    def command(context: click.Context, *, as_json: bool, **values: Any) -> Any:
-        return function(as_json=as_json or _root(context, "as_json"), **values)
+    def command(*, as_json: bool, **values: Any) -> Any:
+        return function(as_json=as_json or root_option("as_json"), **values)
 
     return command
 
@@ -94,14 +93,18 @@ def asks_daemon(function: Command) -> Command:
     """Give a command `--json` and `--socket`, and hand it a `Session` first."""
 
     @click.option("--socket", type=click.Path(path_type=Path), help="The daemon's admin socket.")
-    @click.pass_context
     @functools.wraps(function)
-    def command(context: click.Context, *, socket: Path | None, as_json: bool, **values: Any) -> Any:
-        with Door(socket or _root(context, "socket") or default_socket()) as door:
-            return function(Session(as_json=as_json, door=door), **values)
+    def command(*, socket: Path | None, as_json: bool, **values: Any) -> Any:
+        return function(Session(as_json=as_json, door=open_door(socket)), **values)
 
     return json_option(command)
 
 
-def _root(context: click.Context, name: str) -> Any:
-    return context.find_root().params.get(name)
+def open_door(socket: Path | None) -> Door:
+    """The daemon at the socket that a command names, else the program's options, else the default."""
+    return Door(socket or root_option("socket") or default_socket())
+
+
+def root_option(name: str) -> Any:
+    """What was given before the command's name, as in `asapctl --json status`."""
+    return click.get_current_context().find_root().params.get(name)

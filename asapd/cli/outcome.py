@@ -28,12 +28,12 @@ class Exit(IntEnum):
     """Whoever read the output has left; 128 and the signal's number."""
 
 
-class Failure(click.ClickException):
+class Failure(Exception):  # noqa: N818 -- also a plain outcome, such as a daemon that is not there
     """A command that ends with a message and a code other than 0; whose fault it is, the code says."""
 
-    def __init__(self, exit_code: Exit, message: str) -> None:
+    def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.code = code
 
 
 def run(command: click.Group, program: str, arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +45,13 @@ def run(command: click.Group, program: str, arguments: Sequence[str] | None = No
     except click.UsageError as error:
         error.show()
         return Exit.USAGE
-    except click.ClickException as error:
-        click.echo(f"{program}: {error.format_message()}", err=True)
-        return error.exit_code
+    except Failure as failure:
+        click.echo(f"{program}: {failure}", err=True)
+        return failure.code
     except (click.Abort, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
+        # On a broken pipe, and then only, click ends the process itself, with the code that says no.
         # The interpreter flushes once more at its end, which must not meet the broken pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.BROKEN_PIPE

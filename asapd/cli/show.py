@@ -80,7 +80,8 @@ def show_pairs(pairs: Sequence[tuple[str, Any]]) -> None:
 
 
 def _is_number(texts: Sequence[str]) -> bool:
-    return all(text == "-" or text.replace(".", "", 1).replace("-", "", 1).isdigit() for text in texts)
+    given = [text for text in texts if text != "-"]
+    return bool(given) and all(text.removeprefix("-").replace(".", "", 1).isdecimal() for text in given)
 
 
 def _show_rich(columns: Sequence[str], texts: Sequence[Sequence[str]], numeric: Sequence[bool]) -> None:

@@ -19,7 +19,7 @@ WATCH_S = 1.0
 
 @click.group()
 def sla() -> None:
-    """Promises: what was measured, what was broken."""
+    """Promises kept and broken."""
 
 
 @sla.command()
@@ -29,7 +29,7 @@ def sla() -> None:
 @click.option("--watch", is_flag=True, help="Go on, and print again whenever something changed.")
 @asks_daemon
 def show(session: Session, urn: str | None, window: str | None, fail: bool, watch: bool) -> int:
-    """Show figures and promises of all agents, or of one.
+    """Show figures and promises.
 
     \b
     Examples:
@@ -37,11 +37,20 @@ def show(session: Session, urn: str | None, window: str | None, fail: bool, watc
       asapctl sla show urn:asap:agent:writer --window 24h
       asapctl sla show --fail
     """
+    try:
+        return _look(session, urn, window, fail=fail, watch=watch)
+    except KeyboardInterrupt:
+        if watch:
+            return Exit.DONE
+        raise
+
+
+def _look(session: Session, urn: str | None, window: str | None, *, fail: bool, watch: bool) -> int:
     seen: Any = None
     while True:
         reports = _reports(session, urn, window)
-        # The period moves with every look; it alone is no news.
-        news = [{**report, "metrics": _without_period(report["metrics"])} for report in reports]
+        # Time goes on with every look, which alone is no news.
+        news = [{**report, "metrics": _without_time(report["metrics"])} for report in reports]
         if news != seen:
             _show_reports(session, reports, urn, is_stream=watch)
             seen = news
@@ -49,10 +58,7 @@ def show(session: Session, urn: str | None, window: str | None, fail: bool, watc
             return Exit.NO
         if not watch:
             return Exit.DONE
-        try:
-            time.sleep(WATCH_S)
-        except KeyboardInterrupt:
-            return Exit.DONE
+        time.sleep(WATCH_S)
 
 
 def _reports(session: Session, urn: str | None, window: str | None) -> list[dict[str, Any]]:
@@ -61,8 +67,8 @@ def _reports(session: Session, urn: str | None, window: str | None) -> list[dict
     return list(session.door.rows("/sla", window=window))
 
 
-def _without_period(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if not name.startswith("period_")}
+def _without_time(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if not name.startswith("period_") and "seconds" not in name}
 
 
 def _show_reports(session: Session, reports: list[dict[str, Any]], urn: str | None, *, is_stream: bool) -> None:
@@ -144,7 +150,7 @@ def breaches(
     fail: bool,
     watch: bool,
 ) -> int:
-    """List broken promises of all agents, or of one; the newest first.
+    """List broken promises, the newest first.
 
     \b
     Examples:
@@ -158,7 +164,7 @@ def breaches(
         if state is not None or since is not None:
             raise click.UsageError("--watch shows every change from now on: leave --state and --since out")
         return follow_breaches(session, urn, severity, fail=fail)
-    filters = {"agent_id": urn, "state": state, "severity": severity, "start": since}
+    filters: dict[str, Any] = {"agent_id": urn, "state": state, "severity": severity, "start": since}
     rows = list(session.door.rows("/sla/breaches", limit=limit, **filters))
     if session.as_json:
         show_json({"data": rows, "count": len(rows), "next_cursor": None})

@@ -70,7 +70,7 @@ def report(
     since: str | None,
     until: str | None,
     form: str,
-    **filters: str | None,
+    **filters: Any,
 ) -> None:
     """Sum up usage and cost.
 

@@ -33,7 +33,7 @@ def follow_breaches(session: Session, urn: str | None, severity: str | None, *, 
 
 
 async def _follow(session: Session, urn: str | None, severity: str | None, fail: bool) -> int | Failure:
-    socket = session.door.socket
+    socket = session.door.path
     try:
         with trio.fail_after(CONNECT_S):
             stream = await trio.open_unix_socket(str(socket))
@@ -42,21 +42,30 @@ async def _follow(session: Session, urn: str | None, severity: str | None, fail:
     except OSError as error:
         return unreachable(socket, error)
     ended: int | Failure = Exit.DONE
-    async with stream, trio.open_nursery() as nursery:
-        try:
-            with trio.fail_after(CONNECT_S):
-                # By this name the daemon knows a caller on its own host.
-                connection = await wrap_client_stream(nursery, stream, "localhost", "/ws")
-            ended = await _print_alerts(connection, session, urn, severity, fail)
-        except trio.TooSlowError:
-            ended = unreachable(socket, None)
-        except ConnectionRejected as error:
-            code = Exit.FORBIDDEN if error.status_code in {401, 403} else Exit.UNREACHABLE
-            ended = Failure(code, f"the daemon refused the WebSocket with status {error.status_code}")
-        except (ConnectionClosed, HandshakeError):
-            ended = Failure(Exit.UNREACHABLE, f"{socket}: the daemon closed the connection: it stops or restarts")
-        nursery.cancel_scope.cancel()
+    try:
+        async with stream, trio.open_nursery() as nursery:
+            try:
+                with trio.fail_after(CONNECT_S):
+                    # By this name the daemon knows a caller on its own host.
+                    connection = await wrap_client_stream(nursery, stream, "localhost", "/ws")
+                ended = await _print_alerts(connection, session, urn, severity, fail)
+            except trio.TooSlowError:
+                ended = unreachable(socket, None)
+            except (ConnectionClosed, HandshakeError):
+                ended = Failure(Exit.UNREACHABLE, f"{socket}: the daemon closed the connection: it stops or restarts")
+            nursery.cancel_scope.cancel()
+    except* ConnectionRejected as group:  # raised by the task that reads, not by the one that waits
+        ended = _rejected(group)
     return ended
+
+
+def _rejected(group: BaseExceptionGroup[ConnectionRejected]) -> Failure:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, ConnectionRejected)
+    code = Exit.FORBIDDEN if error.status_code in {401, 403} else Exit.UNREACHABLE
+    return Failure(code, f"the daemon refused the WebSocket with status {error.status_code}")
 
 
 async def _print_alerts(

@@ -230,10 +230,11 @@ class House:
                     await self._prepare_store()
                     await self._run_actors()
                 finally:
+                    # First, so that the writer is the last to close the file: that one folds the WAL into it.
+                    self._readers.close()
                     with trio.move_on_after(DRAIN_S, shield=True):
                         await self._runner.close()
                 self._log.info("stopped")
-            self._readers.close()
             house.cancel_scope.cancel()
 
     async def _prepare_store(self) -> None:

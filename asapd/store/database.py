@@ -41,7 +41,7 @@ class UnitFailedError(Exception):
 
 
 class WriterDiedError(Exception):
-    """The writer process ended by itself; its supervisor starts another. Callers heard that their outcome is unknown."""
+    """The writer process ended by itself; its supervisor starts another. Callers heard of an unknown outcome."""
 
 
 class ReadTooLongError(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked, scope_allows
@@ -182,6 +184,8 @@ def authorize(tx: Tx, unit: Reserve) -> Reserved:
             raise RefuseError(Refusal("missing_estimate", "an estimate is missing: add it", (field,)))
         case None:
             pass
+        case never:
+            assert_never(never)
     hold = open_hold(unit.estimate)
     reservation = tx.new_id("rsv", unit.now_us)
     expires_us = unit.now_us + unit.ttl_us

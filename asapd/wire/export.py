@@ -22,7 +22,7 @@ _HASH_BYTES = 32
 
 
 class NotAnExportError(ValueError):
-    """The text holds no audit entries; whoever chose the file has to choose another. The message says why."""
+    """The text is something else; whoever chose the file has to choose another. The message says what it is."""
 
 
 class BadEntryError(ValueError):
@@ -47,7 +47,7 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[Any]:
     rest = iter(lines)
     first = next((line for line in rest if line.strip()), None)
     if first is None:
-        raise NotAnExportError("it is empty")
+        raise NotAnExportError("is empty")
     head = _parsed_or_none(first)
     if _is_entry(head):
         yield head
@@ -61,12 +61,12 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[Any]:
     try:
         document = parse_strict_json(b"".join(chain([first], rest)))
     except TokenMalformed as error:
-        raise NotAnExportError(f"it {error.reason}") from None
+        raise NotAnExportError(error.reason) from None
     rows = document.get("data") if isinstance(document, dict) else document
     if _is_entry(document):
         rows = [document]
     if not isinstance(rows, list) or not (rows == [] or _is_entry(rows[0])):
-        raise NotAnExportError("it holds no audit entries")
+        raise NotAnExportError("holds no audit entries")
     yield from rows
 
 

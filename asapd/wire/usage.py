@@ -297,7 +297,8 @@ def parse_timestamp(value: str | float) -> int:
         if len(value) < 16 or value[10] not in "Tt ":
             raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z")
         try:
-            return datetime_us(datetime.fromisoformat(value))
+            # RFC 3339 allows a small z, which Python does not read.
+            return datetime_us(datetime.fromisoformat(value[:-1] + "Z" if value[-1] == "z" else value))
         except (ValueError, OverflowError):
             raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z") from None
     if not 0 <= value <= 253_402_300_799_000:

@@ -40,6 +40,14 @@ def test_a_caller_may_touch_what_any_of_its_patterns_matches(
 
 
 @pytest.mark.parametrize(
+    ("role", "names", "allowed"),
+    [(Role.READER, ("x",), True), (Role.READER, ("y",), False), (Role.INGEST, ("x",), False)],
+)
+def test_reading_a_row_needs_the_role_and_a_pattern(role: Role, names: tuple[str, ...], allowed: bool) -> None:
+    assert Caller("key:x", role, ("x",)).may_read(*names) is allowed
+
+
+@pytest.mark.parametrize(
     ("agents", "tenant", "everything"),
     [(("*",), None, True), (("x.*", "*"), None, True), (("*",), "t", False), (("x.*",), None, False)],
 )

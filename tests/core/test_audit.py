@@ -1,4 +1,4 @@
-"""Entry hashes are what anyone computes from the RFC 8785 form, and a walk stops at the first entry that does not fit."""
+"""Entry hashes are what anyone computes from the RFC 8785 form; a walk stops at the first entry that does not fit."""
 
 import copy
 from hashlib import sha256
@@ -16,14 +16,13 @@ from asapd.core.types import MAX_INT, format_us
 NOW_US = 1_795_169_203_000_000
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
+keys = st.text(st.characters(codec="ascii"))
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-MAX_INT, MAX_INT) | texts,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="ascii")), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
     max_leaves=12,
 )
-details = st.dictionaries(st.text(st.characters(codec="ascii")), values, max_size=5)
+details = st.dictionaries(keys, values, max_size=5)
 
 
 @given(details)

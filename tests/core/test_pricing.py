@@ -129,7 +129,7 @@ cache_write_per_mtok = 0.1
 reasoning_per_mtok = 6
 per_call = 0.000002
 valid_from = 2020-01-01
-valid_until = 2030-01-01T12:00:00Z
+valid_until = 2030-01-01T12:00:00
 """
 
 

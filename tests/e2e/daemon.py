@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from json import dumps as encode
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from http.client import HTTPConnection
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, TypeVar
@@ -44,7 +46,20 @@ evaluate_every = "50ms"
 def command(config: Path | None, state_dir: Path) -> list[str]:
     """The command line of a daemon."""
     named = [] if config is None else ["--config", str(config)]
-    return [sys.executable, "-c", "import sys,pathlib;from asapd.daemon import run;sys.exit(run(pathlib.Path(sys.argv[2]),pathlib.Path(sys.argv[1])))", str(state_dir), str(config)]
+    return [sys.executable, "-m", "asapd", "run", *named, "--state-dir", str(state_dir)]
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket, which is closed even when nobody is there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("asapd", timeout=30)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
 class Daemon:
@@ -79,14 +94,16 @@ class Daemon:
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
             assert process.poll() is None, f"the daemon ended with {process.returncode}: {self.stderr.read_text()}"
-            if self._listens() and self.admin_get("/readyz").status_code == 200:
-                break
+            with contextlib.suppress(OSError):
+                if self.admin_get("/readyz").status_code == 200:
+                    break
             assert time.monotonic() < deadline_s, f"not ready: {self.stderr.read_text()}"
             time.sleep(POLL_S)
         self.url = next(one for one in self.status()["listening"] if one.startswith("http"))
         return self
 
-    def _listens(self) -> bool:
+    def listens(self) -> bool:
+        """Whether the admin socket takes connections."""
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.runtime_dir / "admin.sock")) == 0
 
@@ -126,15 +143,22 @@ class Daemon:
         return self.process.pid
 
     @property
+    def port(self) -> int:
+        """The port of the HTTP door."""
+        return int(self.url.rpartition(":")[2])
+
+    @property
     def admin_key(self) -> str:
         """The first API key."""
         return (self.state_dir / "admin.key").read_text().strip()
 
-    def admin_request(self, method: str, path: str, **options: Any) -> httpx2.Response:
+    def admin_request(self, method: str, path: str, *, json: Any = None) -> httpx2.Response:
         """One request over the admin socket."""
-        transport = httpx2.HTTPTransport(uds=str(self.runtime_dir / "admin.sock"))
-        with httpx2.Client(transport=transport, base_url="http://asapd", timeout=30) as client:
-            return client.request(method, path, **options)
+        with contextlib.closing(_UnixConnection(self.runtime_dir / "admin.sock")) as connection:
+            headers = {} if json is None else {"Content-Type": "application/json"}
+            connection.request(method, path, None if json is None else encode(json), headers)
+            answer = connection.getresponse()
+            return httpx2.Response(answer.status, headers=answer.getheaders(), content=answer.read())
 
     def admin_get(self, path: str) -> httpx2.Response:
         """One GET over the admin socket."""

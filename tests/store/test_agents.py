@@ -195,7 +195,7 @@ def test_stored_segments_equal_what_each_microsecond_was(
     open_store: OpenStore, steps: list[tuple[str, int, bool, int]]
 ) -> None:
     truth: dict[str, dict[int, bool]] = {A: {}, B: {}}
-    newest = dict.fromkeys((A, B), NOW_US)
+    newest = dict.fromkeys((A, B), 0)
     timelines = {A: UptimeTimeline(), B: UptimeTimeline()}
     ts_us = NOW_US + 10
     with open_store() as connection:

@@ -229,7 +229,7 @@ class Process:
         self.runner = ProcessRunner(path, **({"synchronous": "normal", "on_commit": self._committed} | options))
         self.nursery = nursery
         self.scope = trio.CancelScope()
-        self.died: WriterDiedError | None = None
+        self.died: BaseException | None = None
         self.ended = trio.Event()
 
     def _committed(self) -> None:
@@ -238,27 +238,33 @@ class Process:
     async def start(self) -> int:
         """Start the process and wait until it serves."""
         self.died, self.ended, self.scope = None, trio.Event(), trio.CancelScope()
-        await self.nursery.start(self._run)
+        await self.nursery.start(self.run)
         assert not isinstance(await self.submit(NOTE), Refusal)
         assert self.runner.pid is not None
         return self.runner.pid
 
-    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         with self.scope:
             try:
-                await self.runner.run(task_status=task_status)
-            except WriterDiedError as error:
-                self.died = error
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.runner.run)
+                    task_status.started()
+            except* WriterDiedError as group:
+                (self.died,) = group.exceptions
         self.ended.set()
 
     async def submit(self, unit: AnyUnit, *, urgent: bool = False) -> Any:
         return await Database(self.runner, ThreadReaders(self.path)).submit(unit, urgent=urgent)
 
-    def submit_soon(self, unit: AnyUnit, into: list[Any], *, urgent: bool = False) -> None:
+    def submit_soon(self, unit: AnyUnit, into: list[Any], *, urgent: bool = False) -> trio.Event:
+        answered = trio.Event()
+
         async def wait() -> None:
             into.append(await self.submit(unit, urgent=urgent))
+            answered.set()
 
         self.nursery.start_soon(wait)
+        return answered
 
     async def close(self) -> None:
         await self.runner.close()
@@ -340,9 +346,12 @@ async def test_what_was_acknowledged_survives_a_kill_at_any_moment(process: Proc
     sent: list[str] = []
     for life in range(2):
         pid = await process.start()
-        enough = chance.randrange(1, 400)
+        enough = len(acknowledged) + chance.randrange(1, 400)
+        heard_enough = trio.Event()
 
-        async def stream(worker: int, life: int = life) -> None:
+        async def stream(
+            worker: int, life: int = life, enough: int = enough, heard_enough: trio.Event = heard_enough
+        ) -> None:
             for number in range(10_000):
                 names = [f"{life}.{worker}.{number}.{n}" for n in range(10)]
                 sent.extend(names)
@@ -351,12 +360,13 @@ async def test_what_was_acknowledged_survives_a_kill_at_any_moment(process: Proc
                     assert result.code in {"outcome_unknown", "writer_unavailable"}
                     return
                 acknowledged.extend(names)
+                if len(acknowledged) >= enough:
+                    heard_enough.set()
 
         async with trio.open_nursery() as workers:
             for worker in range(4):
                 workers.start_soon(stream, worker)
-            while len(acknowledged) < enough:
-                await trio.lowlevel.checkpoint()
+            await heard_enough.wait()
             os.kill(pid, signal.SIGKILL)
         await process.ended.wait()
         ids = stored(process.path)
@@ -402,6 +412,25 @@ async def test_the_process_ignores_the_signals_that_end_its_daemon(process: Proc
     assert process.runner.pid == pid
 
 
+async def test_requests_and_answers_of_any_size_pass(process: Process) -> None:
+    await process.start()
+    names = [f"{number:0100}" for number in range(5000)]
+    assert await process.submit(usage(*names)) == Recorded(5000, 0, 0, names)
+
+
+async def test_a_kill_while_a_request_is_being_sent_is_an_unknown_outcome(process: Process) -> None:
+    pid = await process.start()
+    os.kill(pid, signal.SIGSTOP)
+    results: list[Any] = []
+    process.submit_soon(usage(*(f"{number:0200}" for number in range(5000))), results)
+    await wait_all_tasks_blocked()
+    os.kill(pid, signal.SIGKILL)
+    await process.ended.wait()
+    await wait_all_tasks_blocked()
+    assert codes(results) == ["outcome_unknown"]
+    assert stored(process.path) == []
+
+
 async def test_close_drains_what_was_submitted(process: Process) -> None:
     pid = await process.start()
     os.kill(pid, signal.SIGSTOP)
@@ -424,17 +453,18 @@ async def test_bulk_waits_while_too_much_is_in_flight_and_decisions_do_not(
     pid = await process.start()
     os.kill(pid, signal.SIGSTOP)
     results: list[Any] = []
-    for unit in (usage("a"), usage("b"), usage("c")):
-        process.submit_soon(unit, results)
+    answered = [process.submit_soon(usage("a"), results)]
+    for unit in (usage("b"), usage("c")):
         await wait_all_tasks_blocked()
+        answered.append(process.submit_soon(unit, results))
+    await wait_all_tasks_blocked()
     assert process.runner.pending == 1
-    process.submit_soon(NOTE, results, urgent=True)
+    answered.append(process.submit_soon(NOTE, results, urgent=True))
     await wait_all_tasks_blocked()
     assert process.runner.pending == 2
     os.kill(pid, signal.SIGCONT)
-    await process.submit(usage("d"))
-    while len(results) < 4:
-        await trio.lowlevel.checkpoint()
+    for event in answered:
+        await event.wait()
     assert sorted(codes(results)) == ["Recorded"] * 3 + ["RowWritten"]
 
 
@@ -475,14 +505,18 @@ async def test_a_process_that_cannot_open_the_file_ends_with_an_error(
     assert "CantOpenError" in capfd.readouterr().err
 
 
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 async def test_a_process_that_cannot_be_started_leaves_no_socket_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(FileNotFoundError):
         await ProcessRunner(tmp_path / "asapd.db", synchronous="full").run()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 async def test_the_process_serves_whatever_number_its_socket_has(process: Process) -> None:
@@ -521,9 +555,7 @@ async def test_the_process_holds_the_inherited_lock_as_long_as_it_lives(tmp_path
 async def test_the_size_and_wait_of_group_commits_reach_the_process(tmp_path: Path, nursery: trio.Nursery) -> None:
     prepare(tmp_path / "asapd.db")
     process = Process(tmp_path / "asapd.db", nursery, group_commit_max=3, group_commit_wait_us=60_000_000)
-    nursery.start_soon(process._run, trio.TASK_STATUS_IGNORED)
-    while process.runner.pid is None:
-        await trio.lowlevel.checkpoint()
+    await nursery.start(process.run)
     results: list[Any] = []
     for name in "ab":
         process.submit_soon(usage(name), results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -24,11 +23,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def noted(path: Path) -> Iterator[Path]:
+def noted(path: Path) -> Path:
     """A store with one entry in its log."""
     with closing(open_for_writing(path)) as connection:
         Writer(connection).run([Envelope(1, NOTE, False)])
-    yield path
+    return path
 
 
 def test_a_new_file_gets_the_newest_schema(path: Path) -> None:

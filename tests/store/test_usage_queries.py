@@ -58,18 +58,31 @@ visibilities = st.builds(
     st.sampled_from((None, "one", "none")),
     st.sampled_from((("*",), ("x.*",), ("x.a", "y.e"), ("x.", "[xy].*"))),
 )
+# At most two at a time, or hardly an event would pass.
+conditions = st.lists(
+    st.sampled_from(
+        (
+            ("agent", "x.a"),
+            ("agent", "none"),
+            ("consumer", "x.d"),
+            ("task", "t"),
+            ("model", "m"),
+            ("model", ""),
+            ("outcome", 1),
+            ("delegation", "del"),
+            ("project", "p"),
+        )
+    ),
+    max_size=2,
+)
 filters = st.builds(
-    q.UsageFilter,
-    visible=st.just(EVERYTHING) | visibilities,
-    agent=st.sampled_from((None, None, "x.a", "none")),
-    consumer=st.sampled_from((None, None, "x.d")),
-    task=st.sampled_from((None, None, "t")),
-    model=st.sampled_from((None, None, "m", "")),
-    outcome=st.sampled_from((None, None, 1)),
-    delegation=st.sampled_from((None, None, "del")),
-    project=st.sampled_from((None, None, "p")),
-    start_us=bounds,
-    end_us=bounds,
+    lambda visible, start_us, end_us, chosen: q.UsageFilter(
+        visible=visible, start_us=start_us, end_us=end_us, **dict(chosen)
+    ),
+    st.just(EVERYTHING) | visibilities,
+    bounds,
+    bounds,
+    conditions,
 )
 groupings = st.lists(st.sampled_from(sorted(q.GROUPS)), min_size=1, max_size=4, unique=True).filter(
     lambda groups: len(q.TIME_GROUPS & set(groups)) < 2
@@ -267,6 +280,12 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "recorded_at": "2026-12-27T22:00:00.000001Z",
     }
     assert q.get_usage(connection, 2) is None
+
+
+def test_the_newest_commit_is_that_of_the_last_row(connection: apsw.Connection) -> None:
+    assert q.newest_commit(connection) == 0
+    fill(connection, [("one", UsageEvent("t", "x.a", "c", START_US + 9), Cost())])
+    assert q.newest_commit(connection) == START_US
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def units_at(number: int) -> st.SearchStrategy[AnyUnit]:
     now_us = NOW_US + number * 1000
     at = st.just(now_us)
     actor = st.sampled_from(("key:x", "key:y"))
-    reservation = st.integers(0, 12).map(
+    reservation = st.integers(0, 4).map(
         lambda earlier: f"rsv_{base32.encode_timestamp((NOW_US // 1000 + earlier).to_bytes(6, 'big'))}{'0' * 16}"
     )
     agent = st.builds(AgentRecord, agents, st.sampled_from(("http://x", "http://y")), st.just("default"))
@@ -260,20 +260,29 @@ def units_at(number: int) -> st.SearchStrategy[AnyUnit]:
     return st.sampled_from([*of_kind, *often, *often]).flatmap(lambda kind: of_kind[kind])
 
 
+# Reservations that the rest of a log can settle, charge and refund.
+HELD = [
+    Reserve(f"t{n}", "task.execute", Estimate(200), HOUR_US, "key:x", "default", NOW_US + n * 1000, chain=CHAINS[1])
+    for n in range(3)
+]
+
+
 @st.composite
 def logs(draw: st.DrawFn) -> list[Envelope]:
     size = draw(st.integers(1, 14))
+    held = [Envelope(number, unit, True) for number, unit in enumerate(HELD)] if draw(st.booleans()) else []
     keys = st.none() | st.builds(
         Idempotency, st.sampled_from((b"k1", b"k2")), st.sampled_from((b"r1", b"r2")), st.just(NOW_US)
     )
-    return [Envelope(number, draw(units_at(number)), draw(st.booleans()), draw(keys)) for number in range(size)]
+    numbers = range(len(held), len(held) + size)
+    return held + [Envelope(number, draw(units_at(number)), draw(st.booleans()), draw(keys)) for number in numbers]
 
 
 def failed(result: Any) -> bool:
     return isinstance(result, Refusal | Denied | UsageConflict | units.AuthorizationDenied | Failed | NotWritten)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(log=logs(), sizes=st.lists(st.integers(1, 5)))
 def test_any_grouping_equals_running_the_successful_units_one_by_one(
     open_store: OpenStore, log: list[Envelope], sizes: list[int]
@@ -406,6 +415,24 @@ def test_a_store_locked_by_another_program_fails_the_commit_and_not_as_full(conn
     assert not result.full
     other.close()
     assert run(writer, usage(event())).recorded == 1
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_commit_rolls_all_of_it_back(connection: apsw.Connection) -> None:
+    def fail() -> None:
+        raise apsw.IOError("disk I/O error")
+
+    writer = Writer(connection)
+    before = contents(connection)
+    connection.create_scalar_function("fail", fail, 0)
+    connection.execute("CREATE TEMP TRIGGER bad_sector AFTER INSERT ON main.task BEGIN SELECT fail(); END")
+    task = RecordTask(TaskEvent("t", "new agent", "b", "started", NOW_US), "key:x", "default", NOW_US)
+    answers = writer.run([Envelope(1, usage(event()), False), Envelope(2, task, False)])
+    assert [(type(answer.result), answer.result.full) for answer in answers] == [(NotWritten, False)] * 2
+    assert not connection.in_transaction
+    assert contents(connection) == before
+    connection.execute("DROP TRIGGER temp.bad_sector")
+    assert [type(answer.result) for answer in writer.run([Envelope(3, task, False)])] == [RowWritten]
+    assert_log_is_whole(connection)
 
 
 # --- idempotency
@@ -554,6 +581,16 @@ def test_what_had_arrived_when_the_peer_left_is_still_committed() -> None:
     server.send(bulk(2), decision(3), bulk(4))
     server.end()
     assert server.commits == [[1], [3, 2], [4]]
+
+
+def test_a_peer_that_leaves_without_reading_its_answers_ends_the_service() -> None:
+    server = Served()
+    server.thread.start()
+    server.gate.set()
+    server.send(bulk(1))
+    server.ours.recv(1, socket.MSG_PEEK)
+    server.end()
+    assert server.commits == [[1]]
 
 
 def test_half_a_frame_at_the_end_is_dropped() -> None:

@@ -53,7 +53,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         rows = await rows_of(caller, None, window_us)
         if min_availability is not None:
-            rows = [row for row in rows if (row["uptime_percent"] or -1) >= min_availability]
+            rows = [row for row in rows if row["uptime_percent"] is not None and row["uptime_percent"] >= min_availability]
         if max_p95 is not None:
             rows = [row for row in rows if row["latency_p95_ms"] is not None and row["latency_p95_ms"] <= max_p95]
         if state is not None:
@@ -72,13 +72,20 @@ def register(app: QuartTrio, services: Services) -> None:
         now_us = services.clock.now_us()
         return [_row(one, by_id.get(one.id), now_us) for one in known]
 
+    async def is_foreign(caller: Caller, agent: str) -> bool:
+        """Whether the agent is another tenant's."""
+        if caller.tenant is None:
+            return False
+        known = await services.reads.agents(msgspec.structs.replace(caller, tenant=None), agent)
+        return any(one.tenant != caller.tenant for one in known)
+
     @app.post("/agents")
     async def post_agent() -> Response:
         caller = require(Permission.OPERATE)
         body = await raw_body()
         sent = decode_body(body, _NewAgent)
         record = _record(sent, caller)
-        if not caller.may_touch(record.id):
+        if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to))
@@ -99,7 +106,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/agents/<agent>")
     async def delete_agent(agent: str) -> Response:
         caller = require(Permission.OPERATE)
-        if not caller.may_touch(agent):
+        if not caller.may_touch(agent) or await is_foreign(caller, agent):
             return refuse(_unknown(agent))
         outcome = await ask_actor(prober, lambda to: RemoveAgentRequest(agent, caller.actor, to))
         return reply(outcome if isinstance(outcome, Refusal) else {"removed": outcome.removed})

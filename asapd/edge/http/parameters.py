@@ -16,6 +16,8 @@ from asapd.wire.usage import parse_timestamp
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1_000
+_MAX_DIGITS = 18
+_MAX_POSITION = 2**63 - 1
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -61,7 +63,7 @@ class Parameters:
         value = self.text(name)
         if value is None:
             return default
-        if not value.isdecimal() or not low <= int(value) <= high:
+        if not value.isdecimal() or len(value) > _MAX_DIGITS or not low <= int(value) <= high:
             raise bad_parameter(name, f"must be a whole number from {low} to {high}")
         return int(value)
 
@@ -107,9 +109,13 @@ class Parameters:
             return None
         try:
             raw = base64.urlsafe_b64decode(value.encode("ascii") + b"=" * (-len(value) % 4))
-            return msgspec.json.decode(raw, type=shape)
+            position = msgspec.json.decode(raw, type=shape)
         except (msgspec.DecodeError, binascii.Error, UnicodeError):
-            raise bad_parameter("cursor", "must be the next_cursor of the page before") from None
+            position = None
+        parts = position if isinstance(position, tuple) else (position,)
+        if position is None or any(isinstance(part, int) and not 0 <= part <= _MAX_POSITION for part in parts):
+            raise bad_parameter("cursor", "must be the next_cursor of the page before")
+        return position
 
     def outcome(self) -> int | None:
         """An outcome as stored."""

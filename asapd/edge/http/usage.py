@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from quart import Response
@@ -28,7 +28,7 @@ class _Task(msgspec.Struct, forbid_unknown_fields=True):
     consumer: str
     state: Literal["started", "completed", "failed"]
     timestamp: str | int | float
-    error: str | None = None
+    error: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
 
 
 def _filters(parameters: Parameters) -> dict[str, Any]:

@@ -75,13 +75,13 @@ async function ask(path) {
 // --- words
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const short = new Intl.NumberFormat("en", { notation: "compact", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 const isMissing = (value) => value === null || value === undefined;
 const count = (value) => (isMissing(value) ? NO_DATA : whole.format(value));
 const tokens = (value) => {
   if (isMissing(value)) return NO_DATA;
-  return value < 100000 ? whole.format(value) : short.format(value);
+  return value < 10000000 ? whole.format(value) : short.format(value);
 };
 const percent = (value) => {
   if (isMissing(value)) return NO_DATA;
@@ -99,7 +99,7 @@ const milliseconds = (value) => {
 const usd = (value) => {
   if (isMissing(value)) return NO_DATA;
   if (value === 0) return "$0.00";
-  const digits = Math.abs(value) < 0.01 ? 6 : Math.abs(value) < 1 ? 4 : 2;
+  const digits = Math.abs(value) < 0.01 ? 6 : Math.abs(value) < 0.1 ? 4 : 2;
   return `$${value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: digits })}`;
 };
 const duration = (seconds) => {
@@ -191,7 +191,6 @@ function drawBreaches() {
           "p",
           { class: "what" },
           pill(breach.severity),
-          " ",
           el("strong", {}, `${agentName(breach.agent_id) || breach.budget || breach.id}: ${termName(breach.breach_type)}`),
         ),
         el(
@@ -268,17 +267,17 @@ function drawAgents(agents) {
           agent.slaError || null,
           cell("State", pill(agent.state), { below: agent.why }),
           cell("Uptime", agent.uptime, {
-            below: promised(sla.availability, `promised ${sla.availability}`),
+            below: promised(sla.availability, `promised ≥ ${sla.availability}`),
             broken: agent.broken.includes("availability"),
             number: true,
           }),
           cell("p95 latency", agent.p95, {
-            below: promised(sla.max_latency_p95_ms, `promised ${milliseconds(sla.max_latency_p95_ms)}`),
+            below: promised(sla.max_latency_p95_ms, `promised ≤ ${milliseconds(sla.max_latency_p95_ms)}`),
             broken: agent.broken.includes("latency"),
             number: true,
           }),
           cell("Error rate", agent.errors, {
-            below: promised(sla.max_error_rate, `promised ${sla.max_error_rate}`),
+            below: promised(sla.max_error_rate, `promised ≤ ${sla.max_error_rate}`),
             broken: agent.broken.includes("error_rate"),
             number: true,
           }),
@@ -367,7 +366,8 @@ function meter(what, { left, limit, text }) {
 }
 
 function drawDelegations(delegations) {
-  draw("delegations", [delegations.data, delegations.next_cursor], ([list, more]) => {
+  const newest = [...delegations.data].sort((a, b) => Date.parse(b.registered_at) - Date.parse(a.registered_at));
+  draw("delegations", [newest, delegations.next_cursor], ([list, more]) => {
     if (!list.length) {
       return empty(
         "No delegation is in force. Let an agent spend on another's behalf with ",
@@ -382,7 +382,7 @@ function drawDelegations(delegations) {
       return el(
         "div",
         { class: "delegation" },
-        el("p", { class: "names" }, el("strong", {}, what), el("span", {}, limit ? limit.text : "without a limit")),
+        el("p", { class: "names" }, el("strong", {}, what), el("span", { class: limit && limit.left <= 0 ? "broken" : null }, limit ? limit.text : "without a limit")),
         limit ? meter(what, limit) : null,
         el(
           "small",
@@ -536,6 +536,7 @@ function showProblem(text) {
 function askForKey(hint) {
   stop();
   byId("content").hidden = true;
+  byId("controls").hidden = true;
   byId("forget").hidden = true;
   byId("key-form").hidden = false;
   showProblem(hint);
@@ -572,6 +573,7 @@ async function readAll() {
   drawUsage(usage);
   drawDelegations(delegations);
   byId("content").hidden = false;
+  byId("controls").hidden = false;
   byId("updated").textContent = `Figures of ${new Date().toLocaleTimeString()}; breaches arrive at once.`;
 }
 

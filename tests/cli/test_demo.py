@@ -1,0 +1,158 @@
+"""`asapd demo` from the outside: what a newcomer sees first."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DEMO = (sys.executable, "-m", "asapd", "demo")
+# The story up to the audit takes 11 s after a start of one second; the rest is for a busy machine.
+STORY_S = 16
+END_S = 90
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """Where the demo puts its directory; short, since socket paths are bounded."""
+    base = Path(f"/tmp/d{os.getpid()}-{time.monotonic_ns() % 10**6}")
+    base.mkdir()
+    yield base
+    base.rmdir()  # fails when anything was left behind
+
+
+def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DEMO, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(room)},
+    )
+
+
+def processes_of(room: Path) -> list[str]:
+    """Command lines of processes that were started in a directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environ = (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(room) in line or f"TMPDIR={room}\0".encode() in environ:
+            found.append(line)
+    return found
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if wanted in line:
+            return seen
+    raise AssertionError(f"no {wanted!r} in {seen}")
+
+
+def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Path) -> None:
+    process = start(room, "--seconds", str(STORY_S))
+    out, err = process.communicate(timeout=END_S)
+    assert process.returncode == 0, err
+    assert err == ""
+    assert re.search(r"dashboard +http://127\.0\.0\.1:\d+/", out)
+    breach = re.search(r"^ *([\d.]+)s  BREACH +summarizer broke its promise: p95 latency", out, re.MULTILINE)
+    assert breach is not None, out
+    assert float(breach[1]) < STORY_S
+    assert '"method":"sla.breach","params":{"event":"opened"' in out
+    assert re.search(r"refused +analyst may not start .*: (insufficient_budget|budget_exhausted)", out)
+    assert re.search(r"audit +verified: \d+ entries intact", out)
+    assert "BROKEN" not in out
+    # In a pipe there is nothing but text.
+    assert "\x1b" not in out
+    assert processes_of(room) == []
+
+
+def test_demo_ends_in_order_on_ctrl_c(room: Path) -> None:
+    process = start(room)
+    read_until(process, "delegation")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=END_S)
+    assert process.returncode == 0, err
+    assert err == ""
+    assert "left behind   nothing" in out
+    assert processes_of(room) == []
+
+
+def test_demo_that_is_stopped_while_it_starts_leaves_nothing_behind(room: Path) -> None:
+    process = start(room)
+    read_until(process, "analyst at")
+    process.terminate()
+    _, err = process.communicate(timeout=END_S)
+    assert process.returncode == 0, err
+    assert processes_of(room) == []
+
+
+def test_demo_whose_reader_leaves_ends_and_leaves_nothing_behind(room: Path) -> None:
+    process = start(room)
+    read_until(process, "dashboard")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(timeout=END_S)
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert processes_of(room) == []
+
+
+def test_demo_serves_where_it_is_told(room: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start(room, "--http", f"127.0.0.1:{port}", "--seconds", "5")
+    out, err = process.communicate(timeout=END_S)
+    assert process.returncode == 0, err
+    assert f"http://127.0.0.1:{port}/" in out
+
+
+def test_demo_on_a_taken_port_says_so_in_one_line(room: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start(room, "--http", address, "--seconds", "5")
+        _, err = process.communicate(timeout=END_S)
+    assert process.returncode == 2
+    assert len(err.splitlines()) == 1
+    assert address in err
+
+
+@pytest.mark.parametrize("address", ["nonsense", "0.0.0.0:0", "unix:/tmp/x.sock", "127.0.0.1:99999"])
+def test_demo_refuses_an_address_that_is_not_a_port_of_the_loopback(room: Path, address: str) -> None:
+    process = start(room, "--http", address, "--seconds", "5")
+    _, err = process.communicate(timeout=END_S)
+    assert process.returncode == 2
+    assert len(err.splitlines()) == 1
+    assert address in err
+
+
+def test_demo_says_what_the_daemon_said_when_it_ends_by_itself(room: Path) -> None:
+    process = start(room)
+    seen = read_until(process, "asapd run is ready")
+    found = re.search(r"pid (\d+)", seen)
+    assert found is not None
+    os.kill(int(found[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=END_S)
+    assert process.returncode == 70
+    assert len(err.splitlines()) == 1
+    assert "the daemon ended with exit code -9" in err
+    assert processes_of(room) == []

@@ -1,0 +1,228 @@
+"""Delegation by HTTP: from the token to the settled reservation, and every no with its code."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from asapd.core.delegation import Claims
+from asapd.core.types import DAY_US, SECOND_US
+from asapd.wire.token import sign
+from tests.edge.house import HELD, T0, A, B, C, Edge
+
+TERMS: dict[str, Any] = {
+    "delegator": A,
+    "delegate": B,
+    "scopes": ["task.*"],
+    "constraints": {"max_cost_usd": "1.50", "max_tasks": 5, "expires_at": "2027-01-16T08:00:00Z"},
+}
+
+
+def token(**changes: Any) -> str:
+    said: dict[str, Any] = {
+        "id": "j1",
+        "delegator": A,
+        "delegate": B,
+        "scopes": ("task.*",),
+        "max_tasks": None,
+        "max_cost_microusd": 1_000_000,
+        "issued_at_us": T0,
+        "expires_at_us": T0 + DAY_US,
+    }
+    return sign(Claims(**{**said, **changes}), HELD)
+
+
+async def issue(edge: Edge, **changes: Any) -> Any:
+    return (await edge.post("/delegations", {**TERMS, **changes})).ok(201)
+
+
+async def authorize(edge: Edge, **changes: Any) -> Any:
+    sent = {"token": token(), "action": "task.execute", "task_id": "t1", "estimate": {"cost_usd": "0.40"}, **changes}
+    return await edge.post("/delegations/authorize", {name: value for name, value in sent.items() if value is not None})
+
+
+async def test_a_delegation_is_issued_shown_and_revoked(edge: Edge) -> None:
+    made = await issue(edge)
+    shown = (await edge.get(f"/delegations/{made['id']}")).ok()
+    assert shown == made["delegation"]
+    assert shown["constraints"]["max_cost_usd"] == Decimal("1.5")
+    assert shown["state"] == "active"
+    child = await issue(edge, delegator=A, delegate=B, constraints={"expires_at": 1_800_003_600})
+    listed = (await edge.get("/delegations?limit=1")).ok()
+    assert [row["id"] for row in listed["data"]] == [made["id"]]
+    rest = (await edge.get(f"/delegations?cursor={listed['next_cursor']}")).ok()
+    assert [row["id"] for row in rest["data"]] == [child["id"]]
+    gone = (await edge.delete(f"/delegations/{made['id']}?reason=done")).ok()
+    assert gone == {"id": made["id"], "revoked": [made["id"]], "count": 1, "newly": 1}
+    assert (await edge.delete(f"/delegations/{made['id']}")).ok()["newly"] == 0
+    assert (await edge.get("/delegations?state=revoked")).ok()["count"] == 1
+    assert (await edge.get(f"/delegations?delegator={A}&delegate={C}")).ok()["count"] == 0
+
+
+async def test_a_token_signed_elsewhere_is_registered_once(edge: Edge) -> None:
+    first = (await edge.post("/delegations", {"token": token()}, key="ingest")).ok(201)
+    again = (await edge.post("/delegations", {"token": token()}, key="ingest")).ok(200)
+    assert (again["id"], again["token"]) == (first["id"], token())
+    assert (await edge.post("/delegations", {"token": token(delegator=C)})).refused(422)["code"] == "unknown_key"
+    assert (await edge.post("/delegations", {"token": token(max_tasks=3)})).refused(409)["code"] == "jti_reused"
+    assert (await edge.post("/delegations", {"token": "x"})).refused(400)["code"] == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"delegator": None}, "delegator"),
+        ({"scopes": []}, "scopes"),
+        ({"constraints": None}, "constraints.expires_at"),
+        ({"constraints": {"expires_at": "never"}}, "constraints.expires_at"),
+        ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": -1}}, "constraints.max_cost_usd"),
+        ({"constraints": {"expires_at": 1_900_000_000, "max_task": 1}}, "constraints"),
+        ({"parent": "del_unknown"}, "parent"),
+    ],
+)
+async def test_wrong_terms_name_their_field(edge: Edge, changes: dict[str, Any], field: str) -> None:
+    problem = (await edge.post("/delegations", {**TERMS, **changes})).refused(422)
+    assert problem["errors"][0]["field"] == field
+
+
+async def test_issuing_without_the_right_or_the_key_is_refused(edge: Edge) -> None:
+    assert (await edge.post("/delegations", TERMS, key="operator")).refused(403)["code"] == "forbidden"
+    assert (await edge.post("/delegations", TERMS, key="reader")).refused(403)["code"] == "forbidden"
+    no_key = await edge.post("/delegations", {**TERMS, "delegator": C})
+    assert no_key.refused(422)["code"] == "no_signing_key"
+
+
+async def test_what_is_not_there_is_404(edge: Edge) -> None:
+    assert (await edge.get("/delegations/del_x")).refused(404)["code"] == "delegation_not_found"
+    assert (await edge.delete("/delegations/del_x")).refused(404)["code"] == "delegation_not_found"
+    assert (await edge.get("/reservations/rsv_x")).refused(404)["code"] == "reservation_not_found"
+    assert (await edge.post("/reservations/rsv_x/settle")).refused(404)["code"] == "reservation_not_found"
+    assert (await edge.post("/reservations/rsv_x/eat")).refused(404)["code"] == "not_found"
+
+
+async def test_validate_judges_without_reserving(edge: Edge) -> None:
+    sent = {"token": token(), "action": "task.execute", "delegate": B}
+    verdict = (await edge.post("/delegations/validate", sent, key="ingest")).ok()
+    assert verdict["valid"]
+    assert (verdict["code"], verdict["delegator"], verdict["delegate"], verdict["scopes"]) == (None, A, B, ["task.*"])
+    assert verdict["remaining"] == {"cost_usd": Decimal("1.0"), "tasks": None}
+    assert [link["id"] for link in verdict["chain"]] == ["j1"]
+    wrong = (await edge.post("/delegations/validate", {**sent, "action": "x"})).ok()
+    assert (wrong["valid"], wrong["code"], wrong["token_id"]) == (False, "action_not_allowed", "j1")
+    unread = (await edge.post("/delegations/validate", {"token": "x"})).ok()
+    assert (unread["code"], unread["delegator"], unread["chain"], unread["remaining"]) == ("malformed", None, [], None)
+    assert (await edge.get("/delegations")).ok()["count"] == 0
+
+
+async def test_an_authorisation_holds_until_it_is_settled(edge: Edge) -> None:
+    allowed = (await authorize(edge, ttl_seconds=120)).ok()
+    assert allowed["decision"] == "allow"
+    assert allowed["remaining"] == {"cost_usd": Decimal("0.6"), "tasks": None}
+    one = allowed["reservation"]["id"]
+    assert allowed["reservation"]["expires_at"] == "2027-01-15T08:02:00.000000Z"
+    shown = (await edge.get(f"/reservations/{one}", key="ingest")).ok()
+    assert (shown["state"], shown["held_usd"]) == ("open", Decimal("0.4"))
+    longer = (await edge.post(f"/reservations/{one}/extend", {"ttl_seconds": 600})).ok()
+    assert longer["expires_at"] == "2027-01-15T08:10:00.000000Z"
+    settled = (await edge.post(f"/reservations/{one}/settle", {"cost_usd": "0.1000001"})).ok()
+    assert (settled["state"], settled["used_usd"], settled["held_usd"]) == (
+        "settled",
+        Decimal("0.100001"),
+        Decimal("0.0"),
+    )
+    refund = {"cost_usd": "0.05", "reason": "bad work"}
+    assert (await edge.post(f"/reservations/{one}/refund", refund, key="ingest")).refused(403)
+    assert (await edge.post(f"/reservations/{one}/refund", {"reason": "x"})).refused(422)["errors"][0]["field"] == (
+        "cost_usd"
+    )
+    assert (await edge.post(f"/reservations/{one}/refund", {"cost_usd": 1})).refused(422)["errors"][0]["field"] == (
+        "reason"
+    )
+    given = (await edge.post(f"/reservations/{one}/refund", refund)).ok()
+    assert given["remaining"]["cost_usd"] == Decimal("0.949999")
+    assert (await edge.delete(f"/reservations/{one}")).refused(409)["code"] == "reservation_closed"
+
+
+async def test_a_reservation_is_released(edge: Edge) -> None:
+    one = (await authorize(edge)).ok()["reservation"]["id"]
+    assert (await edge.delete(f"/reservations/{one}")).ok()["state"] != "open"
+    delegation = (await edge.get("/delegations")).ok()["data"][0]
+    assert delegation["reserved_usd"] == Decimal("0.0")
+    again = (await authorize(edge, token=None, delegation=delegation["id"], task_id="t2")).ok()
+    assert again["delegation"] == delegation["id"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"action": "money.spend"}, "action_not_allowed"),
+        ({"delegate": C}, "wrong_delegate"),
+        ({"token": "x"}, "malformed"),
+        ({"estimate": {"cost_usd": 5}}, "insufficient_budget"),
+    ],
+)
+async def test_a_denial_is_a_403_problem_with_its_code(edge: Edge, changes: dict[str, Any], code: str) -> None:
+    problem = (await authorize(edge, **changes)).refused(403)
+    assert (problem["decision"], problem["code"]) == ("deny", code)
+    assert problem["reason"]
+    assert "remaining" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code"),
+    [
+        ({"delegation": "del_1"}, 422, "invalid"),
+        ({"token": None}, 422, "invalid"),
+        ({"token": None, "delegation": "del_x"}, 404, "delegation_not_found"),
+        ({"estimate": {"cost_usd": -1}}, 422, "invalid"),
+        ({"estimate": {"tasks": 1}}, 422, "missing_estimate"),
+        ({"estimate": {"tasks": 0}}, 422, "invalid"),
+        ({"ttl_seconds": 0}, 422, "invalid"),
+    ],
+)
+async def test_a_request_that_asks_nothing_clear_is_refused(
+    edge: Edge, changes: dict[str, Any], status: int, code: str
+) -> None:
+    assert (await authorize(edge, **changes)).refused(status)["code"] == code
+
+
+async def test_a_caller_without_the_right_is_forbidden_and_not_denied(edge: Edge) -> None:
+    await edge.new_key("own", "ingest", C)
+    sent = {"token": token(), "task_id": "t", "estimate": {"cost_usd": 0}}
+    problem = (await edge.post("/delegations/authorize", sent, key="own")).refused(403)
+    assert problem["code"] == "forbidden"
+    assert "decision" not in problem
+
+
+async def test_usage_that_names_the_reservation_is_debited(edge: Edge) -> None:
+    one = (await authorize(edge)).ok()["reservation"]["id"]
+    event = {
+        "id": "e1",
+        "task_id": "t1",
+        "agent": B,
+        "consumer": A,
+        "metrics": {},
+        "timestamp": T0 // SECOND_US,
+        "cost_usd": "0.30",
+        "reservation": one,
+    }
+    assert (await edge.post("/usage", event)).ok(201)["recorded"] == 1
+    shown = (await edge.get(f"/reservations/{one}")).ok()
+    assert (shown["used_usd"], shown["held_usd"]) == (Decimal("0.3"), Decimal("0.1"))
+
+
+async def test_another_tenants_reservation_is_not_there(edge: Edge) -> None:
+    await edge.new_key("own", "admin", tenant="own")
+    await edge.new_key("other", "admin", tenant="other")
+    sent = {"token": token(), "task_id": "t", "estimate": {"cost_usd": 0.1}}
+    one = (await edge.post("/delegations/authorize", sent, key="own")).ok()["reservation"]["id"]
+    assert (await edge.get(f"/reservations/{one}", key="own")).ok()["state"] == "open"
+    assert (await edge.get(f"/reservations/{one}", key="other")).refused(404)
+    known = (await edge.get("/delegations", key="own")).ok()["data"][0]["id"]
+    assert (await edge.get(f"/delegations/{known}", key="other")).refused(404)
+    assert (await edge.get("/delegations", key="other")).ok()["count"] == 0
+    await edge.new_key("stranger", "reader", C)
+    assert (await edge.get(f"/delegations/{known}", key="stranger")).refused(404)
+    assert (await edge.get(f"/reservations/{one}", key="stranger")).refused(404)

@@ -1,0 +1,114 @@
+"""Query parameters and bodies: what is not understood is refused by name, however odd it is."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asapd.edge.http.parameters import RefusedError, decode_body, encode_cursor, page
+from tests.edge.house import Edge
+
+
+class Sent(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    inner: list[int] = []
+    free: dict[str, Any] = {}
+
+
+def cursor(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("limit=0", "limit"),
+        ("limit=1001", "limit"),
+        ("limit=ten", "limit"),
+        ("limit=-1", "limit"),
+        ("limit=" + "9" * 5000, "limit"),
+        ("offset=x", "offset"),
+        ("start=yesterday", "start"),
+        ("end=" + "9" * 400, "end"),
+        ("outcome=maybe", "outcome"),
+        ("order=up", "order"),
+        ("agnet=x", "agnet"),
+        ("cursor=???", "cursor"),
+        ("cursor=a", "cursor"),
+        ("cursor=%C3%A4", "cursor"),
+        ("cursor=" + cursor("[1]"), "cursor"),
+        ("cursor=" + cursor('["a","b"]'), "cursor"),
+        ("cursor=" + cursor(f"[{2**63},1]"), "cursor"),
+        ("cursor=" + cursor(f"[1,{2**80}]"), "cursor"),
+    ],
+)
+async def test_a_parameter_that_is_not_understood_is_named(edge: Edge, query: str, name: str) -> None:
+    problem = (await edge.get(f"/usage?{query}")).refused(400)
+    assert problem["code"] == "bad_parameter"
+    assert problem["errors"][0]["field"] == name
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("min_availability=much", "min_availability"),
+        ("min_availability=nan", "min_availability"),
+        ("max_latency_p95_ms=-1", "max_latency_p95_ms"),
+        ("state=asleep", "state"),
+        ("window=2h", "window"),
+        ("cursor=" + cursor("-5"), "cursor"),
+        ("cursor=" + cursor(str(2**70)), "cursor"),
+    ],
+)
+async def test_the_directory_is_as_strict(edge: Edge, query: str, name: str) -> None:
+    assert (await edge.get(f"/agents?{query}")).refused(400)["errors"][0]["field"] == name
+
+
+@pytest.mark.parametrize("path", ["/delegations", "/audit/logs"])
+async def test_a_cursor_beyond_what_the_store_counts_is_refused(edge: Edge, path: str) -> None:
+    assert (await edge.get(f"{path}?cursor={cursor(str(2**63))}")).refused(400)["errors"][0]["field"] == "cursor"
+    assert (await edge.get(f"{path}?cursor={cursor('5')}")).status == 200
+
+
+async def test_a_breach_cursor_keeps_its_number_in_bounds(edge: Edge) -> None:
+    forged = cursor(f'[{2**64},"brc_1"]')
+    assert (await edge.get(f"/sla/breaches?cursor={forged}")).refused(400)["errors"][0]["field"] == "cursor"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "field"),
+    [
+        (b"{", "malformed", None),
+        (b'{"name":"\xff"}', "malformed", None),
+        (b'{"name":"a","free":' + b'{"a":' * 100_000, "malformed", None),
+        (b"{}", "invalid", "name"),
+        (b'{"name":5}', "invalid", "name"),
+        (b'{"name":"a","inner":[1,"b"]}', "invalid", "inner[1]"),
+        (b'{"name":"a","oops":1}', "invalid", "oops"),
+        (b"[]", "invalid", "body"),
+    ],
+)
+def test_a_wrong_body_names_its_field(body: bytes, code: str, field: str | None) -> None:
+    with pytest.raises(RefusedError) as refused:
+        decode_body(body, Sent)
+    assert refused.value.refusal.code == code
+    assert [error.field for error in refused.value.refusal.errors] == ([] if field is None else [field])
+
+
+@given(st.binary())
+def test_no_body_raises_anything_else(body: bytes) -> None:
+    try:
+        assert isinstance(decode_body(body, Sent), Sent)
+    except RefusedError as error:
+        assert error.refusal.code in {"malformed", "invalid"}
+
+
+def test_there_is_a_next_page_as_long_as_pages_come_full() -> None:
+    assert page([1, 2], 2, 7) == {"data": [1, 2], "count": 2, "next_cursor": encode_cursor(7)}
+    assert page([1], 2, 7)["next_cursor"] is None
+    assert page([1, 2], 2, None)["next_cursor"] is None

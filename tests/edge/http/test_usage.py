@@ -1,0 +1,212 @@
+"""Metering by HTTP: what is sent comes back, by every filter and group, to who may see it."""
+
+from __future__ import annotations
+
+import gzip
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.edge.house import NOW, A, B, C, Edge
+
+METRICS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
+
+
+def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
+    whole = {
+        "id": event_id,
+        "task_id": "t1",
+        "agent": A,
+        "consumer": B,
+        "metrics": METRICS,
+        "timestamp": NOW,
+        "cost_usd": "0.25",
+        **changes,
+    }
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+async def test_one_event_is_recorded_and_comes_back(edge: Edge) -> None:
+    reply = (await edge.post("/usage", event("e1"), key="ingest")).ok(201)
+    assert reply == {
+        "status": "recorded",
+        "recorded": 1,
+        "duplicates": 0,
+        "unprotected": 0,
+        "ids": ["e1"],
+        "task_id": "t1",
+    }
+    (row,) = (await edge.get("/usage", key="reader")).ok()["data"]
+    assert (row["id"], row["agent_id"], row["consumer_id"], row["task_id"]) == ("e1", A, B, "t1")
+    assert (row["tokens_in"], row["cost_usd"]) == (10, Decimal("0.25"))
+
+
+async def test_a_batch_is_all_or_nothing_unless_partial(edge: Edge) -> None:
+    batch = [event("e1"), event("e2", agent="x"), event("e3")]
+    problem = (await edge.post("/usage", batch)).refused(422)
+    assert problem["errors"][0]["index"] == 1
+    assert (await edge.get("/usage")).ok()["count"] == 0
+    reply = (await edge.post("/usage/batch?partial=true", {"events": batch})).ok(201)
+    assert (reply["recorded"], reply["refused"], reply["count"]) == (2, 1, 2)
+    assert reply["task_ids"] == ["t1", "t1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/json; charset=utf-8", msgspec.json.encode([event("e1")])),
+        ("", msgspec.json.encode([event("e1")])),
+        ("application/x-ndjson", msgspec.json.encode(event("e1")) + b"\n"),
+        ("application/msgpack", msgspec.msgpack.encode([event("e1")])),
+    ],
+)
+async def test_every_content_type_is_taken(edge: Edge, kind: str, body: bytes) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    assert (await edge.post("/usage", body, headers=headers)).ok(201)["ids"] == ["e1"]
+    packed = await edge.post("/usage", gzip.compress(body), headers={**headers, "Content-Encoding": "gzip"})
+    assert packed.ok(201)["duplicates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "code"),
+    [
+        ({"Content-Type": "text/csv"}, b"a,b", 415, "unsupported_media_type"),
+        ({"Content-Encoding": "br"}, b"x", 415, "unsupported_media_type"),
+        ({"Content-Encoding": "gzip"}, b"not gzip", 400, "malformed"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b"[]")[:-4], 400, "malformed"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(bytes(9 << 20)), 413, "too_large"),
+        ({}, bytes(9 << 20), 413, "too_large"),
+        ({}, b"{", 400, "malformed"),
+        ({"Idempotency-Key": "k" * 256}, b"[]", 422, "invalid"),
+    ],
+)
+async def test_a_body_that_cannot_be_taken_says_why(
+    edge: Edge, headers: dict[str, str], body: bytes, status: int, code: str
+) -> None:
+    assert (await edge.post("/usage", body, headers=headers)).refused(status)["code"] == code
+
+
+async def test_an_idempotency_key_is_bound_to_caller_and_body(edge: Edge) -> None:
+    key = {"Idempotency-Key": "k1"}
+    first = (await edge.post("/usage", event(), headers=key)).ok(201)
+    assert (await edge.post("/usage", event(), headers=key)).ok(201) == first
+    other = await edge.post("/usage", event(task_id="t2"), headers=key)
+    assert other.refused(422)["code"] == "idempotency_key_reused"
+    assert (await edge.post("/usage", event(), headers=key, key="ingest")).ok(201)["ids"] != first["ids"]
+
+
+async def test_a_conflict_is_409_with_both_events(edge: Edge) -> None:
+    await edge.post("/usage", event("e1"))
+    problem = (await edge.post("/usage", event("e1", task_id="t2"))).refused(409)
+    assert problem["code"] == "usage_conflict"
+    assert (problem["received"]["task_id"], problem["stored"]["task_id"]) == ("t2", "t1")
+
+
+async def test_validate_always_answers_and_records_nothing(edge: Edge) -> None:
+    good = (await edge.post("/usage/validate", event("e1"))).ok()
+    assert good == {"valid": True, "count": 1, "task_id": "t1", "agent_id": A, "consumer_id": B}
+    assert (await edge.post("/usage/validate", [event()])).ok() == {"valid": True, "count": 1}
+    assert (await edge.post("/usage/validate", b"{")).ok()["code"] == "malformed"
+    bad = (await edge.post("/usage/validate", [event(), event(agent="x")])).ok()
+    assert (bad["valid"], bad["errors"][0]["index"]) == (False, 1)
+    late = (await edge.post("/usage/validate", event(timestamp=1))).ok()
+    assert late["errors"] == [{"field": "timestamp", "reason": "is too old or in the future"}]
+    await edge.new_key("own", "ingest", B)
+    assert (await edge.post("/usage/validate", event(), key="own")).ok()["errors"][0]["field"] == "agent"
+    assert (await edge.get("/usage")).ok()["count"] == 0
+
+
+async def test_rows_are_filtered_paged_and_ordered(edge: Edge) -> None:
+    events = [
+        event(f"e{number}", agent=A if number % 2 else C, model="m" if number < 3 else None, task_id=f"t{number}")
+        for number in range(6)
+    ]
+    events[5]["outcome"] = "failed"
+    events[5]["timestamp"] = "2027-01-15T07:00:00Z"
+    assert (await edge.post("/usage", events)).ok(201)["recorded"] == 6
+    for query, expected in {
+        f"agent={A}": 3,
+        f"agent_id={A}": 3,
+        f"consumer={B}": 6,
+        "task=t1": 1,
+        "model=m": 3,
+        "outcome=failed": 1,
+        "project=none": 0,
+        "delegation=none": 0,
+        "start=2027-01-15T07:30:00Z": 5,
+        "end=2027-01-15T07:30:00%2B00:00": 1,
+        "end=2027-01-15T07:30:00+00:00": 1,
+        "start=1799998200": 5,
+    }.items():
+        assert (await edge.get(f"/usage?{query}")).ok()["count"] == expected, query
+    seen: list[str] = []
+    cursor = ""
+    while True:
+        page = (await edge.get(f"/usage?limit=4&order=desc{cursor}")).ok()
+        seen += [row["id"] for row in page["data"]]
+        if page["next_cursor"] is None:
+            break
+        cursor = f"&cursor={page['next_cursor']}"
+    assert seen == ["e4", "e3", "e2", "e1", "e0", "e5"]
+    assert (await edge.get("/usage?limit=2&offset=5")).ok()["count"] == 1
+
+
+async def test_sums_by_every_group(edge: Edge) -> None:
+    await edge.post("/usage", [event("e1"), event("e2", agent=C), event("e3", consumer=A)])
+    by_agent = (await edge.get("/usage/aggregate")).ok()
+    assert {row["agent_id"]: row["total_tasks"] for row in by_agent["data"]} == {A: 2, C: 1}
+    assert (await edge.get("/usage/agents")).ok()["data"] == by_agent["data"]
+    assert (await edge.get("/usage/consumers")).ok()["count"] == 2
+    first = (await edge.get("/usage/aggregate?group_by=agent,consumer,day&limit=2")).ok()
+    rest = (await edge.get(f"/usage/aggregate?group_by=agent,consumer,day&cursor={first['next_cursor']}")).ok()
+    assert (first["count"], rest["count"]) == (2, 1)
+    assert (await edge.get("/usage/aggregate?group_by=moon")).refused(400)["errors"][0]["field"] == "group_by"
+    total = (await edge.get("/usage/summary")).ok()
+    assert (total["total_tasks"], total["total_tokens"], total["total_cost_usd"]) == (3, 45, Decimal("0.75"))
+    assert (await edge.get("/usage/stats")).ok()["retention_ttl_seconds"] == 400 * 86_400
+
+
+async def test_a_narrow_key_sees_and_reports_its_own(edge: Edge) -> None:
+    await edge.post("/usage", [event("e1"), event("e2", agent=C, consumer=C)])
+    await edge.new_key("reader-a", "reader", A)
+    await edge.new_key("ingest-a", "ingest", A)
+    assert [row["id"] for row in (await edge.get("/usage", key="reader-a")).ok()["data"]] == ["e1"]
+    refused = (await edge.post("/usage", [event("e3"), event("e4", agent=C)], key="ingest-a")).refused(403)
+    assert (refused["errors"][0]["field"], refused["errors"][0]["index"]) == ("agent", 1)
+    reply = await edge.post("/usage?partial=1", [event("e3"), event("e4", agent=C)], key="ingest-a")
+    assert (reply.ok(201)["recorded"], reply.json["refused"]) == (1, 1)
+
+
+@pytest.mark.parametrize("role", ["reader", "operator"])
+async def test_reporting_needs_a_key_that_may(edge: Edge, role: str) -> None:
+    assert (await edge.post("/usage", event(), key=role)).refused(403)["code"] == "forbidden"
+    assert (await edge.get("/usage", key="ingest")).refused(403)["code"] == "forbidden"
+
+
+async def test_a_task_is_recorded_and_ends_once(edge: Edge) -> None:
+    task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+    assert (await edge.post("/tasks", task)).ok(201) == {"status": "recorded", "task_id": "t1", "state": "started"}
+    assert (await edge.post("/tasks", {**task, "state": "completed"})).ok(201)["state"] == "completed"
+    assert (await edge.post("/tasks", {**task, "state": "failed"})).refused(409)["code"] == "task_conflict"
+    await edge.new_key("own", "ingest", B)
+    assert (await edge.post("/tasks", task, key="own")).refused(403)["code"] == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"task_id": ""}, "task_id"),
+        ({"consumer": "a\nb"}, "consumer"),
+        ({"agent": "x"}, "agent"),
+        ({"timestamp": "never"}, "timestamp"),
+        ({"timestamp": 1}, "timestamp"),
+        ({"state": "paused"}, "state"),
+        ({"error": "x" * 2001}, "error"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+async def test_a_wrong_task_names_its_field(edge: Edge, change: dict[str, Any], field: str) -> None:
+    task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW, **change}
+    assert (await edge.post("/tasks", task)).refused(422)["errors"][0]["field"] == field

@@ -1,0 +1,145 @@
+"""The application as a whole: who comes in by which door, and that every error is a problem document."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+from trio.testing import MockClock
+
+from asapd import config
+from asapd.edge.sockets import Peer
+from asapd.store.database import Database
+from tests.edge.house import ME, NOW, A, B, Edge, open_edge
+
+EVENT = {"task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": NOW}
+Inline = tuple[Database, apsw.Connection]
+
+
+@pytest.mark.parametrize("key", [None, "", "nonsense", "asapd_1_2"])
+async def test_without_a_valid_key_everything_else_is_401(edge: Edge, key: str | None) -> None:
+    reply = await edge.get("/usage", key=key)
+    assert reply.refused(401)["code"] == "unauthorized"
+    assert reply.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_every_reply_is_hardened(edge: Edge) -> None:
+    for path in ("/usage", "/nothing", "/healthz"):
+        reply = await edge.get(path)
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["cache-control"] == "no-store"
+
+
+async def test_an_address_or_method_that_is_not_there_is_a_problem(edge: Edge) -> None:
+    assert (await edge.get("/nothing")).refused(404)["code"] == "not_found"
+    reply = await edge.delete("/usage")
+    assert reply.refused(405)["code"] == "method_not_allowed"
+    assert "POST" in reply.headers["allow"]
+    assert (await edge.get("/usage/")).status == 200
+
+
+async def test_a_foreign_host_or_origin_is_refused_before_the_key_is_looked_at(edge: Edge) -> None:
+    foreign = await edge.get("/healthz", headers={"Host": "evil.example"}, key=None)
+    assert foreign.refused(403)["code"] == "host_not_allowed"
+    page = await edge.get("/usage", headers={"Origin": "https://evil.example"})
+    assert page.refused(403)["code"] == "host_not_allowed"
+
+
+async def test_without_authentication_everybody_is_admin(edge: Edge) -> None:
+    edge.with_settings(http=config.Http(auth="none"))
+    assert (await edge.get("/keys", key=None)).ok()["count"] == 4
+
+
+async def test_the_admin_socket_knows_its_caller_by_user(edge: Edge) -> None:
+    assert (await edge.get("/keys", key=None, door={"door": "admin", "peer": ME})).status == 200
+    stranger = {"door": "admin", "peer": Peer(1, ME.uid + 1, 5)}
+    services = replace(edge.services, daemon_uid=ME.uid)
+    reply = await edge.get("/keys", key=None, door={"door": "admin", "peer": Peer(1, 12345, 5)}, services=services)
+    assert reply.refused(403)["code"] == "forbidden"
+    assert (await edge.get("/usage", key=None, door=stranger)).status == 200
+
+
+async def test_the_ingest_socket_lets_in_whom_its_rules_admit(edge: Edge) -> None:
+    assert (await edge.post("/usage", EVENT, key=None, door={"door": "ingest", "peer": ME})).ok(201)["recorded"] == 1
+    assert (await edge.get("/usage", key=None, door={"door": "ingest", "peer": ME})).refused(403)
+    unknown = {"door": "ingest", "peer": Peer(0, 1, 1)}
+    assert (await edge.post("/usage", EVENT, key=None, door=unknown)).refused(403)["code"] == "forbidden"
+
+
+async def test_a_bug_in_a_route_is_a_problem_and_is_logged(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> bytes:
+        raise ZeroDivisionError
+
+    services = replace(edge.services, metrics=broken)
+    problem = (await edge.get("/metrics", services=services)).refused(500)
+    assert problem["code"] == "internal"
+    assert "GET /metrics failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_full_mailbox_is_503_with_retry_after(inline_database: Inline, tmp_path: Path) -> None:
+    async with open_edge(inline_database[1], tmp_path, meter=True) as edge, trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(edge.post, "/usage", EVENT)
+        await trio.testing.wait_all_tasks_blocked()
+        reply = await edge.post("/usage", EVENT)
+        assert reply.refused(503)["code"] == "overloaded"
+        assert int(reply.headers["retry-after"]) >= 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_actor_that_does_not_answer_is_503_in_the_end(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_edge(inline_database[1], tmp_path, meter=True) as edge:
+        task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+        reply = await edge.post("/tasks", task)
+        assert reply.refused(503)["code"] == "outcome_unknown"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "box"),
+    [
+        ("GET", "/sla", "watcher"),
+        ("GET", "/agents/" + A + "/sla", "watcher"),
+        ("POST", "/agents", "prober"),
+        ("DELETE", "/agents/" + A, "prober"),
+        ("POST", "/keys", "gatekeeper"),
+        ("DELETE", "/keys/x", "gatekeeper"),
+        ("GET", "/audit/verify", "auditor"),
+        ("DELETE", "/delegations/x", "registry"),
+        ("POST", "/delegations/validate", "registry"),
+        ("POST", "/delegations/authorize", "registry"),
+        ("POST", "/delegations", "registry"),
+    ],
+)
+async def test_an_actor_that_has_shut_down_is_503(edge: Edge, method: str, path: str, box: str) -> None:
+    sent: dict[str, object] = {"token": "x"}
+    if path == "/agents":
+        sent = {"id": A, "url": "http://127.0.0.1:1"}
+    elif path == "/keys":
+        sent = {"name": "n", "role": "reader"}
+    elif path.endswith("authorize"):
+        sent = {"token": "x", "task_id": "t"}
+    assert (await edge.post("/agents", {"id": A, "url": "http://127.0.0.1:1"})).ok(201)
+    edge.mailboxes[box][0].close()
+    reply = await edge.call(method, path, sent if method == "POST" else None)
+    assert reply.refused(503)["code"] == "outcome_unknown"
+
+
+async def test_a_handler_that_fails_is_500(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    edge.connection.execute("DROP TABLE task")
+    task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+    assert (await edge.post("/tasks", task)).refused(500)["code"] == "internal"
+
+
+async def test_a_directory_without_figures_is_still_shown(edge: Edge) -> None:
+    assert (await edge.post("/agents", {"id": A, "url": "http://127.0.0.1:1"})).ok(201)
+    edge.mailboxes["watcher"][0].close()
+    row = (await edge.get(f"/agents/{A}")).ok()
+    assert (row["id"], row["sla"], row["uptime_percent"]) == (A, None, None)

@@ -1,0 +1,55 @@
+"""The OpenMetrics text says what the status says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from asapd.edge.metrics import render
+
+STATUS: dict[str, Any] = {
+    "ready": True,
+    "uptime_seconds": 12.5,
+    "config": {"state": "error"},
+    "actors": {
+        "meter": {"state": "running", "restarts": 2, "mailbox": 3},
+        "writer": {"state": "backing off", "restarts": 1, "mailbox": 0},
+    },
+    "http": {
+        "open_connections": 1,
+        "connections_total": 20,
+        "refused_total": 3,
+        "guarded_errors_total": 4,
+    },
+    "store": {"size_bytes": 4096, "pending": 5},
+    "last_alert": 7,
+}
+
+
+def test_every_figure_is_there_under_its_name() -> None:
+    text = render(STATUS).decode()
+    assert text.endswith("# EOF\n")
+    samples = {
+        (sample.name, sample.labels.get("actor")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples == {
+        ("asapd_ready", None): 1,
+        ("asapd_uptime_seconds", None): 12.5,
+        ("asapd_config_ok", None): 0,
+        ("asapd_actor_restarts_total", "meter"): 2,
+        ("asapd_actor_restarts_total", "writer"): 1,
+        ("asapd_actor_mailbox", "meter"): 3,
+        ("asapd_actor_mailbox", "writer"): 0,
+        ("asapd_actor_running", "meter"): 1,
+        ("asapd_actor_running", "writer"): 0,
+        ("asapd_http_open_connections", None): 1,
+        ("asapd_http_connections_total", None): 20,
+        ("asapd_http_refused_total", None): 3,
+        ("asapd_http_guarded_errors_total", None): 4,
+        ("asapd_store_bytes", None): 4096,
+        ("asapd_store_pending_units", None): 5,
+        ("asapd_alert_seq", None): 7,
+    }

@@ -1,0 +1,422 @@
+"""Usage events from outside: every form means the same, every mistake is named, nothing makes the decoder raise."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import MAX_INT
+from asapd.core.usage import UsageEvent
+from asapd.wire.usage import MAX_ERRORS, MAX_EVENTS, BodyFormat, Events, decode_events, parse_timestamp
+
+COUNTS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
+NESTED: dict[str, Any] = {
+    "task_id": "t1",
+    "agent": "urn:asap:agent:a",
+    "consumer": "urn:asap:agent:b",
+    "metrics": COUNTS,
+    "timestamp": "2026-11-20T09:00:01.250Z",
+}
+FLAT: dict[str, Any] = {
+    "task_id": "t1",
+    "agent_id": "urn:asap:agent:a",
+    "consumer_id": "urn:asap:agent:b",
+    **COUNTS,
+    "timestamp": "2026-11-20T09:00:01.250Z",
+}
+EVENT = UsageEvent("t1", "urn:asap:agent:a", "urn:asap:agent:b", 1_795_165_201_250_000, 10, 5, 250, 1)
+FORMATS: tuple[BodyFormat, ...] = ("json", "ndjson", "msgpack")
+
+
+def decoded(value: Any, body_format: BodyFormat = "json") -> Events:
+    body = msgspec.msgpack.encode(value) if body_format == "msgpack" else msgspec.json.encode(value)
+    found = decode_events(body, body_format)
+    assert isinstance(found, Events)
+    return found
+
+
+def errors(value: Any) -> list[tuple[str, str, int | None]]:
+    """What is said of a body, the same in JSON and in msgpack."""
+    found = decoded(value).errors
+    assert decoded(value, "msgpack").errors == found
+    return [(error.field, error.reason, error.index) for error in found]
+
+
+def single(**changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in {**NESTED, **changes}.items() if value is not ...}
+
+
+# --- forms
+
+
+@pytest.mark.parametrize("body_format", ["json", "msgpack"])
+@pytest.mark.parametrize("form", [NESTED, FLAT, {"usage": NESTED}, {"usage": FLAT}])
+def test_one_event_in_every_form_is_the_same_event(form: dict[str, Any], body_format: BodyFormat) -> None:
+    found = decoded(form, body_format)
+    assert found.events == [EVENT]
+    assert found.places == [0]
+    assert not found.is_batch
+    assert found.refusal is None
+
+
+@pytest.mark.parametrize("body_format", ["json", "msgpack"])
+@pytest.mark.parametrize("form", [[NESTED, FLAT], {"events": [FLAT, NESTED]}])
+def test_many_events_in_every_form_are_a_batch(form: Any, body_format: BodyFormat) -> None:
+    found = decoded(form, body_format)
+    assert found.events == [EVENT, EVENT]
+    assert found.places == [0, 1]
+    assert found.is_batch
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17])
+def test_msgpack_arrays_of_every_header_are_batches(count: int) -> None:
+    assert decoded([FLAT] * count, "msgpack").events == [EVENT] * count
+
+
+def test_a_msgpack_array_with_a_32_bit_length_is_a_batch() -> None:
+    body = b"\xdd\x00\x00\x00\x01" + msgspec.msgpack.encode(FLAT)
+    found = decode_events(body, "msgpack")
+    assert isinstance(found, Events)
+    assert found.events == [EVENT]
+
+
+def test_ndjson_skips_blank_lines_and_takes_every_line_ending() -> None:
+    line = json.dumps(NESTED).encode()
+    found = decode_events(b"\n" + line + b"\r\n  \n" + line + b"\r" + line, "ndjson")
+    assert isinstance(found, Events)
+    assert found.events == [EVENT] * 3
+    assert found.is_batch
+
+
+def test_white_space_before_an_array_is_taken() -> None:
+    found = decode_events(b" \n\t[" + json.dumps(FLAT).encode() + b"]")
+    assert isinstance(found, Events)
+    assert found.is_batch
+
+
+def test_everything_a_client_may_say_is_kept() -> None:
+    said = {
+        "id": "e1",
+        "source": "s",
+        "seq": 7,
+        "outcome": "failed",
+        "error": "boom\nwith a second line",
+        "model": "m",
+        "provider": "p",
+        "cost_usd": "0.25",
+        "delegation": "del_1",
+        "reservation": "rsv_1",
+        "action": "task.plan",
+        "partial": True,
+        "parent_task_id": "t0",
+        "project": "x",
+        "labels": {"k": "v"},
+        "trace_id": "abc",
+    }
+    (event,) = decoded(single(**said)).events
+    assert event == msgspec.structs.replace(
+        EVENT,
+        id="e1",
+        source="s",
+        source_seq=7,
+        outcome=2,
+        error="boom\nwith a second line",
+        model="m",
+        provider="p",
+        reported_microusd=250_000,
+        delegation="del_1",
+        reservation="rsv_1",
+        action="task.plan",
+        partial=True,
+        parent_task_id="t0",
+        project="x",
+        labels={"k": "v"},
+        trace_id="abc",
+    )
+
+
+def test_token_parts_are_kept() -> None:
+    parts = {"cached_tokens_in": 4, "cache_write_tokens": 6, "reasoning_tokens": 5}
+    (event,) = decoded(single(metrics={**COUNTS, **parts})).events
+    assert (event.cached_tokens_in, event.cache_write_tokens, event.reasoning_tokens) == (4, 6, 5)
+
+
+@pytest.mark.parametrize("cost", [0.1, "0.1", "0.0999999", 0.09999999])
+def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
+    assert [event.reported_microusd for event in decoded(single(cost_usd=cost)).events] == [100_000]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "word"),
+    [
+        ({"task_id": ...}, "task_id", "missing"),
+        ({"agent": ...}, "agent", "missing"),
+        ({"consumer": ...}, "consumer", "missing"),
+        ({"timestamp": ...}, "timestamp", "missing"),
+        ({"agent": "a"}, "agent", "URN"),
+        ({"agent_id": "urn:asap:agent:z"}, "agent_id", "something else"),
+        ({"consumer_id": "urn:asap:agent:z"}, "consumer_id", "something else"),
+        ({"task_id": ""}, "task_id", "length"),
+        ({"task_id": "x" * 257}, "task_id", "length"),
+        ({"task_id": 5}, "task_id", "str"),
+        ({"task_id": "a\x00b"}, "task_id", "control"),
+        ({"consumer": "a\nb"}, "consumer", "control"),
+        ({"trace_id": "a\x7f"}, "trace_id", "control"),
+        ({"tokens": 5}, "tokens", "labels"),
+        ({"tokens_in": 5}, "metrics", "both"),
+        ({"metrics": 5}, "metrics", "object"),
+        ({"metrics": {"tokens_inn": 5}}, "metrics.tokens_inn", "labels"),
+        ({"metrics": {"tokens_in": -1}}, "metrics.tokens_in", ">= 0"),
+        ({"metrics": {"tokens_in": MAX_INT + 1}}, "metrics.tokens_in", "<="),
+        ({"metrics": {"tokens_in": 2**70}}, "metrics.tokens_in", "int"),
+        ({"metrics": {"tokens_in": "5"}}, "metrics.tokens_in", "int"),
+        ({"metrics": {"tokens_in": 5, "cached_tokens_in": 6}}, "metrics.tokens_in", "include"),
+        ({"metrics": {"tokens_out": 5, "reasoning_tokens": 6}}, "metrics.tokens_out", "include"),
+        ({"timestamp": "yesterday"}, "timestamp", "date and time"),
+        ({"timestamp": "2026-13-20T09:00:01Z"}, "timestamp", "date and time"),
+        ({"timestamp": -1}, "timestamp", "epoch"),
+        ({"timestamp": 10**18}, "timestamp", "epoch"),
+        ({"timestamp": True}, "timestamp", "not bool"),
+        ({"outcome": "maybe"}, "outcome", "maybe"),
+        ({"cost_usd": -1}, "cost_usd", "negative"),
+        ({"cost_usd": "much"}, "cost_usd", "decimal"),
+        ({"cost_usd": "NaN"}, "cost_usd", "finite"),
+        ({"cost_usd": 10**12}, "cost_usd", "at most"),
+        ({"action": "a b"}, "action", "dots"),
+        ({"labels": {str(n): "" for n in range(17)}}, "labels", "length <= 16"),
+        ({"labels": {"a": 1}}, "labels", "str"),
+        ({"id": "x" * 129}, "id", "length"),
+        ({"partial": "yes"}, "partial", "bool"),
+        ({"seq": 1.5}, "seq", "int"),
+    ],
+)
+def test_every_mistake_names_its_field_and_place(changes: dict[str, Any], field: str, word: str) -> None:
+    if changes.get("metrics", {}) == {"tokens_in": 2**70}:  # more than msgpack can say
+        alone = [(error.field, error.reason, error.index) for error in decoded(single(**changes)).errors]
+        among = [(error.field, error.reason, error.index) for error in decoded([NESTED, single(**changes)]).errors]
+    else:
+        alone = errors(single(**changes))
+        among = errors([NESTED, single(**changes)])
+    assert [(name, index) for name, _, index in alone] == [(field, None)]
+    assert word in alone[0][1]
+    assert among == [(field, alone[0][1], 1)]
+    assert errors({"usage": NESTED}) == []
+
+
+def test_the_right_events_of_a_batch_are_kept_beside_the_errors() -> None:
+    found = decoded([NESTED, single(task_id=5), FLAT, single(agent="x")])
+    assert found.events == [EVENT, EVENT]
+    assert found.places == [0, 2]
+    assert [(error.field, error.index) for error in found.errors] == [("task_id", 1), ("agent", 3)]
+    assert found.refusal is not None
+    assert found.refusal.code == "invalid"
+    assert "task_id of event 1" in found.refusal.detail
+    assert "(and 1 more)" in found.refusal.detail
+
+
+def test_all_mistakes_of_one_event_are_named_at_once() -> None:
+    bad = single(task_id=..., agent="x", consumer=..., timestamp="never", action="-!-", cost_usd=-1)
+    assert {name for name, _, _ in errors(bad)} == {
+        "task_id",
+        "agent",
+        "consumer",
+        "timestamp",
+        "action",
+        "cost_usd",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "word"),
+    [
+        ({"usage": NESTED, "task_id": "t"}, "task_id", "beside usage"),
+        ({"usage": NESTED, "usages": 1}, "usages", "beside usage"),
+        ({"usage": NESTED, "events": []}, "usage", "beside events"),
+        ({"events": [], "tokens_in": 4}, "tokens_in", "beside events"),
+        ({"events": NESTED}, "events", "array"),
+        ({"usage": [NESTED]}, "usage", "must be an event"),
+        ({"usage": None}, "usage", "must be an event"),
+        (5, "event", "object"),
+        ("text", "event", "object"),
+        (None, "event", "object"),
+    ],
+)
+def test_an_envelope_that_holds_something_else_is_named(body: Any, field: str, word: str) -> None:
+    ((name, reason, index),) = errors(body)
+    assert (name, index) == (field, None)
+    assert word in reason
+
+
+@pytest.mark.parametrize("item", [5, None, [], "x", [[]]])
+def test_an_item_that_is_no_event_is_named_by_its_index(item: Any) -> None:
+    assert [(name, index) for name, _, index in errors([NESTED, item])] == [("event", 1)]
+
+
+@pytest.mark.parametrize(
+    ("body", "body_format"),
+    [
+        (b"", "json"),
+        (b"", "msgpack"),
+        (b"{", "json"),
+        (b"nope", "json"),
+        (b'{"task_id": "\xff"}', "json"),
+        (b'{"usage": 5, "x": "\xff"}', "json"),
+        (b"[" * 100_000, "json"),
+        (b'{"usage": 5, "x":' + b"[" * 100_000, "json"),
+        (b"\x91" * 100_000, "msgpack"),
+        (b"\xc1", "msgpack"),
+        (b"{}\nnope\n", "ndjson"),
+    ],
+)
+def test_what_cannot_be_read_is_malformed(body: bytes, body_format: BodyFormat) -> None:
+    found = decode_events(body, body_format)
+    assert isinstance(found, Refusal)
+    assert found.code == "malformed"
+
+
+@pytest.mark.parametrize("event", [{**FLAT}, {**FLAT, "oops": 1}])
+def test_more_events_than_a_commit_takes_are_refused(event: dict[str, Any]) -> None:
+    body = msgspec.json.encode([event] * (MAX_EVENTS + 1))
+    found = decode_events(body)
+    assert isinstance(found, Refusal)
+    assert found.code == "too_many_events"
+    assert str(MAX_EVENTS) in found.detail
+
+
+def test_the_refusal_of_a_broken_batch_is_bounded() -> None:
+    refusal = decoded([{}] * 200).refusal
+    assert refusal is not None
+    assert len(refusal.errors) == MAX_ERRORS
+    assert "(and 799 more)" in refusal.detail
+
+
+# --- times
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2026-11-20T09:00:01Z",
+        "2026-11-20T09:00:01",
+        "2026-11-20 09:00:01",
+        "2026-11-20t09:00:01z",
+        "2026-11-20T10:00:01+01:00",
+        "2026-11-20T09:00:01.000000Z",
+        1_795_165_201,
+        1_795_165_201.0,
+        1_795_165_201_000,
+        1_795_165_201_000.0,
+    ],
+)
+def test_a_time_in_every_form_is_the_same_time(value: str | float) -> None:
+    assert parse_timestamp(value) == 1_795_165_201_000_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "now", "2026-11-20", "2026-11-20X09:00:01Z", "0001-01-01T00:00:00+23:59x", float("nan"), float("inf"), -0.1],
+)
+def test_what_is_no_time_is_refused_with_a_reason(value: str | float) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        parse_timestamp(value)
+
+
+@given(st.text(max_size=40) | st.integers() | st.floats())
+def test_reading_a_time_raises_nothing_else(value: str | float) -> None:
+    try:
+        assert isinstance(parse_timestamp(value), int)
+    except ValueError as error:
+        assert str(error).startswith("must be")
+
+
+# --- laws
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from([*NESTED, *FLAT, "usage", "events", "id", "cost_usd", "labels", "seq"]), inner, max_size=6
+        )
+    ),
+    max_leaves=12,
+)
+broken_events = st.dictionaries(st.sampled_from([*NESTED, *FLAT, "id", "cost_usd", "labels"]), values, max_size=3).map(
+    lambda changes: {**NESTED, **changes}
+)
+
+
+@given(st.binary(max_size=200), st.sampled_from(FORMATS))
+def test_no_bytes_make_the_decoder_raise(body: bytes, body_format: BodyFormat) -> None:
+    assert isinstance(decode_events(body, body_format), Events | Refusal)
+
+
+@given(values | broken_events | st.lists(broken_events, max_size=4), st.sampled_from(("json", "msgpack")))
+def test_no_document_makes_the_decoder_raise_and_every_error_has_a_field(value: Any, body_format: BodyFormat) -> None:
+    body = msgspec.msgpack.encode(value) if body_format == "msgpack" else msgspec.json.encode(value)
+    found = decode_events(body, body_format)
+    assert isinstance(found, Events)
+    assert all(error.field and error.reason for error in found.errors)
+    assert all((error.index is not None) == found.is_batch for error in found.errors)
+    assert len(found.events) == len(found.places)
+
+
+@given(st.binary(max_size=120))
+def test_bytes_behind_the_head_of_an_event_make_nothing_raise(tail: bytes) -> None:
+    head = msgspec.json.encode(NESTED)[:-1] + b","
+    assert isinstance(decode_events(head + tail), Events | Refusal)
+    whole = msgspec.msgpack.encode(NESTED)
+    widened = bytes([whole[0] + 1]) + whole[1:]
+    assert isinstance(decode_events(widened + tail, "msgpack"), Events | Refusal)
+
+
+counts = st.integers(0, 2**40)
+names = st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, max_size=20).filter(str.isprintable)
+good = st.fixed_dictionaries(
+    {
+        "task_id": names,
+        "agent": st.from_regex(r"urn:asap:agent:[a-z0-9]{1,9}", fullmatch=True),
+        "consumer": names,
+        "metrics": st.fixed_dictionaries(dict.fromkeys(COUNTS, counts)),
+        "timestamp": st.integers(0, 2 * 10**9) | st.just("2026-11-20T09:00:01Z"),
+    },
+    optional={"id": names, "model": names, "partial": st.booleans(), "cost_usd": st.integers(0, 10**6)},
+)
+
+
+@given(st.lists(good, max_size=5))
+def test_ndjson_msgpack_and_the_flat_form_equal_nested_json(events: list[dict[str, Any]]) -> None:
+    flat = [
+        {
+            **{name: value for name, value in event.items() if name not in {"agent", "consumer", "metrics"}},
+            "agent_id": event["agent"],
+            "consumer_id": event["consumer"],
+            **event["metrics"],
+        }
+        for event in events
+    ]
+    nested = decoded(events)
+    assert nested.refusal is None
+    assert len(nested.events) == len(events)
+    assert decode_events(b"\n".join(map(msgspec.json.encode, events)), "ndjson") == nested
+    assert decoded(events, "msgpack") == nested
+    assert decoded(flat) == nested
+    assert decoded({"events": flat}, "msgpack") == nested
+
+
+@given(good, st.sampled_from(["tokenz", "cost", "Agent"]))
+def test_a_field_nobody_knows_is_refused_and_leaves_the_rest_of_the_batch(event: dict[str, Any], typo: str) -> None:
+    found = decoded([event, {**event, typo: 0}, event])
+    assert found.errors == (
+        FieldError(typo, "is not a field of a usage event; what is yours goes into labels", 1),
+    )
+    assert found.places == [0, 2]
