@@ -11,10 +11,10 @@ from asapd.store.agents import DirectoryAgent, StoredProbe
 from asapd.store.audit import AuditFilter
 from asapd.store.database import Database
 from asapd.store.units import ApiKey, BreachRow
-from asapd.store.usage_queries import GROUPS, UsageFilter
+from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
 
-__all__ = ["GROUPS", "AuditFilter", "BreachRow", "DirectoryAgent", "Reads", "StoredProbe"]
+__all__ = ["GROUPS", "TIME_GROUPS", "AuditFilter", "BreachRow", "DirectoryAgent", "Reads", "StoredProbe"]
 
 
 def visibility(caller: Caller) -> Visibility:

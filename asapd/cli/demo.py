@@ -55,14 +55,19 @@ PARTS = (
 
 def run_demo(seconds: float | None, http: str | None) -> int:
     """Run for some seconds, or until Ctrl-C; the exit code. `http` is the daemon's HOST:PORT, else a free port."""
-    code = int(Exit.DONE)
+    code = Exit.DONE
     try:
-        trio.run(_demo, seconds, http, strict_exception_groups=True)
+        code = trio.run(_demo, seconds, http, strict_exception_groups=True)
     except* DaemonFailedError as group:
         error = _first(group)
         assert isinstance(error, DaemonFailedError)
         click.echo(f"asapd demo: {error}", err=True)
         code = error.exit_code
+    except* httpx2.HTTPError as group:
+        # When the daemon has ended, that it has is what counts.
+        if code == Exit.DONE:
+            click.echo(f"asapd demo: the daemon does not answer as it should: {_first(group)}", err=True)
+            code = Exit.INTERNAL
     except* KeyboardInterrupt:
         # Before signals were ours, or after: there is nothing that would stay behind.
         pass
@@ -75,12 +80,12 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _demo(seconds: float | None, http: str | None) -> None:
+async def _demo(seconds: float | None, http: str | None) -> Exit:
     started_s = trio.current_time()
     address = free_address(http)
-    scene = Scene()
-    screen = Screen(scene, lambda: trio.current_time() - started_s)
     wanted = trio.CancelScope() if seconds is None else trio.CancelScope(deadline=started_s + seconds)
+    scene = Scene()
+    screen = Screen(scene, lambda: trio.current_time() - started_s, wanted.cancel)
     with tempfile.TemporaryDirectory(prefix="asapd-demo-") as directory:
         async with trio.open_nursery() as nursery:
             await nursery.start(_heed_signals, wanted)
@@ -88,6 +93,7 @@ async def _demo(seconds: float | None, http: str | None) -> None:
                 await _run(Path(directory), address, scene, screen, wanted)
             nursery.cancel_scope.cancel()
     screen.close(_summary(scene))
+    return Exit.BROKEN_PIPE if screen.was_left else Exit.DONE
 
 
 async def _heed_signals(

@@ -28,6 +28,8 @@ DELEGATOR = "urn:asap:agent:desk"
 BOOT_S = 30.0
 STOP_S = 10.0
 CLOSE_S = 1.0
+# A process that has closed its connections is gone at once.
+DYING_S = 1.0
 # What a service manager told the demo is not meant for the daemon that the demo starts.
 _SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "CREDENTIALS_")
 # sun_path holds 108 bytes with its NUL; the longest name below the directory is /run/ingest.sock.
@@ -62,17 +64,28 @@ class Daemon:
             base_url=f"http://{self.address}", headers={"Authorization": f"Bearer {key}"}, timeout=30, trust_env=False
         )
 
-    async def get(self, path: str, **parameters: str) -> Any:
+    async def ask(self, method: str, path: str, body: object = None, **parameters: str) -> Any:
         """What a route answers to the admin.
 
         Raises:
             httpx2.HTTPError: no answer, or a refusal.
+            DaemonFailedError: no answer, because the daemon has ended.
         """
-        return (await self.admin.get(path, params=parameters)).raise_for_status().json()
+        try:
+            answer = await self.admin.request(method, path, params=parameters, json=body)
+        except httpx2.TransportError:
+            with trio.move_on_after(DYING_S):
+                await self.wait_ended()
+            raise
+        return answer.raise_for_status().json()
+
+    async def get(self, path: str, **parameters: str) -> Any:
+        """Likewise, for GET."""
+        return await self.ask("GET", path, **parameters)
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Likewise for POST."""
-        return (await self.admin.post(path, json=body)).raise_for_status().json()
+        """Likewise, for POST."""
+        return await self.ask("POST", path, body)
 
     async def wait_ended(self) -> None:
         """Wait for the end that nobody asked for.
@@ -196,9 +209,15 @@ async def _stop(process: trio.Process) -> None:
 
 
 def last_words(root: Path) -> str:
-    """The last line of the daemon's log."""
-    lines = (root / "asapd.log").read_text("utf-8", "replace").strip().splitlines()
-    return lines[-1][:500] if lines else "it said nothing"
+    """Why the daemon ended, as far as its log says so: a plain line for the operator, or its last error."""
+    for line in reversed((root / "asapd.log").read_text("utf-8", "replace").splitlines()):
+        try:
+            entry = msgspec.json.decode(line)
+        except msgspec.DecodeError:
+            return line.removeprefix("asapd: ")[:500]
+        if entry.get("level") in {"error", "critical"}:
+            return str(entry.get("message"))[:500]
+    return "its log does not say why"
 
 
 _CONFIG = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -78,11 +79,16 @@ def breach_words(params: dict[str, Any]) -> str:
 
 
 class Screen:
-    """Shows a scene and the events of it. `elapsed_s` tells the seconds since the start."""
+    """Shows a scene and the events of it.
 
-    def __init__(self, scene: Scene, elapsed_s: Callable[[], float]) -> None:
+    `elapsed_s` tells the seconds since the start. `left` is called when nobody is there any more to see it.
+    """
+
+    def __init__(self, scene: Scene, elapsed_s: Callable[[], float], left: Callable[[], None]) -> None:
         self._scene = scene
         self.elapsed_s = elapsed_s
+        self._left = left
+        self.was_left = False
         self._console = Console()
         self._feed: deque[tuple[float, str, str]] = deque(maxlen=_FEED_KEPT)
         self.is_live = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -100,13 +106,29 @@ class Screen:
     def draw(self) -> None:
         """Bring the live view up to date; plain output has nothing to draw."""
         if self.is_live:
-            self._live.update(self._view(), refresh=True)
+            with self._noticing():
+                self._live.update(self._view(), refresh=True)
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Take a reader that has left, or a terminal that was closed, as the wish to end."""
+        try:
+            yield
+        except OSError:
+            # What is still buffered is flushed once more at the end, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.was_left = True
+            self._left()
+
+    def _write(self, line: str) -> None:
+        with self._noticing():
+            click.echo(line)
 
     def say(self, kind: str, text: str) -> None:
         """One event."""
         self._feed.append((self.elapsed_s(), kind, text))
         if not self.is_live:
-            _write(f"{self.elapsed_s():6.1f}s  {kind:<10}  {text}")
+            self._write(f"{self.elapsed_s():6.1f}s  {kind:<10}  {text}")
 
     def say_breach(self, params: dict[str, Any], frame: str, note: str) -> None:
         """A notification as the subscriber received it, big."""
@@ -114,25 +136,26 @@ class Screen:
         breach = params["breach"]
         kind = "resolved" if params["event"] == "resolved" else "BREACH"
         if not self.is_live and kind == "BREACH":
-            _write(f"\n{'=' * 20}  SLA BREACH {params['event']}: {short_name(breach['agent_id'])}  {'=' * 20}")
+            self._write(f"\n{'=' * 20}  SLA BREACH {params['event']}: {short_name(breach['agent_id'])}  {'=' * 20}")
         samples = "" if kind == "resolved" else f"{breach['samples']} samples, "
         self.say(kind, f"{breach_words(params)} ({breach['severity']}, {samples}{note})")
         if not self.is_live:
-            _write(f"{'':19}received on /ws: {frame}")
+            self._write(f"{'':19}received on /ws: {frame}")
             if kind == "BREACH":
-                _write("=" * 80 + "\n")
+                self._write("=" * 80 + "\n")
 
     def close(self, lines: list[tuple[str, str]]) -> None:
         """The last words: names and values."""
         if not self.is_live:
-            _write("")
+            self._write("")
             for name, value in lines:
-                _write(f"{name:<12}  {value}")
+                self._write(f"{name:<12}  {value}")
             return
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in lines:
             table.add_row(Text(name, "bold"), Text(value))
-        self._console.print(table)
+        with self._noticing():
+            self._console.print(table)
 
     # --- the live view
 
@@ -255,8 +278,3 @@ def _figure(value: float | None, form: str, *, broken: bool = False, style: str 
 def frame_text(frame: dict[str, Any]) -> str:
     """A received frame as one line."""
     return json.dumps(frame, separators=(",", ":"), ensure_ascii=True)
-
-
-def _write(line: str) -> None:
-    click.echo(line)
-    sys.stdout.flush()

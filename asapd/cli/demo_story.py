@@ -116,8 +116,7 @@ class Story:
             delegation = await self._delegate(agent)
             with trio.move_on_after(RENEW_S):
                 await self._spend_all(agent, consumers, delegation)
-            answer = await self._daemon.admin.delete(f"/delegations/{delegation}", params={"reason": "spent"})
-            revoked = answer.raise_for_status().json()["revoked"]
+            revoked = (await self._daemon.ask("DELETE", f"/delegations/{delegation}", reason="spent"))["revoked"]
             self._screen.say("delegation", f"{short_name(DELEGATOR)} revokes {', '.join(revoked)}")
 
     async def _delegate(self, agent: DemoAgent) -> str:
@@ -204,7 +203,10 @@ class Story:
 
     async def _follow_figures(self) -> None:
         while True:
-            await self.read_figures()
+            try:
+                await self.read_figures()
+            except httpx2.HTTPError as error:
+                self._screen.say("problem", f"the figures could not be read: {error!r}")
             self._screen.draw()
             await trio.sleep(FIGURES_EVERY_S)
 

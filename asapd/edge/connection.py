@@ -445,10 +445,15 @@ class _Http11(H11Protocol):
     async def _send_error_response(self, status_code: int) -> None:
         headers, body = refusal_response(status_code)
         headers += self.config.response_headers("h11")
-        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
-        if not (isinstance(self.stream, _Http) and self.stream.scope["method"] == "HEAD"):
-            await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
+        without_body = isinstance(self.stream, _Http) and self.stream.scope["method"] == "HEAD"
+        answer = (
+            h11.Response(status_code=status_code, headers=headers),
+            h11.Data(data=b"" if without_body else body),
+            h11.EndOfMessage(),
+        )
+        # In one piece: an application that answers between two of them would spoil the rest.
+        data = b"".join(self.connection.send(event) or b"" for event in answer)
+        await self.send(RawData(data=data))
 
     async def _create_stream(self, request: h11.Request) -> None:
         refused = self._refused(request)

@@ -11,7 +11,7 @@ from quart_trio import QuartTrio
 from asapd.actors.notifier import Gap, Subscription
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
-from asapd.edge.auth import check_host, tcp_caller
+from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
 from asapd.runtime.fanout import FeedClosed
@@ -32,6 +32,8 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.before_websocket
     async def authenticate() -> Response | None:
+        if websocket.scope["asapd"]["door"] == "admin":  # type: ignore[typeddict-item]  # put there by the door
+            return None
         foreign = check_host(websocket.headers, services.settings().http)
         return None if foreign is None else refuse(foreign)
 
@@ -51,8 +53,6 @@ def register(app: QuartTrio, services: Services) -> None:
 def _caller(services: Services) -> Caller | Refusal:
     door = websocket.scope["asapd"]  # type: ignore[typeddict-item]  # put there by the door
     if door["door"] == "admin":
-        from asapd.edge.auth import admin_socket_caller
-
         return admin_socket_caller(door["peer"], services.daemon_uid)
     for protocol in websocket.requested_subprotocols:
         if protocol.startswith(_BEARER):

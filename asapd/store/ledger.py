@@ -388,7 +388,8 @@ def _changed(tx: Tx, found: _Reservation) -> ReservationChanged:
 def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> int:
     """Debit what an event used to its reservation or delegation, whatever their state, and flag what is odd.
 
-    Usage that happened is always recorded: nothing here refuses. What belongs to another tenant is as unknown.
+    Usage that happened is always recorded: nothing here refuses. What belongs to another tenant is as unknown, and
+    usage of an agent that is not the delegate is debited under a reservation only.
     """
     flags = 0
     found = None if event.reservation is None else _load(tx, event.reservation)
@@ -413,6 +414,9 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
     allowed = scope_allows(msgspec.json.decode(scopes[0]), event.action)
     if not allowed or path[0].delegate != event.agent:
         flags |= FLAG_UNAUTHORISED
+    if found is None and path[0].delegate != event.agent:
+        # Naming an id is not holding a token: nobody drains the budget of another.
+        return flags
     if found is not None and under_hold:
         another = event.task_id != found.task_id and not _knows_task(tx, account, event.task_id)
         settlement = settle(found.hold, cost_microusd, another_task=another)

@@ -220,8 +220,11 @@ def _rollup_source(query: UsageFilter) -> tuple[str, list[Any]]:
     return " UNION ALL ".join(parts), values
 
 
+# In two halves: a hostile thousand of reports of 2**53 - 1 tokens each must not overflow everybody's sums.
 _TOTALS = (
-    ", ".join(f"coalesce(sum({field}), 0)" for field in RollupSums._fields)
+    ", ".join(
+        f"coalesce(sum({field} >> 32), 0), coalesce(sum({field} & 4294967295), 0)" for field in RollupSums._fields
+    )
     + ", count(DISTINCT agent), count(DISTINCT consumer)"
 )
 
@@ -257,7 +260,8 @@ def summary(connection: apsw.Connection, query: UsageFilter) -> dict[str, Any]:
 
 
 def _totals(row: tuple[Any, ...]) -> dict[str, Any]:
-    sums, unique_agents, unique_consumers = RollupSums(*row[:-2]), row[-2], row[-1]
+    halves, unique_agents, unique_consumers = row[:-2], row[-2], row[-1]
+    sums = RollupSums(*((high << 32) + low for high, low in zip(halves[::2], halves[1::2], strict=True)))
     tokens = sums.tokens_in + sums.tokens_out
     nothing_priced = sums.events > 0 and sums.unpriced == sums.events
     return {

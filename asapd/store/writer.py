@@ -97,17 +97,26 @@ class Writer:
         except RefuseError as refusal:
             self._undo(mark)
             return Answer(envelope.number, refusal.value)
+        except apsw.ConstraintError as error:
+            if getattr(error, "extendedresult", None) != apsw.SQLITE_CONSTRAINT_DATATYPE:
+                return self._failed(envelope, mark, error)
+            # An integer that grew past 64 bits would have become a REAL, which no column here takes.
+            self._undo(mark)
+            return Answer(envelope.number, Refusal("invalid", "nothing was written: the sums would pass 64 bits"))
         except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
             raise
-        except Exception as error:
-            if not tx.connection.in_transaction:
-                raise  # SQLite already rolled the whole transaction back: nobody's work is in it
-            self._undo(mark)
-            _log.exception("unit %s failed", type(envelope.unit).__name__)
-            summary = "".join(traceback.format_exception_only(error)).strip()
-            return Answer(envelope.number, Failed(f"{type(envelope.unit).__name__}: {summary}"))
+        except Exception as error:  # noqa: BLE001 -- a unit's bug is its own caller's only
+            return self._failed(envelope, mark, error)
         tx.execute("RELEASE unit")
         return Answer(envelope.number, result)
+
+    def _failed(self, envelope: Envelope, mark: tuple[int, bytes], error: Exception) -> Answer:
+        if not self._tx.connection.in_transaction:
+            raise error  # SQLite already rolled the whole transaction back: nobody's work is in it
+        self._undo(mark)
+        _log.error("unit %s failed", type(envelope.unit).__name__, exc_info=error)
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        return Answer(envelope.number, Failed(f"{type(envelope.unit).__name__}: {summary}"))
 
     def _undo(self, mark: tuple[int, bytes]) -> None:
         self._tx.execute("ROLLBACK TO unit")

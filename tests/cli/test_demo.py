@@ -26,7 +26,7 @@ def room() -> Iterator[Path]:
     base = Path(f"/tmp/d{os.getpid()}-{time.monotonic_ns() % 10**6}")
     base.mkdir()
     yield base
-    base.rmdir()  # fails when anything was left behind
+    base.rmdir()  # which fails when anything was left behind
 
 
 def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -107,7 +107,8 @@ def test_demo_whose_reader_leaves_ends_and_leaves_nothing_behind(room: Path) -> 
     read_until(process, "dashboard")
     assert process.stdout is not None
     process.stdout.close()
-    process.wait(timeout=END_S)
+    # As a shell counts SIGPIPE.
+    assert process.wait(timeout=END_S) == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()

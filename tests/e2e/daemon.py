@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import trio
+from trio_websocket import WebSocketConnection, wrap_client_stream
 
 T = TypeVar("T")
 
@@ -186,6 +187,30 @@ class Daemon:
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=30, **options)
+
+    @contextlib.asynccontextmanager
+    async def websocket(self, **options: Any) -> AsyncIterator[WebSocketConnection]:
+        """A WebSocket, whose stream is closed whatever becomes of the daemon."""
+        host = self.url.removeprefix("http://")
+        async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream, trio.open_nursery() as nursery:
+            connection = await wrap_client_stream(nursery, stream, host, "/ws", **options)
+            try:
+                yield connection
+            finally:
+                with trio.move_on_after(1, shield=True):
+                    await connection.aclose()
+                nursery.cancel_scope.cancel()
+
+    async def raw(self, request: bytes) -> tuple[int, bytes]:
+        """Send bytes and read until the daemon closes: the status, and everything that came."""
+        async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream:
+            received = b""
+            with trio.fail_after(PATIENCE_S), contextlib.suppress(trio.BrokenResourceError):
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(request)
+                async for chunk in stream:
+                    received += chunk
+        return int(received.split(b" ", 2)[1]) if received else 0, received
 
     def ingest_client(self) -> httpx2.AsyncClient:
         """A client over the ingest socket."""

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.e2e.agent import Agent
 from tests.e2e.daemon import QUICK, Daemon, running, until
@@ -55,23 +55,9 @@ class Subscriber:
 
 
 @asynccontextmanager
-async def websocket(daemon: Daemon, **options: Any) -> AsyncIterator[WebSocketConnection]:
-    """A connection whose stream is closed whatever became of the daemon."""
-    host = daemon.url.removeprefix("http://")
-    async with await trio.open_tcp_stream("127.0.0.1", daemon.port) as stream, trio.open_nursery() as nursery:
-        socket = await wrap_client_stream(nursery, stream, host, "/ws", **options)
-        try:
-            yield socket
-        finally:
-            with trio.move_on_after(1, shield=True):
-                await socket.aclose()
-            nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
 async def subscribed(daemon: Daemon, **params: Any) -> AsyncIterator[Subscriber]:
     headers = [("Authorization", f"Bearer {daemon.admin_key}")]
-    async with websocket(daemon, extra_headers=headers) as socket:
+    async with daemon.websocket(extra_headers=headers) as socket:
         subscriber = Subscriber(socket)
         answer = await subscriber.call("sla.subscribe", **params)
         assert answer["result"]["subscribed"] is True
@@ -294,6 +280,6 @@ async def test_requests_on_the_websocket_are_answered_in_json_rpc() -> None:
 async def test_a_browser_may_bring_its_key_as_a_subprotocol() -> None:
     with running() as daemon:
         protocols = ["asapd.v1", f"asapd.bearer.{daemon.admin_key}"]
-        async with websocket(daemon, subprotocols=protocols) as socket:
+        async with daemon.websocket(subprotocols=protocols) as socket:
             assert socket.subprotocol == "asapd.v1"
             assert (await Subscriber(socket).call("sla.subscribe"))["result"]["seq"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from asapd.edge.sockets import Peer, open_tcp, open_unix, peer_credentials
 from asapd.runtime.ask import ask
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import FetchFailed
-from asapd.store.breaches import Alert
+from asapd.store.breaches import Alert, alert_bounds
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units import BreachRow, WriteBreach
 from asapd.store.writer import Writer
@@ -209,6 +210,8 @@ class Edge:
         """The application behind real sockets: the server, its TCP port, and its admin socket."""
         server = HttpServer(self.app, max_connections=50, grace_s=options.pop("grace_s", 1.0), log=LOG, **options)
         (tcp,) = await open_tcp("127.0.0.1:0")
+        # Accepted connections inherit it: a client that does not read is noticed after few bytes.
+        tcp.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         port = tcp.socket.getsockname()[1]
         admin = open_unix(tmp_path / "admin.sock", 0o600, None)
         doors = [Door(tcp, "http"), Door(admin, "admin", lambda stream: {"peer": peer_credentials(stream)})]
@@ -230,7 +233,8 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
     """Start every actor but those named in `paused`, whose mailboxes nobody reads."""
     committed, directory_changed, clock = Wakeup(), Wakeup(), SetClock()
     database = Database(InlineRunner(Writer(connection), committed.notify), InlineReaders(connection))
-    feed: Feed[Alert] = Feed(100)
+    # As in the daemon: what was there before the start is read from the store.
+    feed: Feed[Alert] = Feed(100, last=alert_bounds(connection)[1])
     ring = KeyRing()
     entropy_numbers, ids = count(1), count(1)
     keys_dir = tmp_path / "keys"

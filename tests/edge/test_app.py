@@ -9,7 +9,7 @@ from pathlib import Path
 import apsw
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
 from asapd.edge.sockets import Peer
@@ -85,7 +85,7 @@ async def test_a_full_mailbox_is_503_with_retry_after(inline_database: Inline, t
     async with open_edge(inline_database[1], tmp_path, meter=True) as edge, trio.open_nursery() as nursery:
         for _ in range(4):
             nursery.start_soon(edge.post, "/usage", EVENT)
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_all_tasks_blocked()
         reply = await edge.post("/usage", EVENT)
         assert reply.refused(503)["code"] == "overloaded"
         assert int(reply.headers["retry-after"]) >= 1

@@ -9,6 +9,7 @@ from typing import Any
 import apsw
 import msgspec
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
 from asapd.core.access import Caller
@@ -136,7 +137,7 @@ async def test_frames_come_in_by_the_ingest_socket(edge: Edge, tmp_path: Path) -
 
 
 async def test_a_full_meter_makes_the_socket_wait_and_http_refuse(
-    inline_database: tuple[Database, apsw.Connection], tmp_path: Path
+    inline_database: tuple[Database, apsw.Connection], tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     async with open_edge(inline_database[1], tmp_path, meter=True) as edge:
         answers: list[Any] = []
@@ -147,7 +148,7 @@ async def test_a_full_meter_makes_the_socket_wait_and_http_refuse(
         async with trio.open_nursery() as nursery:
             for _ in range(6):
                 nursery.start_soon(send)
-            await trio.testing.wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
             refused = await report(edge.services, INGEST, msgspec.json.encode(event()), "json")
             assert isinstance(refused, Refusal)
             assert refused.code == "overloaded"

@@ -9,7 +9,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import ReportTask, TaskEvent
-from asapd.actors.reads import GROUPS
+from asapd.actors.reads import GROUPS, TIME_GROUPS
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN
@@ -102,6 +102,8 @@ def register(app: QuartTrio, services: Services) -> None:
         unknown = [group for group in groups if group not in GROUPS]
         if unknown:
             raise bad_parameter("group_by", f"must be any of {', '.join(GROUPS)}, not {unknown[0]}")
+        if len(TIME_GROUPS.intersection(groups)) > 1:
+            raise bad_parameter("group_by", "can hold one of hour, day, week and month")
         filters, limit, offset = _filters(parameters), parameters.number("limit", 1000, 1, 1000), parameters.offset()
         after = parameters.cursor(int)
         parameters.done()

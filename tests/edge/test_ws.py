@@ -1,0 +1,333 @@
+"""Live alerts over real WebSockets: who may listen, what is replayed, and how a session ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+from wsproto import WSConnection
+from wsproto.connection import ConnectionType
+from wsproto.events import (
+    AcceptConnection,
+    CloseConnection,
+    Event,
+    Ping,
+    RejectConnection,
+    RejectData,
+    Request,
+    TextMessage,
+)
+
+from asapd import config
+from asapd.core.types import Role
+from asapd.edge.ws import GOING_AWAY, SEND_S, TRY_AGAIN_LATER
+from asapd.store.database import Database
+from tests.edge.house import A, B, Edge, open_edge
+
+Inline = tuple[Database, apsw.Connection]
+
+
+class Listener:
+    """A client of the stream."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.ws = WSConnection(ConnectionType.CLIENT)
+        self.events: list[Event] = []
+        self.text = ""
+        self.numbers = 0
+
+    async def next(self) -> Event:
+        while True:
+            while not self.events:
+                data = await self.stream.receive_some()
+                self.ws.receive_data(data or None)
+                self.events = list(self.ws.events())
+            event = self.events.pop(0)
+            if isinstance(event, Ping):
+                await self.stream.send_all(self.ws.send(event.response()))
+            elif isinstance(event, TextMessage):
+                self.text += event.data
+                if event.message_finished:
+                    return event
+            else:
+                return event
+
+    async def message(self) -> Any:
+        """The next JSON-RPC message."""
+        self.text = ""
+        event = await self.next()
+        assert isinstance(event, TextMessage), event
+        return json.loads(self.text)
+
+    async def closed(self) -> CloseConnection:
+        """The close frame, whatever comes before it."""
+        while not isinstance(event := await self.next(), CloseConnection):
+            self.text = ""
+        return event
+
+    async def send(self, text: str) -> None:
+        await self.stream.send_all(self.ws.send(TextMessage(data=text)))
+
+    async def ask(self, method: str, **params: Any) -> Any:
+        """A request and its answer; only for a stream where nothing else comes."""
+        self.numbers += 1
+        request = {"jsonrpc": "2.0", "method": method, "params": params, "id": self.numbers}
+        await self.send(json.dumps(request))
+        answer = await self.message()
+        assert answer["id"] == self.numbers
+        return answer.get("result", answer.get("error"))
+
+
+@asynccontextmanager
+async def listening(
+    port: int,
+    *,
+    key: str | None = None,
+    offered: list[str] | None = None,
+    host: str = "localhost",
+    path: Path | None = None,
+    receive_bytes: int | None = None,
+) -> AsyncIterator[Listener]:
+    family = socket.AF_INET if path is None else socket.AF_UNIX
+    sock = trio.socket.socket(family)
+    if receive_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    await sock.connect(("127.0.0.1", port) if path is None else str(path))
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    async with trio.SocketStream(sock) as stream:
+        client = Listener(stream)
+        request = Request(host=host, target="/ws", extra_headers=headers, subprotocols=offered or [])
+        await stream.send_all(client.ws.send(request))
+        yield client
+
+
+@asynccontextmanager
+async def accepted(port: int, **options: Any) -> AsyncIterator[Listener]:
+    async with listening(port, **options) as client:
+        event = await client.next()
+        assert isinstance(event, AcceptConnection), event
+        yield client
+
+
+async def refusal(client: Listener) -> Any:
+    """The problem that a refused handshake is answered with."""
+    event = await client.next()
+    assert isinstance(event, RejectConnection)
+    body = b""
+    while isinstance(piece := await client.next(), RejectData):
+        body += bytes(piece.data)
+        if piece.body_finished:
+            break
+    return json.loads(body)
+
+
+@pytest.fixture
+async def port(edge: Edge, tmp_path: Path) -> AsyncIterator[int]:
+    async with edge.served(tmp_path) as (_, number, _):
+        yield number
+
+
+# --- who may listen
+
+
+async def test_a_key_is_taken_from_the_header_or_from_the_subprotocol(edge: Edge, port: int) -> None:
+    key = edge.keys["reader"]
+    async with accepted(port, key=key) as client:
+        assert await client.ask("ping") == {"pong": True}
+    async with listening(port, offered=["asapd.v1", f"asapd.bearer.{key}"]) as client:
+        event = await client.next()
+        assert isinstance(event, AcceptConnection)
+        assert event.subprotocol == "asapd.v1"
+
+
+async def test_without_a_valid_key_the_handshake_is_401(edge: Edge, port: int) -> None:
+    for options in ({}, {"key": "x"}, {"offered": ["asapd.v1", "asapd.bearer.nonsense"]}):
+        async with listening(port, **options) as client:
+            assert (await refusal(client))["code"] == "unauthorized"
+
+
+async def test_a_role_that_may_not_read_is_403(edge: Edge, port: int) -> None:
+    async with listening(port, key=edge.keys["ingest"]) as client:
+        assert (await refusal(client))["code"] == "forbidden"
+
+
+async def test_a_foreign_host_is_403(edge: Edge, port: int) -> None:
+    async with listening(port, key=edge.keys["reader"], host="evil.example") as client:
+        assert (await refusal(client))["code"] == "host_not_allowed"
+
+
+async def test_the_admin_socket_needs_no_key_and_any_host_will_do(edge: Edge, tmp_path: Path) -> None:
+    async with edge.served(tmp_path) as (_, port, path), accepted(port, path=path, host="asapd") as client:
+        assert await client.ask("sla.subscribe") == {"subscribed": True, "seq": 0}
+
+
+async def test_without_authentication_everybody_may_listen(edge: Edge, port: int) -> None:
+    edge.with_settings(http=config.Http(auth="none"))
+    async with accepted(port) as client:
+        assert await client.ask("ping") == {"pong": True}
+
+
+# --- what is heard
+
+
+async def test_an_alert_comes_live_and_stops_after_unsubscribing(edge: Edge, port: int) -> None:
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        assert await client.ask("sla.subscribe") == {"subscribed": True, "seq": 0}
+        await edge.breach()
+        message = await client.message()
+        assert (message["method"], message["params"]["seq"], message["params"]["event"]) == ("sla.breach", 1, "opened")
+        assert message["params"]["breach"]["seq"] == 1
+        assert message["params"]["breach"]["agent_id"] == A
+        assert await client.ask("sla.unsubscribe") == {"unsubscribed": True}
+        await edge.breach("resolved")
+        assert await client.ask("sla.unsubscribe") == {"unsubscribed": True}
+        assert await client.ask("ping") == {"pong": True}
+
+
+async def test_what_was_missed_is_replayed_in_order_and_once(edge: Edge, port: int) -> None:
+    for number in range(1, 6):
+        await edge.breach(number=number, agent=f"{A}{number}")
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        assert (await client.ask("sla.subscribe", resume_after=2))["subscribed"]
+        await edge.breach(number=6, agent=f"{A}6")
+        assert [(await client.message())["params"]["seq"] for _ in range(4)] == [3, 4, 5, 6]
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        # A second subscription takes the place of the first.
+        await client.ask("sla.subscribe", resume_after=6)
+        await client.ask("sla.subscribe", resume_after=5)
+        assert (await client.message())["params"]["seq"] == 6
+
+
+async def test_a_gap_is_told_when_what_was_missed_is_no_longer_kept(inline_database: Inline, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    async with open_edge(inline_database[1], tmp_path / "first") as edge:
+        for number in range(1, 4):
+            await edge.breach(number=number, agent=f"{A}{number}")
+        edge.connection.execute("UPDATE retention_gate SET open = 1")
+        edge.connection.execute("DELETE FROM alert WHERE seq <= 2")
+        edge.connection.execute("UPDATE retention_gate SET open = 0")
+        edge.connection.execute("DELETE FROM api_key")
+    async with (
+        open_edge(inline_database[1], tmp_path) as edge,
+        edge.served(tmp_path) as (_, port, _),
+        accepted(port, key=edge.keys["reader"]) as client,
+    ):
+        await client.ask("sla.subscribe", resume_after=0)
+        gap = await client.message()
+        assert (gap["method"], gap["params"]) == ("gap", {"first_missing": 1, "last_missing": 2})
+        assert (await client.message())["params"]["seq"] == 3
+
+
+async def test_filters_leave_out_what_is_not_wanted(edge: Edge, port: int) -> None:
+    async def heard(key: str, **wanted: Any) -> list[int]:
+        async with accepted(port, key=edge.keys[key]) as client:
+            await client.ask("sla.subscribe", resume_after=0, **wanted)
+            return [(await client.message())["params"]["seq"] for _ in range(expected)]
+
+    await edge.breach(number=1, agent=A)
+    await edge.breach(number=2, agent=B, severity="critical")
+    await edge.breach(number=3, agent=f"{A}3", tenant="x")
+    await edge.breach("resolved", number=1, agent=A)
+    await edge.new_key("reader-b", "reader", B)
+    await edge.new_key("reader-x", "reader", tenant="x")
+    expected = 4
+    assert await heard("reader") == [1, 2, 3, 4]
+    expected = 2
+    assert await heard("reader", agent_id=A) == [1, 4]
+    expected = 1
+    assert await heard("reader", min_severity="critical") == [2]
+    assert await heard("reader-b") == [2]
+    assert await heard("reader-x") == [3]
+
+
+async def test_what_is_no_request_is_answered_with_its_fault_and_the_session_goes_on(edge: Edge, port: int) -> None:
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        for text, code in {
+            "{": -32700,
+            "[]": -32600,
+            '{"jsonrpc":"2.0","method":"dance","id":1}': -32601,
+            '{"jsonrpc":"2.0","method":"sla.subscribe","params":{"agent":1},"id":1}': -32602,
+            '{"jsonrpc":"2.0","method":"sla.subscribe","params":[],"id":1}': -32602,
+        }.items():
+            await client.send(text)
+            assert (await client.message())["error"]["code"] == code
+        await client.send('{"jsonrpc":"2.0","method":"ping"}')
+        assert await client.ask("ping") == {"pong": True}
+
+
+# --- how it ends
+
+
+async def test_at_shutdown_every_subscriber_is_told_that_the_daemon_goes(edge: Edge, port: int) -> None:
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        await client.ask("sla.subscribe")
+        edge.feed.close()
+        closed = await client.closed()
+        assert closed.code == GOING_AWAY
+        assert "shutting down" in (closed.reason or "")
+
+
+async def test_what_was_published_before_a_shutdown_still_arrives(edge: Edge, port: int) -> None:
+    for number in range(1, 4):
+        await edge.breach(number=number, agent=f"{A}{number}")
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        await wait_all_tasks_blocked()
+        edge.feed.close()
+        await client.ask("sla.subscribe", resume_after=0)
+        assert [(await client.message())["params"]["seq"] for _ in range(3)] == [1, 2, 3]
+        assert (await client.closed()).code == GOING_AWAY
+
+
+async def test_a_slow_reader_is_closed_with_the_seq_to_resume_after(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.02
+    async with (
+        open_edge(inline_database[1], tmp_path, watcher=True, prober=True) as edge,
+        edge.served(tmp_path) as (_, port, _),
+        accepted(port, key=edge.keys[Role.READER], receive_bytes=4096) as client,
+    ):
+        for number in range(1, 101):
+            await edge.breach(number=number, agent=f"{A}{number}")
+        await client.ask("sla.subscribe", resume_after=0)
+        await trio.sleep(SEND_S + 5)
+        seqs: list[int] = []
+        client.text = ""
+        while isinstance(event := await client.next(), TextMessage):
+            seqs.append(json.loads(client.text)["params"]["seq"])
+            client.text = ""
+        assert isinstance(event, CloseConnection)
+        assert event.code == TRY_AGAIN_LATER
+        assert seqs == list(range(1, len(seqs) + 1))
+        assert len(seqs) < 100
+        resume_after = int((event.reason or "").rpartition(" ")[2])
+        assert seqs[-1] - 1 <= resume_after <= seqs[-1]
+        # It comes back and misses nothing.
+        async with accepted(port, key=edge.keys[Role.READER]) as again:
+            await again.ask("sla.subscribe", resume_after=resume_after)
+            assert (await again.message())["params"]["seq"] == resume_after + 1
+
+
+async def test_a_reader_that_never_reads_is_cut_off(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.02
+    async with (
+        open_edge(inline_database[1], tmp_path, watcher=True, prober=True) as edge,
+        edge.served(tmp_path) as (server, port, _),
+        accepted(port, key=edge.keys[Role.READER], receive_bytes=4096) as client,
+    ):
+        for number in range(1, 101):
+            await edge.breach(number=number, agent=f"{A}{number}")
+        await client.ask("sla.subscribe", resume_after=0)
+        await trio.sleep(45)
+        assert server.open_connections == 0
