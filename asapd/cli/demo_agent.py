@@ -24,8 +24,6 @@ from asapd.wire.frames import LENGTH_BYTES, FrameDecoder, encode
 from asapd.wire.keys import public_base64
 
 TASKS_PATH = "/asap/tasks"
-HEALTH_PATH = "/.well-known/asap/health"
-MANIFEST_PATH = "/.well-known/asap/manifest.json"
 ACTION = "task.execute"
 
 # Often enough that a promise broken now is known at once, seldom enough that events travel in arrays.
@@ -104,7 +102,9 @@ class DemoAgent:
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer until `stop` or cancelled."""
         self._server = HttpServer(self._app, max_connections=256, grace_s=0.3, log=self.log)
-        await self._server.run([Door(listener, "agent") for listener in self._listeners], task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._server.run, [Door(listener, "agent") for listener in self._listeners])
+            task_status.started()
 
     def stop(self) -> None:
         """Stop answering, as an agent does that crashed."""
@@ -143,7 +143,7 @@ class DemoAgent:
                 status, answer = 200, {"status": "healthy", "agent_id": self.part.urn, "version": "1.0.0"}
             case "GET", "/.well-known/asap/manifest.json":
                 status, answer = 200, self._manifest()
-            case "POST", "/asap/tasks":
+            case "POST", path if path == TASKS_PATH:
                 status, answer = await self._do(msgspec.json.decode(body))
             case _:
                 status, answer = 404, {"error": "not found"}

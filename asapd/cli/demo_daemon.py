@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,13 @@ class Daemon:
             httpx2.HTTPError: no answer, or a refusal.
             DaemonFailedError: no answer, because the daemon has ended.
         """
-        try:
+        answer = None
+        with suppress(httpx2.TransportError):
             answer = await self.admin.request(method, path, params=parameters, json=body)
-        except httpx2.TransportError:
+        if answer is None:
             with trio.move_on_after(DYING_S):
                 await self.wait_ended()
-            raise
+            raise httpx2.ConnectError(f"{method} {path} was not answered")
         return answer.raise_for_status().json()
 
     async def get(self, path: str, **parameters: str) -> Any:
@@ -169,7 +170,8 @@ async def running_daemon(root: Path, address: str) -> AsyncIterator[Daemon]:
             with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
                 await admin.aclose()
     finally:
-        await _stop(process)
+        with trio.CancelScope(deadline=trio.current_time() + 2 * STOP_S, shield=True):
+            await _stop(process)
 
 
 async def _wait_ready(root: Path, address: str, process: trio.Process) -> httpx2.AsyncClient:
@@ -200,12 +202,11 @@ async def _wait_ready(root: Path, address: str, process: trio.Process) -> httpx2
 async def _stop(process: trio.Process) -> None:
     if process.poll() is None:
         process.terminate()
-    with trio.move_on_after(STOP_S, shield=True):
+    with trio.move_on_after(STOP_S):
         await process.wait()
     if process.poll() is None:
         process.kill()
-        with trio.move_on_after(STOP_S, shield=True):
-            await process.wait()
+    await process.wait()
 
 
 def last_words(root: Path) -> str:

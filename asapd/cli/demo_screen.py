@@ -180,10 +180,10 @@ class Screen:
         return Group(line.append("Dashboard, open it in a browser:", "dim"), address)
 
     def _agents(self) -> RenderableType:
-        table = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1))
+        table = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
         for name in ("Agent", "State"):
             table.add_column(name, no_wrap=True)
-        for name in ("p95", "promised", "Errors", "Uptime", "Tasks", "Tokens", "Cost"):
+        for name in ("p95 / limit", "Errors", "Uptime", "Tasks", "Tokens", "Cost"):
             table.add_column(name, justify="right", no_wrap=True)
         for agent in self._scene.agents:
             sla, used = agent["sla"] or {}, self._scene.usage.get(agent["id"], {})
@@ -191,11 +191,11 @@ class Screen:
             p95, errors = agent["latency_p95_ms"], agent["error_rate_percent"]
             max_errors = float((sla.get("max_error_rate") or "100%").rstrip("%"))
             is_slow = p95 is not None and limit_ms is not None and p95 > limit_ms
+            limit = f" / {limit_ms:,} ms" if limit_ms is not None else " ms"
             table.add_row(
                 Text(short_name(agent["id"]), "bold"),
                 Text(f"● {agent['state']}", _STATES.get(agent["state"], "dim")),
-                _figure(p95, "{:,.0f} ms", broken=is_slow),
-                _figure(limit_ms, "{:,.0f} ms", style="dim"),
+                _figure(p95, "{:,.0f}", broken=is_slow).append(limit, "dim"),
                 _figure(errors, "{:.1f}%", broken=errors is not None and errors > max_errors),
                 _figure(agent["uptime_percent"], "{:.1f}%"),
                 _figure(used.get("total_tasks"), "{:,}"),
@@ -239,7 +239,7 @@ class Screen:
         left_words = Text(f"{usd(left)} of {usd(limit)} left", f"bold {style}")
         grid.add_row(Text.assemble(("Delegation ", "bold"), parties), bar, left_words)
         refused = ", ".join(f"{count} x {code}" for code, count in self._scene.refused.items())
-        counts = Text(f"           {self._scene.allowed} authorizations allowed, ", no_wrap=True, overflow="ellipsis")
+        counts = Text(f"           authorizations: {self._scene.allowed} allowed, ", no_wrap=True, overflow="ellipsis")
         counts.append(f"refused: {refused or 'none'}", "yellow" if refused else "dim")
         return Group(grid, counts)
 
@@ -269,10 +269,10 @@ class Screen:
         return Panel(lines, title="Events", title_align="left", border_style="dim", padding=(0, 1), height=room + 2)
 
 
-def _figure(value: float | None, form: str, *, broken: bool = False, style: str = "") -> Text:
+def _figure(value: float | None, form: str, *, broken: bool = False) -> Text:
     if value is None:
         return Text(NO_DATA, "dim")
-    return Text(form.format(value), "bold red" if broken else style)
+    return Text(form.format(value), "bold red" if broken else "")
 
 
 def frame_text(frame: dict[str, Any]) -> str:

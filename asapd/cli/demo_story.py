@@ -49,6 +49,7 @@ class Story:
         self._numbers = itertools.count(1)
         self._run = f"{random.getrandbits(32):08x}"
         self._alert = trio.Event()
+        self._subscribed = trio.Event()
         self._open: set[tuple[str, str]] = set()
         self._states: dict[str, str] = {}
         self._broken_since_s = 0.0
@@ -58,7 +59,8 @@ class Story:
         """Let it all happen, until cancelled. `key` is a reader's, which the subscriber shows."""
         self._elapsed_s = elapsed_s
         async with httpx2.AsyncClient(timeout=30, trust_env=False) as consumers, trio.open_nursery() as nursery:
-            await nursery.start(self._subscribe, key)
+            nursery.start_soon(self._subscribe, key)
+            await self._subscribed.wait()
             nursery.start_soon(self._follow_figures)
             if not self._screen.is_live:
                 nursery.start_soon(self._say_status)
@@ -162,7 +164,7 @@ class Story:
 
     # --- what is seen of it
 
-    async def _subscribe(self, key: str, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _subscribe(self, key: str) -> None:
         """Follow the alerts as any subscriber does, and resume where it was when the connection breaks."""
         url = f"ws://{self._daemon.address}/ws"
         while True:
@@ -172,15 +174,13 @@ class Story:
                     request = {"jsonrpc": "2.0", "id": 1, "method": "sla.subscribe", "params": params}
                     await socket.send_message(frame_text(request))
                     while True:
-                        self._hear(msgspec.json.decode(await socket.get_message()), task_status)
+                        self._hear(msgspec.json.decode(await socket.get_message()))
             await trio.sleep(0.5)
 
-    def _hear(self, frame: dict[str, Any], task_status: trio.TaskStatus[None]) -> None:
+    def _hear(self, frame: dict[str, Any]) -> None:
         if frame.get("id") == 1 and "result" in frame:
             self._screen.say("subscribed", f"WebSocket /ws answers {frame_text(frame['result'])}")
-            with suppress(RuntimeError):
-                # Only the first subscription is waited for.
-                task_status.started()
+            self._subscribed.set()
         if frame.get("method") != "sla.breach":
             return
         params = frame["params"]

@@ -128,8 +128,12 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
         descriptor = lock.acquire(
             chosen / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
         )
-        identity = _identity(chosen / "identity.pem")
-        prepare(chosen / "asapd.db")
+        try:
+            identity = _identity(chosen / "identity.pem")
+            prepare(chosen / "asapd.db")
+        except BaseException:
+            os.close(descriptor)
+            raise
     except lock.LockedError as error:
         raise BootError(f"{error}: stop it first, or choose another directory with --state-dir") from None
     except (DatabaseTooNewError, NotOurDatabaseError) as error:

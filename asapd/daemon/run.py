@@ -43,7 +43,7 @@ def run(config_path: Path | None, state_dir: Path | None) -> int:
     code = EXIT_OK
     try:
         trio.run(house.run, strict_exception_groups=True)
-    except* CannotListen as group:
+    except* (CannotListen, BootError) as group:
         print(f"asapd: {_first(group)}", file=sys.stderr)  # noqa: T201 -- one line that says what to do
         code = EXIT_CONFIG
     except* (RestartLimitExceeded, BootFailed) as group:

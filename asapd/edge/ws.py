@@ -34,7 +34,8 @@ def register(app: QuartTrio, services: Services) -> None:
     async def authenticate() -> Response | None:
         if websocket.scope["asapd"]["door"] == "admin":  # type: ignore[typeddict-item]  # put there by the door
             return None
-        foreign = check_host(websocket.headers, services.settings().http)
+        door = websocket.scope["asapd"]["door"]  # type: ignore[typeddict-item]  # put there by the door
+        foreign = check_host(websocket.headers, services.settings().http) if door == "http" else None
         return None if foreign is None else refuse(foreign)
 
     @app.websocket("/ws")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import socketserver
 import tempfile
 import threading
@@ -73,6 +74,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]
             self.request.recv(65_536)
             if reply:
                 self.request.sendall(reply)
+                # What came after the first read is read as well: closing before that would reset the connection.
+                self.request.shutdown(socket.SHUT_WR)
+                while self.request.recv(65_536):
+                    pass
             else:
                 over.wait(10)
 

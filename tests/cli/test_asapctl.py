@@ -187,13 +187,16 @@ def test_a_token_issued_offline_is_inspected_and_passed_on_without_a_daemon(
     key = tmp_path / "root.pem"
     host("keygen", key)
     root, writer, helper = urn(), urn(), urn()
-    issue = ("delegation", "issue", "--key", key, "--expires-in", "7d")
+    issue = ("delegation", "issue", "--key", key, "--expires-in")
     limits = ("--max-cost-usd", "10.5", "--max-tasks", "3")
-    ran = ctl(*issue, "--delegator", root, "--delegate", writer, "--scope", "task.*", "--scope", "a.b", *limits)
+    ran = ctl(*issue, "7d", "--delegator", root, "--delegate", writer, "--scope", "task.*", "--scope", "a.b", *limits)
     assert (ran.code, ran.err, ran.out.count("\n")) == (Exit.DONE, "", 1)
     (tmp_path / "token").write_text(ran.out)
     passed = ("--delegator", writer, "--delegate", helper, "--parent", f"@{tmp_path / 'token'}")
-    child = ctl(*issue, *passed, "--scope", "task.execute", "--json").json
+    ran = ctl(*issue, "6d", *passed, "--scope", "task.execute", "--json")
+    assert (ran.code, ran.err) == (Exit.DONE, "")
+    child = ran.json
+
     shown = ctl("delegation", "inspect", child["token"], "--json").json
     assert [link["delegate"] for link in shown["chain"]] == [writer, helper]
     assert shown["chain"][0]["scopes"] == ["task.*", "a.b"]
@@ -202,7 +205,7 @@ def test_a_token_issued_offline_is_inspected_and_passed_on_without_a_daemon(
     assert shown["signature_checked"] is False
     text = ctl("delegation", "inspect", child["token"])
     assert re.search(rf"^link 1\n.*\n  delegator: +{writer}$", text.out, re.MULTILINE)
-    wide = ctl(*issue, *passed, "--scope", "*")
+    wide = ctl(*issue, "6d", *passed, "--scope", "*")
     assert (wide.code, wide.out.count(".")) == (Exit.DONE, 2)
     assert "scope_exceeded" in wide.err
 
@@ -241,13 +244,13 @@ def test_delegations_are_validated_listed_and_revoked_with_their_descendants(
         public[agent] = made.splitlines()[0].split(": ")[1]
     own_daemon.config.write_text(CONFIG + f'[delegation]\nkeys_dir = "keys"\nroots = ["{root}"]\n')
     assert ctl("reload").code == Exit.DONE
-    issue = ("delegation", "issue", "--expires-in", "1h", "--max-cost-usd", "5")
-    parent = ctl(*issue, "--delegator", root, "--delegate", writer, "--scope", "task.*", "--json").json
+    issue = ("delegation", "issue", "--max-cost-usd", "5", "--expires-in")
+    parent = ctl(*issue, "1h", "--delegator", root, "--delegate", writer, "--scope", "task.*", "--json").json
     passed = ("--delegator", writer, "--delegate", helper, "--parent", parent["token"])
-    child = ctl(*issue, *passed, "--scope", "task.execute").out.strip()
-    ran = ctl(*issue, *passed, "--scope", "*")
+    child = ctl(*issue, "30m", *passed, "--scope", "task.execute").out.strip()
+    ran = ctl(*issue, "30m", *passed, "--scope", "*")
     assert (ran.code, ran.out, ran.err.startswith("asapctl: scope_exceeded: ")) == (Exit.NO, "", True)
-    ran = ctl(*issue, "--delegator", urn(), "--delegate", writer, "--scope", "*")
+    ran = ctl(*issue, "30m", "--delegator", urn(), "--delegate", writer, "--scope", "*")
     assert (ran.code, ran.out) == (Exit.USAGE, "")
 
     monkeypatch.setattr("sys.stdin", io.StringIO(child + "\n"))

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,27 +20,38 @@ STORY_S = 16
 END_S = 90
 
 
+class Room:
+    """Where a demo puts its directory, and the demos started there. The path is short, since those of sockets are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*DEMO, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(self.path)},
+        )
+        self.started.append(process)
+        return process
+
+
 @pytest.fixture
-def room() -> Iterator[Path]:
-    """Where the demo puts its directory; short, since socket paths are bounded."""
-    base = Path(f"/tmp/d{os.getpid()}-{time.monotonic_ns() % 10**6}")
-    base.mkdir()
-    yield base
-    base.rmdir()  # which fails when anything was left behind
+def room() -> Iterator[Room]:
+    found = Room(Path(tempfile.mkdtemp(prefix="d", dir="/tmp")))
+    yield found
+    for process in found.started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=END_S)
+    found.path.rmdir()  # which fails when anything was left behind
 
 
-def start(room: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*DEMO, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(room)},
-    )
-
-
-def processes_of(room: Path) -> list[str]:
+def processes_of(room: Room) -> list[str]:
     """Command lines of processes that were started in a directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -49,7 +60,7 @@ def processes_of(room: Path) -> list[str]:
             environ = (entry / "environ").read_bytes()
         except OSError:
             continue
-        if str(room) in line or f"TMPDIR={room}\0".encode() in environ:
+        if str(room.path) in line or f"TMPDIR={room.path}\0".encode() in environ:
             found.append(line)
     return found
 
@@ -64,8 +75,8 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> str:
     raise AssertionError(f"no {wanted!r} in {seen}")
 
 
-def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Path) -> None:
-    process = start(room, "--seconds", str(STORY_S))
+def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Room) -> None:
+    process = room.start("--seconds", str(STORY_S))
     out, err = process.communicate(timeout=END_S)
     assert process.returncode == 0, err
     assert err == ""
@@ -82,8 +93,8 @@ def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Path) -> None:
     assert processes_of(room) == []
 
 
-def test_demo_ends_in_order_on_ctrl_c(room: Path) -> None:
-    process = start(room)
+def test_demo_ends_in_order_on_ctrl_c(room: Room) -> None:
+    process = room.start()
     read_until(process, "delegation")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=END_S)
@@ -93,8 +104,8 @@ def test_demo_ends_in_order_on_ctrl_c(room: Path) -> None:
     assert processes_of(room) == []
 
 
-def test_demo_that_is_stopped_while_it_starts_leaves_nothing_behind(room: Path) -> None:
-    process = start(room)
+def test_demo_that_is_stopped_while_it_starts_leaves_nothing_behind(room: Room) -> None:
+    process = room.start()
     read_until(process, "analyst at")
     process.terminate()
     _, err = process.communicate(timeout=END_S)
@@ -102,8 +113,8 @@ def test_demo_that_is_stopped_while_it_starts_leaves_nothing_behind(room: Path) 
     assert processes_of(room) == []
 
 
-def test_demo_whose_reader_leaves_ends_and_leaves_nothing_behind(room: Path) -> None:
-    process = start(room)
+def test_demo_whose_reader_leaves_ends_and_leaves_nothing_behind(room: Room) -> None:
+    process = room.start()
     read_until(process, "dashboard")
     assert process.stdout is not None
     process.stdout.close()
@@ -115,22 +126,22 @@ def test_demo_whose_reader_leaves_ends_and_leaves_nothing_behind(room: Path) -> 
     assert processes_of(room) == []
 
 
-def test_demo_serves_where_it_is_told(room: Path) -> None:
+def test_demo_serves_where_it_is_told(room: Room) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = start(room, "--http", f"127.0.0.1:{port}", "--seconds", "5")
+    process = room.start("--http", f"127.0.0.1:{port}", "--seconds", "5")
     out, err = process.communicate(timeout=END_S)
     assert process.returncode == 0, err
     assert f"http://127.0.0.1:{port}/" in out
 
 
-def test_demo_on_a_taken_port_says_so_in_one_line(room: Path) -> None:
+def test_demo_on_a_taken_port_says_so_in_one_line(room: Room) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        process = start(room, "--http", address, "--seconds", "5")
+        process = room.start("--http", address, "--seconds", "5")
         _, err = process.communicate(timeout=END_S)
     assert process.returncode == 2
     assert len(err.splitlines()) == 1
@@ -138,16 +149,16 @@ def test_demo_on_a_taken_port_says_so_in_one_line(room: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["nonsense", "0.0.0.0:0", "unix:/tmp/x.sock", "127.0.0.1:99999"])
-def test_demo_refuses_an_address_that_is_not_a_port_of_the_loopback(room: Path, address: str) -> None:
-    process = start(room, "--http", address, "--seconds", "5")
+def test_demo_refuses_an_address_that_is_not_a_port_of_the_loopback(room: Room, address: str) -> None:
+    process = room.start("--http", address, "--seconds", "5")
     _, err = process.communicate(timeout=END_S)
     assert process.returncode == 2
     assert len(err.splitlines()) == 1
     assert address in err
 
 
-def test_demo_says_what_the_daemon_said_when_it_ends_by_itself(room: Path) -> None:
-    process = start(room)
+def test_demo_says_what_the_daemon_said_when_it_ends_by_itself(room: Room) -> None:
+    process = room.start()
     seen = read_until(process, "asapd run is ready")
     found = re.search(r"pid (\d+)", seen)
     assert found is not None

@@ -136,7 +136,11 @@ async def chromium_page() -> AsyncIterator[Page]:
                 for domain in ("Page", "Runtime", "Log"):
                     await page.call(f"{domain}.enable")
                 yield page
+                # Asked to, it takes its helper processes along, which would write into the profile after a kill.
+                await page.call("Browser.close")
                 nursery.cancel_scope.cancel()
+            with trio.move_on_after(10):
+                await process.wait()
         finally:
             process.kill()
             with trio.CancelScope(deadline=trio.current_time() + 10, shield=True):

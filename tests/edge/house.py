@@ -312,9 +312,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             if not paused.get(name):
                 await nursery.start(partial(run, boxes[name][1].clone(), **common))
         await nursery.start(
-            partial(
-                run_notifier, database=database, feed=feed, committed=committed, beat=lambda: None, log=LOG
-            )
+            partial(run_notifier, database=database, feed=feed, committed=committed, beat=lambda: None, log=LOG)
         )
         for role in Role:
             await edge.new_key(str(role), role, sign=role is Role.ADMIN)

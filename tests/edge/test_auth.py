@@ -75,9 +75,7 @@ def test_without_authentication_everybody_is_admin() -> None:
     assert caller == Caller("anonymous", Role.ADMIN, may_sign=True)
 
 
-HTTP = config.Http(
-    bind=["10.0.0.1:80"], allowed_hosts=["asapd.example"], allowed_origins=["https://page.example"]
-)
+HTTP = config.Http(bind=["10.0.0.1:80"], allowed_hosts=["asapd.example"], allowed_origins=["https://page.example"])
 
 
 @pytest.mark.parametrize(

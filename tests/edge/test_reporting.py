@@ -155,5 +155,3 @@ async def test_a_full_meter_makes_the_socket_wait_and_http_refuse(
             assert answers == []
             edge.mailboxes["meter"][1].close()
         assert [answer["code"] for answer in answers] == ["outcome_unknown"] * 6
-
-

@@ -416,7 +416,5 @@ def test_ndjson_msgpack_and_the_flat_form_equal_nested_json(events: list[dict[st
 @given(good, st.sampled_from(["tokenz", "cost", "Agent"]))
 def test_a_field_nobody_knows_is_refused_and_leaves_the_rest_of_the_batch(event: dict[str, Any], typo: str) -> None:
     found = decoded([event, {**event, typo: 0}, event])
-    assert found.errors == (
-        FieldError(typo, "is not a field of a usage event; what is yours goes into labels", 1),
-    )
+    assert found.errors == (FieldError(typo, "is not a field of a usage event; what is yours goes into labels", 1),)
     assert found.places == [0, 2]

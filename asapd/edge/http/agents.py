@@ -53,7 +53,9 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         rows = await rows_of(caller, None, window_us)
         if min_availability is not None:
-            rows = [row for row in rows if row["uptime_percent"] is not None and row["uptime_percent"] >= min_availability]
+            rows = [
+                row for row in rows if row["uptime_percent"] is not None and row["uptime_percent"] >= min_availability
+            ]
         if max_p95 is not None:
             rows = [row for row in rows if row["latency_p95_ms"] is not None and row["latency_p95_ms"] <= max_p95]
         if state is not None:

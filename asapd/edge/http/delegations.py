@@ -141,7 +141,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.post("/delegations/validate")
     async def validate() -> Response:
-        require(Permission.INGEST)
+        require_any(Permission.INGEST, Permission.READ)
         sent = decode_body(await raw_body(), _Validate)
         outcome = await ask_actor(registry, lambda to: Validate(sent.token, sent.action, sent.delegate, to))
         if isinstance(outcome, Refusal):

@@ -126,5 +126,3 @@ async def test_the_evidence_of_a_breach_is_shown_to_who_may_see_it(edge: Edge) -
 @pytest.mark.parametrize("query", ["severity=mild", "type=weather", "state=maybe"])
 async def test_a_word_nobody_knows_is_refused(edge: Edge, query: str) -> None:
     assert (await edge.get(f"/sla/breaches?{query}")).refused(400)["code"] == "bad_parameter"
-
-

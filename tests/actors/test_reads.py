@@ -1,0 +1,59 @@
+"""What the doors read without asking an actor, and that nobody reads another tenant's rows."""
+
+from __future__ import annotations
+
+import apsw
+import pytest
+
+from asapd.actors.reads import Reads, visibility
+from asapd.core.access import Caller
+from asapd.core.types import SECOND_US, Role
+from asapd.core.usage import UNKNOWN_COST, UsageEvent
+from asapd.runtime.clock import TrioClock
+from asapd.store.database import Database
+from asapd.store.units import BreachRow, Note, RecordUsage, WriteBreach
+from asapd.store.visibility import Visibility
+
+A, B = "urn:asap:agent:a", "urn:asap:agent:b"
+T0 = 1_800_000_000 * SECOND_US
+ALL = Caller("root", Role.ADMIN)
+OWN, OTHER = (Caller("x", Role.READER, tenant=tenant) for tenant in ("own", "other"))
+NARROW = Caller("x", Role.READER, ("urn:asap:agent:z",))
+Inline = tuple[Database, apsw.Connection]
+
+
+async def reads_of(inline: Inline) -> Reads:
+    database, _ = inline
+    event = UsageEvent("t", A, B, T0, tokens_in=5, id="e1")
+    await database.submit(RecordUsage("own", "test", T0, [event], [UNKNOWN_COST]))
+    row = BreachRow("brc_1", A, "latency", 1, "1", 1.0, "2", 2.0, "warning", "open", T0, 20, "own")
+    await database.submit(WriteBreach("opened", row, T0))
+    await database.submit(Note("asapd.started", "asapd", "asapd", {}, T0))
+    return Reads(database, TrioClock(T0))
+
+
+def test_a_caller_sees_by_its_tenant_and_patterns() -> None:
+    assert visibility(OWN) == Visibility("own", ("*",))
+    assert visibility(NARROW) == Visibility(None, ("urn:asap:agent:z",))
+
+
+@pytest.mark.parametrize(("caller", "rows"), [(ALL, 1), (OWN, 1), (OTHER, 0), (NARROW, 0)])
+async def test_rows_are_narrowed_to_what_the_caller_may_see(inline_database: Inline, caller: Caller, rows: int) -> None:
+    reads = await reads_of(inline_database)
+    found = await reads.usage(caller, {}, limit=10, after=None, offset=0, descending=False)
+    assert len(found) == rows
+    assert (await reads.usage_summary(caller, {}))["total_tasks"] == rows
+    groups = await reads.usage_aggregate(caller, {}, ("agent",), limit=10, offset=0)
+    assert len(groups) == rows
+    assert (await reads.usage_stats(caller))["total_events"] == rows
+    assert len(await reads.breaches(caller, {}, limit=10)) == rows
+    assert (await reads.breach(caller, "brc_1") is not None) is bool(rows)
+
+
+async def test_the_head_of_the_audit_log_is_its_newest_entry(inline_database: Inline) -> None:
+    reads = await reads_of(inline_database)
+    seq, digest = await reads.audit_head()
+    newest = await reads.audit_entry(str(seq))
+    assert newest is not None
+    assert (newest["hash"], newest["event_type"]) == (digest, "asapd.started")
+    assert await reads.audit_entry("nothing") is None

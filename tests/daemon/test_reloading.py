@@ -1,0 +1,191 @@
+"""Reload: a bad file changes nothing; a good one reaches everybody, and what only a restart applies is named."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+import trio
+
+from asapd import config
+from asapd.core.errors import Refusal
+from asapd.daemon.boot import load
+from asapd.daemon.reloading import Reloader
+from asapd.runtime.clock import Clock
+from asapd.store.database import Database
+from tests.edge.house import NOW, A, B, C, Edge, open_edge
+
+BASE = '[[agents]]\nid = "urn:asap:agent:a"\nurl = "http://127.0.0.1:1"\n'
+
+
+@dataclass
+class House:
+    """What a reload changes: real actors, and the configuration that the doors look up."""
+
+    edge: Edge
+    file: Path
+    reloader: Reloader = None  # type: ignore[assignment]  # made from this
+    adopted: int = 0
+
+    @property
+    def mailboxes(self) -> dict[str, trio.MemorySendChannel[Any]]:
+        return {name: send for name, (send, _) in self.edge.mailboxes.items()}
+
+    @property
+    def clock(self) -> Clock:
+        return self.edge.clock
+
+    def adopt(self, settings: config.Config) -> None:
+        self.edge.settings = settings
+        self.adopted += 1
+
+    async def reload(self, text: str) -> dict[str, Any] | Refusal:
+        self.file.write_text(text)
+        return await self.reloader.reload("uid:0")
+
+    async def agents(self) -> list[str]:
+        return [row["id"] for row in (await self.edge.get("/agents")).ok()["data"]]
+
+    async def remarks(self) -> list[Any]:
+        return (await self.edge.get("/audit/logs?event_type=config.reloaded")).ok()["data"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+async def house(inline_database: tuple[Database, apsw.Connection], tmp_path: Path) -> AsyncIterator[House]:
+    file = tmp_path / "asapd.toml"
+    file.write_text(BASE)
+    async with open_edge(inline_database[1], tmp_path) as edge:
+        made = House(edge, file)
+        loaded = load(file)
+        made.adopt(loaded.config)
+        made.reloader = Reloader(file, loaded, made)
+        assert isinstance(await made.reload(BASE), dict)
+        yield made
+
+
+async def test_what_changed_reaches_everybody_and_is_audited(house: House) -> None:
+    assert await house.agents() == [A]
+    outcome = await house.reload(
+        BASE.replace(":1", ":2")
+        + '[[agents]]\nid = "urn:asap:agent:c"\nurl = "http://127.0.0.1:1"\n'
+        + '[metering]\nlate_max = "1h"\n[sla]\nwindows = ["1h"]\n[delegation]\nmax_depth = 1\n'
+        + '[retention]\nprobes = "1d"\n[prober]\ninterval = "1m"\n'
+    )
+    assert outcome == {
+        "state": "ok",
+        "applied": {
+            "agents_added": [C],
+            "agents_changed": [A],
+            "prober": True,
+            "sla": True,
+            "delegation": True,
+            "metering": True,
+            "retention": True,
+        },
+        "restart_required": [],
+    }
+    assert await house.agents() == [A, C]
+    assert house.edge.settings.metering.late_max_us == 3_600_000_000
+    late = {"task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": "2027-01-15T06:00:00Z"}
+    assert (await house.edge.post("/usage", late)).refused(422)["errors"][0]["field"] == "timestamp"
+    assert (await house.edge.get("/sla?window=24h")).refused(400)
+    remark = (await house.remarks())[-1]
+    assert (remark["actor"], remark["subject"]) == ("uid:0", "config")
+    assert "agents_added" in remark["details"]["applied"]
+    gone = await house.reload("")
+    assert isinstance(gone, dict)
+    assert gone["applied"]["agents_removed"] == [A, C]
+    assert await house.agents() == []
+
+
+async def test_a_bad_file_changes_nothing_and_shows_until_it_is_mended(house: House) -> None:
+    before, adopted = house.edge.settings, house.adopted
+    remarks = len(await house.remarks())
+    refused = await house.reload('[metering]\nlate_max = "1h"\n[prober]\nintervall = "1m"\n[sla]\nhold = 5\n')
+    assert isinstance(refused, Refusal)
+    assert refused.code == "config_refused"
+    assert [error.field for error in refused.errors] == ["prober.intervall", "sla.hold"]
+    assert refused.extra["problems"][0].startswith(f"{house.file}:4: prober.intervall: ")
+    assert house.edge.settings is before
+    assert house.adopted == adopted
+    assert await house.agents() == [A]
+    assert len(await house.remarks()) == remarks
+    status = house.reloader.status()
+    assert (status["state"], status["errors"], status["path"]) == (
+        "error",
+        refused.extra["problems"],
+        str(house.file),
+    )
+    house.edge.clock.us += 1_000_000
+    assert isinstance(await house.reload(BASE), dict)
+    mended = house.reloader.status()
+    assert (mended["state"], mended["errors"]) == ("ok", [])
+    assert mended["loaded_at"] == "2027-01-15T08:00:01.000000Z"
+
+
+async def test_a_file_that_is_gone_changes_nothing(house: House) -> None:
+    house.file.unlink()
+    refused = await house.reloader.reload("uid:0")
+    assert isinstance(refused, Refusal)
+    assert "cannot be read" in refused.detail
+    assert await house.agents() == [A]
+
+
+async def test_what_only_a_restart_applies_is_named_until_then_and_stays_as_it_was(house: House) -> None:
+    text = BASE + '[http]\nbind = ["127.0.0.1:1"]\n[store]\nsynchronous = "normal"\n[sla]\nmin_samples = 1\n'
+    for _ in range(2):
+        outcome = await house.reload(text)
+        assert isinstance(outcome, dict)
+        assert outcome["restart_required"] == ["http.bind", "store.synchronous"]
+        assert house.edge.settings.http == config.Http()
+        assert house.edge.settings.sla.min_samples == 1
+    again = await house.reload(BASE)
+    assert isinstance(again, dict)
+    assert (again["applied"], again["restart_required"]) == ({"sla": True}, [])
+
+
+async def test_a_directory_that_cannot_be_changed_refuses_the_whole_reload(house: House) -> None:
+    before = house.edge.settings
+    house.edge.mailboxes["prober"][0].close()
+    refused = await house.reload("[sla]\nmin_samples = 1\n")
+    assert isinstance(refused, Refusal)
+    assert refused.code == "outcome_unknown"
+    assert house.edge.settings is before
+    assert house.reloader.status()["errors"] == [refused.detail]
+
+
+@pytest.mark.parametrize("actor", ["meter", "registry", "watcher"])
+async def test_an_actor_that_is_away_makes_the_reload_fail_loudly(house: House, actor: str) -> None:
+    house.edge.mailboxes[actor][0].close()
+    assert isinstance(await house.reload("[sla]\nmin_samples = 1\n"), Refusal)
+    assert house.reloader.status()["state"] == "error"
+
+
+async def test_a_reload_that_cannot_be_audited_is_logged(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.edge.mailboxes["auditor"][0].close()
+    assert isinstance(await house.reload(BASE), dict)
+    assert "the reload is not in the audit log" in caplog.text
+
+
+async def test_reloads_follow_one_another(house: House) -> None:
+    outcomes: list[Any] = []
+
+    async def reload() -> None:
+        outcomes.append(await house.reloader.reload("uid:0"))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(reload)
+    assert outcomes == [{"state": "ok", "applied": {}, "restart_required": []}] * 5
+
+
+async def test_without_a_file_there_is_nothing_to_show_but_the_defaults(house: House) -> None:
+    reloader = Reloader(None, load(None), house)
+    status = reloader.status()
+    assert (status["state"], status["errors"], status["path"]) == ("ok", [], None)
+    assert status["loaded_at"] == NOW.replace("Z", ".000000Z")
+    assert isinstance(await reloader.reload("uid:0"), dict)

@@ -1,0 +1,146 @@
+"""The lock of a state directory: one owner at a time, refused while it lives, waited for when it is dead."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from asapd.store import lock
+from asapd.store.lock import LockedError, acquire
+
+
+@dataclass
+class Patience:
+    """A clock that moves by sleeping, and what happens meanwhile."""
+
+    now_s: float = 100.0
+    slept: list[float] = field(default_factory=list)
+    meanwhile: Callable[[], None] = lambda: None
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now_s += seconds
+        self.meanwhile()
+
+    def acquire(self, path: Path, patience_s: float = 1.0) -> int:
+        return acquire(path, patience_s=patience_s, monotonic_s=self.monotonic_s, sleep=self.sleep)
+
+
+@pytest.fixture(name="held")
+def closed_afterwards() -> Iterator[list[int]]:
+    held: list[int] = []
+    yield held
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def dead_pid() -> int:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def lock_as(path: Path, text: str, held: list[int]) -> int:
+    """Hold the lock as another would, with a text of our choice in the file."""
+    path.write_text(text)
+    descriptor = os.open(path, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held.append(descriptor)
+    return descriptor
+
+
+def test_the_owner_writes_its_pid_and_holds_until_it_closes(tmp_path: Path) -> None:
+    path = tmp_path / "asapd.lock"
+    for _ in range(2):
+        descriptor = Patience().acquire(path)
+        assert path.read_text() == f"{os.getpid()}\n"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert not os.get_inheritable(descriptor)
+        os.close(descriptor)
+
+
+def test_a_shorter_pid_leaves_nothing_of_a_longer_one(tmp_path: Path, held: list[int]) -> None:
+    path = tmp_path / "asapd.lock"
+    path.write_text("9" * 50)
+    held.append(Patience().acquire(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_living_owner_is_refused_at_once_with_its_pid(tmp_path: Path, held: list[int]) -> None:
+    path = tmp_path / "asapd.lock"
+    held.append(Patience().acquire(path))
+    patience = Patience()
+    with pytest.raises(LockedError, match=f"{tmp_path} is in use by pid {os.getpid()}"):
+        patience.acquire(path)
+    assert patience.slept == []
+    assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_dead_owners_lock_is_waited_for(tmp_path: Path, held: list[int]) -> None:
+    path = tmp_path / "asapd.lock"
+    writer = lock_as(path, f"{dead_pid()}\n", held)
+    patience = Patience()
+
+    def finish() -> None:
+        if len(patience.slept) == 3:
+            fcntl.flock(writer, fcntl.LOCK_UN)
+
+    patience.meanwhile = finish
+    held.append(patience.acquire(path))
+    assert len(patience.slept) == 3
+    assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_the_wait_for_a_dead_owners_writer_has_an_end(tmp_path: Path, held: list[int]) -> None:
+    path = tmp_path / "asapd.lock"
+    pid = dead_pid()
+    lock_as(path, f"{pid}\n", held)
+    patience = Patience()
+    with pytest.raises(LockedError, match=f"in use by pid {pid}"):
+        patience.acquire(path, patience_s=1.0)
+    assert sum(patience.slept) == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "\xff\xfe"])
+def test_an_owner_that_left_no_pid_is_another_process(tmp_path: Path, held: list[int], text: str) -> None:
+    path = tmp_path / "asapd.lock"
+    lock_as(path, text, held)
+    with pytest.raises(LockedError, match="in use by another process"):
+        Patience().acquire(path, patience_s=0)
+
+
+def test_an_owner_of_another_user_is_alive(tmp_path: Path, held: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "asapd.lock"
+    lock_as(path, "1\n", held)
+
+    def forbidden(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(lock.os, "kill", forbidden)
+    patience = Patience()
+    with pytest.raises(LockedError, match="in use by pid 1"):
+        patience.acquire(path)
+    assert patience.slept == []
+
+
+def test_a_child_that_inherits_the_descriptor_holds_the_lock_on(tmp_path: Path, held: list[int]) -> None:
+    path = tmp_path / "asapd.lock"
+    descriptor = Patience().acquire(path)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,))
+    os.close(descriptor)
+    path.write_text(f"{dead_pid()}\n")
+    with pytest.raises(LockedError):
+        Patience().acquire(path)
+    child.communicate(b"\n")
+    held.append(Patience().acquire(path))
