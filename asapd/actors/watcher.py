@@ -291,7 +291,8 @@ class _Watch:
                 assert_never(message)
 
     async def _figures(self, request: FiguresRequest) -> list[Figures] | Refusal:
-        windows_us = self._books.sla.windows_us
+        sla = self._books.sla
+        windows_us = tuple(dict.fromkeys((*sla.windows_us, sla.breach_window_us)))
         if request.window_us not in windows_us:
             reason = f"must be one of the configured windows: {', '.join(map(config.duration_text, windows_us))}"
             return Refusal("invalid", f"window: {reason}", (FieldError("window", reason),))

@@ -103,9 +103,10 @@ def test_a_wrong_body_names_its_field(body: bytes, code: str, field: str | None)
 @given(st.binary())
 def test_no_body_raises_anything_else(body: bytes) -> None:
     try:
-        assert isinstance(decode_body(body, Sent), Sent)
+        code = "" if isinstance(decode_body(body, Sent), Sent) else "another type"
     except RefusedError as error:
-        assert error.refusal.code in {"malformed", "invalid"}
+        code = error.refusal.code
+    assert code in {"", "malformed", "invalid"}
 
 
 def test_there_is_a_next_page_as_long_as_pages_come_full() -> None:

@@ -1,0 +1,147 @@
+"""The load, in a process of its own: `python -m tests.bench.load JOB`, a JSON object; prints one with what it measured.
+
+Bodies are made before the clock starts. Plain sockets, because a comfortable client would cost more than what is
+measured.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tests.bench.workload import ARRAY, arrays, singles
+
+HEADER = 4
+
+
+def http_request(method: str, path: str, key: str, body: bytes) -> bytes:
+    """One HTTP/1.1 request."""
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def http_exchange(sock: socket.socket, request: bytes) -> tuple[int, bytes]:
+    """Send a request and read its whole answer."""
+    sock.sendall(request)
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _receive(sock)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(
+        int(line.partition(b":")[2]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")
+    )
+    while len(body) < length:
+        body += _receive(sock)
+    return int(head.split(b" ", 2)[1]), body
+
+
+def _receive(sock: socket.socket) -> bytes:
+    data = sock.recv(1 << 16)
+    if not data:
+        raise ConnectionError("the daemon closed the connection")
+    return data
+
+
+def over_http(job: dict[str, Any]) -> dict[str, Any]:
+    """Requests over `connections`, one at a time each; the seconds of every one and of all together."""
+    if "bodies" in job:
+        waiting = deque(body.encode() for body in job["bodies"])
+    else:
+        waiting = deque(arrays(job["arrays"], job["name"]))
+    requests = deque(http_request("POST", job["path"], job["key"], body) for body in waiting)
+    count = len(requests)
+    latencies_s: list[float] = []
+    failed: list[str] = []
+    ready = threading.Barrier(job["connections"] + 1)
+
+    def work() -> None:
+        with socket.create_connection((job["host"], job["port"])) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ready.wait()
+            while requests:
+                try:
+                    request = requests.popleft()
+                except IndexError:
+                    return
+                start_s = time.perf_counter()
+                status, body = http_exchange(sock, request)
+                latencies_s.append(time.perf_counter() - start_s)
+                if status >= 300:
+                    failed.append(f"{status} {body[:300]!r}")
+
+    threads = [threading.Thread(target=work) for _ in range(job["connections"])]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    start_s = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return {"seconds": time.perf_counter() - start_s, "count": count, "latencies_s": latencies_s, "failed": failed[:3]}
+
+
+def over_frames(job: dict[str, Any]) -> dict[str, Any]:
+    """Frames over `connections` of the ingest socket, sent as fast as it takes them; the answers are counted."""
+    connections = job["connections"]
+    bodies = arrays(job["arrays"], job["name"]) if "arrays" in job else singles(job["singles"], job["name"])
+    frames = [len(body).to_bytes(HEADER, "big") + body for body in bodies]
+    selector = selectors.DefaultSelector()
+    left = []
+    for number in range(connections):
+        own = frames[number::connections]
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(job["socket"])
+        sock.setblocking(False)
+        state = {"out": memoryview(b"".join(own)), "in": bytearray(), "answers": len(own)}
+        left.append(state)
+        selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, state)
+    failed: list[str] = []
+    start_s = time.perf_counter()
+    while selector.get_map():
+        for key, mask in selector.select():
+            sock, state = key.fileobj, key.data
+            assert isinstance(sock, socket.socket)
+            if mask & selectors.EVENT_WRITE:
+                sent = sock.send(state["out"][: 1 << 18]) if state["out"] else 0
+                state["out"] = state["out"][sent:]
+                if not state["out"]:
+                    selector.modify(sock, selectors.EVENT_READ, state)
+            if mask & selectors.EVENT_READ:
+                buffer = state["in"]
+                buffer += _receive(sock)
+                start = 0
+                while len(buffer) - start >= HEADER:
+                    length = int.from_bytes(buffer[start : start + HEADER], "big")
+                    if len(buffer) - start - HEADER < length:
+                        break
+                    answer = bytes(buffer[start + HEADER : start + HEADER + length])
+                    start += HEADER + length
+                    state["answers"] -= 1
+                    if not answer.startswith(b'{"ok":true'):
+                        failed.append(answer[:300].decode())
+                del buffer[:start]
+                if not state["answers"]:
+                    selector.unregister(sock)
+                    sock.close()
+    seconds = time.perf_counter() - start_s
+    count = len(bodies) * (ARRAY if "arrays" in job else 1)
+    return {"seconds": seconds, "count": count, "failed": failed[:3]}
+
+
+def main(text: str) -> None:
+    """Run one job."""
+    job = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    print(json.dumps((over_http if job["kind"] == "http" else over_frames)(job)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,41 @@
+"""What is sent: events as agents send them, each with an identity of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+ARRAY = 1_000
+
+
+def events(count: int, name: str) -> Iterator[dict[str, object]]:
+    """Events over six hours of ten agents, five consumers and four models; `name` keeps their ids apart."""
+    now_s = int(time.time())
+    for number in range(count):
+        yield {
+            "id": f"{name}-{number}",
+            "task_id": f"task-{name}-{number}",
+            "agent": f"urn:asap:agent:worker-{number % 10}",
+            "consumer": f"urn:asap:agent:client-{number % 5}",
+            "metrics": {
+                "tokens_in": 900 + number % 300,
+                "tokens_out": 200 + number % 100,
+                "duration_ms": 50 + number % 2_000,
+                "api_calls": 1 + number % 3,
+            },
+            "timestamp": now_s - number % 21_600,
+            "model": f"model-{number % 4}",
+            "outcome": "failed" if number % 50 == 0 else "completed",
+        }
+
+
+def arrays(count: int, name: str) -> list[bytes]:
+    """`count` bodies of a thousand events each."""
+    return [msgspec.json.encode(list(events(ARRAY, f"{name}-{number}"))) for number in range(count)]
+
+
+def singles(count: int, name: str) -> list[bytes]:
+    """`count` bodies of one event each."""
+    return [msgspec.json.encode(event) for event in events(count, name)]
