@@ -72,6 +72,11 @@ class Figures:
         """Over all rounds."""
         return statistics.median(self.values[name])
 
+    def ratio(self, name: str, ceiling: str) -> float:
+        """The median of the rounds' own ratios: within a round both met the same machine."""
+        pairs = zip(self.values[name], self.values[ceiling], strict=True)
+        return statistics.median(own / bare for own, bare in pairs)
+
     def spread(self, name: str) -> str:
         """Lowest and highest round."""
         return f"{_text(min(self.values[name]))} to {_text(max(self.values[name]))}"
@@ -95,7 +100,7 @@ def running(directory: Path) -> Iterator[Daemon]:
     public = {agent: base64.b64encode(bytes(key.verify_key)).decode() for agent, key in KEYS.items()}
     (directory / "asapd.toml").write_text(
         f'[http]\nbind = ["127.0.0.1:{port}"]\n[store]\nsynchronous = "full"\n'
-        + f'[delegation]\nroots = ["{ROOT}"]\n'
+        f'[delegation]\nroots = ["{ROOT}"]\n'
         + "".join(
             f'[[agents]]\nid = "{agent}"\nurl = "http://127.0.0.1:9"\npublic_key = "{key}"\n'
             for agent, key in public.items()
@@ -188,8 +193,8 @@ def table(figures: Figures) -> str:
     ]
     lines = ["| what | asapd | rounds | ceiling | ratio |", "|---|---|---|---|---|"]
     for what, name, ceiling in rows:
-        own, bare = figures.median(name), figures.median(ceiling)
-        lines.append(f"| {what} | {_text(own)} | {figures.spread(name)} | {_text(bare)} | {own / bare:.2f} |")
+        own, bare, ratio = figures.median(name), figures.median(ceiling), figures.ratio(name, ceiling)
+        lines.append(f"| {what} | {_text(own)} | {figures.spread(name)} | {_text(bare)} | {_text(ratio)} |")
     lines.append(
         f"| authorizations/s of the same run | {_text(figures.median('authorize rate'))} | "
         f"{figures.spread('authorize rate')} | | |"

@@ -376,6 +376,8 @@ async def test_the_daemon_signs_for_those_whose_keys_it_holds() -> None:
             assert (await authorize(client, body["token"])).status_code == 200
             missing = {**wanted, "constraints": {}}
             check_problem(await client.post("/delegations", json=missing), 422, "invalid")
-            check_problem(await client.post("/delegations", json={**wanted, "delegator": STRANGER.urn}), 422, "no_signing_key")
+            check_problem(
+                await client.post("/delegations", json={**wanted, "delegator": STRANGER.urn}), 422, "no_signing_key"
+            )
         async with daemon.client(daemon.create_key("operator")) as unsigned:
             check_problem(await unsigned.post("/delegations", json=wanted), 403, "forbidden")

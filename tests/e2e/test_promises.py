@@ -51,7 +51,7 @@ class Subscriber:
 
     async def hears_nothing(self, for_s: float = 0.5) -> None:
         with trio.move_on_after(for_s):
-            raise AssertionError(f"heard {await self.socket.get_message()}")
+            raise AssertionError(f"heard {await self.socket.get_message()!r}")
 
 
 @asynccontextmanager
@@ -227,31 +227,31 @@ async def test_a_killed_agent_is_unhealthy_after_so_many_probes_and_loses_just_t
 
 async def test_figures_after_a_restart_equal_those_before_it() -> None:
     """All that a window holds was read back from the store; only its edges have moved."""
-    with Agent("steady", {"max_latency_p95_ms": 500, "max_error_rate": "5%"}) as agent:
-        with running(with_agents(agent)) as daemon:
+    sla = {"max_latency_p95_ms": 500, "max_error_rate": "5%"}
+    with Agent("steady", sla) as agent, running(with_agents(agent)) as daemon:
 
-            async def figures() -> dict[str, Any]:
-                async with daemon.client() as client:
-                    report = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "24h"})).json()
-                    return {
-                        **{name: report["metrics"][name] for name in ("latency_p95_ms", "error_rate_percent")},
-                        **{name: report["metrics"][name] for name in ("tasks_completed", "tasks_failed")},
-                        "sla": report["sla"],
-                        "compliance": report["compliance"],
-                        "score": report["sla_score"],
-                    }
-
+        async def figures() -> dict[str, Any]:
             async with daemon.client() as client:
-                await promise_known(client, agent)
-                for duration_ms in range(100, 700, 10):
-                    await work(client, agent, duration_ms)
-                await work(client, agent, 50, 7, outcome="failed")
-            before = await figures()
-            assert before["tasks_completed"] == 60
-            assert before["tasks_failed"] == 7
-            await trio.to_thread.run_sync(daemon.kill)
-            await trio.to_thread.run_sync(daemon.start)
-            assert await figures() == before
+                report = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "24h"})).json()
+                return {
+                    **{name: report["metrics"][name] for name in ("latency_p95_ms", "error_rate_percent")},
+                    **{name: report["metrics"][name] for name in ("tasks_completed", "tasks_failed")},
+                    "sla": report["sla"],
+                    "compliance": report["compliance"],
+                    "score": report["sla_score"],
+                }
+
+        async with daemon.client() as client:
+            await promise_known(client, agent)
+            for duration_ms in range(100, 700, 10):
+                await work(client, agent, duration_ms)
+            await work(client, agent, 50, 7, outcome="failed")
+        before = await figures()
+        assert before["tasks_completed"] == 60
+        assert before["tasks_failed"] == 7
+        await trio.to_thread.run_sync(daemon.kill)
+        await trio.to_thread.run_sync(daemon.start)
+        assert await figures() == before
 
 
 async def test_the_window_that_breaches_are_judged_on_can_be_asked_for() -> None:

@@ -47,40 +47,44 @@ async def hang_up(daemon: Daemon, state: str) -> dict[str, Any]:
 
 
 async def test_a_broken_file_changes_nothing_and_the_mended_one_is_applied() -> None:
-    with Agent("stays") as stays, Agent("goes") as goes, Agent("comes") as comes:
-        with running(QUICK + agents(stays, goes)) as daemon:
-            async with daemon.client() as client:
+    with (
+        Agent("stays") as stays,
+        Agent("goes") as goes,
+        Agent("comes") as comes,
+        running(QUICK + agents(stays, goes)) as daemon,
+    ):
+        async with daemon.client() as client:
 
-                async def listed() -> list[str]:
-                    return sorted(row["id"] for row in (await client.get("/agents")).json()["data"])
+            async def listed() -> list[str]:
+                return sorted(row["id"] for row in (await client.get("/agents")).json()["data"])
 
-                daemon.config.write_text(QUICK.replace("200ms", "soon", 1) + agents(stays, comes))
-                config = await hang_up(daemon, "error")
-                assert len(config["errors"]) == 1
-                assert config["errors"][0].startswith(f"{daemon.config}:5: prober.interval: ")
-                assert await listed() == sorted([stays.urn, goes.urn])
-                assert (await client.post("/usage", json=event())).status_code == 201
-                refused = await client.post("/reload")
-                document = check_problem(refused, 422, "config_refused")
-                assert document["errors"][0]["field"] == "prober.interval"
-                assert any(line["level"] == "error" and "prober.interval" in line["message"] for line in daemon.log())
+            daemon.config.write_text(QUICK.replace("200ms", "soon", 1) + agents(stays, comes))
+            config = await hang_up(daemon, "error")
+            assert len(config["errors"]) == 1
+            assert config["errors"][0].startswith(f"{daemon.config}:5: prober.interval: ")
+            assert await listed() == sorted([stays.urn, goes.urn])
+            assert (await client.post("/usage", json=event())).status_code == 201
+            refused = await client.post("/reload")
+            document = check_problem(refused, 422, "config_refused")
+            assert document["errors"][0]["field"] == "prober.interval"
+            assert any(line["level"] == "error" and "prober.interval" in line["message"] for line in daemon.log())
 
-                daemon.config.write_text("[http\n")
-                assert "syntax" in (await hang_up(daemon, "error"))["errors"][0]
-                daemon.config.unlink()
-                assert (await hang_up(daemon, "error"))["errors"]
+            daemon.config.write_text("[http\n")
+            assert "syntax" in (await hang_up(daemon, "error"))["errors"][0]
+            daemon.config.unlink()
+            assert (await hang_up(daemon, "error"))["errors"]
 
-                daemon.config.write_text(QUICK + agents(stays, comes))
-                config = await hang_up(daemon, "ok")
-                assert config["errors"] == []
-                assert await listed() == sorted([stays.urn, comes.urn])
+            daemon.config.write_text(QUICK + agents(stays, comes))
+            config = await hang_up(daemon, "ok")
+            assert config["errors"] == []
+            assert await listed() == sorted([stays.urn, comes.urn])
 
-                async def probed() -> bool:
-                    return bool((await client.get(f"/agents/{comes.urn}")).json()["state"] == "healthy")
+            async def probed() -> bool:
+                return bool((await client.get(f"/agents/{comes.urn}")).json()["state"] == "healthy")
 
-                await until(probed)
-                entries = (await client.get("/audit/logs", params={"event_type": "config.reloaded"})).json()["data"]
-                assert len(entries) == 1
+            await until(probed)
+            entries = (await client.get("/audit/logs", params={"event_type": "config.reloaded"})).json()["data"]
+            assert len(entries) == 1
 
 
 async def test_intervals_thresholds_and_prices_change_without_a_restart() -> None:

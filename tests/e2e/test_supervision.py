@@ -145,7 +145,7 @@ async def test_a_restarted_meter_loses_nothing_that_waits_for_it() -> None:
 async def test_every_actor_can_be_restarted_and_works_afterwards() -> None:
     with running() as daemon:
         async with daemon.client() as client:
-            names = [name for name in daemon.status()["actors"]]
+            names = list(daemon.status()["actors"])
             assert {"meter", "registry", "prober", "watcher", "notifier", "auditor", "gatekeeper"} <= set(names)
             for name in names:
                 assert (await client.post(f"/actors/{name}/restart")).status_code == 202, name

@@ -77,7 +77,7 @@ def microusd(event: dict[str, Any]) -> int | None:
         return None if "cost_usd" not in event else int(Decimal(repr(event["cost_usd"])) * 1_000_000)
     counts = event["metrics"]
     plain = counts["tokens_in"] - counts["cached_tokens_in"]
-    pico = plain * rates[0] + counts["tokens_out"] * rates[1] + counts["cached_tokens_in"] * rates[2]
+    pico: int = plain * rates[0] + counts["tokens_out"] * rates[1] + counts["cached_tokens_in"] * rates[2]
     return -(-pico // 1_000_000)
 
 
@@ -146,9 +146,11 @@ async def check_audit(client: httpx2.AsyncClient, events: list[dict[str, Any]]) 
     walk = (await client.get("/audit/verify")).json()
     assert walk["valid"], walk
     recorded = 0
-    cursor = {}
+    cursor: dict[str, Any] = {}
     while True:
-        page = (await client.get("/audit/logs", params={"event_type": "usage.recorded", "limit": 1000, **cursor})).json()
+        page = (
+            await client.get("/audit/logs", params={"event_type": "usage.recorded", "limit": 1000, **cursor})
+        ).json()
         recorded += page["count"]
         if page["next_cursor"] is None:
             break

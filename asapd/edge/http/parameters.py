@@ -54,7 +54,7 @@ class Parameters:
         try:
             # A + in a query string arrives as a space; between time and offset it can only have been a +.
             mended = f"{value[:-6]}+{value[-5:]}" if len(value) > 16 and value[-6] == " " else value
-            return parse_timestamp(float(value) if value.replace(".", "", 1).isdecimal() else mended)
+            return parse_timestamp(float(value) if _is_digits(value.replace(".", "", 1)) else mended)
         except ValueError as error:
             raise bad_parameter(name, str(error)) from None
 
@@ -63,7 +63,7 @@ class Parameters:
         value = self.text(name)
         if value is None:
             return default
-        if not value.isdecimal() or len(value) > _MAX_DIGITS or not low <= int(value) <= high:
+        if not (value.isascii() and value.isdecimal()) or len(value) > _MAX_DIGITS or not low <= int(value) <= high:
             raise bad_parameter(name, f"must be a whole number from {low} to {high}")
         return int(value)
 
@@ -129,6 +129,10 @@ class Parameters:
                 raise bad_parameter(name, f"is not a parameter here; there are {', '.join(sorted(self._known))}")
 
 
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def encode_cursor(position: Any) -> str:
     """An opaque cursor from a position."""
     return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
@@ -143,7 +147,11 @@ def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:
 def decode_body(body: bytes, shape: type[S]) -> S:
     """A JSON object as a struct; a wrong field is named."""
     try:
-        return msgspec.json.decode(body, type=shape)
+        try:
+            return msgspec.json.decode(body, type=shape)
+        except msgspec.ValidationError:
+            msgspec.json.decode(body)  # what is no JSON further on is malformed before it is invalid
+            raise
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         field = where.rstrip("`").lstrip(".") or _missing_or_unknown(what)

@@ -31,6 +31,7 @@ def cursor(text: str) -> str:
         ("limit=1001", "limit"),
         ("limit=ten", "limit"),
         ("limit=-1", "limit"),
+        ("limit=%D9%A3", "limit"),
         ("limit=" + "9" * 5000, "limit"),
         ("offset=x", "offset"),
         ("start=yesterday", "start"),
