@@ -49,7 +49,7 @@ from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
-from asapd.store.units import ApiKey, CreateKey
+from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import public_base64
 
@@ -87,6 +87,7 @@ class House:
         self._addresses: list[str] = []
         self._server: HttpServer | None = None
         self._committed = Wakeup()
+        self._transitions = Wakeup()
         self._directory_changed = Wakeup()
         self._runner = ProcessRunner(
             premises.database,
@@ -94,7 +95,7 @@ class House:
             group_commit_max=loaded.config.store.group_commit_max,
             group_commit_wait_us=loaded.config.store.group_commit_wait_us,
             inherit=(premises.lock_descriptor,),
-            on_commit=self._committed.notify,
+            on_commit=self._on_commit,
         )
         self._readers = ThreadReaders(premises.database)
         self._database = Database(self._runner, self._readers)
@@ -174,7 +175,7 @@ class House:
             await run_notifier(
                 database=self._database,
                 feed=self._feed,
-                committed=self._committed,
+                committed=self._transitions,
                 beat=self._loops.beater("notifier"),
                 log=self._log.getChild("alerts"),
                 task_status=task_status,
@@ -213,6 +214,12 @@ class House:
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
         )
+
+    def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
+        self._committed.notify()
+        # The notifier reads the store whenever it wakes: only what concerns it wakes it.
+        if results is None or any(isinstance(result, AlertWritten) for result in results):
+            self._transitions.notify()
 
     # --- life
 

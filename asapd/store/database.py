@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from asapd.core.errors import Refusal
-from asapd.store.units import Answer, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
+from asapd.store.units import Answer, AnyResult, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
 from asapd.store.writer import HEADER, ROWS_PER_COMMIT, Writer, open_for_writing
 
 R = TypeVar("R")
@@ -48,6 +48,10 @@ class ReadTooLongError(Exception):
     """A query ran for longer than `READ_LIMIT_S` and was interrupted; narrow it."""
 
 
+OnCommit = Callable[[Sequence[AnyResult] | None], None]
+"""Told the results of each commit, or None when something may have been committed that nobody answered."""
+
+
 class Runner(Protocol):
     """Whatever takes an envelope's content and answers after its commit."""
 
@@ -65,7 +69,7 @@ WRITER_AWAY = Refusal("writer_unavailable", "the writer is being restarted: try 
 
 
 class Database:
-    """Units in, results out; `on_commit` is called after every commit this process hears of."""
+    """Units in, results out; `on_commit` of its runner is called after every commit heard of."""
 
     def __init__(self, runner: Runner, readers: Readers) -> None:
         self._runner = runner
@@ -120,7 +124,7 @@ class Readers(Protocol):
 class InlineRunner:
     """Runs each unit at once on the given connection: for tests, with real SQLite and an honest mock clock."""
 
-    def __init__(self, writer: Writer, on_commit: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, writer: Writer, on_commit: OnCommit = lambda _: None) -> None:
         self._writer = writer
         self._on_commit = on_commit
         self._number = 0
@@ -130,7 +134,7 @@ class InlineRunner:
         await trio.lowlevel.checkpoint()
         self._number += 1
         (answer,) = self._writer.run([Envelope(self._number, unit, urgent, idempotency)])
-        self._on_commit()
+        self._on_commit([answer.result])
         return answer
 
 
@@ -215,7 +219,7 @@ class ProcessRunner:
         group_commit_max: int = ROWS_PER_COMMIT,
         group_commit_wait_us: int = 0,
         inherit: Sequence[int] = (),
-        on_commit: Callable[[], None] = lambda: None,
+        on_commit: OnCommit = lambda _: None,
     ) -> None:
         self._arguments = (str(path), synchronous, str(group_commit_max), str(group_commit_wait_us))
         self._inherit = tuple(inherit)
@@ -320,7 +324,7 @@ class ProcessRunner:
 
     async def _take_answers(self, buffer: bytearray) -> None:
         start = 0
-        committed = False
+        results: list[AnyResult] = []
         while len(buffer) - start >= HEADER.size:
             (length,) = HEADER.unpack_from(buffer, start)
             begin = start + HEADER.size
@@ -332,10 +336,10 @@ class ProcessRunner:
             pending = self._pending.pop(answer.number)
             self._in_flight_bytes -= pending.size
             pending.settle(answer)
-            committed = True
+            results.append(answer.result)
         del buffer[:start]
-        if committed:
-            self._on_commit()
+        if results:
+            self._on_commit(results)
             async with self._changed:
                 self._changed.notify_all()
 
@@ -347,7 +351,7 @@ class ProcessRunner:
         lost, self._pending = self._pending, {}
         for pending in lost.values():
             pending.settle(OUTCOME_UNKNOWN)
-        self._on_commit()  # what was in flight may be committed: followers look
+        self._on_commit(None)  # what was in flight may be committed: followers look
 
     async def close(self) -> None:
         """Let the process finish what it has and end; `run` then returns."""

@@ -72,7 +72,9 @@ def opened(path: Path) -> Host:
     connection = open_for_writing(path, synchronous="off")
     committed = Wakeup()
     return Host(
-        connection, Database(InlineRunner(Writer(connection), committed.notify), InlineReaders(connection)), committed
+        connection,
+        Database(InlineRunner(Writer(connection), lambda _: committed.notify()), InlineReaders(connection)),
+        committed,
     )
 
 

@@ -165,7 +165,7 @@ class Rig:
     def __init__(self, path: Path) -> None:
         self.connection = open_for_writing(path)
         self.committed = Wakeup()
-        self.runner = Troubled(InlineRunner(Writer(self.connection), self.committed.notify))
+        self.runner = Troubled(InlineRunner(Writer(self.connection), lambda _: self.committed.notify()))
         self.readers = Slow(self.connection)
         self.database = Database(self.runner, self.readers)
         self.network = Network()

@@ -195,7 +195,7 @@ def copied(template: Path) -> Iterator[apsw.Connection]:
 def hosted(template: Path, sla: config.Sla) -> Iterator[Host]:
     with copied(template) as connection:
         committed = Wakeup()
-        runner = FailingRunner(InlineRunner(Writer(connection), committed.notify))
+        runner = FailingRunner(InlineRunner(Writer(connection), lambda _: committed.notify()))
         database = Database(runner, InlineReaders(connection))
         yield Host(database, runner, JumpingClock(), committed, WatcherSettings(sla))
 

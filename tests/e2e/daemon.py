@@ -241,8 +241,8 @@ def exact(response: httpx2.Response) -> Any:
 async def until(probe: Callable[[], Any], *, within_s: float = PATIENCE_S) -> Any:
     """What an async function returns, once that is true."""
     with trio.fail_after(within_s):
-        while not (found := await probe()):
-            await trio.sleep(POLL_S)  # noqa: ASYNC110 -- another process's state sets no event here
+        while not (found := await probe()):  # noqa: ASYNC110 -- another process's state sets no event here
+            await trio.sleep(POLL_S)
     return found
 
 

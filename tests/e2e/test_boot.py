@@ -242,8 +242,8 @@ async def test_a_stop_answers_what_is_in_flight(number: signal.Signals) -> None:
             assert process is not None
             process.send_signal(number)
             with trio.fail_after(5):
-                while daemon.listens():
-                    await trio.sleep(0.02)  # noqa: ASYNC110 -- another process's socket
+                while daemon.listens():  # noqa: ASYNC110 -- another process's socket
+                    await trio.sleep(0.02)
             await stream.send_all(body[20:].encode())
             with trio.fail_after(5):
                 answer = await read_all(stream)

@@ -49,7 +49,7 @@ class Subscriber:
         assert params["seq"] == params["breach"]["seq"]
         return params
 
-    async def hears_nothing(self, for_s: float = 0.5) -> None:
+    async def hears_nothing(self, for_s: float = 0.25) -> None:
         with trio.move_on_after(for_s):
             raise AssertionError(f"heard {await self.socket.get_message()!r}")
 

@@ -232,7 +232,7 @@ ROOT = Caller("root", Role.ADMIN)
 async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool) -> AsyncIterator[Edge]:
     """Start every actor but those named in `paused`, whose mailboxes nobody reads."""
     committed, directory_changed, clock = Wakeup(), Wakeup(), SetClock()
-    database = Database(InlineRunner(Writer(connection), committed.notify), InlineReaders(connection))
+    database = Database(InlineRunner(Writer(connection), lambda _: committed.notify()), InlineReaders(connection))
     # As in the daemon: what was there before the start is read from the store.
     feed: Feed[Alert] = Feed(100, last=alert_bounds(connection)[1])
     ring = KeyRing()

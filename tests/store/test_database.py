@@ -107,7 +107,7 @@ async def test_followers_are_woken_after_the_commit(tmp_path: Path) -> None:
     with contextlib.closing(open_for_writing(tmp_path / "asapd.db")) as connection:
         seen: list[int] = []
         runner = InlineRunner(
-            Writer(connection), lambda: seen.append(connection.execute("SELECT count(*) FROM usage").get)
+            Writer(connection), lambda _: seen.append(connection.execute("SELECT count(*) FROM usage").get)
         )
         await Database(runner, InlineReaders(connection)).submit(usage("a"))
         assert seen == [1]
@@ -232,7 +232,7 @@ class Process:
         self.died: BaseException | None = None
         self.ended = trio.Event()
 
-    def _committed(self) -> None:
+    def _committed(self, results: object) -> None:
         self.commits += 1
 
     async def start(self) -> int:
