@@ -32,6 +32,7 @@ from asapd.store import handlers
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Answer, AnyResult, Envelope, Failed, Idempotency, NotWritten, RecordUsage, UsageConflict
+from asapd.wire.log_lines import JsonFormatter, TerminalFormatter
 
 ROWS_PER_COMMIT = 5_000
 """Beyond this a commit gains nothing more per row and only makes decisions wait longer."""
@@ -236,7 +237,9 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     inherited, path, synchronous = int(arguments[0]), Path(arguments[1]), arguments[2]
     # A daemon with thousands of sockets hands down a number that select() cannot take; a copy gets a low one.
     descriptor = os.dup(inherited)

@@ -148,7 +148,7 @@ def test_demo_on_a_taken_port_says_so_in_one_line(room: Room) -> None:
     assert address in err
 
 
-@pytest.mark.parametrize("address", ["nonsense", "0.0.0.0:0", "unix:/tmp/x.sock", "127.0.0.1:99999"])
+@pytest.mark.parametrize("address", ["nonsense", "0.0.0.0:0", "unix:x.sock", "127.0.0.1:99999"])
 def test_demo_refuses_an_address_that_is_not_a_port_of_the_loopback(room: Room, address: str) -> None:
     process = room.start("--http", address, "--seconds", "5")
     _, err = process.communicate(timeout=END_S)

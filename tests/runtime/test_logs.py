@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from asapd.runtime.logs import JsonFormatter, TerminalFormatter, configure
+from asapd.runtime.logs import configure
+from asapd.wire.log_lines import JsonFormatter, TerminalFormatter
 
 
 class Terminal(io.StringIO):
