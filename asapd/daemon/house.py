@@ -239,8 +239,7 @@ class House:
                 finally:
                     # First, so that the writer is the last to close the file: that one folds the WAL into it.
                     self._readers.close()
-                    with trio.move_on_after(DRAIN_S, shield=True):
-                        await self._runner.close()
+                    self._runner.close()
                 self._log.info("stopped")
             house.cancel_scope.cancel()
 

@@ -230,7 +230,9 @@ class ProcessRunner:
         self._pending: dict[int, _Pending] = {}
         self._outgoing = bytearray()
         self._in_flight_bytes = 0
-        self._changed = trio.Condition()
+        # Parking lots, not a condition: between a look and a wait nothing else runs, and waking costs nobody a turn.
+        self._sender = trio.lowlevel.ParkingLot()
+        self._room = trio.lowlevel.ParkingLot()
         self._connected = False
         self._closing = False
         self.pid: int | None = None
@@ -245,16 +247,16 @@ class ProcessRunner:
         self._number += 1
         number = self._number
         body = self._encoder.encode(Envelope(number, unit, urgent, idempotency))
-        async with self._changed:
-            while self._connected and self._in_flight_bytes > MAX_IN_FLIGHT_BYTES and not urgent:
-                await self._changed.wait()
-            if not self._connected or self._closing:
-                return WRITER_AWAY
-            pending = self._pending[number] = _Pending(len(body))
-            self._in_flight_bytes += len(body)
-            self._outgoing += HEADER.pack(len(body))
-            self._outgoing += body
-            self._changed.notify_all()
+        while self._connected and self._in_flight_bytes > MAX_IN_FLIGHT_BYTES and not urgent:
+            await self._room.park()
+        if not self._connected or self._closing:
+            await trio.lowlevel.checkpoint()
+            return WRITER_AWAY
+        pending = self._pending[number] = _Pending(len(body))
+        self._in_flight_bytes += len(body)
+        self._outgoing += HEADER.pack(len(body))
+        self._outgoing += body
+        self._sender.unpark_all()
         await pending.answered.wait()
         return pending.answer
 
@@ -289,8 +291,6 @@ class ProcessRunner:
             self._disconnect()
             stream.socket.close()  # not aclose(): when cancelled it would raise before the process is waited for
             with trio.move_on_after(30, shield=True) as patience:
-                async with self._changed:
-                    self._changed.notify_all()  # those who wait for room
                 await process.wait()  # its last commit; the process ignores signals on purpose
             if patience.cancelled_caught:
                 process.kill()
@@ -302,10 +302,9 @@ class ProcessRunner:
     async def _send(self, stream: trio.SocketStream) -> None:
         try:
             while True:
-                async with self._changed:
-                    while not self._outgoing and not self._closing:
-                        await self._changed.wait()
-                    data, self._outgoing = self._outgoing, bytearray()
+                while not self._outgoing and not self._closing:
+                    await self._sender.park()
+                data, self._outgoing = self._outgoing, bytearray()
                 if not data:
                     await stream.send_eof()
                     return
@@ -318,11 +317,11 @@ class ProcessRunner:
         try:
             async for chunk in stream:
                 buffer += chunk
-                await self._take_answers(buffer)
+                self._take_answers(buffer)
         except trio.BrokenResourceError:
             return
 
-    async def _take_answers(self, buffer: bytearray) -> None:
+    def _take_answers(self, buffer: bytearray) -> None:
         start = 0
         results: list[AnyResult] = []
         while len(buffer) - start >= HEADER.size:
@@ -340,8 +339,7 @@ class ProcessRunner:
         del buffer[:start]
         if results:
             self._on_commit(results)
-            async with self._changed:
-                self._changed.notify_all()
+            self._room.unpark_all()
 
     def _disconnect(self) -> None:
         self._connected = False
@@ -351,13 +349,14 @@ class ProcessRunner:
         lost, self._pending = self._pending, {}
         for pending in lost.values():
             pending.settle(OUTCOME_UNKNOWN)
+        self._room.unpark_all()
         self._on_commit(None)  # what was in flight may be committed: followers look
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Let the process finish what it has and end; `run` then returns."""
-        async with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closing = True
+        self._sender.unpark_all()
+        self._room.unpark_all()
 
 
 class _Pending:

@@ -241,11 +241,11 @@ async def test_a_stop_answers_what_is_in_flight(number: signal.Signals) -> None:
             process = daemon.process
             assert process is not None
             process.send_signal(number)
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 while daemon.listens():  # noqa: ASYNC110 -- another process's socket
                     await trio.sleep(0.02)
             await stream.send_all(body[20:].encode())
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 answer = await read_all(stream)
             assert answer.startswith(b"HTTP/1.1 201 ")
             assert b'"recorded":1' in answer
@@ -267,7 +267,7 @@ async def test_a_second_signal_ends_it_at_once() -> None:
             begun_s = time.monotonic()
             process.terminate()
             assert await trio.to_thread.run_sync(process.wait, 10) != 0
-            assert time.monotonic() - begun_s < 1
+            assert time.monotonic() - begun_s < 4  # well inside the grace that a first signal gives
         daemon.process = None
         await trio.to_thread.run_sync(daemon.start)
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import trio
 
-from tests.e2e.daemon import QUICK, Daemon, check_problem, exact, running, until
+from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, check_problem, exact, running, until
 from tests.e2e.tokens import Party, jti_of
 
 ROOT, WORKER, HELPER, KNOWN, STRANGER = (Party(name) for name in ("root", "worker", "helper", "known", "stranger"))
@@ -170,7 +170,7 @@ async def test_an_expired_reservation_gives_everything_back_and_an_extended_one_
         async def is_free() -> bool:
             return (await authorize(client, short)).status_code == 200
 
-        await until(is_free, within_s=4)
+        await until(is_free, within_s=PATIENCE_S)
         assert (await client.get(f"/reservations/{expiring}")).json()["state"] == "expired"
         check_problem(await client.post(f"/reservations/{expiring}/settle"), 409, "reservation_closed")
         check_denial(await authorize(client, long), "budget_exhausted")

@@ -56,7 +56,7 @@ class Lane:
         await self.stream.send_all(b"".join(frame(body) for body in bodies))
 
     async def receive(self) -> dict[str, Any]:
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             (length,) = struct.unpack(">I", await self._take(4))
             found: dict[str, Any] = json.loads(await self._take(length))
         return found
@@ -70,7 +70,7 @@ class Lane:
         return taken
 
     async def is_closed(self) -> bool:
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             return await self.stream.receive_some() == b""
 
 
@@ -221,7 +221,7 @@ async def test_frames_in_flight_at_a_stop_are_answered() -> None:
             assert stopping is not None
             stopping.terminate()
             answered = 1
-            with trio.fail_after(10):
+            with trio.fail_after(30):
                 while True:
                     try:
                         answer = await connection.receive()

@@ -15,7 +15,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.e2e.agent import Agent
-from tests.e2e.daemon import QUICK, Daemon, running, until
+from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, running, until
 
 AGENTS = '[[agents]]\nid = "{urn}"\nurl = "{url}"\n'
 _numbers = itertools.count(1)
@@ -102,7 +102,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             await work(client, agent, 900, 2)
             await live.hears_nothing()  # 2 of 40 are 5 %, which is allowed
             await work(client, agent, 900)
-            opened = await live.breach(within_s=2)
+            opened = await live.breach(within_s=PATIENCE_S)
             assert (opened["event"], opened["seq"]) == ("opened", 1)
             breach = opened["breach"]
             assert breach["agent_id"] == agent.urn
@@ -121,7 +121,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             assert report["compliance"]["latency"]["met"] is False
 
             await work(client, agent, 100, 300)
-            resolved = await live.breach(within_s=2)
+            resolved = await live.breach(within_s=PATIENCE_S)
             assert (resolved["event"], resolved["seq"]) == ("resolved", 2)
             assert resolved["breach"]["id"] == breach["id"]
             assert resolved["breach"]["resolve_reason"] == "recovered"
@@ -152,7 +152,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             assert [(await back.breach())[name] for name in ("seq",)] == [2]
             await promise_known(client, agent)
             await work(client, agent, 900, 30)
-            assert [(one["event"], one["seq"]) for one in [await back.breach(within_s=2)]] == [("opened", 3)]
+            assert [(one["event"], one["seq"]) for one in [await back.breach(within_s=PATIENCE_S)]] == [("opened", 3)]
             await back.hears_nothing()
             assert len((await client.get("/sla/breaches")).json()["data"]) == 2
             assert (await client.get("/audit/verify")).json()["valid"] is True
@@ -166,7 +166,7 @@ async def test_a_breach_stays_one_breach_through_kill_9() -> None:
             await promise_known(client, agent)
             await work(client, agent, 10, 40)
             await work(client, agent, 10, outcome="failed")
-            assert (await live.breach(within_s=2))["event"] == "opened"
+            assert (await live.breach(within_s=PATIENCE_S))["event"] == "opened"
             before = (await client.get("/sla/breaches")).json()
             await trio.to_thread.run_sync(daemon.kill)
         await trio.to_thread.run_sync(daemon.start)
@@ -177,7 +177,7 @@ async def test_a_breach_stays_one_breach_through_kill_9() -> None:
             assert after == before
             assert [row["state"] for row in after["data"]] == ["open"]
             await work(client, agent, 10, 200)
-            resolved = await live.breach(within_s=2)
+            resolved = await live.breach(within_s=PATIENCE_S)
             assert (resolved["event"], resolved["seq"], resolved["breach"]["id"]) == (
                 "resolved",
                 2,
@@ -203,8 +203,8 @@ async def test_a_killed_agent_is_unhealthy_after_so_many_probes_and_loses_just_t
             async def unhealthy() -> bool:
                 return bool((await client.get(f"/agents/{agent.urn}")).json()["state"] == "unhealthy")
 
-            await until(unhealthy, within_s=3)
-            opened = await live.breach(within_s=2)
+            await until(unhealthy, within_s=PATIENCE_S)
+            opened = await live.breach(within_s=PATIENCE_S)
             assert (opened["event"], opened["breach"]["breach_type"]) == ("opened", "availability")
             await trio.sleep(0.6)
             metrics = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "1h"})).json()["metrics"]

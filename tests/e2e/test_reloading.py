@@ -12,7 +12,7 @@ import httpx2
 import trio
 
 from tests.e2e.agent import Agent
-from tests.e2e.daemon import QUICK, Daemon, check_problem, exact, running, until
+from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, check_problem, exact, running, until
 
 _numbers = itertools.count(1)
 
@@ -121,7 +121,7 @@ async def test_intervals_thresholds_and_prices_change_without_a_restart() -> Non
                 health = await client.get(f"/agents/{agent.urn}/health")
                 return bool(health.json().get("count", 0) >= 3)
 
-            await until(probed, within_s=3)
+            await until(probed, within_s=PATIENCE_S)
 
             (daemon.home / "prices.toml").write_text('version = "3"\ncurrency = "EUR"\n')
             config = await hang_up(daemon, "error")

@@ -267,7 +267,7 @@ class Process:
         return answered
 
     async def close(self) -> None:
-        await self.runner.close()
+        self.runner.close()
         await self.ended.wait()
 
 
@@ -299,7 +299,7 @@ async def test_units_run_in_the_process_and_followers_are_woken(process: Process
 async def test_before_it_runs_and_after_it_closed_units_are_refused(process: Process) -> None:
     assert codes([await process.submit(NOTE)]) == ["writer_unavailable"]
     await process.start()
-    await process.runner.close()
+    process.runner.close()
     assert codes([await process.submit(NOTE)]) == ["writer_unavailable"]
     await process.ended.wait()
     assert codes([await process.submit(NOTE)]) == ["writer_unavailable"]
