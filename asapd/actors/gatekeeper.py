@@ -46,6 +46,11 @@ class KeyRing:
             return None
         return Caller(f"key:{key.id}", Role(key.role), tuple(key.agents), key.tenant, key.may_sign)
 
+    def is_in_use(self, caller: Caller) -> bool:
+        """Whether whoever came with a key may still stay: what lives longer than a request asks again."""
+        kind, _, key_id = caller.actor.partition(":")
+        return kind != "key" or key_id in self._keys
+
 
 def digest_of(secret: str) -> bytes:
     """SHA-256: a secret of 256 random bits needs no slow hash."""

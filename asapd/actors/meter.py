@@ -12,8 +12,9 @@ import trio
 from asapd import config
 from asapd.actors.messages import MeterMessage, ReconfigureMeter, Report, ReportTask
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
-from asapd.core.types import DEFAULT_TENANT, format_us
+from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
@@ -136,8 +137,15 @@ async def _explain_conflict(message: Report, outcome: UsageConflict, database: D
 
 
 def _shown(event: UsageEvent) -> dict[str, object]:
+    """An event by the names of a stored row, so that both can be laid side by side."""
     shown = {name: value for name in event.__struct_fields__ if (value := getattr(event, name)) not in (None, "")}
-    return {**shown, "timestamp": format_us(event.timestamp_us)}
+    for inner, outer in (("agent", "agent_id"), ("consumer", "consumer_id")):
+        shown[outer] = shown.pop(inner)
+    reported = shown.pop("reported_microusd", None)
+    if reported is not None:
+        shown["reported_cost_usd"] = to_usd(reported)
+    del shown["timestamp_us"]
+    return {**shown, "outcome": Outcome(event.outcome).name.lower(), "timestamp": format_us(event.timestamp_us)}
 
 
 async def _record_task(

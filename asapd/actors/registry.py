@@ -239,6 +239,9 @@ class _Registry:
         if isinstance(chain, Denied):
             return Validity(chain, (), None)
         denied = self._judge(chain.claims, action=message.action, delegate=message.delegate)
+        if denied is None:
+            digests = [(token.claims.delegator, token.claims.id, token.digest) for token in chain.tokens]
+            denied = await self._database.read(ledger_queries.find_reused, digests)
         pairs = [(claims.delegator, claims.id) for claims in chain.claims]
         left = await self._database.read(ledger_queries.remaining_under, pairs)
         return Validity(denied, chain.claims, _narrowed(left, chain.claims))
@@ -311,13 +314,15 @@ class _Registry:
         if text is None:
             row = await self._database.read(ledger_queries.get_delegation, delegation)
             if row is None or _is_foreign(message.caller, row.tenant):
-                return Refusal("delegation_not_found", f"there is no delegation {delegation}: send its token instead")
+                return _no_delegation(delegation)
             text = row.token
         chain = self._open(text)
         if isinstance(chain, Denied):
             return chain
         caller = message.caller
         if not caller.may_touch(chain.leaf.delegate):
+            if message.token is None:
+                return _no_delegation(delegation)  # whoever holds no token learns nothing of it
             return _forbidden(f"this key may not act for {chain.leaf.delegate}")
         denied = self._judge(chain.claims, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
@@ -386,6 +391,10 @@ class _Registry:
 
 _MAX_TOKEN = 256 * 1024
 """A token holds its parent whole, in base64: the longest chain the configuration allows still fits."""
+
+
+def _no_delegation(delegation: str) -> Refusal:
+    return Refusal("delegation_not_found", f"there is no delegation {delegation}: send its token instead")
 
 
 def _forbidden(detail: str) -> Refusal:

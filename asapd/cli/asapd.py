@@ -180,7 +180,9 @@ def verify(file: Path, public_key: str | None) -> int:
     if verdict.first_seq is None:
         click.echo("ok: no entries")
         return Exit.DONE
-    click.echo(f"ok: {walk.verified} entries, {verdict.first_seq} to {walk.seq}, the last with hash {walk.hash.hex()}")
+    erased = f" ({walk.erased} of them with their content erased)" if walk.erased else ""
+    span = f"{verdict.first_seq} to {walk.seq}"
+    click.echo(f"ok: {walk.verified} entries{erased}, {span}, the last with hash {walk.hash.hex()}")
     if verdict.first_seq > 1:
         click.echo(f"the entries before {verdict.first_seq} are not in this file", err=True)
     return Exit.DONE

@@ -23,6 +23,10 @@ def audit() -> None:
     """The audit log: read, export, verify."""
 
 
+def _erased(count: int) -> str:
+    return f" ({count} of them with their content erased)" if count else ""
+
+
 @audit.command()
 @asks_daemon
 def verify(session: Session) -> int:
@@ -40,7 +44,8 @@ def verify(session: Session) -> int:
         show_json(verdict)
     elif bad is None:
         click.echo(
-            f"ok: {verdict['verified']} entries, the last is {verdict['last_seq']} with hash {verdict['last_hash']}"
+            f"ok: {verdict['verified']} entries{_erased(verdict['erased'])}, "
+            f"the last is {verdict['last_seq']} with hash {verdict['last_hash']}"
         )
     else:
         click.echo(f"bad: entry {bad['seq']} ({bad['id'] or 'no id'}): {bad['reason']}")

@@ -44,6 +44,13 @@ def segment(name: str) -> str:
     return quote(name, safe="")
 
 
+def _may_be_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return True  # a directory that this user may not look into
+
+
 def unreachable(path: Path, error: OSError | None) -> Failure:
     """Why nobody answers at a socket, and what to do."""
     match error:
@@ -51,7 +58,7 @@ def unreachable(path: Path, error: OSError | None) -> Failure:
             return Failure(Exit.FORBIDDEN, f"{path}: this user may not use the admin socket: ask for its group")
         case FileNotFoundError():
             hint = "start one with `asapd run`, or name its socket with --socket"
-            if path != _SERVICE_SOCKET and _SERVICE_SOCKET.exists():
+            if path != _SERVICE_SOCKET and _may_be_there(_SERVICE_SOCKET):
                 hint = f"one that runs as a service listens at {_SERVICE_SOCKET}: name it with --socket"
             return Failure(Exit.UNREACHABLE, f"{path}: there is no daemon: {hint}")
         case ConnectionRefusedError():

@@ -75,23 +75,27 @@ def entry_hash(seq: int, entry_id: str, timestamp_us: int, event_type: str, payl
 
 
 class Walk(msgspec.Struct, frozen=True):
-    """How far a verification got: the last good entry, and the fault that ended it, if any."""
+    """How far a verification got: the last good entry, and the fault that ended it, if any.
+
+    `erased` of the `verified` entries have no payload any more: their place in the chain is proved, not their content.
+    """
 
     seq: int = 0
     hash: bytes = GENESIS
     verified: int = 0
     fault: Fault | None = None
+    erased: int = 0
 
 
 def verify(entries: Iterable[Entry], start: Walk = Walk()) -> Walk:  # noqa: B008 -- frozen, so sharing the default is safe
     """Walk entries in `seq` order from `start` and stop at the first that does not fit the chain."""
-    seq, previous, verified = start.seq, start.hash, start.verified
+    seq, previous, verified, erased = start.seq, start.hash, start.verified, start.erased
     for entry in entries:
         reason = _fault(entry, seq + 1, previous)
         if reason is not None:
-            return Walk(seq, previous, verified, Fault(entry.seq, entry.id, reason))
-        seq, previous, verified = entry.seq, entry.hash, verified + 1
-    return Walk(seq, previous, verified)
+            return Walk(seq, previous, verified, Fault(entry.seq, entry.id, reason), erased)
+        seq, previous, verified, erased = entry.seq, entry.hash, verified + 1, erased + (entry.salt is None)
+    return Walk(seq, previous, verified, None, erased)
 
 
 def _fault(entry: Entry, seq: int, previous: bytes) -> str | None:

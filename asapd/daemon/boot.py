@@ -125,6 +125,8 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
     chosen = (state_dir or loaded.state_dir or config.default_state_dir(environ, is_root)).absolute()
     try:
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if chosen.stat().st_mode & 0o022:
+            raise BootError(f"others may write in the state directory {chosen}: chmod go-w it, or name another")
         descriptor = lock.acquire(
             chosen / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 
 from werkzeug.datastructures import Headers
@@ -13,6 +14,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.edge.sockets import Peer
 
+_NETLOC = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]*))(?::[0-9]{0,5})?\Z")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 UNAUTHORIZED = Refusal(
     "unauthorized",
@@ -72,9 +74,9 @@ def check_host(headers: Headers, http: config.Http) -> Refusal | None:
 
 
 def _host_of(netloc: str) -> str:
-    if netloc.startswith("["):
-        return netloc[1:].partition("]")[0].lower()
-    return netloc.partition(":")[0].lower()
+    """The host of `host`, `host:port` or `[v6]:port`; a text that is none of them is its own, unknown, host."""
+    found = _NETLOC.match(netloc.lower())
+    return netloc.lower() if found is None else found["v6"] or found["name"] or ""
 
 
 def _is_address(host: str) -> bool:

@@ -490,8 +490,12 @@ class _Http11(H11Protocol):
         # What the application routes by; `*` and CONNECT's host:port have no path.
         if not request.target.startswith((b"/", b"http://", b"https://")):
             return 400
+        headers = dict(request.headers)
+        # RFC 9112 6.3: two lengths are how a request is smuggled past a proxy.
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            return 400
         # h11 has checked that it is a number of at most 20 digits.
-        length_bytes = int(dict(request.headers).get(b"content-length", b"0"))
+        length_bytes = int(headers.get(b"content-length", b"0"))
         return 413 if length_bytes > self._max_body_bytes else None
 
 

@@ -21,6 +21,7 @@ from asapd.wire.jsonrpc import Fault, Subscribe
 SUBPROTOCOL = "asapd.v1"
 _BEARER = "asapd.bearer."
 GOING_AWAY = 1001
+POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 
 # A subscriber that takes nothing for this long is let go; it comes back with its last seq.
@@ -77,6 +78,9 @@ class _Session:
         async with trio.open_nursery() as nursery:
             while True:
                 message = await websocket.receive()
+                if not self._may_stay():
+                    await self._close(POLICY_VIOLATION, "the key was revoked")
+                    return
                 await self._handle(message, nursery)
 
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
@@ -113,6 +117,9 @@ class _Session:
         if request.wants_answer:
             await self._send(jsonrpc.result(request.id, answer))
 
+    def _may_stay(self) -> bool:
+        return self._services.ring.is_in_use(self._caller)
+
     def _stop_following(self) -> None:
         if self._following is not None:
             self._following.cancel()
@@ -139,6 +146,9 @@ class _Session:
                     alerts = await subscription.next_alerts()
                 except FeedClosed:
                     await self._close(GOING_AWAY, "asapd is shutting down")
+                    return
+                if not self._may_stay():
+                    await self._close(POLICY_VIOLATION, "the key was revoked")
                     return
                 for alert in alerts:
                     if isinstance(alert, Gap):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import assert_never
 
 import msgspec
@@ -64,6 +65,9 @@ def path_of(tx: Tx, account: int) -> list[Account]:
 
 # --- registering and revoking
 
+# Ids that stand in a path as they are; a token named otherwise, or as a route is, goes by an id of ours.
+_ADDRESSABLE = re.compile(r"(?!(?:validate|authorize|revocations)\Z)[A-Za-z0-9_~:-][A-Za-z0-9._~:-]{0,127}\Z")
+
 
 def register(tx: Tx, unit: RegisterDelegation) -> Registered:
     """Register a chain; the tokens it holds that are known already stay as they are."""
@@ -80,6 +84,12 @@ def _register_chain(tx: Tx, chain: list[NewDelegation], actor: str, tenant: str,
     return registered
 
 
+def reused(jti: str, delegator: str) -> Denied:
+    """The denial of a token whose id its issuer gave to another one before."""
+    detail = f"token {jti}: {delegator} used this id for another token; issue it with a fresh id"
+    return Denied(Reason.JTI_REUSED, detail, jti)
+
+
 def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, tenant: str, now_us: int) -> Registered:
     claims = link.claims
     known = tx.row(
@@ -88,13 +98,12 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
     )
     if known is not None:
         if known[2] != link.digest:
-            detail = f"token {claims.id}: {claims.delegator} used this id for another token; issue it with a fresh id"
-            raise RefuseError(Denied(Reason.JTI_REUSED, detail, claims.id))
+            raise RefuseError(reused(claims.id, claims.delegator))
         if known[3]:
             raise RefuseError(revoked(claims.id, claims.delegator))
         return Registered(known[0], known[1], created=False)
     taken = tx.row("SELECT 1 FROM delegation WHERE id = ?", (claims.id,)) is not None
-    public_id = tx.new_id("del", now_us) if taken else claims.id
+    public_id = claims.id if _ADDRESSABLE.match(claims.id) and not taken else tx.new_id("del", now_us)
     tx.execute(
         "INSERT INTO delegation (id, tenant, jti, delegator, delegate, scopes, max_cost_microusd, max_tasks, "
         "issued_us, not_before_us, expires_us, parent, token, digest, registered_us) "
@@ -389,7 +398,7 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
     """Debit what an event used to its reservation or delegation, whatever their state, and flag what is odd.
 
     Usage that happened is always recorded: nothing here refuses. What belongs to another tenant is as unknown, and
-    usage of an agent that is not the delegate is debited under a reservation only.
+    usage of an agent that is not the delegate is flagged, never debited.
     """
     flags = 0
     found = None if event.reservation is None else _load(tx, event.reservation)
@@ -414,7 +423,7 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
     allowed = scope_allows(msgspec.json.decode(scopes[0]), event.action)
     if not allowed or path[0].delegate != event.agent:
         flags |= FLAG_UNAUTHORISED
-    if found is None and path[0].delegate != event.agent:
+    if path[0].delegate != event.agent:
         # Naming an id is not holding a token: nobody drains the budget of another.
         return flags
     if found is not None and under_hold:

@@ -7,10 +7,11 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.delegation import Denied
 from asapd.core.ledger import Account, Remaining, remaining
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
-from asapd.store.ledger import PATH
+from asapd.store.ledger import PATH, reused
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_text
 
@@ -59,6 +60,15 @@ def find_account(connection: apsw.Connection, delegator: str, jti: str) -> int |
     """The account of a token, when it is registered."""
     row = fetch_one(connection, "SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
     return None if row is None else int(row[0])
+
+
+def find_reused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
+    """The denial of the first (delegator, jti, digest) whose id is registered for another token."""
+    for delegator, jti, digest in tokens:
+        row = fetch_one(connection, "SELECT digest FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
+        if row is not None and row[0] != digest:
+            return reused(jti, delegator)
+    return None
 
 
 def remaining_of(connection: apsw.Connection, account: int) -> Remaining:

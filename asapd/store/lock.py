@@ -21,7 +21,7 @@ def acquire(path: Path, *, patience_s: float, monotonic_s: Callable[[], float], 
     Raises:
         LockedError: a living daemon holds it, or a dead one's writer for longer than `patience_s`.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline_s = monotonic_s() + patience_s
     while True:
         try:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -341,7 +342,7 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     places: list[int] = []
     errors: list[FieldError] = []
     for index, item in enumerate(items):
-        found = _explain_one(item)
+        found = _read_one(item, explain=len(errors) < MAX_ERRORS)
         if isinstance(found, UsageEvent):
             events.append(found)
             places.append(index)
@@ -350,24 +351,35 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     return Events(events, places, tuple(errors), is_batch)
 
 
-def _explain_one(item: Any) -> UsageEvent | list[FieldError]:
+def _read_one(item: Any, *, explain: bool) -> UsageEvent | list[FieldError]:
+    """One event, or what is wrong with it: field by field only with `explain`, because that is slow."""
+    try:
+        return normalise(msgspec.convert(item, WireEvent))
+    except msgspec.ValidationError:
+        if not explain:
+            return [FieldError("event", "is wrong too")]
     if not isinstance(item, dict):
         return [FieldError("event", "must be an object")]
-    errors = list(_bad_fields(item, WireEvent, ""))
-    if errors:
-        return errors
-    return normalise(msgspec.convert(item, WireEvent))
+    return list(islice(_bad_fields(item, _EVENT_TYPES, ""), MAX_ERRORS))
 
 
-def _bad_fields(item: dict[Any, Any], shape: type[msgspec.Struct], prefix: str) -> Iterator[FieldError]:
-    known = {field.name: field for field in msgspec.structs.fields(shape)}
+def _types_of(shape: type[msgspec.Struct]) -> dict[Any, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(shape)}
+
+
+_EVENT_TYPES = _types_of(WireEvent)
+_METRICS_TYPES = _types_of(WireMetrics)
+
+
+def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Iterator[FieldError]:
     for name, value in item.items():
-        if name not in known:
-            yield FieldError(f"{prefix}{name}", "is not a field of a usage event; what is yours goes into labels")
+        if name not in types:
+            shown = str(name)[:100]
+            yield FieldError(f"{prefix}{shown}", "is not a field of a usage event; what is yours goes into labels")
         elif name == "metrics" and isinstance(value, dict):
-            yield from _bad_fields(value, WireMetrics, "metrics.")
+            yield from _bad_fields(value, _METRICS_TYPES, "metrics.")
         else:
-            reason = _mismatch(value, known[name].type)
+            reason = _mismatch(value, types[name])
             if reason is not None:
                 yield FieldError(f"{prefix}{name}", reason)
 

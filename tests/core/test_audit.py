@@ -117,3 +117,10 @@ def test_an_erased_entry_verifies_without_its_payload() -> None:
     assert verify(entries).verified == 3
     forged = replace(entries[1], payload_hash=GENESIS)
     assert verify([entries[0], forged]).fault == Fault(2, "aud_2", "hash does not match the entry")
+
+
+def test_erased_entries_are_counted_apart() -> None:
+    entries = log(3)
+    bare = replace(entries[1], actor=None, subject=None, details=None, salt=None)
+    walk = verify([entries[0], bare, entries[2]])
+    assert (walk.fault, walk.verified, walk.erased) == (None, 3, 1)

@@ -207,11 +207,13 @@ def _record(sent: _NewAgent, caller: Caller) -> AgentRecord:
         errors.append(FieldError("id", "must be a URN of the form urn:asap:agent:<name>"))
     try:
         parts = urlsplit(sent.url)
-        is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        is_url = (
+            parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        )
     except ValueError:
         is_url = False
     if not is_url or not sent.url.isprintable() or " " in sent.url:
-        errors.append(FieldError("url", "must be an http or https URL"))
+        errors.append(FieldError("url", "must be an http or https URL without credentials"))
     if sent.public_key is not None:
         try:
             load_public(sent.public_key)

@@ -21,6 +21,7 @@ OPEN_PATHS = frozenset(
         "/",
         "/healthz",
         "/readyz",
+        "/openapi.json",
         "/.well-known/asap/health",
         "/.well-known/asap/manifest.json",
     }

@@ -61,6 +61,7 @@ def register(app: QuartTrio, services: Services) -> None:
             {
                 "valid": fault is None,
                 "verified": walk.verified,
+                "erased": walk.erased,
                 "last_seq": walk.seq,
                 "last_hash": walk.hash.hex(),
                 "first_bad": None if fault is None else {"seq": fault.seq, "id": fault.id, "reason": fault.reason},
