@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
 from asapd import config
 from asapd.core.errors import Refusal
-from asapd.core.types import DAY_US
+from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
+from asapd.store import retention
 from asapd.store.database import Database
-from asapd.store.units import Sweep
+from asapd.store.units import RetireUsage, Sweep
 
 IDEMPOTENCY_US = DAY_US
 """CONTRACT: an Idempotency-Key is kept for 24 hours."""
@@ -21,12 +23,31 @@ IDEMPOTENCY_US = DAY_US
 EVERY_S = 1.0
 """A lapsed reservation refuses nothing by itself for longer than this."""
 
+RETIRE_EVERY_S = 60.0
+"""Events are kept for days: a minute more is nothing, and a look each second would be."""
+
+BREATH_S = 0.02
+"""Between two steps of retention, which take about as long: ingest has at least half of the writer."""
+
+APPLY_S = 20.0
+"""How long one request applies retention before it answers that there is more."""
+
 
 @dataclass
 class JanitorSettings:
     """What the janitor goes by; the daemon changes it at a reload."""
 
     retention: config.Retention
+    metering: config.Metering = field(default_factory=config.Metering)
+
+
+def retired_before_us(settings: JanitorSettings, now_us: int) -> int:
+    """Events from before this are due: whole hours, so that a sum over hours never needs a raw row that is gone.
+
+    Never one that may still come again: its identity goes with it.
+    """
+    kept_us = max(settings.retention.usage_us, settings.metering.late_max_us)
+    return (now_us - kept_us) // HOUR_US * HOUR_US
 
 
 async def run_janitor(
@@ -40,9 +61,23 @@ async def run_janitor(
 ) -> None:
     """Sweep until cancelled."""
     task_status.started()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_sweep, database, clock, settings, beat, log)
+        nursery.start_soon(_retire, database, clock, settings, log)
+
+
+async def _sweep(
+    database: Database, clock: Clock, settings: JanitorSettings, beat: Callable[[], None], log: logging.Logger
+) -> None:
     while True:
         now_us = clock.now_us()
-        unit = Sweep(now_us, now_us - settings.retention.probes_us, now_us - IDEMPOTENCY_US)
+        unit = Sweep(
+            now_us,
+            now_us - settings.retention.probes_us,
+            now_us - IDEMPOTENCY_US,
+            usage_before_us=now_us - settings.metering.late_max_us,
+            tasks_before_us=now_us - settings.metering.task_timeout_us,
+        )
         swept = await database.submit(unit)
         beat()
         if isinstance(swept, Refusal):
@@ -51,3 +86,48 @@ async def run_janitor(
             log.info("%d reservations expired", swept.reservations_expired)
         more = not isinstance(swept, Refusal) and swept.more
         await trio.sleep(0 if more else EVERY_S)
+
+
+async def _retire(database: Database, clock: Clock, settings: JanitorSettings, log: logging.Logger) -> None:
+    while True:
+        done = await _retire_due(database, clock, settings, "asapd")
+        if isinstance(done, Refusal):
+            log.info("retention was not applied: %s", done.detail)
+        elif done:
+            log.info("retention took %d usage events", done)
+        await trio.sleep(RETIRE_EVERY_S)
+
+
+async def _retire_due(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:
+    """Retire all that is due, step by step; returns how many events went."""
+    total = 0
+    while True:
+        now_us = clock.now_us()
+        before_us = retired_before_us(settings, now_us)
+        if not await database.read(retention.is_due, before_us):
+            return total
+        done = await database.submit(RetireUsage(before_us, actor, now_us))
+        if isinstance(done, Refusal):
+            return done
+        total += done.rows
+        if not done.more:
+            return total
+        await trio.sleep(BREATH_S)
+
+
+async def apply_retention(
+    database: Database, clock: Clock, settings: JanitorSettings, actor: str, dry_run: bool
+) -> dict[str, Any] | Refusal:
+    """Apply retention now, or say what would go; `more` is true when it did not come to its end in time."""
+    now_us = clock.now_us()
+    before_us = retired_before_us(settings, now_us)
+    due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us)
+    if dry_run:
+        return {"dry_run": True, **due, "more": False}
+    retired: int | Refusal = 0
+    with trio.move_on_after(APPLY_S) as patience:
+        retired = await _retire_due(database, clock, settings, actor)
+    if isinstance(retired, Refusal):
+        return retired
+    # Probes go by the sweep of every second.
+    return {"dry_run": False, **due, "more": patience.cancelled_caught}

@@ -26,6 +26,7 @@ from asapd.store.units import (
     Reserved,
     Revoked,
     RowWritten,
+    Voided,
 )
 from asapd.store.units import (
     AuthorizationDenied as AuthorizationDenied,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
@@ -36,6 +37,7 @@ from asapd.store.units import (
 from asapd.store.units import (
     TaskEvent as TaskEvent,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
+from asapd.wire.otlp_points import MetricPoint
 
 # --- meter
 
@@ -53,6 +55,45 @@ class Report:
     partial: bool
     idempotency: Idempotency | None
     reply: Reply[Recorded | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryRecorded:
+    """What became of an export: events, and for each span or point that was left out the reason."""
+
+    recorded: int
+    duplicates: int
+    rejected: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSpans:
+    """Record what the spans of one export used. `resources` has for each the newest end of a span (microseconds)."""
+
+    caller: Caller
+    events: list[UsageEvent]
+    resources: dict[bytes, int]
+    reply: Reply[TelemetryRecorded | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportMetrics:
+    """Record what the points of one export add to those before them."""
+
+    caller: Caller
+    points: list[MetricPoint]
+    reply: Reply[TelemetryRecorded | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class VoidRequest:
+    """Take a stored event out of all sums, by its row number."""
+
+    caller: Caller
+    seq: int
+    reason: str
+    idempotency: Idempotency | None
+    reply: Reply[Voided | Refusal]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +115,7 @@ class ReconfigureMeter:
     reply: Reply[None]
 
 
-MeterMessage = Report | ReportTask | ReconfigureMeter
+MeterMessage = Report | ReportSpans | ReportMetrics | ReportTask | VoidRequest | ReconfigureMeter
 
 # --- registry
 
@@ -163,6 +204,7 @@ class ChangeReservation:
     reason: str
     idempotency: Idempotency | None
     reply: Reply[ReservationChanged | Refusal]
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +219,16 @@ class RevokeDelegation:
 
 @dataclass(frozen=True, slots=True)
 class ReconfigureRegistry:
-    """Use other roots, keys and limits from the next message on; `pinned` maps agents to raw public keys."""
+    """Use other roots, keys, limits and budgets from the next message on.
+
+    `pinned` maps agents to raw public keys.
+    """
 
     delegation: config.Delegation
     pinned: dict[str, bytes]
-    reply: Reply[None]
+    reply: Reply[Refusal | None]
+    budgets: tuple[config.Budget, ...] = ()
+    actor: str = "asapd"
 
 
 RegistryMessage = Issue | Register | Validate | Authorize | ChangeReservation | RevokeDelegation | ReconfigureRegistry

@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import trio
 
 from asapd import config
-from asapd.actors.messages import MeterMessage, ReconfigureMeter, Report, ReportTask
+from asapd.actors.messages import (
+    MeterMessage,
+    ReconfigureMeter,
+    Report,
+    ReportMetrics,
+    ReportSpans,
+    ReportTask,
+    VoidRequest,
+)
+from asapd.actors.telemetry import Times, record_metrics, record_spans
+from asapd.core.access import Caller
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
@@ -18,9 +29,9 @@ from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
-from asapd.store import usage_queries
+from asapd.store import retention, usage_queries
 from asapd.store.database import Database
-from asapd.store.units import Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict
+from asapd.store.units import Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict, VoidUsage
 
 # Reports in hand at once: what a group commit can gather. 256 single events fill a commit well,
 # and 256 of the largest bodies are held back by the store's bound on bytes in flight.
@@ -71,13 +82,26 @@ async def run_meter(
     """Serve reports until the mailbox is closed."""
     newest_us = await database.read(usage_queries.newest_commit)
     _move_horizon(settings, max(newest_us, clock.now_us()))
+    # Events of before this may be gone with their identities: a repeat of one would count again.
+    settings.horizon_us = max(settings.horizon_us, await database.read(retention.retired_before))
 
     async def handle(message: MeterMessage) -> None:
         match message:
             case Report():
                 message.reply.send(await _record(message, database, settings, clock.now_us()))
+            case ReportSpans():
+                _move_horizon(settings, now_us := clock.now_us())
+                make = partial(_unit, message.caller, settings, now_us)
+                message.reply.send(await record_spans(message, database, make, _times(settings, now_us)))
+            case ReportMetrics():
+                _move_horizon(settings, now_us := clock.now_us())
+                make = partial(_unit, message.caller, settings, now_us)
+                message.reply.send(await record_metrics(message, database, make, _times(settings, now_us)))
             case ReportTask():
                 message.reply.send(await _record_task(message, database, settings, clock.now_us()))
+            case VoidRequest():
+                unit = VoidUsage(message.seq, message.reason, message.caller.actor, clock.now_us())
+                message.reply.send(await database.submit(unit, idempotency=message.idempotency))
             case ReconfigureMeter():
                 settings.metering, settings.prices = message.metering, message.prices
                 message.reply.send(None)
@@ -94,6 +118,16 @@ async def run_meter(
 
 def _move_horizon(settings: MeterSettings, now_us: int) -> None:
     settings.horizon_us = max(settings.horizon_us, now_us - settings.metering.late_max_us)
+
+
+def _times(settings: MeterSettings, now_us: int) -> Times:
+    metering = settings.metering
+    return Times(settings.horizon_us, now_us + metering.clock_skew_max_us, metering.otlp.spans_win_us)
+
+
+def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[UsageEvent]) -> RecordUsage:
+    costs = price(events, settings.prices, settings.metering.pricing.prefer)
+    return RecordUsage(caller.tenant or DEFAULT_TENANT, caller.actor, now_us, events, costs)
 
 
 async def _record(message: Report, database: Database, settings: MeterSettings, now_us: int) -> Recorded | Refusal:

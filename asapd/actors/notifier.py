@@ -54,7 +54,7 @@ def _log(alert: Alert, log: logging.Logger) -> None:
         logging.INFO if alert.event == "resolved" else logging.WARNING,
         "%s breach of %s %s: promised %s, actual %s (alert %d, %s)",
         breach["breach_type"],
-        alert.agent_id or breach["id"],
+        alert.agent_id or breach["budget"] or breach["id"],
         alert.event,
         breach["threshold"],
         breach["actual"],

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgspec
 
 from asapd.core.access import Caller
 from asapd.runtime.clock import Clock
-from asapd.store import agents, audit, breaches, keys, ledger_queries, usage_queries
+from asapd.store import (
+    agents,
+    audit,
+    breaches,
+    budget_queries,
+    keys,
+    ledger_queries,
+    retention,
+    sources,
+    tasks,
+    usage_queries,
+    voids,
+)
 from asapd.store.agents import DirectoryAgent, StoredProbe
 from asapd.store.audit import AuditFilter
 from asapd.store.database import Database
+from asapd.store.sources import SourceFilter
+from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units import ApiKey, BreachRow
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
 
-__all__ = ["GROUPS", "TIME_GROUPS", "AuditFilter", "BreachRow", "DirectoryAgent", "Reads", "StoredProbe"]
+__all__ = ["GROUPS", "STATES", "TIME_GROUPS", "AuditFilter", "BreachRow", "DirectoryAgent", "Reads", "StoredProbe"]
+
+
+UTC = ZoneInfo("UTC")
+
+
+class ExportPage(msgspec.Struct, frozen=True):
+    """Rows of an export as bytes, where the last stands, and up to which time rows may meanwhile be gone."""
+
+    data: bytes
+    count: int
+    last: tuple[int, int] | None
+    retired_before_us: int
 
 
 def visibility(caller: Caller) -> Visibility:
@@ -46,11 +76,87 @@ class Reads:
         return await self._database.read(usage_queries.list_usage, query, limit, after, offset, descending)
 
     async def usage_aggregate(
-        self, caller: Caller, filters: dict[str, Any], group_by: tuple[str, ...], *, limit: int, offset: int
+        self,
+        caller: Caller,
+        filters: dict[str, Any],
+        group_by: tuple[str, ...],
+        *,
+        limit: int,
+        offset: int,
+        zone: ZoneInfo = UTC,
     ) -> list[dict[str, Any]]:
-        """Sums by groups."""
+        """Sums by groups; periods are those of a zone's clocks."""
         query = UsageFilter(visibility(caller), **filters)
-        return await self._database.read(usage_queries.aggregate, query, group_by, limit, offset)
+        return await self._database.read(usage_queries.aggregate, query, group_by, limit, offset, zone)
+
+    async def raw_since(self) -> int:
+        """From when on raw events are complete, in microseconds since the epoch; 0 when none was retired."""
+        return await self._database.read(retention.retired_before)
+
+    async def find_event(self, caller: Caller, event: str, agent: str | None, source: str | None) -> list[int]:
+        """The rows of the events that bear an id, of agents that the caller may see."""
+        return await self._database.read(voids.find_event, visibility(caller), event, agent, source)
+
+    async def sources(
+        self, caller: Caller, *, agent: str | None, source: str | None, limit: int, after: sources.Key | None
+    ) -> list[tuple[sources.Key, dict[str, Any]]]:
+        """What the sources of agents delivered, each with its position."""
+        query = SourceFilter(visibility(caller), agent, source)
+        return await self._database.read(sources.list_sources, query, limit, after)
+
+    async def snapshot(self) -> int:
+        """The number of the newest event: what an export stops at."""
+        return await self._database.read(usage_queries.newest_seq)
+
+    async def position(self, seq: int) -> tuple[int, int] | None:
+        """Where a row stands in the order of time; None when it is gone."""
+        return await self._database.read(usage_queries.position_of, seq)
+
+    async def export_page(
+        self,
+        caller: Caller,
+        filters: dict[str, Any],
+        *,
+        limit: int,
+        after: tuple[int, int] | None,
+        through: int,
+        encode: Callable[[list[dict[str, Any]]], bytes],
+    ) -> ExportPage:
+        """The next rows of an export, written out in the reader's thread, so that the loop goes on meanwhile."""
+        query = UsageFilter(visibility(caller), **filters)
+
+        def read(connection: Any) -> ExportPage:
+            rows = usage_queries.list_usage(connection, query, limit, after, through_seq=through)
+            last = None if not rows else usage_queries.position_of(connection, rows[-1]["seq"])
+            return ExportPage(encode(rows), len(rows), last, retention.retired_before(connection))
+
+        return await self._database.read(read)
+
+    async def usage_after(
+        self, caller: Caller, filters: dict[str, Any], seq: int, window: int
+    ) -> tuple[list[dict[str, Any]], int, int]:
+        """Events in the order of their commit, how far that looked, and the highest row that retention took."""
+        query = UsageFilter(visibility(caller), **filters)
+
+        def read(connection: Any) -> tuple[list[dict[str, Any]], int, int]:
+            return *usage_queries.rows_after(connection, query, seq, window), retention.retired_through(connection)
+
+        return await self._database.read(read)
+
+    # --- tasks
+
+    async def tasks(
+        self, caller: Caller, filters: dict[str, Any], *, limit: int, after: int | None, descending: bool
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Tasks known from their life cycle, each with its position."""
+        query = TaskFilter(visibility(caller), **filters)
+        return await self._database.read(
+            lambda connection: tasks.list_tasks(connection, query, limit, after, descending=descending)
+        )
+
+    async def task(self, caller: Caller, task: str) -> dict[str, Any] | None:
+        """One task with its totals and those of its descendants."""
+        return await self._database.read(tasks.get_task, visibility(caller), task)
 
     async def usage_summary(self, caller: Caller, filters: dict[str, Any]) -> dict[str, Any]:
         """Totals."""
@@ -118,9 +224,21 @@ class Reads:
                 return None
             delegation = ledger_queries.get_delegation(connection, row.delegation)
             assert delegation is not None
-            return ledger_queries.public_reservation(row, ledger_queries.remaining_of(connection, delegation.account))
+            left = ledger_queries.remaining_of(connection, delegation.account)
+            left = budget_queries.remaining_with_budgets(connection, left, row.id)
+            return ledger_queries.public_reservation(row, left)
 
         return await self._database.read(query)
+
+    # --- budgets
+
+    async def budgets(self, caller: Caller) -> list[dict[str, Any]]:
+        """The budgets whose work the caller may see, in the order of their names."""
+        return await self._database.read(budget_queries.list_budgets, visibility(caller), self._clock.now_us())
+
+    async def budget(self, caller: Caller, name: str) -> dict[str, Any] | None:
+        """One budget."""
+        return await self._database.read(budget_queries.get_budget, visibility(caller), name, self._clock.now_us())
 
     # --- agents and breaches
 
@@ -154,7 +272,7 @@ class Reads:
 
         def query(connection: Any) -> tuple[BreachRow, dict[str, Any]] | None:
             found = breaches.get_breach(connection, breach)
-            if found is None or not caller.may_touch(found[0].agent_id) or caller.tenant not in {None, found[0].tenant}:
+            if found is None or not _may_see(caller, found[0]):
                 return None
             return found[0], {**breaches.public(found[0]), "seq": found[1]}
 
@@ -181,3 +299,10 @@ class Reads:
     async def keys(self) -> list[ApiKey]:
         """All API keys."""
         return await self._database.read(keys.list_keys)
+
+
+def _may_see(caller: Caller, breach: BreachRow) -> bool:
+    """A budget's breach is of no agent and no tenant: only those whom nothing narrows see it."""
+    if breach.agent_id is None:
+        return caller.sees_everything
+    return caller.may_touch(breach.agent_id) and caller.tenant in {None, breach.tenant}

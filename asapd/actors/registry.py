@@ -12,6 +12,7 @@ from typing import assert_never
 import trio
 
 from asapd import config
+from asapd.actors.budgets import BudgetsNotSyncedError, sync_budgets
 from asapd.actors.keyring import KeyDirectory, read_public_keys
 from asapd.actors.messages import (
     Authorize,
@@ -67,6 +68,7 @@ class RegistrySettings:
     delegation: config.Delegation
     keys_dir: Path
     pinned: dict[str, bytes] = field(default_factory=dict)
+    budgets: tuple[config.Budget, ...] = ()
 
 
 async def run_registry(
@@ -135,11 +137,21 @@ class _Registry:
         self._verified: dict[bytes, bytes] = {}
 
     async def load(self) -> None:
-        """Read keys and revocations."""
+        """Read keys and revocations, and have the store go by the configured budgets.
+
+        Raises:
+            BudgetsNotSyncedError: the store could not answer.
+        """
         self._keys.load_held(self._settings.keys_dir, self._log)
         self._keys.pinned = self._settings.pinned
         await self._load_learned()
         await self._load_revoked()
+        refusal = await self._sync_budgets(self._settings.budgets, "asapd")
+        if refusal is not None:
+            raise BudgetsNotSyncedError(refusal.detail)
+
+    async def _sync_budgets(self, budgets: tuple[config.Budget, ...], actor: str) -> Refusal | None:
+        return await sync_budgets(self._database, budgets, actor=actor, now_us=self._clock.now_us())
 
     async def _load_revoked(self) -> None:
         self._revoked = set(await self._database.read(ledger_queries.revoked_tokens, self._clock.now_us()))
@@ -180,13 +192,20 @@ class _Registry:
             case RevokeDelegation():
                 message.reply.send(await self._revoke(message))
             case ReconfigureRegistry():
-                self._settings.delegation, self._settings.pinned = message.delegation, message.pinned
-                self._keys.load_held(self._settings.keys_dir, self._log)
-                self._keys.pinned = message.pinned
-                self._verified.clear()
-                message.reply.send(None)
+                message.reply.send(await self._reconfigure(message))
             case _:
                 assert_never(message)
+
+    async def _reconfigure(self, message: ReconfigureRegistry) -> Refusal | None:
+        refusal = await self._sync_budgets(message.budgets, message.actor)
+        if refusal is not None:
+            return refusal
+        self._settings.budgets = message.budgets
+        self._settings.delegation, self._settings.pinned = message.delegation, message.pinned
+        self._keys.load_held(self._settings.keys_dir, self._log)
+        self._keys.pinned = message.pinned
+        self._verified.clear()
+        return None
 
     # --- judging a chain
 
@@ -360,7 +379,7 @@ class _Registry:
         unit: SettleReservation | ReleaseReservation | ExtendReservation | RefundReservation
         match message.verb:
             case "settle":
-                unit = SettleReservation(row.id, message.cost_microusd, actor, now_us)
+                unit = SettleReservation(row.id, message.cost_microusd, actor, now_us, message.tokens)
             case "release":
                 unit = ReleaseReservation(row.id, actor, now_us)
             case "extend":

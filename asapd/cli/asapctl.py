@@ -9,11 +9,13 @@ import click
 from asapd import __version__
 from asapd.cli.agents import agents
 from asapd.cli.audit import audit
+from asapd.cli.budgets import budgets
 from asapd.cli.delegation import delegation
 from asapd.cli.door import RefusedError, segment
 from asapd.cli.keys import keys
 from asapd.cli.options import SETTINGS, Session, asks_daemon
 from asapd.cli.outcome import Exit, run
+from asapd.cli.retention import retention
 from asapd.cli.show import cell, show_json, show_pairs, show_table
 from asapd.cli.sla import sla
 from asapd.cli.usage import usage
@@ -150,7 +152,7 @@ def restart(session: Session, name: str) -> None:
         click.echo(f"restarted: {outcome['restarted']}")
 
 
-for group in (agents, usage, delegation, sla, audit, keys):
+for group in (agents, usage, retention, delegation, budgets, sla, audit, keys):
     asapctl.add_command(group)
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
 from asapd.cli.options import Session, asks_daemon, moment
-from asapd.cli.outcome import Exit, Failure
+from asapd.cli.outcome import Exit
 from asapd.cli.show import encode, show_json, show_table
+from asapd.cli.written import written
 
 
 @click.group()
@@ -113,7 +108,7 @@ def export(session: Session, file: Path, form: str | None) -> None:
     first = list(islice(entries, 1))
     count = 0
     is_json = (form or ("json" if session.as_json else "ndjson")) == "json"
-    with _written(file) as out:
+    with written(file) as out:
         if is_json:
             out.write(b'{"data":[')
         for part in (first, entries):
@@ -124,30 +119,3 @@ def export(session: Session, file: Path, form: str | None) -> None:
             out.write(b'\n],"count":%d,"next_cursor":null}\n' % count)
     if str(file) != "-":
         click.echo(f"{file}: {count} entries", err=True)
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[BinaryIO]:
-    """A file that is there as a whole or not at all, readable by its owner; devices and pipes are written directly."""
-    if str(file) == "-":
-        yield sys.stdout.buffer
-        return
-    try:
-        if file.exists() and not file.is_file():
-            with file.open("wb") as out:
-                yield out
-            return
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                yield out
-                out.flush()
-                os.fsync(descriptor)
-            Path(name).replace(file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Failure(Exit.USAGE, f"{file}: cannot be written: {error.strerror}") from None

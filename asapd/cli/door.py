@@ -129,6 +129,42 @@ class Door:
             return reply
         raise RefusedError(response.status, reply if isinstance(reply, dict) else {})
 
+    def download(self, path: str, **parameters: Any) -> tuple[dict[str, str], Iterator[bytes]]:
+        """A long reply as it comes: its headers by lower-case name, and its parts, which fail when it is cut off."""
+        import http.client
+
+        import msgspec
+
+        given = {name: value for name, value in parameters.items() if value is not None}
+        try:
+            connection = http.client.HTTPConnection("asapd", timeout=READ_S)
+            connection.sock = self._connect()
+            connection.request("GET", f"{path}?{urlencode(given)}" if given else path)
+            response = connection.getresponse()
+            if response.status >= 400:
+                with connection.sock:
+                    problem = msgspec.json.decode(response.read())
+                raise RefusedError(response.status, problem)
+        except TimeoutError:
+            raise unreachable(self.path, None) from None
+        except OSError as error:
+            raise unreachable(self.path, error) from None
+        except (http.client.HTTPException, msgspec.DecodeError):
+            raise Failure(Exit.UNREACHABLE, f"{self.path}: what answers there is not asapd") from None
+
+        def parts() -> Iterator[bytes]:
+            try:
+                while part := response.read1(1 << 16):
+                    yield part
+            except (OSError, http.client.HTTPException):
+                detail = "the reply was cut off: nothing was written, ask again"
+                raise Failure(Exit.UNREACHABLE, f"{self.path}: {detail}") from None
+            finally:
+                response.close()
+                connection.close()
+
+        return {name.lower(): value for name, value in response.getheaders()}, parts()
+
     def _connect(self) -> socket.socket:
         connected = socket.socket(socket.AF_UNIX)
         try:

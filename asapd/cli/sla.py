@@ -176,6 +176,18 @@ def breaches(
 
 
 def _show_breaches(rows: list[dict[str, Any]]) -> None:
-    fields = ("id", "state", "severity", "agent_id", "breach_type", "window", "threshold", "actual", "detected_at")
+    fields = ("breach_type", "window", "threshold", "actual", "detected_at", "resolved_at")
     names = ("id", "state", "severity", "agent", "type", "window", "promised", "measured", "detected", "resolved")
-    show_table(names, [[row[field] for field in (*fields, "resolved_at")] for row in rows])
+    show_table(
+        names,
+        [
+            (
+                row["id"],
+                row["state"],
+                row["severity"],
+                row["agent_id"] or row["budget"],
+                *(row[name] for name in fields),
+            )
+            for row in rows
+        ],
+    )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
 from asapd.cli.options import Session, asks_daemon, moment
 from asapd.cli.show import show_json, show_table
+from asapd.cli.written import written
+from asapd.wire.usage_export import csv_cell
 
 _COLUMNS = {
     "agent": "agent_id",
@@ -56,7 +61,8 @@ def usage() -> None:
     type=click.Choice(tuple(_COLUMNS)),
     help="Sum by this; may be given several times. Without it, and without --period: agent.",
 )
-@click.option("--period", type=click.Choice(("hour", "day", "week", "month")), help="Sum by this length of time (UTC).")
+@click.option("--period", type=click.Choice(("hour", "day", "week", "month")), help="Sum by this length of time.")
+@click.option("--timezone", metavar="ZONE", help="Whose clocks tell periods, such as Europe/Berlin; UTC unless given.")
 @click.option("--since", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d for a week ago.")
 @click.option("--until", type=moment, metavar="TIME", help="Before then.")
 @click.option("--agent", metavar="URN", help="Only work of this agent.")
@@ -100,4 +106,56 @@ def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow("" if row[name] is None else row[name] for name in columns)
+        writer.writerow(csv_cell(row[name]) for name in columns)
+
+
+@usage.command()
+@click.option(
+    "--out",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    default="-",
+    help="Where to write it; stdout unless given.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("ndjson", "json", "csv", "parquet")),
+    help="ndjson unless --json is given.",
+)
+@click.option("--since", "start", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d.")
+@click.option("--until", "end", type=moment, metavar="TIME", help="Before then.")
+@click.option("--agent", metavar="URN", help="Only work of this agent.")
+@click.option("--consumer", metavar="URN", help="Only work for this consumer.")
+@asks_daemon
+def export(session: Session, file: Path, form: str | None, **filters: str | None) -> None:
+    """Write out every usage event.
+
+    All that is recorded when it begins, in the order of time; a file is there as a whole or not at all.
+
+    \b
+    Examples:
+      asapctl usage export --out usage.ndjson
+      asapctl usage export --format parquet --since 30d --out usage.parquet
+    """
+    chosen = form or ("json" if session.as_json else "ndjson")
+    headers, parts = session.door.download("/usage/export", format=chosen, **filters)
+    size = 0
+    with _progress(session, chosen, filters) as advance, written(file) as out:
+        for part in parts:
+            out.write(part)
+            size += len(part)
+            advance(part.count(b"\n"))
+    if str(file) != "-":
+        click.echo(f"{file}: {size} bytes, all up to row {headers['asapd-snapshot']}", err=True)
+
+
+@contextmanager
+def _progress(session: Session, form: str, filters: dict[str, str | None]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, by lines of what the totals promise; Parquet has none to count."""
+    if form == "parquet" or not sys.stderr.isatty():
+        yield lambda _lines: None
+        return
+    total = session.door.get("/usage/summary", **filters)["total_events"]
+    with click.progressbar(length=total, label="events", file=sys.stderr) as bar:
+        yield bar.update

@@ -129,12 +129,31 @@ class Pricing(_Section):
     prefer: Literal["priced", "reported"] = "priced"
 
 
+class Otlp(_Section):
+    """How OpenTelemetry is read: the attributes that name whom usage is of, best first, and when spans win."""
+
+    agent: Many[Name] = ("asap.agent.id", "gen_ai.agent.id", "gen_ai.agent.name", "service.name")
+    consumer: Many[Name] = ("asap.consumer.id", "enduser.id", "user.id", "enduser.pseudo.id")
+    task: Many[Name] = ("asap.task.id",)
+    project: Many[Name] = ("asap.project",)
+    spans_win_us: Duration = Field(default=HOUR_US, alias="spans_win")
+
+
+class CloudEvents(_Section):
+    """The types of CloudEvents whose data is a usage event, besides `asap.usage`."""
+
+    types: Many[Name] = ()
+
+
 class Metering(_Section):
     """Which usage events are taken."""
 
     clock_skew_max_us: Duration = Field(default=5 * MINUTE_US, alias="clock_skew_max")
     late_max_us: Duration = Field(default=7 * DAY_US, alias="late_max")
+    task_timeout_us: Kept = Field(default=DAY_US, alias="task_timeout")
     pricing: Pricing = Pricing()
+    otlp: Otlp = Otlp()
+    cloudevents: CloudEvents = CloudEvents()
 
 
 class Prober(_Section):

@@ -9,12 +9,9 @@ def settings_without_effect(config: Config) -> tuple[str, ...]:
     """The settings of a file that ask for something this version does not do, by their names in the file."""
     defaults = Config()
     found = {
-        "budget": bool(config.budgets),
         "alerts.webhook": bool(config.alerts.webhooks),
-        "ingest.bind": bool(config.ingest.bind),
         "audit.enabled": not config.audit.enabled,
         "audit.checkpoint_every": config.audit.checkpoint_every_us != defaults.audit.checkpoint_every_us,
-        "retention.usage": config.retention.usage_us != defaults.retention.usage_us,
         "retention.audit": config.retention.audit_us is not None,
     }
     return tuple(name for name, asked in found.items() if asked)

@@ -53,18 +53,23 @@ class MissingEstimate(Struct, frozen=True, tag=True):
 
 
 class Remaining(Struct, frozen=True):
-    """What a path still has to give, from 0; None is no limit."""
+    """What a path still has to give, from 0; None is no limit. Only budgets limit tokens."""
 
     cost_microusd: int | None
     tasks: int | None
+    tokens: int | None = None
 
 
 class Hold(Struct, frozen=True):
-    """What one reservation still holds on every account of its path, and what was used under it."""
+    """What one reservation still holds on every account of its path, and what was used under it.
+
+    Tokens are held on budgets only.
+    """
 
     cost_microusd: int
     tasks_extra: int
     used_microusd: int = 0
+    tokens: int = 0
 
 
 class Settlement(Struct, frozen=True):
@@ -80,6 +85,8 @@ class Settlement(Struct, frozen=True):
     hold_after: Hold
     unpriced: bool
     excess_microusd: int
+    spend_tokens: int = 0
+    release_tokens: int = 0
 
 
 class Released(Struct, frozen=True):
@@ -119,10 +126,12 @@ def remaining(path: Sequence[Account]) -> Remaining:
 
 def open_hold(estimate: Estimate) -> Hold:
     """What an accepted estimate holds; the named task is counted by itself, so only the others are extra."""
-    return Hold(cost_microusd=estimate.cost_microusd or 0, tasks_extra=_tasks_extra(estimate))
+    return Hold(
+        cost_microusd=estimate.cost_microusd or 0, tasks_extra=_tasks_extra(estimate), tokens=estimate.tokens or 0
+    )
 
 
-def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False) -> Settlement:
+def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False, tokens: int = 0) -> Settlement:
     """What usage of this cost does under a hold; None is a cost nobody knows.
 
     A cost is paid from the hold as far as it reaches, the rest is excess. An unknown cost spends
@@ -132,6 +141,7 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False)
     spend_microusd = hold.cost_microusd if cost_microusd is None else cost_microusd
     release_microusd = min(spend_microusd, hold.cost_microusd)
     release_tasks = 1 if another_task and hold.tasks_extra else 0
+    release_tokens = min(tokens, hold.tokens)
     return Settlement(
         spend_microusd=spend_microusd,
         release_microusd=release_microusd,
@@ -140,9 +150,12 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False)
             cost_microusd=hold.cost_microusd - release_microusd,
             tasks_extra=hold.tasks_extra - release_tasks,
             used_microusd=hold.used_microusd + spend_microusd,
+            tokens=hold.tokens - release_tokens,
         ),
         unpriced=cost_microusd is None,
         excess_microusd=spend_microusd - release_microusd,
+        spend_tokens=tokens,
+        release_tokens=release_tokens,
     )
 
 

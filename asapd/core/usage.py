@@ -13,7 +13,7 @@ from asapd.core.types import HOUR_US, Outcome
 FLAG_UNRESERVED = 1
 """Names a delegation but no reservation."""
 FLAG_OVERRUN = 2
-"""Passed the estimate of its reservation, or the limit of an account on its path."""
+"""Passed the estimate of its reservation, the limit of an account on its path, or the hard limit of a budget."""
 FLAG_UNPRICED = 4
 """Cost unknown under a reservation: the ledger settled at the estimate."""
 FLAG_UNAUTHORISED = 8

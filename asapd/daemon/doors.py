@@ -33,10 +33,11 @@ class Doors:
         self._environ = environ
         self._unlinking = contextlib.ExitStack()
         self.http: list[Door] = []
+        self.lane: list[trio.SocketListener] = []
         self.addresses: list[str] = []
 
     async def open(self) -> trio.SocketListener:
-        """Open the HTTP and admin doors, and the ingest socket, which is returned."""
+        """Open the HTTP and admin doors, the fast lane, and the ingest socket, which is returned."""
         http = self._settings.http
         tls = _tls_context(http.tls)
         # systemd's sockets take the place of http.bind.
@@ -55,7 +56,22 @@ class Doors:
         self.addresses = [_address(door.listener, scheme) for door in self.http]
         admin = self._open_local(self._settings.admin, "admin.sock")
         self.http.append(Door(admin, "admin", lambda stream: {"peer": sockets.peer_credentials(stream)}))
+        await self._open_lane()
         return self._open_local(self._settings.ingest, "ingest.sock")
+
+    async def _open_lane(self) -> None:
+        for bind in self._settings.ingest.bind:
+            if bind.path is not None:
+                self.lane.append(self._open_unix(bind.path, 0o660, None))
+            elif bind.kind == "fd":
+                self.lane.append(sockets.adopt(bind.fd))
+            else:
+                self.lane += await sockets.open_tcp(bind.text)
+        for listener in self.lane:
+            name = listener.socket.getsockname()
+            if not isinstance(name, str | bytes) and not sockets.is_loopback(_netloc(name)):
+                raise CannotListen(f"{_netloc(name)} is reachable from outside, and ingest.bind speaks plain HTTP only")
+            self.addresses.append(_address(listener, "http"))
 
     def close(self) -> None:
         """Remove the socket files."""

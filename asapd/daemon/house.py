@@ -19,7 +19,7 @@ import asapd
 from asapd import config
 from asapd.actors.auditor import run_auditor
 from asapd.actors.gatekeeper import KEY_PREFIX, KeyRing, digest_of, run_gatekeeper
-from asapd.actors.janitor import JanitorSettings, run_janitor
+from asapd.actors.janitor import JanitorSettings, apply_retention, run_janitor
 from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
 from asapd.actors.prober import ProberSettings, run_prober
@@ -34,7 +34,8 @@ from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
 from asapd.daemon.showing import Showing
 from asapd.edge.auth import ingest_socket_caller
-from asapd.edge.connection import Limits
+from asapd.edge.connection import Limits, SocketTransport
+from asapd.edge.fastlane import FastLane
 from asapd.edge.http.app import create_app
 from asapd.edge.ingest import run_ingest
 from asapd.edge.reporting import report_frame
@@ -106,10 +107,10 @@ class House:
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
         keys_dir = loaded.config.delegation.keys_dir or premises.state_dir / "keys"
         self._meter = MeterSettings(loaded.config.metering, loaded.prices)
-        self._registry = RegistrySettings(loaded.config.delegation, keys_dir, loaded.pinned)
+        self._registry = RegistrySettings(loaded.config.delegation, keys_dir, loaded.pinned, loaded.config.budgets)
         self._prober = ProberSettings(loaded.config.prober, loaded.agents)
         self._watcher = WatcherSettings(loaded.config.sla)
-        self._janitor = JanitorSettings(loaded.config.retention)
+        self._janitor = JanitorSettings(loaded.config.retention, loaded.config.metering)
         self._writer_supervisor = self._supervise([Actor("writer", self._runner.run, lambda: self._runner.pending)])
         self._actors = self._supervise(self._make_actors())
         self._loops = self._supervise(self._make_loops())
@@ -213,6 +214,9 @@ class House:
             ingest_caller=self._ingest_caller,
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
+            retain=partial(apply_retention, self._database, self._clock, self._janitor),
+            committed=self._committed,
+            stopping=self._stop,
         )
 
     def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
@@ -287,14 +291,25 @@ class House:
         with contextlib.closing(opening):
             ingest = await opening.open()
             self._addresses = opening.addresses
-            await self._serve(server, opening.http, ingest, services)
+            lane = self._fast_lane(services, server, limits)
+            await self._serve(server, opening, ingest, services, lane)
+
+    def _fast_lane(self, services: Services, server: HttpServer, limits: Limits) -> FastLane:
+        async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
+            if peer is None:
+                await server.serve_connection(stream, door="http")
+            else:
+                await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
+
+        return FastLane(services, hand_over, log=self._log.getChild("lane"), limits=limits)
 
     async def _serve(
-        self, server: HttpServer, http_doors: list[Door], ingest: trio.SocketListener, services: Services
+        self, server: HttpServer, opening: Doors, ingest: trio.SocketListener, services: Services, lane: FastLane
     ) -> None:
         async with trio.open_nursery() as doors:
-            served = await doors.start(_serve_http, server, http_doors)
-            ingest_scope = await doors.start(self._serve_ingest, ingest, services, server)
+            served = await doors.start(_serve_http, server, opening.http)
+            ingest_scope = await doors.start(self._serve_ingest, ingest, services, lane)
+            lane_scope = await doors.start(self._serve_lane, lane, opening.lane)
             doors.start_soon(self._feed_watchdog)
             self._ready = True
             self._systemd.ready(f"serving on {', '.join(self._addresses)}")
@@ -305,6 +320,7 @@ class House:
             self._feed.close()
             server.stop()
             ingest_scope.cancel()
+            lane_scope.cancel()
             with trio.move_on_after(GRACE_S + 3):
                 await served.wait()
             doors.cancel_scope.cancel()
@@ -313,7 +329,7 @@ class House:
         self,
         listener: trio.SocketListener,
         services: Services,
-        server: HttpServer,
+        lane: FastLane,
         *,
         task_status: trio.TaskStatus[trio.CancelScope],
     ) -> None:
@@ -330,12 +346,19 @@ class House:
                         max_frame_bytes=min(self._settings.http.max_body_bytes, MAX_FRAME_BYTES),
                         max_connections=self._settings.limits.max_connections,
                         log=self._log.getChild("ingest"),
-                        http=lambda stream, peer: server.serve_connection(
-                            stream, door="ingest", annotations={"peer": peer}
-                        ),
+                        http=lane.serve,
                         grace_s=GRACE_S,
                     )
                 )
+                task_status.started(scope)
+
+    async def _serve_lane(
+        self, lane: FastLane, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[trio.CancelScope]
+    ) -> None:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                most = self._settings.limits.max_connections
+                await nursery.start(partial(lane.run, listeners, max_connections=most, grace_s=GRACE_S))
                 task_status.started(scope)
 
     # --- signals and systemd
@@ -381,7 +404,7 @@ class House:
     def adopt(self, settings: config.Config) -> None:
         """Make a configuration the one in force for everything that looks it up."""
         self._settings = settings
-        self._janitor.retention = settings.retention
+        self._janitor.retention, self._janitor.metering = settings.retention, settings.metering
         self._fetcher.allow(settings.prober)
 
     @property

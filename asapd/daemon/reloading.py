@@ -112,7 +112,10 @@ class Reloader:
         self._target.adopt(effective)
         for outcome in (
             await ask_actor(boxes["meter"], lambda to: ReconfigureMeter(effective.metering, fresh.prices, to)),
-            await ask_actor(boxes["registry"], lambda to: ReconfigureRegistry(effective.delegation, fresh.pinned, to)),
+            await ask_actor(
+                boxes["registry"],
+                lambda to: ReconfigureRegistry(effective.delegation, fresh.pinned, to, effective.budgets, actor),
+            ),
             await ask_actor(boxes["watcher"], lambda to: ReconfigureWatcher(effective.sla, to)),
         ):
             if isinstance(outcome, Refusal):

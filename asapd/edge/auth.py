@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
-
-from werkzeug.datastructures import Headers
+from typing import Protocol
 
 from asapd import config
 from asapd.actors.gatekeeper import KeyRing
@@ -20,6 +19,14 @@ UNAUTHORIZED = Refusal(
     "unauthorized",
     "send a valid key as `Authorization: Bearer KEY`; the first one is in admin.key in the state directory",
 )
+
+
+class Fields(Protocol):
+    """The header fields of a request, found by their names in any case."""
+
+    def get(self, name: str, /) -> str | None:
+        """The value of a field."""
+        ...
 
 
 def admin_socket_caller(peer: Peer, daemon_uid: int) -> Caller:
@@ -49,19 +56,19 @@ def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[st
     return Caller(actor, Role.INGEST, agents) if agents else None
 
 
-def tcp_caller(headers: Headers, ring: KeyRing, http: config.Http) -> Caller | Refusal:
+def tcp_caller(headers: Fields, ring: KeyRing, http: config.Http) -> Caller | Refusal:
     """The caller behind a bearer key; under `auth = "none"` everybody is admin."""
     if http.auth == "none":
         return Caller("anonymous", Role.ADMIN, may_sign=True)
-    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    scheme, _, key = (headers.get("Authorization") or "").partition(" ")
     if scheme.lower() != "bearer" or not key:
         return UNAUTHORIZED
     return ring.find(key.strip()) or UNAUTHORIZED
 
 
-def check_host(headers: Headers, http: config.Http) -> Refusal | None:
+def check_host(headers: Fields, http: config.Http) -> Refusal | None:
     """Refuse a host name or a browser's origin that is not ours: what DNS rebinding and foreign pages would use."""
-    host = _host_of(headers.get("Host", ""))
+    host = _host_of(headers.get("Host") or "")
     own = LOCAL_HOSTS | {bind.host for bind in http.bind} | set(http.allowed_hosts)
     if host and host not in own and not _is_address(host):
         return Refusal("host_not_allowed", f"{host} is not served: add it to http.allowed_hosts if it should be")

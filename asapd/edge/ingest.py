@@ -11,7 +11,7 @@ from math import inf
 import msgspec
 import trio
 
-from asapd.edge.connection import bare_response
+from asapd.edge.connection import SocketTransport, bare_response
 from asapd.edge.sockets import Peer, peer_credentials
 from asapd.wire.frames import FrameDecoder, Oversized, encode
 
@@ -26,9 +26,9 @@ _GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class PushbackStream:
-    """A Unix stream whose first bytes, already received, come first; for the rest like `trio.SocketStream`."""
+    """A stream whose first bytes, already received, come first; for the rest like `trio.SocketStream`."""
 
-    def __init__(self, stream: trio.SocketStream, first: bytes) -> None:
+    def __init__(self, stream: SocketTransport, first: bytes) -> None:
         self._stream = stream
         self._first = first
         self.socket = stream.socket
@@ -36,7 +36,7 @@ class PushbackStream:
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Like `trio.abc.ReceiveStream.receive_some`."""
         if not self._first:
-            return await self._stream.receive_some(max_bytes)
+            return bytes(await self._stream.receive_some(max_bytes))
         await trio.lowlevel.checkpoint()
         head, self._first = self._first[:max_bytes], self._first[max_bytes:] if max_bytes else b""
         return head

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,15 +13,26 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
 from asapd.edge.asking import ask_actor
 from asapd.edge.services import Services
+from asapd.wire.cloudevents import USAGE_TYPES, decode_batch, decode_binary, decode_structured
 from asapd.wire.problem import problem
 from asapd.wire.usage import MAX_ERRORS, BodyFormat, Events, decode_events
+
+
+class BinaryEvent(msgspec.Struct, frozen=True):
+    """A CloudEvent in binary mode: its attributes are in these headers, with names in lower case."""
+
+    headers: Mapping[str, str]
+
+
+Written = BodyFormat | Literal["cloudevent", "cloudevents"] | BinaryEvent
+"""How a body is written."""
 
 
 async def report(
     services: Services,
     caller: Caller,
     body: bytes,
-    body_format: BodyFormat,
+    written: Written,
     *,
     partial: bool = False,
     idempotency: Idempotency | None = None,
@@ -32,7 +44,7 @@ async def report(
     """
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
-    decoded = decode_events(body, body_format)
+    decoded = _decode(services, body, written)
     if isinstance(decoded, Refusal):
         return decoded
     refusal = decoded.refusal or _check_agents(decoded, caller)
@@ -78,6 +90,16 @@ async def report(
     return reply
 
 
+def _decode(services: Services, body: bytes, written: Written) -> Events | Refusal:
+    if not isinstance(written, BinaryEvent) and written in {"json", "ndjson", "msgpack"}:
+        return decode_events(body, written)
+    types: dict[str, Literal["usage"]] = dict(USAGE_TYPES)
+    types |= dict.fromkeys(services.settings().metering.cloudevents.types, "usage")
+    if isinstance(written, BinaryEvent):
+        return decode_binary(written.headers, body, types)
+    return (decode_structured if written == "cloudevent" else decode_batch)(body, types)
+
+
 def _check_agents(decoded: Events, caller: Caller) -> Refusal | None:
     _, _, foreign = _own(decoded, caller)
     if not foreign:
@@ -114,11 +136,11 @@ def _untimely(services: Services, events: list[UsageEvent], places: list[int]) -
     ]
 
 
-def validate(services: Services, caller: Caller, body: bytes, body_format: BodyFormat) -> dict[str, Any] | Refusal:
+def validate(services: Services, caller: Caller, body: bytes, written: Written) -> dict[str, Any] | Refusal:
     """Say what reporting a body would say of its form, recording nothing; always an answer, never a refusal of it."""
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
-    decoded = decode_events(body, body_format)
+    decoded = _decode(services, body, written)
     if isinstance(decoded, Refusal):
         return {"valid": False, "error": decoded.detail, "code": decoded.code}
     late = [

@@ -24,6 +24,7 @@ from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.sockets import Peer
 from asapd.runtime.clock import Clock
+from asapd.runtime.fanout import Wakeup
 
 ASK_S = 30.0
 """How long a door waits for an actor: a commit on a slow disk behind a full queue takes seconds at worst."""
@@ -70,3 +71,9 @@ class Services:
     ingest_caller: Callable[[Peer], Caller | None]
     daemon_uid: int
     version: str
+    retain: Callable[[str, bool], Awaitable[dict[str, Any] | Refusal]]
+    """Applies retention for an actor, or with True says what would go."""
+    committed: Wakeup
+    """Raised by every commit."""
+    stopping: trio.Event
+    """Set when the daemon begins to stop: whoever streams says goodbye."""

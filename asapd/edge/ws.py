@@ -76,12 +76,12 @@ class _Session:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            while True:
-                message = await websocket.receive()
-                if not self._may_stay():
-                    await self._close(POLICY_VIOLATION, "the key was revoked")
-                    return
+            message = await websocket.receive()
+            while self._may_stay():
                 await self._handle(message, nursery)
+                message = await websocket.receive()
+            await self._close(POLICY_VIOLATION, "the key was revoked")
+            nursery.cancel_scope.cancel()
 
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
         request = jsonrpc.decode_request(message)

@@ -8,14 +8,14 @@ import apsw
 import msgspec
 
 from asapd.core.types import SECOND_US, format_us
-from asapd.store.rows import fetch, fetch_one
+from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units import AlertWritten, BreachRow, WriteBreach
 from asapd.store.visibility import Visibility, visible_text
 
 _COLUMNS = (
     "id, agent_id, breach_type, window_us, threshold, threshold_value, actual, actual_value, severity, state, "
-    "detected_at_us, samples, tenant, resolved_at_us, resolve_reason, evidence"
+    "detected_at_us, samples, tenant, resolved_at_us, resolve_reason, evidence, budget"
 )
 
 
@@ -35,8 +35,8 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
     breach = unit.breach
     known = tx.row("SELECT state, severity FROM breach WHERE id = ?", (breach.id,))
     already_open = tx.row(
-        "SELECT id FROM breach WHERE agent_id IS ? AND breach_type = ? AND state = 'open'",
-        (breach.agent_id, breach.breach_type),
+        "SELECT id FROM breach WHERE agent_id IS ? AND breach_type = ? AND budget IS ? AND state = 'open'",
+        (breach.agent_id, breach.breach_type, breach.budget),
     )
     stale = (
         (unit.event == "opened" and (known is not None or already_open is not None))
@@ -47,11 +47,12 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         return AlertWritten(None)
     seq = tx.next_seq("alert")
     tx.execute(
-        f"INSERT INTO breach ({_COLUMNS}, seq) VALUES ({','.join('?' * 17)}) "
-        "ON CONFLICT (id) DO UPDATE SET actual = excluded.actual, actual_value = excluded.actual_value, "
-        "severity = excluded.severity, state = excluded.state, samples = excluded.samples, "
-        "resolved_at_us = excluded.resolved_at_us, resolve_reason = excluded.resolve_reason, seq = excluded.seq",
-        (*msgspec.structs.astuple(breach)[:-1], msgspec.json.encode(breach.evidence).decode(), seq),
+        f"INSERT INTO breach ({_COLUMNS}, seq) VALUES ({','.join('?' * 18)}) "
+        "ON CONFLICT (id) DO UPDATE SET threshold = excluded.threshold, threshold_value = excluded.threshold_value, "
+        "actual = excluded.actual, actual_value = excluded.actual_value, severity = excluded.severity, "
+        "state = excluded.state, samples = excluded.samples, resolved_at_us = excluded.resolved_at_us, "
+        "resolve_reason = excluded.resolve_reason, evidence = excluded.evidence, seq = excluded.seq",
+        (*msgspec.structs.astuple(breach)[:-2], msgspec.json.encode(breach.evidence).decode(), breach.budget, seq),
     )
     params = {"event": unit.event, "seq": seq, "breach": {**public(breach), "seq": seq}}
     alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params)
@@ -63,6 +64,7 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         "actual": breach.actual,
         "agent": breach.agent_id,
         "breach_type": breach.breach_type,
+        "budget": breach.budget,
         "event": unit.event,
         "id": breach.id,
         "samples": breach.samples,
@@ -71,7 +73,7 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         "threshold": breach.threshold,
         "window_us": breach.window_us,
     }
-    tx.audit("sla.breach", "asapd", breach.agent_id or breach.id, details, unit.now_us)
+    tx.audit("sla.breach", "asapd", breach.agent_id or breach.budget or breach.id, details, unit.now_us)
     return AlertWritten(seq)
 
 
@@ -81,6 +83,7 @@ def public(breach: BreachRow) -> dict[str, Any]:
     return {
         "id": breach.id,
         "agent_id": breach.agent_id,
+        "budget": breach.budget,
         "breach_type": breach.breach_type,
         "window": _window(breach.window_us),
         "threshold": breach.threshold,
@@ -144,17 +147,24 @@ def list_breaches(
         f"SELECT {_COLUMNS}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
         (*values, limit),
     )
-    return [(_breach(*row[:16]), row[16]) for row in rows]
+    return [(_breach(row[:-1]), row[-1]) for row in rows]
 
 
 def get_breach(connection: apsw.Connection, breach: str) -> tuple[BreachRow, int] | None:
     """One breach by its id."""
     row = fetch_one(connection, f"SELECT {_COLUMNS}, seq FROM breach WHERE id = ?", (breach,))
-    return None if row is None else (_breach(*row[:16]), row[16])
+    return None if row is None else (_breach(row[:-1]), row[-1])
 
 
-def _breach(*row: Any) -> BreachRow:
-    return BreachRow(*[*row[:-1], msgspec.json.decode(row[-1])])
+def open_of_budget(connection: apsw.Connection, budget: str) -> BreachRow | None:
+    """The open breach of a budget."""
+    row = fetch_one(connection, f"SELECT {_COLUMNS} FROM breach WHERE budget = ? AND state = 'open'", (budget,))
+    return None if row is None else _breach(row)
+
+
+def _breach(row: Row) -> BreachRow:
+    *plain, evidence, budget = row
+    return BreachRow(*[*plain, msgspec.json.decode(evidence), budget])
 
 
 _alert = msgspec.json.Decoder(Alert)

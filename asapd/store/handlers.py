@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from asapd.store import agents, audit, breaches, keys, ledger, sweep, units, usage
+from asapd.store import (
+    agents,
+    audit,
+    breaches,
+    budgets,
+    keys,
+    ledger,
+    retention,
+    sweep,
+    tasks,
+    telemetry,
+    units,
+    usage,
+    voids,
+)
 from asapd.store.tx import Tx
 
 _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.RecordUsage: usage.record,
-    units.RecordTask: usage.record_task,
+    units.RecordTelemetry: telemetry.record,
+    units.VoidUsage: voids.void,
+    units.RetireUsage: retention.retire,
+    units.RecordTask: tasks.record_task,
     units.RegisterDelegation: ledger.register,
     units.Reserve: ledger.authorize,
     units.SettleReservation: ledger.settle_reservation,
@@ -18,6 +35,7 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.ExtendReservation: ledger.extend_reservation,
     units.RefundReservation: ledger.refund_reservation,
     units.Revoke: ledger.revoke,
+    units.SyncBudgets: budgets.sync,
     units.PutAgent: agents.put,
     units.RemoveAgent: agents.remove,
     units.SyncAgents: agents.sync,

@@ -1,4 +1,7 @@
-"""The ledger in SQLite: delegations, reservations, and what both debit, always a whole path or nothing."""
+"""The ledger in SQLite: delegations, reservations, and what both debit, always a whole path or nothing.
+
+Budgets that match are debited with the path, through the book of the unit; None is a host without budgets.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from typing import assert_never
 
 import msgspec
 
+from asapd.core.budgets import MissingUnits, OverBudget, Work, narrowed, refuse
 from asapd.core.delegation import Denied, Reason, revoked, scope_allows
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import (
     Account,
     Hold,
     MissingEstimate,
+    Remaining,
     Settlement,
     open_hold,
     release,
@@ -29,6 +34,8 @@ from asapd.core.usage import (
     FLAG_UNRESERVED,
     UsageEvent,
 )
+from asapd.store.budget_page import Page
+from asapd.store.budgets import Book, open_book
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -168,12 +175,42 @@ def revoke(tx: Tx, unit: Revoke) -> Revoked:
 # --- reservations
 
 
-def authorize(tx: Tx, unit: Reserve) -> Reserved:
-    """Hold the estimate on every account of the path.
+# What a reservation that lapsed still holds may be all that is missing.
+_FOR_WANT = frozenset({Reason.TASK_LIMIT, Reason.BUDGET_EXHAUSTED, Reason.INSUFFICIENT_BUDGET})
+_LAPSED_AT_ONCE = 500
 
-    Raises:
-        RefuseError: with `AuthorizationDenied`, `Denied` or `Refusal`; nothing was held.
+
+def authorize(tx: Tx, unit: Reserve) -> Reserved | AuthorizationDenied | Denied | Refusal:
+    """Hold the estimate on every account of the path and every matching budget, or on none.
+
+    Nobody is refused for what a lapsed reservation holds: those are closed before the answer is no, and stay closed.
     """
+    outcome = _attempt(tx, unit)
+    while (
+        isinstance(outcome, AuthorizationDenied)
+        and outcome.denied.reason in _FOR_WANT
+        and expire_lapsed(tx, unit.now_us, _LAPSED_AT_ONCE)
+    ):
+        tx.flush_audit()
+        outcome = _attempt(tx, unit)
+    return outcome
+
+
+def _attempt(tx: Tx, unit: Reserve) -> Reserved | AuthorizationDenied | Denied | Refusal:
+    """Reserve, or undo whatever the attempt wrote and answer why not."""
+    mark = tx.mark()
+    tx.execute("SAVEPOINT attempt")
+    try:
+        outcome = _reserve(tx, unit)
+    except RefuseError as refusal:
+        tx.execute("ROLLBACK TO attempt")
+        tx.rewind(mark)
+        outcome = refusal.value
+    tx.execute("RELEASE attempt")
+    return outcome
+
+
+def _reserve(tx: Tx, unit: Reserve) -> Reserved:
     if unit.chain:
         account = _register_chain(tx, unit.chain, unit.actor, unit.tenant, unit.now_us).account
     else:
@@ -195,13 +232,17 @@ def authorize(tx: Tx, unit: Reserve) -> Reserved:
             pass
         case never:
             assert_never(never)
+    book = open_book(tx, unit.actor, unit.now_us)
+    work = Work(path[0].delegate, unit.consumer or "", unit.project or "", tuple(on_path.id for on_path in path))
+    pages = [] if book is None else book.matching(work)
+    _check_budgets(path, pages, unit)
     hold = open_hold(unit.estimate)
     reservation = tx.new_id("rsv", unit.now_us)
     expires_us = unit.now_us + unit.ttl_us
     tx.execute(
         "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
-        "tokens, tasks, held_microusd, tasks_extra, state, created_us, expires_us, created_by) "
-        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,'open',?,?,?)",
+        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,'open',?,?,?)",
         (
             reservation,
             account,
@@ -215,6 +256,7 @@ def authorize(tx: Tx, unit: Reserve) -> Reserved:
             unit.estimate.tokens,
             unit.estimate.tasks,
             hold.cost_microusd,
+            hold.tokens,
             hold.tasks_extra,
             unit.now_us,
             expires_us,
@@ -227,8 +269,12 @@ def authorize(tx: Tx, unit: Reserve) -> Reserved:
             (on_path.account, unit.task_id),
         )
         _debit(tx, on_path, reserved=hold.cost_microusd, tasks=not is_known, tasks_reserved=hold.tasks_extra)
+    if book is not None:
+        book.hold(reservation, pages, hold, unit.task_id)
+        book.flush()
     details = {
         "action": unit.action,
+        "budgets": [page.budget.name for page in pages],
         "cost_microusd": unit.estimate.cost_microusd,
         "delegation": path[0].id,
         "expires_at": format_us(expires_us),
@@ -236,9 +282,31 @@ def authorize(tx: Tx, unit: Reserve) -> Reserved:
         "path": [on_path.id for on_path in path],
         "task_id": unit.task_id,
         "tasks": unit.estimate.tasks,
+        "tokens": unit.estimate.tokens,
     }
     tx.audit("reservation.created", unit.actor, reservation, details, unit.now_us)
-    return Reserved(reservation, path[0].id, expires_us, remaining(path_of(tx, account)))
+    return Reserved(reservation, path[0].id, expires_us, _left(path_of(tx, account), pages))
+
+
+def _check_budgets(path: list[Account], pages: list[Page], unit: Reserve) -> None:
+    match refuse([page.standing(unit.task_id) for page in pages], unit.estimate):
+        case OverBudget(denied=denied, shortfall=shortfall):
+            raise RefuseError(AuthorizationDenied(denied, _left(path, pages), shortfall))
+        case MissingUnits(missing=missing):
+            fields = {"usd": "estimate.cost_usd", "tokens": "estimate.tokens"}
+            errors = tuple(
+                FieldError(fields[limited], f"is needed, because budget {name} limits {limited}")
+                for name, limited in missing
+            )
+            raise RefuseError(Refusal("missing_estimate", f"{errors[0].field} {errors[0].reason}: add it", errors))
+        case None:
+            pass
+        case never:
+            assert_never(never)
+
+
+def _left(path: list[Account], pages: list[Page]) -> Remaining:
+    return narrowed(remaining(path), [(page.budget, page.balance) for page in pages])
 
 
 class _Reservation(msgspec.Struct):
@@ -255,10 +323,11 @@ class _Reservation(msgspec.Struct):
     used_microusd: int
     refunded_microusd: int
     expires_us: int
+    held_tokens: int
 
     @property
     def hold(self) -> Hold:
-        return Hold(self.held_microusd, self.tasks_extra, self.used_microusd)
+        return Hold(self.held_microusd, self.tasks_extra, self.used_microusd, self.held_tokens)
 
     def is_open(self, now_us: int) -> bool:
         return self.state == "open" and now_us < self.expires_us
@@ -267,7 +336,7 @@ class _Reservation(msgspec.Struct):
 def _load(tx: Tx, reservation: str) -> _Reservation | None:
     row = tx.row(
         "SELECT id, account, tenant, task_id, state, reason, held_microusd, tasks_extra, used_microusd, "
-        "refunded_microusd, expires_us FROM reservation WHERE id = ?",
+        "refunded_microusd, expires_us, held_tokens FROM reservation WHERE id = ?",
         (reservation,),
     )
     return None if row is None else _Reservation(*row)
@@ -294,19 +363,26 @@ def settle_reservation(tx: Tx, unit: SettleReservation) -> ReservationChanged:
     """Add a last cost, count the task as done, and give back what is left of the hold."""
     found = _load_open(tx, unit.id, unit.now_us)
     path = path_of(tx, found.account)
-    if unit.cost_microusd is not None:
-        _spend(tx, found, path, settle(found.hold, unit.cost_microusd))
+    book = open_book(tx, unit.actor, unit.now_us)
+    if unit.cost_microusd is not None or unit.tokens is not None:
+        settlement = settle(found.hold, unit.cost_microusd or 0, tokens=unit.tokens or 0)
+        _spend(tx, found, path, settlement)
+        if book is not None:
+            book.settle(found.id, settlement)
     _count_task(tx, path, found.task_id)
-    return _close(tx, found, path, "settled", "settled", unit.actor, unit.now_us)
+    if book is not None:
+        book.finish_task(found.id, found.task_id)
+    return _close(tx, book, found, path, "settled", unit.actor, unit.now_us)
 
 
 def release_reservation(tx: Tx, unit: ReleaseReservation) -> ReservationChanged:
     """Give back the hold; releasing twice answers the same."""
     found = _load_known(tx, unit.id)
+    book = open_book(tx, unit.actor, unit.now_us)
     if found.state == "released":
-        return _changed(tx, found)
+        return _changed(tx, book, found)
     found = _load_open(tx, unit.id, unit.now_us)
-    return _close(tx, found, path_of(tx, found.account), "released", "released", unit.actor, unit.now_us)
+    return _close(tx, book, found, path_of(tx, found.account), "released", unit.actor, unit.now_us)
 
 
 def extend_reservation(tx: Tx, unit: ExtendReservation) -> ReservationChanged:
@@ -320,11 +396,11 @@ def extend_reservation(tx: Tx, unit: ExtendReservation) -> ReservationChanged:
             )
     found.expires_us = max(found.expires_us, unit.now_us + unit.ttl_us)
     tx.execute("UPDATE reservation SET expires_us = ? WHERE id = ?", (found.expires_us, unit.id))
-    return _changed(tx, found)
+    return _changed(tx, open_book(tx, unit.actor, unit.now_us), found)
 
 
 def refund_reservation(tx: Tx, unit: RefundReservation) -> ReservationChanged:
-    """Give a spent amount back to every account of the path."""
+    """Give a spent amount back to every account of the path, and to the budgets of the period it was reserved in."""
     found = _load_known(tx, unit.id)
     refundable = found.used_microusd - found.refunded_microusd
     if unit.cost_microusd > refundable:
@@ -332,12 +408,15 @@ def refund_reservation(tx: Tx, unit: RefundReservation) -> ReservationChanged:
         raise RefuseError(Refusal("invalid", "more than was spent cannot be refunded", (field,)))
     for on_path in path_of(tx, found.account):
         _debit(tx, on_path, spent=-unit.cost_microusd)
+    book = open_book(tx, unit.actor, unit.now_us)
+    if book is not None:
+        book.refund(unit.id, unit.cost_microusd)
     tx.execute(
         "UPDATE reservation SET refunded_microusd = refunded_microusd + ? WHERE id = ?", (unit.cost_microusd, unit.id)
     )
     details = {"cost_microusd": unit.cost_microusd, "id": unit.id, "reason": unit.reason}
     tx.audit("reservation.refunded", unit.actor, unit.id, details, unit.now_us)
-    return _changed(tx, found)
+    return _changed(tx, book, found)
 
 
 def expire_lapsed(tx: Tx, now_us: int, limit: int) -> int:
@@ -347,17 +426,20 @@ def expire_lapsed(tx: Tx, now_us: int, limit: int) -> int:
         "SELECT id FROM reservation WHERE state = 'open' AND expires_us <= ? ORDER BY expires_us LIMIT ?",
         (now_us, limit),
     )
+    book = open_book(tx, "asapd", now_us) if lapsed else None
     for (reservation,) in lapsed:
         found = _load(tx, reservation)
         assert found is not None
-        _close(tx, found, path_of(tx, found.account), "expired", "expired", "asapd", now_us)
+        _close(tx, book, found, path_of(tx, found.account), "expired", "asapd", now_us)
     return len(lapsed)
 
 
 def _close(
-    tx: Tx, found: _Reservation, path: list[Account], state: str, reason: str, actor: str, now_us: int
+    tx: Tx, book: Book | None, found: _Reservation, path: list[Account], state: str, actor: str, now_us: int
 ) -> ReservationChanged:
     back = release(found.hold)
+    if book is not None:
+        book.close(found.id, found.hold, found.task_id)
     for on_path in path:
         tx.execute(
             "UPDATE account_task SET holds = holds - 1 WHERE account = ? AND task_id = ?",
@@ -369,17 +451,23 @@ def _close(
         )
         uncounted = tx.connection.changes()
         _debit(tx, on_path, reserved=-back.cost_microusd, tasks=-uncounted, tasks_reserved=-back.tasks_extra)
-    found.held_microusd, found.tasks_extra, found.state, found.reason = 0, 0, state, reason
+    found.held_microusd, found.held_tokens, found.tasks_extra, found.state, found.reason = 0, 0, 0, state, state
     tx.execute(
-        "UPDATE reservation SET state = ?, reason = ?, held_microusd = 0, tasks_extra = 0, closed_us = ? WHERE id = ?",
-        (state, reason, now_us, found.id),
+        "UPDATE reservation SET state = ?, reason = ?, held_microusd = 0, held_tokens = 0, tasks_extra = 0, "
+        "closed_us = ? WHERE id = ?",
+        (state, state, now_us, found.id),
     )
     details = {"id": found.id, "released_microusd": back.cost_microusd, "used_microusd": found.used_microusd}
     tx.audit(f"reservation.{state}", actor, found.id, details, now_us)
-    return _changed(tx, found)
+    return _changed(tx, book, found)
 
 
-def _changed(tx: Tx, found: _Reservation) -> ReservationChanged:
+def _changed(tx: Tx, book: Book | None, found: _Reservation) -> ReservationChanged:
+    """Write what the verb did to budgets, and show the reservation as it is now."""
+    pages = []
+    if book is not None:
+        pages = book.linked(found.id)
+        book.flush()
     return ReservationChanged(
         found.id,
         found.state,
@@ -387,19 +475,37 @@ def _changed(tx: Tx, found: _Reservation) -> ReservationChanged:
         found.used_microusd,
         found.held_microusd,
         found.expires_us,
-        remaining(path_of(tx, found.account)),
+        _left(path_of(tx, found.account), pages),
     )
 
 
 # --- spending
 
 
-def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> int:
-    """Debit what an event used to its reservation or delegation, whatever their state, and flag what is odd.
+def charge(tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> int:
+    """Debit what an event used to its reservation or delegation, and to budgets, whatever their state; its flags.
 
     Usage that happened is always recorded: nothing here refuses. What belongs to another tenant is as unknown, and
-    usage of an agent that is not the delegate is flagged, never debited.
+    usage of an agent that is not the delegate is flagged, never debited. The caller flushes the book.
     """
+    charged = _Charged()
+    if event.reservation is not None or event.delegation is not None:
+        charged = _charge(tx, tenant, event, cost_microusd, now_us)
+    if book is None:
+        return charged.flags
+    return charged.flags | book.use(event, cost_microusd, charged.path, charged.reservation, charged.settlement)
+
+
+class _Charged(msgspec.Struct, frozen=True):
+    """What an event did to the ledger: its flags, the ids it debited, the reservation, and what that paid."""
+
+    flags: int = 0
+    path: tuple[str, ...] = ()
+    reservation: str | None = None
+    settlement: Settlement | None = None
+
+
+def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> _Charged:
     flags = 0
     found = None if event.reservation is None else _load(tx, event.reservation)
     if found is not None and found.tenant != tenant:
@@ -411,7 +517,7 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
     else:
         row = tx.row("SELECT account FROM delegation WHERE id = ? AND tenant = ?", (event.delegation, tenant))
         if row is None:
-            return flags | FLAG_UNAUTHORISED
+            return _Charged(flags | FLAG_UNAUTHORISED)
         account = row[0]
         flags |= FLAG_UNRESERVED if event.reservation is None else 0
     path = path_of(tx, account)
@@ -425,10 +531,12 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
         flags |= FLAG_UNAUTHORISED
     if path[0].delegate != event.agent:
         # Naming an id is not holding a token: nobody drains the budget of another.
-        return flags
+        return _Charged(flags)
+    settlement = None
     if found is not None and under_hold:
         another = event.task_id != found.task_id and not _knows_task(tx, account, event.task_id)
-        settlement = settle(found.hold, cost_microusd, another_task=another)
+        tokens = event.tokens_in + event.tokens_out
+        settlement = settle(found.hold, cost_microusd, another_task=another, tokens=tokens)
         _spend(tx, found, path, settlement)
         flags |= FLAG_UNPRICED if settlement.unpriced else 0
         flags |= FLAG_OVERRUN if settlement.excess_microusd else 0
@@ -444,7 +552,8 @@ def charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, no
     _count_task(tx, path, event.task_id)
     if any(_over(on_path) for on_path in path_of(tx, account)):
         flags |= FLAG_OVERRUN
-    return flags
+    ids = tuple(on_path.id for on_path in path)
+    return _Charged(flags, ids, None if found is None else found.id, settlement)
 
 
 def _over(account: Account) -> bool:
@@ -462,14 +571,15 @@ def _spend(tx: Tx, found: _Reservation, path: list[Account], settlement: Settlem
             tasks_reserved=-settlement.release_tasks,
         )
     after = settlement.hold_after
-    found.held_microusd, found.tasks_extra, found.used_microusd = (
+    found.held_microusd, found.tasks_extra, found.used_microusd, found.held_tokens = (
         after.cost_microusd,
         after.tasks_extra,
         after.used_microusd,
+        after.tokens,
     )
     tx.execute(
-        "UPDATE reservation SET held_microusd = ?, tasks_extra = ?, used_microusd = ? WHERE id = ?",
-        (after.cost_microusd, after.tasks_extra, after.used_microusd, found.id),
+        "UPDATE reservation SET held_microusd = ?, tasks_extra = ?, used_microusd = ?, held_tokens = ? WHERE id = ?",
+        (after.cost_microusd, after.tasks_extra, after.used_microusd, after.tokens, found.id),
     )
 
 

@@ -212,8 +212,9 @@ def public_delegation(row: DelegationRow, left: Remaining, children: list[str], 
 
 
 def public_remaining(left: Remaining) -> dict[str, Any]:
-    """What is left, `null` where nothing limits."""
-    return {"cost_usd": None if left.cost_microusd is None else to_usd(left.cost_microusd), "tasks": left.tasks}
+    """What is left, `null` where nothing limits; tokens where a budget limits them."""
+    shown = {"cost_usd": None if left.cost_microusd is None else to_usd(left.cost_microusd), "tasks": left.tasks}
+    return shown if left.tokens is None else {**shown, "tokens": left.tokens}
 
 
 def public_reservation(row: ReservationRow, left: Remaining) -> dict[str, Any]:

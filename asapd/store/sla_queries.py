@@ -1,7 +1,8 @@
 """Reading what SLAs are judged by: tasks and probes of agents, counted in time slots, and open breaches.
 
 Usage rows are append-only and numbered in commit order, so `seq <= n` is the snapshot as of row n: a history
-read in several bounded steps is still one consistent picture, to which later rows are added once each.
+read in several bounded steps is still one consistent picture, to which later rows are added once each. For the same
+reason a void moves no figure: what an agent was judged by stays what it was judged by.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ WITH followed AS MATERIALIZED (
 SELECT f.name, timestamp_us / ?2 * ?2 AS slot, {_LATENCY_BUCKET} AS bucket, count(*), {_SLOWER.format("max_latency_ms")}
 FROM usage u CROSS JOIN followed f ON f.agent = u.agent
 WHERE u.seq > ?3 AND u.seq <= ?4 AND u.seq > f.through_seq AND NOT partial
+  AND u.seq NOT IN (SELECT seq FROM usage_void)
   AND (u.tenant = f.tenant OR u.tenant = (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))
 GROUP BY f.name, slot, bucket
 """
@@ -116,7 +118,7 @@ _TASKS_OF = f"""
 SELECT ?1, timestamp_us / ?2 * ?2 AS slot, {_LATENCY_BUCKET} AS bucket, count(*), {_SLOWER.format("?3")}
 FROM usage
 WHERE agent = (SELECT id FROM name WHERE name = ?1) AND timestamp_us >= ?4 AND timestamp_us < ?5 AND seq <= ?6
-  AND NOT partial AND tenant IN ({_TENANTS.format("?7")})
+  AND NOT partial AND seq NOT IN (SELECT seq FROM usage_void) AND tenant IN ({_TENANTS.format("?7")})
 GROUP BY slot, bucket
 """
 

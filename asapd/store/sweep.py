@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from asapd.store import ledger
+from asapd.store import budgets, ledger, tasks
 from asapd.store.tx import Tx
 from asapd.store.units import Sweep, Swept
 
 
 def sweep(tx: Tx, unit: Sweep) -> Swept:
-    """Expire lapsed reservations; drop old idempotency keys and probes."""
+    """Expire lapsed reservations; give up overdue tasks; end the alerts of past budgets; drop what is old."""
     expired = ledger.expire_lapsed(tx, unit.now_us, unit.limit)
-    deleted = 0
+    abandoned = tasks.abandon_overdue(tx, unit.tasks_before_us, unit.now_us, unit.limit)
+    deleted = budgets.sweep(tx, unit.now_us, unit.usage_before_us, unit.limit)
     for table, column, before_us in (
         ("idempotency", "created_us", unit.idempotency_before_us),
         ("probe", "ts_us", unit.probes_before_us),
@@ -23,4 +24,5 @@ def sweep(tx: Tx, unit: Sweep) -> Swept:
             (before_us, unit.limit),
         )
         deleted += tx.connection.changes()
-    return Swept(expired, deleted, more=expired == unit.limit or deleted >= unit.limit)
+    more = unit.limit in {expired, abandoned} or deleted >= unit.limit
+    return Swept(expired, deleted, more=more, tasks_abandoned=abandoned)

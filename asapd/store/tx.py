@@ -34,6 +34,8 @@ class Tx:
         self._names: dict[str, int] = {"": 0}
         self._new_names: list[str] = []
         self._pending_audit: list[Row] = []
+        self.budget_rules: Any = None
+        """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
         self._load_head()
 
     def _load_head(self) -> None:
@@ -117,6 +119,7 @@ class Tx:
             del self._names[name]
         self._new_names.clear()
         self._pending_audit.clear()
+        self.budget_rules = None
         self._audit_seq, self._audit_hash = mark
 
     def forget(self) -> None:
@@ -124,4 +127,5 @@ class Tx:
         self._names = {"": 0}
         self._new_names.clear()
         self._pending_audit.clear()
+        self.budget_rules = None
         self._load_head()

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from asapd.core.budgets import Budget, Shortfall
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate, Remaining
@@ -55,6 +56,74 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     partial: bool = False
 
 
+class StreamValue(msgspec.Struct, frozen=True, array_like=True):
+    """The last point of a cumulative stream: tokens and calls from `start_ns` to `time_ns`."""
+
+    start_ns: int
+    time_ns: int
+    value: int
+    calls: int
+
+
+class StreamChanged(msgspec.Struct, frozen=True, array_like=True):
+    """A cumulative stream went on from one value, None if it is new, to the next."""
+
+    stream: bytes
+    before: StreamValue | None
+    after: StreamValue
+
+
+class StreamsMoved(msgspec.Struct, frozen=True, tag=True):
+    """Another export moved a stream in between: read it again and make the events anew."""
+
+
+class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True):
+    """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
+
+    `spans_until_us` has the newest end of a span for each resource. What was last heard of before `forget_before_us` is
+    dropped.
+    """
+
+    usage: RecordUsage
+    forget_before_us: int
+    streams: list[StreamChanged] = []
+    spans_until_us: list[tuple[bytes, int]] = []
+
+
+class Voided(msgspec.Struct, frozen=True, tag=True):
+    """A void: the id and row of the compensating event, and the id of the event that counts no longer."""
+
+    id: str
+    seq: int
+    voids: str
+    refunded_microusd: int
+
+
+class VoidUsage(Unit[Voided | Refusal], frozen=True):
+    """Take row `seq` out of all sums by a row with its negative, once; what it spent is given back."""
+
+    seq: int
+    reason: str
+    actor: str
+    now_us: int
+
+
+class UsageRetired(msgspec.Struct, frozen=True, tag=True):
+    """Rows that a step of retention took, and whether there are more that are due."""
+
+    rows: int
+    more: bool
+
+
+class RetireUsage(Unit[UsageRetired], frozen=True):
+    """Drop at most `limit` of the oldest events from before `before_us`, their identities too; the rollups stay."""
+
+    before_us: int
+    actor: str
+    now_us: int
+    limit: int = 500
+
+
 # --- delegations
 
 
@@ -93,14 +162,15 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
 
 
 class AuthorizationDenied(msgspec.Struct, frozen=True, tag=True):
-    """The ledger's no, with what the path can still give."""
+    """The ledger's no, with what the path can still give; `shortfall` where a budget said it."""
 
     denied: Denied
     remaining: Remaining
+    shortfall: Shortfall | None = None
 
 
 class Reserve(Unit[Reserved | AuthorizationDenied | Denied | Refusal], frozen=True):
-    """Hold an estimate on a delegation and all its ancestors, or on none.
+    """Hold an estimate on a delegation, all its ancestors and every matching budget, or on none.
 
     Either `chain` (registered if new) or `delegation` names the account.
     """
@@ -132,12 +202,13 @@ class ReservationChanged(msgspec.Struct, frozen=True, tag=True):
 
 
 class SettleReservation(Unit[ReservationChanged | Refusal], frozen=True):
-    """Close a reservation, adding `cost_microusd` to what usage already spent under it."""
+    """Close a reservation, adding `cost_microusd` and `tokens` to what usage already spent under it."""
 
     id: str
     cost_microusd: int | None
     actor: str
     now_us: int
+    tokens: int | None = None
 
 
 class ReleaseReservation(Unit[ReservationChanged | Refusal], frozen=True):
@@ -180,6 +251,22 @@ class Revoke(Unit[Revoked | Refusal], frozen=True):
     id: str
     actor: str
     reason: str
+    now_us: int
+
+
+class BudgetsSynced(msgspec.Struct, frozen=True, tag=True):
+    """Which budgets a change of the configuration touched, by name."""
+
+    added: list[str] = []
+    changed: list[str] = []
+    removed: list[str] = []
+
+
+class SyncBudgets(Unit[BudgetsSynced], frozen=True):
+    """Make the budgets equal to this list; what is counted stays as long as only limits differ."""
+
+    budgets: list[Budget]
+    actor: str
     now_us: int
 
 
@@ -271,7 +358,10 @@ class RecordManifest(Unit[RowWritten], frozen=True):
 
 
 class BreachRow(msgspec.Struct, frozen=True):
-    """A breach as users see it; thresholds and values both as the reference's text and as numbers."""
+    """A breach as users see it; thresholds and values both as the reference's text and as numbers.
+
+    It is of an agent, or of a budget.
+    """
 
     id: str
     agent_id: str | None
@@ -289,6 +379,7 @@ class BreachRow(msgspec.Struct, frozen=True):
     resolved_at_us: int | None = None
     resolve_reason: str | None = None
     evidence: dict[str, Any] = {}
+    budget: str | None = None
 
 
 class AlertWritten(msgspec.Struct, frozen=True, tag=True):
@@ -347,6 +438,7 @@ class TaskEvent(msgspec.Struct, frozen=True):
     state: str
     timestamp_us: int
     error: str | None = None
+    parent_task_id: str | None = None
 
 
 class RecordTask(Unit[RowWritten | Refusal], frozen=True):
@@ -374,15 +466,21 @@ class Swept(msgspec.Struct, frozen=True, tag=True):
     reservations_expired: int
     rows_deleted: int
     more: bool
+    tasks_abandoned: int = 0
 
 
 class Sweep(Unit[Swept], frozen=True):
-    """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step."""
+    """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step.
+
+    No usage from before `usage_before_us` can come any more. A task that began before `tasks_before_us` is overdue.
+    """
 
     now_us: int
     probes_before_us: int
     idempotency_before_us: int
     limit: int = 500
+    usage_before_us: int = 0
+    tasks_before_us: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -400,6 +498,9 @@ class NotWritten(msgspec.Struct, frozen=True, tag=True):
 
 AnyUnit = (
     RecordUsage
+    | VoidUsage
+    | RetireUsage
+    | RecordTelemetry
     | RegisterDelegation
     | Reserve
     | SettleReservation
@@ -407,6 +508,7 @@ AnyUnit = (
     | ExtendReservation
     | RefundReservation
     | Revoke
+    | SyncBudgets
     | PutAgent
     | RemoveAgent
     | SyncAgents
@@ -421,7 +523,10 @@ AnyUnit = (
 )
 AnyResult = (
     Recorded
+    | Voided
+    | UsageRetired
     | UsageConflict
+    | StreamsMoved
     | Registered
     | Reserved
     | AuthorizationDenied
@@ -429,6 +534,7 @@ AnyResult = (
     | Refusal
     | ReservationChanged
     | Revoked
+    | BudgetsSynced
     | AgentsChanged
     | RowWritten
     | AlertWritten

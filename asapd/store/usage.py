@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from asapd.core.errors import Refusal
 from asapd.core.types import Outcome
 from asapd.core.usage import Cost, RollupSums, UsageEvent, content_digest, identity_digest, rollup
-from asapd.store import ledger
+from asapd.store import ledger, sources
+from asapd.store.budgets import open_book
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict
+from asapd.store.units import Recorded, RecordUsage, UsageConflict
 
 _INSERT = f"INSERT INTO usage VALUES ({','.join('?' * 37)})"
 _UPSERT_HOUR = f"INSERT INTO usage_hour VALUES ({','.join('?' * 18)}) ON CONFLICT DO UPDATE SET " + ", ".join(
@@ -31,15 +31,22 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
     fresh: list[tuple[UsageEvent, Cost, str, bytes]] = []
     ids: list[str] = []
     conflicts: list[tuple[int, int]] = []
+    delivered: dict[sources.Key, sources.Delivered] = {}
+    tenant = tx.intern(unit.tenant)
     duplicates = unprotected = 0
     for index, (event, cost, key) in enumerate(zip(unit.events, unit.costs, keys, strict=True)):
         content = content_digest(event)
+        source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
+        source = delivered.get(source_key)
+        if source is None:
+            source = delivered[source_key] = sources.Delivered()
         if key is not None:
             event_id = event.id
             holder = known.get(key)
             if holder is not None:
                 if holder[1] == content:
                     duplicates += 1
+                    source.resent += 1
                     ids.append(event_id)
                 else:
                     conflicts.append((index, holder[0] if holder[0] < first else 0))
@@ -49,6 +56,9 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
         else:
             unprotected += 1
             event_id = tx.new_id("use", unit.now_us)
+        source.events += 1
+        if event.source_seq is not None:
+            source.seqs.append(event.source_seq)
         ids.append(event_id)
         fresh.append((event, cost, event_id, content))
     if conflicts and not unit.partial:
@@ -56,6 +66,7 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
     claimed.sort()  # the index is ordered by key: neighbours share its pages
     tx.insert_many("INSERT INTO usage_identity VALUES (?,?)", claimed)
     _insert(tx, unit, first, fresh)
+    sources.deliver(tx, delivered)
     return Recorded(len(fresh), duplicates, unprotected, ids, conflicts)
 
 
@@ -73,10 +84,11 @@ def _known(tx: Tx, keys: list[bytes]) -> dict[bytes, tuple[int, bytes | None]]:
 def _insert(tx: Tx, unit: RecordUsage, first: int, fresh: list[tuple[UsageEvent, Cost, str, bytes]]) -> None:
     tenant = tx.intern(unit.tenant)
     rows: list[Row] = []
+    book = open_book(tx, unit.actor, unit.now_us)
     for seq, (event, cost, event_id, content) in enumerate(fresh, first):
         flags = 0
-        if event.reservation is not None or event.delegation is not None:
-            flags = ledger.charge(tx, unit.tenant, event, cost.microusd, unit.now_us)
+        if book is not None or event.reservation is not None or event.delegation is not None:
+            flags = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
         rows.append(
             (
                 seq,
@@ -142,6 +154,8 @@ def _insert(tx: Tx, unit: RecordUsage, first: int, fresh: list[tuple[UsageEvent,
             },
             unit.now_us,
         )
+    if book is not None:
+        book.flush()
     tx.insert_many(_INSERT, rows)
     tx.insert_many(
         _UPSERT_HOUR,
@@ -150,36 +164,3 @@ def _insert(tx: Tx, unit: RecordUsage, first: int, fresh: list[tuple[UsageEvent,
             for key, sums in rollup((event, cost) for event, cost, _, _ in fresh).items()
         ),
     )
-
-
-def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
-    """Record one step of a task's life; sending the same step again answers the row that is there."""
-    task = unit.task
-    key = (tx.intern(unit.tenant), tx.intern(task.agent), task.task_id, task.state == "started")
-    known = tx.row(
-        "SELECT seq, state, timestamp_us FROM task "
-        "WHERE tenant = ? AND agent = ? AND task_id = ? AND (state = 'started') = ?",
-        key,
-    )
-    if known is not None:
-        if known[1:] == (task.state, task.timestamp_us):
-            return RowWritten(known[0])
-        raise RefuseError(
-            Refusal("task_conflict", f"task {task.task_id} is already {known[1]}, at another time or in another way")
-        )
-    tx.execute(
-        "INSERT INTO task (tenant, agent, consumer, task_id, state, timestamp_us, error, committed_us) "
-        "VALUES (?,?,?,?,?,?,?,?)",
-        (*key[:2], tx.intern(task.consumer), task.task_id, task.state, task.timestamp_us, task.error, unit.now_us),
-    )
-    seq = tx.connection.last_insert_rowid()
-    details = {
-        "agent": task.agent,
-        "consumer": task.consumer,
-        "error": task.error,
-        "task_id": task.task_id,
-        "tenant": unit.tenant,
-        "timestamp_us": task.timestamp_us,
-    }
-    tx.audit(f"task.{task.state}", unit.actor, task.task_id, details, unit.now_us)
-    return RowWritten(seq)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import apsw
 import msgspec
 
 from asapd.core.money import to_usd
-from asapd.core.types import HOUR_US, Outcome, format_us
+from asapd.core.offsets import clock_offsets
+from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
 from asapd.core.usage import FLAG_NAMES, RollupSums
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_names
@@ -19,14 +23,27 @@ GROUPS = {
     "model": ("model", "(SELECT nullif(name, '') FROM name WHERE id = model)"),
     "project": ("project", "(SELECT nullif(name, '') FROM name WHERE id = project)"),
     "outcome": ("outcome", f"CASE outcome WHEN {int(Outcome.COMPLETED)} THEN 'completed' ELSE 'failed' END"),
-    "hour": ("period", "strftime('%Y-%m-%dT%H:00:00Z', hour * 3600, 'unixepoch')"),
-    "day": ("period", "strftime('%Y-%m-%d', hour * 3600, 'unixepoch')"),
-    "week": ("period", "strftime('%G-W%V', hour * 3600, 'unixepoch')"),
-    "month": ("period", "strftime('%Y-%m', hour * 3600, 'unixepoch')"),
+    "minute": ("period", "strftime('%Y-%m-%dT%H:%M:00', at_s + offset_s, 'unixepoch') || {offset}"),
+    "hour": ("period", "strftime('%Y-%m-%dT%H:00:00', at_s + offset_s, 'unixepoch') || {offset}"),
+    "day": ("period", "strftime('%Y-%m-%d', at_s + offset_s, 'unixepoch')"),
+    "week": ("period", "strftime('%G-W%V', at_s + offset_s, 'unixepoch')"),
+    "month": ("period", "strftime('%Y-%m', at_s + offset_s, 'unixepoch')"),
 }
-"""What `group_by` takes: the column of the reply and its SQL over a rollup row."""
+"""What `group_by` takes: the column of the reply and its SQL over a row of `_source`."""
 
-TIME_GROUPS = frozenset({"hour", "day", "week", "month"})
+TIME_GROUPS = frozenset({"minute", "hour", "day", "week", "month"})
+
+LIVE = "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void)"
+"""Raw rows that count: neither voided nor a void."""
+
+OF_TASK = "substr(task_id, -8) = substr(?, -8) AND task_id = ?"
+"""Raw rows of a task, given twice: by the index `usage_task`, which has the ends of names."""
+
+_UTC = ZoneInfo("UTC")
+_HOUR_S = HOUR_US // SECOND_US
+# Hours that clocks show twice differ in this, so that they are two groups.
+_OFFSET = "printf('%s%02d:%02d', iif(offset_s < 0, '-', '+'), abs(offset_s) / 3600, abs(offset_s) / 60 % 60)"
+_SPAN = {"minute": 60, "hour": _HOUR_S}
 
 _RAW_SUMS = {
     "events": "1",
@@ -66,10 +83,12 @@ def _conditions(query: UsageFilter, *, raw: bool) -> tuple[list[str], list[Any]]
         where.append("outcome = ?")
         values.append(query.outcome)
     if raw:
-        for column, value in (("task_id", query.task), ("delegation", query.delegation)):
-            if value is not None:
-                where.append(f"{column} = ?")
-                values.append(value)
+        if query.task is not None:
+            where.append(OF_TASK)
+            values += [query.task, query.task]
+        if query.delegation is not None:
+            where.append("delegation = ?")
+            values.append(query.delegation)
     return where, values
 
 
@@ -80,8 +99,9 @@ def list_usage(
     after: tuple[int, int] | None,
     offset: int = 0,
     descending: bool = False,
+    through_seq: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows in the order of (timestamp, seq), from behind the position `after`."""
+    """Rows in the order of (timestamp, seq), from behind the position `after`; as of row `through_seq`."""
     where, values = _conditions(query, raw=True)
     direction, beyond = ("DESC", "<") if descending else ("ASC", ">")
     if query.start_us is not None:
@@ -93,6 +113,9 @@ def list_usage(
     if after is not None:
         where.append(f"(timestamp_us, seq) {beyond} (?, ?)")
         values.extend(after)
+    if through_seq is not None:
+        where.append("+seq <= ?")  # the index of time is the one to read
+        values.append(through_seq)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
     cursor = connection.execute(
         f"SELECT {_ROW_COLUMNS} FROM usage {condition} "
@@ -123,6 +146,8 @@ _ROW_COLUMNS = ", ".join(
         _NAME.format("project"),
         "cost_microusd, cost_source, reported_microusd, price_version",
         "delegation, reservation, action, flags, parent_task_id, labels, trace_id, committed_us",
+        "(SELECT (SELECT id FROM usage o WHERE o.seq = v.voids) FROM usage_void v WHERE v.seq = usage.seq)",
+        "(SELECT (SELECT id FROM usage o WHERE o.seq = v.seq) FROM usage_void v WHERE v.voids = usage.seq)",
     )
 )
 
@@ -133,9 +158,8 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
     (duration_ms, api_calls, cached, written, reasoning, outcome, partial, error, model, provider, project, *tail) = (
         rest
     )
-    (cost, cost_source, reported, version, delegation, reservation, action, flags, parent, labels, trace, committed) = (
-        tail
-    )
+    (cost, cost_source, reported, version, delegation, reservation, action, flags, parent, labels, trace, *end) = tail
+    committed, voids, voided_by = end
     return {
         "seq": seq,
         "id": event_id,
@@ -170,26 +194,32 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         "labels": None if labels is None else msgspec.json.decode(labels),
         "trace_id": trace,
         "recorded_at": format_us(committed),
+        "voids": voids,
+        "voided_by": voided_by,
     }
 
 
-def _rollup_source(query: UsageFilter) -> tuple[str, list[Any]]:
-    """SQL that yields rollup rows for the filter: whole hours from the rollup, the rest from raw rows.
+_DIMS = "agent, consumer, model, project, outcome"
+_FIELDS = ", ".join(RollupSums._fields)
+_RAW = (
+    f"SELECT timestamp_us / 60000000 * 60 AS at_s, {_DIMS}, "
+    f"{', '.join(f'{_RAW_SUMS.get(field, field)} AS {field}' for field in RollupSums._fields)} FROM usage"
+)
 
-    A task or a delegation is no dimension of the rollup; such a filter reads raw rows by index of
-    time, agent or consumer.
+
+def _source(query: UsageFilter, *, raw_only: bool) -> tuple[str, list[Any]]:
+    """SQL that yields sums and when they begin (`at_s`): whole hours from the rollup, the rest from raw rows.
+
+    A task or a delegation is no dimension of the rollup; such a filter reads raw rows by an index of its own.
     """
-    dims = "hour, agent, consumer, model, project, outcome"
-    raw_dims = dims.replace("hour", f"timestamp_us / {HOUR_US} AS hour", 1)
-    raw_sums = ", ".join(f"{_RAW_SUMS.get(field, field)} AS {field}" for field in RollupSums._fields)
     start, end = query.start_us, query.end_us
-    needs_raw = query.task is not None or query.delegation is not None
     first_hour = None if start is None else -(-start // HOUR_US)
     last_hour = None if end is None else end // HOUR_US
     parts: list[str] = []
     values: list[Any] = []
     raw_ranges: list[tuple[int | None, int | None]] = []
-    if needs_raw or (first_hour is not None and last_hour is not None and first_hour > last_hour):
+    raw_only = raw_only or query.task is not None or query.delegation is not None
+    if raw_only or (first_hour is not None and last_hour is not None and first_hour > last_hour):
         raw_ranges.append((start, end))
     else:
         where, bound = _conditions(query, raw=False)
@@ -204,20 +234,49 @@ def _rollup_source(query: UsageFilter) -> tuple[str, list[Any]]:
             if last_hour * HOUR_US < end:
                 raw_ranges.append((last_hour * HOUR_US, end))
         condition = f"WHERE {' AND '.join(where)}" if where else ""
-        parts.append(f"SELECT {dims}, {', '.join(RollupSums._fields)} FROM usage_hour {condition}")
+        parts.append(f"SELECT hour * {_HOUR_S} AS at_s, {_DIMS}, {_FIELDS} FROM usage_hour {condition}")
         values += bound
     for low, high in raw_ranges:
         where, bound = _conditions(query, raw=True)
+        where.append(LIVE)
         if low is not None:
             where.append("timestamp_us >= ?")
             bound.append(low)
         if high is not None:
             where.append("timestamp_us < ?")
             bound.append(high)
-        condition = f"WHERE {' AND '.join(where)}" if where else ""
-        parts.append(f"SELECT {raw_dims}, {raw_sums} FROM usage {condition}")
+        parts.append(f"{_RAW} WHERE {' AND '.join(where)}")
         values += bound
     return " UNION ALL ".join(parts), values
+
+
+# The rollup is ordered by tenant first; there are few.
+_HOURS = """
+WITH RECURSIVE t (tenant) AS (
+  SELECT min(tenant) FROM usage_hour
+  UNION ALL SELECT (SELECT min(tenant) FROM usage_hour h WHERE h.tenant > t.tenant) FROM t WHERE tenant IS NOT NULL
+)
+SELECT min((SELECT min(hour) FROM usage_hour h WHERE h.tenant = t.tenant)),
+       max((SELECT max(hour) FROM usage_hour h WHERE h.tenant = t.tenant)) FROM t
+"""
+
+
+@lru_cache(maxsize=64)  # clocks change twice a year; finding out costs a millisecond for each year
+def _offsets(zone: ZoneInfo, low_hour: int, high_hour: int) -> list[tuple[int, int]]:
+    return clock_offsets(zone, low_hour * _HOUR_S, high_hour * _HOUR_S)
+
+
+def _offsets_of(connection: apsw.Connection, query: UsageFilter, zone: ZoneInfo) -> list[tuple[int, int]]:
+    """The offsets of a zone's clocks over all that a query can meet."""
+    if zone.key == "UTC":
+        return [(0, 0)]
+    first, last = fetch(connection, _HOURS)[0]
+    if first is None:
+        return [(0, 0)]
+    low = first if query.start_us is None else max(first, query.start_us // HOUR_US)
+    high = last if query.end_us is None else min(last, query.end_us // HOUR_US)
+    # To whole weeks, or the cache would be of no use while time goes on.
+    return _offsets(zone, low // 168 * 168, (max(low, high) // 168 + 1) * 168)
 
 
 # In two halves: a hostile thousand of reports of 2**53 - 1 tokens each must not overflow everybody's sums.
@@ -230,33 +289,93 @@ _TOTALS = (
 
 
 def aggregate(
-    connection: apsw.Connection, query: UsageFilter, group_by: tuple[str, ...], limit: int, offset: int
+    connection: apsw.Connection,
+    query: UsageFilter,
+    group_by: tuple[str, ...],
+    limit: int,
+    offset: int,
+    zone: ZoneInfo = _UTC,
 ) -> list[dict[str, Any]]:
-    """Sums by any of `GROUPS`, in the order of the groups."""
-    source, values = _rollup_source(query)
+    """Sums by any of `GROUPS`, in the order of the groups; periods are those of a zone's clocks.
+
+    By the minute, and where clocks stand off UTC by a part of an hour, raw rows are summed up.
+    """
+    timed = [group for group in group_by if group in TIME_GROUPS]
+    offsets = _offsets_of(connection, query, zone) if timed else [(0, 0)]
+    source, values = _source(query, raw_only="minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets))
+    cases = [f"WHEN at_s < {until_s} THEN {offset_s}" for (_, offset_s), (until_s, _) in pairwise(offsets)]
+    standing = f"CASE {' '.join(cases)} ELSE {offsets[-1][1]} END" if cases else str(offsets[-1][1])
     columns = [GROUPS[group] for group in group_by]
-    selected = ", ".join(f"{sql} AS g{index}" for index, (_, sql) in enumerate(columns))
-    positions = ", ".join(str(index + 1) for index in range(len(columns)))
-    cursor = connection.execute(
-        f"SELECT {selected}, {_TOTALS} FROM ({source}) GROUP BY {positions} ORDER BY {positions} LIMIT ? OFFSET ?",
+    label = "'Z'" if zone.key == "UTC" else _OFFSET
+    selected = ", ".join(f"{sql.format(offset=label)} AS g{index}" for index, (_, sql) in enumerate(columns))
+    # An hour that comes twice is sorted by when it came, not by how it is written.
+    order = [
+        f"(at_s + offset_s) / {_SPAN[group]} * {_SPAN[group]} - offset_s" if group in _SPAN else f"g{index}"
+        for index, group in enumerate(group_by)
+    ]
+    groups = ", ".join(dict.fromkeys([*(f"g{index}" for index in range(len(columns))), *order]))
+    rows = fetch(
+        connection,
+        f"SELECT {selected}, {_TOTALS} FROM (SELECT *, {standing} AS offset_s FROM ({source})) "
+        f"GROUP BY {groups} ORDER BY {', '.join(order)} LIMIT ? OFFSET ?",
         (*values, limit, offset),
     )
-    timed = not TIME_GROUPS.isdisjoint(group_by)
     return [
         {
             **({} if timed else {"period": "all"}),
             **{name: row[index] for index, (name, _) in enumerate(columns)},
             **_totals(row[len(columns) :]),
         }
-        for row in cursor.fetchall()
+        for row in rows
     ]
 
 
 def summary(connection: apsw.Connection, query: UsageFilter) -> dict[str, Any]:
     """The totals over everything that the filter admits."""
-    source, values = _rollup_source(query)
-    row = fetch(connection, f"SELECT {_TOTALS} FROM ({source})", values)[0]
-    return _totals(row)
+    source, values = _source(query, raw_only=False)
+    return _totals(fetch(connection, f"SELECT {_TOTALS} FROM ({source})", values)[0])
+
+
+def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: list[str]) -> dict[str, Any]:
+    """The totals of several tasks, from raw rows."""
+    where, values = visible_names(visible, ("agent", "consumer"))
+    where += [
+        "substr(task_id, -8) IN (SELECT substr(value, -8) FROM json_each(?))",
+        "task_id IN (SELECT value FROM json_each(?))",
+        LIVE,
+    ]
+    source = f"{_RAW} WHERE {' AND '.join(where)}"
+    listed = msgspec.json.encode(tasks).decode()
+    return _totals(fetch(connection, f"SELECT {_TOTALS} FROM ({source})", (*values, listed, listed))[0])
+
+
+def newest_seq(connection: apsw.Connection) -> int:
+    """The number of the newest row; 0 when there is none."""
+    row = fetch_one(connection, "SELECT max(seq) FROM usage")
+    return 0 if row is None or row[0] is None else int(row[0])
+
+
+def position_of(connection: apsw.Connection, seq: int) -> tuple[int, int] | None:
+    """Where a row stands in the order of (timestamp, seq)."""
+    row = fetch_one(connection, "SELECT timestamp_us, seq FROM usage WHERE seq = ?", (seq,))
+    return None if row is None else (row[0], row[1])
+
+
+def rows_after(
+    connection: apsw.Connection, query: UsageFilter, seq: int, window: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows in the order of their commit among the next `window` numbers behind one, and how far that looked."""
+    through = min(newest_seq(connection), seq + window)
+    if through <= seq:
+        return [], seq
+    where, values = _conditions(query, raw=True)
+    where += ["seq > ?", "seq <= ?"]
+    rows = fetch(
+        connection,
+        f"SELECT {_ROW_COLUMNS} FROM usage WHERE {' AND '.join(where)} ORDER BY seq",
+        (*values, seq, through),
+    )
+    return [_row(row) for row in rows], through
 
 
 def _totals(row: tuple[Any, ...]) -> dict[str, Any]:

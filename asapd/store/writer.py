@@ -31,7 +31,18 @@ from asapd.core.types import SECOND_US
 from asapd.store import handlers
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Answer, AnyResult, Envelope, Failed, Idempotency, NotWritten, RecordUsage, UsageConflict
+from asapd.store.units import (
+    Answer,
+    AnyResult,
+    AuthorizationDenied,
+    Envelope,
+    Failed,
+    Idempotency,
+    NotWritten,
+    RecordTelemetry,
+    RecordUsage,
+    UsageConflict,
+)
 from asapd.wire.log_lines import JsonFormatter, TerminalFormatter
 
 ROWS_PER_COMMIT = 5_000
@@ -39,6 +50,8 @@ ROWS_PER_COMMIT = 5_000
 
 HEADER = struct.Struct(">I")
 _log = logging.getLogger("asapd.store.writer")
+# A no is judged afresh when it is asked for again.
+_NOT_KEPT = (Refusal, Denied, AuthorizationDenied, UsageConflict)
 _result_encoder = msgspec.msgpack.Encoder()
 _result_decoder: msgspec.msgpack.Decoder[AnyResult] = msgspec.msgpack.Decoder(AnyResult)
 
@@ -47,6 +60,9 @@ def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connectio
     """The write connection: WAL, 64 MiB cache, autocheckpoint at 4 000 pages, schema up to date."""
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(10_000)
+    if path.stat().st_size == 0:
+        # Only before the first table: retention then hands pages back. An older file needs one VACUUM for it.
+        connection.pragma("auto_vacuum", "incremental")
     migrate(connection, path)  # first: a file that is refused is left as it was, its journal mode too
     journal_mode = connection.pragma("journal_mode", "wal")
     assert journal_mode == "wal", f"{path} cannot be put into WAL mode"
@@ -138,7 +154,7 @@ class Writer:
         return _result_decoder.decode(row[1])
 
     def _remember(self, idempotency: Idempotency | None, result: AnyResult) -> None:
-        if idempotency is not None and not isinstance(result, Refusal | Denied | UsageConflict):
+        if idempotency is not None and not isinstance(result, _NOT_KEPT):
             self._tx.execute(
                 "INSERT INTO idempotency VALUES (?,?,?,?)",
                 (idempotency.key, idempotency.request, _result_encoder.encode(result), idempotency.now_us),
@@ -147,7 +163,8 @@ class Writer:
 
 def weigh(envelope: Envelope) -> int:
     """How many rows an envelope adds to a commit, roughly."""
-    return len(envelope.unit.events) if isinstance(envelope.unit, RecordUsage) else 1
+    unit = envelope.unit.usage if isinstance(envelope.unit, RecordTelemetry) else envelope.unit
+    return len(unit.events) if isinstance(unit, RecordUsage) else 1
 
 
 class _Frames:

@@ -134,17 +134,19 @@ def decode_events(body: bytes, body_format: BodyFormat = "json") -> Events | Ref
     except msgspec.ValidationError:
         return _explain(body, body_format == "msgpack")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return _malformed(error)
+        return malformed(error)
     if len(typed) > MAX_EVENTS:
-        return _too_many(len(typed))
+        return too_many(len(typed))
     return _normalise_all(typed, is_batch)
 
 
-def _malformed(error: Exception) -> Refusal:
+def malformed(error: Exception) -> Refusal:
+    """The refusal of a body that no decoder could read."""
     return Refusal("malformed", f"the body cannot be read: {error}")
 
 
-def _too_many(count: int) -> Refusal:
+def too_many(count: int) -> Refusal:
+    """The refusal of a request with more events than `MAX_EVENTS`."""
     return Refusal("too_many_events", f"{count} events in one request, at most {MAX_EVENTS}: send them in parts")
 
 
@@ -324,7 +326,7 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     try:
         raw = msgspec.msgpack.decode(body) if is_msgpack else msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return _malformed(error)
+        return malformed(error)
     if isinstance(raw, dict) and ("events" in raw or "usage" in raw):
         holder, wanted = ("events", list) if "events" in raw else ("usage", dict)
         stray = [FieldError(str(name), f"does not belong beside {holder}") for name in raw if name != holder]
@@ -337,7 +339,7 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     is_batch = isinstance(raw, list)
     items = raw if isinstance(raw, list) else [raw]
     if len(items) > MAX_EVENTS:
-        return _too_many(len(items))
+        return too_many(len(items))
     events: list[UsageEvent] = []
     places: list[int] = []
     errors: list[FieldError] = []
@@ -356,8 +358,11 @@ def _read_one(item: Any, *, explain: bool) -> UsageEvent | list[FieldError]:
     try:
         return normalise(msgspec.convert(item, WireEvent))
     except msgspec.ValidationError:
-        if not explain:
-            return [FieldError("event", "is wrong too")]
+        return field_errors(item) if explain else [FieldError("event", "is wrong too")]
+
+
+def field_errors(item: Any) -> list[FieldError]:
+    """What keeps a decoded value from being a `WireEvent`, at most `MAX_ERRORS` of it; empty when nothing does."""
     if not isinstance(item, dict):
         return [FieldError("event", "must be an object")]
     return list(islice(_bad_fields(item, _EVENT_TYPES, ""), MAX_ERRORS))

@@ -11,12 +11,13 @@ import trio
 from trio.testing import MockClock
 
 from asapd import config
-from asapd.actors.janitor import EVERY_S, IDEMPOTENCY_US, JanitorSettings, run_janitor
+from asapd.actors.janitor import EVERY_S, IDEMPOTENCY_US, JanitorSettings, apply_retention, run_janitor
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, SECOND_US
+from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
-from asapd.store.units import Answer, AnyUnit, Idempotency, RecordProbe, Sweep, Swept
+from asapd.store.units import Answer, AnyUnit, Idempotency, RecordProbe, RecordUsage, Sweep, Swept
 
 A = "urn:asap:agent:a"
 T0 = 1_800_000_000 * SECOND_US
@@ -42,6 +43,14 @@ class ScriptedRunner:
         return outcome if isinstance(outcome, Refusal) else Answer(0, outcome)
 
 
+class AwayRunner:
+    """A writer that is away."""
+
+    async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+        await trio.lowlevel.checkpoint()
+        return WRITER_AWAY
+
+
 async def sweep_for(seconds: float, database: Database, probes: str = "35d") -> int:
     beats = 0
 
@@ -63,9 +72,47 @@ async def test_a_sweep_that_found_more_goes_on_at_once_and_the_others_wait(
     start_s = trio.current_time()
     assert await sweep_for(2.5, Database(runner, InlineReaders(inline_database[1]))) == 4
     assert [round(at_s - start_s, 3) for at_s in runner.at_s] == [0, 0, EVERY_S, 2 * EVERY_S]
-    assert runner.units[0] == Sweep(T0, T0 - 35 * DAY_US, T0 - IDEMPOTENCY_US)
+    assert runner.units[0] == Sweep(
+        T0,
+        T0 - 35 * DAY_US,
+        T0 - IDEMPOTENCY_US,
+        usage_before_us=T0 - 7 * DAY_US,
+        tasks_before_us=T0 - DAY_US,
+    )
     assert "3 reservations expired" in caplog.text
     assert "nothing was swept" in caplog.text
+
+
+async def test_usage_past_its_time_goes_at_the_start_and_each_minute(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    database, connection = inline_database
+    events = [UsageEvent("t", A, "c", T0 - age_us, id=f"e{age_us}") for age_us in (401 * DAY_US, 400 * DAY_US, 0)]
+    costs = [UNKNOWN_COST] * len(events)
+    # The second becomes due within the hour that a whole hour behind the limit is waited for.
+    await database.submit(RecordUsage("default", "key:x", T0, events, costs))
+    await sweep_for(1, database)
+    assert connection.execute("SELECT seq FROM usage ORDER BY seq").fetchall() == [(2,), (3,)]
+    assert "retention took 1 usage events" in caplog.text
+    await sweep_for(3700, database)
+    assert connection.execute("SELECT seq FROM usage ORDER BY seq").fetchall() == [(3,)]
+
+
+async def test_retention_goes_on_where_it_was_when_the_store_is_back(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    database, connection = inline_database
+    await database.submit(RecordUsage("default", "key:x", T0, [UsageEvent("t", A, "c", 1, id="e")], [UNKNOWN_COST]))
+    away = Database(AwayRunner(), InlineReaders(connection))
+    await sweep_for(0.5, away)
+    assert "retention was not applied" in caplog.text
+    settings = JanitorSettings(config.Retention())
+    assert await apply_retention(away, TrioClock(T0), settings, "key:x", False) == WRITER_AWAY
+    done = await apply_retention(database, TrioClock(T0), settings, "key:x", False)
+    assert not isinstance(done, Refusal)
+    assert (done["usage"]["count"], done["more"]) == (1, False)
 
 
 async def test_old_probes_are_dropped_and_young_ones_stay(inline_database: Inline, autojump_clock: MockClock) -> None:

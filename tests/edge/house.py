@@ -24,6 +24,7 @@ from quart_trio import QuartTrio
 from asapd import config
 from asapd.actors.auditor import run_auditor
 from asapd.actors.gatekeeper import KeyRing, run_gatekeeper
+from asapd.actors.janitor import JanitorSettings, apply_retention
 from asapd.actors.messages import CreateKeyRequest
 from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
@@ -276,6 +277,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         ingest_caller=lambda peer: Caller(f"uid:{peer.uid}", Role.INGEST) if peer.pid else None,
         daemon_uid=os.geteuid(),
         version="0",
+        retain=partial(apply_retention, database, clock, JanitorSettings(settings.retention, settings.metering)),
+        committed=committed,
+        stopping=trio.Event(),
     )
     edge = Edge(database, connection, feed, committed, clock, services, boxes, settings=settings)
     holder.append(edge)

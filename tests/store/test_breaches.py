@@ -100,6 +100,7 @@ def test_alerts_are_read_on_from_a_number_as_subscribers_receive_them(store: Sto
         "breach": {
             "id": "brc_1",
             "agent_id": A,
+            "budget": None,
             "breach_type": "latency",
             "window": "1h",
             "threshold": "100ms",

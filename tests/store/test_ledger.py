@@ -311,6 +311,20 @@ def test_an_estimate_of_several_tasks_holds_a_slot_for_each(ledger: Ledger) -> N
     assert ledger.counters("four")[2:] == (2, 0)
 
 
+def test_nobody_is_refused_for_what_a_lapsed_reservation_holds(ledger: Ledger) -> None:
+    first = ledger.reserved(ROOT, cost=10 * USD, ttl_us=10, task="t1")
+    assert reason(ledger.reserve(ROOT, CHILD, task="t2")) is Reason.BUDGET_EXHAUSTED
+    ledger.now_us += 10
+    assert reason(ledger.reserve(ROOT, task="t2", cost=11 * USD)) is Reason.INSUFFICIENT_BUDGET
+    assert ledger.counters("root") == (0, 0, 0, 0), "what lapsed was closed although the answer was no"
+    assert ledger.connection.execute("SELECT state FROM reservation WHERE id = ?", (first,)).get == "expired"
+    ledger.reserved(ROOT, cost=10 * USD, ttl_us=10, task="t3")
+    ledger.now_us += 10
+    assert isinstance(ledger.reserve(ROOT, CHILD, cost=8 * USD, task="t2"), Reserved)
+    assert ledger.sweep().reservations_expired == 0
+    assert audit.verify_step(ledger.connection, Walk(), 10_000).fault is None
+
+
 # --- verbs
 
 
@@ -592,6 +606,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def reserve(self, at: int, cost: int | None, tasks: int, task: str, ttl: int, by_token: bool) -> None:
         node = self.nodes[at % len(self.nodes)]
         verdict = self.verdict(node, cost, tasks, task)
+        if verdict in {Reason.TASK_LIMIT, Reason.BUDGET_EXHAUSTED, Reason.INSUFFICIENT_BUDGET}:
+            for hold in self.holds:
+                hold.open = self.is_open(hold)
+            verdict = self.verdict(node, cost, tasks, task)
         result = self.ledger.reserve(
             *(node.chain if by_token else ()), delegation=node.claims.id, task=task, cost=cost, tasks=tasks, ttl_us=ttl
         )

@@ -86,17 +86,18 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
 
 
 def test_an_older_file_is_backed_up_and_brought_up_to_date(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = noted.with_name("asapd.db.before-v2")
+    known = len(migrations.MIGRATIONS)
+    stale = noted.with_name(f"asapd.db.before-v{known + 1}")
     stale.write_bytes(b"left over from an upgrade that was given up")
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT;"))
     with closing(open_for_writing(noted)) as connection:
-        assert connection.pragma("user_version") == 2
+        assert connection.pragma("user_version") == known + 1
         assert connection.execute("SELECT count(*) FROM more").get == 0
         assert connection.execute("SELECT count(*) FROM audit").get == 1
     assert stale.stat().st_mode & 0o777 == 0o600
     monkeypatch.undo()
     with closing(open_for_writing(stale)) as backup:
-        assert backup.pragma("user_version") == 1
+        assert backup.pragma("user_version") == known
         assert backup.execute("SELECT count(*) FROM audit").get == 1
 
 
@@ -115,4 +116,31 @@ def test_a_schema_in_memory_needs_no_backup(monkeypatch: pytest.MonkeyPatch) -> 
     migrations.migrate(connection, None)
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT;"))
     migrations.migrate(connection, None)
-    assert connection.pragma("user_version") == 2
+    assert connection.pragma("user_version") == len(migrations.MIGRATIONS)
+
+
+def test_sources_and_open_tasks_of_an_older_file_are_known(path: Path) -> None:
+    with closing(apsw.Connection(str(path))) as old:
+        old.execute(migrations.MIGRATIONS[0])
+        old.pragma("application_id", APPLICATION_ID)
+        old.pragma("user_version", 1)
+        columns = len(old.execute("PRAGMA table_info(usage)").fetchall())
+        for number, seq in enumerate((4, 1, 2, 2, None), 1):
+            row: list[object] = [0] * columns
+            row[0], row[1], row[3], row[4], row[7] = number, f"e{number}", 1, seq, "t"
+            row[17], row[34], row[36] = 0, b"c", "key:x"
+            row[18] = row[23] = row[26] = row[27] = row[28] = row[31] = row[32] = row[33] = None
+            row[29] = "task.execute"
+            old.execute(f"INSERT INTO usage VALUES ({','.join('?' * columns)})", row)
+        for state, task in (("started", "open"), ("started", "done"), ("completed", "done")):
+            old.execute(
+                "INSERT INTO task (tenant, agent, consumer, task_id, state, timestamp_us, committed_us) "
+                "VALUES (1, 1, 1, ?, ?, 7, 7)",
+                (task, state),
+            )
+    with closing(open_for_writing(path)) as connection:
+        ranges = connection.execute("SELECT low, high FROM usage_source_range ORDER BY low").fetchall()
+        assert ranges == [(1, 2), (4, 4)]
+        source = "SELECT events, seen, repeated, first_seq, last_seq, ranges FROM usage_source"
+        assert connection.execute(source).fetchall() == [(5, 3, 1, 1, 4, 2)]
+        assert connection.execute("SELECT task_id FROM task_open").fetchall() == [("open",)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import apsw
 import pytest
@@ -17,7 +18,7 @@ from asapd.core.money import to_usd
 from asapd.core.types import EPOCH, HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries as q
-from asapd.store.units import Envelope, RecordUsage
+from asapd.store.units import Envelope, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 
@@ -28,7 +29,12 @@ DAYS_US = 24 * HOUR_US
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 Stored = tuple[str, UsageEvent, Cost]
 
-hours = st.sampled_from((0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US))
+# 2026-10-25 00:00 UTC: clocks in Berlin show the next two hours as one.
+BACK_US = int(datetime(2026, 10, 25, tzinfo=UTC).timestamp()) * 1_000_000 - START_US
+zones = st.sampled_from(
+    [ZoneInfo(name) for name in ("UTC", "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Etc/GMT+12")]
+)
+hours = st.sampled_from((BACK_US, BACK_US + HOUR_US, 0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US))
 inside = st.sampled_from((0, 1, HOUR_US // 2, HOUR_US - 1))
 times = st.builds(lambda hour, offset: START_US + hour + offset, hours, inside)
 bounds = st.none() | st.builds(lambda time, offset: time + offset, times, st.integers(-1, 1))
@@ -115,11 +121,19 @@ def keep(query: q.UsageFilter, row: Stored) -> bool:
     )
 
 
-def group_of(group: str, event: UsageEvent) -> tuple[str, str | None]:
-    moment = EPOCH + timedelta(microseconds=event.timestamp_us)
+def offset_text(moment: datetime) -> str:
+    text = f"{moment:%z}"
+    return f"{text[:3]}:{text[3:]}"
+
+
+def group_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[str, str | None]:
+    moment = (EPOCH + timedelta(microseconds=event.timestamp_us)).astimezone(zone)
+    offset = "Z" if zone.key == "UTC" else offset_text(moment)
     match group:
+        case "minute":
+            return "period", f"{moment:%Y-%m-%dT%H:%M}:00{offset}"
         case "hour":
-            return "period", f"{moment:%Y-%m-%dT%H}:00:00Z"
+            return "period", f"{moment:%Y-%m-%dT%H}:00:00{offset}"
         case "day":
             return "period", f"{moment:%Y-%m-%d}"
         case "week":
@@ -132,6 +146,18 @@ def group_of(group: str, event: UsageEvent) -> tuple[str, str | None]:
             return group, "completed" if event.outcome == 1 else "failed"
         case _:
             return group, getattr(event, group) or None
+
+
+def order_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[int, str]:
+    """Periods in the order of time, an hour that clocks show twice too; the rest by name."""
+    span_s = {"minute": 60, "hour": 3600}.get(group)
+    if span_s is None:
+        return 0, group_of(group, event, zone)[1] or ""
+    at_s = event.timestamp_us // 1_000_000
+    offset = datetime.fromtimestamp(at_s, zone).utcoffset()
+    assert offset is not None
+    offset_s = int(offset.total_seconds())
+    return (at_s + offset_s) // span_s * span_s - offset_s, ""
 
 
 def totals(rows: list[Stored]) -> dict[str, Any]:
@@ -165,30 +191,44 @@ def totals(rows: list[Stored]) -> dict[str, Any]:
     }
 
 
-def fill(connection: apsw.Connection, rows: list[Stored]) -> None:
+def fill(connection: apsw.Connection, rows: list[Stored], voided: Iterable[int] = ()) -> None:
     writer = Writer(connection)
     for tenant, event, cost in rows:
         writer.run([Envelope(1, RecordUsage(tenant, "key:x", START_US, [event], [cost]), False)])
+    for index in voided:
+        (answer,) = writer.run([Envelope(1, VoidUsage(index + 1, "wrong", "key:o", START_US), False)])
+        assert isinstance(answer.result, Voided)
 
 
-@settings(max_examples=200, deadline=None)
-@given(rows=stored, query=filters, groups=groupings)
+@settings(max_examples=250, deadline=None)
+@given(rows=stored, query=filters, groups=groupings, zone=zones, data=st.data())
 def test_aggregates_equal_a_recount_of_the_raw_events(
-    open_store: OpenStore, rows: list[Stored], query: q.UsageFilter, groups: list[str]
+    open_store: OpenStore,
+    rows: list[Stored],
+    query: q.UsageFilter,
+    groups: list[str],
+    zone: ZoneInfo,
+    data: st.DataObject,
 ) -> None:
-    kept = [row for row in rows if keep(query, row)]
-    recount: defaultdict[tuple[tuple[str, str | None], ...], list[Stored]] = defaultdict(list)
+    voided = data.draw(st.sets(st.sampled_from(range(len(rows))), max_size=3)) if rows else set()
+    kept = [row for index, row in enumerate(rows) if keep(query, row) and index not in voided]
+    recount: defaultdict[tuple[tuple[int, str], ...], list[Stored]] = defaultdict(list)
     for row in kept:
-        recount[tuple(group_of(group, row[1]) for group in groups)].append(row)
+        # Beside the order stands the label: within one group both are the same.
+        recount[tuple(order_of(group, row[1], zone) for group in groups)].append(row)
     period = {} if q.TIME_GROUPS & set(groups) else {"period": "all"}
     expected = [
-        {**period, **dict(key), **totals(recount[key])}
-        for key in sorted(recount, key=lambda key: [value or "" for _, value in key])
+        {
+            **period,
+            **dict(group_of(group, recount[key][0][1], zone) for group in groups),
+            **totals(recount[key]),
+        }
+        for key in sorted(recount)
     ]
     with open_store() as connection:
-        fill(connection, rows)
-        assert q.aggregate(connection, query, tuple(groups), 1000, 0) == expected
-        assert q.aggregate(connection, query, tuple(groups), 1, 1) == expected[1:2]
+        fill(connection, rows, voided)
+        assert q.aggregate(connection, query, tuple(groups), 1000, 0, zone) == expected
+        assert q.aggregate(connection, query, tuple(groups), 1, 1, zone) == expected[1:2]
         assert q.summary(connection, query) == totals(kept)
 
 
@@ -278,6 +318,8 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "labels": {"b": "é", "z": "1"},
         "trace_id": "f" * 32,
         "recorded_at": "2026-12-27T22:00:00.000001Z",
+        "voids": None,
+        "voided_by": None,
     }
     assert q.get_usage(connection, 2) is None
 
@@ -308,3 +350,20 @@ def test_stats_count_what_the_caller_may_see(
     )
     stats = q.stats(connection, visible)
     assert (stats["total_events"], stats["oldest_timestamp"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("condition", "index"),
+    [
+        (f"{q.OF_TASK} ORDER BY timestamp_us, seq LIMIT 100", "usage_task"),
+        ("delegation = ? AND 1 = ? ORDER BY timestamp_us, seq LIMIT 100", "usage_delegation"),
+        ("parent_task_id IN (SELECT value FROM json_each(?)) AND 1 = ?", "usage_parent"),
+        ("substr(task_id, -8) IN (SELECT substr(value, -8) FROM json_each(?)) AND 1 = ?", "usage_task"),
+        ("timestamp_us >= ? AND timestamp_us < ? ORDER BY timestamp_us, seq", "usage_time"),
+    ],
+)
+def test_narrow_filters_read_an_index_and_not_everything(
+    connection: apsw.Connection, condition: str, index: str
+) -> None:
+    plan = connection.execute(f"EXPLAIN QUERY PLAN SELECT * FROM usage WHERE {condition}", ("[]", "[]")).fetchall()
+    assert any(f"USING INDEX {index}" in row[3] for row in plan), plan

@@ -11,7 +11,21 @@ from werkzeug.exceptions import HTTPException
 from asapd.core.errors import Refusal
 from asapd.edge import ws
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
-from asapd.edge.http import admin, agents, audit, delegations, operations, sla, usage
+from asapd.edge.http import (
+    admin,
+    agents,
+    audit,
+    budgets,
+    delegations,
+    operations,
+    otlp,
+    sla,
+    tasks,
+    usage,
+    usage_export,
+    usage_more,
+    usage_stream,
+)
 from asapd.edge.http.parameters import RefusedError
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
@@ -90,6 +104,22 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         return refuse(Refusal("internal", "the request met a bug, which is in the log; sending it again does not help"))
 
-    for module in (usage, delegations, agents, sla, audit, operations, admin, ws):
+    modules = (
+        usage,
+        usage_more,
+        usage_export,
+        usage_stream,
+        tasks,
+        otlp,
+        delegations,
+        budgets,
+        agents,
+        sla,
+        audit,
+        operations,
+        admin,
+        ws,
+    )
+    for module in modules:
         module.register(app, services)
     return app

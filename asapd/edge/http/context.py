@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-
 from quart import g, request
 
 from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller, Permission
-from asapd.core.errors import FieldError, Refusal
+from asapd.core.errors import Refusal
 from asapd.edge.http.parameters import RefusedError
-from asapd.wire.usage import BodyFormat
-
-_FORMATS: dict[str, BodyFormat] = {
-    "": "json",
-    "application/json": "json",
-    "application/x-ndjson": "ndjson",
-    "application/ndjson": "ndjson",
-    "application/msgpack": "msgpack",
-    "application/x-msgpack": "msgpack",
-    "application/vnd.msgpack": "msgpack",
-}
+from asapd.edge.idempotency import bind
 
 
 def require(permission: Permission) -> Caller:
@@ -55,44 +42,10 @@ async def raw_body() -> bytes:
     return body
 
 
-async def read_body(max_bytes: int) -> bytes:
-    """The body, decompressed; a body that grows beyond the limit is refused."""
-    body = await raw_body()
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding in {"identity", ""}:
-        return body
-    if encoding not in {"gzip", "x-gzip"}:
-        raise RefusedError(Refusal("unsupported_media_type", f"encoding {encoding} is not taken: send gzip or none"))
-    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        plain = decompressor.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise RefusedError(Refusal("malformed", f"the body is not gzip: {error}")) from None
-    if len(plain) > max_bytes:
-        raise RefusedError(Refusal("too_large", f"the body unpacks to more than {max_bytes} bytes: send it in parts"))
-    if not decompressor.eof:
-        raise RefusedError(Refusal("malformed", "the gzip body is cut off"))
-    return plain
-
-
-def body_format() -> BodyFormat:
-    """How the body is written, by its content type."""
-    try:
-        return _FORMATS[request.mimetype]
-    except KeyError:
-        detail = f"{request.mimetype} is not taken: send application/json, application/x-ndjson or application/msgpack"
-        raise RefusedError(Refusal("unsupported_media_type", detail)) from None
-
-
 def idempotency(caller: Caller, body: bytes, now_us: int) -> Idempotency | None:
     """The request's Idempotency-Key, bound to caller and route; None without one."""
     key = request.headers.get("Idempotency-Key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= 255:
-        error = FieldError("Idempotency-Key", "must have 1 to 255 characters")
-        raise RefusedError(Refusal("invalid", "the Idempotency-Key is too long or empty", (error,)))
-    scope = "\0".join((caller.actor, request.method, request.path, key))
-    digest = hashlib.blake2b(scope.encode(), digest_size=16).digest()
-    request_digest = hashlib.blake2b(request.query_string + b"\0" + body, digest_size=16).digest()
-    return Idempotency(digest, request_digest, now_us)
+    bound = bind(key, caller, request.method, request.path, request.query_string, body, now_us)
+    if isinstance(bound, Refusal):
+        raise RefusedError(bound)
+    return bound

@@ -20,6 +20,7 @@ from asapd.actors.messages import (
     Validate,
 )
 from asapd.core.access import Permission
+from asapd.core.budgets import Shortfall, amount_value
 from asapd.core.delegation import Claims, Denied, Reason
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Estimate, Remaining
@@ -78,6 +79,7 @@ class _Authorize(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
     cost_usd: Decimal | None = None
+    tokens: _Count | None = None
     ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=30 * 86_400)] | None = None
     reason: Annotated[str, msgspec.Meta(max_length=1000)] = ""
 
@@ -192,8 +194,8 @@ def register(app: QuartTrio, services: Services) -> None:
             ),
         )
         match outcome:
-            case AuthorizationDenied(denied=denied, remaining=left):
-                return _deny(denied, left)
+            case AuthorizationDenied(denied=denied, remaining=left, shortfall=shortfall):
+                return _deny(denied, left, shortfall)
             case Denied():
                 return _deny(outcome, None)
             case Refusal():
@@ -230,7 +232,9 @@ def register(app: QuartTrio, services: Services) -> None:
             raise RefusedError(Refusal("invalid", "a refund needs cost_usd and a reason", (error,)))
         key = idempotency(caller, body, services.clock.now_us())
         ttl_us = None if sent.ttl_seconds is None else sent.ttl_seconds * SECOND_US
-        return await change(lambda to: ChangeReservation(caller, verb, reservation, cost, ttl_us, sent.reason, key, to))
+        return await change(
+            lambda to: ChangeReservation(caller, verb, reservation, cost, ttl_us, sent.reason, key, to, sent.tokens)
+        )
 
     @app.delete("/reservations/<reservation>")
     async def delete_reservation(reservation: str) -> Response:
@@ -254,7 +258,7 @@ def register(app: QuartTrio, services: Services) -> None:
         )
 
 
-def _deny(denied: Denied, left: Remaining | None) -> Response:
+def _deny(denied: Denied, left: Remaining | None, shortfall: Shortfall | None = None) -> Response:
     """CONTRACT: a denied authorisation is a 403 problem with decision, code, reason and remaining."""
     code = "malformed" if denied.reason is Reason.MALFORMED else str(denied.reason)
     extra = {
@@ -263,11 +267,34 @@ def _deny(denied: Denied, left: Remaining | None) -> Response:
         "token_id": denied.token_id,
         "remaining": _remaining(left),
     }
+    if shortfall is not None:
+        extra["budget"] = _budget(shortfall)
     return refuse(Refusal(code, denied.detail, extra=extra), status=403)
 
 
+def _budget(short: Shortfall) -> dict[str, Any]:
+    """Which budget said no, its numbers in its unit, and when to try again."""
+    amounts = {
+        "limit": short.limit,
+        "spent": short.spent,
+        "reserved": short.reserved,
+        "remaining": short.left,
+        "needed": short.needed,
+    }
+    return {
+        "name": short.budget,
+        "unit": short.unit,
+        **{name: amount_value(short.unit, amount) for name, amount in amounts.items()},
+        "period_start": format_us(short.period_start_us),
+        "renews_at": format_us(short.renews_at_us),
+    }
+
+
 def _remaining(left: Remaining | None) -> dict[str, Any] | None:
-    return None if left is None else {"cost_usd": usd(left.cost_microusd), "tasks": left.tasks}
+    if left is None:
+        return None
+    shown = {"cost_usd": usd(left.cost_microusd), "tasks": left.tasks}
+    return shown if left.tokens is None else {**shown, "tokens": left.tokens}
 
 
 def _claims(claims: Claims) -> dict[str, Any]:

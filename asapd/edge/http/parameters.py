@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,10 +35,10 @@ def bad_parameter(name: str, reason: str) -> RefusedError:
 
 
 class Parameters:
-    """The query parameters of the request at hand; `done` refuses those that nobody asked for."""
+    """Query parameters, of the request at hand unless given; `done` refuses those that nobody asked for."""
 
-    def __init__(self) -> None:
-        self._args = request.args
+    def __init__(self, arguments: Mapping[str, str] | None = None) -> None:
+        self._args: Mapping[str, str] = request.args if arguments is None else arguments
         self._known: set[str] = set()
 
     def text(self, *names: str) -> str | None:

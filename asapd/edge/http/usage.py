@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import ReportTask, TaskEvent
 from asapd.actors.reads import GROUPS, TIME_GROUPS
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import AGENT_URN
+from asapd.core.types import AGENT_URN, format_us
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import body_format, idempotency, raw_body, read_body, require
+from asapd.edge.http.context import idempotency, raw_body, require
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page
 from asapd.edge.http.replies import reply
-from asapd.edge.reporting import report, validate
 from asapd.edge.services import Services
+from asapd.edge.usage_request import UsageRequest, answer
 from asapd.wire.usage import parse_timestamp
 
 
@@ -29,9 +30,11 @@ class _Task(msgspec.Struct, forbid_unknown_fields=True):
     state: Literal["started", "completed", "failed"]
     timestamp: str | int | float
     error: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
+    parent_task_id: str | None = None
 
 
-def _filters(parameters: Parameters) -> dict[str, Any]:
+def usage_filters(parameters: Parameters) -> dict[str, Any]:
+    """Which events, as every route of usage is asked."""
     return {
         "agent": parameters.text("agent", "agent_id"),
         "consumer": parameters.text("consumer", "consumer_id"),
@@ -45,33 +48,39 @@ def _filters(parameters: Parameters) -> dict[str, Any]:
     }
 
 
+def time_zone(parameters: Parameters) -> ZoneInfo:
+    """The zone by whose clocks periods are told; UTC unless named."""
+    name = parameters.text("timezone") or "UTC"
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise bad_parameter("timezone", "must be the name of a time zone, such as Europe/Berlin") from None
+
+
 def register(app: QuartTrio, services: Services) -> None:
     """Add the routes."""
 
     @app.post("/usage")
     @app.post("/usage/batch")
     async def post_usage() -> Response:
-        caller = require(Permission.INGEST)
-        parameters = Parameters()
-        partial = parameters.flag("partial")
-        parameters.done()
-        written = body_format()
-        body = await read_body(services.settings().http.max_body_bytes)
-        key = idempotency(caller, body, services.clock.now_us())
-        outcome = await report(services, caller, body, written, partial=partial, idempotency=key)
-        return reply(outcome, 201)
+        return await answered()
 
     @app.post("/usage/validate")
     async def post_validate() -> Response:
+        return await answered()
+
+    async def answered() -> Response:
         caller = require(Permission.INGEST)
-        body = await read_body(services.settings().http.max_body_bytes)
-        return reply(validate(services, caller, body, body_format()))
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        sent = UsageRequest(request.path.rstrip("/"), request.query_string, headers, await raw_body())
+        outcome = await answer(services, caller, sent)
+        return reply(outcome) if isinstance(outcome, Refusal) else reply(outcome[1], outcome[0])
 
     @app.get("/usage")
     async def get_usage() -> Response:
         caller = require(Permission.READ)
         parameters = Parameters()
-        filters, limit, offset = _filters(parameters), parameters.limit(), parameters.offset()
+        filters, limit, offset = usage_filters(parameters), parameters.limit(), parameters.offset()
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
         after = parameters.cursor(tuple[int, int])
         parameters.done()
@@ -103,19 +112,27 @@ def register(app: QuartTrio, services: Services) -> None:
         if unknown:
             raise bad_parameter("group_by", f"must be any of {', '.join(GROUPS)}, not {unknown[0]}")
         if len(TIME_GROUPS.intersection(groups)) > 1:
-            raise bad_parameter("group_by", "can hold one of hour, day, week and month")
-        filters, limit, offset = _filters(parameters), parameters.number("limit", 1000, 1, 1000), parameters.offset()
+            raise bad_parameter("group_by", "can hold one of minute, hour, day, week and month")
+        zone = time_zone(parameters)
+        filters, offset = usage_filters(parameters), parameters.offset()
+        limit = parameters.number("limit", 1000, 1, 1000)
         after = parameters.cursor(int)
         parameters.done()
         start = offset if after is None else after
-        rows = await services.reads.usage_aggregate(caller, filters, groups, limit=limit, offset=start)
-        return reply({"group_by": group_by, **page(rows, limit, start + limit)})
+        rows = await services.reads.usage_aggregate(caller, filters, groups, limit=limit, offset=start, zone=zone)
+        raw_since_us = await services.reads.raw_since()
+        shown = {
+            "group_by": group_by,
+            "timezone": zone.key,
+            "raw_since": format_us(raw_since_us) if raw_since_us else None,
+        }
+        return reply({**shown, **page(rows, limit, start + limit)})
 
     @app.get("/usage/summary")
     async def get_summary() -> Response:
         caller = require(Permission.READ)
         parameters = Parameters()
-        filters = _filters(parameters)
+        filters = usage_filters(parameters)
         parameters.done()
         return reply(await services.reads.usage_summary(caller, filters))
 
@@ -143,8 +160,9 @@ def register(app: QuartTrio, services: Services) -> None:
 def _task_event(sent: _Task) -> TaskEvent:
     errors = [
         FieldError(name, "must have 1 to 256 printable characters")
-        for name in ("task_id", "consumer")
-        if not (1 <= len(getattr(sent, name)) <= 256 and getattr(sent, name).isprintable())
+        for name in ("task_id", "consumer", "parent_task_id")
+        if getattr(sent, name) is not None
+        and not (1 <= len(getattr(sent, name)) <= 256 and getattr(sent, name).isprintable())
     ]
     if not AGENT_URN.match(sent.agent):
         errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))
@@ -156,4 +174,4 @@ def _task_event(sent: _Task) -> TaskEvent:
     if errors:
         detail = f"nothing was recorded: {errors[0].field} {errors[0].reason}"
         raise RefusedError(Refusal("invalid", detail, tuple(errors)))
-    return TaskEvent(sent.task_id, sent.agent, sent.consumer, sent.state, timestamp_us, sent.error)
+    return TaskEvent(sent.task_id, sent.agent, sent.consumer, sent.state, timestamp_us, sent.error, sent.parent_task_id)

@@ -1,0 +1,33 @@
+"""`asapctl retention`: what is past its time, and taking it away."""
+
+from __future__ import annotations
+
+import click
+
+from asapd.cli.options import Session, asks_daemon
+from asapd.cli.show import show_json, show_table
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@asks_daemon
+def retention(session: Session, dry_run: bool) -> None:
+    """Take away what is past its time, as the daemon does by itself.
+
+    Usage events go by retention.usage and leave their sums behind; probes go by retention.probes. The audit log names
+    what went.
+
+    \b
+    Examples:
+      asapctl retention --dry-run
+      asapctl retention
+    """
+    path = "/retention?dry_run=true" if dry_run else "/retention"
+    first = done = session.door.post(path)
+    while done["more"]:
+        done = session.door.post(path)
+    if session.as_json:
+        show_json({**first, "more": False})
+        return
+    rows = [(name, first[name]["before"], first[name]["count"]) for name in ("usage", "probes")]
+    show_table(("records", "from before", "would go" if dry_run else "went"), rows)

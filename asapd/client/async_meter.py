@@ -1,0 +1,110 @@
+"""The meter for asyncio and for Trio: what waits for the daemon is awaited, everything else is as it is in `Meter`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from asapd.client.delegation import Authorization, Estimate
+from asapd.client.event import Details
+from asapd.client.meter import Meter, Settings
+from asapd.client.stats import Stats
+from asapd.client.task import Task
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread of the event loop that runs here, asyncio's or Trio's.
+
+    Trio is looked for among the loaded modules and never imported. Cancelled under asyncio, the work goes on alone;
+    under Trio it is waited for.
+    """
+    trio: Any = sys.modules.get("trio")
+    if trio is not None:
+        try:
+            trio.lowlevel.current_trio_token()
+        except RuntimeError:
+            pass
+        else:
+            result: T = await trio.to_thread.run_sync(work)
+            return result
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+class AsyncMeter:
+    """A meter for async code, under asyncio or Trio; settings as for `Meter`.
+
+    `task`, `record` and `settle` are plain functions here too: they write a line to the spool, on a local disk, and
+    wait for nobody. `with meter.task(...)` is right in async code.
+    """
+
+    def __init__(self, address: str | os.PathLike[str] | None = None, **settings: Unpack[Settings]) -> None:
+        self.meter = Meter(address, **settings)
+        self.record = self.meter.record
+        self.settle = self.meter.settle
+
+    def task(
+        self,
+        *,
+        agent: str | None = None,
+        consumer: str | None = None,
+        task_id: str | None = None,
+        **details: Unpack[Details],
+    ) -> Task:
+        """See `Meter.task`."""
+        return self.meter.task(agent=agent, consumer=consumer, task_id=task_id, **details)
+
+    def stats(self) -> Stats:
+        """See `Meter.stats`."""
+        return self.meter.stats()
+
+    async def authorize(
+        self,
+        credential: str,
+        *,
+        task_id: str,
+        action: str = "task.execute",
+        agent: str | None = None,
+        consumer: str | None = None,
+        project: str | None = None,
+        estimate: Estimate | None = None,
+        ttl_s: int | None = None,
+    ) -> Authorization:
+        """See `Meter.authorize`."""
+        return await in_thread(
+            lambda: self.meter.authorize(
+                credential,
+                task_id=task_id,
+                action=action,
+                agent=agent,
+                consumer=consumer,
+                project=project,
+                estimate=estimate,
+                ttl_s=ttl_s,
+            )
+        )
+
+    async def flush(self, timeout_s: float = 10.0) -> bool:
+        """See `Meter.flush`."""
+        return await in_thread(lambda: self.meter.flush(timeout_s))
+
+    async def aclose(self, timeout_s: float = 5.0) -> None:
+        """See `Meter.close`. Cancelled, it closes without waiting; what is in the spool stays there."""
+        try:
+            await in_thread(lambda: self.meter.close(timeout_s))
+        finally:
+            self.meter.close(0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,350 @@
+"""The meter: takes usage events in, at once and without fail, and has them sent."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import os
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+from asapd.client import address as addresses
+from asapd.client import delegation, spool
+from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
+from asapd.client.link import Requests, make_link, settle
+from asapd.client.refused import RefusedFile
+from asapd.client.sender import Sender, Work
+from asapd.client.stats import Counters, Stats
+from asapd.client.task import Task, as_details
+from asapd.client.waiting import Kind, Memory, Waiting
+
+SPOOL_BYTES = 256 * 2**20
+# Beside a spool: what is taken in while the disk refuses. Without one: all there is.
+MEMORY_BYTES = 8 * 2**20
+EXIT_S = 2.0
+
+_log = logging.getLogger("asapd.client")
+_meters: weakref.WeakSet[Meter] = weakref.WeakSet()
+
+
+class Settings(TypedDict, total=False):
+    """The settings of a meter; `Meter` explains them."""
+
+    agent: str
+    consumer: str
+    key: str | None
+    spool: str | os.PathLike[str] | bool
+    spool_bytes: int
+    source: str | None
+    batch_events: int
+    batch_age_s: float
+    tls: ssl.SSLContext | None
+
+
+class Meter:
+    """Reports usage to asapd. Thread-safe, survives `fork`; an event is on disk when `record` or a task returns.
+
+    `address`: the ingest socket (`/run/asapd/ingest.sock`, the default) or `http(s)://host:port`, with an API `key`
+    (else `$ASAPD_KEY`). `agent` and `consumer` are those of tasks that name none. `spool` is a directory on a local
+    disk, of at most `spool_bytes` a process; True stands for one below `$XDG_STATE_HOME`, False for none. `source`
+    names this program in the daemon's list of sources. A batch leaves when it has `batch_events` or its first event
+    is `batch_age_s` old.
+
+    Raises:
+        ValueError: for an address that is none, or bounds that are not positive. Nothing else here or later: without
+            its directory the meter keeps events in memory, and says so in the log.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str] | None = None,
+        *,
+        agent: str = "",
+        consumer: str = "",
+        key: str | None = None,
+        spool: str | os.PathLike[str] | bool = True,
+        spool_bytes: int = SPOOL_BYTES,
+        source: str | None = None,
+        batch_events: int = 500,
+        batch_age_s: float = 0.2,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        if not 1 <= batch_events <= 5000 or batch_age_s < 0 or spool_bytes < 1:
+            raise ValueError("batch_events must be within 1 and 5000, batch_age_s and spool_bytes positive")
+        self._address = addresses.parse(address)
+        self.agent = agent
+        self.consumer = consumer
+        key = os.environ.get("ASAPD_KEY", "") if key is None else key
+        # Without the line end that a key read from a file has.
+        self._key = key.strip() or None
+        self._tls = tls
+        self._root = _default_spool(self._address) if spool is True else Path(spool) if spool else None
+        self._spool_bytes = spool_bytes
+        self._source = source
+        self._batch_events = batch_events
+        self._batch_age_s = batch_age_s
+        self.counters = Counters(_log)
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._forget()
+        _meters.add(self)
+        self._open()
+
+    def _forget(self) -> None:
+        self._requests = Requests(self._address, self._key, self._tls)
+        self._link = make_link(self._address, self._requests)
+        self._spool: spool.Spool | None = None
+        self._memory = Memory(MEMORY_BYTES, self._source)
+        self._queues: list[Waiting] = []
+        self._sender: Sender | None = None
+
+    # --- opening, and forking
+
+    def _open(self) -> Sender | None:
+        """The sender and the queues, made when there are none yet in this process; never raises."""
+        sender = self._sender
+        if sender is not None and sender.is_alive:
+            return sender
+        with self._lock:
+            if self._is_closed or (self._sender is not None and self._sender.is_alive):
+                return self._sender
+            try:
+                self._take_spool()
+                self._sender = Sender(self._work())
+            except Exception as error:  # noqa: BLE001 -- a host without threads to spare does not stop the caller's work
+                self.counters.complain("the meter cannot start to send, events are kept", error=error)
+            return self._sender
+
+    def _take_spool(self) -> None:
+        if self._root is not None and self._spool is None:
+            try:
+                self._spool = spool.take(self._root, self._spool_bytes, self._source)
+            except OSError as error:
+                self.counters.complain("no spool, events wait in memory: %s", error)
+        self._queues = [self._memory] if self._spool is None else [self._spool, self._memory]
+
+    def _work(self) -> Work:
+        requests = self._requests
+        return Work(
+            link=self._link,
+            settle=lambda reservation: settle(requests, reservation),
+            queues=list(self._queues),
+            own=len(self._queues),
+            adopt=self._abandoned,
+            refused=RefusedFile(None if self._spool is None or self._root is None else self._root / "refused.ndjson"),
+            counters=self.counters,
+            batch_events=self._batch_events,
+            batch_age_s=self._batch_age_s,
+        )
+
+    def _abandoned(self) -> Iterator[Waiting]:
+        if self._root is not None and self._spool is not None:
+            yield from spool.abandoned(self._root, self._spool_bytes)
+
+    def forget_in_child(self) -> None:
+        """In a forked child: leave the spool and the connections to the parent; the next event opens others."""
+        for queue in self._queues:
+            if isinstance(queue, spool.Spool):
+                queue.forget_in_child()
+        self._link.close()
+        self._requests.forget_in_child()
+        self.counters.forget_in_child()
+        self._lock = threading.Lock()
+        self._forget()
+
+    # --- recording
+
+    def task(
+        self,
+        *,
+        agent: str | None = None,
+        consumer: str | None = None,
+        task_id: str | None = None,
+        **details: Unpack[Details],
+    ) -> Task:
+        """A piece of work, for `with` or as a decorator; without a `task_id` it is given one."""
+        return Task(self, agent or self.agent, consumer or self.consumer, task_id, **details)
+
+    def record(
+        self,
+        *,
+        agent: str | None = None,
+        consumer: str | None = None,
+        task_id: str | None = None,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+        cached_tokens_in: int = 0,
+        cache_write_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        duration_ms: int = 0,
+        api_calls: int = 0,
+        outcome: Literal["completed", "failed"] = "completed",
+        error: str | None = None,
+        cost_usd: Usd | None = None,
+        **details: Unpack[Details],
+    ) -> str | None:
+        """Record work that was measured elsewhere and ends now; gives the event's id, or None if it is lost."""
+        try:
+            metrics = Metrics(
+                tokens_in=count(tokens_in),
+                tokens_out=count(tokens_out),
+                cached_tokens_in=count(cached_tokens_in),
+                cache_write_tokens=count(cache_write_tokens),
+                reasoning_tokens=count(reasoning_tokens),
+                duration_ms=count(duration_ms),
+                api_calls=count(api_calls),
+            )
+            event = build(
+                agent=agent or self.agent,
+                consumer=consumer or self.consumer,
+                task_id=new_id() if task_id is None else str(task_id),
+                now_ns=time.time_ns(),
+                metrics=metrics,
+                outcome=outcome,
+                error=error,
+                cost=None if cost_usd is None else dollars(cost_usd),
+                details=as_details(details),
+            )
+        except Exception as problem:  # noqa: BLE001 -- metering never breaks the work that it measures
+            self.counters.add("misused")
+            self.counters.add("lost")
+            self.counters.complain("a usage event could not be made", error=problem)
+            return None
+        return str(event["id"]) if self.submit(event) else None
+
+    def submit(self, event: dict[str, Any]) -> bool:
+        """Take an event in, which has an `id` and lacks `source` and `seq`; False if it is lost. Never raises."""
+        is_taken = self._append(Kind.USAGE, event)
+        self.counters.add("recorded" if is_taken else "lost")
+        return is_taken
+
+    def _append(self, kind: Kind, values: dict[str, Any]) -> bool:
+        try:
+            if self._is_closed:
+                self.counters.complain("an event came after the meter was closed, and is lost")
+                return False
+            sender = self._open()
+            is_taken = self._keep(kind, values)
+            if sender is not None:
+                sender.appended()
+        except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
+            self.counters.complain("a usage event is lost", error=error)
+            return False
+        if not is_taken:
+            self.counters.complain("no room left for usage events, new ones are lost: %s", self._root or "in memory")
+        return is_taken
+
+    def _keep(self, kind: Kind, values: dict[str, Any]) -> bool:
+        if self._spool is not None:
+            try:
+                return self._spool.append(kind, values)
+            except OSError as error:
+                self.counters.complain("the spool cannot be written, events wait in memory", error=error)
+        return self._memory.append(kind, values)
+
+    # --- delegations
+
+    def authorize(
+        self,
+        credential: str,
+        *,
+        task_id: str,
+        action: str = "task.execute",
+        agent: str | None = None,
+        consumer: str | None = None,
+        project: str | None = None,
+        estimate: delegation.Estimate | None = None,
+        ttl_s: int | None = None,
+    ) -> delegation.Authorization:
+        """Ask the daemon, and wait for its answer, whether `agent` may work under a token or a delegation's id."""
+        try:
+            return delegation.authorize(
+                self._requests,
+                credential,
+                action=action,
+                task_id=task_id,
+                delegate=agent or self.agent or None,
+                consumer=consumer or self.consumer or None,
+                project=project,
+                estimate=estimate,
+                ttl_s=ttl_s,
+            )
+        except Exception as error:  # noqa: BLE001 -- the caller gets an answer whatever happens, and it is not a yes
+            self.counters.complain("an authorisation could not be asked for", error=error)
+            return delegation.Unavailable(f"{type(error).__name__}: {error}")
+
+    def settle(self, reservation: str) -> None:
+        """Have a reservation closed, after all that was recorded before; never raises, survives an outage."""
+        self._append(Kind.SETTLE, {"reservation": reservation})
+
+    # --- ending
+
+    def stats(self) -> Stats:
+        """What this meter did, in this process."""
+        pending, pending_bytes = (0, 0) if self._sender is None else self._sender.waiting()
+        return self.counters.snapshot(pending, pending_bytes)
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until the daemon has all that was recorded before; False when the time is over."""
+        try:
+            sender = self._open()
+            return sender is not None and (self._is_closed or sender.flush(timeout_s))
+        except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
+            self.counters.complain("the meter could not be flushed", error=error)
+            return False
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Send what can be sent in the time, and end. What remains in the spool is sent by whoever opens it next."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        try:
+            if self._sender is not None:
+                self._sender.close(timeout_s)
+            else:
+                for queue in self._queues:
+                    queue.close()
+            self._requests.close()
+        except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
+            self.counters.complain("the meter could not be closed", error=error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _default_spool(address: addresses.Address) -> Path | None:
+    """One directory for each daemon, so that no program sends to one what is meant for another."""
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    with contextlib.suppress(RuntimeError):
+        home = home.expanduser()
+    if not home.is_absolute():
+        return None
+    return home / "asapd" / "spool" / hashlib.sha256(str(address).encode()).hexdigest()[:16]
+
+
+def _after_fork() -> None:
+    for meter in list(_meters):
+        meter.forget_in_child()
+
+
+def _at_exit() -> None:
+    for meter in list(_meters):
+        meter.close(EXIT_S)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,137 @@
+"""What the middleware for ASGI and for WSGI have in common: who, for whom, under what, and what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from asapd.client.delegation import Allowed, Authorization, Denied, Estimate, Unavailable
+from asapd.client.event import encode, new_id
+from asapd.client.meter import Meter
+from asapd.client.task import Task
+
+TASK_HEADER = "x-asap-task-id"
+CONSUMER_HEADER = "x-asap-consumer"
+DELEGATION_HEADER = "x-asap-delegation"
+NOBODY = "urn:asap:agent:unknown"
+RETRY_AFTER_S = 5
+
+Headers: TypeAlias = Mapping[str, str]
+"""The headers of a request, with names in lower case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How requests are metered.
+
+    The consumer is the header `x-asap-consumer`, which is the caller's own word, unless `consumer` is a function that
+    knows better, from the headers. With `require_delegation` a request without a delegation's token in
+    `x-asap-delegation` that allows `action` gets 403 (an id is not enough: it is no secret), and 503 while the daemon
+    cannot be asked. Paths in `skip` are neither metered nor guarded. A response of 500 and more, or an exception, is a
+    failed task.
+    """
+
+    agent: str | None = None
+    consumer: Callable[[Headers], str | None] | None = None
+    action: str = "task.execute"
+    require_delegation: bool = False
+    estimate: Estimate | Callable[[Headers], Estimate] | None = None
+    skip: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response in place of the application's."""
+
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Request:
+    """One request: the task that it is, and the permission it has."""
+
+    def __init__(self, meter: Meter, rules: Rules, headers: Headers) -> None:
+        self._meter = meter
+        self._rules = rules
+        self._headers = headers
+        self._reservation: str | None = None
+        consumer = headers.get(CONSUMER_HEADER)
+        if rules.consumer is not None:
+            try:
+                consumer = rules.consumer(headers)
+            except Exception as error:  # noqa: BLE001 -- metering never breaks the request
+                meter.counters.complain("the consumer of a request could not be told", error=error)
+        self.task: Task = meter.task(
+            agent=rules.agent,
+            consumer=_name(consumer) or meter.consumer or NOBODY,
+            task_id=_name(headers.get(TASK_HEADER)) or new_id(),
+            action=rules.action,
+        )
+
+    def authorize(self) -> Answer | None:
+        """Ask for permission, waiting for the daemon; an answer means that the application is not to be called."""
+        credential = self._headers.get(DELEGATION_HEADER, "").strip()
+        if "." not in credential and "{" not in credential:
+            detail = f"this service works under a delegation only: send its token in the header {DELEGATION_HEADER}"
+            return _problem(403, {"title": "A delegation is needed", "detail": detail, "code": "delegation_required"})
+        return self._judge(self._ask(credential))
+
+    def _ask(self, credential: str) -> Authorization:
+        estimate = self._rules.estimate
+        if callable(estimate):
+            try:
+                estimate = estimate(self._headers)
+            except Exception as error:  # noqa: BLE001 -- without an estimate there is no permission
+                self._meter.counters.complain("the estimate of a request could not be made", error=error)
+                return Unavailable("the estimate could not be made")
+        return self._meter.authorize(
+            credential,
+            task_id=self.task.task_id,
+            action=self._rules.action,
+            agent=self.task.agent,
+            consumer=self.task.consumer,
+            estimate=estimate,
+        )
+
+    def _judge(self, outcome: Authorization) -> Answer | None:
+        match outcome:
+            case Allowed():
+                self._reservation = outcome.reservation
+                self.task.describe(delegation=outcome.delegation, reservation=outcome.reservation)
+                return None
+            case Denied():
+                return _problem(403, outcome.problem)
+            case Unavailable():
+                self._meter.counters.complain("requests are turned away, nobody can authorise them: %s", outcome.reason)
+                detail = "whether the delegation allows this cannot be asked at present: try again"
+                problem = {"title": "Cannot authorise", "detail": detail, "code": "authorization_unavailable"}
+                return _problem(503, problem)
+
+    def finish(self, status: int | None, error: BaseException | None) -> None:
+        """Record the request; `status` is None when there was no response."""
+        if error is None and (status is None or status >= 500):
+            self.task.failed("no response" if status is None else f"HTTP status {status}")
+        self.task.finish(error)
+        if self._reservation is not None:
+            self._meter.settle(self._reservation)
+
+
+def _name(value: str | None) -> str | None:
+    """A name that the daemon takes; anything else that a caller sends is as good as nothing."""
+    return value if value and len(value) <= 256 and value.isascii() and value.isprintable() else None
+
+
+def _problem(status: int, document: Mapping[str, Any]) -> Answer:
+    whole = {"type": f"urn:asapd:problem:{document.get('code', 'forbidden')}", **document, "status": status}
+    body = encode(whole)
+    headers = [
+        ("content-type", "application/problem+json"),
+        ("content-length", str(len(body))),
+        ("cache-control", "no-store"),
+    ]
+    if status == 503:
+        headers.append(("retry-after", str(RETRY_AFTER_S)))
+    return Answer(status, "Forbidden" if status == 403 else "Service Unavailable", headers, body)

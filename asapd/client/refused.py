@@ -1,0 +1,43 @@
+"""Events that the daemon will never take, set aside with the reason, so that the others get through."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from asapd.client.event import encode, timestamp
+from asapd.client.waiting import Record
+
+MAX_BYTES = 64 * 2**20
+
+
+class RefusedFile:
+    """An append-only file of lines `{"code", "reason", "refused_at", "event"}`; several processes may write it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def add(self, record: Record, code: str, reason: str) -> bool:
+        """Write one line, durably; False when the file is full or there is none.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if self.path is None:
+            return False
+        try:
+            event = json.loads(record.body)
+        except ValueError:
+            event = record.body.decode("utf-8", "replace")
+        line = {"code": code, "reason": reason, "refused_at": timestamp(time.time_ns()), "event": event}
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(fd).st_size >= MAX_BYTES:
+                return False
+            os.write(fd, encode(line) + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return True

@@ -1,0 +1,342 @@
+"""The thread that sends what waits: in batches, in order, again until the daemon has answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from asapd.client.link import Answer, Away, Link, Refused, Taken
+from asapd.client.refused import RefusedFile
+from asapd.client.stats import Counters
+from asapd.client.waiting import Kind, Record, Waiting
+
+BATCH_BYTES = 2**19
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 2.0
+SYNC_EVERY_S = 1.0
+ADOPT_EVERY_S = 30.0
+BUG_TRIES = 5
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Records of one queue on their way; what is left of them is sent again after a failure."""
+
+    queue: Waiting
+    records: list[Record]
+    parts: list[list[Record]]
+    """A stack: the last is sent first."""
+    settles: list[Record]
+    bugs: int = 0
+
+
+@dataclass
+class Work:
+    """What a sender has to do with."""
+
+    link: Link
+    settle: Callable[[str], Answer]
+    queues: list[Waiting]
+    """The first is the own spool; none of the first `own` is ever closed by the sender."""
+    own: int
+    adopt: Callable[[], Iterator[Waiting]]
+    """Queues that processes which are gone left behind."""
+    refused: RefusedFile
+    counters: Counters
+    batch_events: int
+    batch_age_s: float
+    batches: dict[int, _Batch] = field(default_factory=dict)
+
+
+class Sender:
+    """The thread, and the ways to wake it."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._changed = threading.Condition()
+        self._waits_since_s: float | None = time.monotonic()
+        self._is_hurried = False
+        self._closing_at_s: float | None = None
+        self._done = 0
+        self._synced_at_s = 0.0
+        self._adopted_at_s = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="asapd-meter", daemon=True)
+        self._thread.start()
+
+    # --- from other threads
+
+    def appended(self) -> None:
+        """Something was appended."""
+        waiting = self.waiting()[0]
+        if self._waits_since_s is not None and waiting != self._work.batch_events:
+            return
+        with self._changed:
+            if self._waits_since_s is None:
+                self._waits_since_s = time.monotonic()
+            self._changed.notify_all()
+
+    def waiting(self) -> tuple[int, int]:
+        """Records that wait, and their bytes."""
+        queues = list(self._work.queues)
+        return sum(queue.count for queue in queues), sum(queue.size_bytes for queue in queues)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that waits now is dealt with."""
+        with self._changed:
+            wanted = self._done + self.waiting()[0]
+            deadline_s = time.monotonic() + timeout_s
+            while self._done < wanted and self._thread.is_alive():
+                self._is_hurried = True
+                self._changed.notify_all()
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(left_s, 0.1))
+            return self._done >= wanted
+
+    def close(self, timeout_s: float) -> None:
+        """Send what can be sent in the time, and end the thread."""
+        with self._changed:
+            self._closing_at_s = time.monotonic() + timeout_s
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._work.link.abort()
+            self._thread.join(min(timeout_s, 1.0))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while self._wait_for_work():
+            began_s = time.monotonic()
+            try:
+                failure = self._round(began_s)
+            except Exception as error:  # noqa: BLE001 -- the thread has to live on, whatever the disk or a bug does
+                failure = f"{type(error).__name__}: {error}"
+                self._work.counters.complain("sending usage events failed", error=error)
+            self._work.counters.set_error(failure)
+            with self._changed:
+                # In this order, because `appended` adds first and looks at the time then.
+                self._waits_since_s = None
+                if self.waiting()[0]:
+                    self._waits_since_s = began_s
+                self._changed.notify_all()
+            if failure is None:
+                pause_s = FIRST_PAUSE_S
+                continue
+            self._sync(began_s)
+            if self._closing_at_s is not None and all(queue.is_durable for queue in self._work.queues if queue.count):
+                break
+            self._pause(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 -- spreads retries, keeps no secret
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        self._end()
+
+    def _end(self) -> None:
+        self._work.link.close()
+        lost = sum(queue.count for queue in self._work.queues if not queue.is_durable)
+        if lost:
+            self._work.counters.add("lost", lost)
+            self._work.counters.complain("events that waited in memory are lost with the process")
+        self._sync(float("inf"))
+        for queue in self._work.queues:
+            queue.close()
+
+    def _wait_for_work(self) -> bool:
+        """Until there is a batch, or the oldest record has waited long enough; False when it is time to end."""
+        work = self._work
+        with self._changed:
+            while True:
+                waiting = self.waiting()[0]
+                now_s = time.monotonic()
+                if self._closing_at_s is not None:
+                    return waiting > 0 and now_s < self._closing_at_s
+                if now_s >= self._adopted_at_s + ADOPT_EVERY_S:
+                    return True
+                if not waiting:
+                    self._waits_since_s = None
+                    if not self.waiting()[0]:
+                        self._changed.wait(self._adopted_at_s + ADOPT_EVERY_S - now_s)
+                    continue
+                since_s = now_s if self._waits_since_s is None else self._waits_since_s
+                left_s = since_s + work.batch_age_s - now_s
+                if self._is_hurried or waiting >= work.batch_events or left_s <= 0:
+                    return True
+                self._waits_since_s = since_s
+                self._changed.wait(left_s)
+
+    def _pause(self, pause_s: float) -> None:
+        with self._changed:
+            if self._closing_at_s is not None:
+                self._changed.wait(min(pause_s, FIRST_PAUSE_S))
+            else:
+                self._changed.wait_for(lambda: self._is_hurried or self._closing_at_s is not None, pause_s)
+
+    def _sync(self, now_s: float) -> None:
+        if now_s < self._synced_at_s + SYNC_EVERY_S:
+            return
+        self._synced_at_s = now_s
+        for queue in self._work.queues:
+            try:
+                queue.sync()
+            except OSError as error:
+                self._work.counters.complain("the spool cannot be synced", error=error)
+
+    def _round(self, now_s: float) -> str | None:
+        """One batch of each queue; the reason when the daemon does not take them."""
+        work = self._work
+        self._is_hurried = False
+        if now_s >= self._adopted_at_s + ADOPT_EVERY_S:
+            self._adopted_at_s = now_s
+            try:
+                work.queues.extend(work.adopt())
+            except OSError as error:
+                work.counters.complain("abandoned spools cannot be looked at", error=error)
+        failure: str | None = None
+        for queue in list(work.queues):
+            try:
+                away = self._send_one(queue) if queue.count else None
+            except OSError as error:
+                work.counters.complain("a spool cannot be used", error=error)
+                failure = f"a spool cannot be used: {error}"
+                continue
+            if away is not None:
+                return away.reason
+        for queue in work.queues[work.own :]:
+            if not queue.count:
+                work.queues.remove(queue)
+                queue.close()
+        return failure
+
+    def _send_one(self, queue: Waiting) -> Away | None:
+        try:
+            batch = self._work.batches.get(id(queue)) or self._begin(queue)
+            away = self._deliver(batch)
+        except BaseException:
+            # What of it was sent is not known any more, so all of it is sent again.
+            self._work.batches.pop(id(queue), None)
+            raise
+        if away is None:
+            queue.acknowledge(batch.records[-1], len(batch.records))
+            del self._work.batches[id(queue)]
+            with self._changed:
+                self._done += len(batch.records)
+                self._changed.notify_all()
+        return away
+
+    def _begin(self, queue: Waiting) -> _Batch:
+        batch = _Batch(queue, [], [], [])
+        self._extend(batch, queue.read(self._work.batch_events, BATCH_BYTES))
+        self._work.batches[id(queue)] = batch
+        return batch
+
+    def _extend(self, batch: _Batch, records: list[Record]) -> None:
+        batch.records += records
+        usage = [record for record in records if record.kind is Kind.USAGE]
+        if usage:
+            batch.parts.append(usage)
+        batch.settles += [record for record in records if record.kind is Kind.SETTLE]
+        for record in records:
+            if record.kind is Kind.DAMAGED:
+                self._set_aside(record, "damaged", "the checksum of the line in the spool is wrong")
+
+    def _deliver(self, batch: _Batch) -> Away | None:
+        while batch.parts:
+            part = batch.parts.pop()
+            answer = self._work.link.report([record.body for record in part])
+            match answer:
+                case Taken():
+                    self._taken(answer)
+                case Refused():
+                    batch.parts += self._split(part, answer)
+                case Away():
+                    batch.bugs += answer.is_bug
+                    if not answer.is_bug or batch.bugs < BUG_TRIES:
+                        batch.parts.append(part)
+                        return answer
+                    failure = self._isolate(batch, part)
+                    if failure is not None:
+                        return failure
+        while batch.settles:
+            answer = self._work.settle(_reservation(batch.settles[0]))
+            if isinstance(answer, Away):
+                return answer
+            record = batch.settles.pop(0)
+            if isinstance(answer, Refused):
+                self._set_aside(record, answer.code, answer.detail)
+        return None
+
+    def _split(self, part: list[Record], answer: Refused) -> list[list[Record]]:
+        """Set aside what was refused; give what is to be tried again, the last first."""
+        named = {place: reason for place, reason in answer.places.items() if 0 <= place < len(part)}
+        for place, reason in named.items():
+            self._set_aside(part[place], answer.code, reason)
+        if named:
+            rest = [record for place, record in enumerate(part) if place not in named]
+            return [rest] if rest else []
+        if len(part) == 1:
+            self._set_aside(part[0], answer.code, answer.detail)
+            return []
+        middle = len(part) // 2
+        return [part[middle:], part[:middle]]
+
+    def _isolate(self, batch: _Batch, part: list[Record]) -> Away | None:
+        """Find the events that the daemon fails at. They are set aside only if it takes others: else it is not them."""
+        if len(part) == 1 and not batch.parts:
+            known = len(batch.records)
+            self._extend(batch, batch.queue.read(known + self._work.batch_events, 2 * BATCH_BYTES)[known:])
+            part = [record for more in [part, *batch.parts] for record in more]
+            batch.parts.clear()
+        failing: list[Record] = []
+        last: Away | None = None
+        works = False
+        for place, record in enumerate(part):
+            answer = self._work.link.report([record.body])
+            match answer:
+                case Taken():
+                    works = True
+                    self._taken(answer)
+                case Refused():
+                    self._set_aside(record, answer.code, next(iter(answer.places.values()), answer.detail))
+                case Away():
+                    last = answer
+                    if not answer.is_bug:
+                        batch.parts.append(failing + part[place:])
+                        return answer
+                    failing.append(record)
+        if works:
+            for record in failing:
+                self._set_aside(record, "internal", "the daemon fails at this event, and takes others")
+            return None
+        if failing:
+            batch.parts.append(failing)
+            return last
+        return None
+
+    def _taken(self, answer: Taken) -> None:
+        self._work.counters.add("sent", answer.recorded + answer.duplicates)
+        if answer.duplicates:
+            self._work.counters.add("duplicates", answer.duplicates)
+
+    def _set_aside(self, record: Record, code: str, reason: str) -> None:
+        work = self._work
+        work.counters.add("refused")
+        is_kept = False
+        with contextlib.suppress(OSError):
+            is_kept = work.refused.add(record, code, reason)
+        shown = str(work.refused.path) if is_kept else record.body.decode("utf-8", "replace")
+        work.counters.complain("asapd refuses a usage event: %s: %s; it is set aside: %s", code, reason, shown)
+
+
+def _reservation(record: Record) -> str:
+    return str(json.loads(record.body)["reservation"])

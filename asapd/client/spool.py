@@ -1,0 +1,339 @@
+"""Records on disk: append-only segments that survive the process, and a mark of how far they were acknowledged.
+
+A line of a segment is the kind, the CRC-32 of the rest in hex, and the record as JSON: `u 1c291ca3 {...}`. It is
+written with one `write` before `append` returns, so a killed process loses nothing. What waits longer, because the
+daemon is away, is fsynced by the sender, so that a power cut takes at most the last seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from asapd.client.waiting import Kind, Record, new_source, numbered
+
+SEGMENT_BYTES = 4 * 2**20
+_READ_BYTES = 2**18
+_HEAD_BYTES = len(b"u 00000000 ")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class SpoolLockedError(Exception):
+    """Another process uses this directory: take another one."""
+
+
+class Spool:
+    """One directory of segments, which one process uses at a time.
+
+    `source` and its numbering go on from one process to the next. After a reboot there is a new source, because a
+    power cut may have taken numbers that were already sent.
+
+    Raises:
+        SpoolLockedError: when another process has it.
+        OSError: when the directory cannot be used.
+    """
+
+    is_durable = True
+
+    def __init__(
+        self, directory: Path, max_bytes: int, name: str | None, *, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._sealed: dict[int, int] = {}
+        self._is_dirty = False
+        self._reading = -1
+        self._reading_number = 0
+        self.count = 0
+        self.size_bytes = 0
+        self._fd = self._mark_fd = -1
+        self._lock_fd = _lock(directory / "lock")
+        try:
+            self._open(name)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- opening
+
+    def _open(self, name: str | None) -> None:
+        segments = self._segments()
+        marked, offset, seq = self._read_mark()
+        self._acknowledged = (marked, offset) if marked in segments else (segments[0] if segments else 1, 0)
+        for number in segments:
+            if number < self._acknowledged[0]:
+                self._path(number).unlink()
+        self.source, is_known = self._identify(name)
+        self._number = segments[-1] if segments else 1
+        self._fd = os.open(self._path(self._number), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._end = _cut_torn_line(self._fd)
+        self._seq = seq if is_known else 0
+        self._count()
+        self._mark_fd = os.open(self._directory / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._write_mark()
+
+    def _count(self) -> None:
+        """What a former process left, and the number it had come to."""
+        last: Record | None = None
+        for record, line_bytes in self._lines(self._acknowledged):
+            self.count += 1
+            self.size_bytes += line_bytes
+            last = record if record.kind is Kind.USAGE else last
+        event = {} if last is None else json.loads(last.body)
+        if event.get("source") == self.source:
+            self._seq = max(self._seq, int(event["seq"]))
+
+    def _segments(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._directory.glob("*.segment") if path.stem.isdecimal())
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:012d}.segment"
+
+    def _read_mark(self) -> tuple[int, int, int]:
+        """Segment, offset and last number. A mark that is lost or torn means that everything is sent again."""
+        with contextlib.suppress(OSError, ValueError):
+            text, _, crc = (self._directory / "acknowledged").read_text("ascii").strip().rpartition(" ")
+            if int(crc, 16) == zlib.crc32(text.encode()):
+                number, offset, seq = map(int, text.split())
+                return number, offset, seq
+        return 0, 0, 0
+
+    def _write_mark(self) -> None:
+        text = f"{self._acknowledged[0]:012d} {self._acknowledged[1]:012d} {self._seq:016d}"
+        os.pwrite(self._mark_fd, f"{text} {zlib.crc32(text.encode()):08x}\n".encode(), 0)
+
+    def _identify(self, name: str | None) -> tuple[str, bool]:
+        boot = ""
+        with contextlib.suppress(OSError):
+            boot = _BOOT_ID.read_text("ascii").strip()
+        path = self._directory / "source"
+        with contextlib.suppress(OSError, ValueError):
+            source, old_boot = path.read_text("utf-8").split("\n")[:2]
+            if old_boot == boot and source:
+                return source, True
+        source = new_source(name)
+        fresh = path.with_suffix(".new")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(f"{source}\n{boot}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        return source, False
+
+    # --- using
+
+    def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
+        """See `Waiting`."""
+        with self._lock:
+            body = numbered(kind, values, self.source, self._seq + 1)
+            line = b"%b %08x %b\n" % (kind.value.encode(), zlib.crc32(body), body)
+            has_room = self.size_bytes + len(line) <= self._max_bytes
+            if has_room:
+                self._write(line)
+            if kind is Kind.USAGE:
+                self._seq += 1
+            if not has_room:
+                self._write_mark()
+            return has_room
+
+    def _write(self, line: bytes) -> None:
+        if self._end >= self._segment_bytes:
+            number = self._number + 1
+            fd = os.open(self._path(number), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._sealed[self._number] = self._fd
+            self._fd, self._number, self._end = fd, number, 0
+        written = os.write(self._fd, line)
+        if written < len(line):
+            os.ftruncate(self._fd, self._end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += written
+        self.size_bytes += written
+        self.count += 1
+        self._is_dirty = True
+
+    def read(self, max_records: int, max_bytes: int) -> list[Record]:
+        """See `Waiting`.
+
+        Raises:
+            OSError: when segments cannot be read, or someone else changed them.
+        """
+        found: list[Record] = []
+        size_bytes = 0
+        for record, line_bytes in self._lines(self._acknowledged):
+            size_bytes += line_bytes
+            if found and (len(found) >= max_records or size_bytes > max_bytes):
+                break
+            found.append(record)
+        if self.count and not found:
+            raise OSError(errno.EIO, "the spool lacks records that were written to it", str(self._directory))
+        return found
+
+    def _lines(self, position: tuple[int, int]) -> Iterator[tuple[Record, int]]:
+        """The whole lines from a position on, with their sizes."""
+        number, offset = position
+        while True:
+            with self._lock:
+                active, end = self._number, self._end
+            if number != active:
+                end = self._size(number)
+            data = self._read_at(number, offset, min(_READ_BYTES, end - offset)) if offset < end else b""
+            if data and b"\n" not in data:
+                data = self._read_at(number, offset, end - offset)
+            if not data:
+                if number >= active:
+                    return
+                number, offset = number + 1, 0
+                continue
+            # Without any line end the rest of a sealed segment is one damaged line.
+            for line in io.BytesIO(data[: data.rfind(b"\n") + 1 or len(data)]):
+                offset += len(line)
+                yield _record(line, (number, offset)), len(line)
+
+    def _size(self, number: int) -> int:
+        try:
+            return self._path(number).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _read_at(self, number: int, offset: int, size: int) -> bytes:
+        if self._reading_number != number:
+            fd = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+            if self._reading >= 0:
+                os.close(self._reading)
+            self._reading, self._reading_number = fd, number
+        return os.pread(self._reading, size, offset)
+
+    def acknowledge(self, record: Record, count: int) -> None:
+        """See `Waiting`."""
+        with self._lock:
+            gone, self._acknowledged = self._acknowledged, record.end
+            finished = range(gone[0], record.end[0])
+            self.size_bytes -= record.end[1] - gone[1] + sum(map(self._size, finished))
+            self.count -= count
+            self._write_mark()
+            for number in finished:
+                self._path(number).unlink(missing_ok=True)
+                if number in self._sealed:
+                    os.close(self._sealed.pop(number))
+
+    def sync(self) -> None:
+        """See `Waiting`."""
+        with self._lock:
+            synced, self._sealed = self._sealed, {}
+            if self._is_dirty:
+                synced[self._number] = os.dup(self._fd)
+            self._is_dirty = False
+        if not synced:
+            return
+        synced[0] = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+        for fd in synced.values():
+            os.fsync(fd)
+            os.close(fd)
+
+    def close(self) -> None:
+        """See `Waiting`. The lock goes with its last descriptor, so a forked child does not take it from its parent."""
+        with self._lock:
+            for fd in [self._fd, self._mark_fd, self._lock_fd, self._reading, *self._sealed.values()]:
+                if fd >= 0:
+                    os.close(fd)
+            self._sealed = {}
+            self._fd = self._mark_fd = self._lock_fd = self._reading = -1
+            self._reading_number = 0
+
+    def forget_in_child(self) -> None:
+        """Close what a forked child inherited; the parent goes on with it."""
+        self._lock = threading.Lock()
+        self.close()
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise SpoolLockedError(f"{path.parent} is in use by another process") from None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _cut_torn_line(fd: int) -> int:
+    """Cut off a last line that was not wholly written, whose `append` never returned; gives the size."""
+    size = end = os.fstat(fd).st_size
+    while end:
+        start = max(0, end - _READ_BYTES)
+        found = os.pread(fd, end - start, start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(fd, end)
+    return end
+
+
+def _record(line: bytes, end: tuple[int, int]) -> Record:
+    body = line[_HEAD_BYTES:-1]
+    kind = line[:1]
+    if line[:_HEAD_BYTES] == b"%b %08x " % (kind, zlib.crc32(body)) and line[-1:] == b"\n" and kind in _KINDS:
+        return Record(_KINDS[kind], body, end)
+    return Record(Kind.DAMAGED, line, end)
+
+
+_KINDS = {b"u": Kind.USAGE, b"s": Kind.SETTLE}
+
+
+# --- a directory of spools
+
+
+def take(root: Path, max_bytes: int, name: str | None) -> Spool:
+    """A spool below `root` that no other process uses: one in which something waits, else any, else a new one.
+
+    Raises:
+        OSError: when the directory cannot be used.
+    """
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    known = sorted(_numbers(root), key=lambda number: (not _holds_records(root / str(number)), number))
+    fresh = max(known, default=0) + 1
+    for number in [*known, *range(fresh, fresh + 1000)]:
+        with contextlib.suppress(SpoolLockedError, PermissionError):
+            return Spool(root / str(number), max_bytes, name)
+    raise OSError(errno.EBUSY, "all spools are in use", str(root))
+
+
+def abandoned(root: Path, max_bytes: int) -> Iterator[Spool]:
+    """The spools below `root` in which something waits and whose process is gone, opened."""
+    for number in sorted(_numbers(root)):
+        if _holds_records(root / str(number)):
+            with contextlib.suppress(SpoolLockedError, PermissionError):
+                yield Spool(root / str(number), max_bytes, None)
+
+
+def _numbers(root: Path) -> list[int]:
+    return [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
+
+
+def _holds_records(directory: Path) -> bool:
+    """Whether something may wait there: a guess without the lock, which opening then makes sure of."""
+    mark = (0, 0)
+    with contextlib.suppress(OSError, ValueError):
+        words = (directory / "acknowledged").read_text("ascii").split()[:2]
+        mark = (int(words[0]), int(words[1]))
+    with contextlib.suppress(OSError):
+        sizes = {int(path.stem): path.stat().st_size for path in directory.glob("*.segment") if path.stem.isdecimal()}
+        return any(size > (mark[1] if number == mark[0] else 0) for number, size in sizes.items())
+    return False

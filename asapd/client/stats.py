@@ -1,0 +1,78 @@
+"""What a meter did, in numbers, and its complaints, which stay few."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, replace
+
+QUIET_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A meter's figures since it was made."""
+
+    recorded: int = 0
+    """Events taken in."""
+    sent: int = 0
+    """Events that the daemon acknowledged, those it knew already included."""
+    duplicates: int = 0
+    """Events that the daemon knew already: an answer was lost, and they were sent again."""
+    refused: int = 0
+    """Events that the daemon will never take; they stand in `refused.ndjson` of the spool, with the reason."""
+    lost: int = 0
+    """Events that are nowhere: the spool was full, or they could not be written as JSON."""
+    misused: int = 0
+    """Calls that made no sense, such as a negative count, and changed nothing."""
+    pending: int = 0
+    """Records that wait to be sent, those of former processes included."""
+    pending_bytes: int = 0
+    last_error: str | None = None
+    """Why sending does not work at present; None while it does."""
+
+
+class Counters:
+    """Figures that several threads add to, and what has to be said about them."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._stats = Stats()
+        self._lock = threading.Lock()
+        self._log = log
+        self._said_at: dict[str, float] = {}
+
+    def add(self, name: str, number: int = 1) -> None:
+        """Add to a figure of `Stats`."""
+        with self._lock:
+            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + number})
+
+    def set_error(self, error: str | None) -> None:
+        """Remember whether sending works; a change is logged."""
+        with self._lock:
+            before = self._stats.last_error
+            self._stats = replace(self._stats, last_error=error)
+        if error is not None and before is None:
+            self._log.warning("asapd takes no usage events at present, they are kept: %s", error)
+        elif error is None and before is not None:
+            self._log.info("asapd takes usage events again")
+
+    def complain(self, message: str, *args: object, error: BaseException | None = None) -> None:
+        """Log a message, each kind at most once a minute."""
+        now_s = time.monotonic()
+        with self._lock:
+            said_at = self._said_at.get(message)
+            if said_at is not None and now_s - said_at < QUIET_S:
+                return
+            self._said_at[message] = now_s
+        self._log.warning(message, *args, exc_info=error)
+
+    def snapshot(self, pending: int, pending_bytes: int) -> Stats:
+        """The figures now."""
+        with self._lock:
+            return replace(self._stats, pending=pending, pending_bytes=pending_bytes)
+
+    def forget_in_child(self) -> None:
+        """Start afresh in a forked child."""
+        self._lock = threading.Lock()
+        self._stats = Stats()

@@ -1,0 +1,433 @@
+"""The fast lane: plain HTTP/1.1 `POST /usage` without a framework; all else is handed to the HTTP server.
+
+A request is served here when it is a POST to one of the paths of `asapd.edge.usage_request`, in HTTP/1.1 with a
+`Content-Length`. At the first one that is anything else (another path, a chunked body, `Expect`, an upgrade, a
+mistake), and once those before it are answered, the connection goes over to the HTTP server for the rest of its life,
+which reads that request from its first byte. So the lane knows no half-right requests: what it does not take is judged
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from enum import Enum, auto
+from http import HTTPStatus
+from math import inf
+from typing import Any
+from wsgiref.handlers import format_date_time
+
+import httptools
+import msgspec
+import trio
+
+from asapd.core.access import Caller
+from asapd.core.errors import Refusal
+from asapd.edge.auth import check_host, tcp_caller
+from asapd.edge.connection import Limits, SocketTransport, bare_response
+from asapd.edge.ingest import PushbackStream
+from asapd.edge.serve import DEFAULT_LIMITS
+from asapd.edge.services import Services
+from asapd.edge.sockets import Peer
+from asapd.edge.usage_request import PATHS, UsageRequest, answer
+from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
+
+RECEIVE_BYTES = 65_536
+SEND_BYTES = 65_536
+ACCEPT_PAUSE_S = 0.1
+# Requests of one connection in hand at once. They share commits; their answers keep their order.
+PIPELINED = 64
+
+_START = b"POST /usage"
+_PATHS = {path.encode(): path for path in PATHS}
+_ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
+_GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+_BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
+
+HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
+
+
+class _Fields(dict[str, str]):
+    """Header fields by their names in lower case, found in any."""
+
+    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]  # of one type here
+        return super().get(name.lower(), default)
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    """One request, and whether its sender wants an answer to another."""
+
+    request: UsageRequest
+    keep_alive: bool
+
+
+class _HeadParser:
+    """Receives what `httptools` finds in a head."""
+
+    def __init__(self) -> None:
+        self.fields = _Fields()
+        self.is_odd = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        key = name.decode("latin1").lower()
+        # Said twice, a field is joined, overridden or refused, depending on the field.
+        self.is_odd = self.is_odd or key in self.fields
+        self.fields[key] = value.decode("latin1")
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """The head of a request that the lane takes."""
+
+    path: str
+    query: bytes
+    fields: _Fields
+    body_bytes: int
+    keep_alive: bool
+
+
+def _read_head(raw: bytes, max_body_bytes: int) -> _Head | None:
+    """A whole head, up to its empty line; None when the request is not one for the lane."""
+    target, _, version = raw.partition(b"\r\n")[0][5:].partition(b" ")
+    path, _, query = target.partition(b"?")
+    if path not in _PATHS or version != b"HTTP/1.1":
+        return None
+    found = _HeadParser()
+    parser = httptools.HttpRequestParser(found)
+    try:
+        parser.feed_data(raw)
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return None
+    fields = found.fields
+    length = fields.get("content-length") or ""
+    if found.is_odd or parser.should_upgrade() or not (length.isascii() and length.isdigit()) or len(length) > 12:
+        return None
+    if "host" not in fields or "transfer-encoding" in fields or "expect" in fields or int(length) > max_body_bytes:
+        return None
+    return _Head(_PATHS[path], query, fields, int(length), parser.should_keep_alive())
+
+
+class FastLane:
+    """Serves connections, given to it or accepted, until each ends or is handed over; no client can end the lane.
+
+    Callers are known by peer credentials on Unix sockets and by API keys on others.
+    """
+
+    def __init__(
+        self, services: Services, hand_over: HandOver, *, log: logging.Logger, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._services = services
+        self._hand_over = hand_over
+        self._log = log
+        self._limits = limits
+        self._connections: set[_Connection] = set()
+        self._stopped = trio.Event()
+        self._date_at_s = -1
+        self._date = b""
+
+    def stop(self) -> None:
+        """Closes idle connections now, and each other one after the answer that it waits for."""
+        self._stopped.set()
+        for connection in list(self._connections):
+            connection.stop_if_idle()
+
+    async def run(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        *,
+        max_connections: int,
+        grace_s: float = 5.0,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serves listeners until cancelled, which stops the lane: requests in hand are answered within `grace_s`.
+
+        At `max_connections` clients wait in the backlog. Closes the listeners.
+        """
+        places = trio.Semaphore(max_connections)
+        async with trio.open_nursery() as outside:
+            outside.start_soon(self._stop_when_cancelled)
+            async with trio.open_nursery() as connections:
+                # Cancellation is turned into a stop, which sets the deadline of this shield.
+                connections.cancel_scope.shield = True
+                async with trio.open_nursery() as accepting:
+                    for listener in listeners:
+                        accepting.start_soon(self._accept, listener, places, connections)
+                    task_status.started()
+                    await self._stopped.wait()
+                    accepting.cancel_scope.cancel()
+                connections.cancel_scope.deadline = trio.current_time() + grace_s
+            outside.cancel_scope.cancel()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.stop()
+
+    async def _accept(self, listener: trio.SocketListener, places: trio.Semaphore, connections: trio.Nursery) -> None:
+        async with listener:
+            while True:
+                await places.acquire()
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    places.release()
+                    self._log.warning("cannot accept a connection on the fast lane: %s", error)
+                    await trio.sleep(ACCEPT_PAUSE_S)
+                else:
+                    connections.start_soon(self._accepted, stream, places)
+
+    async def _accepted(self, stream: trio.SocketStream, places: trio.Semaphore) -> None:
+        try:
+            await self.serve(stream, None)
+        finally:
+            places.release()
+
+    async def serve(self, stream: SocketTransport, peer: Peer | None) -> None:
+        """Serves one connection until it is closed; `peer` is who is at a Unix socket."""
+        connection = _Connection(self, stream, peer)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        except* _GONE as group:
+            self._log.debug("a connection of the fast lane broke: %r", group.exceptions[0])
+        except* Exception:  # noqa: BLE001 -- the guard: a bug met by one connection must not end the others
+            self._log.warning("a connection of the fast lane ended in an error", exc_info=True)
+        finally:
+            self._connections.discard(connection)
+            stream.socket.close()
+
+    # --- what connections use
+
+    @property
+    def limits(self) -> Limits:
+        """Of each connection."""
+        return self._limits
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether answers from now on are the last of their connection."""
+        return self._stopped.is_set()
+
+    async def hand_over(self, stream: SocketTransport, peer: Peer | None) -> None:
+        """Gives a connection to the HTTP server."""
+        await self._hand_over(stream, peer)
+
+    def cut_off(self) -> None:
+        """Tells of a client that does not read."""
+        self._log.debug("a client of the fast lane did not read for %s s and was cut off", self._limits.send_s)
+
+    async def answer(self, sent: _Sent, peer: Peer | None) -> bytes:
+        """The response to a request; whatever goes wrong in it is a response too."""
+        outcome: tuple[int, dict[str, Any]] | Refusal
+        try:
+            caller = self._caller(sent.request, peer)
+            if isinstance(caller, Refusal):
+                outcome = caller
+            else:
+                # One connection alone may have as many in hand as the meter has room for: it is slowed, not refused.
+                outcome = await answer(self._services, caller, sent.request, wait_for_room=True)
+        except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
+            self._log.exception("POST %s failed", sent.request.path)
+            outcome = _BUG
+        keep_alive = sent.keep_alive and not self._stopped.is_set()
+        if not isinstance(outcome, Refusal):
+            return self._response(outcome[0], encode_json(outcome[1]), b"application/json", b"", keep_alive)
+        status = status_of(outcome.code)
+        extra = b"" if outcome.retry_after_s is None else b"retry-after: %d\r\n" % outcome.retry_after_s
+        if status == 401:
+            extra += b'www-authenticate: Bearer realm="asapd"\r\n'
+        return self._response(status, encode_json(problem(outcome)), PROBLEM_JSON.encode(), extra, keep_alive)
+
+    def _caller(self, request: UsageRequest, peer: Peer | None) -> Caller | Refusal:
+        if peer is not None:
+            local = self._services.ingest_caller(peer)
+            return local or Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
+        http = self._services.settings().http
+        foreign = check_host(request.headers, http)
+        return foreign or tcp_caller(request.headers, self._services.ring, http)
+
+    def _response(self, status: int, body: bytes, content_type: bytes, extra: bytes, keep_alive: bool) -> bytes:
+        now_s = self._services.clock.now_us() // 1_000_000
+        if now_s != self._date_at_s:
+            self._date_at_s, self._date = now_s, format_date_time(now_s).encode()
+        return b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\ndate: %b\r\n%b%b%b\r\n%b" % (
+            status,
+            HTTPStatus(status).phrase.encode(),
+            content_type,
+            len(body),
+            self._date,
+            _ALWAYS,
+            extra,
+            b"" if keep_alive else b"connection: close\r\n",
+            body,
+        )
+
+
+class _Doing(Enum):
+    """What a connection waits for, which says what it means when that takes too long."""
+
+    IDLE = auto()
+    READING = auto()
+    ANSWERING = auto()
+    SENDING = auto()
+
+
+class _Connection:
+    """One client: what has come is answered together, and only then is more read.
+
+    One cancel scope bounds all its waits; its deadline moves with what it does, which costs less than a scope for each.
+    """
+
+    def __init__(self, lane: FastLane, stream: SocketTransport, peer: Peer | None) -> None:
+        self._lane = lane
+        self._stream = stream
+        self._peer = peer
+        self._limits = lane.limits
+        self._buffer = bytearray()
+        self._head: _Head | None = None
+        self._searched = 0
+        self._since_s = trio.current_time()
+        self._is_foreign = False
+        self._doing = _Doing.ANSWERING
+        self._waiting = trio.CancelScope()
+
+    def stop_if_idle(self) -> None:
+        """Ends the connection unless a request has begun."""
+        if self._doing is _Doing.IDLE:
+            self._waiting.cancel()
+
+    async def run(self) -> None:
+        with self._waiting:
+            await self._talk()
+        if self._waiting.cancelled_caught:
+            await self._too_slow()
+        elif self._is_foreign:
+            await self._lane.hand_over(PushbackStream(self._stream, bytes(self._buffer)), self._peer)
+
+    async def _talk(self) -> None:
+        """Serves requests until the connection ends or is to be handed over."""
+        wait_s = self._limits.header_s
+        while True:
+            found = self._take()
+            if found:
+                await self._answer(found)
+                if not found[-1].keep_alive or self._lane.is_stopping:
+                    self._is_foreign = False
+                    self._doing_until(_Doing.ANSWERING, inf)
+                    await self._linger()
+                    return
+                self._since_s = trio.current_time()
+                wait_s = self._limits.keep_alive_s
+            if self._is_foreign or (not found and not await self._receive(wait_s)):
+                return
+
+    def _doing_until(self, doing: _Doing, deadline_s: float) -> None:
+        self._doing = doing
+        self._waiting.deadline = deadline_s
+
+    async def _too_slow(self) -> None:
+        if self._doing is _Doing.SENDING:
+            self._lane.cut_off()
+        elif self._doing is _Doing.READING:
+            with trio.move_on_after(self._limits.send_s):
+                await self._stream.send_all(bare_response(408))
+                await self._linger()
+
+    def _take(self) -> list[_Sent]:
+        """The whole requests that have come, as many as may be in hand at once."""
+        found: list[_Sent] = []
+        while len(found) < PIPELINED and self._has_head():
+            head = self._head
+            assert head is not None, "has just been read"
+            if len(self._buffer) < head.body_bytes:
+                break
+            body = bytes(self._buffer[: head.body_bytes])
+            del self._buffer[: head.body_bytes]
+            self._head = None
+            found.append(_Sent(UsageRequest(head.path, head.query, head.fields, body), head.keep_alive))
+            if not head.keep_alive:
+                break
+        return found
+
+    def _has_head(self) -> bool:
+        """Whether the head of the next request has been read; sees to it if it has come."""
+        if self._head is not None:
+            return True
+        buffer = self._buffer
+        if not buffer or self._is_foreign:
+            return False
+        if not buffer.startswith(_START[: len(buffer)]):
+            self._is_foreign = True
+            return False
+        end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
+        if end < 0:
+            self._searched = len(buffer)
+            self._is_foreign = len(buffer) > self._limits.max_header_bytes or b"\n\n" in buffer
+            return False
+        self._searched = 0
+        head = None
+        if end <= self._limits.max_header_bytes:
+            head = _read_head(bytes(buffer[: end + 4]), self._limits.max_body_bytes)
+        if head is None:
+            self._is_foreign = True
+            return False
+        self._head = head
+        del buffer[: end + 4]
+        return True
+
+    async def _answer(self, found: list[_Sent]) -> None:
+        """Answers requests in their order."""
+        self._doing_until(_Doing.ANSWERING, inf)
+        if len(found) == 1:
+            await self._send(await self._lane.answer(found[0], self._peer))
+            return
+        responses = [b""] * len(found)
+
+        async def one(place: int, sent: _Sent) -> None:
+            responses[place] = await self._lane.answer(sent, self._peer)
+
+        async with trio.open_nursery() as nursery:
+            for place, sent in enumerate(found):
+                nursery.start_soon(one, place, sent)
+        await self._send(b"".join(responses))
+
+    async def _receive(self, wait_s: float) -> bool:
+        """Waits for more; False when none comes."""
+        limits = self._limits
+        is_idle = not self._buffer and self._head is None
+        if is_idle:
+            self._doing_until(_Doing.IDLE, self._since_s + wait_s)
+        elif self._head is None:
+            self._doing_until(_Doing.READING, self._since_s + limits.header_s)
+        else:
+            whole_s = self._since_s + limits.header_s + limits.body_s
+            self._doing_until(_Doing.READING, min(whole_s, trio.current_time() + limits.body_idle_s))
+        if is_idle and self._lane.is_stopping:
+            return False
+        data = await self._stream.receive_some(RECEIVE_BYTES)
+        if self._waiting.cancel_called:
+            # What came together with the deadline came too late; to begin on it would be to leave it unanswered.
+            await trio.lowlevel.checkpoint()
+        if is_idle:
+            self._since_s = trio.current_time()
+        self._buffer += data
+        return bool(data)
+
+    async def _send(self, data: bytes) -> None:
+        for start in range(0, len(data), SEND_BYTES):
+            self._doing_until(_Doing.SENDING, trio.current_time() + self._limits.send_s)
+            await self._stream.send_all(data[start : start + SEND_BYTES])
+
+    async def _linger(self) -> None:
+        """Discards input for a while: closing on what is unread would reset the answer away."""
+        left_bytes = self._limits.linger_bytes
+        with trio.move_on_after(self._limits.linger_s), suppress(*_GONE):
+            await self._stream.send_eof()
+            while left_bytes > 0:
+                data: bytes | bytearray = b""
+                with trio.move_on_after(self._limits.linger_idle_s):
+                    data = await self._stream.receive_some(RECEIVE_BYTES)
+                if not data:
+                    return
+                left_bytes -= len(data)

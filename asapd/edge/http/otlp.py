@@ -1,0 +1,167 @@
+"""OTLP/HTTP: traces and metrics of agents that are instrumented with OpenTelemetry, as usage.
+
+Source: the OTLP 1.x specification, section OTLP/HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable
+from typing import Any, Final, TypeVar
+
+import msgspec
+import trio
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from asapd import config
+from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import Refusal
+from asapd.core.types import DEFAULT_TENANT
+from asapd.edge.asking import ask_actor
+from asapd.edge.http.context import raw_body, require
+from asapd.edge.http.parameters import RefusedError
+from asapd.edge.services import Services
+from asapd.wire.bodies import unpack
+from asapd.wire.otlp import (
+    CONTENT_TYPES,
+    Encoding,
+    OtlpSettings,
+    encode_metrics_response,
+    encode_status,
+    encode_traces_response,
+    reasons,
+)
+from asapd.wire.otlp_metrics import decode_metrics
+from asapd.wire.otlp_spans import decode_traces
+from asapd.wire.problem import PROBLEM_JSON
+
+T = TypeVar("T")
+
+PATHS: Final = ("/v1/traces", "/v1/metrics")
+
+# A body of this size is decoded in about a millisecond; a hop into a thread costs a tenth of that.
+INLINE_BYTES: Final = 16_384
+# The decoders hold the GIL, so more at once would only take turns; two, for a small one not to wait for a large one.
+THREADS: Final = 2
+
+# At some 150 bytes each, what is remembered of spans stays below 10 MB.
+MAX_COVERED: Final = 50_000
+
+_TYPES: Final[dict[Encoding, str]] = {encoding: name for name, encoding in CONTENT_TYPES.items()}
+
+
+class Covered(Container[str]):
+    """The spans of recent traces that have a counted span below them; of the oldest traces it forgets.
+
+    Read by decoders in threads, written in the event loop only.
+    """
+
+    def __init__(self, most: int = MAX_COVERED) -> None:
+        self._most = most
+        self._count = 0
+        self._traces: OrderedDict[str, set[str]] = OrderedDict()
+
+    def __contains__(self, span: object) -> bool:
+        return isinstance(span, str) and span in self._traces.get(span.partition(":")[0], ())
+
+    def add(self, spans: Iterable[str]) -> None:
+        """Remember spans by their ids, `<trace id>:<span id>`."""
+        for span in spans:
+            trace = span.partition(":")[0]
+            known = self._traces.setdefault(trace, set())
+            self._traces.move_to_end(trace)
+            self._count -= len(known)
+            known.add(span)
+            self._count += len(known)
+        while self._count > self._most:
+            _, forgotten = self._traces.popitem(last=False)
+            self._count -= len(forgotten)
+
+
+def settings_of(otlp: config.Otlp) -> OtlpSettings:
+    """The configured names of attributes, as the decoders take them."""
+    return OtlpSettings(agent=otlp.agent, consumer=otlp.consumer, task=otlp.task, project=otlp.project)
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+    threads = trio.CapacityLimiter(THREADS)
+    covered: dict[str, Covered] = {}
+
+    @app.after_request
+    async def as_status(response: Response) -> Response:
+        """Every error of these two routes, whoever made it, has the body that exporters understand."""
+        if request.path in PATHS and response.mimetype == PROBLEM_JSON:
+            document = msgspec.json.decode(await response.get_data(as_text=False))
+            # What is neither JSON nor protobuf is a person's try, who reads JSON.
+            encoding = CONTENT_TYPES.get(request.mimetype, "json")
+            response.set_data(encode_status(f"{document['code']}: {document['detail']}", encoding))
+            response.content_type = _TYPES[encoding]
+        return response
+
+    async def decode(decoder: Callable[..., T | Refusal], *extra: Any) -> tuple[T, Encoding]:
+        encoding = CONTENT_TYPES.get(request.mimetype)
+        if encoding is None:
+            detail = f"{request.mimetype or 'no content type'} is not taken: send {' or '.join(CONTENT_TYPES)}"
+            raise RefusedError(Refusal("unsupported_media_type", detail))
+        settings = services.settings()
+        body = unpack(await raw_body(), request.headers.get("Content-Encoding"), settings.http.max_body_bytes)
+        if isinstance(body, Refusal):
+            raise RefusedError(body)
+        arguments = (body, encoding, settings_of(settings.metering.otlp), *extra)
+        if len(body) <= INLINE_BYTES:
+            decoded = decoder(*arguments)
+        else:
+            decoded = await trio.to_thread.run_sync(decoder, *arguments, limiter=threads)
+        if isinstance(decoded, Refusal):
+            raise RefusedError(decoded)
+        return decoded, encoding
+
+    @app.post("/v1/traces")
+    async def post_traces() -> Response:
+        caller = require(Permission.INGEST)
+        known = covered.setdefault(caller.tenant or DEFAULT_TENANT, Covered())
+        outcome, encoding = await decode(decode_traces, known)
+        own, rejected = _own(caller, outcome.events, lambda event: event.agent)
+        recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
+        if own:
+            recorded = await ask_actor(
+                services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.resources, reply)
+            )
+        if isinstance(recorded, Refusal):
+            raise RefusedError(recorded)
+        known.add(outcome.covered)
+        return _reply(encode_traces_response, outcome.rejected, outcome.message, rejected + recorded.rejected, encoding)
+
+    @app.post("/v1/metrics")
+    async def post_metrics() -> Response:
+        caller = require(Permission.INGEST)
+        outcome, encoding = await decode(decode_metrics)
+        own, rejected = _own(caller, outcome.points, lambda point: point.of.agent)
+        recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
+        if own:
+            recorded = await ask_actor(services.mailboxes.meter, lambda reply: ReportMetrics(caller, own, reply))
+        if isinstance(recorded, Refusal):
+            raise RefusedError(recorded)
+        return _reply(
+            encode_metrics_response, outcome.rejected, outcome.message, rejected + recorded.rejected, encoding
+        )
+
+
+def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[list[T], list[str]]:
+    """What is of agents that the caller may report for, and a reason for each of the others."""
+    own = [one for one in found if caller.may_touch(agent_of(one))]
+    if len(own) == len(found):
+        return own, []
+    others = [agent_of(one) for one in found if not caller.may_touch(agent_of(one))]
+    return own, [f"{agent} is not one this key may report for" for agent in others]
+
+
+def _reply(
+    encode: Callable[[int, str, Encoding], bytes], rejected: int, message: str, more: list[str], encoding: Encoding
+) -> Response:
+    """The success of an export, `partial_success` if something of it was left out."""
+    texts = [text for text in (message, reasons(more)) if text]
+    return Response(encode(rejected + len(more), "; ".join(texts), encoding), 200, content_type=_TYPES[encoding])

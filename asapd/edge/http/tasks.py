@@ -1,0 +1,42 @@
+"""Routes of the life of tasks."""
+
+from __future__ import annotations
+
+from quart import Response
+from quart_trio import QuartTrio
+
+from asapd.actors.reads import STATES
+from asapd.core.access import Permission
+from asapd.core.errors import Refusal
+from asapd.edge.http.context import require
+from asapd.edge.http.parameters import Parameters, page
+from asapd.edge.http.replies import refuse, reply
+from asapd.edge.services import Services
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+
+    @app.get("/tasks")
+    async def get_tasks() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        filters = {
+            "agent": parameters.text("agent", "agent_id"),
+            "consumer": parameters.text("consumer", "consumer_id"),
+            "state": parameters.choice("state", STATES),
+        }
+        limit, after = parameters.limit(), parameters.cursor(int)
+        descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
+        parameters.done()
+        rows = await services.reads.tasks(caller, filters, limit=limit, after=after, descending=descending)
+        return reply(page([row for _, row in rows], limit, rows[-1][0] if rows else None))
+
+    @app.get("/tasks/<path:task>")
+    async def get_task(task: str) -> Response:
+        caller = require(Permission.READ)
+        Parameters().done()
+        found = await services.reads.task(caller, task)
+        if found is None:
+            return refuse(Refusal("task_not_found", f"nothing is known of task {task}: check the id"))
+        return reply(found)

@@ -1,0 +1,115 @@
+"""The route that exports usage: one snapshot, page by page, in memory that does not grow with it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import trio
+from quart import Response
+from quart_trio import QuartTrio
+
+from asapd.actors.reads import ExportPage
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import Refusal
+from asapd.edge.http.context import require
+from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter
+from asapd.edge.http.usage import usage_filters
+from asapd.edge.services import Services
+from asapd.wire.usage_export import FORMATS, Format, NotInstalledError
+
+PAGE = 500
+"""Rows in memory of one export; reading and writing them out takes some milliseconds."""
+
+PARQUET_PAGE = 5_000
+"""A row group for each page: small ones make big files."""
+
+_MOST = 2**62
+
+
+class ExportBrokenError(Exception):
+    """Nobody's bug: retention took rows that the export had still to write. The reply is cut off; ask again."""
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the route."""
+
+    @app.get("/usage/export")
+    async def get_export() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
+        filters = usage_filters(parameters)
+        through = parameters.number("through", 0, 1, _MOST)
+        after_seq = parameters.number("after", 0, 1, _MOST)
+        parameters.done()
+        after = await _position(services, after_seq)
+        newest = await services.reads.snapshot()
+        through = min(through, newest) if through else newest
+        export = _Export(services, caller, filters, through, _format(name), PARQUET_PAGE if name == "parquet" else PAGE)
+        first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
+        response = Response(export.parts(first), content_type=export.format.content_type)
+        response.headers["Asapd-Snapshot"] = str(through)
+        response.headers["Content-Disposition"] = f'attachment; filename="usage.{name}"'
+        response.timeout = None
+        return response
+
+
+async def _position(services: Services, seq: int) -> tuple[int, int] | None:
+    if not seq:
+        return None
+    position = await services.reads.position(seq)
+    if position is None:
+        raise bad_parameter("after", "must be the seq of the last row received, and that row is gone: begin anew")
+    return position
+
+
+def _format(name: str) -> Format:
+    try:
+        return FORMATS[name]()
+    except NotInstalledError as error:
+        raise RefusedError(Refusal("not_installed", str(error))) from None
+
+
+class _Export:
+    """One export on its way."""
+
+    def __init__(
+        self, services: Services, caller: Caller, filters: dict[str, Any], through: int, form: Format, page: int
+    ) -> None:
+        self.format = form
+        self._services = services
+        self._caller = caller
+        self._filters = filters
+        self._through = through
+        self._page = page
+        self._safe_us: int | None = None
+
+    async def read(self, after: tuple[int, int] | None) -> ExportPage:
+        """The page behind a position.
+
+        Raises:
+            ExportBrokenError: rows behind that position may be gone since the first page.
+        """
+        found = await self._services.reads.export_page(
+            self._caller,
+            self._filters,
+            limit=self._page,
+            after=after,
+            through=self._through,
+            encode=self.format.rows,
+        )
+        if self._safe_us is None:
+            self._safe_us = max(found.retired_before_us, self._filters["start_us"] or 0)
+        if found.retired_before_us > max(self._safe_us, after[0] if after else 0):
+            raise ExportBrokenError(f"retention went past row {after}")
+        return found
+
+    async def parts(self, page: ExportPage) -> AsyncIterator[bytes]:
+        """The bytes; when they cannot be had, the reply is cut off, so that no client takes it for whole."""
+        yield self.format.begin() + page.data
+        while page.count == self._page:
+            await trio.lowlevel.checkpoint()
+            page = await self.read(page.last)
+            yield page.data
+        yield self.format.end()

@@ -1,0 +1,24 @@
+"""Idempotency keys: a request that is sent again under the same key gets the answer of the first."""
+
+from __future__ import annotations
+
+import hashlib
+
+from asapd.actors.messages import Idempotency
+from asapd.core.access import Caller
+from asapd.core.errors import FieldError, Refusal
+
+
+def bind(
+    key: str | None, caller: Caller, method: str, path: str, query: bytes, body: bytes, now_us: int
+) -> Idempotency | Refusal | None:
+    """An `Idempotency-Key` bound to caller and route, and to what it came with; None without one."""
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 255:
+        error = FieldError("Idempotency-Key", "must have 1 to 255 characters")
+        return Refusal("invalid", "the Idempotency-Key is too long or empty", (error,))
+    scope = "\0".join((caller.actor, method, path, key))
+    digest = hashlib.blake2b(scope.encode(), digest_size=16).digest()
+    request_digest = hashlib.blake2b(query + b"\0" + body, digest_size=16).digest()
+    return Idempotency(digest, request_digest, now_us)

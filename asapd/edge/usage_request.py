@@ -1,0 +1,105 @@
+"""A request that reports usage, and its answer, the same behind every HTTP door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import Refusal
+from asapd.edge import idempotency
+from asapd.edge.http.parameters import Parameters, RefusedError
+from asapd.edge.reporting import BinaryEvent, Written, report, validate
+from asapd.edge.services import Services
+from asapd.wire.bodies import unpack
+from asapd.wire.cloudevents import BATCH_TYPE, STRUCTURED_TYPE, is_binary
+
+PATHS: Final = ("/usage", "/usage/batch", "/usage/validate")
+
+_FORMATS: dict[str, Written] = {
+    "": "json",
+    "application/json": "json",
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/msgpack": "msgpack",
+    "application/x-msgpack": "msgpack",
+    "application/vnd.msgpack": "msgpack",
+    STRUCTURED_TYPE: "cloudevent",
+    BATCH_TYPE: "cloudevents",
+}
+
+
+class UsageRequest(msgspec.Struct, frozen=True):
+    """A POST to one of `PATHS` as it came: the names of `headers` in lower case, `query` without the `?`."""
+
+    path: str
+    query: bytes
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def written_as(headers: Mapping[str, str]) -> Written | Refusal:
+    """How a body is written, by its content type, or as a CloudEvent in binary mode by its `ce-*` headers."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not kind.startswith("application/cloudevents") and is_binary(headers):
+        return BinaryEvent(headers)
+    if kind not in _FORMATS:
+        detail = f"{kind} is not taken: send application/json, application/x-ndjson or application/msgpack"
+        return Refusal("unsupported_media_type", f"{detail}, or CloudEvents as {STRUCTURED_TYPE} or {BATCH_TYPE}")
+    return _FORMATS[kind]
+
+
+async def answer(
+    services: Services, caller: Caller, request: UsageRequest, *, wait_for_room: bool = False
+) -> tuple[int, dict[str, Any]] | Refusal:
+    """Record what the request reports, or only look at it, and say what became of it: status and reply.
+
+    With `wait_for_room` it waits while the meter has no room, where it is refused at once otherwise.
+    """
+    if not caller.may(Permission.INGEST):
+        detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
+        return Refusal("forbidden", detail)
+    only_validate = request.path == PATHS[2]
+    partial = False
+    if request.query and not only_validate:
+        parameters = Parameters(_arguments(request.query))
+        try:
+            partial = parameters.flag("partial")
+            parameters.done()
+        except RefusedError as error:
+            return error.refusal
+    written = written_as(request.headers)
+    if isinstance(written, Refusal):
+        return written
+    body = unpack(request.body, request.headers.get("content-encoding"), services.settings().http.max_body_bytes)
+    if isinstance(body, Refusal):
+        return body
+    if only_validate:
+        found = validate(services, caller, body, written)
+        return found if isinstance(found, Refusal) else (200, found)
+    key = idempotency.bind(
+        request.headers.get("idempotency-key"),
+        caller,
+        "POST",
+        request.path,
+        request.query,
+        body,
+        services.clock.now_us(),
+    )
+    if isinstance(key, Refusal):
+        return key
+    outcome = await report(
+        services, caller, body, written, partial=partial, idempotency=key, wait_for_room=wait_for_room
+    )
+    return outcome if isinstance(outcome, Refusal) else (201, outcome)
+
+
+def _arguments(query: bytes) -> dict[str, str]:
+    """The parameters of a query; of several with one name the first counts."""
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin1"), keep_blank_values=True):
+        found.setdefault(name, value)
+    return found

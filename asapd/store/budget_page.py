@@ -1,0 +1,206 @@
+"""One budget's counters of one period while a unit works on them."""
+
+from __future__ import annotations
+
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from asapd.core.budgets import Balance, Budget, BudgetUnit, Standing, overruns
+from asapd.core.ledger import Hold, Settlement
+from asapd.store.rows import Row
+from asapd.store.tx import Tx
+
+# Counters stop here instead of failing, as usage is recorded whatever it claims; two of them still fit 64 bits.
+MOST = 2**62 - 1
+
+COLUMNS = (
+    "id, start_us, end_us, events, unpriced, spent_microusd, reserved_microusd, spent_tokens, reserved_tokens, "
+    "tasks_used, tasks_reserved, alerted"
+)
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """A budget in force. It counted rows up to `since_seq` when it was introduced, in the period from `since_us` on."""
+
+    id: int
+    budget: Budget
+    zone: ZoneInfo
+    since_us: int
+    since_seq: int
+
+
+class Page:
+    """Counters that were read once, are changed in memory, and are written by `write`."""
+
+    __slots__ = (
+        "_changed_tasks",
+        "_tasks",
+        "_tx",
+        "alerted",
+        "budget",
+        "end_us",
+        "events",
+        "id",
+        "is_changed",
+        "reserved_microusd",
+        "reserved_tokens",
+        "rule",
+        "spent_microusd",
+        "spent_tokens",
+        "start_us",
+        "tasks_reserved",
+        "tasks_used",
+        "unpriced",
+        "was_over",
+    )
+
+    def __init__(self, tx: Tx, rule: Rule, row: Row) -> None:
+        self._tx = tx
+        self.rule = rule
+        self.budget = rule.budget
+        self.id: int
+        self.start_us: int
+        self.end_us: int
+        self.events: int
+        self.unpriced: int
+        self.spent_microusd: int
+        self.reserved_microusd: int
+        self.spent_tokens: int
+        self.reserved_tokens: int
+        self.tasks_used: int | None
+        self.tasks_reserved: int
+        self.alerted: int
+        self.id, self.start_us, self.end_us, self.events, self.unpriced, *counters = row
+        self.spent_microusd, self.reserved_microusd, self.spent_tokens, self.reserved_tokens, *rest = counters
+        self.tasks_used, self.tasks_reserved, self.alerted = rest
+        self.is_changed = False
+        self._tasks: dict[str, tuple[int, int] | None] = {}
+        self._changed_tasks: set[str] = set()
+        self.was_over: tuple[BudgetUnit, ...] = overruns(self.budget, self.balance)
+        """The hard limits that had been passed when the page was read."""
+
+    @property
+    def balance(self) -> Balance:
+        """The counters as a value."""
+        return Balance(
+            self.start_us,
+            self.end_us,
+            self.events,
+            self.unpriced,
+            self.spent_microusd,
+            self.reserved_microusd,
+            self.spent_tokens,
+            self.reserved_tokens,
+            self.tasks_used,
+            self.tasks_reserved,
+        )
+
+    def standing(self, task_id: str) -> Standing:
+        """What an authorisation is held to."""
+        return Standing(self.budget, self.balance, self.tasks_used is None or self._task(task_id) is not None)
+
+    def hold(self, hold: Hold, task_id: str) -> None:
+        """Take an estimate out of what is left."""
+        self.is_changed = True
+        self.reserved_microusd += hold.cost_microusd
+        self.reserved_tokens += hold.tokens
+        if self.tasks_used is not None:
+            self.tasks_reserved += hold.tasks_extra
+            used, holds = self._task(task_id) or (0, 0)
+            self._set_task(task_id, used, holds + 1)
+
+    def give_back(self, hold: Hold, task_id: str) -> None:
+        """Put back what a closed reservation still held."""
+        self.is_changed = True
+        self.reserved_microusd -= hold.cost_microusd
+        self.reserved_tokens -= hold.tokens
+        if self.tasks_used is not None:
+            self.tasks_reserved -= hold.tasks_extra
+            known = self._task(task_id)
+            if known is not None:
+                self._set_task(task_id, known[0], known[1] - 1)
+
+    def release(self, settlement: Settlement) -> None:
+        """Take what usage paid of a hold out of what is reserved."""
+        self.is_changed = True
+        self.reserved_microusd -= settlement.release_microusd
+        self.reserved_tokens -= settlement.release_tokens
+        if self.tasks_used is not None:
+            self.tasks_reserved -= settlement.release_tasks
+
+    def spend(self, microusd: int, tokens: int) -> None:
+        """Count what was used; a refund is negative."""
+        self.is_changed = True
+        self.spent_microusd = min(self.spent_microusd + microusd, MOST)
+        self.spent_tokens = min(self.spent_tokens + tokens, MOST)
+
+    def use_task(self, task_id: str) -> None:
+        """Count a distinct task as used."""
+        if self.tasks_used is not None:
+            _, holds = self._task(task_id) or (0, 0)
+            self._set_task(task_id, 1, holds)
+
+    def drop_task(self, task_id: str) -> None:
+        """Count a task as used no longer."""
+        known = None if self.tasks_used is None else self._task(task_id)
+        if known is not None:
+            self._set_task(task_id, 0, known[1])
+
+    def write(self) -> None:
+        """Write the counters and the tasks that changed."""
+        self._tx.execute(
+            "UPDATE budget_period SET events = ?, unpriced = ?, spent_microusd = ?, reserved_microusd = ?, "
+            "spent_tokens = ?, reserved_tokens = ?, tasks_used = ?, tasks_reserved = ?, alerted = ? WHERE id = ?",
+            (
+                self.events,
+                self.unpriced,
+                self.spent_microusd,
+                self.reserved_microusd,
+                self.spent_tokens,
+                self.reserved_tokens,
+                self.tasks_used,
+                self.tasks_reserved,
+                self.alerted,
+                self.id,
+            ),
+        )
+        if self._changed_tasks:
+            changed = [(task_id, self._tasks[task_id]) for task_id in self._changed_tasks]
+            self._tx.insert_many(
+                "DELETE FROM budget_task WHERE period = ? AND task_id = ?",
+                [(self.id, task_id) for task_id, counts in changed if counts is None],
+            )
+            self._tx.insert_many(
+                "INSERT OR REPLACE INTO budget_task VALUES (?,?,?,?)",
+                [(self.id, task_id, *counts) for task_id, counts in changed if counts is not None],
+            )
+        self._changed_tasks.clear()
+        self.is_changed = False
+
+    # --- tasks
+
+    def _task(self, task_id: str) -> tuple[int, int] | None:
+        """(used, holds) of a task, None when it is not counted."""
+        if task_id not in self._tasks:
+            row = self._tx.row(
+                "SELECT used, holds FROM budget_task WHERE period = ? AND task_id = ?", (self.id, task_id)
+            )
+            self._tasks[task_id] = None if row is None else (row[0], row[1])
+        return self._tasks[task_id]
+
+    def _set_task(self, task_id: str, used: int, holds: int) -> None:
+        """Count a task as used, else as reserved while it is held, else not at all."""
+        known = self._task(task_id) or (0, 0)
+        if known == (used, holds):
+            return
+        self.is_changed = True
+        assert self.tasks_used is not None
+        self.tasks_used += used - known[0]
+        self.tasks_reserved += _is_only_held(used, holds) - _is_only_held(*known)
+        self._tasks[task_id] = (used, holds) if used or holds else None
+        self._changed_tasks.add(task_id)
+
+
+def _is_only_held(used: int, holds: int) -> bool:
+    return not used and holds > 0

@@ -1,0 +1,155 @@
+"""What a budget would have counted: usage that is already recorded when it, or its limit of tasks, is introduced.
+
+Cost is what each event was recorded with; reservations that were open before the budget are not held against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.budgets import Match
+from asapd.core.types import HOUR_US
+from asapd.store.rows import fetch
+
+
+class HourSum(msgspec.Struct, frozen=True):
+    """The usage within one hour (whole hours since the epoch) that a budget counts."""
+
+    hour: int
+    events: int
+    unpriced: int
+    microusd: int
+    tokens: int
+
+
+# In two halves: a thousand reports of 2**53 - 1 tokens each must not overflow the sum.
+_SUMS = ", ".join(
+    f"sum(({column}) >> 32), sum(({column}) & 4294967295)"
+    for column in ("events", "unpriced", "cost_microusd", "tokens_in", "tokens_out")
+)
+# Both a row that was voided and the row that voids it: together they are nothing.
+LIVE = "NOT EXISTS (SELECT 1 FROM usage_void v WHERE v.seq = usage.seq OR v.voids = usage.seq)"
+_HELD = "SELECT reservation FROM reservation_budget WHERE period = ?"
+_ROLLUP = "SELECT hour, events, unpriced, cost_microusd, tokens_in, tokens_out FROM usage_hour"
+_RAW = (
+    f"SELECT timestamp_us / {HOUR_US} AS hour, 1 AS events, cost_microusd IS NULL AS unpriced, "
+    "coalesce(cost_microusd, 0) AS cost_microusd, tokens_in, tokens_out FROM usage"
+)
+# The rollup is ordered by tenant first; there are few.
+_TENANTS = (
+    "WITH RECURSIVE tenants (tenant) AS (SELECT min(tenant) FROM usage_hour UNION ALL "
+    "SELECT (SELECT min(u.tenant) FROM usage_hour u WHERE u.tenant > tenants.tenant) FROM tenants "
+    "WHERE tenant IS NOT NULL) "
+)
+# As the ledger does it: the account of the reservation, else of the delegation, but only when this agent is its
+# delegate.
+_PAYS = """
+EXISTS (
+  SELECT 1 FROM reservation r JOIN delegation d USING (account)
+  JOIN name t ON t.id = usage.tenant AND t.name = r.tenant JOIN name a ON a.id = usage.agent AND a.name = d.delegate
+  WHERE r.id = usage.reservation
+)
+"""
+_ON_PATH = """
+coalesce(
+  (SELECT CASE WHEN a.name = d.delegate THEN r.account ELSE 0 END FROM reservation r JOIN delegation d USING (account)
+   JOIN name t ON t.id = usage.tenant AND t.name = r.tenant JOIN name a ON a.id = usage.agent
+   WHERE r.id = usage.reservation),
+  (SELECT d.account FROM delegation d JOIN name t ON t.id = usage.tenant AND t.name = d.tenant
+   JOIN name a ON a.id = usage.agent AND a.name = d.delegate WHERE d.id = usage.delegation)
+) IN (
+  WITH RECURSIVE tree (account) AS (
+    SELECT account FROM delegation WHERE id = ? UNION ALL
+    SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
+  ) SELECT account FROM tree
+)
+"""
+
+
+def recount(connection: apsw.Connection, match: Match, start_us: int, end_us: int) -> list[HourSum]:
+    """The recorded usage of a period by hours: from the hourly sums, the edges of a period and paths from raw rows."""
+    first_hour, last_hour = -(-start_us // HOUR_US), end_us // HOUR_US
+    parts: list[str] = []
+    values: list[Any] = []
+    if match.delegation is not None:
+        spans = [(start_us, end_us)]
+    else:
+        spans = [(start_us, first_hour * HOUR_US), (last_hour * HOUR_US, end_us)]
+        where, values = _conditions(match)
+        where += ["tenant IN (SELECT tenant FROM tenants)", "hour >= ?", "hour < ?"]
+        parts = [f"{_ROLLUP} WHERE {' AND '.join(where)}"]
+        values += [first_hour, last_hour]
+    for low_us, high_us in spans:
+        if low_us < high_us:
+            condition, bound = _in_raw(match, low_us, high_us)
+            parts.append(f"{_RAW} WHERE {condition}")
+            values += bound
+    rows = fetch(
+        connection, f"{_TENANTS} SELECT hour, {_SUMS} FROM ({' UNION ALL '.join(parts)}) GROUP BY hour", values
+    )
+    return [_hour_sum(*row) for row in rows]
+
+
+def _hour_sum(hour: int, *halves: int) -> HourSum:
+    events, unpriced, microusd, tokens_in, tokens_out = (
+        (high << 32) + low for high, low in zip(halves[::2], halves[1::2], strict=True)
+    )
+    return HourSum(hour, events, unpriced, microusd, tokens_in + tokens_out)
+
+
+def recount_tasks(
+    connection: apsw.Connection, match: Match, budget: int, period: int, *, task_id: str | None = None, but_seq: int = 0
+) -> list[str]:
+    """The distinct tasks that a period has counted as used, or whether one of them is, without row `but_seq`.
+
+    Usage under a reservation belongs to the period that the reservation is held on, other usage to that of its time;
+    in a period before the budget's first only what came after its introduction was counted.
+    """
+    start_us, end_us, since_us, since_seq = fetch(
+        connection,
+        "SELECT start_us, end_us, since_us, since_seq FROM budget_period p JOIN budget b ON b.id = p.budget "
+        "WHERE p.id = ?",
+        (period,),
+    )[0]
+    condition, values = _in_raw(match, start_us, end_us)
+    after_seq = 0 if start_us >= since_us else since_seq
+    one, named = ("", []) if task_id is None else ("AND task_id = ?", [task_id])
+    found = fetch(
+        connection,
+        f"SELECT task_id FROM usage WHERE {condition} AND +seq > ? AND seq <> ? {one} AND NOT (EXISTS ("
+        "SELECT 1 FROM reservation_budget b JOIN budget_period p ON p.id = b.period "
+        f"WHERE b.reservation = usage.reservation AND p.budget = ?) AND {_PAYS}) "
+        f"UNION SELECT task_id FROM usage WHERE reservation IN ({_HELD}) AND seq <> ? AND {_PAYS} AND {LIVE} {one} "
+        f"UNION SELECT task_id FROM reservation WHERE id IN ({_HELD}) AND state = 'settled' {one}",
+        (*values, after_seq, but_seq, *named, budget, period, but_seq, *named, period, *named),
+    )
+    return [task for (task,) in found]
+
+
+def _in_raw(match: Match, start_us: int, end_us: int) -> tuple[str, list[Any]]:
+    where, values = _conditions(match)
+    where += ["timestamp_us >= ?", "timestamp_us < ?", LIVE]
+    values += [start_us, end_us]
+    if match.delegation is not None:
+        where.append(_ON_PATH)
+        values.append(match.delegation)
+    return " AND ".join(where), values
+
+
+def _conditions(match: Match) -> tuple[list[str], list[Any]]:
+    where: list[str] = []
+    values: list[Any] = []
+    if match.agent is not None and match.agent.endswith("*"):
+        where.append("agent IN (SELECT id FROM name WHERE substr(name, 1, ?) = ?)")
+        values += [len(match.agent) - 1, match.agent[:-1]]
+    elif match.agent is not None:
+        where.append("agent = (SELECT id FROM name WHERE name = ?)")
+        values.append(match.agent)
+    for column, name in (("consumer", match.consumer), ("project", match.project)):
+        if name is not None:
+            where.append(f"{column} = (SELECT id FROM name WHERE name = ?)")
+            values.append(name)
+    return where, values

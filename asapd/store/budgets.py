@@ -1,0 +1,407 @@
+"""Budgets in SQLite: what each has counted by calendar period, debited in the transaction of what is counted.
+
+Definitions live in the store as well, so that every unit goes by the ones in force when it commits, whatever its
+sender knew. A budget counts from the beginning of the period in which it is introduced, whole, whatever was recorded
+by then; what comes late for a period before that counts from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from zoneinfo import ZoneInfo
+
+import apsw
+import msgspec
+
+from asapd.core.budgets import Balance, Budget, Limits, Match, Work, matches, overruns
+from asapd.core.ledger import Hold, Settlement
+from asapd.core.pace import MAX_SAMPLES
+from asapd.core.periods import period_bounds
+from asapd.core.types import HOUR_US, format_us
+from asapd.core.usage import FLAG_OVERRUN, UsageEvent
+from asapd.store import budget_alerts
+from asapd.store.budget_page import COLUMNS, MOST, Page, Rule
+from asapd.store.budget_recount import recount, recount_tasks
+from asapd.store.rows import Row, fetch
+from asapd.store.tx import Tx
+from asapd.store.units import BudgetsSynced, SyncBudgets
+
+_BUDGET = (
+    "id, since_us, since_seq, name, agent, consumer, project, delegation, period, timezone, soft_microusd, "
+    "soft_tokens, soft_tasks, hard_microusd, hard_tokens, hard_tasks"
+)
+
+
+def read_rules(connection: apsw.Connection) -> tuple[Rule, ...]:
+    """The budgets in force, in the order of their names."""
+    return tuple(_rule(row) for row in fetch(connection, f"SELECT {_BUDGET} FROM budget ORDER BY name"))
+
+
+def _rule(row: Row) -> Rule:
+    number, since_us, since_seq, name, agent, consumer, project, delegation, period, timezone, *limits = row
+    match = Match(agent, consumer, project, delegation)
+    budget = Budget(name, match, period, timezone, Limits(*limits[:3]), Limits(*limits[3:]))
+    return Rule(number, budget, ZoneInfo(timezone), since_us, since_seq)
+
+
+def open_book(tx: Tx, actor: str, now_us: int) -> Book | None:
+    """The budgets that a unit may debit; None when there are none, and this look is all that it costs."""
+    if tx.budget_rules is None:
+        tx.budget_rules = read_rules(tx.connection)
+    return Book(tx, tx.budget_rules, actor, now_us) if tx.budget_rules else None
+
+
+class Book:
+    """The counters that a unit works on; `flush` writes them and alerts what reached a limit."""
+
+    def __init__(self, tx: Tx, rules: tuple[Rule, ...], actor: str, now_us: int) -> None:
+        self._tx = tx
+        self._rules = {rule.id: rule for rule in rules}
+        self._actor = actor
+        self._now_us = now_us
+        self._matching: dict[Work, list[Rule]] = {}
+        self._pages: dict[int, Page] = {}
+        self._pages_of: dict[int, list[Page]] = {rule.id: [] for rule in rules}
+        self._linked: dict[str, list[Page]] = {}
+        self._hours: dict[tuple[int, int], tuple[int, int]] = {}
+
+    # --- finding
+
+    def current(self) -> list[Page]:
+        """Every budget's counters of the period that is now."""
+        return [self._page(rule, self._now_us) for rule in self._rules.values()]
+
+    def matching(self, work: Work) -> list[Page]:
+        """The counters that work of now is held to."""
+        return [self._page(rule, self._now_us) for rule in self._match(work)]
+
+    def linked(self, reservation: str) -> list[Page]:
+        """The counters that a reservation is held on, those of the period in which it was made."""
+        found = self._linked.get(reservation)
+        if found is None:
+            rows = fetch(
+                self._tx.connection,
+                f"SELECT budget, {COLUMNS} FROM reservation_budget b JOIN budget_period p ON p.id = b.period "
+                "WHERE reservation = ? ORDER BY budget",
+                (reservation,),
+            )
+            found = [self._pages.get(row[1]) or self._open_page(self._rules[row[0]], row[1:]) for row in rows]
+            self._linked[reservation] = found
+        return found
+
+    def _match(self, work: Work) -> list[Rule]:
+        found = self._matching.get(work)
+        if found is None:
+            found = self._matching[work] = [rule for rule in self._rules.values() if matches(rule.budget.match, work)]
+        return found
+
+    def _page(self, rule: Rule, at_us: int) -> Page:
+        for page in self._pages_of[rule.id]:
+            if page.start_us <= at_us < page.end_us:
+                return page
+        row = self._tx.row(
+            f"SELECT {COLUMNS} FROM budget_period WHERE budget = ? AND start_us <= ? ORDER BY start_us DESC LIMIT 1",
+            (rule.id, at_us),
+        )
+        if row is None or row[2] <= at_us:
+            row = self._begin(rule, *period_bounds(rule.budget.period, rule.zone, at_us))
+        return self._open_page(rule, row)
+
+    def _open_page(self, rule: Rule, row: Row) -> Page:
+        page = Page(self._tx, rule, row)
+        if rule.budget.counts_tasks and page.tasks_used is None:
+            self._count_tasks(page)
+        self._pages[page.id] = page
+        self._pages_of[rule.id].append(page)
+        return page
+
+    def _begin(self, rule: Rule, start_us: int, end_us: int) -> Row:
+        """Counters of a period that nothing was counted in."""
+        row = self._tx.row(
+            "INSERT INTO budget_period (budget, start_us, end_us, events, unpriced, spent_microusd, spent_tokens, "
+            f"tasks_used) VALUES (?,?,?,0,0,0,0,?) RETURNING {COLUMNS}",
+            (rule.id, start_us, end_us, 0 if rule.budget.counts_tasks else None),
+        )
+        assert row is not None
+        return row
+
+    def introduce(self, rule: Rule) -> None:
+        """Count what is recorded in the period that is now, and of a time ahead of it."""
+        newest_us = self._tx.row("SELECT coalesce(max(timestamp_us), 0) FROM usage")
+        assert newest_us is not None
+        at_us = self._now_us
+        while True:
+            page = self._page(rule, at_us)
+            for one in recount(self._tx.connection, rule.budget.match, page.start_us, page.end_us):
+                page.events += one.events
+                page.unpriced += one.unpriced
+                page.spend(one.microusd, one.tokens)
+                self._spend_in_hour(rule, one.hour, one.microusd, one.tokens)
+            if rule.budget.counts_tasks:
+                self._count_tasks(page)
+            at_us = page.end_us
+            if newest_us[0] < at_us:
+                return
+
+    def _count_tasks(self, page: Page) -> None:
+        """Count the tasks of a period that did not count them."""
+        used = set(recount_tasks(self._tx.connection, page.budget.match, page.rule.id, page.id))
+        holds: dict[str, int] = {}
+        reservations = fetch(
+            self._tx.connection,
+            "SELECT task_id, tasks_extra FROM reservation_budget b JOIN reservation r ON r.id = b.reservation "
+            "WHERE b.period = ? AND state = 'open'",
+            (page.id,),
+        )
+        for task_id, tasks_extra in reservations:
+            holds[task_id] = holds.get(task_id, 0) + 1
+            page.tasks_reserved += tasks_extra
+        known = used | set(holds)
+        page.tasks_reserved += len(known) - len(used)
+        self._tx.insert_many(
+            "INSERT INTO budget_task VALUES (?,?,?,?)",
+            [(page.id, task_id, task_id in used, holds.get(task_id, 0)) for task_id in known],
+        )
+        page.tasks_used = len(used)
+        page.is_changed = True
+
+    # --- debiting
+
+    def hold(self, reservation: str, pages: Iterable[Page], hold: Hold, task_id: str) -> None:
+        """Hold an accepted estimate."""
+        for page in pages:
+            page.hold(hold, task_id)
+            self._tx.execute("INSERT INTO reservation_budget VALUES (?,?)", (reservation, page.id))
+
+    def use(
+        self,
+        event: UsageEvent,
+        cost_microusd: int | None,
+        path: tuple[str, ...] = (),
+        reservation: str | None = None,
+        settlement: Settlement | None = None,
+    ) -> int:
+        """Debit an event to what its reservation is held on, and to whatever else it matches; its flags.
+
+        The first belongs to the period of the reservation, the rest to that of the event. `settlement` is what an open
+        reservation pays of it.
+        """
+        linked = [] if reservation is None else self.linked(reservation)
+        work = Work(event.agent, event.consumer, event.project, path)
+        tokens = event.tokens_in + event.tokens_out
+        flags = 0
+        for page in linked:
+            spent = cost_microusd or 0
+            if settlement is not None:
+                spent = settlement.spend_microusd
+                page.release(settlement)
+            flags |= self._count(page, event, cost_microusd, spent, tokens)
+        for page in self._others(work, event.timestamp_us, linked):
+            flags |= self._count(page, event, cost_microusd, cost_microusd or 0, tokens)
+        return flags
+
+    def _others(self, work: Work, at_us: int, linked: list[Page]) -> list[Page]:
+        """What else counts this work, in the period of its time."""
+        holders = {page.rule.id for page in linked}
+        return [self._page(rule, at_us) for rule in self._match(work) if rule.id not in holders]
+
+    def _count(self, page: Page, event: UsageEvent, cost_microusd: int | None, spent: int, tokens: int) -> int:
+        page.spend(spent, tokens)
+        page.events += 1
+        page.unpriced += cost_microusd is None
+        page.use_task(event.task_id)
+        self._spend_in_hour(page.rule, event.timestamp_us // HOUR_US, spent, tokens)
+        return FLAG_OVERRUN if overruns(page.budget, page.balance) else 0
+
+    def take_back(
+        self,
+        work: Work,
+        at_us: int,
+        tokens: int,
+        cost_microusd: int | None,
+        refunded_microusd: int,
+        reservation: str | None,
+        *,
+        tenant: str,
+        task_id: str,
+        seq: int,
+    ) -> None:
+        """Count an event no longer; to be called while its row `seq` and its hourly sums still stand.
+
+        What its reservation is held on gets back `refunded_microusd`, as the chain does, the rest what the event cost.
+        """
+        known = self._tx.row(
+            "SELECT 1 FROM reservation r JOIN delegation d USING (account) "
+            "WHERE r.id = ? AND r.tenant = ? AND d.delegate = ?",
+            (reservation, tenant, work.agent),
+        )
+        linked = [] if known is None or reservation is None else self.linked(reservation)
+        for page in linked + self._others(work, at_us, linked):
+            if seq <= page.rule.since_seq and page.start_us < page.rule.since_us:
+                continue  # it was never counted here
+            cost = refunded_microusd if page in linked else cost_microusd or 0
+            page.spend(-cost, -tokens)
+            page.events -= 1
+            page.unpriced -= cost_microusd is None
+            if page.tasks_used is not None and not recount_tasks(
+                self._tx.connection, page.budget.match, page.rule.id, page.id, task_id=task_id, but_seq=seq
+            ):
+                page.drop_task(task_id)
+            self._spend_in_hour(page.rule, at_us // HOUR_US, -cost, -tokens)
+
+    def settle(self, reservation: str, settlement: Settlement) -> None:
+        """Debit what a reservation is settled with at last."""
+        for page in self.linked(reservation):
+            page.release(settlement)
+            page.spend(settlement.spend_microusd, settlement.spend_tokens)
+            self._spend_in_hour(page.rule, self._now_us // HOUR_US, settlement.spend_microusd, settlement.spend_tokens)
+
+    def finish_task(self, reservation: str, task_id: str) -> None:
+        """Count the task of a settled reservation as used."""
+        for page in self.linked(reservation):
+            page.use_task(task_id)
+
+    def refund(self, reservation: str, cost_microusd: int) -> None:
+        """Give back what was spent."""
+        for page in self.linked(reservation):
+            page.spend(-cost_microusd, 0)
+
+    def close(self, reservation: str, hold: Hold, task_id: str) -> None:
+        """Give back what a reservation still holds."""
+        for page in self.linked(reservation):
+            page.give_back(hold, task_id)
+
+    def balances(self, reservation: str) -> list[tuple[Budget, Balance]]:
+        """What a reservation is held on, as values."""
+        return [(page.budget, page.balance) for page in self.linked(reservation)]
+
+    def _spend_in_hour(self, rule: Rule, hour: int, microusd: int, tokens: int) -> None:
+        known = self._hours.get((rule.id, hour), (0, 0))
+        self._hours[rule.id, hour] = (known[0] + microusd, known[1] + tokens)
+
+    # --- writing
+
+    def flush(self) -> None:
+        """Write everything, note limits that were passed, and alert those that were reached."""
+        for page in self._pages.values():
+            alerted = budget_alerts.check(self._tx, page.budget, page.balance, page.alerted, self._now_us)
+            if page.is_changed or alerted != page.alerted:
+                self._note_overruns(page)
+                page.alerted = alerted
+                page.write()
+        self._tx.insert_many(
+            "INSERT INTO budget_hour VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET "
+            f"microusd = min(microusd + excluded.microusd, {MOST}), tokens = min(tokens + excluded.tokens, {MOST})",
+            [
+                (budget, hour, min(microusd, MOST), min(tokens, MOST))
+                for (budget, hour), (microusd, tokens) in self._hours.items()
+            ],
+        )
+        self._hours.clear()
+
+    def _note_overruns(self, page: Page) -> None:
+        over = overruns(page.budget, page.balance)
+        for unit in over:
+            if unit not in page.was_over:
+                details = {
+                    "budget": page.budget.name,
+                    "period_start": format_us(page.start_us),
+                    "spent": page.balance.spent(unit),
+                    "unit": unit,
+                }
+                self._tx.audit("budget.overrun", self._actor, page.budget.name, details, self._now_us)
+        page.was_over = over
+
+
+# --- definitions
+
+
+def sync(tx: Tx, unit: SyncBudgets) -> BudgetsSynced:
+    """Take over the configured budgets; each counts its current period from here on."""
+    wanted = {budget.name: budget for budget in unit.budgets}
+    known = {rule.budget.name: rule for rule in read_rules(tx.connection)}
+    kept = {name: rule for name, rule in known.items() if name in wanted and _same_count(rule.budget, wanted[name])}
+    for name, rule in known.items():
+        if name not in kept:
+            reason = "budget_changed" if name in wanted else "budget_removed"
+            budget_alerts.resolve(tx, name, reason, unit.now_us)
+            tx.execute("DELETE FROM budget WHERE id = ?", (rule.id,))
+    for name, rule in kept.items():
+        if wanted[name] != rule.budget:
+            _limit(tx, rule, wanted[name])
+    for name, budget in wanted.items():
+        if name not in kept:
+            _insert(tx, budget, unit.now_us)
+    changed = {name for name in known if name in wanted and wanted[name] != known[name].budget}
+    synced = BudgetsSynced(sorted(wanted.keys() - known.keys()), sorted(changed), sorted(known.keys() - wanted.keys()))
+    tx.budget_rules = None
+    book = open_book(tx, unit.actor, unit.now_us)
+    if book is not None:
+        for rule in tx.budget_rules:
+            if rule.budget.name not in kept:
+                book.introduce(rule)
+        for page in book.current():
+            if page.budget.name in changed:
+                page.is_changed = True
+                page.alerted = budget_alerts.lower(tx, page.budget, page.balance, page.alerted, unit.now_us)
+        book.flush()
+    if synced != BudgetsSynced():
+        tx.audit("budgets.changed", unit.actor, "budgets", msgspec.to_builtins(synced), unit.now_us)
+    return synced
+
+
+def _same_count(one: Budget, other: Budget) -> bool:
+    return (one.match, one.period, one.timezone) == (other.match, other.period, other.timezone)
+
+
+def _insert(tx: Tx, budget: Budget, now_us: int) -> None:
+    since_us, _ = period_bounds(budget.period, ZoneInfo(budget.timezone), now_us)
+    match = budget.match
+    tx.execute(
+        "INSERT INTO budget (since_us, since_seq, name, agent, consumer, project, delegation, period, timezone, "
+        "soft_microusd, soft_tokens, soft_tasks, hard_microusd, hard_tokens, hard_tasks) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        (
+            *(since_us, tx.next_seq("usage") - 1, budget.name),
+            *(match.agent, match.consumer, match.project, match.delegation),
+            *(budget.period, budget.timezone),
+            *msgspec.structs.astuple(budget.soft),
+            *msgspec.structs.astuple(budget.hard),
+        ),
+    )
+
+
+def _limit(tx: Tx, rule: Rule, budget: Budget) -> None:
+    tx.execute(
+        "UPDATE budget SET soft_microusd = ?, soft_tokens = ?, soft_tasks = ?, hard_microusd = ?, hard_tokens = ?, "
+        "hard_tasks = ? WHERE id = ?",
+        (*msgspec.structs.astuple(budget.soft), *msgspec.structs.astuple(budget.hard), rule.id),
+    )
+    if rule.budget.counts_tasks and not budget.counts_tasks:
+        # What is not kept up to date is forgotten, and counted again when it is limited again.
+        tx.execute(
+            "DELETE FROM budget_task WHERE period IN (SELECT id FROM budget_period WHERE budget = ?)", (rule.id,)
+        )
+        tx.execute("UPDATE budget_period SET tasks_used = NULL, tasks_reserved = 0 WHERE budget = ?", (rule.id,))
+
+
+def sweep(tx: Tx, now_us: int, usage_before_us: int, limit: int) -> int:
+    """Resolve the breaches of periods that are over, and forget what late usage can no longer ask for.
+
+    Returns how many rows went.
+    """
+    budget_alerts.resolve_ended(tx, now_us)
+    book = open_book(tx, "asapd", now_us)
+    if book is None:
+        return 0
+    book.current()  # a period that only began may have been spent ahead of its time, by a clock that was
+    book.flush()
+    tx.execute(
+        "DELETE FROM budget_task WHERE (period, task_id) IN (SELECT period, task_id FROM budget_task "
+        "JOIN budget_period p ON p.id = period WHERE p.end_us < ? LIMIT ?)",
+        (usage_before_us, limit),
+    )
+    deleted = tx.connection.changes()
+    # Each hour looks back over a week of them.
+    tx.execute("DELETE FROM budget_hour WHERE hour < ?", (now_us // HOUR_US - 2 * MAX_SAMPLES,))
+    return deleted + tx.connection.changes()

@@ -1,0 +1,108 @@
+"""Retiring raw usage: the oldest events go in small steps that the audit log names; the rollups stay for ever."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import apsw
+
+from asapd.core.types import format_us
+from asapd.core.usage import UsageEvent, identity_digest
+from asapd.store.rows import fetch, fetch_one
+from asapd.store.tx import Tx
+from asapd.store.units import RetireUsage, UsageRetired
+
+FREED_PAGES = 1_000
+"""Pages given back to the file system in one step: 4 MB, some ten milliseconds."""
+
+_OLDEST = (
+    "SELECT seq, timestamp_us, id, content, (SELECT name FROM name WHERE id = tenant), (SELECT name FROM name WHERE "
+    "id = agent), (SELECT name FROM name WHERE id = source) FROM usage WHERE timestamp_us < ? "
+    "ORDER BY timestamp_us, seq LIMIT ?"
+)
+
+
+def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
+    """Drop the oldest events that are due, with their identities, and say so in the audit log.
+
+    `before_us` must not be after the time up to which late events are still taken, or a repeat of a retired one would
+    count again; `usage_retired` keeps it, so that no later setting brings that time back.
+    """
+    rows = fetch(tx.connection, _OLDEST, (unit.before_us, unit.limit))
+    if rows:
+        _drop(tx, rows)
+        contents = blake2b(b"".join(row[3] for row in rows), digest_size=32)
+        seqs = [row[0] for row in rows]
+        tx.execute(
+            "UPDATE usage_retired SET before_us = max(before_us, ?), through_seq = max(through_seq, ?), "
+            "events = events + ?",
+            (unit.before_us, max(seqs), len(rows)),
+        )
+        details: dict[str, Any] = {
+            "before_us": unit.before_us,
+            "content_digest": contents.hexdigest(),
+            "count": len(rows),
+            "first_content": rows[0][3].hex(),
+            "first_row": min(seqs),
+            "first_timestamp_us": rows[0][1],
+            "last_content": rows[-1][3].hex(),
+            "last_row": max(seqs),
+            "last_timestamp_us": rows[-1][1],
+            "table": "usage",
+        }
+        tx.audit("retention.applied", unit.actor, "usage", details, unit.now_us)
+    # Finds nothing to do in a file that was made before pages could be given back.
+    fetch(tx.connection, f"PRAGMA incremental_vacuum({FREED_PAGES})")
+    return UsageRetired(len(rows), more=len(rows) == unit.limit)
+
+
+def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
+    keys = sorted(
+        identity_digest(tenant, UsageEvent("", agent, "", 0, id=event_id, source=source))
+        for _, _, event_id, _, tenant, agent, source in rows
+    )
+    tx.insert_many("DELETE FROM usage_identity WHERE key = ?", ((key,) for key in keys))
+    tx.execute("UPDATE retention_gate SET open = 1")
+    tx.insert_many("DELETE FROM usage WHERE seq = ?", ((row[0],) for row in rows))
+    # A void is as old as what it voids and goes after it, in this step or the next.
+    tx.insert_many("DELETE FROM usage_void WHERE seq = ?", ((row[0],) for row in rows))
+    tx.execute("UPDATE retention_gate SET open = 0")
+
+
+def retired_before(connection: apsw.Connection) -> int:
+    """Up to which time raw events may be gone; 0 when none are."""
+    row = fetch_one(connection, "SELECT before_us FROM usage_retired")
+    return 0 if row is None else int(row[0])
+
+
+def retired_through(connection: apsw.Connection) -> int:
+    """The highest number of a row that is gone; 0 when none is."""
+    row = fetch_one(connection, "SELECT through_seq FROM usage_retired")
+    return 0 if row is None else int(row[0])
+
+
+def is_due(connection: apsw.Connection, before_us: int) -> bool:
+    """Whether there is an event from before a time."""
+    return fetch_one(connection, "SELECT 1 FROM usage WHERE timestamp_us < ? LIMIT 1", (before_us,)) is not None
+
+
+def due(connection: apsw.Connection, usage_before_us: int, probes_before_us: int) -> dict[str, Any]:
+    """What retention would take now."""
+    count, first, last, oldest, newest = fetch(
+        connection,
+        "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM usage WHERE timestamp_us < ?",
+        (usage_before_us,),
+    )[0]
+    probes = fetch(connection, "SELECT count(*) FROM probe WHERE ts_us < ?", (probes_before_us,))[0][0]
+    return {
+        "usage": {
+            "before": format_us(usage_before_us),
+            "count": count,
+            "first_row": first,
+            "last_row": last,
+            "oldest": None if oldest is None else format_us(oldest),
+            "newest": None if newest is None else format_us(newest),
+        },
+        "probes": {"before": format_us(probes_before_us), "count": probes},
+    }

@@ -1,0 +1,262 @@
+"""Taking back usage: a row with the negative of another, for nothing that was recorded is ever changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.budgets import Work
+from asapd.core.errors import Refusal
+from asapd.core.types import HOUR_US
+from asapd.core.usage import UsageEvent, identity_digest
+from asapd.store import budgets, ledger
+from asapd.store.rows import Row, fetch
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import Voided, VoidUsage
+from asapd.store.usage_queries import LIVE, OF_TASK
+from asapd.store.visibility import Visibility, visible_names
+
+_COUNTS = (
+    "tokens_in",
+    "tokens_out",
+    "cached_tokens_in",
+    "cache_write_tokens",
+    "reasoning_tokens",
+    "duration_ms",
+    "api_calls",
+)
+_NEGATED = (*_COUNTS, "cost_microusd", "priced_microusd", "reported_microusd")
+_NO_SUCH = "there is no usage event {} that counts: check the id, and name its agent and source"
+
+
+def void(tx: Tx, unit: VoidUsage) -> Voided:
+    """Write the compensating row, and take the event out of the rollup, the ledger and the budgets.
+
+    Raises:
+        RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void.
+    """
+    names = [name for (_, name, *_) in fetch(tx.connection, "PRAGMA table_info(usage)")]
+    row = tx.row("SELECT * FROM usage WHERE seq = ?", (unit.seq,))
+    if row is None:
+        raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(unit.seq)))
+    was = dict(zip(names, row, strict=True))
+    known = tx.row("SELECT seq, voids FROM usage_void WHERE ?1 IN (seq, voids)", (unit.seq,))
+    if known is not None:
+        what = "is itself a void" if known[0] == unit.seq else "was voided before"
+        raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
+    tenant, agent, consumer, project = (_name(tx, was[column]) for column in ("tenant", "agent", "consumer", "project"))
+    void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
+    refunded, path = _give_back(tx, was, tenant, agent)
+    book = budgets.open_book(tx, unit.actor, unit.now_us)
+    if book is not None:
+        tokens = was["tokens_in"] + was["tokens_out"]
+        work = Work(agent, consumer, project, path)
+        book.take_back(
+            work,
+            was["timestamp_us"],
+            tokens,
+            was["cost_microusd"],
+            refunded,
+            was["reservation"],
+            tenant=tenant,
+            task_id=was["task_id"],
+            seq=unit.seq,
+        )
+    now = {
+        **was,
+        **{name: None if was[name] is None else -was[name] for name in _NEGATED},
+        "seq": seq,
+        "id": void_id,
+        "source_seq": None,
+        "committed_us": unit.now_us,
+        "reported_by": unit.actor,
+    }
+    tx.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(names))})", tuple(now[name] for name in names))
+    tx.execute("INSERT INTO usage_void VALUES (?,?,?)", (seq, unit.seq, unit.reason))
+    _roll_back(tx, was)
+    if book is not None:
+        book.flush()
+    details: dict[str, Any] = {
+        "agent": agent,
+        "consumer": consumer,
+        "content": was["content"].hex(),
+        "cost_microusd": was["cost_microusd"],
+        "project": project,
+        "reason": unit.reason,
+        "refunded_microusd": refunded,
+        "row": seq,
+        "task_id": was["task_id"],
+        "tenant": tenant,
+        "timestamp_us": was["timestamp_us"],
+        "voids": was["id"],
+        "voids_row": unit.seq,
+    }
+    tx.audit("usage.voided", unit.actor, void_id, details, unit.now_us)
+    return Voided(void_id, seq, was["id"], refunded)
+
+
+def _name(tx: Tx, number: int) -> str:
+    row = tx.row("SELECT name FROM name WHERE id = ?", (number,))
+    assert row is not None
+    return str(row[0])
+
+
+def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
+    """Take an event out of its hour; an hour of which nothing is left goes, or empty groups would be shown."""
+    key = tuple(
+        was["timestamp_us"] // HOUR_US if name == "hour" else was[name]
+        for name in ("tenant", "hour", "agent", "consumer", "model", "project", "outcome")
+    )
+    where = "WHERE tenant = ? AND hour = ? AND agent = ? AND consumer = ? AND model = ? AND project = ? AND outcome = ?"
+    tx.execute(
+        "UPDATE usage_hour SET events = events - 1, tasks = tasks - ?, cost_microusd = cost_microusd - ?, "
+        f"unpriced = unpriced - ?, {', '.join(f'{name} = {name} - ?' for name in _COUNTS)} {where}",
+        (
+            1 - was["partial"],
+            was["cost_microusd"] or 0,
+            was["cost_microusd"] is None,
+            *(was[name] for name in _COUNTS),
+            *key,
+        ),
+    )
+    tx.execute(f"DELETE FROM usage_hour {where} AND events = 0", key)
+
+
+# --- the ledger
+
+
+def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[int, tuple[str, ...]]:
+    """Give what the event spent back to every account of its path; returns micro-USD and the path's delegations.
+
+    What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
+    estimate it was settled at: a refund of the reservation does that.
+    """
+    account = _account_of(tx, was["tenant"], agent, was["delegation"], was["reservation"])
+    amount: int = was["cost_microusd"] or 0
+    if account is None:
+        return amount, ()
+    reservation = tx.row(
+        "SELECT used_microusd - refunded_microusd FROM reservation WHERE id = ? AND tenant = ?",
+        (was["reservation"], tenant),
+    )
+    if reservation is not None:
+        amount = max(0, min(amount, reservation[0]))
+        tx.execute(
+            "UPDATE reservation SET refunded_microusd = refunded_microusd + ? WHERE id = ?",
+            (amount, was["reservation"]),
+        )
+    accounts = ledger.path_of(tx, account)
+    path = [on_path.account for on_path in accounts]
+    still_used = _accounts_that_used(tx, was, path[-1])
+    for on_path in path:
+        uncounted = 0
+        if on_path not in still_used:
+            tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (on_path, was["task_id"]))
+            tx.execute(
+                "DELETE FROM account_task WHERE account = ? AND task_id = ? AND used = 0 AND holds = 0",
+                (on_path, was["task_id"]),
+            )
+            uncounted = tx.connection.changes()
+        tx.execute(
+            "UPDATE delegation SET spent_microusd = spent_microusd - ?, tasks_used = tasks_used - ? WHERE account = ?",
+            (amount, uncounted, on_path),
+        )
+    return amount, tuple(on_path.id for on_path in accounts)
+
+
+def _account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservation: str | None) -> int | None:
+    """The account that an event was debited to, by the rules of `ledger.charge`."""
+    name = _name(tx, tenant)
+    row = tx.row(
+        "SELECT account, d.delegate FROM reservation r JOIN delegation d USING (account) "
+        "WHERE r.id = ? AND r.tenant = ?",
+        (reservation, name),
+    )
+    if row is not None and row[1] != agent:
+        return None
+    if row is None:
+        row = tx.row(
+            "SELECT account FROM delegation WHERE id = ? AND tenant = ? AND delegate = ?", (delegation, name, agent)
+        )
+    return None if row is None else int(row[0])
+
+
+def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
+    """Accounts on which the task still counts as used, by another event or by a reservation that was settled."""
+    leaves = {
+        _account_of(tx, tenant, _name(tx, agent), delegation, reservation)
+        for tenant, agent, delegation, reservation in fetch(
+            tx.connection,
+            f"SELECT DISTINCT tenant, agent, delegation, reservation FROM usage WHERE {OF_TASK} AND seq <> ? "
+            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE}",
+            (was["task_id"], was["task_id"], was["seq"]),
+        )
+    }
+    leaves |= {
+        account
+        for (account,) in fetch(
+            tx.connection,
+            "WITH RECURSIVE tree (account) AS (SELECT ? UNION ALL "
+            "SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account) "
+            "SELECT DISTINCT account FROM reservation JOIN tree USING (account) "
+            "WHERE task_id = ? AND state = 'settled'",
+            (root, was["task_id"]),
+        )
+    }
+    return {on_path.account for leaf in leaves if leaf is not None for on_path in ledger.path_of(tx, leaf)}
+
+
+# --- finding
+
+
+def find_event(
+    connection: apsw.Connection, visible: Visibility, event_id: str, agent: str | None, source: str | None
+) -> list[int]:
+    """The rows of events with an id that were reported by agents the caller may see; at most one unless ambiguous.
+
+    Ids are kept as digests with their agent and source, so every source that was ever met is tried; one that the
+    daemon gave is found by its time in the audit log.
+    """
+    where, values = visible_names(visible, ("agent",))
+    for column, name in (("agent", agent), ("source", source)):
+        if name is not None:
+            where.append(f"{column} = (SELECT id FROM name WHERE name = ?)")
+            values.append(name)
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    sources = fetch(
+        connection,
+        "SELECT (SELECT name FROM name WHERE id = tenant), (SELECT name FROM name WHERE id = agent), "
+        f"(SELECT name FROM name WHERE id = source) FROM usage_source {condition}",
+        values,
+    )
+    keys = [
+        identity_digest(tenant, UsageEvent("", its_agent, "", 0, id=event_id, source=its_source)).hex()
+        for tenant, its_agent, its_source in sources
+    ]
+    found: list[Row] = fetch(
+        connection,
+        "SELECT seq FROM usage_identity WHERE key IN (SELECT unhex(value) FROM json_each(?)) ORDER BY seq LIMIT 2",
+        (msgspec.json.encode(keys).decode(),),
+    )
+    if not found and event_id.startswith("use_"):
+        found = _given_by_daemon(connection, event_id, condition, values)
+    return [seq for (seq,) in found]
+
+
+def _given_by_daemon(connection: apsw.Connection, event_id: str, condition: str, values: list[Any]) -> list[Row]:
+    from ulid import ULID
+
+    try:
+        made_us = ULID.from_str(event_id.removeprefix("use_")).milliseconds * 1_000
+    except ValueError:
+        return []
+    admitted = f"SELECT seq FROM usage {condition} {'AND' if condition else 'WHERE'} seq = noted.row AND id = ?"
+    return fetch(
+        connection,
+        "SELECT row FROM (SELECT details ->> 'row' AS row FROM audit WHERE timestamp_us >= ? AND timestamp_us < ? "
+        "AND event_type = 'usage.recorded' AND subject = ?) noted "
+        f"WHERE row IN ({admitted}) LIMIT 2",
+        (made_us, made_us + 1_000, event_id, *values, event_id),
+    )

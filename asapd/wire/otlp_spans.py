@@ -1,0 +1,333 @@
+"""OTLP traces to usage events: one event for each `gen_ai` inference span."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Final
+
+import msgspec
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from asapd.core.errors import Refusal
+from asapd.core.types import MAX_INT, Outcome
+from asapd.core.usage import UsageEvent
+from asapd.wire.otlp import (
+    AGENT_WORK,
+    ATTRIBUTION_NAMES,
+    DEFAULT_SETTINGS,
+    INFERENCE,
+    SOURCE,
+    Attributes,
+    Encoding,
+    JsonAttribute,
+    JsonResource,
+    OtlpSettings,
+    attribute,
+    clean,
+    count,
+    from_json,
+    from_proto,
+    named,
+    reasons,
+    resource_key,
+    too_many_records,
+)
+from asapd.wire.usage import MAX_EVENTS, malformed, too_many
+
+_BUCKETS: Final = {
+    "tokens_in": ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
+    "tokens_out": ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens"),
+    "cached_tokens_in": ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens"),
+    "cache_write_tokens": (
+        "gen_ai.usage.cache_write.input_tokens",
+        "gen_ai.usage.cache_creation.input_tokens",
+        "gen_ai.usage.cache_write_input_tokens",
+        "gen_ai.usage.cache_creation_input_tokens",
+    ),
+    "reasoning_tokens": ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_tokens"),
+}
+"""The attributes of each bucket, newest first: of several that say the same, one counts."""
+
+_NAMES: Final = frozenset(
+    ("gen_ai.operation.name", "error.type", "asap.delegation", "asap.reservation")
+) | ATTRIBUTION_NAMES.union(*_BUCKETS.values())
+
+_STATUS_ERROR = 2
+
+
+class OtlpOutcome(msgspec.Struct, frozen=True):
+    """What an export of traces held.
+
+    `events` are to be recorded, in the export's order; `rejected` spans were inference and could not be understood, as
+    `message` says; all others are nobody's usage and no error.
+
+    `covered` are the ids (`<trace id>:<span id>`, the `id` of their event) of spans with a counted span below them,
+    whether or not this export has them. Keep them as long as a trace lasts, for the next `decode_traces`; an event
+    already recorded under one of them was of an agent span that came before its children.
+
+    `resources` has for each `resource_key` the newest end (in microseconds) of a counted span: spans win there
+    over metrics.
+    """
+
+    events: list[UsageEvent]
+    rejected: int
+    message: str
+    covered: frozenset[str]
+    resources: dict[bytes, int]
+
+
+class _Span(msgspec.Struct, gc=False):
+    """A span of either encoding."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    start_ns: int
+    end_ns: int
+    status: int
+    status_message: str
+    attributes: Attributes
+    resource: Attributes
+
+    @property
+    def id(self) -> str:
+        return f"{self.trace_id}:{self.span_id}"
+
+    @property
+    def parent(self) -> str | None:
+        return f"{self.trace_id}:{self.parent_id}" if self.parent_id else None
+
+
+class _JsonStatus(msgspec.Struct, gc=False):
+    code: int | None = None
+    message: str | None = None
+
+
+class _JsonSpan(msgspec.Struct, rename="camel", gc=False):
+    trace_id: str | None = None
+    span_id: str | None = None
+    parent_span_id: str | None = None
+    start_time_unix_nano: int | None = None
+    end_time_unix_nano: int | None = None
+    attributes: list[JsonAttribute] | None = None
+    status: _JsonStatus | None = None
+
+
+class _JsonScopeSpans(msgspec.Struct, gc=False):
+    spans: list[_JsonSpan] | None = None
+
+
+class _JsonResourceSpans(msgspec.Struct, rename="camel", gc=False):
+    resource: JsonResource | None = None
+    scope_spans: list[_JsonScopeSpans] | None = None
+
+
+class _JsonExport(msgspec.Struct, rename="camel", gc=False):
+    resource_spans: list[_JsonResourceSpans] | None = None
+
+
+# Not strict, for 64-bit integers come as strings.
+_json_export = msgspec.json.Decoder(_JsonExport, strict=False)
+
+
+def decode_traces(
+    body: bytes, encoding: Encoding, settings: OtlpSettings = DEFAULT_SETTINGS, covered: Container[str] = frozenset()
+) -> OtlpOutcome | Refusal:
+    """Decode an ExportTraceServiceRequest; never raises.
+
+    Inference spans count: those whose operation is in `INFERENCE`, and of the first conventions, which had none, those
+    with system, model and tokens. A span of an agent's work counts when nothing below it does, in this export or
+    by `covered`, the ids that earlier exports gave. The identity of an event is the source "otlp" and the id
+    `<trace id>:<span id>`, so an export sent twice gives the same events.
+
+    A `Refusal` is `malformed` or `too_many_events`.
+    """
+    try:
+        spans = _json_spans(body, settings) if encoding == "json" else _proto_spans(body, settings)
+        if isinstance(spans, Refusal):
+            return spans
+        outcome = _outcome(spans, settings, covered)
+    except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return malformed(error)
+    return outcome if len(outcome.events) <= MAX_EVENTS else too_many(len(outcome.events))
+
+
+def _proto_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
+    export = ExportTraceServiceRequest.FromString(body)
+    refusal = too_many_records(export.resource_spans, lambda group: group.scope_spans, lambda scope: scope.spans)
+    if refusal is not None:
+        return refusal
+    wanted = settings.names | _NAMES
+    spans = []
+    for group in export.resource_spans:
+        resource = from_proto(group.resource.attributes)
+        spans += [
+            _Span(
+                span.trace_id.hex(),
+                span.span_id.hex(),
+                span.parent_span_id.hex(),
+                span.start_time_unix_nano,
+                span.end_time_unix_nano,
+                span.status.code,
+                span.status.message,
+                from_proto(span.attributes, wanted),
+                resource,
+            )
+            for scope in group.scope_spans
+            for span in scope.spans
+        ]
+    return spans
+
+
+def _json_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
+    groups = _json_export.decode(body).resource_spans or ()
+    refusal = too_many_records(groups, lambda group: group.scope_spans or (), lambda scope: scope.spans or ())
+    if refusal is not None:
+        return refusal
+    wanted = settings.names | _NAMES
+    none = _JsonStatus()
+    spans = []
+    for group in groups:
+        resource = from_json(group.resource.attributes) if group.resource else {}
+        spans += [
+            _Span(
+                (span.trace_id or "").lower(),
+                (span.span_id or "").lower(),
+                (span.parent_span_id or "").lower(),
+                span.start_time_unix_nano or 0,
+                span.end_time_unix_nano or 0,
+                (span.status or none).code or 0,
+                (span.status or none).message or "",
+                from_json(span.attributes, wanted),
+                resource,
+            )
+            for scope in group.scope_spans or ()
+            for span in scope.spans or ()
+        ]
+    return spans
+
+
+def _outcome(spans: list[_Span], settings: OtlpSettings, known: Container[str]) -> OtlpOutcome:
+    events: dict[int, UsageEvent] = {}
+    problems: list[str] = []
+    covered: set[str] = set()
+    resources: dict[bytes, int] = {}
+    keys: dict[int, bytes] = {}
+    for place in _children_first(spans):
+        span = spans[place]
+        is_covered = span.id in covered or span.id in known
+        operation = _operation(span)
+        if operation in INFERENCE or (operation in AGENT_WORK and not is_covered):
+            event = _event(span, settings)
+            if isinstance(event, UsageEvent):
+                events[place] = event
+                key = keys.setdefault(id(span.resource), resource_key(span.resource))
+                resources[key] = max(resources.get(key, 0), event.timestamp_us)
+                is_covered = True
+            else:
+                problems.append(f"span {clean(span.id, 60)}: {event}")
+        if is_covered and span.parent is not None:
+            covered.add(span.parent)
+    ordered = [events[place] for place in sorted(events)]
+    return OtlpOutcome(ordered, len(problems), reasons(problems), frozenset(covered), resources)
+
+
+def _children_first(spans: list[_Span]) -> Iterator[int]:
+    """The places of the spans, each after those of the spans below it; spans in a circle come last."""
+    places = {span.id: place for place, span in enumerate(spans)}
+    above = [places.get(span.parent) if span.parent is not None else None for span in spans]
+    waiting_for = [0] * len(spans)
+    for parent in above:
+        if parent is not None:
+            waiting_for[parent] += 1
+    ready = [place for place, children in enumerate(waiting_for) if not children]
+    for place in ready:
+        yield place
+        parent = above[place]
+        if parent is not None:
+            waiting_for[parent] -= 1
+            if not waiting_for[parent]:
+                ready.append(parent)
+    yield from (place for place, children in enumerate(waiting_for) if children)
+
+
+def _operation(span: _Span) -> str:
+    found = span.attributes
+    operation = found.get("gen_ai.operation.name")
+    if isinstance(operation, str) and operation:
+        return operation.lower()
+    # Up to 1.26 the conventions had no operation: such spans are calls of a model, known by what they must have.
+    names = ("gen_ai.system", "gen_ai.request.model")
+    has_tokens = any(name in found for bucket in ("tokens_in", "tokens_out") for name in _BUCKETS[bucket])
+    return "chat" if has_tokens and all(name in found for name in names) else ""
+
+
+def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
+    """The event of a span, or what is wrong with it."""
+    if not (_is_id(span.trace_id, 32) and _is_id(span.span_id, 16)):
+        return "the trace id must have 32 hexadecimal digits and the span id 16, not all of them zero"
+    if not 0 < span.end_ns < 2**64:
+        return "has no end time"
+    counts: dict[str, int] = {}
+    for bucket, names in _BUCKETS.items():
+        name = next((name for name in names if span.attributes.get(name) is not None), None)
+        if name is not None:
+            number = count(span.attributes[name])
+            if number is None:
+                return f"{name} must be an integer from 0 to 2**53-1"
+            counts[bucket] = number
+    who = attribute(span.attributes, span.resource, settings)
+    tokens_in, tokens_out = _inclusive(counts)
+    if max(tokens_in, tokens_out) > MAX_INT:
+        return "has more tokens than 2**53-1"
+    error = _error(span)
+    has_start = 0 < span.start_ns <= span.end_ns
+    return UsageEvent(
+        who.task_id or span.trace_id,
+        who.agent,
+        who.consumer,
+        span.end_ns // 1_000,
+        tokens_in,
+        tokens_out,
+        (span.end_ns - span.start_ns + 500_000) // 1_000_000 if has_start else 0,
+        1,
+        counts.get("cached_tokens_in", 0),
+        counts.get("cache_write_tokens", 0),
+        counts.get("reasoning_tokens", 0),
+        outcome=Outcome.COMPLETED if error is None else Outcome.FAILED,
+        id=span.id,
+        source=SOURCE,
+        error=error or None,
+        model=who.model,
+        provider=who.provider,
+        project=who.project,
+        delegation=named(("asap.delegation",), span.attributes, span.resource, 256) or None,
+        reservation=named(("asap.reservation",), span.attributes, span.resource, 256) or None,
+        trace_id=span.trace_id,
+    )
+
+
+def _inclusive(counts: dict[str, int]) -> tuple[int, int]:
+    """Input with cached and cache-write tokens, output with reasoning tokens.
+
+    The conventions have both so. Instrumentations that report a provider's disjoint figures are known by parts that are
+    more than the whole.
+    """
+    tokens_in, tokens_out = counts.get("tokens_in", 0), counts.get("tokens_out", 0)
+    cache = counts.get("cached_tokens_in", 0) + counts.get("cache_write_tokens", 0)
+    reasoning = counts.get("reasoning_tokens", 0)
+    return tokens_in + (cache if cache > tokens_in else 0), tokens_out + (reasoning if reasoning > tokens_out else 0)
+
+
+def _error(span: _Span) -> str | None:
+    """The error's text, empty when there is none to tell; None when the span did not fail."""
+    kind = named(("error.type",), span.attributes, {}, 256)
+    if not kind and span.status != _STATUS_ERROR:
+        return None
+    message = span.status_message if span.status == _STATUS_ERROR else ""
+    return ": ".join(part for part in (kind, message) if part)[:2_000]
+
+
+def _is_id(text: str, digits: int) -> bool:
+    return len(text) == digits and not text.strip("0123456789abcdef") and bool(text.strip("0"))

@@ -1,0 +1,280 @@
+"""The meter: settings, what it does when it cannot do its work, forks and exits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asapd.client import Allowed, Denied, Meter, Unavailable
+from asapd.client import meter as meters
+from asapd.client.spool import Spool
+from tests.client.fake import Fake, until
+
+AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
+
+
+def make(home: Path, **settings: Any) -> Meter:
+    return Meter(home / "ingest.sock", **{"agent": AGENT, "consumer": CONSUMER, "spool": home / "spool", **settings})
+
+
+def test_a_recorded_event_has_what_was_said_and_its_id_is_given(home: Path, fake: Fake) -> None:
+    with make(home, source="billing") as meter:
+        given = meter.record(
+            task_id="t",
+            tokens_in=5,
+            tokens_out=2,
+            cached_tokens_in=1,
+            duration_ms=30,
+            outcome="failed",
+            error="no",
+            cost_usd="0.000001",
+            model="m",
+            labels={"a": "b"},
+        )
+        meter.record(agent="urn:asap:agent:other", consumer="urn:asap:agent:else")
+        assert meter.flush()
+    event, other = fake.events
+    assert event.pop("timestamp")
+    assert event.pop("source").startswith("billing-")
+    assert event == {
+        "id": given,
+        "seq": 1,
+        "task_id": "t",
+        "agent": AGENT,
+        "consumer": CONSUMER,
+        "metrics": {"tokens_in": 5, "tokens_out": 2, "cached_tokens_in": 1, "duration_ms": 30},
+        "outcome": "failed",
+        "error": "no",
+        "cost_usd": "0.000001",
+        "model": "m",
+        "labels": {"a": "b"},
+    }
+    assert (other["agent"], other["consumer"]) == ("urn:asap:agent:other", "urn:asap:agent:else")
+    assert len(other["task_id"]) == 26
+
+
+def test_an_event_that_makes_no_sense_is_counted_as_lost_and_raises_nothing(home: Path, fake: Fake) -> None:
+    with make(home) as meter:
+        assert meter.record(tokens_in=-1) is None
+        assert meter.record(cost_usd="much") is None
+        stats = meter.stats()
+    assert (stats.lost, stats.misused, stats.recorded) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "relative/path", "http://", "https://user@host", "http://h/?q=1"])
+def test_an_address_that_is_none_is_an_error_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match="no address"):
+        Meter(address, spool=False)
+
+
+@pytest.mark.parametrize("bad", [{"batch_events": 0}, {"batch_events": 5001}, {"batch_age_s": -1}, {"spool_bytes": 0}])
+def test_bounds_that_are_none_are_an_error_at_once(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Meter(spool=False, **bad)
+
+
+def test_the_default_spool_is_one_for_each_daemon(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    for address in ("/run/nobody/ingest.sock", "http://127.0.0.1:9"):
+        Meter(address).close()
+    assert len(list((home / "asapd" / "spool").iterdir())) == 2
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    with Meter("/run/nobody/ingest.sock") as meter:
+        assert meter._spool is None
+
+
+def test_without_a_spool_events_wait_in_memory_and_are_lost_with_the_process(home: Path) -> None:
+    meter = make(home, spool=False)
+    with Fake(home / "ingest.sock") as fake:
+        meter.record()
+        assert meter.flush()
+        assert len(fake.events) == 1
+    (home / "ingest.sock").unlink()
+    meter.record()
+    meter.close(0.1)
+    assert meter.stats().lost == 1
+
+
+def test_a_spool_that_cannot_be_made_leaves_memory(home: Path, fake: Fake) -> None:
+    (home / "spool").write_text("a file")
+    with make(home) as meter:
+        meter.record()
+        assert meter.flush()
+    assert len(fake.events) == 1
+
+
+def test_while_the_disk_refuses_events_wait_in_memory_and_leave_no_gap(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def tear(fd: int, data: bytes) -> int:
+        return write(fd, data[:5])
+
+    write = os.write
+    with make(home) as meter:
+        meter.record(task_id="before")
+        for broken in (refuse, tear):
+            with monkeypatch.context() as patch:
+                patch.setattr("asapd.client.spool.os.write", broken)
+                meter.record(task_id="during")
+        meter.record(task_id="after")
+        assert meter.flush()
+        assert meter.stats().lost == 0
+    seen = {(event["task_id"], event["seq"]) for event in fake.events}
+    assert seen == {("before", 1), ("during", 1), ("during", 2), ("after", 2)}
+
+
+def test_a_full_spool_refuses_new_events_counts_them_and_leaves_a_gap(home: Path) -> None:
+    with make(home, spool_bytes=1000) as meter:
+        given = [meter.record(task_id=str(number)) for number in range(10)]
+        kept = [event_id for event_id in given if event_id is not None]
+        assert 0 < len(kept) < 10
+        assert given[: len(kept)] == kept
+        stats = meter.stats()
+        assert (stats.recorded, stats.lost, stats.pending) == (len(kept), 10 - len(kept), len(kept))
+        with Fake(home / "ingest.sock") as fake:
+            assert meter.flush()
+            assert meter.record(task_id="later") is not None
+            assert meter.flush()
+            assert fake.events[-1]["seq"] == 11
+
+
+def test_many_threads_lose_and_double_nothing(home: Path, fake: Fake) -> None:
+    with make(home, batch_age_s=0.01) as meter:
+        threads = [threading.Thread(target=lambda: [meter.record(tokens_in=1) for _ in range(300)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert meter.flush()
+    assert sorted(event["seq"] for event in fake.events) == list(range(1, 1201))
+    assert len({event["id"] for event in fake.events}) == 1200
+
+
+def test_a_closed_meter_loses_what_comes_and_says_so(home: Path, fake: Fake) -> None:
+    meter = make(home)
+    meter.close()
+    meter.close()
+    assert meter.record() is None
+    assert meter.flush() is True
+    assert meter.stats().lost == 1
+
+
+def test_a_host_without_threads_keeps_the_events(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(meters, "Sender", refuse)
+        meter = make(home)
+        assert meter.record(task_id="t") is not None
+        assert meter.flush() is False
+        meter.close()
+    left = Spool(home / "spool" / "1", 10**6, None)
+    assert left.count == 1
+    left.close()
+
+
+def test_a_forked_child_reports_by_itself(home: Path, fake: Fake) -> None:
+    """Child and parent have a source each, and neither sends what the other recorded."""
+    script = """
+import os, sys
+from asapd.client import Meter
+meter = Meter(sys.argv[1], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[2])
+meter.record(task_id="before")
+assert meter.flush()
+child = os.fork()
+meter.record(task_id="parent" if child else "child")
+assert meter.flush()
+assert meter.stats().recorded == (2 if child else 1)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    meter.record(task_id="after")
+"""
+    arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    until(lambda: len(fake.events) == 4)
+    sources: dict[str, list[tuple[str, int]]] = {}
+    for event in fake.events:
+        sources.setdefault(event["source"], []).append((event["task_id"], event["seq"]))
+    assert sorted(sources.values()) == [[("before", 1), ("parent", 2), ("after", 3)], [("child", 1)]]
+
+
+def test_a_killed_program_loses_nothing_that_it_recorded(home: Path) -> None:
+    script = """
+import os, signal, sys
+from asapd.client import Meter
+meter = Meter(sys.argv[1], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[2])
+print(*[meter.record(task_id=str(number)) for number in range(100)], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    arguments = [sys.executable, "-c", script, home / "ingest.sock", home / "spool"]
+    given = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, timeout=60, check=False).stdout.split()
+    with Fake(home / "ingest.sock") as fake, make(home) as meter:
+        assert meter.flush()
+        assert [event["id"] for event in fake.events] == given
+
+
+# --- delegations
+
+ALLOWED = {
+    "decision": "allow",
+    "delegation": "del_1",
+    "reservation": {"id": "res_1", "expires_at": "2026-11-20T09:00:01Z"},
+    "remaining": {"cost_usd": 1, "tasks": 2},
+}
+DENIED = {"decision": "deny", "code": "revoked", "reason": "it was revoked", "detail": "it was revoked"}
+
+
+def test_an_authorisation_is_a_clear_yes_a_clear_no_or_none(home: Path, fake: Fake) -> None:
+    answers: list[tuple[int, dict[str, Any]] | None] = [
+        (200, ALLOWED),
+        (403, DENIED),
+        (403, {"code": "forbidden", "detail": "not you"}),
+        (200, {"decision": "allow"}),
+        (500, {}),
+        None,
+    ]
+    fake.http = lambda path, headers, body: answers.pop(0) if answers else None
+    with make(home) as meter:
+        allowed = meter.authorize("del_1", task_id="t", estimate={"cost_usd": 0.1, "tokens": 5}, ttl_s=60)
+        assert allowed == Allowed("del_1", "res_1", "2026-11-20T09:00:01Z", ALLOWED["remaining"])
+        assert meter.authorize("a.b.c", task_id="t", project="p", action="task.read") == Denied(
+            "revoked", "it was revoked", DENIED
+        )
+        for _ in range(4):
+            assert isinstance(meter.authorize("{}", task_id="t"), Unavailable)
+        assert isinstance(meter.authorize("{}", task_id="t", estimate={"cost_usd": "much"}), Unavailable)
+    first, second = fake.requests[0][2], fake.requests[1][2]
+    assert first == {
+        "delegation": "del_1",
+        "action": "task.execute",
+        "task_id": "t",
+        "estimate": {"cost_usd": "0.1", "tokens": 5},
+        "delegate": AGENT,
+        "consumer": CONSUMER,
+        "ttl_seconds": 60,
+    }
+    assert (second["token"], second["action"], second["project"]) == ("a.b.c", "task.read", "p")
+    keys = [headers["idempotency-key"] for _, headers, _ in fake.requests]
+    assert keys[0] != keys[1]
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_anew(home: Path) -> None:
+    with make(home) as meter:
+        for _ in range(2):
+            with Fake(home / "ingest.sock", http=lambda path, headers, body: (200, ALLOWED)) as fake:
+                assert isinstance(meter.authorize("del_1", task_id="t"), Allowed)
+                assert isinstance(meter.authorize("del_1", task_id="t"), Allowed)
+                assert len(fake.requests) == 2
+            (home / "ingest.sock").unlink()

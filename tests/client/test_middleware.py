@@ -1,0 +1,286 @@
+"""Middleware for ASGI and WSGI: a request is a task, and may need a delegation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+import trio
+
+from asapd.client import AsgiMiddleware, AsyncMeter, Meter, Rules, WsgiMiddleware, current_task
+from tests.client.fake import Fake
+from tests.client.test_meter import AGENT, ALLOWED, CONSUMER, DENIED
+
+Answer = tuple[int, dict[str, str], bytes]
+Sent = dict[str, str]
+
+
+@pytest.fixture
+def meter(home: Path, fake: Fake) -> Iterator[Meter]:
+    with Meter(home / "ingest.sock", agent=AGENT, spool=home / "spool", batch_age_s=0.01) as meter:
+        yield meter
+
+
+def asgi(app: Any, path: str = "/", headers: Sent | None = None, *, kind: str = "http", run: Any = None) -> Answer:
+    """One request to an ASGI application."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": f"{kind}.connect" if kind == "websocket" else "http.request", "body": b""}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        pairs = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        await app({"type": kind, "path": path, "headers": pairs}, receive, send)
+
+    trio.run(main) if run is trio.run else asyncio.run(main())
+    if not sent:
+        return 0, {}, b""
+    shown = {bytes(name).decode(): bytes(value).decode() for name, value in sent[0].get("headers", ())}
+    body = b"".join(message.get("body", b"") for message in sent)
+    return sent[0].get("status", 0) or sent[0].get("code", 101), shown, body
+
+
+def wsgi(app: Any, path: str = "/", headers: Sent | None = None) -> Answer:
+    """One request to a WSGI application."""
+    environ: dict[str, Any] = {}
+    setup_testing_defaults(environ)
+    environ["PATH_INFO"] = path
+    environ |= {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in (headers or {}).items()}
+    started: list[Any] = []
+
+    def start_response(status: str, shown: list[tuple[str, str]], error: Any = None) -> Callable[[bytes], object]:
+        started[:] = [int(status[:3]), dict(shown)]
+        return lambda data: None
+
+    parts = app(environ, start_response)
+    try:
+        body = b"".join(parts)
+    finally:
+        if hasattr(parts, "close"):
+            parts.close()
+    return started[0], started[1], body
+
+
+def asgi_app(status: int = 200) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        task = current_task()
+        assert (task is None) == ("asapd.task" not in scope)
+        if task is not None:
+            task.tokens(3, 4)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.accept"})
+            return
+        if status == 0:
+            raise RuntimeError("broken")
+        await send({"type": "http.response.start", "status": status, "headers": [(b"x-app", b"1")]})
+        await send({"type": "http.response.body", "body": b"hello", "more_body": False})
+
+    return app
+
+
+def wsgi_app(status: int = 200) -> Any:
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        task = current_task()
+        assert (task is None) == ("asapd.task" not in environ)
+        if status == 0:
+            raise RuntimeError("broken")
+        start_response(f"{status} X", [("x-app", "1")])
+        if task is not None:
+            # In the iteration, as a streaming response does it.
+            task.tokens(3)
+        return parts(task)
+
+    def parts(task: Any) -> Iterator[bytes]:
+        assert current_task() is task
+        if task is not None:
+            task.tokens(out=4)
+        yield b"hel"
+        yield b"lo"
+
+    return app
+
+
+WAYS = {
+    "asgi": (AsgiMiddleware, asgi_app, asgi),
+    "wsgi": (WsgiMiddleware, wsgi_app, wsgi),
+}
+ways = pytest.mark.parametrize("way", list(WAYS))
+
+
+def served(way: str, meter: Meter, rules: Rules | None = None, status: int = 200) -> Callable[..., Answer]:
+    middleware, app, call = WAYS[way]
+    wrapped = middleware(app(status), meter, rules)  # type: ignore[operator] -- each with its own kind of application
+    return lambda *args, **kwargs: call(wrapped, *args, **kwargs)  # type: ignore[operator] -- likewise
+
+
+@ways
+def test_a_request_is_a_task_with_its_id_in_the_response(way: str, meter: Meter, fake: Fake) -> None:
+    ask = served(way, meter)
+    status, headers, body = ask(headers={"x-asap-task-id": "mine", "x-asap-consumer": CONSUMER})
+    assert (status, body) == (200, b"hello")
+    assert headers == {"x-app": "1", "x-asap-task-id": "mine"}
+    _, headers, _ = ask()
+    assert meter.flush()
+    first, second = fake.events
+    assert (first["task_id"], first["agent"], first["consumer"]) == ("mine", AGENT, CONSUMER)
+    assert first["metrics"]["tokens_in"] == 3
+    assert first["metrics"]["tokens_out"] == 4
+    assert "outcome" not in first
+    assert second["task_id"] == headers["x-asap-task-id"]
+    assert second["consumer"] == "urn:asap:agent:unknown"
+    assert current_task() is None
+
+
+@ways
+@pytest.mark.parametrize(("status", "outcome"), [(404, None), (500, "failed"), (503, "failed")])
+def test_the_outcome_is_that_of_the_status(
+    way: str, meter: Meter, fake: Fake, status: int, outcome: str | None
+) -> None:
+    served(way, meter, status=status)()
+    assert meter.flush()
+    assert fake.events[0].get("outcome") == outcome
+
+
+@ways
+def test_an_exception_passes_on_and_is_a_failure(way: str, meter: Meter, fake: Fake) -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        served(way, meter, status=0)()
+    assert meter.flush()
+    assert fake.events[0]["error"] == "RuntimeError: broken"
+
+
+def test_a_wsgi_response_that_breaks_off_is_a_failure(meter: Meter, fake: Fake) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b"some"
+        raise OSError("gone")
+
+    class Parts(list[bytes]):
+        def close(self) -> None:
+            raise ValueError("cannot close")
+
+    with pytest.raises(OSError, match="gone"):
+        wsgi(WsgiMiddleware(app, meter))
+    with pytest.raises(ValueError, match="cannot close"):
+        wsgi(WsgiMiddleware(lambda environ, start: start("200 OK", []) and Parts(), meter))
+    silent: Any = WsgiMiddleware(lambda environ, start: [], meter)({}, lambda *args: lambda data: None)
+    assert list(silent) == []
+    silent.close()
+    assert meter.flush()
+    assert [event["error"] for event in fake.events] == ["OSError: gone", "ValueError: cannot close", "no response"]
+
+
+@ways
+def test_what_a_caller_sends_as_names_is_not_believed_blindly(way: str, meter: Meter, fake: Fake) -> None:
+    def consumer(headers: Any) -> str:
+        return {"alice": "urn:asap:agent:alice"}[headers["x-user"]]
+
+    ask = served(way, meter, Rules(agent="urn:asap:agent:other", consumer=consumer))
+    ask(headers={"x-user": "alice", "x-asap-consumer": "urn:asap:agent:mallory", "x-asap-task-id": "x" * 300})
+    ask(headers={"x-user": "nobody"})
+    assert meter.flush()
+    assert [event["consumer"] for event in fake.events] == ["urn:asap:agent:alice", "urn:asap:agent:unknown"]
+    assert len(fake.events[0]["task_id"]) == 26
+    assert fake.events[0]["agent"] == "urn:asap:agent:other"
+
+
+@ways
+def test_skipped_paths_are_left_alone(way: str, meter: Meter, fake: Fake) -> None:
+    ask = served(way, meter, Rules(skip={"/healthz"}, require_delegation=True))
+    assert ask("/healthz")[0] == 200
+    assert meter.flush()
+    assert fake.events == []
+
+
+@ways
+def test_with_a_delegation_the_work_is_reserved_and_settled(way: str, meter: Meter, fake: Fake) -> None:
+    settled = (200, {"state": "settled"})
+    fake.http = lambda path, headers, body: (200, ALLOWED) if path.endswith("authorize") else settled
+    rules = Rules(action="task.write", require_delegation=True, estimate=lambda headers: {"cost_usd": "0.5"})
+    status, _, _ = served(way, meter, rules)(headers={"x-asap-delegation": "a.b.c", "x-asap-consumer": CONSUMER})
+    assert status == 200
+    assert meter.flush()
+    asked = fake.requests[0][2]
+    assert (asked["token"], asked["action"], asked["estimate"]) == ("a.b.c", "task.write", {"cost_usd": "0.5"})
+    assert (asked["delegate"], asked["consumer"]) == (AGENT, CONSUMER)
+    (event,) = fake.events
+    assert (event["delegation"], event["reservation"], event["action"]) == ("del_1", "res_1", "task.write")
+    assert fake.log == ["/delegations/authorize", "usage", "/reservations/res_1/settle"]
+
+
+@ways
+@pytest.mark.parametrize("credential", [None, "del_01JD0Q6Y8T5W3N9V2X4Z7B1C6D"])
+def test_without_a_token_the_application_is_not_called(
+    way: str, meter: Meter, fake: Fake, credential: str | None
+) -> None:
+    sent = {} if credential is None else {"x-asap-delegation": credential}
+    status, headers, body = served(way, meter, Rules(require_delegation=True))(headers=sent)
+    assert (status, headers["content-type"]) == (403, "application/problem+json")
+    document = json.loads(body)
+    assert (document["status"], document["code"]) == (403, "delegation_required")
+    assert fake.requests == []
+
+
+@ways
+def test_a_denial_is_handed_on_as_it_is(way: str, meter: Meter, fake: Fake) -> None:
+    fake.http = lambda path, headers, body: (403, {**DENIED, "type": "urn:asapd:problem:revoked"})
+    status, headers, body = served(way, meter, Rules(require_delegation=True))(headers={"x-asap-delegation": "{}"})
+    assert (status, headers["content-type"]) == (403, "application/problem+json")
+    assert json.loads(body) == {**DENIED, "type": "urn:asapd:problem:revoked", "status": 403}
+    assert meter.flush()
+    assert fake.events == []
+
+
+@ways
+def test_while_nobody_can_authorise_nothing_is_let_through(way: str, meter: Meter, fake: Fake) -> None:
+    def broken(headers: Any) -> Any:
+        raise KeyError("price")
+
+    for estimate in (None, broken):
+        rules = Rules(require_delegation=True, estimate=estimate)
+        status, headers, body = served(way, meter, rules)(headers={"x-asap-delegation": "a.b.c"})
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert json.loads(body)["code"] == "authorization_unavailable"
+
+
+def test_under_trio_too_and_with_an_async_meter(home: Path, fake: Fake) -> None:
+    fake.http = lambda path, headers, body: (200, ALLOWED)
+    meter = AsyncMeter(home / "ingest.sock", agent=AGENT, spool=home / "spool")
+    app = AsgiMiddleware(asgi_app(), meter, Rules(require_delegation=True))
+    assert asgi(app, headers={"x-asap-delegation": "a.b.c"}, run=trio.run)[0] == 200
+    meter.meter.close()
+    assert fake.events[0]["reservation"] == "res_1"
+
+
+def test_a_websocket_is_a_task_and_is_guarded(meter: Meter, fake: Fake) -> None:
+    assert asgi(AsgiMiddleware(asgi_app(), meter), kind="websocket")[0] == 101
+    guarded = AsgiMiddleware(asgi_app(), meter, Rules(require_delegation=True))
+    assert asgi(guarded, kind="websocket")[0] == 1008
+
+    async def turns_away(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.close", "code": 1000})
+
+    asgi(AsgiMiddleware(turns_away, meter), kind="websocket")
+    assert meter.flush()
+    assert len(fake.events) == 2
+    assert all("outcome" not in event for event in fake.events)
+
+
+def test_other_scopes_pass_through(meter: Meter, fake: Fake) -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    asgi(AsgiMiddleware(app, meter), kind="lifespan")
+    assert seen == ["lifespan"]
+    assert meter.flush()
+    assert fake.events == []

@@ -1,0 +1,343 @@
+"""Sending: in batches, in order, again until there is an answer; what is refused does not stand in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asapd.client import Meter, sender
+from asapd.client.spool import Spool
+from asapd.client.waiting import Kind
+from tests.client.fake import Event, Fake, refused, taken, until
+
+AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
+
+
+def make(home: Path, **settings: Any) -> Meter:
+    return Meter(home / "ingest.sock", **{"agent": AGENT, "consumer": CONSUMER, "spool": home / "spool", **settings})
+
+
+def set_aside(home: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (home / "spool" / "refused.ndjson").read_text().splitlines()]
+
+
+def fail_at(code: str, *bad: str, is_named: bool) -> Any:
+    def handle(events: list[Event]) -> dict[str, Any]:
+        places = [place for place, event in enumerate(events) if event["task_id"] in bad]
+        if places:
+            return refused(code, *places) if is_named else refused(code)
+        return taken(events)
+
+    return handle
+
+
+def test_a_batch_leaves_when_it_is_full(home: Path, fake: Fake) -> None:
+    with make(home, batch_events=3, batch_age_s=60) as meter:
+        for number in range(3):
+            meter.record(task_id=f"t{number}")
+        until(lambda: meter.stats().sent == 3)
+    assert [[event["task_id"] for event in batch] for batch in fake.batches] == [["t0", "t1", "t2"]]
+    assert [event["seq"] for event in fake.events] == [1, 2, 3]
+
+
+def test_a_batch_leaves_when_its_first_event_has_waited_long_enough(home: Path, fake: Fake) -> None:
+    with make(home, batch_age_s=0.05) as meter:
+        meter.record(task_id="alone")
+        until(lambda: fake.events)
+        until(lambda: meter.stats().pending == 0)
+        meter.record(task_id="later")
+        until(lambda: len(fake.events) == 2)
+
+
+def test_flush_does_not_wait_for_company(home: Path, fake: Fake) -> None:
+    with make(home, batch_age_s=60) as meter:
+        meter.record(task_id="t")
+        assert meter.flush()
+        assert meter.flush(0.0)
+        assert len(fake.events) == 1
+
+
+def test_events_of_an_outage_come_in_order_with_the_ids_they_were_given(home: Path) -> None:
+    with make(home) as meter:
+        ids = [meter.record(task_id=str(number)) for number in range(50)]
+        assert meter.flush(0.2) is False
+        assert meter.stats().pending == 50
+        assert "FileNotFoundError" in str(meter.stats().last_error)
+        with Fake(home / "ingest.sock") as fake:
+            assert meter.flush()
+            assert [event["id"] for event in fake.events] == ids
+        assert meter.stats().last_error is None
+
+
+def test_what_one_process_left_the_next_one_sends_with_the_same_ids(home: Path) -> None:
+    meter = make(home)
+    ids = [meter.record(task_id=str(number)) for number in range(5)]
+    meter.close()
+    with Fake(home / "ingest.sock") as fake, make(home) as meter:
+        ids.append(meter.record(task_id="more"))
+        assert meter.flush()
+        assert [event["id"] for event in fake.events] == ids
+        assert [event["seq"] for event in fake.events] == [1, 2, 3, 4, 5, 6]
+        assert len({event["source"] for event in fake.events}) == 1
+
+
+def test_what_a_process_that_is_gone_left_a_running_one_adopts(home: Path, fake: Fake) -> None:
+    left = Spool(home / "spool" / "7", 10**6, None)
+    left.append(Kind.USAGE, {"id": "left"})
+    running = Spool(home / "spool" / "6", 10**6, None)
+    running.append(Kind.USAGE, {"id": "kept"})
+    own = Spool(home / "spool" / "1", 10**6, None)
+    own.append(Kind.USAGE, {"id": "own"})
+    own.close()
+    left.close()
+    with make(home) as meter:
+        until(lambda: {event["id"] for event in fake.events} == {"left", "own"})
+        until(lambda: meter.stats().pending == 0)
+    running.close()
+
+
+def test_a_lost_answer_makes_it_send_the_same_events_again(home: Path, fake: Fake) -> None:
+    answers = iter([None, None])
+    fake.handle = lambda events: next(answers, taken(events))
+    with make(home) as meter:
+        event_id = meter.record(task_id="t")
+        assert meter.flush()
+    assert len(fake.events) == 3
+    assert {event["id"] for event in fake.events} == {event_id}
+
+
+def test_events_that_the_daemon_knows_are_counted_as_duplicates(home: Path, fake: Fake) -> None:
+    fake.handle = lambda events: {"ok": True, "recorded": 0, "duplicates": len(events)}
+    with make(home) as meter:
+        meter.record(task_id="t")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().duplicates) == (1, 1)
+
+
+@pytest.mark.parametrize("code", ["invalid", "usage_conflict", "forbidden"])
+def test_events_that_are_refused_by_name_are_set_aside_and_the_others_get_through(
+    home: Path, fake: Fake, code: str
+) -> None:
+    fake.handle = fail_at(code, "t3", "t7", is_named=True)
+    with make(home, batch_age_s=0.1) as meter:
+        for number in range(10):
+            meter.record(task_id=f"t{number}")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused, meter.stats().pending) == (8, 2, 0)
+    lines = set_aside(home)
+    assert [line["event"]["task_id"] for line in lines] == ["t3", "t7"]
+    assert lines[0]["code"] == code
+    assert lines[0]["reason"] == "agent is bad"
+    assert lines[0]["refused_at"].endswith("Z")
+
+
+@pytest.mark.parametrize("code", ["malformed", "too_large"])
+def test_an_event_that_is_refused_without_a_name_is_found(home: Path, fake: Fake, code: str) -> None:
+    fake.handle = fail_at(code, "t3", "t4", is_named=False)
+    with make(home, batch_age_s=0.1) as meter:
+        for number in range(10):
+            meter.record(task_id=f"t{number}")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (8, 2)
+    assert [line["event"]["task_id"] for line in set_aside(home)] == ["t3", "t4"]
+
+
+def test_an_event_at_which_the_daemon_fails_is_set_aside_when_others_work(home: Path, fake: Fake) -> None:
+    fake.handle = fail_at("internal", "t1", is_named=False)
+    with make(home, batch_age_s=0.01) as meter:
+        meter.record(task_id="t1")
+        until(lambda: len(fake.batches) > sender.BUG_TRIES)
+        assert meter.stats().refused == 0
+        meter.record(task_id="t2")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (1, 1)
+    assert set_aside(home)[0]["code"] == "internal"
+
+
+def test_a_daemon_that_fails_at_everything_makes_nothing_be_set_aside(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.handle = lambda events: refused("internal")
+    with make(home, batch_age_s=0.01) as meter:
+        for number in range(3):
+            meter.record(task_id=f"t{number}")
+        until(lambda: len(fake.batches) > 3 * sender.BUG_TRIES)
+        assert meter.stats().pending == 3
+        fake.handle = taken
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (3, 0)
+
+
+@pytest.mark.parametrize("code", ["unauthorized", "forbidden", "storage_full", "outcome_unknown", "overloaded"])
+def test_what_is_not_about_the_events_makes_them_wait(home: Path, fake: Fake, code: str) -> None:
+    fake.handle = lambda events: refused(code)
+    with make(home) as meter:
+        meter.record(task_id="t")
+        until(lambda: len(fake.batches) > 1)
+        assert code in str(meter.stats().last_error)
+        fake.handle = taken
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (1, 0)
+
+
+def test_what_answers_nonsense_is_not_believed(home: Path, fake: Fake) -> None:
+    fake.handle = lambda events: []  # type: ignore[assignment,return-value] -- what no daemon says
+    with make(home) as meter:
+        meter.record(task_id="t")
+        until(lambda: len(fake.batches) > 1)
+        assert "not asapd" in str(meter.stats().last_error)
+        fake.handle = taken
+        assert meter.flush()
+
+
+def test_a_damaged_line_is_set_aside(home: Path) -> None:
+    meter = make(home)
+    meter.record(task_id="broken")
+    meter.record(task_id="whole")
+    meter.close()
+    (segment,) = (home / "spool" / "1").glob("*.segment")
+    segment.write_bytes(segment.read_bytes().replace(b"broken", b"br\xffken"))
+    with Fake(home / "ingest.sock") as fake, make(home) as meter:
+        assert meter.flush()
+        assert [event["task_id"] for event in fake.events] == ["whole"]
+    assert set_aside(home)[0]["code"] == "damaged"
+    assert "br" in set_aside(home)[0]["event"]
+
+
+def test_reservations_are_settled_after_the_usage_before_them_even_across_an_outage(home: Path) -> None:
+    meter = make(home)
+    meter.record(task_id="a", reservation="res_1")
+    meter.settle("res_1")
+    meter.record(task_id="b", reservation="res_2")
+    meter.settle("res_2")
+    meter.settle("../keys")
+    answers = {"/reservations/res_1/settle": (200, {"state": "settled"})}
+    with Fake(home / "ingest.sock") as fake:
+        fake.http = lambda path, headers, body: answers.get(path, (409, {"code": "reservation_closed"}))
+        assert meter.flush()
+        assert fake.log == ["usage", "/reservations/res_1/settle", "/reservations/res_2/settle"]
+        assert fake.requests[0][1]["idempotency-key"] == "settle-res_1"
+    assert meter.stats().refused == 1
+    meter.close()
+
+
+def test_a_settlement_waits_while_the_daemon_cannot_take_it_and_is_set_aside_when_refused(
+    home: Path, fake: Fake
+) -> None:
+    answers = iter([None, (503, {"code": "overloaded"}), (422, {"code": "invalid", "detail": "no"})])
+    fake.http = lambda path, headers, body: next(answers)
+    with make(home) as meter:
+        meter.settle("res_1")
+        assert meter.flush()
+        assert meter.stats().refused == 1
+    assert set_aside(home)[0]["event"] == {"reservation": "res_1"}
+
+
+def test_closing_does_not_wait_for_a_daemon_that_does_not_answer(home: Path, fake: Fake) -> None:
+    hold = threading.Event()
+    fake.handle = lambda events: taken(events) if hold.wait(20) else None
+    meter = make(home)
+    meter.record(task_id="t")
+    until(lambda: fake.batches)
+    began_s = time.monotonic()
+    meter.close(0.1)
+    hold.set()
+    assert time.monotonic() - began_s < 5
+    left = Spool(home / "spool" / "1", 10**6, None)
+    assert left.count == 1
+    left.close()
+
+
+def test_an_outage_is_logged_once_and_so_is_its_end(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "asapd.client"), make(home) as meter:
+        meter.record(task_id="t")
+        meter.flush(0.3)
+        with Fake(home / "ingest.sock"):
+            assert meter.flush()
+            until(lambda: len(caplog.records) == 2)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_during_an_outage_the_spool_is_synced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = threading.Event()
+    sync = Spool.sync
+    monkeypatch.setattr(Spool, "sync", lambda self: (sync(self), synced.set()))
+    with make(home) as meter:
+        meter.record(task_id="t")
+        assert synced.wait(10)
+
+
+def test_a_spool_that_cannot_be_read_does_not_stop_the_others(home: Path, fake: Fake) -> None:
+    with make(home, batch_age_s=60) as meter:
+        meter.record(task_id="t")
+        (segment,) = (home / "spool" / "1").glob("*.segment")
+        segment.write_bytes(b"")
+        other = Spool(home / "spool" / "2", 10**6, None)
+        other.append(Kind.USAGE, {"id": "other"})
+        other.close()
+        work = meter._sender._work  # type: ignore[union-attr] -- adopting is due in half a minute only
+        work.queues.extend(work.adopt())
+        assert meter.flush(0.5) is False
+        assert [event["id"] for event in fake.events] == ["other"]
+        assert "spool cannot be used" in str(meter.stats().last_error)
+
+
+def test_what_comes_between_while_a_bad_event_is_looked_for_is_no_trouble(home: Path, fake: Fake) -> None:
+    """One event is refused, one fails, and once the daemon goes away, while events are tried one by one."""
+    away = iter([None])
+
+    def handle(events: list[Event]) -> dict[str, Any] | None:
+        names = {event["task_id"] for event in events}
+        if len(events) > 1 or "fails" in names:
+            return refused("internal")
+        if "refused" in names:
+            return refused("invalid")
+        if "later" in names:
+            return next(away, taken(events))
+        return taken(events)
+
+    fake.handle = handle
+    with make(home, batch_age_s=0.1) as meter:
+        for name in ("good", "refused", "fails", "later", "last"):
+            meter.record(task_id=name)
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (3, 2)
+    assert {line["event"]["task_id"]: line["code"] for line in set_aside(home)} == {
+        "refused": "invalid",
+        "fails": "internal",
+    }
+
+
+def test_without_a_place_for_it_a_refused_event_is_at_least_logged(
+    home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.handle = lambda events: refused("invalid")
+    with make(home, spool=False) as meter:
+        meter.record(task_id="here it is")
+        assert meter.flush()
+    assert "here it is" in caplog.text
+    monkeypatch.setattr("asapd.client.refused.MAX_BYTES", 0)
+    with make(home) as meter:
+        meter.record(task_id="and here")
+        assert meter.flush()
+        assert meter.stats().refused == 1
+    assert "and here" in caplog.text
+
+
+def test_a_bug_in_the_thread_does_not_end_it(home: Path, fake: Fake) -> None:
+    with make(home) as meter:
+        assert meter.flush()
+        link = meter._link
+        report, link.report = link.report, None  # type: ignore[method-assign,assignment] -- as wrong as can be
+        meter.record(task_id="t")
+        until(lambda: meter.stats().last_error is not None)
+        link.report = report  # type: ignore[method-assign] -- mended
+        assert meter.flush()
+    assert len(fake.events) == 1

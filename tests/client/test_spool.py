@@ -1,0 +1,252 @@
+"""The spool: nothing that was appended is lost, and nothing comes back in another order."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asapd.client import spool as spools
+from asapd.client.spool import Spool, SpoolLockedError, abandoned, take
+from asapd.client.waiting import Kind, Memory, Record
+
+ROOM = 10**6
+
+
+def bodies(records: list[Record]) -> list[dict[str, Any]]:
+    return [json.loads(record.body) for record in records]
+
+
+def append(spool: Spool | Memory, *names: str) -> list[bool]:
+    return [spool.append(Kind.USAGE, {"id": name}) for name in names]
+
+
+def names(spool: Spool, number: int = 1000) -> list[str]:
+    return [body["id"] for body in bodies(spool.read(number, ROOM))]
+
+
+def acknowledge(spool: Spool, number: int) -> None:
+    records = spool.read(number, ROOM)
+    spool.acknowledge(records[-1], len(records))
+
+
+def test_records_come_back_in_order_with_one_source_and_rising_numbers(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, "billing")
+    append(spool, "a", "b")
+    spool.append(Kind.SETTLE, {"reservation": "res_1"})
+    records = spool.read(10, ROOM)
+    assert [record.kind for record in records] == [Kind.USAGE, Kind.USAGE, Kind.SETTLE]
+    assert bodies(records)[0] == {"id": "a", "source": spool.source, "seq": 1}
+    assert bodies(records)[1]["seq"] == 2
+    assert bodies(records)[2] == {"reservation": "res_1"}
+    assert spool.source.startswith("billing-")
+    spool.close()
+
+
+def test_what_was_not_acknowledged_is_there_after_reopening_and_numbers_go_on(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a", "b", "c")
+    acknowledge(spool, 1)
+    source, size_bytes = spool.source, spool.size_bytes
+    spool.close()
+    spool = Spool(tmp_path, ROOM, "other")
+    assert (spool.source, spool.count, spool.size_bytes) == (source, 2, size_bytes)
+    append(spool, "d")
+    assert [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))] == [("b", 2), ("c", 3), ("d", 4)]
+    acknowledge(spool, 9)
+    assert (spool.count, spool.size_bytes, spool.read(9, ROOM)) == (0, 0, [])
+    spool.close()
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "e")
+    assert bodies(spool.read(9, ROOM))[0]["seq"] == 5
+    spool.close()
+
+
+def test_after_a_reboot_there_is_a_new_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "boot").write_text("one\n")
+    monkeypatch.setattr(spools, "_BOOT_ID", tmp_path / "boot")
+    spool = Spool(tmp_path / "s", ROOM, "x")
+    source = spool.source
+    append(spool, "a")
+    spool.close()
+    (tmp_path / "boot").write_text("two\n")
+    spool = Spool(tmp_path / "s", ROOM, "x")
+    append(spool, "b")
+    first, second = bodies(spool.read(9, ROOM))
+    assert first == {"id": "a", "source": source, "seq": 1}
+    assert second["seq"] == 1
+    assert second["source"] != source
+    spool.close()
+
+
+def test_a_line_that_was_not_wholly_written_is_cut_off(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a")
+    spool.close()
+    with next(tmp_path.glob("*.segment")).open("ab") as file:
+        file.write(b'u 00000000 {"id":"torn')
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "b")
+    assert names(spool) == ["a", "b"]
+    spool.close()
+
+
+def test_a_damaged_line_is_given_as_such_and_the_others_as_they_were(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a", "b", "c")
+    spool.close()
+    segment = next(tmp_path.glob("*.segment"))
+    segment.write_bytes(segment.read_bytes().replace(b'"b"', b'"\r"'))
+    spool = Spool(tmp_path, ROOM, None)
+    assert [record.kind for record in spool.read(9, ROOM)] == [Kind.USAGE, Kind.DAMAGED, Kind.USAGE]
+    assert spool.count == 3
+    spool.close()
+
+
+@pytest.mark.parametrize("mark", [b"", b"garbage", b"1 2", b"000000000001 000000000099 0000000000000007 00000000\n"])
+def test_a_mark_that_is_lost_or_torn_gives_everything_again(tmp_path: Path, mark: bytes) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a", "b")
+    acknowledge(spool, 1)
+    spool.close()
+    (tmp_path / "acknowledged").write_bytes(mark)
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "c")
+    assert [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))] == [("a", 1), ("b", 2), ("c", 3)]
+    spool.close()
+
+
+def test_beyond_its_bound_it_takes_nothing_and_the_number_is_missing_for_ever(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 250, None)
+    assert append(spool, "a", "b", "c", "d", "e")[-1] is False
+    held = spool.count
+    spool.close()
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "later")
+    assert bodies(spool.read(9, ROOM))[-1]["seq"] == 6
+    assert spool.count == held + 1
+    spool.close()
+
+
+def test_segments_go_when_they_are_acknowledged(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None, segment_bytes=200)
+    wanted = [f"{number:03d}" for number in range(30)]
+    append(spool, *wanted)
+    assert len(list(tmp_path.glob("*.segment"))) > 5
+    spool.sync()
+    spool.sync()
+    found = []
+    while spool.count:
+        found += names(spool, 4)
+        acknowledge(spool, 4)
+    assert found == wanted
+    assert len(list(tmp_path.glob("*.segment"))) == 1
+    append(spool, "more")
+    assert names(spool) == ["more"]
+    spool.close()
+
+
+def test_a_batch_has_at_least_one_record_and_else_keeps_to_its_bounds(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "x" * 1000, "y", "z")
+    assert len(spool.read(10, 1)) == 1
+    assert len(spool.read(2, ROOM)) == 2
+    spool.close()
+
+
+def test_a_spool_that_someone_emptied_says_so(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a")
+    os.truncate(next(tmp_path.glob("*.segment")), 0)
+    with pytest.raises(OSError, match="lacks records"):
+        spool.read(1, ROOM)
+    spool.close()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    with pytest.raises(SpoolLockedError):
+        Spool(tmp_path, ROOM, None)
+    spool.close()
+    Spool(tmp_path, ROOM, None).close()
+
+
+def test_processes_take_spools_of_their_own_and_adopt_what_others_left(tmp_path: Path) -> None:
+    first, second = take(tmp_path, ROOM, None), take(tmp_path, ROOM, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    assert list(abandoned(tmp_path, ROOM)) == []
+    append(first, "own")
+    append(second, "left")
+    second.close()
+    (adopted,) = abandoned(tmp_path, ROOM)
+    assert names(adopted) == ["left"]
+    acknowledge(adopted, 1)
+    adopted.close()
+    assert list(abandoned(tmp_path, ROOM)) == []
+    first.close()
+    third = take(tmp_path, ROOM, None)
+    assert names(third) == ["own"]
+    third.close()
+
+
+def test_a_directory_that_cannot_be_used_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        take(tmp_path / "file", ROOM, None)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(0, 400)),
+        st.tuples(st.just("acknowledge"), st.integers(1, 7)),
+        st.tuples(st.just("reopen"), st.just(0)),
+        st.tuples(st.just("sync"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_it_is_a_queue_whatever_happens(steps: list[tuple[str, int]]) -> None:
+    """Any order of appending, reading, acknowledging and dying gives a first-in, first-out queue."""
+    with tempfile.TemporaryDirectory() as directory:
+        model: list[str] = []
+        number = 0
+        spool = Spool(Path(directory), ROOM, None, segment_bytes=500)
+        for step, argument in steps:
+            if step == "append":
+                number += 1
+                model.append(f"{number}:" + "x" * argument)
+                append(spool, model[-1])
+            elif step == "acknowledge" and model:
+                assert names(spool, argument) == model[:argument]
+                acknowledge(spool, argument)
+                del model[:argument]
+            elif step == "reopen":
+                spool.close()
+                spool = Spool(Path(directory), ROOM, None, segment_bytes=500)
+            elif step == "sync":
+                spool.sync()
+            assert names(spool) == model
+            assert spool.count == len(model)
+        spool.close()
+
+
+def test_memory_is_a_bounded_queue_too() -> None:
+    memory = Memory(150, "m")
+    assert append(memory, "a", "b", "c", "d", "e", "f") == [True, True, True, False, False, False]
+    first = memory.read(1, ROOM)
+    memory.acknowledge(first[0], 1)
+    assert append(memory, "g") == [True]
+    assert [(body["id"], body["seq"]) for body in bodies(memory.read(9, ROOM))] == [("b", 2), ("c", 3), ("g", 7)]
+    assert len(memory.read(9, 1)) == 1
+    memory.sync()
+    memory.close()
+    assert (memory.count, memory.size_bytes) == (0, 0)

@@ -1,0 +1,479 @@
+"""OTLP/HTTP: what the OpenTelemetry SDK exports is usage, counted once however often and by whatever it is told."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from google.protobuf import json_format
+from google.rpc.status_pb2 import Status
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.sdk.metrics import Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import set_span_in_context
+
+from asapd import config
+from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
+from asapd.edge.http.otlp import INLINE_BYTES, Covered
+from asapd.store.units import RecordTelemetry
+from tests.edge.house import T0, A, B, Edge, Reply
+
+PROTOBUF = {"Content-Type": "application/x-protobuf"}
+JSON = {"Content-Type": "application/json"}
+CHAT = {
+    "gen_ai.operation.name": "chat",
+    "gen_ai.provider.name": "openai",
+    "gen_ai.request.model": "gpt-5",
+    "gen_ai.usage.input_tokens": 100,
+    "gen_ai.usage.output_tokens": 40,
+}
+OLD = {
+    "gen_ai.system": "openai",
+    "gen_ai.request.model": "gpt-5",
+    "gen_ai.usage.prompt_tokens": 7,
+    "gen_ai.usage.completion_tokens": 3,
+}
+WORK = {"gen_ai.operation.name": "invoke_agent", "gen_ai.usage.input_tokens": 1, "gen_ai.usage.output_tokens": 1}
+RESOURCE = {"service.name": "bot", "service.instance.id": "1"}
+
+
+class Traces:
+    """The real SDK's spans, up to the bytes that its exporter would post."""
+
+    def __init__(self, **resource: str) -> None:
+        self._exporter = InMemorySpanExporter()
+        provider = TracerProvider(resource=Resource.create({**RESOURCE, "asap.agent.id": A, **resource}))
+        provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self._tracer = provider.get_tracer("test")
+
+    def span(self, attributes: dict[str, Any], parent: Any = None, at_us: int = T0) -> Any:
+        context = None if parent is None else set_span_in_context(parent)
+        span = self._tracer.start_span("span", context, attributes=attributes, start_time=(at_us - SECOND_US) * 1_000)
+        span.end(at_us * 1_000)
+        return span
+
+    def export(self) -> bytes:
+        """The spans since the last export."""
+        return self.request().SerializeToString()
+
+    def request(self) -> Any:
+        spans = self._exporter.get_finished_spans()
+        self._exporter.clear()
+        return encode_spans(spans)
+
+
+class Metrics:
+    """The real SDK's metrics with the test's times."""
+
+    def __init__(self, temporality: AggregationTemporality = AggregationTemporality.CUMULATIVE, agent: str = A) -> None:
+        self._reader = InMemoryMetricReader({Histogram: temporality})
+        resource = Resource.create({**RESOURCE, "asap.agent.id": agent})
+        self._provider = MeterProvider([self._reader], resource=resource)
+        self._histogram = self._provider.get_meter("test").create_histogram("gen_ai.client.token.usage")
+
+    def call(self, tokens_in: int, tokens_out: int, **attributes: str) -> None:
+        for kind, tokens in (("input", tokens_in), ("output", tokens_out)):
+            self._histogram.record(tokens, {"gen_ai.token.type": kind, "gen_ai.request.model": "m", **attributes})
+
+    def export(self, at_us: int, start_us: int = T0 - MINUTE_US) -> bytes:
+        data = self._reader.get_metrics_data()
+        assert data is not None
+        request = encode_metrics(data)
+        for group in request.resource_metrics:
+            for scope in group.scope_metrics:
+                for metric in scope.metrics:
+                    for point in metric.histogram.data_points:
+                        point.start_time_unix_nano, point.time_unix_nano = start_us * 1_000, at_us * 1_000
+        return request.SerializeToString()
+
+    def close(self) -> None:
+        self._provider.shutdown()
+
+
+async def send(edge: Edge, body: bytes, path: str = "/v1/traces", **options: Any) -> Reply:
+    options.setdefault("headers", PROTOBUF)
+    options.setdefault("key", "ingest")
+    return await edge.post(path, body, **options)
+
+
+def taken(reply: Reply, kind: Any = ExportTraceServiceResponse) -> Any:
+    """The partial success of a reply in protobuf."""
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/x-protobuf"), reply.body
+    return kind.FromString(reply.body).partial_success
+
+
+async def totals(edge: Edge) -> tuple[int, int, int, int]:
+    """Events, input and output tokens, calls."""
+    found = (await edge.get("/usage/summary")).ok()
+    rows = (await edge.get("/usage")).ok()["data"]
+    assert sum(row["tokens_in"] + row["tokens_out"] for row in rows) == found["total_tokens"]
+    tokens_in = sum(row["tokens_in"] for row in rows)
+    return len(rows), tokens_in, found["total_tokens"] - tokens_in, found["total_api_calls"]
+
+
+# --- traces
+
+
+async def test_a_trace_is_usage_and_counts_once_however_often_it_is_sent(edge: Edge) -> None:
+    traces = Traces()
+    root = traces.span(WORK)
+    traces.span({**CHAT, "enduser.id": B, "gen_ai.usage.prompt_tokens": 100}, root)
+    traces.span(OLD, root)
+    traces.span({"http.request.method": "GET"}, root)
+    body = traces.export()
+    for sent, headers in ((body, {}), (body, {}), (gzip.compress(body), {"Content-Encoding": "gzip"})):
+        success = taken(await send(edge, sent, headers={**PROTOBUF, **headers}))
+        assert (success.rejected_spans, success.error_message) == (0, "")
+        assert await totals(edge) == (2, 107, 43, 2)
+    (row,) = [row for row in (await edge.get("/usage")).ok()["data"] if row["consumer_id"] == B]
+    assert (row["agent_id"], row["source"], row["model"], row["task_id"]) == (A, "otlp", "gpt-5", row["trace_id"])
+
+
+async def test_json_is_answered_in_json_and_is_the_same_event(edge: Edge) -> None:
+    traces = Traces()
+    traces.span(CHAT)
+    request = traces.request()
+    document = json_format.MessageToDict(request, use_integers_for_enums=True)
+    for span in document["resourceSpans"][0]["scopeSpans"][0]["spans"]:
+        for name in {"traceId", "spanId"} & set(span):
+            span[name] = base64.b64decode(span[name]).hex()
+    assert (await send(edge, json.dumps(document).encode(), headers=JSON)).ok() == {}
+    taken(await send(edge, request.SerializeToString()))
+    assert await totals(edge) == (1, 100, 40, 1)
+
+
+async def test_what_cannot_be_taken_is_left_out_and_told(edge: Edge) -> None:
+    traces = Traces()
+    traces.span(CHAT)
+    traces.span({**CHAT, "asap.agent.id": B})
+    traces.span({**CHAT, "gen_ai.usage.input_tokens": -1})
+    traces.span(CHAT, at_us=T0 - 30 * 24 * HOUR_US)
+    traces.span(CHAT, at_us=T0 + HOUR_US)
+    await edge.new_key("own", "ingest", A)
+    success = taken(await send(edge, traces.export(), key="own"))
+    assert success.rejected_spans == 4
+    for text in ("gen_ai.usage.input_tokens", f"{B} is not one this key", "too long ago", "in the future"):
+        assert text in success.error_message
+    assert await totals(edge) == (1, 100, 40, 1)
+
+
+async def test_a_span_that_came_before_with_other_content_is_rejected(edge: Edge) -> None:
+    traces = Traces()
+    traces.span(CHAT)
+    request = traces.request()
+    taken(await send(edge, request.SerializeToString()))
+    request.resource_spans[0].scope_spans[0].spans[0].end_time_unix_nano += 1_000
+    success = taken(await send(edge, request.SerializeToString()))
+    assert success.rejected_spans == 1
+    assert "other content" in success.error_message
+
+
+async def test_an_export_without_a_span_for_us_is_taken(edge: Edge) -> None:
+    assert taken(await send(edge, b"")).rejected_spans == 0
+    traces = Traces(**{"asap.agent.id": B})
+    traces.span(CHAT)
+    await edge.new_key("own", "ingest", A)
+    assert taken(await send(edge, traces.export(), key="own")).rejected_spans == 1
+    traces.span(CHAT, at_us=T0 + HOUR_US)
+    assert taken(await send(edge, traces.export())).rejected_spans == 1
+    assert await totals(edge) == (0, 0, 0, 0)
+
+
+async def test_an_agents_span_that_comes_after_its_calls_is_not_counted(edge: Edge) -> None:
+    traces = Traces()
+    root = traces.span(WORK)
+    later = traces.request()
+    traces.span(CHAT, root)
+    taken(await send(edge, traces.export()))
+    taken(await send(edge, later.SerializeToString()))
+    assert await totals(edge) == (1, 100, 40, 1)
+    alone = Traces()
+    alone.span(WORK)
+    taken(await send(edge, alone.export()))
+    assert await totals(edge) == (2, 101, 41, 2)
+
+
+async def test_a_large_export_is_decoded_beside_the_event_loop(edge: Edge) -> None:
+    traces = Traces()
+    for _ in range(200):
+        traces.span({**CHAT, "padding": "x" * 100})
+    body = traces.export()
+    assert len(body) > INLINE_BYTES
+    taken(await send(edge, body))
+    assert (await edge.get("/usage/summary")).ok()["total_api_calls"] == 200
+
+
+async def test_the_names_of_attributes_are_configuration(edge: Edge) -> None:
+    otlp = config.Otlp(agent=("my.agent",), consumer=("my.customer",))
+    edge.with_settings(metering=edge.settings.metering.model_copy(update={"otlp": otlp}))
+    traces = Traces()
+    traces.span({**CHAT, "my.agent": "x y", "my.customer": "c"})
+    taken(await send(edge, traces.export()))
+    (row,) = (await edge.get("/usage")).ok()["data"]
+    assert (row["agent_id"], row["consumer_id"]) == ("urn:asap:agent:x-y", "c")
+
+
+@pytest.mark.parametrize("path", ["/v1/traces", "/v1/metrics"])
+@pytest.mark.parametrize(
+    ("body", "headers", "key", "status", "code"),
+    [
+        (b"\xff", PROTOBUF, "ingest", 400, "malformed"),
+        (b"{", JSON, "ingest", 400, "malformed"),
+        (b"", {"Content-Type": "text/plain"}, "ingest", 415, "unsupported_media_type"),
+        (b"x", {**PROTOBUF, "Content-Encoding": "br"}, "ingest", 415, "unsupported_media_type"),
+        (b"x", {**PROTOBUF, "Content-Encoding": "gzip"}, "ingest", 400, "malformed"),
+        (b"", PROTOBUF, None, 401, "unauthorized"),
+        (b"", JSON, "reader", 403, "forbidden"),
+        (b"\n\x00" * 60_000, PROTOBUF, "ingest", 413, "too_many_events"),
+        (bytes(9 << 20), PROTOBUF, "ingest", 413, "too_large"),
+        (b"", {**PROTOBUF, "Host": "evil.example"}, "ingest", 403, "host_not_allowed"),
+    ],
+)
+async def test_an_error_is_a_status_in_the_encoding_of_the_request(
+    edge: Edge, path: str, body: bytes, headers: dict[str, str], key: str | None, status: int, code: str
+) -> None:
+    reply = await send(edge, body, path, headers=headers, key=key)
+    assert reply.status == status
+    if headers["Content-Type"] == PROTOBUF["Content-Type"]:
+        assert reply.headers["content-type"] == "application/x-protobuf"
+        message = Status.FromString(reply.body).message
+    else:
+        message = reply.json["message"]
+    assert message.startswith(f"{code}: ")
+
+
+async def test_get_is_405_and_a_full_house_is_503_with_retry_after(edge: Edge) -> None:
+    assert (await edge.get("/v1/traces", headers=PROTOBUF)).status == 405
+    edge.services.mailboxes.meter.close()
+    traces = Traces()
+    traces.span(CHAT)
+    reply = await send(edge, traces.export())
+    assert (reply.status, "retry-after" in reply.headers) == (503, True)
+    assert Status.FromString(reply.body).message.startswith("outcome_unknown: ")
+
+
+def test_what_is_remembered_of_traces_is_bounded_and_the_newest_stays() -> None:
+    covered = Covered(most=10)
+    for trace in range(20):
+        covered.add([f"{trace}:{span}" for span in range(3)])
+    assert ("19:0" in covered, "17:2" in covered, "16:0" in covered, "19:3" in covered) == (True, True, False, False)
+    assert 7 not in covered
+    covered.add(["17:0"])
+    covered.add([f"20:{span}" for span in range(4)])
+    assert ("17:0" in covered, "18:0" in covered) == (True, False)
+    covered.add([f"21:{span}" for span in range(11)])
+    assert "21:0" not in covered
+
+
+# --- metrics
+
+
+@pytest.fixture(params=[AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE], ids=["delta", "cumulative"])
+def metrics(request: pytest.FixtureRequest) -> Any:
+    made = Metrics(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cumulative() -> Any:
+    made = Metrics()
+    yield made
+    made.close()
+
+
+async def measured(edge: Edge, body: bytes, **options: Any) -> Any:
+    return taken(await send(edge, body, "/v1/metrics", **options), ExportMetricsServiceResponse)
+
+
+async def test_metrics_add_up_over_exports_each_counted_once(edge: Edge, metrics: Metrics) -> None:
+    metrics.call(10, 4)
+    first = metrics.export(T0)
+    metrics.call(5, 1)
+    second = metrics.export(T0 + MINUTE_US)
+    for body in (first, first, second, second, first):
+        assert (await measured(edge, body)).rejected_data_points == 0
+    assert await totals(edge) == (2, 15, 5, 2)
+
+
+async def test_streams_outlive_a_restart(edge: Edge, cumulative: Metrics) -> None:
+    cumulative.call(10, 4)
+    await measured(edge, cumulative.export(T0))
+    kept = edge.connection.execute("SELECT value, calls FROM otlp_stream ORDER BY value").fetchall()
+    assert kept == [(4, 1), (10, 1)]
+    cumulative.call(1, 1)
+    await measured(edge, cumulative.export(T0 + MINUTE_US))
+    assert (await totals(edge))[1:] == (11, 5, 2)
+
+
+async def test_spans_win_over_the_metrics_of_their_resource_for_an_hour(edge: Edge, cumulative: Metrics) -> None:
+    traces = Traces()
+    traces.span(CHAT)
+    taken(await send(edge, traces.export()))
+    cumulative.call(100, 40)
+    await measured(edge, cumulative.export(T0 + 59 * MINUTE_US, T0 - MINUTE_US))
+    edge.clock.us = T0 + 59 * MINUTE_US
+    cumulative.call(100, 40)
+    await measured(edge, cumulative.export(edge.clock.us))
+    assert await totals(edge) == (1, 100, 40, 1)
+    edge.clock.us = T0 + 61 * MINUTE_US
+    cumulative.call(3, 2)
+    await measured(edge, cumulative.export(edge.clock.us))
+    # Folded all the while: only what is new counts.
+    assert await totals(edge) == (2, 103, 42, 2)
+
+
+async def test_points_that_cannot_be_taken_are_left_out_and_told(edge: Edge, cumulative: Metrics) -> None:
+    cumulative.call(10, 4)
+    await edge.new_key("own", "ingest", B)
+    success = await measured(edge, cumulative.export(T0), key="own")
+    assert success.rejected_data_points == 2
+    assert f"{A} is not one this key may report for" in success.error_message
+    assert (await measured(edge, cumulative.export(T0 + HOUR_US))).rejected_data_points == 2
+    assert (await measured(edge, cumulative.export(T0, T0 + 1))).rejected_data_points == 2
+    assert await totals(edge) == (0, 0, 0, 0)
+
+
+async def test_one_collection_may_be_spread_over_two_exports(edge: Edge, metrics: Metrics) -> None:
+    metrics.call(10, 4)
+    whole = ExportMetricsServiceRequest.FromString(metrics.export(T0))
+    half = ExportMetricsServiceRequest()
+    half.CopyFrom(whole)
+    del half.resource_metrics[0].scope_metrics[0].metrics[0].histogram.data_points[1:]
+    del whole.resource_metrics[0].scope_metrics[0].metrics[0].histogram.data_points[:1]
+    for part in (half, whole, half, whole):
+        assert (await measured(edge, part.SerializeToString())).rejected_data_points == 0
+    assert (await totals(edge))[:3] == (2, 10, 4)
+
+
+async def test_points_that_another_export_contradicts_are_left_out(edge: Edge) -> None:
+    metrics = Metrics(AggregationTemporality.DELTA)
+    metrics.call(10, 4)
+    changed = ExportMetricsServiceRequest.FromString(metrics.export(T0))
+    metrics.call(1, 1, **{"gen_ai.request.model": "other"})
+    other = ExportMetricsServiceRequest.FromString(metrics.export(T0))
+    metrics.close()
+    await measured(edge, changed.SerializeToString())
+    points = changed.resource_metrics[0].scope_metrics[0].metrics[0].histogram.data_points
+    points[0].sum += 5
+    points.extend(other.resource_metrics[0].scope_metrics[0].metrics[0].histogram.data_points)
+    success = await measured(edge, changed.SerializeToString())
+    assert success.rejected_data_points == 2
+    assert "with other figures" in success.error_message
+    assert (await totals(edge))[:3] == (2, 11, 5)
+
+
+async def test_a_stream_in_a_contradicted_event_stays_where_it_was(edge: Edge, cumulative: Metrics) -> None:
+    cumulative.call(10, 4)
+    body = cumulative.export(T0)
+    await measured(edge, body)
+    # As when the file was restored without its streams.
+    edge.connection.execute("UPDATE otlp_stream SET time_ns = time_ns - 1, value = value - 1")
+    assert (await measured(edge, body)).rejected_data_points == 2
+    cumulative.call(1, 1)
+    await measured(edge, cumulative.export(T0 + MINUTE_US))
+    assert (await totals(edge))[1:3] == (12, 6)
+
+
+async def test_an_export_of_more_events_than_a_commit_takes_is_refused(edge: Edge) -> None:
+    points = [
+        {
+            "attributes": [
+                {"key": "gen_ai.token.type", "value": {"stringValue": "input"}},
+                {"key": "asap.consumer.id", "value": {"stringValue": f"c{number}"}},
+            ],
+            "timeUnixNano": str(T0 * 1_000),
+            "count": 1,
+            "sum": 1,
+        }
+        for number in range(5_001)
+    ]
+    metric = {"name": "gen_ai.client.token.usage", "histogram": {"aggregationTemporality": 1, "dataPoints": points}}
+    body = msgspec.json.encode({"resourceMetrics": [{"scopeMetrics": [{"metrics": [metric]}]}]})
+    reply = await send(edge, body, "/v1/metrics", headers=JSON)
+    assert (reply.status, reply.json["message"].partition(":")[0]) == (413, "too_many_events")
+
+
+async def test_an_export_that_another_overtook_is_folded_again(edge: Edge, cumulative: Metrics) -> None:
+    cumulative.call(10, 4)
+    first = cumulative.export(T0)
+    cumulative.call(1, 1)
+    second = cumulative.export(T0 + SECOND_US)
+    runner = edge.database._runner
+    execute, overtaken = runner.execute, []
+
+    async def overtake(unit: Any, **options: Any) -> Any:
+        if isinstance(unit, RecordTelemetry) and not overtaken:
+            overtaken.append(unit)
+            await measured(edge, second)
+        return await execute(unit, **options)
+
+    runner.execute = overtake  # type: ignore[method-assign]  # in between the read and the write
+    await measured(edge, first)
+    assert overtaken
+    assert (await totals(edge))[1:] == (11, 5, 2)
+
+
+async def test_what_is_remembered_is_dropped_when_no_export_can_refer_to_it(edge: Edge, cumulative: Metrics) -> None:
+    cumulative.call(10, 4)
+    await measured(edge, cumulative.export(T0))
+    traces = Traces(**{"service.instance.id": "2"})
+    traces.span(CHAT)
+    taken(await send(edge, traces.export()))
+    edge.clock.us = T0 + 30 * 24 * HOUR_US
+    traces.span(CHAT, at_us=edge.clock.us)
+    taken(await send(edge, traces.export()))
+    assert edge.connection.execute("SELECT count(*) FROM otlp_stream").get == 0
+    assert edge.connection.execute("SELECT span_end_us FROM otlp_resource").fetchall() == [(edge.clock.us,)]
+
+
+async def test_tenants_do_not_share_streams_or_resources(edge: Edge, cumulative: Metrics) -> None:
+    await edge.new_key("other", "ingest", tenant="other")
+    traces = Traces()
+    traces.span(CHAT)
+    taken(await send(edge, traces.export(), key="other"))
+    cumulative.call(10, 4)
+    body = cumulative.export(T0)
+    await measured(edge, body)
+    await edge.new_key("third", "ingest", tenant="third")
+    await measured(edge, body, key="third")
+    assert (await totals(edge))[1] == 120
+
+
+@pytest.mark.parametrize("path", ["/v1/traces", "/v1/metrics"])
+async def test_whatever_is_sent_the_answer_is_no_500(edge: Edge, path: str) -> None:
+    traces, metrics = Traces(), Metrics()
+    traces.span(CHAT)
+    metrics.call(1, 1)
+    whole = traces.export() if path == "/v1/traces" else metrics.export(T0)
+    metrics.close()
+    for place in range(0, len(whole), 3):
+        for changed in (whole[:place], whole[:place] + b"\xff" + whole[place + 1 :]):
+            assert (await send(edge, changed, path)).status in {200, 400}
+    for value in ({"resourceSpans": [None]}, {"resourceMetrics": 5}, [], None, {"resourceSpans": [{"resource": {}}]}):
+        assert (await send(edge, msgspec.json.encode(value), path, headers=JSON)).status in {200, 400}
+
+
+@given(st.lists(st.tuples(st.text("0123456789abcdef:", max_size=6)), max_size=40))
+@settings(max_examples=50)
+def test_a_memory_of_spans_never_passes_its_bound(spans: list[tuple[str]]) -> None:
+    covered = Covered(most=5)
+    for (span,) in spans:
+        covered.add([span])
+    assert sum(len(known) for known in covered._traces.values()) == covered._count <= 5

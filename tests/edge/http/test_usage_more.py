@@ -1,0 +1,287 @@
+"""Sources, voids, exports, the live stream, tasks and retention, as a client sees them."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import io
+import json
+from contextlib import closing
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from asapd.edge.http import usage_export
+from asapd.store.units import RetireUsage
+from asapd.wire import usage_export as formats
+from tests.edge.house import NOW, A, B, Edge
+
+C = "urn:asap:agent:c"
+
+
+def event(event_id: str | None = None, **fields: Any) -> dict[str, Any]:
+    made = {
+        "task_id": "t1",
+        "agent": A,
+        "consumer": B,
+        "metrics": {"tokens_in": 10, "tokens_out": 5, "duration_ms": 100, "api_calls": 1},
+        "timestamp": NOW,
+        "cost_usd": "0.25",
+        **fields,
+    }
+    return made if event_id is None else {**made, "id": event_id}
+
+
+async def test_sources_show_what_is_missing(edge: Edge) -> None:
+    await edge.post("/usage", [event(f"e{seq}", source="s", seq=seq) for seq in (1, 2, 5)])
+    (row,) = (await edge.get("/usage/sources")).ok()["data"]
+    assert (row["agent_id"], row["source"], row["seq"]["missing"]) == (A, "s", 2)
+    assert row["seq"]["gaps"] == [{"first": 3, "last": 4}]
+    assert row["drift_percent"] == 40
+    first = (await edge.get("/usage/sources?limit=1")).ok()
+    assert (await edge.get(f"/usage/sources?cursor={first['next_cursor']}")).ok()["count"] == 0
+    await edge.new_key("reader-c", "reader", C)
+    assert (await edge.get("/usage/sources", key="reader-c")).ok()["data"] == []
+
+
+async def test_a_void_takes_an_event_out_once(edge: Edge) -> None:
+    await edge.post("/usage", [event("e/1"), event("e2")])
+    reason = {"reason": "sent by a test"}
+    assert (await edge.post("/usage/e2/void", reason, key="reader")).refused(403)["code"] == "forbidden"
+    assert (await edge.post("/usage/e2/void", {}, key="operator")).refused(422)["errors"][0]["field"] == "reason"
+    voided = (await edge.post("/usage/e%2F1/void", reason, key="operator")).ok(201)
+    assert (voided["status"], voided["voids"]) == ("voided", "e/1")
+    assert (await edge.post("/usage/e%2F1/void", reason)).refused(409)["code"] == "usage_voided"
+    assert (await edge.post(f"/usage/{voided['id']}/void", reason)).refused(404)["code"] == "usage_not_found"
+    assert (await edge.post("/usage/none/void", reason)).refused(404)["code"] == "usage_not_found"
+    total = (await edge.get("/usage/summary")).ok()
+    assert (total["total_tasks"], total["total_cost_usd"]) == (1, Decimal("0.25"))
+    rows = (await edge.get("/usage")).ok()["data"]
+    assert [(row["id"], row["tokens_in"], row["voids"]) for row in rows][2] == (voided["id"], -10, "e/1")
+
+
+async def test_an_id_that_several_sources_used_has_to_be_told_apart(edge: Edge) -> None:
+    await edge.post("/usage", [event("e1", source="x"), event("e1", source="y")])
+    assert (await edge.post("/usage/e1/void", {"reason": "r"})).refused(409)["code"] == "usage_ambiguous"
+    assert (await edge.post("/usage/e1/void?source=x", {"reason": "r"})).ok(201)["voids"] == "e1"
+
+
+async def test_an_event_that_the_daemon_named_is_voided_by_that_name(edge: Edge) -> None:
+    (given,) = (await edge.post("/usage", event())).ok(201)["ids"]
+    assert (await edge.post(f"/usage/{given}/void", {"reason": "r"})).ok(201)["voids"] == given
+
+
+async def test_a_void_gives_back_what_a_reservation_spent(edge: Edge) -> None:
+    token = (
+        await edge.post(
+            "/delegations",
+            {
+                "delegator": A,
+                "delegate": B,
+                "scopes": ["*"],
+                "constraints": {"max_cost_usd": 1, "max_tasks": 2, "expires_at": "2027-02-01T00:00:00Z"},
+            },
+        )
+    ).ok(201)["id"]
+    await edge.post("/usage", event("e1", agent=B, delegation=token))
+    before = (await edge.get(f"/delegations/{token}")).ok()["remaining"]
+    await edge.post("/usage/e1/void", {"reason": "r"})
+    after = (await edge.get(f"/delegations/{token}")).ok()["remaining"]
+    assert (before["cost_usd"], before["tasks"]) == (Decimal("0.75"), 1)
+    assert (after["cost_usd"], after["tasks"]) == (Decimal("1.0"), 2)
+
+
+async def test_periods_go_by_the_clocks_of_a_zone(edge: Edge) -> None:
+    await edge.post("/usage", event("e1"))
+    for zone, group, period in (
+        ("", "hour", "2027-01-15T08:00:00Z"),
+        ("&timezone=Europe/Berlin", "hour", "2027-01-15T09:00:00+01:00"),
+        ("&timezone=Asia/Kolkata", "minute", "2027-01-15T13:30:00+05:30"),
+        ("&timezone=Pacific/Auckland", "day", "2027-01-15"),
+    ):
+        reply = (await edge.get(f"/usage/aggregate?group_by={group}{zone}")).ok()
+        assert [row["period"] for row in reply["data"]] == [period]
+    assert (await edge.get("/usage/aggregate?timezone=Mars/Base")).refused(400)["errors"][0]["field"] == "timezone"
+    assert (await edge.get("/usage/aggregate?timezone=../x")).refused(400)["errors"][0]["field"] == "timezone"
+
+
+async def record(edge: Edge, count: int) -> None:
+    await edge.post("/usage", [event(f"e{number}", task_id=f"=t{number}") for number in range(count)])
+
+
+async def test_every_format_exports_the_same_rows(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_export, "PAGE", 3)
+    monkeypatch.setattr(usage_export, "PARQUET_PAGE", 3)
+    await record(edge, 7)
+    whole = await edge.get("/usage/export?format=json")
+    assert whole.headers["asapd-snapshot"] == "7"
+    document = whole.ok()
+    assert (document["count"], [row["id"] for row in document["data"]]) == (7, [f"e{n}" for n in range(7)])
+    lines = (await edge.get("/usage/export")).body.splitlines()
+    assert [json.loads(line, parse_float=Decimal) for line in lines] == document["data"]
+    table = list(csv.DictReader(io.StringIO((await edge.get("/usage/export?format=csv")).body.decode())))
+    assert [row["id"] for row in table] == [f"e{n}" for n in range(7)]
+    assert (table[0]["task_id"], table[0]["cost_usd"], table[0]["partial"]) == ("'=t0", "0.25", "false")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    stored = parquet.read_table(io.BytesIO((await edge.get("/usage/export?format=parquet")).body)).to_pylist()
+    assert [(row["id"], row["cost_usd"]) for row in stored] == [(f"e{n}", Decimal("0.25")) for n in range(7)]
+
+
+async def test_an_export_of_nothing_is_whole(edge: Edge) -> None:
+    assert (await edge.get("/usage/export?format=json")).ok() == {"data": [], "count": 0, "next_cursor": None}
+    assert (await edge.get("/usage/export")).body == b""
+
+
+async def test_an_export_is_resumed_within_its_snapshot(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_export, "PAGE", 2)
+    await record(edge, 5)
+    await edge.post("/usage", event("later"))
+    rest = await edge.get("/usage/export?after=2&through=5")
+    assert [json.loads(line)["seq"] for line in rest.body.splitlines()] == [3, 4, 5]
+    assert (await edge.get("/usage/export?after=99")).refused(400)["errors"][0]["field"] == "after"
+    assert (await edge.get("/usage/export?format=xls")).refused(400)["errors"][0]["field"] == "format"
+
+
+async def test_parquet_without_its_package_says_what_to_install(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(formats, "import_module", missing)
+    problem = (await edge.get("/usage/export?format=parquet")).refused(501)
+    assert (problem["code"], "asapd[parquet]" in problem["detail"]) == ("not_installed", True)
+
+
+async def test_an_export_that_retention_overtakes_is_cut_off_and_not_ended(
+    edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_export, "PAGE", 2)
+    await record(edge, 6)
+    read = edge.services.reads.export_page
+    pages = 0
+
+    async def overtaken(*arguments: Any, **options: Any) -> Any:
+        nonlocal pages
+        pages += 1
+        if pages == 2:
+            await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us))
+        return await read(*arguments, **options)
+
+    monkeypatch.setattr(edge.services.reads, "export_page", overtaken)
+
+    def fetch(port: int) -> bytes:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", "/usage/export", headers={"Authorization": f"Bearer {edge.keys['admin']}"})
+            with connection.getresponse() as response:
+                return response.read()
+
+    async with edge.served(tmp_path) as (_, port, _):
+        with pytest.raises(http.client.IncompleteRead):
+            await trio.to_thread.run_sync(fetch, port)
+
+
+async def test_the_stream_has_events_as_they_commit_and_ends_with_the_daemon(edge: Edge) -> None:
+    await record(edge, 2)
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            headers = {"Last-Event-ID": "1"}
+            received.append((await edge.get("/usage/stream", headers=headers)).body)
+
+        nursery.start_soon(follow)
+        await trio.testing.wait_all_tasks_blocked()
+        await edge.post("/usage", [event("mine"), event("other", agent=C)])
+        await trio.testing.wait_all_tasks_blocked()
+        edge.services.stopping.set()
+    parts = received[0].decode().split("\n\n")
+    assert [part.splitlines()[0] for part in parts if part.startswith("id:")] == ["id: 2", "id: 3", "id: 4"]
+    assert parts[-2].startswith("event: goodbye")
+
+
+async def test_the_stream_shows_a_caller_its_own_and_tells_of_a_gap(edge: Edge) -> None:
+    await edge.post("/usage", [event("e1"), event("e2", agent=C, consumer=C)])
+    await edge.new_key("reader-c", "reader", C)
+    edge.services.stopping.set()
+    assert (await edge.get("/usage/stream?last_event_id=x")).refused(400)["errors"][0]["field"] == "Last-Event-ID"
+    rows, through, retired = await edge.services.reads.usage_after(
+        edge.services.ring.find(edge.keys["reader-c"]),  # type: ignore[arg-type]  # a key that was just made
+        {},
+        0,
+        100,
+    )
+    assert ([row["id"] for row in rows], through, retired) == (["e2"], 2, 0)
+
+
+async def test_tasks_are_listed_by_state_and_add_up_their_children(edge: Edge) -> None:
+    step = {"agent": A, "consumer": B, "timestamp": NOW}
+    for task, state in (("p", "started"), ("q", "started"), ("q", "failed"), ("r", "completed")):
+        parent = {"parent_task_id": "p"} if task == "q" else {}
+        assert (await edge.post("/tasks", {**step, "task_id": task, "state": state, **parent})).status == 201
+    await edge.post("/usage", [event("e1", task_id="p"), event("e2", task_id="s", parent_task_id="q")])
+
+    async def names(query: str) -> list[str]:
+        return [row["task_id"] for row in (await edge.get(f"/tasks{query}")).ok()["data"]]
+
+    assert await names("") == ["p", "q", "r"]
+    assert await names("?order=desc&limit=2") == ["r", "q"]
+    assert await names("?state=started") == ["p"]
+    assert await names("?state=failed") == ["q"]
+    assert await names(f"?agent={C}") == []
+    assert (await edge.get("/tasks?state=lost")).refused(400)["errors"][0]["field"] == "state"
+    found = (await edge.get("/tasks/p")).ok()
+    assert (found["state"], found["children"], found["descendants"]) == ("started", ["q"], 2)
+    assert (found["own"]["total_events"], found["with_descendants"]["total_events"]) == (1, 2)
+    assert (await edge.get("/tasks/s")).ok()["state"] is None
+    assert (await edge.get("/tasks/none")).refused(404)["code"] == "task_not_found"
+
+
+async def test_retention_says_what_would_go_and_takes_it(edge: Edge) -> None:
+    await record(edge, 3)
+    edge.clock.us += 500 * 86_400 * 1_000_000
+    would = (await edge.post("/retention?dry_run=true", key="reader")).ok()
+    assert (would["dry_run"], would["usage"]["count"], would["usage"]["last_row"]) == (True, 3, 3)
+    assert (await edge.post("/retention", key="operator")).refused(403)["code"] == "forbidden"
+    assert (await edge.get("/usage")).ok()["count"] == 3
+    assert (await edge.post("/retention")).ok()["usage"]["count"] == 3
+    assert (await edge.get("/usage")).ok()["count"] == 0
+    assert (await edge.get("/usage/summary")).ok()["total_events"] == 3
+    entry = (await edge.get("/audit/logs?event_type=retention.applied")).ok()["data"][0]
+    assert (entry["details"]["count"], entry["details"]["first_row"], entry["details"]["last_row"]) == (3, 1, 3)
+
+
+async def test_a_quiet_stream_beats_and_says_where_to_resume(edge: Edge, autojump_clock: MockClock) -> None:
+    await edge.post("/usage", [event("e1", agent=C, consumer=C)])
+    await edge.new_key("reader-a", "reader", A)
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            headers = {"Last-Event-ID": "0"}
+            received.append((await edge.get("/usage/stream", headers=headers, key="reader-a")).body)
+
+        nursery.start_soon(follow)
+        await trio.sleep(20)
+        edge.services.stopping.set()
+    assert received == [b"retry: 2000\n\n: alive\nid: 1\n\nevent: goodbye\ndata: {}\n\n"]
+
+
+async def test_a_stream_behind_what_was_retired_tells_of_a_gap(edge: Edge) -> None:
+    await record(edge, 3)
+    await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us, limit=2))
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            received.append((await edge.get("/usage/stream?last_event_id=0")).body)
+
+        nursery.start_soon(follow)
+        await trio.testing.wait_all_tasks_blocked()
+        edge.services.stopping.set()
+    parts = received[0].split(b"\n\n")
+    assert parts[1] == b'event: gap\ndata: {"after":0,"retired_through":2}'
+    assert parts[2].startswith(b"id: 3\n")

@@ -1,0 +1,471 @@
+"""The fast lane: what Quart's route answers, faster; all else goes to the HTTP server; no client ends it."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from asapd.edge.connection import Limits, SocketTransport
+from asapd.edge.fastlane import PIPELINED, FastLane
+from asapd.edge.ingest import run_ingest
+from asapd.edge.sockets import Peer, open_tcp, open_unix
+from asapd.wire.frames import encode
+from tests.edge.house import LOG, NOW, A, B, C, Edge
+
+
+def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
+    whole = {"id": event_id, "task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": NOW, **changes}
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+def post(
+    body: Any, path: str = "/usage", *, key: str | None = None, version: str = "1.1", **headers: str | None
+) -> bytes:
+    """A request; headers are named with `_` for `-`, and left out with None."""
+    raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    fields = {"host": "localhost", "content_length": str(len(raw)), **headers}
+    if key is not None:
+        fields["authorization"] = f"Bearer {key}"
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", ""]).encode() + raw
+
+
+class Client:
+    """A connection to the lane that reads one answer after the other."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = b""
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def ask(self, data: bytes) -> tuple[int, dict[str, str], Any]:
+        await self.send(data)
+        return await self.answer()
+
+    async def answer(self) -> tuple[int, dict[str, str], Any]:
+        while b"\r\n\r\n" not in self._buffer:
+            await self._more()
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        size = int(headers.get("content-length", 0))
+        while len(self._buffer) < size:
+            await self._more()
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
+        is_json = "json" in headers.get("content-type", "")
+        return int(first.split()[1]), headers, msgspec.json.decode(body) if is_json else body
+
+    async def _more(self) -> None:
+        data = await self.stream.receive_some()
+        assert data, f"closed after {self._buffer!r}"
+        self._buffer += data
+
+    async def is_closed(self) -> bool:
+        """Whether nothing more comes."""
+        try:
+            return not self._buffer and not await self.stream.receive_some()
+        except trio.BrokenResourceError:
+            return True
+
+
+class Lane:
+    """A lane on TCP and on the ingest socket, in front of the whole application."""
+
+    def __init__(self, edge: Edge, fast: FastLane, port: int, ingest: Path, scope: trio.CancelScope) -> None:
+        self.edge = edge
+        self.fast = fast
+        self.port = port
+        self.ingest = ingest
+        self.scope = scope
+        self.key = edge.keys["ingest"]
+        self._clients: list[Client] = []
+
+    async def tcp(self) -> Client:
+        self._clients.append(Client(await trio.open_tcp_stream("127.0.0.1", self.port)))
+        return self._clients[-1]
+
+    async def unix(self) -> Client:
+        self._clients.append(Client(await trio.open_unix_socket(self.ingest)))
+        return self._clients[-1]
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.stream.socket.close()
+
+    def rows(self) -> int:
+        return int(self.edge.connection.execute("SELECT count(*) FROM usage").get)
+
+
+@asynccontextmanager
+async def lane_of(edge: Edge, tmp_path: Path, *, max_connections: int = 50, **options: Any) -> AsyncIterator[Lane]:
+    (listener,) = await open_tcp("127.0.0.1:0")
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    services = options.pop("services", edge.services)
+    async with edge.served(tmp_path) as (server, _, _):
+
+        async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
+            if peer is None:
+                await server.serve_connection(stream, door="http")
+            else:
+                await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
+
+        async def handle(body: bytes, peer: Peer) -> bytes:
+            return b'{"ok":true}'
+
+        fast = FastLane(services, hand_over, log=LOG, limits=Limits(**options))
+        unix = open_unix(tmp_path / "ingest.sock", 0o600, None)
+        async with trio.open_nursery() as nursery:
+            options = {"max_frame_bytes": 1000, "max_connections": 10, "log": LOG, "grace_s": 1}
+            await nursery.start(partial(run_ingest, unix, handle, http=fast.serve, **options))
+
+            async def run(*, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as inside:
+                        await inside.start(partial(fast.run, [listener], max_connections=max_connections, grace_s=1))
+                        task_status.started(scope)
+
+            scope = await nursery.start(run)
+            opened = Lane(edge, fast, listener.socket.getsockname()[1], tmp_path / "ingest.sock", scope)
+            yield opened
+            opened.close()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def lane(edge: Edge, tmp_path: Path) -> AsyncIterator[Lane]:
+    async with lane_of(edge, tmp_path) as opened:
+        yield opened
+
+
+async def test_an_event_is_recorded_and_the_connection_stays(lane: Lane) -> None:
+    client = await lane.tcp()
+    status, headers, reply = await client.ask(post(event("e1"), key=lane.key))
+    assert (status, headers["content-type"], headers["cache-control"]) == (201, "application/json", "no-store")
+    assert headers["date"] == "Fri, 15 Jan 2027 08:00:00 GMT"
+    assert "connection" not in headers
+    assert (reply["recorded"], reply["ids"], reply["task_id"]) == (1, ["e1"], "t")
+    assert (await client.ask(post(event("e1"), key=lane.key)))[2]["duplicates"] == 1
+    assert (await client.ask(post([event("e2")], "/usage/batch", key=lane.key)))[2]["count"] == 1
+    assert (await client.ask(post(event(), "/usage/validate", key=lane.key)))[2]["valid"] is True
+    assert lane.rows() == 2
+
+
+REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
+    ("/usage/validate", msgspec.json.encode(event("e1")), {}),
+    ("/usage/validate", b"{", {}),
+    ("/usage", b"{", {}),
+    ("/usage", b"", {}),
+    ("/usage", msgspec.json.encode([event("e1"), event(agent="x")]), {}),
+    ("/usage?partial=true", msgspec.json.encode([event("p1"), event(agent="x")]), {}),
+    ("/usage?partial=maybe", b"[]", {}),
+    ("/usage?partial=&limit=5", b"[]", {}),
+    ("/usage?partial=true&partial=false", b"[]", {}),
+    ("/usage", b"a,b", {"Content-Type": "text/csv"}),
+    ("/usage", b"x", {"Content-Encoding": "br"}),
+    ("/usage", b"x", {"Content-Encoding": "gzip"}),
+    ("/usage", gzip.compress(bytes(9 << 20)), {"Content-Encoding": "gzip"}),
+    ("/usage", msgspec.msgpack.encode([event("m1")]), {"Content-Type": "application/msgpack"}),
+    ("/usage", b"[]", {"Idempotency-Key": "k" * 256}),
+    ("/usage", b"[]", {"Host": "evil.example"}),
+    ("/usage", b"[]", {"Origin": "http://evil.example"}),
+    ("/usage", b"[]", {"Authorization": "Basic x"}),
+    ("/usage", b"{}", {"Content-Type": "application/cloudevents+json"}),
+    ("/usage", b"{}", {"Content-Type": "application/cloudevents-batch+json"}),
+    ("/usage", b"{}", {"ce-specversion": "1.0", "ce-id": "%zz", "ce-type": "x"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), REQUESTS)
+async def test_the_answer_is_the_one_that_the_application_gives(
+    lane: Lane, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    # What a repeat answers differs from the first, so what records is looked at in another tenant.
+    for name in ("one", "two"):
+        await lane.edge.new_key(name, "ingest", tenant=name)
+    expected = await lane.edge.post(path, body, headers=headers, key="one")
+    lower = {name.lower().replace("-", "_"): value for name, value in headers.items()}
+    sent = post(body, path, **{"authorization": f"Bearer {lane.edge.keys['two']}", **lower})
+    status, found, reply = await (await lane.tcp()).ask(sent)
+    assert status < 500
+    assert (status, reply) == (expected.status, msgspec.json.decode(expected.body))
+    dropped = {"content-length", "date", "server"}
+    assert {name: value for name, value in found.items() if name not in dropped} == {
+        name: value for name, value in expected.headers.items() if name not in dropped
+    }
+
+
+async def test_a_key_is_needed_and_may_narrow(lane: Lane) -> None:
+    client = await lane.tcp()
+    status, headers, reply = await client.ask(post(event()))
+    assert (status, reply["code"], headers["www-authenticate"]) == (401, "unauthorized", 'Bearer realm="asapd"')
+    assert (await client.ask(post(event(), key=lane.edge.keys["reader"])))[0] == 403
+    own = await lane.edge.new_key("own", "ingest", C)
+    assert (await client.ask(post(event(), key=own)))[2]["errors"][0]["field"] == "agent"
+    assert (await client.ask(post(event(agent=C), key=own)))[0] == 201
+
+
+async def test_the_ingest_socket_speaks_http_beside_frames_and_knows_its_peer(lane: Lane) -> None:
+    client = await lane.unix()
+    assert (await client.ask(post(event("e1"), host="asapd")))[0] == 201
+    assert (await client.ask(post(event("e2"), host="asapd")))[0] == 201
+    frames = await lane.unix()
+    await frames.send(encode(b"{}"))
+    assert (await frames.stream.receive_some())[4:] == b'{"ok":true}'
+
+
+async def test_a_peer_that_no_rule_admits_is_refused(edge: Edge, tmp_path: Path) -> None:
+    async with lane_of(edge, tmp_path, services=replace(edge.services, ingest_caller=lambda peer: None)) as lane:
+        assert (await (await lane.unix()).ask(post(event())))[2]["code"] == "forbidden"
+
+
+async def test_pipelined_requests_are_answered_in_their_order(lane: Lane) -> None:
+    client = await lane.tcp()
+    count = 3 * PIPELINED + 5
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.send, b"".join(post(event(f"e{n}"), key=lane.key) for n in range(count)))
+        for number in range(count):
+            status, _, reply = await client.answer()
+            assert (status, reply.get("ids", reply)) == (201, [f"e{number}"])
+    assert lane.rows() == count
+
+
+async def test_a_request_may_come_byte_by_byte(lane: Lane) -> None:
+    client = await lane.tcp()
+    for byte in post(event("e1"), key=lane.key) + post(event("e2"), key=lane.key):
+        await client.send(bytes([byte]))
+    assert [(await client.answer())[2]["ids"] for _ in range(2)] == [["e1"], ["e2"]]
+
+
+def chunked(body: bytes, **fields: str) -> bytes:
+    head = post(b"", content_length=None, transfer_encoding="chunked", **fields)
+    return head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+HANDED_OVER: list[tuple[Callable[[str], bytes], int]] = [
+    (lambda key: b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n", 200),
+    (lambda key: post({"token": "x", "action": "a.b"}, "/delegations/validate", key=key), 200),
+    (lambda key: post(event(), "/usage/", key=key), 201),
+    (lambda key: post(event(), "/usage/none", key=key), 404),
+    (lambda key: chunked(msgspec.json.encode(event()), authorization=f"Bearer {key}"), 201),
+    (lambda key: post(event(), key=key, version="1.0"), 201),
+    (lambda key: post(event(), key=key, upgrade="h2c", connection="upgrade"), 201),
+    (lambda key: post(event(), key=key, content_length="x"), 400),
+    (lambda key: post(event(), key=key, content_length=None), 400),
+    (lambda key: post(event(), key=key).replace(b"host", b"content-length: 1\r\nhost"), 400),
+    (lambda key: post(event(), key=key, host=None), 400),
+    (lambda key: post(event(), key=key).replace(b"host:", b"ho st:"), 400),
+    (lambda key: post(b"zz\r\n", key=key, transfer_encoding="chunked"), 400),
+    (lambda key: post(b"", key=key, content_length=str(9 << 20)), 413),
+    (lambda key: post(event(), key=key, x="x" * 80_000), 431),
+    (lambda key: post(event(), key=key).replace(b"\r\n", b"\n"), 201),
+    (lambda key: b"POST /usage?\x00 HTTP/1.1\r\n\r\n", 400),
+    (lambda key: b"\r\n\r\n" + post(event(), key=key), 400),
+    (lambda key: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+]
+
+
+@pytest.mark.parametrize(("request_of", "status"), HANDED_OVER)
+async def test_what_is_not_for_the_lane_goes_to_the_http_server_behind_what_came_before(
+    lane: Lane, request_of: Callable[[str], bytes], status: int
+) -> None:
+    client = await lane.tcp()
+    sent = request_of(lane.key)
+    found, _, _ = await client.ask(sent)
+    assert found == status
+    later = await lane.tcp()
+    await later.send(post(event("e1"), key=lane.key) + post(event("e2"), key=lane.key) + sent)
+    assert [(await later.answer())[0] for _ in range(3)] == [201, 201, status]
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(lane: Lane) -> None:
+    client = await lane.tcp()
+    whole = post(event("e1"), key=lane.key, expect="100-continue")
+    head, _, body = whole.partition(b"\r\n\r\n")
+    status, _, _ = await client.ask(head + b"\r\n\r\n")
+    assert status == 100
+    assert (await client.ask(body))[2]["ids"] == ["e1"]
+
+
+async def test_the_ingest_socket_hands_over_with_its_peer(lane: Lane) -> None:
+    task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+    client = await lane.unix()
+    assert (await client.ask(post(event("e1"))))[0] == 201
+    assert (await client.ask(post(task, "/tasks")))[0] == 201
+    assert (await client.ask(post(event("e2"))))[0] == 201
+
+
+async def test_who_asks_to_close_is_answered_and_closed(lane: Lane) -> None:
+    client = await lane.tcp()
+    status, headers, _ = await client.ask(post(event(), key=lane.key, connection="close") + b"POST /usage HTTP")
+    assert (status, headers["connection"]) == (201, "close")
+    assert await client.is_closed()
+
+
+async def test_a_client_that_ends_its_side_is_still_answered(lane: Lane) -> None:
+    client = await lane.tcp()
+    await client.send(post(event("e1"), key=lane.key))
+    await client.stream.send_eof()
+    assert (await client.answer())[0] == 201
+    assert await client.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "after_s"),
+    [(b"", None, 10), (b"POST /us", 408, 10), (post(event())[:-5], 408, 15), (post(event()), 401, 30)],
+)
+async def test_nobody_keeps_a_connection_by_being_slow(
+    autojump_clock: MockClock, lane: Lane, sent: bytes, status: int | None, after_s: float
+) -> None:
+    client = await lane.tcp()
+    began = trio.current_time()
+    await client.send(sent)
+    if status is not None:
+        assert (await client.answer())[0] == status
+    assert await client.is_closed()
+    assert trio.current_time() - began == pytest.approx(after_s, abs=1)
+
+
+async def test_a_drip_of_bytes_does_not_outlast_the_limits(autojump_clock: MockClock, lane: Lane) -> None:
+    for sent, most_s in ((post(event())[:40], 10), (post(b"", content_length="1000"), 130)):
+        client = await lane.tcp()
+        began = trio.current_time()
+        await client.send(sent)
+        with pytest.raises(trio.BrokenResourceError):  # noqa: PT012 -- it breaks when it breaks
+            for _ in range(100):
+                await client.send(b"x")
+                await trio.sleep(5)
+        assert trio.current_time() - began < most_s + 20
+
+
+async def test_a_client_that_does_not_read_is_cut_off(autojump_clock: MockClock, lane: Lane) -> None:
+    client = await lane.tcp()
+    client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    request = post(b"{", key=lane.key)
+    began = trio.current_time()
+    with pytest.raises(trio.BrokenResourceError):  # noqa: PT012 -- it breaks when it breaks
+        while trio.current_time() - began < 200:
+            with trio.move_on_after(100):
+                await client.send(request * 100)
+    assert trio.current_time() - began < 100
+
+
+async def test_a_reset_ends_its_own_connection_only(lane: Lane) -> None:
+    whole = post(event("e1"), key=lane.key)
+    for cut in (1, 20, len(whole) - 3, len(whole)):
+        client = await lane.tcp()
+        await client.send(whole[:cut])
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.stream.socket.close()
+        await wait_all_tasks_blocked()
+    assert (await (await lane.tcp()).ask(whole))[0] == 201
+
+
+async def test_garbage_is_answered_with_4xx_or_nothing(autojump_clock: MockClock, lane: Lane) -> None:
+    chance = random.Random(7)
+    whole = post(event("e1"), key=lane.key) + post([event()], "/usage/batch", key=lane.key)
+    for _ in range(60):
+        changed = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        client = await lane.tcp()
+        await client.send(bytes(changed))
+        await client.stream.send_eof()
+        answers = b""
+        try:
+            while piece := await client.stream.receive_some():
+                answers += piece
+        except trio.BrokenResourceError:
+            pass
+        assert b"HTTP/1.1 5" not in answers
+    assert (await (await lane.tcp()).ask(whole[: len(post(event("e1"), key=lane.key))]))[0] == 201
+
+
+async def test_a_bug_is_500_and_the_connection_stays(edge: Edge, tmp_path: Path, caplog: Any) -> None:
+    def bug(peer: Peer) -> None:
+        raise ZeroDivisionError
+
+    async with lane_of(edge, tmp_path, services=replace(edge.services, ingest_caller=bug)) as lane:
+        client = await lane.unix()
+        assert [(await client.ask(post(event())))[2]["code"] for _ in range(2)] == ["internal"] * 2
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_beyond_the_connections_allowed_clients_wait(edge: Edge, tmp_path: Path) -> None:
+    async with lane_of(edge, tmp_path, max_connections=1) as lane:
+        first, second = await lane.tcp(), await lane.tcp()
+        assert (await first.ask(post(event(), key=lane.key)))[0] == 201
+        await second.send(post(event(), key=lane.key))
+        await wait_all_tasks_blocked()
+        assert lane.rows() == 1
+        await first.stream.aclose()
+        assert (await second.answer())[0] == 201
+
+
+async def test_a_stop_closes_idle_connections_and_answers_the_others(edge: Edge, tmp_path: Path) -> None:
+    async with lane_of(edge, tmp_path) as lane:
+        idle, busy = await lane.tcp(), await lane.tcp()
+        whole = post(event("e1"), key=lane.key)
+        await busy.send(whole[:-1])
+        await wait_all_tasks_blocked()
+        lane.scope.cancel()
+        assert await idle.is_closed()
+        status, headers, _ = await busy.ask(whole[-1:])
+        assert (status, headers["connection"]) == (201, "close")
+        with pytest.raises(OSError, match="all attempts to connect"):
+            await lane.tcp()
+
+
+async def test_a_host_out_of_descriptors_is_waited_out(
+    autojump_clock: MockClock, edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
+        raise AssertionError
+
+    fast = FastLane(edge.services, hand_over, log=LOG)
+    (listener,) = await open_tcp("127.0.0.1:0")
+    accept, failures = listener.accept, [OSError(24, "too many open files")]
+
+    async def failing() -> trio.SocketStream:
+        if failures:
+            raise failures.pop()
+        return await accept()
+
+    monkeypatch.setattr(listener, "accept", failing)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(fast.run, [listener], max_connections=1))
+        async with await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1]) as stream:
+            assert (await Client(stream).ask(post(event(), key=edge.keys["ingest"])))[0] == 201
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_that_ends_in_an_error_ends_alone(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
+        raise ZeroDivisionError
+
+    fast = FastLane(edge.services, hand_over, log=LOG)
+    (listener,) = await open_tcp("127.0.0.1:0")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(fast.run, [listener], max_connections=1))
+        for _ in range(2):
+            async with await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1]) as stream:
+                client = Client(stream)
+                await client.send(b"GET / HTTP/1.1\r\n\r\n")
+                assert await client.is_closed()
+        nursery.cancel_scope.cancel()
+    assert caplog.text.count("ended in an error") == 2
+    assert "ZeroDivisionError" in caplog.text

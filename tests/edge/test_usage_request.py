@@ -1,0 +1,86 @@
+"""How a report of usage is written: content types, encodings, CloudEvents, by whatever door it came."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from typing import Any
+
+import msgspec
+import pytest
+
+from asapd import config
+from asapd.edge.usage_request import written_as
+from asapd.wire.bodies import zstd
+from tests.edge.house import NOW, A, B, Edge
+
+DATA = {"task_id": "t", "consumer": B, "metrics": {"tokens_in": 5}}
+ENVELOPE = {"specversion": "1.0", "id": "c1", "source": "/s", "type": "asap.usage", "subject": A, "time": NOW}
+BINARY = {f"ce-{name}": value for name, value in ENVELOPE.items()}
+JSON = {"Content-Type": "application/json"}
+STRUCTURED = {"Content-Type": "application/cloudevents+json; charset=utf-8"}
+BATCH = {"Content-Type": "application/cloudevents-batch+json"}
+
+
+def packed(value: Any) -> bytes:
+    return msgspec.json.encode(value)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (packed({**ENVELOPE, "data": DATA}), STRUCTURED),
+        (packed({**ENVELOPE, "data_base64": base64.b64encode(packed(DATA)).decode()}), STRUCTURED),
+        (packed([{**ENVELOPE, "data": DATA}]), BATCH),
+        (packed(DATA), {**BINARY, **JSON}),
+        (packed(DATA), {name.upper(): value for name, value in BINARY.items()}),
+        (msgspec.msgpack.encode(DATA), {**BINARY, "Content-Type": "application/msgpack"}),
+        (packed({**ENVELOPE, "data": DATA}), {**STRUCTURED, "ce-specversion": "1.0"}),
+        (packed({**DATA, "agent": A, "timestamp": NOW, "id": "c1", "source": "/s"}), JSON),
+    ],
+)
+async def test_a_cloudevent_is_the_same_event_in_every_mode_and_encoding(
+    edge: Edge, body: bytes, headers: dict[str, str]
+) -> None:
+    await edge.post("/usage", packed({**ENVELOPE, "data": DATA}), headers=STRUCTURED)
+    for encoding, sent in (("identity", body), ("gzip", gzip.compress(body)), ("zstd", zstd.compress(body))):
+        reply = (await edge.post("/usage", sent, headers={**headers, "Content-Encoding": encoding})).ok(201)
+        assert (reply["recorded"], reply["duplicates"], reply["ids"]) == (0, 1, ["c1"])
+    assert (await edge.post("/usage/validate", body, headers=headers)).ok()["valid"] is True
+
+
+async def test_other_types_are_taken_where_they_are_configured(edge: Edge) -> None:
+    body = packed({**ENVELOPE, "type": "com.example.used", "data": DATA})
+    problem = (await edge.post("/usage", body, headers=STRUCTURED)).refused(422)
+    assert problem["errors"][0]["field"] == "type"
+    events = config.CloudEvents(types=("com.example.used",))
+    edge.with_settings(metering=edge.settings.metering.model_copy(update={"cloudevents": events}))
+    assert (await edge.post("/usage", body, headers=STRUCTURED)).ok(201)["recorded"] == 1
+
+
+async def test_a_batch_names_the_place_of_what_is_wrong(edge: Edge) -> None:
+    body = packed([{**ENVELOPE, "data": DATA}, {**ENVELOPE, "id": "c2", "data": {**DATA, "consumer": 5}}])
+    problem = (await edge.post("/usage", body, headers=BATCH)).refused(422)
+    assert (problem["errors"][0]["index"], problem["errors"][0]["field"]) == (1, "data.consumer")
+    reply = (await edge.post("/usage?partial=true", body, headers=BATCH)).ok(201)
+    assert (reply["recorded"], reply["refused"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (zstd.compress(bytes(9 << 20)), {"Content-Encoding": "zstd"}, 413),
+        (zstd.compress(b"[]")[:-1], {"Content-Encoding": "zstd"}, 400),
+        (b"x", {"Content-Encoding": "deflate"}, 415),
+        (b"{}", {"Content-Type": "application/cloudevents+xml"}, 415),
+    ],
+)
+async def test_what_cannot_be_unpacked_or_read_is_refused(
+    edge: Edge, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    (await edge.post("/usage", body, headers=headers)).refused(status)
+
+
+def test_the_content_type_is_compared_without_parameters_and_case() -> None:
+    assert written_as({"content-type": "Application/X-NDJSON ; charset=utf-8"}) == "ndjson"
+    assert written_as({}) == "json"

@@ -1,0 +1,105 @@
+"""Retention takes the oldest events in steps that are on record, keeps every sum, and gives the room back."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from asapd.core.types import HOUR_US
+from asapd.core.usage import UNKNOWN_COST, UsageEvent
+from asapd.store import audit, retention
+from asapd.store import usage_queries as q
+from asapd.store.units import AnyUnit, Envelope, RecordUsage, RetireUsage, UsageRetired, VoidUsage
+from asapd.store.visibility import EVERYTHING
+from asapd.store.writer import Writer, open_for_writing
+
+NOW_US = 1_795_169_203_000_000
+A = "urn:asap:agent:a"
+ALL = q.UsageFilter(EVERYTHING)
+
+
+def submit(writer: Writer, unit: AnyUnit) -> Any:
+    return writer.run([Envelope(1, unit, False)])[0].result
+
+
+def record(writer: Writer, *offsets: int) -> None:
+    events = [
+        UsageEvent(f"t{offset}", A, "c", NOW_US + offset, tokens_in=1, id=f"e{offset}", error="x" * 500)
+        for offset in offsets
+    ]
+    submit(writer, RecordUsage("default", "key:x", NOW_US, events, [UNKNOWN_COST] * len(events)))
+
+
+def retire(writer: Writer, before: int, limit: int = 500) -> Any:
+    return submit(writer, RetireUsage(NOW_US + before, "key:o", NOW_US, limit))
+
+
+@pytest.fixture
+def writer(connection: apsw.Connection) -> Writer:
+    return Writer(connection)
+
+
+def test_the_oldest_go_first_and_the_sums_stay(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, 3, 1, 2, 9)
+    before = q.summary(connection, ALL)
+    contents = dict(connection.execute("SELECT timestamp_us, content FROM usage").fetchall())
+    assert retention.due(connection, NOW_US + 5, 0)["usage"]["count"] == 3
+    assert retire(writer, 5, limit=2) == UsageRetired(2, more=True)
+    assert retire(writer, 5, limit=2) == UsageRetired(1, more=False)
+    assert connection.execute("SELECT timestamp_us FROM usage").fetchall() == [(NOW_US + 9,)]
+    assert connection.execute("SELECT count(*) FROM usage_identity").get == 1
+    assert q.summary(connection, ALL) == before
+    assert retention.retired_before(connection) == NOW_US + 5
+    assert retention.retired_through(connection) == 3
+    steps = audit.list_entries(connection, audit.AuditFilter(event_type="retention.applied"), 9, 0, descending=False)
+    first = steps[0]["details"]
+    assert (first["count"], first["first_row"], first["last_row"]) == (2, 2, 3)
+    gone = contents[NOW_US + 1] + contents[NOW_US + 2]
+    assert first["content_digest"] == blake2b(gone, digest_size=32).hexdigest()
+    assert audit.verify_step(connection, audit.Walk(), 100).fault is None
+
+
+def test_nothing_due_is_nothing_noted(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, 9)
+    assert retire(writer, 5) == UsageRetired(0, more=False)
+    assert retention.retired_before(connection) == 0
+    assert not retention.is_due(connection, NOW_US + 5)
+
+
+def test_rows_are_guarded_again_after_a_step(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, 1, 9)
+    retire(writer, 5)
+    with pytest.raises(apsw.ConstraintError, match="append-only"):
+        connection.execute("DELETE FROM usage")
+
+
+def test_a_void_goes_with_what_it_voids(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, 1, 9)
+    submit(writer, VoidUsage(1, "wrong", "key:o", NOW_US))
+    assert retire(writer, 5, limit=1).more
+    assert q.summary(connection, q.UsageFilter(EVERYTHING, start_us=NOW_US, end_us=NOW_US + 2))["total_events"] == 0
+    retire(writer, 5, limit=1)
+    assert connection.execute("SELECT count(*) FROM usage_void").get == 0
+    assert q.summary(connection, ALL)["total_events"] == 1
+
+
+def test_the_file_shrinks(tmp_path: Path) -> None:
+    path = tmp_path / "asapd.db"
+    with closing(open_for_writing(path, synchronous="off")) as connection:
+        writer = Writer(connection)
+        for hour in range(4):
+            record(writer, *range(hour * HOUR_US, hour * HOUR_US + 2_000))
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        before_bytes = path.stat().st_size
+        pages = connection.pragma("page_count")
+        while retire(writer, 3 * HOUR_US).more:
+            pass
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        assert connection.pragma("page_count") < pages * 0.75
+        assert path.stat().st_size < before_bytes * 0.75
+        assert connection.execute("PRAGMA integrity_check").get == "ok"
