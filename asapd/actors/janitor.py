@@ -18,7 +18,7 @@ from asapd.store.database import Database
 from asapd.store.units import RetireUsage, Sweep
 
 IDEMPOTENCY_US = DAY_US
-"""CONTRACT: an Idempotency-Key is kept for 24 hours."""
+"""An Idempotency-Key is kept for 24 hours."""
 
 EVERY_S = 1.0
 """A lapsed reservation refuses nothing by itself for longer than this."""

@@ -1,4 +1,4 @@
-"""Who is calling and what they may do; CONTRACT section 5, Roles."""
+"""Who is calling and what they may do; docs/http.md has the table."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class MoneyError(ValueError):
 def parse_usd(value: float | str | Decimal, *, round_up: bool = False) -> Microusd:
     """USD as number or decimal string to micro-USD.
 
-    At most six decimals, unless `round_up`, which rounds the rest up (CONTRACT: a reported cost
+    At most six decimals, unless `round_up`, which rounds the rest up (a reported cost
     with more decimals is accepted). A float is read through its shortest repr, so 0.1 is 100000.
 
     Raises:

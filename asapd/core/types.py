@@ -28,7 +28,7 @@ class Outcome(IntEnum):
 
 
 class Role(StrEnum):
-    """What an API key may do; CONTRACT section 5."""
+    """What an API key may do."""
 
     INGEST = "ingest"
     READER = "reader"

@@ -40,7 +40,7 @@ class Showing:
         return round(self.clock.monotonic_s() - self.started_s, 3)
 
     def status(self) -> dict[str, Any]:
-        """Everything an operator asks first; see CONTRACT 4 for the names."""
+        """Everything an operator asks first; the names are in docs/http.md."""
         server = self.server()
         return {
             "version": asapd.__version__,

@@ -72,11 +72,14 @@ async def answer(
         except RefusedError as error:
             return error.refusal
     written = written_as(request.headers)
-    if isinstance(written, Refusal):
-        return written
     body = unpack(request.body, request.headers.get("content-encoding"), services.settings().http.max_body_bytes)
-    if isinstance(body, Refusal):
-        return body
+    for unread in (written, body):
+        if isinstance(unread, Refusal):
+            # A validation always has an answer, which may be that nothing could be read.
+            verdict = {"valid": False, "error": unread.detail, "code": unread.code}
+            return (200, verdict) if only_validate else unread
+    assert not isinstance(written, Refusal)
+    assert not isinstance(body, Refusal)
     if only_validate:
         found = validate(services, caller, body, written)
         return found if isinstance(found, Refusal) else (200, found)

@@ -1,4 +1,4 @@
-"""Ingest frames: a 4-byte big-endian length and a body; CONTRACT section 4."""
+"""Ingest frames: a 4-byte big-endian length and a body; docs/http.md."""
 
 from __future__ import annotations
 

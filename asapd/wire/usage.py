@@ -23,7 +23,7 @@ from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US, datetime_us
 from asapd.core.usage import UsageEvent
 
 MAX_EVENTS = 5_000
-"""As many as one commit takes (CONTRACT: more is 413 `too_many_events`)."""
+"""As many as one commit takes; more is 413 `too_many_events`."""
 
 MAX_ERRORS = 100
 """Enough to see the pattern of a broken batch; the reply says when there are more."""
@@ -36,7 +36,7 @@ _Short = Annotated[str, Meta(max_length=128)]
 _Label = Annotated[str, Meta(max_length=256)]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EPOCH_MS_ABOVE = 10**11
-"""CONTRACT: an epoch above this is in milliseconds."""
+"""An epoch above this is in milliseconds."""
 
 
 class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -52,7 +52,7 @@ class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One event as clients write it: CONTRACT's nested form and the reference implementation's flat one."""
+    """One event as clients write it: the nested form and the reference implementation's flat one."""
 
     task_id: _Name | None = None
     agent: _Name | None = None

@@ -1,4 +1,4 @@
-"""Roles grant what CONTRACT says, patterns and tenants narrow it."""
+"""Roles grant what they are for, patterns and tenants narrow it."""
 
 import pytest
 

@@ -259,7 +259,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
 
 def _deny(denied: Denied, left: Remaining | None, shortfall: Shortfall | None = None) -> Response:
-    """CONTRACT: a denied authorisation is a 403 problem with decision, code, reason and remaining."""
+    """A denied authorisation is a 403 problem with decision, code, reason and remaining."""
     code = "malformed" if denied.reason is Reason.MALFORMED else str(denied.reason)
     extra = {
         "decision": "deny",
