@@ -54,14 +54,15 @@ class Reloader:
         self._target = target
         self._busy = trio.Lock()
         self._errors: list[str] = []
-        self._loaded_us = target.clock.now_us()
+        self._loaded_us = self._tried_us = target.clock.now_us()
 
     def status(self) -> dict[str, Any]:
-        """`state` is "error" from a refused reload until one is accepted."""
+        """`state` is "error" from a refused reload until one is accepted; `tried_at` is of the last one, either way."""
         return {
             "state": "error" if self._errors else "ok",
             "errors": self._errors,
             "loaded_at": format_us(self._loaded_us),
+            "tried_at": format_us(self._tried_us),
             "path": None if self._path is None else str(self._path),
             "without_effect": config.settings_without_effect(self._loaded.config),
         }
@@ -70,28 +71,34 @@ class Reloader:
         """Read the file again and apply it, or say why not."""
         async with self._busy:
             try:
-                fresh = await trio.to_thread.run_sync(load, self._path)
-            except ConfigError as error:
-                return self._refuse(error)
-            # What only a restart applies stays as it is until then.
-            kept = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
-            changes = config.diff(self._loaded.config, fresh.config)
-            effective = fresh.config.model_copy(update=kept)
-            refusal = await self._apply(fresh, effective, actor)
-            if refusal is not None:
-                self._errors = [refusal.detail]
-                return refusal
-            self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents)
-            self._errors = []
-            self._loaded_us = self._target.clock.now_us()
-            applied = _summary(changes)
-            details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
-            await self._remark("config.reloaded", actor, details)
-            if changes.restart_required:
-                _log.warning("reloaded; a restart is needed for %s", ", ".join(changes.restart_required))
-            else:
-                _log.info("reloaded")
-            return {"state": "ok", "applied": applied, "restart_required": list(changes.restart_required)}
+                return await self._reload(actor)
+            finally:
+                self._tried_us = self._target.clock.now_us()
+
+    async def _reload(self, actor: str) -> dict[str, Any] | Refusal:
+        try:
+            fresh = await trio.to_thread.run_sync(load, self._path)
+        except ConfigError as error:
+            return self._refuse(error)
+        # What only a restart applies stays as it is until then.
+        kept = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
+        changes = config.diff(self._loaded.config, fresh.config)
+        effective = fresh.config.model_copy(update=kept)
+        refusal = await self._apply(fresh, effective, actor)
+        if refusal is not None:
+            self._errors = [refusal.detail]
+            return refusal
+        self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents)
+        self._errors = []
+        self._loaded_us = self._target.clock.now_us()
+        applied = _summary(changes)
+        details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
+        await self._remark("config.reloaded", actor, details)
+        if changes.restart_required:
+            _log.warning("reloaded; a restart is needed for %s", ", ".join(changes.restart_required))
+        else:
+            _log.info("reloaded")
+        return {"state": "ok", "applied": applied, "restart_required": list(changes.restart_required)}
 
     def _refuse(self, error: ConfigError) -> Refusal:
         self._errors = str(error).splitlines()

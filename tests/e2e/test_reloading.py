@@ -40,9 +40,10 @@ async def hang_up(daemon: Daemon, state: str) -> dict[str, Any]:
 
     async def looked_at() -> Any:
         now = (await trio.to_thread.run_sync(daemon.status))["config"]
-        return now if now["state"] == state and (state == "error" or now["loaded_at"] != before["loaded_at"]) else None
+        return now if now["tried_at"] != before["tried_at"] else None
 
     found: dict[str, Any] = await until(looked_at)
+    assert found["state"] == state
     return found
 
 
