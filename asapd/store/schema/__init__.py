@@ -1,0 +1,7 @@
+"""The schema as an ordered list of scripts, one module a version. A version that was released is never edited."""
+
+from __future__ import annotations
+
+from asapd.store.schema import v1, v2
+
+MIGRATIONS: tuple[str, ...] = (v1.SCRIPT, v2.SCRIPT)
