@@ -7,9 +7,9 @@ keys, so that sorted compact JSON is the RFC 8785 form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -72,6 +72,46 @@ def entry_hash(seq: int, entry_id: str, timestamp_us: int, event_type: str, payl
         f'"previous_hash":"{previous.hex()}","seq":{seq},"timestamp":"{format_us(timestamp_us)}"}}'
     )
     return sha256(text.encode()).digest()
+
+
+class Draft(NamedTuple):
+    """What an entry is to say; `details` is RFC 8785 text, `salt` 16 random bytes."""
+
+    id: str
+    subject: str
+    details: bytes
+    salt: bytes
+
+
+class Link(NamedTuple):
+    """Where a draft stands in the chain."""
+
+    seq: int
+    payload_hash: bytes
+    previous_hash: bytes
+    hash: bytes
+
+
+def chain(
+    head: tuple[int, bytes], event_type: str, actor: str, timestamp_us: int, drafts: Iterable[Draft]
+) -> Iterator[Link]:
+    """Entries of one kind, actor and time, chained on from `head`, the number and hash of the newest entry.
+
+    What is the same in all of them is written once, which is most of the text that is hashed.
+    """
+    seq, previous = head
+    before_details = b'{"actor":%b,"details":' % _text.encode(actor)
+    kind, timestamp = f'{{"event_type":"{event_type}","id":"', format_us(timestamp_us)
+    for entry_id, subject, details, salt in drafts:
+        payload = sha256(b'%b%b%b,"subject":%b}' % (salt, before_details, details, _text.encode(subject))).digest()
+        seq += 1
+        text = (
+            f'{kind}{entry_id}","payload_hash":"{payload.hex()}",'
+            f'"previous_hash":"{previous.hex()}","seq":{seq},"timestamp":"{timestamp}"}}'
+        )
+        digest = sha256(text.encode()).digest()
+        yield Link(seq, payload, previous, digest)
+        previous = digest
 
 
 class Walk(msgspec.Struct, frozen=True):

@@ -129,23 +129,23 @@ def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupS
 
     `tasks` counts events that are not partial, as the reference implementation does.
     """
-    sums: dict[RollupKey, RollupSums] = {}
+    found: dict[tuple[int, str, str, str, str, int], list[int]] = {}
     for event, cost in priced:
-        key = RollupKey(
-            event.timestamp_us // HOUR_US, event.agent, event.consumer, event.model, event.project, event.outcome
-        )
-        old = sums.get(key) or RollupSums()
-        sums[key] = RollupSums(
-            old.events + 1,
-            old.tasks + (not event.partial),
-            old.tokens_in + event.tokens_in,
-            old.tokens_out + event.tokens_out,
-            old.cached_tokens_in + event.cached_tokens_in,
-            old.cache_write_tokens + event.cache_write_tokens,
-            old.reasoning_tokens + event.reasoning_tokens,
-            old.duration_ms + event.duration_ms,
-            old.api_calls + event.api_calls,
-            old.cost_microusd + (cost.microusd or 0),
-            old.unpriced + (cost.microusd is None),
-        )
-    return sums
+        key = (event.timestamp_us // HOUR_US, event.agent, event.consumer, event.model, event.project, event.outcome)
+        sums = found.get(key)
+        if sums is None:
+            sums = found[key] = [0] * len(RollupSums._fields)
+        sums[0] += 1
+        sums[1] += not event.partial
+        sums[2] += event.tokens_in
+        sums[3] += event.tokens_out
+        sums[4] += event.cached_tokens_in
+        sums[5] += event.cache_write_tokens
+        sums[6] += event.reasoning_tokens
+        sums[7] += event.duration_ms
+        sums[8] += event.api_calls
+        if cost.microusd is None:
+            sums[10] += 1
+        else:
+            sums[9] += cost.microusd
+    return {RollupKey(*key): RollupSums(*sums) for key, sums in found.items()}

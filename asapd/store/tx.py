@@ -9,13 +9,18 @@ from typing import Any
 import apsw
 from ulid import base32
 
-from asapd.core.audit import GENESIS, canonical_details, entry_hash, payload_hash
+from asapd.core.audit import GENESIS, Draft, canonical_details, chain
 from asapd.store.rows import Row, fetch_one
 
 
 @lru_cache(maxsize=64)  # the rows of one commit share few times
 def _ulid_time(now_ms: int) -> str:
     return base32.encode_timestamp(now_ms.to_bytes(6, "big"))
+
+
+_PAIRS = [first + second for first in base32.ENCODE for second in base32.ENCODE]
+_LOW = 0xFFFFF
+"""What the last four characters of a ULID hold."""
 
 
 class RefuseError(Exception):
@@ -83,22 +88,43 @@ class Tx:
 
     def new_id(self, prefix: str, now_us: int) -> str:
         """A ULID with a type prefix, its time taken from the unit: `use_01J...`."""
-        return f"{prefix}_{_ulid_time(now_us // 1000)}{base32.encode_randomness(self._entropy(10))}"
+        return self.new_ids(prefix, now_us, 1)[0]
+
+    def new_ids(self, prefix: str, now_us: int, count: int) -> list[str]:
+        """Ids of one moment in ascending order: one random number, counted on (the ULID specification)."""
+        # Without its highest bit, counting on never overflows.
+        number = int.from_bytes(self._entropy(10), "big") >> 1
+        ids: list[str] = []
+        while len(ids) < count:
+            low = number & _LOW
+            run = min(count - len(ids), _LOW + 1 - low)
+            head = f"{prefix}_{_ulid_time(now_us // 1000)}{base32.encode_randomness(number.to_bytes(10, 'big'))[:12]}"
+            ids += [head + _PAIRS[at >> 10] + _PAIRS[at & 1023] for at in range(low, low + run)]
+            number += run
+        return ids
 
     # --- audit
 
     def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
         """Chain one entry to the log; it is written with its unit or not at all."""
-        salt = self._entropy(16)
-        text = canonical_details(details)
-        payload = payload_hash(salt, actor, text, subject)
-        seq, previous = self._audit_seq + 1, self._audit_hash
-        entry_id = self.new_id("aud", now_us)
-        digest = entry_hash(seq, entry_id, now_us, event_type, payload, previous)
-        self._pending_audit.append(
-            (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
-        )
-        self._audit_seq, self._audit_hash = seq, digest
+        self.audit_all(event_type, actor, [(subject, canonical_details(details))], now_us)
+
+    def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:
+        """Chain an entry for each subject and its details, which are RFC 8785 text."""
+        ids = self.new_ids("aud", now_us, len(notes))
+        salts = self._entropy(16 * len(notes))
+        drafts = [
+            Draft(entry_id, subject, text, salts[at : at + 16])
+            for entry_id, (subject, text), at in zip(ids, notes, range(0, len(salts), 16), strict=True)
+        ]
+        head = self._audit_seq, self._audit_hash
+        for draft, link in zip(drafts, chain(head, event_type, actor, now_us, drafts), strict=True):
+            entry_id, subject, text, salt = draft
+            seq, payload, previous, digest = link
+            self._pending_audit.append(
+                (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
+            )
+            self._audit_seq, self._audit_hash = seq, digest
 
     def flush_audit(self) -> None:
         """Write the entries of the unit at hand in one statement."""

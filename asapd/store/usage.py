@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from asapd.core.types import Outcome
@@ -18,60 +21,222 @@ _UPSERT_HOUR = f"INSERT INTO usage_hour VALUES ({','.join('?' * 18)}) ON CONFLIC
 )
 
 
+class UsageNote(msgspec.Struct, frozen=True, gc=False):
+    """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical."""
+
+    agent: str
+    api_calls: int
+    consumer: str
+    content: str
+    cost_microusd: int | None
+    delegation: str | None
+    duration_ms: int
+    flags: int
+    outcome: str
+    reservation: str | None
+    row: int
+    task_id: str
+    tenant: str
+    timestamp_us: int
+    tokens_in: int
+    tokens_out: int
+
+
+_note = msgspec.json.Encoder()
+_OUTCOMES = {outcome.value: outcome.name.lower() for outcome in Outcome}
+
+
+class _Fresh(NamedTuple):
+    """An event that is to be written."""
+
+    seq: int
+    event: UsageEvent
+    cost: Cost
+    id: str
+    content: bytes
+
+
 def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
     """Record each event of a batch once.
 
     Raises:
         RefuseError: with `UsageConflict`, when an identity is taken by other content and the unit is not partial.
     """
-    first = tx.next_seq("usage")
-    keys = [identity_digest(unit.tenant, event) if event.id else None for event in unit.events]
-    known = _known(tx, [key for key in keys if key is not None])
-    claimed: list[Row] = []
-    fresh: list[tuple[UsageEvent, Cost, str, bytes]] = []
-    ids: list[str] = []
-    conflicts: list[tuple[int, int]] = []
-    delivered: dict[sources.Key, sources.Delivered] = {}
-    tenant = tx.intern(unit.tenant)
-    duplicates = unprotected = 0
-    for index, (event, cost, key) in enumerate(zip(unit.events, unit.costs, keys, strict=True)):
-        content = content_digest(event)
-        source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
-        source = delivered.get(source_key)
-        if source is None:
-            source = delivered[source_key] = sources.Delivered()
-        if key is not None:
-            event_id = event.id
-            holder = known.get(key)
-            if holder is not None:
-                if holder[1] == content:
-                    duplicates += 1
-                    source.resent += 1
-                    ids.append(event_id)
-                else:
-                    conflicts.append((index, holder[0] if holder[0] < first else 0))
-                continue
-            known[key] = (first + len(fresh), content)
-            claimed.append((key, first + len(fresh)))
-        else:
-            unprotected += 1
-            event_id = tx.new_id("use", unit.now_us)
-        source.events += 1
-        if event.source_seq is not None:
-            source.seqs.append(event.source_seq)
-        ids.append(event_id)
-        fresh.append((event, cost, event_id, content))
-    if conflicts and not unit.partial:
-        raise RefuseError(UsageConflict(conflicts))
-    claimed.sort()  # the index is ordered by key: neighbours share its pages
-    tx.insert_many("INSERT INTO usage_identity VALUES (?,?)", claimed)
-    _insert(tx, unit, first, fresh)
-    sources.deliver(tx, delivered)
-    return Recorded(len(fresh), duplicates, unprotected, ids, conflicts)
+    return record_together(tx, [unit])[0]
+
+
+def record_together(tx: Tx, batch: Sequence[RecordUsage]) -> list[Recorded]:
+    """Record units that follow each other, with few statements for all; the outcome is that of one after the other.
+
+    Raises:
+        RefuseError: when a unit is refused: all have to be rolled back then, and recorded one by one.
+    """
+    pass_ = _Pass(tx, batch)
+    recorded = [pass_.record(unit, keys) for unit, keys in zip(batch, pass_.keys, strict=True)]
+    pass_.write()
+    return recorded
+
+
+class _Pass:
+    """What units bring together, until it is written."""
+
+    def __init__(self, tx: Tx, batch: Sequence[RecordUsage]) -> None:
+        self._tx = tx
+        self._next = tx.next_seq("usage")
+        self.keys = [
+            [identity_digest(unit.tenant, event) if event.id else None for event in unit.events] for unit in batch
+        ]
+        self._known = _known(tx, [key for keys in self.keys for key in keys if key is not None])
+        self._claimed: list[Row] = []
+        self._rows: list[Row] = []
+        self._priced: dict[str, list[tuple[UsageEvent, Cost]]] = {}
+        self._delivered: dict[sources.Key, sources.Delivered] = {}
+
+    def record(self, unit: RecordUsage, keys: list[bytes | None]) -> Recorded:
+        """Take in one unit."""
+        tx, known, delivered = self._tx, self._known, self._delivered
+        first = self._next
+        fresh: list[_Fresh] = []
+        ids: list[str] = []
+        conflicts: list[tuple[int, int]] = []
+        tenant = tx.intern(unit.tenant)
+        duplicates = unprotected = 0
+        for index, (event, cost, key) in enumerate(zip(unit.events, unit.costs, keys, strict=True)):
+            content = content_digest(event)
+            source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
+            source = delivered.get(source_key)
+            if source is None:
+                source = delivered[source_key] = sources.Delivered()
+            if key is not None:
+                event_id = event.id
+                holder = known.get(key)
+                if holder is not None:
+                    if holder[1] == content:
+                        duplicates += 1
+                        source.resent += 1
+                        ids.append(event_id)
+                    else:
+                        conflicts.append((index, holder[0] if holder[0] < first else 0))
+                    continue
+                known[key] = (self._next, content)
+                self._claimed.append((key, self._next))
+            else:
+                unprotected += 1
+                event_id = tx.new_id("use", unit.now_us)
+            source.events += 1
+            if event.source_seq is not None:
+                source.seqs.append(event.source_seq)
+            ids.append(event_id)
+            fresh.append(_Fresh(self._next, event, cost, event_id, content))
+            self._next += 1
+        if conflicts and not unit.partial:
+            raise RefuseError(UsageConflict(conflicts))
+        self._charge(unit, tenant, fresh)
+        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts)
+
+    def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> None:
+        """Debit what the fresh events of a unit used, and make their rows and audit entries."""
+        tx = self._tx
+        intern, rows = tx.intern, self._rows
+        notes: list[tuple[str, bytes]] = []
+        priced = self._priced.setdefault(unit.tenant, [])
+        book = open_book(tx, unit.actor, unit.now_us)
+        for seq, event, cost, event_id, content in fresh:
+            flags = 0
+            if book is not None or event.reservation is not None or event.delegation is not None:
+                flags = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
+            rows.append(
+                (
+                    seq,
+                    event_id,
+                    tenant,
+                    intern(event.source),
+                    event.source_seq,
+                    intern(event.agent),
+                    intern(event.consumer),
+                    event.task_id,
+                    event.timestamp_us,
+                    event.tokens_in,
+                    event.tokens_out,
+                    event.cached_tokens_in,
+                    event.cache_write_tokens,
+                    event.reasoning_tokens,
+                    event.duration_ms,
+                    event.api_calls,
+                    event.outcome,
+                    event.partial,
+                    event.error,
+                    intern(event.model),
+                    intern(event.provider),
+                    intern(event.project),
+                    cost.microusd,
+                    cost.source,
+                    cost.priced_microusd,
+                    event.reported_microusd,
+                    cost.price_version,
+                    event.delegation,
+                    event.reservation,
+                    event.action,
+                    flags,
+                    event.parent_task_id,
+                    None if event.labels is None else msgspec.json.encode(event.labels, order="sorted").decode(),
+                    event.trace_id,
+                    content,
+                    unit.now_us,
+                    unit.actor,
+                )
+            )
+            priced.append((event, cost))
+            note = UsageNote(
+                event.agent,
+                event.api_calls,
+                event.consumer,
+                content.hex(),
+                cost.microusd,
+                event.delegation,
+                event.duration_ms,
+                flags,
+                _OUTCOMES[event.outcome],
+                event.reservation,
+                seq,
+                event.task_id,
+                unit.tenant,
+                event.timestamp_us,
+                event.tokens_in,
+                event.tokens_out,
+            )
+            notes.append((event_id, _note.encode(note)))
+        tx.audit_all("usage.recorded", unit.actor, notes, unit.now_us)
+        if book is not None:
+            book.flush()
+            # A budget that comes to count tasks looks for them among the rows: those of the units before must be there.
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        self._tx.insert_many(_INSERT, self._rows)
+        self._rows.clear()
+
+    def write(self) -> None:
+        """Write what was taken in."""
+        tx = self._tx
+        self._claimed.sort()  # the index is ordered by key: neighbours share its pages
+        tx.insert_many("INSERT INTO usage_identity VALUES (?,?)", self._claimed)
+        self._write_rows()
+        tx.insert_many(
+            _UPSERT_HOUR,
+            (
+                (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
+                for tenant, priced in self._priced.items()
+                for key, sums in rollup(priced).items()
+            ),
+        )
+        sources.deliver(tx, self._delivered)
 
 
 def _known(tx: Tx, keys: list[bytes]) -> dict[bytes, tuple[int, bytes | None]]:
     """Which identities are taken: the row that has each, and that row's content."""
+    if not keys:
+        return {}
     rows = fetch(
         tx.connection,
         "SELECT key, i.seq, content FROM usage_identity i LEFT JOIN usage u ON u.seq = i.seq "
@@ -79,88 +244,3 @@ def _known(tx: Tx, keys: list[bytes]) -> dict[bytes, tuple[int, bytes | None]]:
         (msgspec.json.encode([key.hex() for key in keys]).decode(),),
     )
     return {key: (seq, content) for key, seq, content in rows}
-
-
-def _insert(tx: Tx, unit: RecordUsage, first: int, fresh: list[tuple[UsageEvent, Cost, str, bytes]]) -> None:
-    tenant = tx.intern(unit.tenant)
-    rows: list[Row] = []
-    book = open_book(tx, unit.actor, unit.now_us)
-    for seq, (event, cost, event_id, content) in enumerate(fresh, first):
-        flags = 0
-        if book is not None or event.reservation is not None or event.delegation is not None:
-            flags = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
-        rows.append(
-            (
-                seq,
-                event_id,
-                tenant,
-                tx.intern(event.source),
-                event.source_seq,
-                tx.intern(event.agent),
-                tx.intern(event.consumer),
-                event.task_id,
-                event.timestamp_us,
-                event.tokens_in,
-                event.tokens_out,
-                event.cached_tokens_in,
-                event.cache_write_tokens,
-                event.reasoning_tokens,
-                event.duration_ms,
-                event.api_calls,
-                event.outcome,
-                event.partial,
-                event.error,
-                tx.intern(event.model),
-                tx.intern(event.provider),
-                tx.intern(event.project),
-                cost.microusd,
-                cost.source,
-                cost.priced_microusd,
-                event.reported_microusd,
-                cost.price_version,
-                event.delegation,
-                event.reservation,
-                event.action,
-                flags,
-                event.parent_task_id,
-                None if event.labels is None else msgspec.json.encode(event.labels, order="sorted").decode(),
-                event.trace_id,
-                content,
-                unit.now_us,
-                unit.actor,
-            )
-        )
-        tx.audit(
-            "usage.recorded",
-            unit.actor,
-            event_id,
-            {
-                "agent": event.agent,
-                "api_calls": event.api_calls,
-                "consumer": event.consumer,
-                "content": content.hex(),
-                "cost_microusd": cost.microusd,
-                "delegation": event.delegation,
-                "duration_ms": event.duration_ms,
-                "flags": flags,
-                "outcome": Outcome(event.outcome).name.lower(),
-                "reservation": event.reservation,
-                "row": seq,
-                "task_id": event.task_id,
-                "tenant": unit.tenant,
-                "timestamp_us": event.timestamp_us,
-                "tokens_in": event.tokens_in,
-                "tokens_out": event.tokens_out,
-            },
-            unit.now_us,
-        )
-    if book is not None:
-        book.flush()
-    tx.insert_many(_INSERT, rows)
-    tx.insert_many(
-        _UPSERT_HOUR,
-        (
-            (tenant, key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
-            for key, sums in rollup((event, cost) for event, cost, _, _ in fresh).items()
-        ),
-    )

@@ -158,8 +158,8 @@ events = st.builds(
 )
 
 
-def units_at(number: int) -> st.SearchStrategy[AnyUnit]:
-    """Every kind of unit, at the time of the `number`th; reservations have the id of an earlier unit's time."""
+def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
+    """Every kind of unit, or these kinds, at the time of the `number`th; reservations have ids of earlier times."""
     now_us = NOW_US + number * 1000
     at = st.just(now_us)
     actor = st.sampled_from(("key:x", "key:y"))
@@ -287,7 +287,7 @@ def units_at(number: int) -> st.SearchStrategy[AnyUnit]:
     }
     assert of_kind.keys() == set(handlers._HANDLERS)
     often = [RecordUsage, Reserve, SettleReservation]
-    return st.sampled_from([*of_kind, *often, *often]).flatmap(lambda kind: of_kind[kind])
+    return st.sampled_from(kinds or [*of_kind, *often, *often]).flatmap(lambda kind: of_kind[kind])
 
 
 # Reservations that the rest of a log can settle, charge and refund.
@@ -336,6 +336,35 @@ def test_any_grouping_equals_running_the_successful_units_one_by_one(
         assert [alone.run([envelope])[0].result for envelope, _ in done] == [result for _, result in done]
         assert contents(grouped) == contents(one_by_one)
         assert_log_is_whole(grouped)
+
+
+@st.composite
+def runs_of_reports(draw: st.DrawFn) -> tuple[list[AnyUnit], list[RecordUsage]]:
+    """Budgets and reservations, or none, and reports that follow each other."""
+    before: list[AnyUnit] = [*draw(st.sampled_from(([], HELD)))]
+    before += [
+        SyncBudgets(budgets, "asapd", NOW_US) for budgets in draw(st.lists(st.sampled_from(BUDGETS), max_size=2))
+    ]
+    return before, draw(st.lists(units_at(5, RecordUsage), min_size=2, max_size=8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn=runs_of_reports())
+def test_reports_that_share_a_commit_are_recorded_as_if_each_had_its_own(
+    open_store: OpenStore, drawn: tuple[list[AnyUnit], list[RecordUsage]]
+) -> None:
+    """Refused and failing ones among them included: each hears what it would have heard alone."""
+    before, reports = drawn
+    with open_store() as together, open_store() as one_by_one:
+        for connection in (together, one_by_one):
+            for unit in before:
+                run(Writer(connection, zeros), unit)
+        envelopes = [Envelope(number, unit, False) for number, unit in enumerate(reports)]
+        answers = Writer(together, zeros).run(envelopes)
+        alone = Writer(one_by_one, zeros)
+        assert answers == [alone.run([envelope])[0] for envelope in envelopes]
+        assert contents(together) == contents(one_by_one)
+        assert_log_is_whole(together)
 
 
 def test_replay_runs_a_log_one_by_one(connection: apsw.Connection) -> None:
