@@ -21,7 +21,6 @@ from asapd.store.units import (
 from asapd.store.units import (
     AgentsChanged,
     ApiKey,
-    Recorded,
     ReservationChanged,
     Reserved,
     Revoked,
@@ -33,6 +32,9 @@ from asapd.store.units import (
 )
 from asapd.store.units import (
     Idempotency as Idempotency,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+from asapd.store.units import (
+    Recorded as Recorded,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
 from asapd.store.units import (
     TaskEvent as TaskEvent,  # noqa: PLC0414 -- handed on to the doors, which do not know the store

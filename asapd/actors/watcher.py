@@ -41,8 +41,8 @@ from asapd.store.units import BreachRow, WriteBreach
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
-# At most a hundred reads a second, however fast commits come; as often as `evaluate_every` may ask at most.
-_PAUSE_S = 0.01
+# At most twenty reads a second, however fast commits come: each costs the loop a thread hop and a share of the GIL.
+_PAUSE_S = 0.05
 _BEAT_EVERY_S = 1.0
 _TERMS: tuple[TermType, ...] = get_args(TermType)
 

@@ -38,7 +38,7 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.fastlane import FastLane
 from asapd.edge.http.app import create_app
 from asapd.edge.ingest import run_ingest
-from asapd.edge.reporting import report_frame
+from asapd.edge.reporting import post_frame
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
 from asapd.edge.sockets import Peer
@@ -333,8 +333,8 @@ class House:
         *,
         task_status: trio.TaskStatus[trio.CancelScope],
     ) -> None:
-        async def handle(body: bytes, peer: Peer) -> bytes:
-            return await report_frame(services, self._ingest_caller(peer), body)
+        async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+            await post_frame(services, self._ingest_caller(peer), body, answer)
 
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
@@ -342,7 +342,7 @@ class House:
                     partial(
                         run_ingest,
                         listener,
-                        handle,
+                        take,
                         max_frame_bytes=min(self._settings.http.max_body_bytes, MAX_FRAME_BYTES),
                         max_connections=self._settings.limits.max_connections,
                         log=self._log.getChild("ingest"),

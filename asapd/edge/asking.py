@@ -9,7 +9,7 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.edge.services import ASK_S
-from asapd.runtime.ask import AnswererGone, HandlerFailed, MailboxFull, NoAnswerInTime, Reply, ask
+from asapd.runtime.ask import AnswererGone, HandlerFailed, MailboxFull, NoAnswerInTime, Reply, ask, post
 
 T = TypeVar("T")
 
@@ -32,8 +32,38 @@ async def ask_actor(
     except MailboxFull as error:
         return Refusal("overloaded", f"{error}: try again", retry_after_s=error.retry_after_s)
     except (AnswererGone, NoAnswerInTime) as error:
-        detail = f"{error}: send it again, an event with an id is still counted once"
-        return Refusal("outcome_unknown", detail, retry_after_s=error.retry_after_s)
+        return unknown(error)
     except HandlerFailed:
-        return Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
+        return _BUG
     return answer
+
+
+async def post_to_actor(
+    mailbox: trio.MemorySendChannel[Any],
+    build: Callable[[Reply[Any]], Answerable[T]],
+    then: Callable[[T | Refusal], None],
+) -> None:
+    """Ask and go on, waiting only for room; `then` is called with the answer, unless the actor never gives one."""
+
+    def told(reply: Reply[Any]) -> None:
+        try:
+            answer: T | Refusal = reply.result_nowait()
+        except AnswererGone as error:
+            answer = unknown(error)
+        except HandlerFailed:
+            answer = _BUG
+        then(answer)
+
+    try:
+        await post(mailbox, build, told)
+    except AnswererGone as error:
+        then(unknown(error))
+
+
+_BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
+
+
+def unknown(error: AnswererGone | NoAnswerInTime) -> Refusal:
+    """The refusal of a request that may or may not have taken effect."""
+    detail = f"{error}: send it again, an event with an id is still counted once"
+    return Refusal("outcome_unknown", detail, retry_after_s=error.retry_after_s)

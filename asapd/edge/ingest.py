@@ -20,7 +20,8 @@ ACCEPT_PAUSE_S = 0.1
 # Answers are joined into one write up to this size.
 ANSWER_BYTES = 65_536
 
-Handle = Callable[[bytes, Peer], Awaitable[bytes]]
+Take = Callable[[bytes, Peer, Callable[[bytes], None]], Awaitable[None]]
+"""Takes a frame, waiting only for room; the answer is given to the callable, once, then or later."""
 
 _GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -65,6 +66,8 @@ class IngestLimits(msgspec.Struct, frozen=True, kw_only=True):
     send_s: float = 30.0
     """For up to 64 KiB of answers to be taken."""
     first_byte_s: float = 30.0
+    answer_s: float = 35.0
+    """For the answer to a frame: longer than whoever answers waits for its own sources."""
     linger_s: float = 2.0
     """After a last answer: how long unread input is discarded, so that the client comes to read the answer."""
 
@@ -74,7 +77,7 @@ DEFAULT_LIMITS = IngestLimits()
 
 async def run_ingest(
     listener: trio.SocketListener,
-    handle: Handle,
+    take: Take,
     *,
     max_frame_bytes: int,
     max_connections: int,
@@ -85,10 +88,10 @@ async def run_ingest(
     limits: IngestLimits = DEFAULT_LIMITS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves the ingest socket until cancelled; frames already handed to `handle` are then answered within `grace_s`.
+    """Serves the ingest socket until cancelled; frames that `take` has by then are still answered within `grace_s`.
 
-    A connection has up to `in_flight_per_connection` frames with `handle` at once, which may run in any order; the
-    answers keep the frames' order. At that bound, and for as long as the client does not read, nothing more is read.
+    Of a connection up to `in_flight_per_connection` frames wait for their answers, which may come in any order and keep
+    the frames' order. At that bound, and for as long as the client does not read, nothing more is read.
     At `max_connections` nothing more is accepted: clients wait in the backlog. A connection whose first byte is a
     letter is given to `http`, or answered 501. Closes `listener`.
 
@@ -98,7 +101,7 @@ async def run_ingest(
         raise ValueError("in_flight_per_connection and max_connections must be at least 1")
     FrameDecoder(max_frame_bytes)
     shared = _Shared(
-        handle=handle,
+        take=take,
         http=http,
         max_frame_bytes=max_frame_bytes,
         in_flight=in_flight_per_connection,
@@ -126,7 +129,7 @@ async def run_ingest(
 class _Shared(msgspec.Struct, frozen=True, kw_only=True):
     """What all connections of a listener have in common."""
 
-    handle: Handle
+    take: Take
     http: Http | None
     max_frame_bytes: int
     in_flight: int
@@ -137,14 +140,14 @@ class _Shared(msgspec.Struct, frozen=True, kw_only=True):
     readers: set[trio.CancelScope] = msgspec.field(default_factory=set)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[trio.CancelScope]:
         """Waiting for a client, which a stop ends at once."""
         with trio.CancelScope() as scope:
             self.readers.add(scope)
             if self.stopping.is_set():
                 scope.cancel()
             try:
-                yield
+                yield scope
             finally:
                 self.readers.discard(scope)
 
@@ -207,21 +210,22 @@ async def _linger(stream: trio.SocketStream, linger_s: float) -> None:
 
 
 class _Answer:
-    """The place of one frame's answer in the order of answers."""
+    """The place of one frame's answer in the order of answers; only the first answer counts."""
 
-    __slots__ = ("body", "ready")
+    __slots__ = ("_told", "body")
 
-    def __init__(self) -> None:
-        self.body = b""
-        self.ready = trio.Event()
+    def __init__(self, told: Callable[[_Answer], None]) -> None:
+        self.body: bytes | None = None
+        self._told = told
 
     def set(self, body: bytes) -> None:
-        self.body = body
-        self.ready.set()
+        if self.body is None:
+            self.body = body
+            self._told(self)
 
 
 class _Frames:
-    """A connection that speaks frames: one task reads, one a frame handles, one writes the answers in order."""
+    """A connection that speaks frames: one task reads and hands on, one writes the answers in order."""
 
     def __init__(self, stream: trio.SocketStream, peer: Peer, shared: _Shared) -> None:
         self._stream = stream
@@ -230,57 +234,74 @@ class _Frames:
         # A frame's place is free again when its answer is written, so a client that does not read is not read.
         self._places = trio.Semaphore(shared.in_flight)
         self._answers: deque[_Answer] = deque()
-        self._changed = trio.Event()
+        self._writer = trio.lowlevel.ParkingLot()
         self._ended = False
         self._oversized = False
 
     async def run(self, first: bytes) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write, nursery.cancel_scope)
-            with self._shared.reading():
-                await self._read(first, nursery)
+            await self._read(first)
             self._ended = True
-            self._changed.set()
+            self._writer.unpark_all()
         if self._oversized:
             await _linger(self._stream, self._shared.limits.linger_s)
 
-    async def _read(self, data: bytes, nursery: trio.Nursery) -> None:
+    async def _read(self, data: bytes) -> None:
         decoder = FrameDecoder(self._shared.max_frame_bytes)
         while data:
             for item in decoder.feed(data):
-                await self._places.acquire()
-                answer = _Answer()
+                if not await self._has_place():
+                    return
+                answer = _Answer(self._told)
                 self._answers.append(answer)
-                self._changed.set()
                 if isinstance(item, Oversized):
                     answer.set(_too_large(item, self._shared.max_frame_bytes))
                     self._oversized = True
                     return
-                nursery.start_soon(self._handle, item, answer)
+                try:
+                    await self._shared.take(item, self._peer, answer.set)
+                except* Exception:
+                    self._shared.log.exception("an ingest frame failed")
+                    answer.set(_INTERNAL)
             data = b""
-            with trio.move_on_after(self._shared.limits.frame_s if decoder.partial else inf):
+            with (
+                trio.move_on_after(self._shared.limits.frame_s if decoder.partial else inf),
+                self._shared.reading(),
+            ):
                 data = await self._stream.receive_some(RECEIVE_BYTES)
 
-    async def _handle(self, body: bytes, answer: _Answer) -> None:
+    def _told(self, answer: _Answer) -> None:
+        if self._answers and self._answers[0] is answer:
+            self._writer.unpark_all()
+
+    async def _has_place(self) -> bool:
+        """Whether a frame may be handed on; waits for a place, unless the door closes."""
         try:
-            answer.set(await self._shared.handle(body, self._peer))
-        except* Exception:
-            self._shared.log.exception("an ingest frame failed")
-            answer.set(_INTERNAL)
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            with self._shared.reading() as waiting:
+                await self._places.acquire()
+            return not waiting.cancelled_caught
+        return True
 
     async def _write(self, connection: trio.CancelScope) -> None:
         answers = self._answers
         while True:
-            while not answers:
-                if self._ended:
+            while not (answers and answers[0].body is not None):
+                if self._ended and not answers:
                     return
-                self._changed = trio.Event()
-                await self._changed.wait()
-            await answers[0].ready.wait()
+                oldest = answers[0] if answers else None
+                with trio.move_on_after(self._shared.limits.answer_s) as waiting:
+                    await self._writer.park()
+                if waiting.cancelled_caught and oldest is not None and oldest.body is None:
+                    self._shared.log.warning("an ingest frame was not answered in time")
+                    oldest.set(_TOO_LATE)
             out = bytearray()
             written = 0
-            while answers and answers[0].ready.is_set() and len(out) < ANSWER_BYTES:
-                out += encode(answers.popleft().body)
+            while answers and len(out) < ANSWER_BYTES and (body := answers[0].body) is not None:
+                out += encode(body)
+                answers.popleft()
                 written += 1
             with trio.move_on_after(self._shared.limits.send_s) as sending:
                 await self._stream.send_all(out)
@@ -294,6 +315,15 @@ class _Frames:
 
 _INTERNAL = msgspec.json.encode(
     {"ok": False, "code": "internal", "detail": "The frame failed inside the daemon; its log says why. Send it again."}
+)
+
+_TOO_LATE = msgspec.json.encode(
+    {
+        "ok": False,
+        "code": "outcome_unknown",
+        "detail": "The frame was not answered in time; it may still take effect. Send it again: an event with an id is "
+        "counted once.",
+    }
 )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial as partially
 from typing import Any, Literal
 
 import msgspec
 
-from asapd.actors.messages import Idempotency, Report
+from asapd.actors.messages import Idempotency, Recorded, Report
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
-from asapd.edge.asking import ask_actor
+from asapd.edge.asking import ask_actor, post_to_actor
 from asapd.edge.services import Services
+from asapd.runtime.ask import Reply
 from asapd.wire.cloudevents import USAGE_TYPES, decode_batch, decode_binary, decode_structured
 from asapd.wire.problem import problem
 from asapd.wire.usage import MAX_ERRORS, BodyFormat, Events, decode_events
@@ -42,6 +44,56 @@ async def report(
 
     Without `partial` one bad event refuses the whole body; with it the bad ones are left out and named.
     """
+    prepared = _prepare(services, caller, body, written, partial=partial)
+    if isinstance(prepared, Refusal):
+        return prepared
+    recorded = await ask_actor(
+        services.mailboxes.meter, partially(prepared.message, caller, idempotency), wait_for_room=wait_for_room
+    )
+    return recorded if isinstance(recorded, Refusal) else prepared.reply(recorded)
+
+
+class _Prepared(msgspec.Struct, frozen=True):
+    """What a body reports, ready for the meter; `errors` names what is left out of it."""
+
+    events: list[UsageEvent]
+    places: list[int]
+    errors: list[FieldError]
+    is_batch: bool
+    partial: bool
+
+    def message(self, caller: Caller, idempotency: Idempotency | None, reply: Reply[Recorded | Refusal]) -> Report:
+        """The message to the meter."""
+        places = self.places if self.is_batch else None
+        return Report(caller, self.events, places, self.partial, idempotency, reply)
+
+    def reply(self, recorded: Recorded) -> dict[str, Any]:
+        """What the client is told."""
+        reply: dict[str, Any] = {
+            "status": "recorded",
+            "recorded": recorded.recorded,
+            "duplicates": recorded.duplicates,
+            "unprotected": recorded.unprotected,
+            "ids": recorded.ids,
+        }
+        if self.is_batch:
+            reply["count"] = len(recorded.ids)
+            reply["task_ids"] = [event.task_id for event in self.events]
+        elif self.events:
+            reply["task_id"] = self.events[0].task_id
+        if self.partial:
+            errors = self.errors + [
+                FieldError("id", f"{self.events[index].id} was reported before with other content", self.places[index])
+                for index, _ in recorded.conflicts
+            ]
+            reply["refused"] = len({error.index for error in errors})
+            reply["errors"] = errors[:MAX_ERRORS]
+        return reply
+
+
+def _prepare(
+    services: Services, caller: Caller, body: bytes, written: Written, *, partial: bool = False
+) -> _Prepared | Refusal:
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
     decoded = _decode(services, body, written)
@@ -61,33 +113,7 @@ async def report(
             late = {error.index for error in untimely}
             kept = [(event, place) for event, place in zip(events, places, strict=True) if place not in late]
             events, places = [event for event, _ in kept], [place for _, place in kept]
-    recorded = await ask_actor(
-        services.mailboxes.meter,
-        lambda reply: Report(caller, events, places if decoded.is_batch else None, partial, idempotency, reply),
-        wait_for_room=wait_for_room,
-    )
-    if isinstance(recorded, Refusal):
-        return recorded
-    reply: dict[str, Any] = {
-        "status": "recorded",
-        "recorded": recorded.recorded,
-        "duplicates": recorded.duplicates,
-        "unprotected": recorded.unprotected,
-        "ids": recorded.ids,
-    }
-    if decoded.is_batch:
-        reply["count"] = len(recorded.ids)
-        reply["task_ids"] = [event.task_id for event in events]
-    elif events:
-        reply["task_id"] = events[0].task_id
-    if partial:
-        errors += [
-            FieldError("id", f"{events[index].id} was reported before with other content", places[index])
-            for index, _ in recorded.conflicts
-        ]
-        reply["refused"] = len({error.index for error in errors})
-        reply["errors"] = errors[:MAX_ERRORS]
-    return reply
+    return _Prepared(events, places, errors, decoded.is_batch, partial)
 
 
 def _decode(services: Services, body: bytes, written: Written) -> Events | Refusal:
@@ -167,15 +193,30 @@ def validate(services: Services, caller: Caller, body: bytes, written: Written) 
 _frame_encoder = msgspec.json.Encoder(decimal_format="number")
 
 
-async def report_frame(services: Services, caller: Caller | None, body: bytes) -> bytes:
-    """Answer one frame of the ingest socket: msgpack, or JSON when it begins with `{` or `[`."""
+async def post_frame(services: Services, caller: Caller | None, body: bytes, answer: Callable[[bytes], None]) -> None:
+    """Take one frame of the ingest socket: JSON when it begins with `{` or `[`, else msgpack.
+
+    `answer` is called with the answer, after the commit if there is one. Waits only for room with the meter.
+    """
     if caller is None:
-        outcome: dict[str, Any] | Refusal = Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
-    else:
-        body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
-        outcome = await report(services, caller, body, body_format, wait_for_room=True)
-    if isinstance(outcome, Refusal):
-        document = problem(outcome)
-        return _frame_encoder.encode({"ok": False, **document})
-    del outcome["status"]
-    return _frame_encoder.encode({"ok": True, **outcome})
+        answer(_refused(Refusal("forbidden", "no [[ingest.allow]] rule admits this user")))
+        return
+    body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
+    prepared = _prepare(services, caller, body, body_format)
+    if isinstance(prepared, Refusal):
+        answer(_refused(prepared))
+        return
+
+    def told(recorded: Recorded | Refusal) -> None:
+        if isinstance(recorded, Refusal):
+            answer(_refused(recorded))
+            return
+        reply = prepared.reply(recorded)
+        del reply["status"]
+        answer(_frame_encoder.encode({"ok": True, **reply}))
+
+    await post_to_actor(services.mailboxes.meter, partially(prepared.message, caller, None), told)
+
+
+def _refused(refusal: Refusal) -> bytes:
+    return _frame_encoder.encode({"ok": False, **problem(refusal)})

@@ -52,14 +52,16 @@ class Reply(Generic[T]):
     """A slot for one answer; as a context manager it closes on exit, so that a crash never leaves the caller hanging.
 
     The first of `send`, `fail` and `close` decides. All three are synchronous and harmless when the caller has left.
+    `then` is called with the slot as soon as it has ended, by whoever ends it: it must not raise.
     """
 
-    __slots__ = ("_ended", "_state", "_value")
+    __slots__ = ("_state", "_then", "_value", "_waiters")
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[Reply[T]], None] | None = None) -> None:
         self._state = _State.PENDING
         self._value: T | None = None
-        self._ended = trio.Event()
+        self._then = then
+        self._waiters: trio.Event | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +98,11 @@ class Reply(Generic[T]):
 
     async def wait_ended(self) -> None:
         """Return once the slot was answered, failed or closed."""
-        await self._ended.wait()
+        if self._waiters is None:
+            self._waiters = trio.Event()
+        if self.ended:
+            self._waiters.set()
+        await self._waiters.wait()
 
     def result_nowait(self) -> T:
         """The answer of a slot that has ended.
@@ -113,7 +119,10 @@ class Reply(Generic[T]):
 
     def _end(self, state: _State) -> None:
         self._state = state
-        self._ended.set()
+        if self._waiters is not None:
+            self._waiters.set()
+        if self._then is not None:
+            self._then(self)
 
 
 async def ask(
@@ -151,3 +160,23 @@ async def ask(
     if not reply.ended:
         raise NoAnswerInTime(f"no answer within {deadline_s:g} s; the request may still take effect")
     return reply.result_nowait()
+
+
+async def post(
+    mailbox: trio.MemorySendChannel[M], build: Callable[[Reply[T]], M], then: Callable[[Reply[T]], None]
+) -> None:
+    """Send the message that `build` makes around a fresh reply, and go on; `then` is called with the reply at its end.
+
+    Waits only for room in the mailbox, and yields to other tasks only then: whoever posts in a loop yields elsewhere.
+    An answerer that goes away with the message in its mailbox never ends the reply, so the caller keeps a deadline.
+
+    Raises AnswererGone when the mailbox is closed: nothing was sent.
+    """
+    message = build(Reply(then))
+    try:
+        try:
+            mailbox.send_nowait(message)
+        except trio.WouldBlock:
+            await mailbox.send(message)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        raise AnswererGone("the answerer has shut down; nothing was done") from None

@@ -48,12 +48,21 @@ class ReadTooLongError(Exception):
     """A query ran for longer than `READ_LIMIT_S` and was interrupted; narrow it."""
 
 
+Then = Callable[[Answer | Refusal], None]
+"""Told the answer to one unit. It must not raise, and does not hold up what follows."""
+
 OnCommit = Callable[[Sequence[AnyResult] | None], None]
 """Told the results of each commit, or None when something may have been committed that nobody answered."""
 
 
 class Runner(Protocol):
     """Whatever takes an envelope's content and answers after its commit."""
+
+    async def post(
+        self, unit: AnyUnit, then: Then, *, urgent: bool = False, idempotency: Idempotency | None = None
+    ) -> None:
+        """Send one unit; `then` is called once, with its answer. Waits only while too much is in flight."""
+        ...
 
     async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
         """Run one unit."""
@@ -87,19 +96,27 @@ class Database:
             UnitFailedError: the unit met a bug.
         """
         answer = await self._runner.execute(cast("AnyUnit", unit), urgent=urgent, idempotency=idempotency)
-        if isinstance(answer, Refusal):
-            return answer
-        match answer.result:
-            case Failed(error=error):
-                raise UnitFailedError(error)
-            case NotWritten(error=error, full=True):
-                return Refusal(
-                    "storage_full", f"nothing was written, the disk is full ({error}): make room", retry_after_s=30
-                )
-            case NotWritten(error=error):
-                return Refusal("storage_failed", f"nothing was written, the disk failed ({error})", retry_after_s=5)
-            case result:
-                return cast("R", result)
+        outcome = _outcome(answer)
+        if isinstance(outcome, UnitFailedError):
+            raise outcome
+        return cast("R | Refusal", outcome)
+
+    async def post(
+        self,
+        unit: Unit[R],
+        then: Callable[[R | Refusal | UnitFailedError], None],
+        *,
+        idempotency: Idempotency | None = None,
+    ) -> None:
+        """Like `submit`, but goes on once the unit is on its way; `then` is called with what became of it, once.
+
+        Where many units are in flight this costs no task for each that waits. `then` must not raise.
+        """
+        await self._runner.post(
+            cast("AnyUnit", unit),
+            lambda answer: then(cast("R | Refusal | UnitFailedError", _outcome(answer))),
+            idempotency=idempotency,
+        )
 
     async def read(self, query: Callable[..., T], *arguments: Any) -> T:
         """Run `query(connection, *arguments)` on a read-only snapshot.
@@ -108,6 +125,23 @@ class Database:
             ReadTooLongError: it did not end within `READ_LIMIT_S`.
         """
         return await self._readers.run(query, *arguments)
+
+
+def _outcome(answer: Answer | Refusal) -> AnyResult | Refusal | UnitFailedError:
+    """What an answer means to whoever asked."""
+    if isinstance(answer, Refusal):
+        return answer
+    match answer.result:
+        case Failed(error=error):
+            return UnitFailedError(error)
+        case NotWritten(error=error, full=True):
+            return Refusal(
+                "storage_full", f"nothing was written, the disk is full ({error}): make room", retry_after_s=30
+            )
+        case NotWritten(error=error):
+            return Refusal("storage_failed", f"nothing was written, the disk failed ({error})", retry_after_s=5)
+        case result:
+            return result
 
 
 class Readers(Protocol):
@@ -128,6 +162,12 @@ class InlineRunner:
         self._writer = writer
         self._on_commit = on_commit
         self._number = 0
+
+    async def post(
+        self, unit: AnyUnit, then: Then, *, urgent: bool = False, idempotency: Idempotency | None = None
+    ) -> None:
+        """Run one unit in a commit of its own, and tell its answer."""
+        then(await self.execute(unit, urgent=urgent, idempotency=idempotency))
 
     async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
         """Run one unit in a commit of its own."""
@@ -227,7 +267,7 @@ class ProcessRunner:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._number = 0
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, tuple[int, Then]] = {}
         self._outgoing = bytearray()
         self._in_flight_bytes = 0
         # Parking lots, not a condition: between a look and a wait nothing else runs, and waking costs nobody a turn.
@@ -244,21 +284,28 @@ class ProcessRunner:
 
     async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
         """Send one unit and wait for its commit; waits first while too much is in flight."""
+        waiter = _Waiter()
+        await self.post(unit, waiter.settle, urgent=urgent, idempotency=idempotency)
+        await waiter.settled.wait()
+        return waiter.answer
+
+    async def post(
+        self, unit: AnyUnit, then: Then, *, urgent: bool = False, idempotency: Idempotency | None = None
+    ) -> None:
+        """Send one unit, and tell its answer after its commit; waits first while too much is in flight."""
         self._number += 1
         number = self._number
         body = self._encoder.encode(Envelope(number, unit, urgent, idempotency))
         while self._connected and self._in_flight_bytes > MAX_IN_FLIGHT_BYTES and not urgent:
             await self._room.park()
         if not self._connected or self._closing:
-            await trio.lowlevel.checkpoint()
-            return WRITER_AWAY
-        pending = self._pending[number] = _Pending(len(body))
+            then(WRITER_AWAY)
+            return
+        self._pending[number] = len(body), then
         self._in_flight_bytes += len(body)
         self._outgoing += HEADER.pack(len(body))
         self._outgoing += body
         self._sender.unpark_all()
-        await pending.answered.wait()
-        return pending.answer
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run one writer process until `close`.
@@ -332,9 +379,9 @@ class ProcessRunner:
             with memoryview(buffer) as view:
                 answer = self._decoder.decode(view[begin : begin + length])
             start = begin + length
-            pending = self._pending.pop(answer.number)
-            self._in_flight_bytes -= pending.size
-            pending.settle(answer)
+            size, then = self._pending.pop(answer.number)
+            self._in_flight_bytes -= size
+            then(answer)
             results.append(answer.result)
         del buffer[:start]
         if results:
@@ -347,8 +394,8 @@ class ProcessRunner:
         self._outgoing.clear()
         self._in_flight_bytes = 0
         lost, self._pending = self._pending, {}
-        for pending in lost.values():
-            pending.settle(OUTCOME_UNKNOWN)
+        for _, then in lost.values():
+            then(OUTCOME_UNKNOWN)
         self._room.unpark_all()
         self._on_commit(None)  # what was in flight may be committed: followers look
 
@@ -359,19 +406,18 @@ class ProcessRunner:
         self._room.unpark_all()
 
 
-class _Pending:
-    """One unit on its way."""
+class _Waiter:
+    """Waits for one answer."""
 
-    __slots__ = ("answer", "answered", "size")
+    __slots__ = ("answer", "settled")
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.answered = trio.Event()
+    def __init__(self) -> None:
+        self.settled = trio.Event()
         self.answer: Answer | Refusal = OUTCOME_UNKNOWN
 
     def settle(self, answer: Answer | Refusal) -> None:
         self.answer = answer
-        self.answered.set()
+        self.settled.set()
 
 
 def prepare(path: Path) -> None:

@@ -124,8 +124,8 @@ async def lane_of(edge: Edge, tmp_path: Path, *, max_connections: int = 50, **op
             else:
                 await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
 
-        async def handle(body: bytes, peer: Peer) -> bytes:
-            return b'{"ok":true}'
+        async def handle(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+            answer(b'{"ok":true}')
 
         fast = FastLane(services, hand_over, log=LOG, limits=Limits(**options))
         unix = open_unix(tmp_path / "ingest.sock", 0o600, None)

@@ -15,7 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from asapd.edge.connection import bare_response
-from asapd.edge.ingest import IngestLimits, PushbackStream, run_ingest
+from asapd.edge.ingest import IngestLimits, PushbackStream, Take, run_ingest
 from asapd.edge.sockets import Peer, open_unix
 from asapd.wire.frames import FrameDecoder, encode
 
@@ -29,14 +29,30 @@ async def echo(body: bytes, peer: Peer) -> bytes:
     return b"re:" + body
 
 
+def taking(handle: Callable[[bytes, Peer], Awaitable[bytes]], nursery: trio.Nursery) -> Take:
+    """Answers each frame by a task of its own, in whatever order they end; what raises at once was not taken."""
+
+    async def answer_later(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+        answer(await handle(body, peer))
+
+    async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+        nursery.start_soon(answer_later, body, peer, answer)
+
+    return take
+
+
+async def refuse(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+    raise AssertionError("no frame is taken")
+
+
 @asynccontextmanager
 async def serving(
-    path: Path, handle: Callable[[bytes, Peer], Awaitable[bytes]] = echo, **options: Any
+    path: Path, handle: Callable[[bytes, Peer], Awaitable[bytes]] = echo, take: Take | None = None, **options: Any
 ) -> AsyncIterator[Callable[[], Awaitable[trio.SocketStream]]]:
     options = {"max_frame_bytes": 1000, "max_connections": 10, "log": LOG, **options}
     listener = open_unix(path / "i.sock", 0o600, None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(run_ingest, listener, handle, **options))
+        await nursery.start(partial(run_ingest, listener, take or taking(handle, nursery), **options))
         yield partial(trio.open_unix_socket, path / "i.sock")
         nursery.cancel_scope.cancel()
 
@@ -85,18 +101,18 @@ async def test_answers_keep_the_order_of_frames_whatever_finishes_first(tmp_path
 async def test_a_frame_that_fails_is_answered_and_the_connection_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def handle(body: bytes, peer: Peer) -> bytes:
+    async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
         if body == b"bad":
             raise KeyError("boom")
         if body == b"group":
             async with trio.open_nursery():
                 raise ValueError("boom")
-        return await echo(body, peer)
+        answer(body)
 
-    async with serving(tmp_path, handle) as connect, await connect() as stream:
+    async with serving(tmp_path, take=take) as connect, await connect() as stream:
         await stream.send_all(encode(b"bad") + encode(b"group") + encode(b"good"))
         *failed, good = await answers(stream, 3)
-        assert good == b"re:good"
+        assert good == b"good"
         for answer in failed:
             assert msgspec.json.decode(answer)["ok"] is False
             assert msgspec.json.decode(answer)["code"] == "internal"
@@ -224,7 +240,12 @@ async def test_a_stop_answers_what_was_handed_over_and_nothing_more(tmp_path: Pa
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with ingest:
                 await run_ingest(
-                    listener, handle, max_frame_bytes=10, max_connections=5, log=LOG, task_status=task_status
+                    listener,
+                    taking(handle, nursery),
+                    max_frame_bytes=10,
+                    max_connections=5,
+                    log=LOG,
+                    task_status=task_status,
                 )
 
         await nursery.start(run)
@@ -327,4 +348,26 @@ async def test_bounds_that_cannot_be_are_a_bug(tmp_path: Path, options: dict[str
         async with trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener:
             arguments: dict[str, Any] = {"max_frame_bytes": 10, "max_connections": 1, "log": LOG, **options}
             with pytest.raises(ValueError, match="must be"):
-                await run_ingest(listener, echo, **arguments)
+                await run_ingest(listener, refuse, **arguments)
+
+
+async def test_a_frame_that_nobody_answers_is_answered_in_the_end_and_the_next_ones_too(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    late: list[Callable[[bytes], None]] = []
+
+    async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+        if body == b"lost":
+            late.append(answer)
+        else:
+            answer(body)
+
+    limits = IngestLimits(answer_s=5)
+    async with serving(tmp_path, take=take, limits=limits) as connect, await connect() as stream:
+        await stream.send_all(encode(b"lost") + encode(b"good"))
+        lost, good = await answers(stream, 2)
+        assert msgspec.json.decode(lost)["code"] == "outcome_unknown"
+        assert good == b"good"
+        late[0](b"too late")
+        await stream.send_all(encode(b"more"))
+        assert await answers(stream, 1) == [b"more"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US, SECOND_US, Role
 from asapd.edge.ingest import run_ingest
-from asapd.edge.reporting import report, report_frame, validate
+from asapd.edge.reporting import post_frame, report, validate
 from asapd.edge.sockets import Peer, open_unix
 from asapd.store.database import Database
 from asapd.wire.frames import FrameDecoder, encode
@@ -34,7 +35,9 @@ def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
 
 async def frame(edge: Edge, value: Any, caller: Caller | None = INGEST, *, packed: bool = False) -> Any:
     body = value if isinstance(value, bytes) else (msgspec.msgpack if packed else msgspec.json).encode(value)
-    return msgspec.json.decode(await report_frame(edge.services, caller, body))
+    send, receive = trio.open_memory_channel[bytes](1)
+    await post_frame(edge.services, caller, body, send.send_nowait)
+    return msgspec.json.decode(await receive.receive())
 
 
 async def partial_report(edge: Edge, caller: Caller, value: Any) -> dict[str, Any]:
@@ -119,12 +122,12 @@ async def test_the_bounds_of_time_are_those_in_force_now(edge: Edge) -> None:
 
 
 async def test_frames_come_in_by_the_ingest_socket(edge: Edge, tmp_path: Path) -> None:
-    async def handle(body: bytes, peer: Peer) -> bytes:
-        return await report_frame(edge.services, edge.services.ingest_caller(peer), body)
+    async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+        await post_frame(edge.services, edge.services.ingest_caller(peer), body, answer)
 
     listener = open_unix(tmp_path / "i.sock", 0o600, None)
     async with trio.open_nursery() as nursery:
-        run = partial(run_ingest, listener, handle, max_frame_bytes=1 << 20, max_connections=5, log=LOG)
+        run = partial(run_ingest, listener, take, max_frame_bytes=1 << 20, max_connections=5, log=LOG)
         await nursery.start(run)
         async with await trio.open_unix_socket(tmp_path / "i.sock") as stream:
             bodies = [msgspec.json.encode(event(f"e{number}")) for number in range(50)]

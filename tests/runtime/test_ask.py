@@ -15,6 +15,7 @@ from asapd.runtime.ask import (
     Reply,
     Unavailable,
     ask,
+    post,
 )
 
 
@@ -180,3 +181,57 @@ def test_the_first_outcome_of_a_reply_stands() -> None:
 def test_a_pending_reply_has_no_result() -> None:
     with pytest.raises(trio.WouldBlock):
         Reply().result_nowait()
+
+
+# --- posting
+
+
+@dataclass(frozen=True)
+class Note:
+    reply: Reply[int]
+
+
+async def test_a_posted_message_goes_on_at_once_and_hears_of_its_end() -> None:
+    send, receive = trio.open_memory_channel[Note](2)
+    heard: list[int] = []
+    await post(send, Note, lambda reply: heard.append(reply.result_nowait()))
+    note = receive.receive_nowait()
+    assert heard == []
+    note.reply.send(7)
+    assert heard == [7]
+    await note.reply.wait_ended()
+
+
+async def test_a_post_waits_for_room_and_only_for_that(autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Note](1)
+    await post(send, Note, lambda reply: None)
+    with trio.move_on_after(1) as waiting:
+        await post(send, Note, lambda reply: None)
+    assert waiting.cancelled_caught
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(post, send, Note, lambda reply: None)
+        await wait_all_tasks_blocked()
+        receive.receive_nowait()
+    assert receive.statistics().current_buffer_used == 1
+
+
+async def test_a_post_hears_of_a_crash_and_of_a_closed_mailbox() -> None:
+    send, receive = trio.open_memory_channel[Note](1)
+    ends: list[Reply[int]] = []
+    await post(send, Note, ends.append)
+    with receive.receive_nowait().reply:
+        pass
+    with pytest.raises(AnswererGone):
+        ends[0].result_nowait()
+    receive.close()
+    with pytest.raises(AnswererGone, match="nothing was done"):
+        await post(send, Note, ends.append)
+    assert len(ends) == 1
+
+
+async def test_several_may_wait_for_one_end(nursery: trio.Nursery) -> None:
+    reply: Reply[int] = Reply()
+    nursery.start_soon(reply.wait_ended)
+    nursery.start_soon(reply.wait_ended)
+    await wait_all_tasks_blocked()
+    reply.send(1)

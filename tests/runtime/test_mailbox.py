@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd.runtime.ask import AnswererGone, HandlerFailed, Reply, ask
-from asapd.runtime.mailbox import TooManyFailures, serve
+from asapd.runtime.mailbox import BURST, TooManyFailures, serve
 
 
 @dataclass(frozen=True)
@@ -261,3 +261,76 @@ async def test_an_unwatched_actor_needs_no_beat(autojump_clock: MockClock, nurse
     await send.aclose()
     await wait_all_tasks_blocked()
     assert seen == [1]
+
+
+# --- passing on
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_a_message_that_is_passed_on_needs_no_hand_and_its_reply_ends_later(
+    concurrency: int, nursery: trio.Nursery
+) -> None:
+    send, receive = trio.open_memory_channel[Job](100)
+    passed: list[Job] = []
+    handled: list[int] = []
+
+    async def pass_on(job: Job) -> bool:
+        if job.number % 2:
+            passed.append(job)
+        return bool(job.number % 2)
+
+    async def handle(job: Job) -> None:
+        handled.append(job.number)
+
+    jobs = [Job(number) for number in range(3 * BURST)]
+    for job in jobs[:100]:
+        send.send_nowait(job)
+    nursery.start_soon(lambda: serve(receive, handle, failed=Failures(), passes_on=pass_on, concurrency=concurrency))
+    await wait_all_tasks_blocked()
+    assert [job.number for job in passed] == [number for number in range(len(jobs)) if number % 2]
+    assert sorted(handled) == [number for number in range(len(jobs)) if not number % 2]
+    assert not any(job.reply.ended for job in passed)
+    await send.aclose()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_a_message_that_cannot_be_passed_on_fails_alone_until_too_many_do(concurrency: int) -> None:
+    failures = Failures()
+    jobs = [Job(1), Job(2), Job(3, None), Job(4)]
+
+    async def pass_on(job: Job) -> bool:
+        raise ValueError(job.number)
+
+    async def handle(job: Job) -> None:
+        raise AssertionError
+
+    with pytest.RaisesGroup(TooManyFailures) if concurrency > 1 else pytest.raises(TooManyFailures):
+        await serve(
+            filled(*jobs),
+            handle,
+            failed=failures,
+            passes_on=pass_on,
+            concurrency=concurrency,
+            max_failures_in_a_row=3,
+        )
+    assert [job.number for job, _ in failures] == [1, 2, 3]
+    for job in jobs[:2]:
+        with pytest.raises(HandlerFailed):
+            job.reply.result_nowait()
+    assert not jobs[3].reply.ended
+
+
+@pytest.mark.parametrize("reply", [None, Reply()])
+async def test_a_crash_while_passing_on_leaves_nobody_waiting(reply: Reply[int] | None) -> None:
+    async def pass_on(job: Job) -> bool:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def handle(job: Job) -> None:
+        raise AssertionError
+
+    with trio.move_on_after(0.01):
+        await serve(filled(Job(1, reply)), handle, failed=Failures(), passes_on=pass_on)
+    if reply is not None:
+        with pytest.raises(AnswererGone):
+            reply.result_nowait()
