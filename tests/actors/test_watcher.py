@@ -415,7 +415,7 @@ async def test_a_slow_agent_opens_one_breach_and_resolves_it_once_when_it_recove
         await trio.sleep(5)
         assert await host.alerts() == []
         await host.tasks(1, 900)
-        await trio.sleep(0.05)
+        await trio.sleep(0.1)
         assert await host.events_of() == ["opened"]
         await host.tasks(10, 900)
         await trio.sleep(60)
@@ -426,7 +426,7 @@ async def test_a_slow_agent_opens_one_breach_and_resolves_it_once_when_it_recove
         assert row.actual == f"{row.actual_value:g}ms"
         assert row.window_us == HOUR_US
         await host.tasks(600, 100)
-        await trio.sleep(0.05)
+        await trio.sleep(0.1)
         assert await host.events_of() == ["opened", "resolved"]
         await trio.sleep(2 * 3600)
         assert await host.events_of() == ["opened", "resolved"]
