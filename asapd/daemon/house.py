@@ -45,6 +45,7 @@ from asapd.edge.sockets import Peer
 from asapd.runtime.clock import SystemClock
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import Fetched, Fetcher, FetchFailed, own_networks
+from asapd.runtime.lag import LoopLag
 from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
 from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
@@ -98,6 +99,7 @@ class House:
             inherit=(premises.lock_descriptor,),
             on_commit=self._on_commit,
         )
+        self._lag = LoopLag()
         self._readers = ThreadReaders(premises.database)
         self._database = Database(self._runner, self._readers)
         self._reads = Reads(self._database, self._clock)
@@ -311,6 +313,7 @@ class House:
             ingest_scope = await doors.start(self._serve_ingest, ingest, services, lane)
             lane_scope = await doors.start(self._serve_lane, lane, opening.lane)
             doors.start_soon(self._feed_watchdog)
+            doors.start_soon(self._lag.run)
             self._ready = True
             self._systemd.ready(f"serving on {', '.join(self._addresses)}")
             self._log.info("serving on %s", ", ".join(self._addresses))
@@ -442,6 +445,7 @@ class House:
             supervisors=self._supervisors,
             server=server,
             runner=self._runner,
+            lag=self._lag,
             database=self._premises.database,
             public_key=public_base64(bytes(self._premises.identity.verify_key)),
             addresses=lambda: self._addresses,

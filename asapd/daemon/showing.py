@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import asapd
 from asapd.edge.metrics import render
 from asapd.edge.serve import HttpServer
 from asapd.runtime.clock import Clock
+from asapd.runtime.lag import BOUNDS_S, LoopLag
 from asapd.runtime.supervisor import Supervisor
 from asapd.store.database import ProcessRunner
 
@@ -27,6 +29,7 @@ class Showing:
     supervisors: Sequence[Supervisor]
     server: Callable[[], HttpServer]
     runner: ProcessRunner
+    lag: LoopLag
     database: Path
     public_key: str
     addresses: Callable[[], list[str]]
@@ -74,13 +77,23 @@ class Showing:
                 "refused_total": server.refused_total,
                 "guarded_errors_total": server.guarded_errors_total,
             },
+            "loop": self._loop(),
             "last_alert": self.last_alert(),
             "config": self.config_status(),
         }
 
+    def _loop(self) -> dict[str, Any]:
+        lag, median, p99 = self.lag, self.lag.quantile_s(0.5), self.lag.quantile_s(0.99)
+        return {
+            "lag_p50_ms": None if median is None else median * 1000,
+            "lag_p99_ms": None if p99 is None else p99 * 1000,
+            "lag_max_ms": round(lag.worst_s * 1000, 3),
+        }
+
     def metrics(self) -> bytes:
         """The same as OpenMetrics text."""
-        return render(self.status())
+        buckets = list(zip((*BOUNDS_S, "+Inf"), accumulate(self.lag.counts), strict=True))
+        return render(self.status(), buckets, self.lag.total_s)
 
     def health(self) -> dict[str, Any]:
         """The daemon as an ASAP agent: degraded while an actor is not running."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 
 
-def render(status: dict[str, Any]) -> bytes:
-    """The text for a status as `/status` shows it."""
+def render(status: dict[str, Any], lag: Sequence[tuple[object, int]], lag_sum_s: float) -> bytes:
+    """The text for a status as `/status` shows it; `lag` are upper bounds in seconds and how many looks were within."""
     registry = CollectorRegistry()
-    registry.register(_Collector(status))
+    registry.register(_Collector(status, lag, lag_sum_s))
     text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]  # the package leaves it bare
     return text
 
 
 class _Collector:
-    def __init__(self, status: dict[str, Any]) -> None:
+    def __init__(self, status: dict[str, Any], lag: Sequence[tuple[object, int]], lag_sum_s: float) -> None:
         self._status = status
+        self._lag = lag
+        self._lag_sum_s = lag_sum_s
 
     def collect(self) -> Iterator[Metric]:
         status = self._status
@@ -43,6 +45,9 @@ class _Collector:
         yield CounterMetricFamily(
             "asapd_http_guarded_errors", "Connections that ended in an error", http["guarded_errors_total"]
         )
+        lag = HistogramMetricFamily("asapd_loop_lag_seconds", "How late the event loop ran what was due")
+        lag.add_metric([], [(str(bound), float(count)) for bound, count in self._lag], self._lag_sum_s)
+        yield lag
         store = status["store"]
         yield GaugeMetricFamily("asapd_store_bytes", "Size of the database file", store["size_bytes"])
         yield GaugeMetricFamily("asapd_store_pending_units", "Units that wait for their commit", store["pending"])

@@ -137,10 +137,51 @@ def over_frames(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "count": count, "failed": failed[:3]}
 
 
+def over_requests(job: dict[str, Any]) -> dict[str, Any]:
+    """Single events as HTTP requests over `connections` to a Unix socket, one in flight on each."""
+    requests = deque(http_request("POST", "/usage", "none", body) for body in singles(job["singles"], job["name"]))
+    count = len(requests)
+    selector = selectors.DefaultSelector()
+    started_s: dict[socket.socket, float] = {}
+    latencies_s: list[float] = []
+    failed: list[str] = []
+    for _ in range(job["connections"]):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(job["socket"])
+        selector.register(sock, selectors.EVENT_READ, bytearray())
+    start_s = time.perf_counter()
+    for key in list(selector.get_map().values()):
+        assert isinstance(key.fileobj, socket.socket)
+        started_s[key.fileobj] = time.perf_counter()
+        key.fileobj.sendall(requests.popleft())
+    while selector.get_map():
+        for key, _ in selector.select():
+            sock, buffer = key.fileobj, key.data
+            assert isinstance(sock, socket.socket)
+            buffer += _receive(sock)
+            head, found, body = bytes(buffer).partition(b"\r\n\r\n")
+            if not found or len(body) < int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]):
+                continue
+            buffer.clear()
+            latencies_s.append(time.perf_counter() - started_s[sock])
+            if not head.startswith(b"HTTP/1.1 201"):
+                failed.append((head + body)[:300].decode())
+            if requests:
+                started_s[sock] = time.perf_counter()
+                sock.sendall(requests.popleft())
+            else:
+                selector.unregister(sock)
+                sock.close()
+    return {"seconds": time.perf_counter() - start_s, "count": count, "latencies_s": latencies_s, "failed": failed[:3]}
+
+
+KINDS = {"http": over_http, "frames": over_frames, "requests": over_requests}
+
+
 def main(text: str) -> None:
     """Run one job."""
     job = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
-    print(json.dumps((over_http if job["kind"] == "http" else over_frames)(job)))
+    print(json.dumps(KINDS[job["kind"]](job)))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ STATUS: dict[str, Any] = {
 
 
 def test_every_figure_is_there_under_its_name() -> None:
-    text = render(STATUS).decode()
+    text = render(STATUS, [(0.001, 4), (1.0, 6), ("+Inf", 7)], 1.5).decode()
     assert text.endswith("# EOF\n")
     samples = {
-        (sample.name, sample.labels.get("actor")): sample.value
+        (sample.name, sample.labels.get("actor") or sample.labels.get("le")): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -49,6 +49,11 @@ def test_every_figure_is_there_under_its_name() -> None:
         ("asapd_http_connections_total", None): 20,
         ("asapd_http_refused_total", None): 3,
         ("asapd_http_guarded_errors_total", None): 4,
+        ("asapd_loop_lag_seconds_bucket", "0.001"): 4,
+        ("asapd_loop_lag_seconds_bucket", "1.0"): 6,
+        ("asapd_loop_lag_seconds_bucket", "+Inf"): 7,
+        ("asapd_loop_lag_seconds_count", None): 7,
+        ("asapd_loop_lag_seconds_sum", None): 1.5,
         ("asapd_store_bytes", None): 4096,
         ("asapd_store_pending_units", None): 5,
         ("asapd_alert_seq", None): 7,
