@@ -50,6 +50,13 @@ from asapd.wire.log_lines import JsonFormatter, TerminalFormatter
 ROWS_PER_COMMIT = 5_000
 """Beyond this a commit gains nothing more per row and only makes decisions wait longer."""
 
+BUSY = 8
+"""Units in a commit from which on the next one is worth a wait: fewer may be all the clients there are."""
+BUSY_WAIT_US = 3_000
+"""The longest such wait: a commit on a common disk takes as long."""
+BUSY_GAP_US = 300
+"""The wait ends when nothing comes for so long; the daemon needs a third of it for a single event."""
+
 HEADER = struct.Struct(">I")
 _log = logging.getLogger("asapd.store.writer")
 # A no is judged afresh when it is asked for again.
@@ -240,15 +247,25 @@ class _Frames:
         self._sock.sendall(b"".join(part for body in bodies for part in (HEADER.pack(len(body)), body)))
 
 
-def serve(sock: socket.socket, writer: Writer, *, rows_per_commit: int = ROWS_PER_COMMIT, wait_us: int = 0) -> None:
+def serve(
+    sock: socket.socket,
+    writer: Writer,
+    *,
+    rows_per_commit: int = ROWS_PER_COMMIT,
+    wait_us: int = 0,
+    busy_wait_us: int = BUSY_WAIT_US,
+    busy_gap_us: int = BUSY_GAP_US,
+) -> None:
     """Answer envelopes until the other side closes its end; what had arrived by then is still committed.
 
-    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it.
+    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it. Without,
+    it waits only after a commit that many shared, and while units keep coming: a lone client never waits for others.
     """
     frames = _Frames(sock)
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
     waiting_rows = 0
+    busy = False
 
     def take(timeout_s: float | None) -> int:
         rows = 0
@@ -262,18 +279,21 @@ def serve(sock: socket.socket, writer: Writer, *, rows_per_commit: int = ROWS_PE
         if idle and frames.ended:
             return
         waiting_rows += take(None if idle else 0)
-        deadline_s = time.monotonic() + wait_us / SECOND_US
+        patience_us, gap_us = (wait_us, wait_us) if wait_us else (busy_wait_us, busy_gap_us) if busy else (0, 0)
+        deadline_s = time.monotonic() + patience_us / SECOND_US
         while not urgent and waiting_rows < rows_per_commit and not frames.ended:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            left_s = min(deadline_s - time.monotonic(), gap_us / SECOND_US)
+            came = take(left_s) if left_s > 0 else 0
+            waiting_rows += came
+            if not came and (left_s <= 0 or not wait_us):
                 break
-            waiting_rows += take(left_s)
         group, rows = list(urgent), 0
         urgent.clear()
         while bulk and (rows == 0 or rows + weigh(bulk[0]) <= rows_per_commit):
             rows += weigh(bulk[0])
             group.append(bulk.popleft())
         waiting_rows -= rows
+        busy = len(group) >= BUSY
         if group:
             answers = writer.run(group)
             # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.

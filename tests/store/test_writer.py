@@ -697,3 +697,25 @@ def test_the_end_of_the_peer_ends_the_wait_for_a_fuller_commit() -> None:
     server.send(bulk(1))
     server.end()
     assert server.commits == [[1]]
+
+
+def test_a_commit_that_many_shared_makes_the_next_one_wait_for_what_comes() -> None:
+    with served(rows_per_commit=8, busy_wait_us=60_000_000, busy_gap_us=60_000_000) as server:
+        server.gate.set()
+        server.send(*(bulk(number) for number in range(1, 9)))
+        assert server.receive(8) == list(range(1, 9))
+        server.send(bulk(9, 4))
+        server.send(bulk(10, 4))
+        assert server.receive(2) == [9, 10]
+        server.send(bulk(11))
+        assert server.receive(1) == [11]
+    assert server.commits == [list(range(1, 9)), [9, 10], [11]]
+
+
+def test_the_wait_of_busy_times_ends_when_nothing_comes() -> None:
+    with served(rows_per_commit=8, busy_wait_us=60_000_000, busy_gap_us=1_000) as server:
+        server.gate.set()
+        server.send(*(bulk(number) for number in range(1, 9)))
+        assert server.receive(8) == list(range(1, 9))
+        server.send(bulk(9))
+        assert server.receive(1) == [9]
