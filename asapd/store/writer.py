@@ -258,8 +258,8 @@ def serve(
 ) -> None:
     """Answer envelopes until the other side closes its end; what had arrived by then is still committed.
 
-    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it. Without,
-    it waits only after a commit that many shared, and while units keep coming: a lone client never waits for others.
+    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it.
+    Without, it waits only after a commit that many shared, and while units keep coming: a lone client never waits.
     """
     frames = _Frames(sock)
     urgent: deque[Envelope] = deque()

@@ -18,7 +18,10 @@ import trio
 
 from tests.bench.ceiling import Event
 
-ANSWER = b"HTTP/1.1 201 Created\r\ncontent-type: application/json\r\ncontent-length: 25\r\n\r\n" + b'{"status":"recorded","n":1}'[:25]
+ANSWER = (
+    b"HTTP/1.1 201 Created\r\ncontent-type: application/json\r\ncontent-length: 25\r\n\r\n"
+    + b'{"status":"recorded","n":1}'[:25]
+)
 
 
 class _Connection:

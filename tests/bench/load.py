@@ -138,8 +138,9 @@ def over_frames(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_requests(job: dict[str, Any]) -> dict[str, Any]:
-    """Single events as HTTP requests over `connections` to a Unix socket, one in flight on each."""
-    requests = deque(http_request("POST", "/usage", "none", body) for body in singles(job["singles"], job["name"]))
+    """Single events, or `bodies`, as HTTP requests over `connections` to a Unix socket, one in flight on each."""
+    bodies = [body.encode() for body in job["bodies"]] if "bodies" in job else singles(job["singles"], job["name"])
+    requests = deque(http_request("POST", job["path"], "none", body) for body in bodies)
     count = len(requests)
     selector = selectors.DefaultSelector()
     started_s: dict[socket.socket, float] = {}
@@ -164,7 +165,7 @@ def over_requests(job: dict[str, Any]) -> dict[str, Any]:
                 continue
             buffer.clear()
             latencies_s.append(time.perf_counter() - started_s[sock])
-            if not head.startswith(b"HTTP/1.1 201"):
+            if not head.startswith(b"HTTP/1.1 20"):
                 failed.append((head + body)[:300].decode())
             if requests:
                 started_s[sock] = time.perf_counter()
