@@ -199,6 +199,7 @@ class House:
     def _services(self) -> Services:
         showing = self._showing()
         return Services(
+            decoding=trio.Lock(),
             mailboxes=Mailboxes(**{name: send for name, (send, _) in self._channels.items()}),
             reads=self._reads,
             ring=self._ring,

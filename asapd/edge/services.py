@@ -73,6 +73,8 @@ class Services:
     version: str
     retain: Callable[[str, bool], Awaitable[dict[str, Any] | Refusal]]
     """Applies retention for an actor, or with True says what would go."""
+    decoding: trio.Lock
+    """Held by whoever decodes a large body."""
     committed: Wakeup
     """Raised by every commit."""
     stopping: trio.Event

@@ -260,6 +260,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         return name in names
 
     services = Services(
+        decoding=trio.Lock(),
         mailboxes=Mailboxes(**{name: send for name, (send, _) in boxes.items()}),
         reads=Reads(database, clock),
         ring=ring,
