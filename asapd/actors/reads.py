@@ -166,6 +166,10 @@ class Reads:
         """How much there is and since when."""
         return await self._database.read(usage_queries.stats, visibility(caller))
 
+    async def unpriced_events(self) -> int:
+        """How many events there are whose cost nobody knows."""
+        return await self._database.read(usage_queries.unpriced_events)
+
     # --- delegations
 
     async def delegation(self, caller: Caller, delegation: str) -> dict[str, Any] | None:

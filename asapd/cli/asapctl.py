@@ -15,6 +15,7 @@ from asapd.cli.door import RefusedError, segment
 from asapd.cli.keys import keys
 from asapd.cli.options import SETTINGS, Session, asks_daemon
 from asapd.cli.outcome import Exit, run
+from asapd.cli.prices import prices
 from asapd.cli.retention import retention
 from asapd.cli.show import cell, show_json, show_pairs, show_table
 from asapd.cli.sla import sla
@@ -78,6 +79,7 @@ def status(session: Session) -> None:
             *(("  problem", problem) for problem in config["errors"]),
             ("store", store["path"]),
             *((f"  {name.replace('_', ' ')}", value) for name, value in store.items() if name != "path"),
+            ("events of unknown cost", state["usage"]["unpriced_events"]),
         ]
     )
     click.echo()
@@ -152,7 +154,7 @@ def restart(session: Session, name: str) -> None:
         click.echo(f"restarted: {outcome['restarted']}")
 
 
-for group in (agents, usage, retention, delegation, budgets, sla, audit, keys):
+for group in (agents, usage, prices, retention, delegation, budgets, sla, audit, keys):
     asapctl.add_command(group)
 
 

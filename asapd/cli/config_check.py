@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asapd.config import Config, ConfigError, diff, load, settings_without_effect
 from asapd.config.positions import Place, lines_of
-from asapd.core.pricing import PriceTableError, parse_price_table
+from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
 from asapd.wire.keys import KeyFormatError, load_public
 
 _SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
@@ -24,7 +24,7 @@ def check(path: Path) -> tuple[Config | None, list[str]]:
     problems = list(_key_problems(config, path))
     prices = config.metering.pricing.file
     if prices is not None:
-        problems += _price_problems(prices)
+        problems += price_problems(prices)
     return config, problems
 
 
@@ -44,7 +44,8 @@ def _key_problems(config: Config, path: Path) -> Iterator[str]:
                 yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {error}"
 
 
-def _price_problems(path: Path) -> Iterator[str]:
+def price_problems(path: Path) -> Iterator[str]:
+    """Every problem of a price table as `file:line: field: reason`."""
     try:
         text = path.read_bytes().decode("utf-8")
         parse_price_table(text)
@@ -61,6 +62,13 @@ def _price_problems(path: Path) -> Iterator[str]:
                 yield f"{path}:{line}: syntax: {problem.reason}"
             else:
                 yield f"{path}:{_line_of(text, problem.field)}: {problem.field}: {problem.reason}"
+
+
+def price_remarks(path: Path) -> Iterator[str]:
+    """Rows of a good price table that are of no use, in the same form."""
+    text = path.read_bytes().decode("utf-8")
+    for remark in unused_rows(text):
+        yield f"{path}:{_line_of(text, remark.field)}: {remark.field}: {remark.reason}"
 
 
 def _line_of(text: str, field: str) -> int:

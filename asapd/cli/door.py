@@ -82,9 +82,9 @@ class Door:
         """Remove a resource."""
         return self._ask("DELETE", path, parameters)
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Make something; fields that are None are left out."""
-        return self._ask("POST", path, {}, {} if body is None else body)
+    def post(self, path: str, body: dict[str, Any] | None = None, **parameters: Any) -> Any:
+        """Make something; fields and parameters that are None are left out."""
+        return self._ask("POST", path, parameters, {} if body is None else body)
 
     def rows(self, path: str, *, limit: int | None = None, **parameters: Any) -> Iterator[dict[str, Any]]:
         """The rows of a list, page by page; all of them unless limited."""

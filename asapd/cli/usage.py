@@ -31,6 +31,7 @@ _TOTALS = (
     "total_tokens_out",
     "total_cached_tokens_in",
     "total_cache_write_tokens",
+    "total_cache_write_1h_tokens",
     "total_reasoning_tokens",
     "total_duration_ms",
     "total_api_calls",
@@ -45,6 +46,7 @@ _TABLE = (
     "total_tokens_out",
     "total_duration_ms",
     "total_api_calls",
+    "unpriced_events",
     "total_cost_usd",
 )
 

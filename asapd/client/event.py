@@ -39,6 +39,7 @@ class Metrics(TypedDict, total=False):
     tokens_out: int
     cached_tokens_in: int
     cache_write_tokens: int
+    cache_write_1h_tokens: int
     reasoning_tokens: int
     duration_ms: int
     api_calls: int

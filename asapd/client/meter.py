@@ -183,6 +183,7 @@ class Meter:
         tokens_out: int = 0,
         cached_tokens_in: int = 0,
         cache_write_tokens: int = 0,
+        cache_write_1h_tokens: int = 0,
         reasoning_tokens: int = 0,
         duration_ms: int = 0,
         api_calls: int = 0,
@@ -202,6 +203,8 @@ class Meter:
                 duration_ms=count(duration_ms),
                 api_calls=count(api_calls),
             )
+            if cache_write_1h_tokens:  # a daemon that does not know the field would refuse it
+                metrics["cache_write_1h_tokens"] = count(cache_write_1h_tokens)
             event = build(
                 agent=agent or self.agent,
                 consumer=consumer or self.consumer,

@@ -85,14 +85,19 @@ class Task:
         *,
         cached_in: int | None = None,
         cache_write: int | None = None,
+        cache_write_1h: int | None = None,
         reasoning: int | None = None,
     ) -> None:
-        """Add tokens. `in_` includes cached and cache-write tokens, `out` includes reasoning; None adds nothing."""
+        """Add tokens; None adds nothing.
+
+        `in_` includes cached and cache-write tokens, `cache_write` those kept for an hour, `out` reasoning tokens.
+        """
         self._add(
             tokens_in=in_,
             tokens_out=out,
             cached_tokens_in=cached_in,
             cache_write_tokens=cache_write,
+            cache_write_1h_tokens=cache_write_1h,
             reasoning_tokens=reasoning,
         )
 

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import tomllib
-from datetime import UTC, date, datetime
-from decimal import Decimal, InvalidOperation
-from typing import Any
+from collections.abc import Iterator
+from functools import cached_property
 
 import msgspec
 
-from asapd.core.errors import FieldError
 from asapd.core.money import MAX_MICROUSD
-from asapd.core.types import datetime_us
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
-
-_PICO = 10**12
-_RATES = ("input_per_mtok", "output_per_mtok", "cached_input_per_mtok", "cache_write_per_mtok", "reasoning_per_mtok")
-
-
-class PriceTableError(ValueError):
-    """The price table cannot be used; the operator mends the file. `problems` names each field."""
-
-    def __init__(self, problems: list[FieldError]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(f"{problem.field}: {problem.reason}" for problem in problems))
 
 
 class Price(msgspec.Struct, frozen=True):
     """Rates of one model in pico-USD per token (= micro-USD per million tokens), exact.
 
     `model` may end in `*`. An absent cached, cache-write or reasoning rate means the plain input or
-    output rate. Valid from `valid_from_us` (inclusive) to `valid_until_us` (exclusive).
+    output rate, an absent one-hour rate that of cache writing. Valid from `valid_from_us` (inclusive) to
+    `valid_until_us` (exclusive).
     """
 
     model: str
@@ -44,15 +29,20 @@ class Price(msgspec.Struct, frozen=True):
     per_call_microusd: int = 0
     valid_from_us: int | None = None
     valid_until_us: int | None = None
+    cache_write_1h_pico: int | None = None
 
     def applies(self, event: UsageEvent) -> bool:
         """Whether this row prices the event: model, provider when both name one, and date."""
-        if self.provider and event.provider and self.provider != event.provider:
-            return False
         if self.model.endswith("*"):
             if not event.model.startswith(self.model[:-1]):
                 return False
         elif self.model != event.model:
+            return False
+        return self.holds(event)
+
+    def holds(self, event: UsageEvent) -> bool:
+        """Whether this row prices an event of its model: provider when both name one, and date."""
+        if self.provider and event.provider and self.provider != event.provider:
             return False
         if self.valid_from_us is not None and event.timestamp_us < self.valid_from_us:
             return False
@@ -64,28 +54,58 @@ class Price(msgspec.Struct, frozen=True):
         plain_out = event.tokens_out - event.reasoning_tokens
         cached = self.input_pico if self.cached_pico is None else self.cached_pico
         written = self.input_pico if self.cache_write_pico is None else self.cache_write_pico
+        written_1h = written if self.cache_write_1h_pico is None else self.cache_write_1h_pico
         reasoning = self.output_pico if self.reasoning_pico is None else self.reasoning_pico
         pico = (
             plain_in * self.input_pico
             + event.cached_tokens_in * cached
-            + event.cache_write_tokens * written
+            + (event.cache_write_tokens - event.cache_write_1h_tokens) * written
+            + event.cache_write_1h_tokens * written_1h
             + plain_out * self.output_pico
             + event.reasoning_tokens * reasoning
         )
         return min(-(-pico // 1_000_000) + event.api_calls * self.per_call_microusd, MAX_MICROUSD)
 
 
-class PriceTable(msgspec.Struct, frozen=True):
-    """All prices, most specific first. `version` names the table in every row it priced."""
+class PriceTable(msgspec.Struct, frozen=True, dict=True):
+    """All prices, most specific first. `version` names the table in every row it priced.
+
+    `sha256` is that of the table's text, in hex; empty without a text.
+    """
 
     version: str = "none"
     prices: tuple[Price, ...] = ()
+    sha256: str = ""
+
+    @cached_property
+    def _exact(self) -> dict[str, list[Price]]:
+        return _by_name((price.model, price) for price in self.prices if not price.model.endswith("*"))
+
+    @cached_property
+    def _prefixes(self) -> dict[str, list[Price]]:
+        return _by_name((price.model[:-1], price) for price in self.prices if price.model.endswith("*"))
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return sorted({len(prefix) for prefix in self._prefixes}, reverse=True)
 
     def find(self, event: UsageEvent) -> Price | None:
-        """The row that prices an event: exact model before the longest wildcard, named provider first."""
-        if not event.model:
+        """The row that prices an event: exact model before the longest wildcard, named provider first.
+
+        What it costs does not grow with the rows of the table, only with the different lengths of its wildcards.
+        """
+        model = event.model
+        if not model:
             return None
-        return next((price for price in self.prices if price.applies(event)), None)
+        for price in self._exact.get(model, ()):
+            if price.holds(event):
+                return price
+        for length in self._lengths:
+            if length <= len(model):
+                for price in self._prefixes.get(model[:length], ()):
+                    if price.holds(event):
+                        return price
+        return None
 
     def cost(self, event: UsageEvent, *, prefer: str) -> Cost:
         """What the event cost. With both a price and a report `prefer` ("priced", "reported") decides."""
@@ -99,83 +119,13 @@ class PriceTable(msgspec.Struct, frozen=True):
         return Cost(priced, "priced", priced, self.version)
 
 
-def parse_price_table(text: str) -> PriceTable:
-    """A price table from TOML: `version`, `currency = "USD"`, and `[[price]]` rows.
-
-    The table's version is its `version` and the first 8 hex digits of the SHA-256 of its text, so two
-    tables that differ never share one.
-
-    Raises:
-        PriceTableError: the text is not TOML, or a field is bad.
-    """
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PriceTableError([FieldError("toml", str(error))]) from None
-    problems = [
-        FieldError(key, "is not a setting of a price table")
-        for key in document.keys() - {"version", "currency", "price"}
-    ]
-    if document.get("currency", "USD") != "USD":
-        problems.append(FieldError("currency", 'must be "USD"'))
-    rows = document.get("price", [])
-    if not isinstance(rows, list):
-        rows = []
-        problems.append(FieldError("price", "must be rows of the form [[price]]"))
-    prices = [price for index, row in enumerate(rows) if (price := _row(row, f"price[{index}]", problems)) is not None]
-    if problems:
-        raise PriceTableError(problems)
-    prices.sort(key=lambda price: (price.model.endswith("*"), -len(price.model), not price.provider))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return PriceTable(f"{document.get('version', 'unnamed')}+{digest}", tuple(prices))
+def _by_name(named: Iterator[tuple[str, Price]]) -> dict[str, list[Price]]:
+    found: dict[str, list[Price]] = {}
+    for name, price in named:
+        found.setdefault(name, []).append(price)
+    return found
 
 
-def _row(row: Any, where: str, problems: list[FieldError]) -> Price | None:
-    if not isinstance(row, dict):
-        problems.append(FieldError(where, "must be a table"))
-        return None
-    known = {"model", "provider", "per_call", "valid_from", "valid_until", *_RATES}
-    problems.extend(FieldError(f"{where}.{key}", "is not a setting of a price") for key in row.keys() - known)
-    model = row.get("model")
-    if not isinstance(model, str) or not model:
-        problems.append(FieldError(f"{where}.model", "must name a model, or a prefix ending in *"))
-        return None
-    provider = row.get("provider", "")
-    if not isinstance(provider, str):
-        problems.append(FieldError(f"{where}.provider", "must be text"))
-        return None
-    rates = {key: _scaled(row[key], f"{where}.{key}", problems) for key in (*_RATES, "per_call") if key in row}
-    dates = {key: _day_us(row[key], f"{where}.{key}", problems) for key in ("valid_from", "valid_until") if key in row}
-    return Price(
-        model,
-        provider,
-        rates.get("input_per_mtok") or 0,
-        rates.get("output_per_mtok") or 0,
-        rates.get("cached_input_per_mtok"),
-        rates.get("cache_write_per_mtok"),
-        rates.get("reasoning_per_mtok"),
-        rates.get("per_call") or 0,
-        dates.get("valid_from"),
-        dates.get("valid_until"),
-    )
-
-
-def _scaled(value: Any, field: str, problems: list[FieldError]) -> int | None:
-    try:
-        amount = Decimal(str(value)) if not isinstance(value, bool) else None
-    except InvalidOperation:
-        amount = None
-    scaled = amount.scaleb(6) if amount is not None and amount.is_finite() and 0 <= amount < _PICO else None
-    if scaled is None or scaled != scaled.to_integral_value():
-        problems.append(FieldError(field, "must be USD, not negative, with at most six decimals"))
-        return None
-    return int(scaled)
-
-
-def _day_us(value: Any, field: str, problems: list[FieldError]) -> int | None:
-    if isinstance(value, datetime):
-        return datetime_us(value)
-    if isinstance(value, date):
-        return datetime_us(datetime(value.year, value.month, value.day, tzinfo=UTC))
-    problems.append(FieldError(field, "must be a date such as 2026-11-01"))
-    return None
+def specific_first(price: Price) -> tuple[bool, int, bool]:
+    """The order of a table: exact models, longer wildcards before shorter ones, rows that name a provider first."""
+    return price.model.endswith("*"), -len(price.model), not price.provider

@@ -34,8 +34,9 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a client says was used, normalised.
 
     Token and call counts are integers in 0 .. 2**53-1. `tokens_in` includes cached and cache-write
-    tokens, `tokens_out` includes reasoning tokens. `timestamp_us` is the end of the work. An empty
-    `id` means that the client gave none: the daemon names the event and cannot tell a resend.
+    tokens, `cache_write_tokens` those kept for an hour, `tokens_out` reasoning tokens. `timestamp_us` is the
+    end of the work. An empty `id` means that the client gave none: the daemon names the event and cannot tell
+    a resend.
     """
 
     task_id: str
@@ -65,6 +66,7 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     parent_task_id: str | None = None
     labels: dict[str, str] | None = None
     trace_id: str | None = None
+    cache_write_1h_tokens: int = 0
 
 
 class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -79,11 +81,17 @@ class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
 UNKNOWN_COST = Cost()
 
 _encoder = msgspec.msgpack.Encoder(order="sorted")
+_FIRST_FIELDS = UsageEvent.__struct_fields__.index("trace_id") + 1
 
 
 def content_digest(event: UsageEvent) -> bytes:
-    """16 bytes over everything the client supplied, after normalisation: equal means the same event."""
-    return blake2b(_encoder.encode(event), digest_size=16).digest()
+    """16 bytes over everything the client supplied, after normalisation: equal means the same event.
+
+    A field that is younger than the first version takes part only where it is not its default: what was recorded
+    before the field was known is still the same event when it is sent again.
+    """
+    whole = _encoder.encode(event if event.cache_write_1h_tokens else msgspec.structs.astuple(event)[:_FIRST_FIELDS])
+    return blake2b(whole, digest_size=16).digest()
 
 
 def identity_digest(tenant: str, event: UsageEvent) -> bytes:
@@ -122,6 +130,7 @@ class RollupSums(NamedTuple):
     api_calls: int = 0
     cost_microusd: int = 0
     unpriced: int = 0
+    cache_write_1h_tokens: int = 0
 
 
 def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupSums]:
@@ -148,4 +157,5 @@ def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupS
             sums[10] += 1
         else:
             sums[9] += cost.microusd
+        sums[11] += event.cache_write_1h_tokens
     return {RollupKey(*key): RollupSums(*sums) for key, sums in found.items()}

@@ -14,7 +14,8 @@ from nacl.signing import SigningKey
 
 from asapd import config
 from asapd.config import Config, ConfigError, Problem
-from asapd.core.pricing import PriceTable, PriceTableError, parse_price_table
+from asapd.core.price_table import PriceTableError, parse_price_table
+from asapd.core.pricing import PriceTable
 from asapd.store import lock
 from asapd.store.database import prepare
 from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError

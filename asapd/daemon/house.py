@@ -25,6 +25,7 @@ from asapd.actors.notifier import Subscription, run_notifier
 from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
 from asapd.actors.registry import RegistrySettings, run_registry
+from asapd.actors.repricer import reprice
 from asapd.actors.watcher import WatcherSettings, run_watcher
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
@@ -211,13 +212,15 @@ class House:
             is_ready=self._is_ready,
             reload=self._reloader.reload,
             restart_actor=self._restart_actor,
-            metrics=showing.metrics,
+            metrics=lambda: self._metrics(showing),
             manifest=showing.manifest,
             health=showing.health,
             ingest_caller=self._ingest_caller,
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
             retain=partial(apply_retention, self._database, self._clock, self._janitor),
+            prices=lambda: self._meter.prices,
+            reprice=partial(reprice, self._database, self._clock, self._meter),
             committed=self._committed,
             stopping=self._stop,
         )
@@ -430,7 +433,11 @@ class House:
 
     async def _status(self, showing: Showing) -> dict[str, Any]:
         head, digest = await self._reads.audit_head()
-        return {**showing.status(), "audit": {"seq": head, "hash": digest}}
+        usage = {"unpriced_events": await self._reads.unpriced_events()}
+        return {**showing.status(), "audit": {"seq": head, "hash": digest}, "usage": usage}
+
+    async def _metrics(self, showing: Showing) -> bytes:
+        return showing.metrics(await self._status(showing))
 
     def _is_ready(self) -> bool:
         return self._ready and not self._stop.is_set()

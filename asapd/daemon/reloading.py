@@ -88,10 +88,12 @@ class Reloader:
         if refusal is not None:
             self._errors = [refusal.detail]
             return refusal
+        applied = _summary(changes)
+        if fresh.prices != self._loaded.prices:
+            applied["prices"] = fresh.prices.version
         self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents)
         self._errors = []
         self._loaded_us = self._target.clock.now_us()
-        applied = _summary(changes)
         details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
         await self._remark("config.reloaded", actor, details)
         if changes.restart_required:

@@ -90,10 +90,10 @@ class Showing:
             "lag_max_ms": round(lag.worst_s * 1000, 3),
         }
 
-    def metrics(self) -> bytes:
-        """The same as OpenMetrics text."""
+    def metrics(self, status: dict[str, Any]) -> bytes:
+        """A status with what the store counts, as OpenMetrics text."""
         buckets = list(zip((*BOUNDS_S, "+Inf"), accumulate(self.lag.counts), strict=True))
-        return render(self.status(), buckets, self.lag.total_s)
+        return render(status, buckets, self.lag.total_s)
 
     def health(self) -> dict[str, Any]:
         """The daemon as an ASAP agent: degraded while an actor is not running."""

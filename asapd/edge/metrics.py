@@ -51,4 +51,6 @@ class _Collector:
         store = status["store"]
         yield GaugeMetricFamily("asapd_store_bytes", "Size of the database file", store["size_bytes"])
         yield GaugeMetricFamily("asapd_store_pending_units", "Units that wait for their commit", store["pending"])
+        unpriced = status["usage"]["unpriced_events"]
+        yield GaugeMetricFamily("asapd_usage_unpriced_events", "Recorded events whose cost nobody knows", unpriced)
         yield GaugeMetricFamily("asapd_alert_seq", "Number of the newest breach transition", status["last_alert"])

@@ -20,8 +20,10 @@ from asapd.actors.messages import (
 )
 from asapd.actors.notifier import Subscription
 from asapd.actors.reads import Reads
+from asapd.actors.repricer import Progress, RepriceRequest
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
+from asapd.core.pricing import PriceTable
 from asapd.edge.sockets import Peer
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
@@ -65,7 +67,7 @@ class Services:
     is_ready: Callable[[], bool]
     reload: Callable[[str], Awaitable[dict[str, Any] | Refusal]]
     restart_actor: Callable[[str, str], Awaitable[bool]]
-    metrics: Callable[[], bytes]
+    metrics: Callable[[], Awaitable[bytes]]
     manifest: Callable[[], dict[str, Any]]
     health: Callable[[], dict[str, Any]]
     ingest_caller: Callable[[Peer], Caller | None]
@@ -73,6 +75,10 @@ class Services:
     version: str
     retain: Callable[[str, bool], Awaitable[dict[str, Any] | Refusal]]
     """Applies retention for an actor, or with True says what would go."""
+    prices: Callable[[], PriceTable]
+    """The price table in force."""
+    reprice: Callable[[RepriceRequest], Awaitable[tuple[dict[str, Any], Progress | None] | Refusal]]
+    """Prices recorded usage again, a part of it, and says where to go on."""
     decoding: trio.Lock
     """Held by whoever decodes a large body."""
     committed: Wakeup

@@ -31,11 +31,17 @@ _SUMS = ", ".join(
     for column in ("events", "unpriced", "cost_microusd", "tokens_in", "tokens_out")
 )
 # Both a row that was voided and the row that voids it: together they are nothing.
-LIVE = "NOT EXISTS (SELECT 1 FROM usage_void v WHERE v.seq = usage.seq OR v.voids = usage.seq)"
+LIVE = (
+    "NOT EXISTS (SELECT 1 FROM usage_void v WHERE v.seq = usage.seq OR v.voids = usage.seq) AND NOT EXISTS ("
+    "SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE r.seq = usage.seq)"
+)
+# A row that corrects the cost of another is no usage of its own.
+_USAGE = "NOT EXISTS (SELECT 1 FROM usage_repriced r WHERE r.seq = usage.seq)"
+_FIRST = "EXISTS (SELECT 1 FROM usage_repriced r WHERE r.seq = usage.seq AND r.was_microusd IS NULL)"
 _HELD = "SELECT reservation FROM reservation_budget WHERE period = ?"
 _ROLLUP = "SELECT hour, events, unpriced, cost_microusd, tokens_in, tokens_out FROM usage_hour"
 _RAW = (
-    f"SELECT timestamp_us / {HOUR_US} AS hour, 1 AS events, cost_microusd IS NULL AS unpriced, "
+    f"SELECT timestamp_us / {HOUR_US} AS hour, {_USAGE} AS events, (cost_microusd IS NULL) - {_FIRST} AS unpriced, "
     "coalesce(cost_microusd, 0) AS cost_microusd, tokens_in, tokens_out FROM usage"
 )
 # The rollup is ordered by tenant first; there are few.
@@ -119,10 +125,11 @@ def recount_tasks(
     one, named = ("", []) if task_id is None else ("AND task_id = ?", [task_id])
     found = fetch(
         connection,
-        f"SELECT task_id FROM usage WHERE {condition} AND +seq > ? AND seq <> ? {one} AND NOT (EXISTS ("
+        f"SELECT task_id FROM usage WHERE {condition} AND {_USAGE} AND +seq > ? AND seq <> ? {one} AND NOT (EXISTS ("
         "SELECT 1 FROM reservation_budget b JOIN budget_period p ON p.id = b.period "
         f"WHERE b.reservation = usage.reservation AND p.budget = ?) AND {_PAYS}) "
-        f"UNION SELECT task_id FROM usage WHERE reservation IN ({_HELD}) AND seq <> ? AND {_PAYS} AND {LIVE} {one} "
+        f"UNION SELECT task_id FROM usage WHERE reservation IN ({_HELD}) AND seq <> ? AND {_PAYS} AND {LIVE} "
+        f"AND {_USAGE} {one} "
         f"UNION SELECT task_id FROM reservation WHERE id IN ({_HELD}) AND state = 'settled' {one}",
         (*values, after_seq, but_seq, *named, budget, period, but_seq, *named, period, *named),
     )

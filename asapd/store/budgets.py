@@ -249,6 +249,41 @@ class Book:
                 page.drop_task(task_id)
             self._spend_in_hour(page.rule, at_us // HOUR_US, -cost, -tokens)
 
+    def correct(
+        self,
+        work: Work,
+        at_us: int,
+        microusd: int,
+        *,
+        reservation: str | None,
+        held_microusd: int,
+        settlement: Settlement | None,
+        is_first: bool,
+        seq: int,
+    ) -> int:
+        """Count the usage of row `seq` at another cost than before; flags.
+
+        What its `reservation` is held on spends `held_microusd` more, of which `settlement` is what its hold pays, the
+        rest `microusd`. `is_first` is a cost where there was none.
+        """
+        linked = [] if reservation is None else self.linked(reservation)
+        holders = {page.rule.id for page in linked}
+        changes = [(page, held_microusd) for page in linked]
+        for rule in self._match(work):
+            start_us, _ = period_bounds(rule.budget.period, rule.zone, at_us)
+            # It was counted unless it was there before the budget, in a period before its first.
+            if rule.id not in holders and (start_us >= rule.since_us or seq > rule.since_seq):
+                changes.append((self._page(rule, at_us), microusd))
+        flags = 0
+        for page, more_microusd in changes:
+            if settlement is not None and page in linked:
+                page.release(settlement)
+            page.spend(more_microusd, 0)
+            page.unpriced -= is_first
+            self._spend_in_hour(page.rule, at_us // HOUR_US, more_microusd, 0)
+            flags |= FLAG_OVERRUN if more_microusd > 0 and overruns(page.budget, page.balance) else 0
+        return flags
+
     def settle(self, reservation: str, settlement: Settlement) -> None:
         """Debit what a reservation is settled with at last."""
         for page in self.linked(reservation):

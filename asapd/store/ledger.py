@@ -482,8 +482,12 @@ def _changed(tx: Tx, book: Book | None, found: _Reservation) -> ReservationChang
 # --- spending
 
 
-def charge(tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> int:
-    """Debit what an event used to its reservation or delegation, and to budgets, whatever their state; its flags.
+def charge(
+    tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int
+) -> tuple[int, int | None]:
+    """Debit what an event used to its reservation or delegation, and to budgets, whatever their state.
+
+    Returns its flags, and what an open reservation paid for it where nobody knows its cost.
 
     Usage that happened is always recorded: nothing here refuses. What belongs to another tenant is as unknown, and
     usage of an agent that is not the delegate is flagged, never debited. The caller flushes the book.
@@ -491,9 +495,10 @@ def charge(tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_micro
     charged = _Charged()
     if event.reservation is not None or event.delegation is not None:
         charged = _charge(tx, tenant, event, cost_microusd, now_us)
-    if book is None:
-        return charged.flags
-    return charged.flags | book.use(event, cost_microusd, charged.path, charged.reservation, charged.settlement)
+    settlement, flags = charged.settlement, charged.flags
+    if book is not None:
+        flags |= book.use(event, cost_microusd, charged.path, charged.reservation, settlement)
+    return flags, settlement.spend_microusd if settlement is not None and settlement.unpriced else None
 
 
 class _Charged(msgspec.Struct, frozen=True):

@@ -67,6 +67,9 @@ def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
     tx.insert_many("DELETE FROM usage WHERE seq = ?", ((row[0],) for row in rows))
     # A void is as old as what it voids and goes after it, in this step or the next.
     tx.insert_many("DELETE FROM usage_void WHERE seq = ?", ((row[0],) for row in rows))
+    # So is a correction.
+    tx.insert_many("DELETE FROM usage_repriced WHERE seq = ?", ((row[0],) for row in rows))
+    tx.insert_many("DELETE FROM usage_estimate WHERE seq = ?", ((row[0],) for row in rows))
     tx.execute("UPDATE retention_gate SET open = 0")
 
 

@@ -14,6 +14,7 @@ from asapd.core.budgets import Budget, Shortfall
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate, Remaining
+from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 
 R_co = TypeVar("R_co", covariant=True)
@@ -104,6 +105,26 @@ class VoidUsage(Unit[Voided | Refusal], frozen=True):
 
     seq: int
     reason: str
+    actor: str
+    now_us: int
+
+
+class CostsCorrected(msgspec.Struct, frozen=True, tag=True):
+    """How many costs were corrected, and the rows left alone because something had changed them since.
+
+    Of `estimates_kept` the reservation was settled at an estimate of unknown size, which stays as it is.
+    """
+
+    corrected: int
+    skipped: list[int]
+    estimates_kept: int
+
+
+class CorrectCosts(Unit[CostsCorrected], frozen=True):
+    """Bring events to another cost by rows that hold the difference, where they still cost what each says."""
+
+    corrections: list[Correction]
+    price_version: str
     actor: str
     now_us: int
 
@@ -499,6 +520,7 @@ class NotWritten(msgspec.Struct, frozen=True, tag=True):
 AnyUnit = (
     RecordUsage
     | VoidUsage
+    | CorrectCosts
     | RetireUsage
     | RecordTelemetry
     | RegisterDelegation
@@ -524,6 +546,7 @@ AnyUnit = (
 AnyResult = (
     Recorded
     | Voided
+    | CostsCorrected
     | UsageRetired
     | UsageConflict
     | StreamsMoved

@@ -8,16 +8,25 @@ from typing import NamedTuple
 import msgspec
 
 from asapd.core.types import Outcome
-from asapd.core.usage import Cost, RollupSums, UsageEvent, content_digest, identity_digest, rollup
+from asapd.core.usage import Cost, RollupKey, RollupSums, UsageEvent, content_digest, identity_digest, rollup
 from asapd.store import ledger, sources
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Recorded, RecordUsage, UsageConflict
 
-_INSERT = f"INSERT INTO usage VALUES ({','.join('?' * 37)})"
-_UPSERT_HOUR = f"INSERT INTO usage_hour VALUES ({','.join('?' * 18)}) ON CONFLICT DO UPDATE SET " + ", ".join(
-    f"{field} = {field} + excluded.{field}" for field in RollupSums._fields
+_COLUMNS = (
+    "seq, id, tenant, source, source_seq, agent, consumer, task_id, timestamp_us, tokens_in, tokens_out, "
+    "cached_tokens_in, cache_write_tokens, reasoning_tokens, duration_ms, api_calls, outcome, partial, error, model, "
+    "provider, project, cost_microusd, cost_source, priced_microusd, reported_microusd, price_version, delegation, "
+    "reservation, action, flags, parent_task_id, labels, trace_id, content, committed_us, reported_by, "
+    "cache_write_1h_tokens"
+)
+_INSERT = f"INSERT INTO usage ({_COLUMNS}) VALUES ({','.join('?' * len(_COLUMNS.split(',')))})"
+_HOUR = ("tenant", *RollupKey._fields, *RollupSums._fields)
+_UPSERT_HOUR = (
+    f"INSERT INTO usage_hour ({', '.join(_HOUR)}) VALUES ({','.join('?' * len(_HOUR))}) ON CONFLICT DO UPDATE SET "
+    + ", ".join(f"{field} = {field} + excluded.{field}" for field in RollupSums._fields)
 )
 
 
@@ -144,7 +153,9 @@ class _Pass:
         for seq, event, cost, event_id, content in fresh:
             flags = 0
             if book is not None or event.reservation is not None or event.delegation is not None:
-                flags = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
+                flags, estimate = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
+                if estimate is not None:
+                    tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
             rows.append(
                 (
                     seq,
@@ -184,6 +195,7 @@ class _Pass:
                     content,
                     unit.now_us,
                     unit.actor,
+                    event.cache_write_1h_tokens,
                 )
             )
             priced.append((event, cost))

@@ -33,8 +33,14 @@ GROUPS = {
 
 TIME_GROUPS = frozenset({"minute", "hour", "day", "week", "month"})
 
-LIVE = "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void)"
-"""Raw rows that count: neither voided nor a void."""
+LIVE = (
+    "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void) AND NOT EXISTS ("
+    "SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE r.seq = usage.seq)"
+)
+"""Raw rows that count: neither voided nor a void, nor a correction of the cost of what was voided."""
+
+CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
+"""Raw rows that are no usage, but correct the cost of another."""
 
 OF_TASK = "substr(task_id, -8) = substr(?, -8) AND task_id = ?"
 """Raw rows of a task, given twice: by the index `usage_task`, which has the ends of names."""
@@ -46,10 +52,11 @@ _OFFSET = "printf('%s%02d:%02d', iif(offset_s < 0, '-', '+'), abs(offset_s) / 36
 _SPAN = {"minute": 60, "hour": _HOUR_S}
 
 _RAW_SUMS = {
-    "events": "1",
+    "events": f"NOT ({CORRECTION})",
     "tasks": "1 - partial",
     "cost_microusd": "coalesce(cost_microusd, 0)",
-    "unpriced": "cost_microusd IS NULL",
+    "unpriced": "(cost_microusd IS NULL) - EXISTS (SELECT 1 FROM usage_repriced r "
+    "WHERE r.seq = usage.seq AND r.was_microusd IS NULL)",
 }
 
 
@@ -148,6 +155,9 @@ _ROW_COLUMNS = ", ".join(
         "delegation, reservation, action, flags, parent_task_id, labels, trace_id, committed_us",
         "(SELECT (SELECT id FROM usage o WHERE o.seq = v.voids) FROM usage_void v WHERE v.seq = usage.seq)",
         "(SELECT (SELECT id FROM usage o WHERE o.seq = v.seq) FROM usage_void v WHERE v.voids = usage.seq)",
+        "cache_write_1h_tokens",
+        "(SELECT (SELECT id FROM usage o WHERE o.seq = r.event) FROM usage_repriced r WHERE r.seq = usage.seq)",
+        "(SELECT id FROM usage o WHERE o.seq = (SELECT max(r.seq) FROM usage_repriced r WHERE r.event = usage.seq))",
     )
 )
 
@@ -159,7 +169,7 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         rest
     )
     (cost, cost_source, reported, version, delegation, reservation, action, flags, parent, labels, trace, *end) = tail
-    committed, voids, voided_by = end
+    committed, voids, voided_by, written_1h, reprices, repriced_by = end
     return {
         "seq": seq,
         "id": event_id,
@@ -174,6 +184,7 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         "api_calls": api_calls,
         "cached_tokens_in": cached,
         "cache_write_tokens": written,
+        "cache_write_1h_tokens": written_1h,
         "reasoning_tokens": reasoning,
         "timestamp": format_us(timestamp_us),
         "outcome": Outcome(outcome).name.lower(),
@@ -196,6 +207,8 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         "recorded_at": format_us(committed),
         "voids": voids,
         "voided_by": voided_by,
+        "reprices": reprices,
+        "repriced_by": repriced_by,
     }
 
 
@@ -390,6 +403,7 @@ def _totals(row: tuple[Any, ...]) -> dict[str, Any]:
         "total_tokens_out": sums.tokens_out,
         "total_cached_tokens_in": sums.cached_tokens_in,
         "total_cache_write_tokens": sums.cache_write_tokens,
+        "total_cache_write_1h_tokens": sums.cache_write_1h_tokens,
         "total_reasoning_tokens": sums.reasoning_tokens,
         "total_duration_ms": sums.duration_ms,
         "total_api_calls": sums.api_calls,
@@ -407,6 +421,12 @@ def newest_commit(connection: apsw.Connection) -> int:
     """When the newest event was committed, 0 when there is none."""
     newest = fetch_one(connection, "SELECT committed_us FROM usage ORDER BY seq DESC LIMIT 1")
     return 0 if newest is None else int(newest[0])
+
+
+def unpriced_events(connection: apsw.Connection) -> int:
+    """How many events there are whose cost nobody knows."""
+    total: int = fetch(connection, "SELECT coalesce(sum(unpriced), 0) FROM usage_hour WHERE unpriced > 0")[0][0]
+    return total
 
 
 def stats(connection: apsw.Connection, visible: Visibility) -> dict[str, Any]:

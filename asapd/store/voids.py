@@ -15,7 +15,7 @@ from asapd.store import budgets, ledger
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
-from asapd.store.usage_queries import LIVE, OF_TASK
+from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 
 _COUNTS = (
@@ -26,6 +26,7 @@ _COUNTS = (
     "reasoning_tokens",
     "duration_ms",
     "api_calls",
+    "cache_write_1h_tokens",
 )
 _NEGATED = (*_COUNTS, "cost_microusd", "priced_microusd", "reported_microusd")
 _NO_SUCH = "there is no usage event {} that counts: check the id, and name its agent and source"
@@ -46,7 +47,12 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     if known is not None:
         what = "is itself a void" if known[0] == unit.seq else "was voided before"
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
-    tenant, agent, consumer, project = (_name(tx, was[column]) for column in ("tenant", "agent", "consumer", "project"))
+    if tx.row("SELECT 1 FROM usage_repriced WHERE seq = ?", (unit.seq,)) is not None:
+        raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(was["id"])))
+    was = at_current_cost(tx, was)
+    tenant, agent, consumer, project = (
+        name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
+    )
     void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
     refunded, path = _give_back(tx, was, tenant, agent)
     book = budgets.open_book(tx, unit.actor, unit.now_us)
@@ -97,7 +103,21 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     return Voided(void_id, seq, was["id"], refunded)
 
 
-def _name(tx: Tx, number: int) -> str:
+def at_current_cost(tx: Tx, was: dict[str, Any]) -> dict[str, Any]:
+    """A row at what it costs with all corrections."""
+    row = tx.row(
+        "SELECT count(*), sum(cost_microusd), sum(priced_microusd) FROM usage_repriced r JOIN usage USING (seq) "
+        "WHERE r.event = ?",
+        (was["seq"],),
+    )
+    if row is None or not row[0]:
+        return was
+    corrected = {"cost_microusd": (was["cost_microusd"] or 0) + row[1]}
+    return {**was, **corrected, "priced_microusd": (was["priced_microusd"] or 0) + row[2]}
+
+
+def name_of(tx: Tx, number: int) -> str:
+    """The name that a number stands for."""
     row = tx.row("SELECT name FROM name WHERE id = ?", (number,))
     assert row is not None
     return str(row[0])
@@ -133,7 +153,7 @@ def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[in
     What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
     estimate it was settled at: a refund of the reservation does that.
     """
-    account = _account_of(tx, was["tenant"], agent, was["delegation"], was["reservation"])
+    account = account_of(tx, was["tenant"], agent, was["delegation"], was["reservation"])
     amount: int = was["cost_microusd"] or 0
     if account is None:
         return amount, ()
@@ -166,9 +186,9 @@ def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[in
     return amount, tuple(on_path.id for on_path in accounts)
 
 
-def _account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservation: str | None) -> int | None:
+def account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservation: str | None) -> int | None:
     """The account that an event was debited to, by the rules of `ledger.charge`."""
-    name = _name(tx, tenant)
+    name = name_of(tx, tenant)
     row = tx.row(
         "SELECT account, d.delegate FROM reservation r JOIN delegation d USING (account) "
         "WHERE r.id = ? AND r.tenant = ?",
@@ -186,11 +206,11 @@ def _account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reserva
 def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
     """Accounts on which the task still counts as used, by another event or by a reservation that was settled."""
     leaves = {
-        _account_of(tx, tenant, _name(tx, agent), delegation, reservation)
+        account_of(tx, tenant, name_of(tx, agent), delegation, reservation)
         for tenant, agent, delegation, reservation in fetch(
             tx.connection,
             f"SELECT DISTINCT tenant, agent, delegation, reservation FROM usage WHERE {OF_TASK} AND seq <> ? "
-            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE}",
+            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE} AND NOT ({CORRECTION})",
             (was["task_id"], was["task_id"], was["seq"]),
         )
     }

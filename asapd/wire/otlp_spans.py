@@ -45,6 +45,11 @@ _BUCKETS: Final = {
         "gen_ai.usage.cache_write_input_tokens",
         "gen_ai.usage.cache_creation_input_tokens",
     ),
+    # In no release of the conventions, which do not know how long a cache is kept; in use all the same.
+    "cache_write_1h_tokens": (
+        "gen_ai.usage.cache_creation.ephemeral_1h_input_tokens",
+        "gen_ai.usage.cache_write_1h_input_tokens",
+    ),
     "reasoning_tokens": ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_tokens"),
 }
 """The attributes of each bucket, newest first: of several that say the same, one counts."""
@@ -305,6 +310,8 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         delegation=named(("asap.delegation",), span.attributes, span.resource, 256) or None,
         reservation=named(("asap.reservation",), span.attributes, span.resource, 256) or None,
         trace_id=span.trace_id,
+        # Said without the whole, or of more than it, the part cannot be told from a part that is not in it.
+        cache_write_1h_tokens=min(counts.get("cache_write_1h_tokens", 0), counts.get("cache_write_tokens", 0)),
     )
 
 

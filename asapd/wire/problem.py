@@ -35,6 +35,7 @@ CODES: dict[str, tuple[int, str]] = {
     "reservation_closed": (409, "The reservation is closed"),
     "task_conflict": (409, "The task already went another way"),
     "usage_ambiguous": (409, "Several events have this id"),
+    "prices_changed": (409, "The price table was changed in between"),
     "usage_voided": (409, "The event was voided before"),
     "usage_conflict": (409, "The event was reported before with other content"),
     "too_large": (413, "The request is too large"),

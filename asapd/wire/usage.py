@@ -49,6 +49,7 @@ class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     cached_tokens_in: _Count = 0
     cache_write_tokens: _Count = 0
     reasoning_tokens: _Count = 0
+    cache_write_1h_tokens: _Count = 0
 
 
 class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -68,6 +69,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     cached_tokens_in: _Count = 0
     cache_write_tokens: _Count = 0
     reasoning_tokens: _Count = 0
+    cache_write_1h_tokens: _Count = 0
     id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     source: Annotated[str, Meta(max_length=256)] | None = None
     seq: _Count | None = None
@@ -245,6 +247,7 @@ def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
         wire.parent_task_id,
         wire.labels or None,
         wire.trace_id,
+        counts.cache_write_1h_tokens,
     )
     texts = f"{event.task_id}{consumer}{event.id}{event.source}{event.model}{event.provider}{event.project}"
     names = f"{event.delegation}{event.reservation}{event.parent_task_id}{event.trace_id}"
@@ -287,11 +290,15 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
     prefix = ""
     if wire.metrics is not None:
         counts, prefix = wire.metrics, "metrics."
-        if wire.tokens_in or wire.tokens_out or wire.duration_ms or wire.api_calls:
+        beside = wire.tokens_in or wire.tokens_out or wire.duration_ms or wire.api_calls or wire.cached_tokens_in
+        if beside or wire.cache_write_tokens or wire.reasoning_tokens or wire.cache_write_1h_tokens:
             errors.append(FieldError("metrics", "the counts stand both in metrics and beside it"))
-    if counts.cached_tokens_in or counts.cache_write_tokens or counts.reasoning_tokens:
+    written = counts.cache_write_tokens or counts.cache_write_1h_tokens
+    if written or counts.cached_tokens_in or counts.reasoning_tokens:
         if counts.cached_tokens_in + counts.cache_write_tokens > counts.tokens_in:
             errors.append(FieldError(f"{prefix}tokens_in", "must include cached_tokens_in and cache_write_tokens"))
+        if counts.cache_write_1h_tokens > counts.cache_write_tokens:
+            errors.append(FieldError(f"{prefix}cache_write_tokens", "must include cache_write_1h_tokens"))
         if counts.reasoning_tokens > counts.tokens_out:
             errors.append(FieldError(f"{prefix}tokens_out", "must include reasoning_tokens"))
     return counts

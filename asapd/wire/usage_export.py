@@ -47,6 +47,8 @@ COLUMNS = (
     "trace_id",
     "recorded_at",
     "voids",
+    "cache_write_1h_tokens",
+    "reprices",
 )
 """What an export holds of a row. `voided_by` is not in it, because it can change while an export runs."""
 
@@ -65,6 +67,7 @@ _INTEGERS = frozenset(
         "cached_tokens_in",
         "cache_write_tokens",
         "reasoning_tokens",
+        "cache_write_1h_tokens",
     }
 )
 _TIMES = frozenset({"timestamp", "recorded_at"})

@@ -19,7 +19,8 @@ from asapd.actors.messages import Idempotency, MeterMessage, ReconfigureMeter, R
 from asapd.actors.meter import MeterSettings, check_times, run_meter
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
-from asapd.core.pricing import PriceTable, parse_price_table
+from asapd.core.price_table import parse_price_table
+from asapd.core.pricing import PriceTable
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import HandlerFailed, Reply, ask

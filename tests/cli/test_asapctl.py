@@ -172,7 +172,7 @@ def test_usage_is_reported_as_table_json_and_csv_with_exact_money(daemon: Daemon
         "avg_duration_ms_per_task",
     }
     table = ctl(*wanted)
-    assert re.search(rf"^{agent} +5 +5000000 +0 +500 +5 +4\.500001$", table.out, re.MULTILINE)
+    assert re.search(rf"^{agent} +5 +5000000 +0 +500 +5 +1 +4\.500001$", table.out, re.MULTILINE)
     assert "1 events have no known cost" in table.err
     assert ctl("usage", "report", "--until", "2020-01-01").out.startswith("AGENT")
 

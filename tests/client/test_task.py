@@ -48,7 +48,7 @@ def test_a_task_is_one_event_with_what_was_added_up(recorder: Recorder) -> None:
     with recorder.task("t1", model="gpt-4o", labels={"team": "a"}) as task:
         assert current_task() is task
         task.tokens(in_=10, out=5)
-        task.tokens(in_=1, out=2, cached_in=3, cache_write=4, reasoning=1)
+        task.tokens(in_=1, out=2, cached_in=3, cache_write=4, cache_write_1h=2, reasoning=1)
         task.tokens(None, None)
         task.calls()
         task.calls(2)
@@ -69,6 +69,7 @@ def test_a_task_is_one_event_with_what_was_added_up(recorder: Recorder) -> None:
             "tokens_out": 7,
             "cached_tokens_in": 3,
             "cache_write_tokens": 4,
+            "cache_write_1h_tokens": 2,
             "reasoning_tokens": 1,
             "api_calls": 3,
         },

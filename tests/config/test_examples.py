@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from asapd.config import Config, load, parse
 from asapd.config.positions import Place, lines_of
-from asapd.core.pricing import parse_price_table
+from asapd.core.price_table import parse_price_table
 
 EXAMPLES = Path(__file__).parents[2] / "config"
 TEXT = (EXAMPLES / "asapd.toml").read_text(encoding="utf-8")

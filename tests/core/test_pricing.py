@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asapd.core.money import MAX_MICROUSD
-from asapd.core.pricing import Price, PriceTable, PriceTableError, parse_price_table
+from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
+from asapd.core.pricing import Price, PriceTable, specific_first
 from asapd.core.types import DAY_US
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 
@@ -33,6 +34,14 @@ def test_each_token_is_priced_in_one_bucket() -> None:
     assert price().microusd(event) == price().microusd(EVENT)
 
 
+def test_cache_writes_of_an_hour_have_a_rate_of_their_own_or_that_of_cache_writing_or_of_input() -> None:
+    event = replace(EVENT, tokens_out=0, cache_write_tokens=300_000, cache_write_1h_tokens=100_000)
+    assert price(cache_write_pico=3_750_000, cache_write_1h_pico=6_000_000).microusd(event) == 2_100_000 + 1_350_000
+    assert price(cache_write_pico=3_750_000).microusd(event) == 2_100_000 + 1_125_000
+    assert price().microusd(event) == 3_000_000
+    assert price(cache_write_1h_pico=0).microusd(event) == 2_700_000
+
+
 def test_a_free_bucket_is_free_and_not_the_plain_rate() -> None:
     assert price(cached_pico=0).microusd(replace(EVENT, cached_tokens_in=1_000_000, tokens_out=0)) == 0
 
@@ -50,27 +59,31 @@ tokens = st.integers(0, 10**7)
 rates = st.none() | st.integers(0, 10**9)
 
 
-@given(st.tuples(tokens, tokens, tokens, tokens, tokens), st.tuples(tokens, tokens, rates, rates, rates))
+@given(st.tuples(tokens, tokens, tokens, tokens, tokens, tokens), st.tuples(tokens, tokens, rates, rates, rates, rates))
 def test_the_price_is_the_exact_fraction_rounded_up(
-    buckets: tuple[int, int, int, int, int], table: tuple[int, int, int | None, int | None, int | None]
+    buckets: tuple[int, int, int, int, int, int],
+    table: tuple[int, int, int | None, int | None, int | None, int | None],
 ) -> None:
-    plain_in, cached, written, plain_out, reasoning = buckets
+    plain_in, cached, written, plain_out, reasoning, written_1h = buckets
     event = UsageEvent(
         "t",
         "a",
         "c",
         DAY,
-        tokens_in=plain_in + cached + written,
+        tokens_in=plain_in + cached + written + written_1h,
         tokens_out=plain_out + reasoning,
         cached_tokens_in=cached,
-        cache_write_tokens=written,
+        cache_write_tokens=written + written_1h,
         reasoning_tokens=reasoning,
+        cache_write_1h_tokens=written_1h,
     )
-    own = Price("m", "", *table)
+    own = Price("m", "", *table[:5], cache_write_1h_pico=table[5])
+    writing = table[0] if table[3] is None else table[3]
     each = [
         (plain_in, table[0]),
         (cached, table[0] if table[2] is None else table[2]),
-        (written, table[0] if table[3] is None else table[3]),
+        (written, writing),
+        (written_1h, writing if table[5] is None else table[5]),
         (plain_out, table[1]),
         (reasoning, table[1] if table[4] is None else table[4]),
     ]
@@ -127,6 +140,7 @@ output_per_mtok = 0.5
 cached_input_per_mtok = 0
 cache_write_per_mtok = 0.1
 reasoning_per_mtok = 6
+cache_write_1h_per_mtok = 0.2
 per_call = 0.000002
 valid_from = 2020-01-01
 valid_until = 2030-01-01T12:00:00
@@ -153,6 +167,54 @@ def test_an_event_without_a_model_has_no_price() -> None:
     assert parse_price_table(TABLE).find(replace(EVENT, model="")) is None
 
 
+names = st.text("ab", min_size=1, max_size=3)
+any_price = st.builds(
+    Price,
+    model=names | names.map(lambda name: f"{name}*") | st.just("*"),
+    provider=st.sampled_from(("", "p", "q")),
+    input_pico=st.integers(0, 9),
+    valid_from_us=st.none() | st.just(DAY),
+    valid_until_us=st.none() | st.just(DAY + 1),
+)
+
+
+@given(
+    st.lists(any_price, max_size=6), names, st.sampled_from(("", "p", "q")), st.sampled_from((DAY - 1, DAY, DAY + 1))
+)
+def test_the_row_found_is_the_first_that_applies_in_the_order_of_the_table(
+    prices: list[Price], model: str, provider: str, at_us: int
+) -> None:
+    ordered = sorted(prices, key=specific_first)
+    event = replace(EVENT, model=model, provider=provider, timestamp_us=at_us)
+    expected = next((price for price in ordered if price.applies(event)), None)
+    assert PriceTable("v", tuple(ordered)).find(event) is expected
+
+
+def test_a_row_may_name_several_models_and_providers() -> None:
+    table = parse_price_table('[[price]]\nmodel = ["m", "n*"]\nprovider = ["p", "q", "p"]\ninput_per_mtok = 1')
+    assert [(price.model, price.provider) for price in table.prices] == [
+        ("m", "p"),
+        ("m", "q"),
+        ("n*", "p"),
+        ("n*", "q"),
+    ]
+
+
+def test_rows_that_are_never_used_are_named() -> None:
+    def row(model: str, days: str = "", provider: str = "") -> str:
+        named = f'provider = "{provider}"\n' if provider else ""
+        return f'[[price]]\nmodel = "{model}"\n{named}input_per_mtok = 1\n{days}\n'
+
+    old, new = "valid_until = 2026-01-01", "valid_from = 2026-01-01"
+    short = "valid_from = 2026-02-01\nvalid_until = 2026-03-01"
+    assert list(unused_rows(row("m", old) + row("m", new) + row("m*") + row("m", provider="p") + row("m"))) == []
+    found = list(unused_rows(row("m", new) + row("m", short) + row("m", old) + row("m", old)))
+    assert [(one.field, one.reason.split(":")[1].split()[0]) for one in found] == [
+        ("price[1]", "price[0]"),
+        ("price[3]", "price[2]"),
+    ]
+
+
 def test_a_row_is_read_exactly() -> None:
     assert parse_price_table(TABLE).prices[0] == Price(
         "model-1",
@@ -165,6 +227,7 @@ def test_a_row_is_read_exactly() -> None:
         2,
         1_577_836_800_000_000,
         1_893_499_200_000_000,
+        200_000,
     )
 
 
@@ -201,6 +264,7 @@ def test_tables_that_differ_have_different_versions() -> None:
     assert first.version.startswith("2026-11+")
     assert first.version != second.version
     assert parse_price_table("").version.startswith("unnamed+")
+    assert first.version == f"2026-11+{first.sha256[:8]}"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +278,17 @@ def test_tables_that_differ_have_different_versions() -> None:
         ("[[price]]", "price[0].model"),
         ("[[price]]\nmodel = 1", "price[0].model"),
         ('[[price]]\nmodel = ""', "price[0].model"),
+        ("[[price]]\nmodel = []", "price[0].model"),
+        ('[[price]]\nmodel = "m"', "price[0]"),
+        ('[[price]]\nmodel = "m"\nprovider = ["p", 1]', "price[0].provider"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = [1]', "price[0].input_per_mtok"),
+        (
+            '[[price]]\nmodel = "m"\ninput_per_mtok = 1\nvalid_from = 2026-01-02\nvalid_until = 2026-01-02',
+            "price[0].valid_until",
+        ),
+        ("version = []", "version"),
+        ('version = "a\\nb"', "version"),
+        ("x = " + "[" * 2000, "toml"),
         ('[[price]]\nmodel = "m"\nprovider = 1', "price[0].provider"),
         ('[[price]]\nmodel = "m"\ninput = 1', "price[0].input"),
         ('[[price]]\nmodel = "m"\ninput_per_mtok = -1', "price[0].input_per_mtok"),
@@ -223,8 +298,8 @@ def test_tables_that_differ_have_different_versions() -> None:
         ('[[price]]\nmodel = "m"\noutput_per_mtok = inf', "price[0].output_per_mtok"),
         ('[[price]]\nmodel = "m"\nper_call = 0.0000001', "price[0].per_call"),
         ('[[price]]\nmodel = "m"\nper_call = 1e30', "price[0].per_call"),
-        ('[[price]]\nmodel = "m"\nvalid_from = "soon"', "price[0].valid_from"),
-        ('[[price]]\nmodel = "m"\nvalid_until = 2026', "price[0].valid_until"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = 1\nvalid_from = "soon"', "price[0].valid_from"),
+        ('[[price]]\nmodel = "m"\ninput_per_mtok = 1\nvalid_until = 2026', "price[0].valid_until"),
     ],
 )
 def test_a_bad_field_is_named(text: str, field: str) -> None:

@@ -42,6 +42,34 @@ def test_a_change_of_any_field_changes_the_content(field: str) -> None:
     assert content_digest(replace(EVENT, **{field: new})) != content_digest(EVENT)
 
 
+def test_what_was_recorded_before_a_field_was_known_has_the_content_it_had() -> None:
+    event = UsageEvent(
+        "t",
+        "urn:asap:agent:a",
+        "c",
+        NOW_US,
+        tokens_in=10,
+        tokens_out=2,
+        duration_ms=3,
+        api_calls=1,
+        cached_tokens_in=4,
+        cache_write_tokens=5,
+        reasoning_tokens=1,
+        id="e",
+        source="s",
+        source_seq=7,
+        model="m",
+        provider="p",
+        project="x",
+        reported_microusd=9,
+        labels={"b": "2", "a": "1"},
+        trace_id="f",
+    )
+    # As asapd 0.1.0 computed them.
+    assert content_digest(event).hex() == "a9e1d7145d80b6f8564daec9a5ee5291"
+    assert identity_digest("default", event).hex() == "a15c6ae8fddfb989de4ace927786bff6"
+
+
 def test_content_does_not_depend_on_the_order_of_labels_or_on_the_journey() -> None:
     turned = replace(EVENT, labels={"y": "2", "x": "1"})
     assert content_digest(turned) == content_digest(EVENT)

@@ -31,6 +31,7 @@ from asapd.actors.notifier import Subscription, run_notifier
 from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
 from asapd.actors.registry import RegistrySettings, run_registry
+from asapd.actors.repricer import reprice
 from asapd.actors.watcher import WatcherSettings, run_watcher
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
@@ -251,6 +252,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
     async def status() -> dict[str, Any]:
         return {"ready": True}
 
+    async def metrics() -> bytes:
+        return b"# EOF\n"
+
     async def reload(actor: str) -> dict[str, Any] | Refusal:
         holder[0].calls.append(("reload", actor))
         return holder[0].reload_outcome
@@ -259,6 +263,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         holder[0].calls.append(("restart", name, actor))
         return name in names
 
+    meter = MeterSettings(settings.metering, PriceTable())
     services = Services(
         decoding=trio.Lock(),
         mailboxes=Mailboxes(**{name: send for name, (send, _) in boxes.items()}),
@@ -272,13 +277,15 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         is_ready=lambda: holder[0].ready,
         reload=reload,
         restart_actor=restart,
-        metrics=lambda: b"# EOF\n",
+        metrics=metrics,
         manifest=lambda: {"id": "urn:asap:agent:asapd"},
         health=lambda: {"status": "healthy"},
         ingest_caller=lambda peer: Caller(f"uid:{peer.uid}", Role.INGEST) if peer.pid else None,
         daemon_uid=os.geteuid(),
         version="0",
         retain=partial(apply_retention, database, clock, JanitorSettings(settings.retention, settings.metering)),
+        prices=lambda: meter.prices,
+        reprice=partial(reprice, database, clock, meter),
         committed=committed,
         stopping=trio.Event(),
     )
@@ -286,7 +293,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
     holder.append(edge)
     common = {"database": database, "clock": clock, "beat": lambda: None, "log": LOG}
     runs: dict[str, Callable[..., Awaitable[None]]] = {
-        "meter": partial(run_meter, settings=MeterSettings(settings.metering, PriceTable())),
+        "meter": partial(run_meter, settings=meter),
         "registry": partial(
             run_registry,
             settings=RegistrySettings(settings.delegation, keys_dir),

@@ -23,6 +23,7 @@ STATUS: dict[str, Any] = {
         "guarded_errors_total": 4,
     },
     "store": {"size_bytes": 4096, "pending": 5},
+    "usage": {"unpriced_events": 6},
     "last_alert": 7,
 }
 
@@ -56,5 +57,6 @@ def test_every_figure_is_there_under_its_name() -> None:
         ("asapd_loop_lag_seconds_sum", None): 1.5,
         ("asapd_store_bytes", None): 4096,
         ("asapd_store_pending_units", None): 5,
+        ("asapd_usage_unpriced_events", None): 6,
         ("asapd_alert_seq", None): 7,
     }

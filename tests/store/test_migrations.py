@@ -8,10 +8,15 @@ from pathlib import Path
 
 import apsw
 import pytest
+from msgspec.structs import replace
 
+from asapd.core.types import HOUR_US
+from asapd.core.usage import UNKNOWN_COST, UsageEvent, identity_digest
 from asapd.store import migrations
 from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDatabaseError
-from asapd.store.units import Envelope, Note
+from asapd.store.units import Envelope, Note, Recorded, RecordUsage, UsageConflict
+from asapd.store.usage_queries import UsageFilter, summary
+from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 
 NOTE = Note("noted", "asapd", "x", {}, 1_795_169_203_000_000)
@@ -117,6 +122,39 @@ def test_a_schema_in_memory_needs_no_backup(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT;"))
     migrations.migrate(connection, None)
     assert connection.pragma("user_version") == len(migrations.MIGRATIONS)
+
+
+def test_a_repeat_of_what_was_recorded_before_an_upgrade_is_still_a_repeat(path: Path) -> None:
+    event = UsageEvent("t", "urn:asap:agent:a", "c", NOTE.now_us, tokens_in=10, cache_write_tokens=5, id="e")
+    names = ("default", event.agent, event.consumer)
+    with closing(apsw.Connection(str(path))) as old:
+        for script in migrations.MIGRATIONS[:2]:
+            old.execute(script)
+        old.pragma("application_id", APPLICATION_ID)
+        old.pragma("user_version", 2)
+        tenant, agent, consumer = (
+            old.execute("INSERT INTO name (name) VALUES (?) RETURNING id", (name,)).get for name in names
+        )
+        # As asapd 0.1.0 computed them.
+        content = bytes.fromhex("976a6ebe3d0ec0c8aea3762abd5d0302")
+        row = (1, "e", tenant, 0, None, agent, consumer, "t", event.timestamp_us, 10, 0, 0, 5, 0, 0, 0, 1, 0, None)
+        rest = (0, 0, 0, None, None, None, None, None, None, None, event.action, 0, None, None, None, content)
+        old.execute(f"INSERT INTO usage VALUES ({','.join('?' * 37)})", (*row, *rest, NOTE.now_us, "key:x"))
+        old.execute("INSERT INTO usage_identity VALUES (?, 1)", (identity_digest("default", event),))
+        hour = (tenant, event.timestamp_us // HOUR_US, agent, consumer, 0, 0, 1, 1, 1, 10, 0, 0, 5, 0, 0, 0, 0, 1)
+        old.execute(f"INSERT INTO usage_hour VALUES ({','.join('?' * 18)})", hour)
+    with closing(open_for_writing(path)) as connection:
+        unit = RecordUsage("default", "key:x", NOTE.now_us, [event], [UNKNOWN_COST])
+        (answer,) = Writer(connection).run([Envelope(1, unit, False)])
+        assert isinstance(answer.result, Recorded)
+        assert (answer.result.recorded, answer.result.duplicates) == (0, 1)
+        (other,) = Writer(connection).run(
+            [Envelope(2, replace(unit, events=[replace(event, cache_write_1h_tokens=1)]), False)]
+        )
+        assert isinstance(other.result, UsageConflict)
+        total = summary(connection, UsageFilter(EVERYTHING))
+        assert (total["total_cache_write_tokens"], total["total_cache_write_1h_tokens"]) == (5, 0)
+        assert total["unpriced_events"] == 1
 
 
 def test_sources_and_open_tasks_of_an_older_file_are_known(path: Path) -> None:

@@ -52,6 +52,7 @@ events = st.builds(
     cached_tokens_in=counts,
     cache_write_tokens=counts,
     reasoning_tokens=counts,
+    cache_write_1h_tokens=counts,
     outcome=st.integers(1, 2),
     partial=st.booleans(),
     model=st.sampled_from(("", "m", "n")),
@@ -172,6 +173,7 @@ def totals(rows: list[Stored]) -> dict[str, Any]:
             "cached_tokens_in",
             "cache_write_tokens",
             "reasoning_tokens",
+            "cache_write_1h_tokens",
             "duration_ms",
             "api_calls",
         )
@@ -280,6 +282,7 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         parent_task_id="u",
         labels={"z": "1", "b": "é"},
         trace_id="f" * 32,
+        cache_write_1h_tokens=4,
     )
     unit = RecordUsage("default", "key:x", START_US + 1, [event], [Cost(10, "priced", 10, "v1")])
     Writer(connection).run([Envelope(1, unit, False)])
@@ -298,6 +301,7 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "api_calls": 4,
         "cached_tokens_in": 5,
         "cache_write_tokens": 6,
+        "cache_write_1h_tokens": 4,
         "reasoning_tokens": 7,
         "timestamp": "2026-12-27T22:00:00.000000Z",
         "outcome": "failed",
@@ -320,6 +324,8 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "recorded_at": "2026-12-27T22:00:00.000001Z",
         "voids": None,
         "voided_by": None,
+        "reprices": None,
+        "repriced_by": None,
     }
     assert q.get_usage(connection, 2) is None
 

@@ -20,6 +20,7 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
+from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, handlers
 from asapd.store.units import (
@@ -29,6 +30,7 @@ from asapd.store.units import (
     AnyUnit,
     ApiKey,
     BreachRow,
+    CorrectCosts,
     CreateKey,
     Envelope,
     ExtendReservation,
@@ -225,6 +227,18 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
             st.sampled_from((None, 2, 3)),
         ),
         VoidUsage: st.builds(VoidUsage, st.integers(1, 6), st.just("why"), actor, at),
+        CorrectCosts: st.builds(
+            CorrectCosts,
+            st.lists(
+                st.builds(
+                    Correction, st.integers(1, 8), st.none() | costs, costs, st.just("priced"), st.integers(-5, 5)
+                ),
+                max_size=3,
+            ),
+            st.just("v"),
+            actor,
+            at,
+        ),
         RetireUsage: st.builds(RetireUsage, at, actor, at, st.integers(1, 3)),
         RecordTask: st.builds(RecordTask, task, actor, st.just("default"), at),
         RegisterDelegation: st.builds(RegisterDelegation, st.sampled_from(CHAINS), actor, st.just("default"), at),

@@ -174,6 +174,18 @@ def test_attributes_of_both_generations_count_once_a_bucket() -> None:
     assert (*counts, event.reasoning_tokens, event.provider) == (100, 40, 30, 20, 10, "openai")
 
 
+@pytest.mark.parametrize(
+    "name", ["gen_ai.usage.cache_creation.ephemeral_1h_input_tokens", "gen_ai.usage.cache_write_1h_input_tokens"]
+)
+@pytest.mark.parametrize(("written", "said", "kept"), [(20, 15, 15), (20, 25, 20), (0, 5, 0)])
+def test_how_long_a_cache_is_kept_is_taken_from_the_attributes_in_use(
+    name: str, written: int, said: int, kept: int
+) -> None:
+    counts = {"gen_ai.usage.input_tokens": 100, "gen_ai.usage.cache_creation.input_tokens": written, name: said}
+    event = only({**CHAT, **counts})
+    assert (event.tokens_in, event.cache_write_tokens, event.cache_write_1h_tokens) == (100, written, kept)
+
+
 def test_a_span_of_the_first_generation_alone_counts() -> None:
     old = {
         "gen_ai.system": "anthropic",

@@ -142,9 +142,13 @@ def test_everything_a_client_may_say_is_kept() -> None:
 
 
 def test_token_parts_are_kept() -> None:
-    parts = {"cached_tokens_in": 4, "cache_write_tokens": 6, "reasoning_tokens": 5}
-    (event,) = decoded(single(metrics={**COUNTS, **parts})).events
+    parts = {"cached_tokens_in": 4, "cache_write_tokens": 6, "reasoning_tokens": 5, "cache_write_1h_tokens": 2}
+    nested = decoded(single(metrics={**COUNTS, **parts})).events
+    flat = decoded(single(metrics=..., **COUNTS, **parts)).events
+    assert nested == flat
+    (event,) = nested
     assert (event.cached_tokens_in, event.cache_write_tokens, event.reasoning_tokens) == (4, 6, 5)
+    assert event.cache_write_1h_tokens == 2
 
 
 @pytest.mark.parametrize("cost", [0.1, "0.1", "0.0999999", 0.09999999])
@@ -180,6 +184,14 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"metrics": {"tokens_in": 2**70}}, "metrics.tokens_in", "int"),
         ({"metrics": {"tokens_in": "5"}}, "metrics.tokens_in", "int"),
         ({"metrics": {"tokens_in": 5, "cached_tokens_in": 6}}, "metrics.tokens_in", "include"),
+        ({"metrics": {"tokens_in": 5, "cache_write_tokens": 6}}, "metrics.tokens_in", "include"),
+        (
+            {"metrics": {"tokens_in": 5, "cache_write_tokens": 2, "cache_write_1h_tokens": 3}},
+            "metrics.cache_write_tokens",
+            "include",
+        ),
+        ({"metrics": {"tokens_in": 5, "cache_write_1h_tokens": 3}}, "metrics.cache_write_tokens", "include"),
+        ({"cache_write_tokens": 1}, "metrics", "both"),
         ({"metrics": {"tokens_out": 5, "reasoning_tokens": 6}}, "metrics.tokens_out", "include"),
         ({"timestamp": "yesterday"}, "timestamp", "date and time"),
         ({"timestamp": "2026-13-20T09:00:01Z"}, "timestamp", "date and time"),

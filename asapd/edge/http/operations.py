@@ -54,7 +54,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_metrics() -> Response:
         require_everything(Permission.READ_ALL)
         kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-        return Response(services.metrics(), content_type=kind)
+        return Response(await services.metrics(), content_type=kind)
 
     @app.get("/")
     async def get_page() -> Response:
