@@ -10,7 +10,7 @@ from asapd.core.sla import Metrics, measure
 from asapd.core.uptime import UptimeTimeline
 from asapd.core.windows import TaskWindow, window_bounds
 from asapd.store.agents import DirectoryAgent, ProbeFact
-from asapd.store.sla_queries import Followed, ProbeHistory, Slots, TaskCount
+from asapd.store.sla_queries import Followed, Position, ProbeHistory, Slots, TaskCount
 
 # Evidence is kept for good: an agent that flaps at every probe of a long window must not bloat it. The sums are
 # there in any case.
@@ -20,15 +20,15 @@ _MOST_SEGMENTS = 1_000
 class AgentBook:
     """Counts of one agent, filled from its history and then followed row by row.
 
-    `usage_seq` and `probe_seq` are the last rows that the history holds; only later ones may be added.
+    `through` and `probe_seq` are the last rows that the history holds; only later ones may be added.
     """
 
-    __slots__ = ("_probes", "_tasks", "_timeline", "agent", "held_to", "probe_seq", "stale", "usage_seq")
+    __slots__ = ("_probes", "_tasks", "_timeline", "agent", "held_to", "probe_seq", "stale", "through")
 
     def __init__(self, agent: DirectoryAgent, held_to: HeldTo, windows_us: Sequence[int], now_us: int) -> None:
         self.agent = agent
         self.held_to = held_to
-        self.usage_seq = 0
+        self.through = Position()
         self.probe_seq = 0
         self.stale = False
         """Whether the clock fell back so far that the book is to be read afresh from the store."""
@@ -41,7 +41,7 @@ class AgentBook:
     @property
     def followed(self) -> Followed:
         """What the store needs to know to count this agent's further tasks."""
-        return Followed(self.agent.id, self.agent.tenant, self.held_to.promise.max_latency_p95_ms, self.usage_seq)
+        return Followed(self.agent.id, self.agent.tenant, self.held_to.promise.max_latency_p95_ms, self.through)
 
     def slots(self) -> list[Slots]:
         """The part of the past that each window needs, in the order of the windows."""
@@ -71,7 +71,9 @@ class AgentBook:
         self.probe_seq = history.through_seq
 
     def add_tasks(self, count: TaskCount) -> None:
-        """Count tasks that were committed behind `usage_seq`."""
+        """Count tasks that were committed behind `through`, or count them no longer."""
+        if self.stale:  # it is about to be read afresh, and may have lost what is to be taken back
+            return
         for window in self._tasks.values():
             _add(window, count)
 
@@ -145,11 +147,13 @@ def horizon_us(windows_us: Sequence[int], now_us: int) -> int:
 
 
 def _add(window: TaskWindow, count: TaskCount) -> None:
-    if count.bucket is None:
-        window.add(count.slot_us, completed=0, failed=count.count)
-    else:
-        latencies = ((count.bucket, count.count),)
-        window.add(count.slot_us, completed=count.count, failed=0, latencies=latencies, over_promise=count.over)
+    window.add(
+        count.slot_us,
+        completed=count.count if count.completed else 0,
+        failed=0 if count.completed else count.count,
+        latencies=() if count.bucket is None else ((count.bucket, count.count),),
+        over_promise=count.over,
+    )
 
 
 def _text(value: object) -> str | None:

@@ -17,6 +17,7 @@ from asapd.runtime.fanout import Wakeup
 from asapd.store import sla_queries
 from asapd.store.agents import DirectoryAgent, directory, probes_after
 from asapd.store.database import Database
+from asapd.store.sla_queries import Position
 from asapd.store.visibility import EVERYTHING
 
 # Rows counted in one read: folding the counts of a page holds up the loop for some tens of milliseconds at worst.
@@ -57,7 +58,8 @@ class Books:
         self._beat = beat
         self._lock = trio.Lock()
         self._seen_commits = self._seen_directory = -1
-        self.usage_seq = self.probe_seq = 0
+        self.through = Position()
+        self.probe_seq = 0
         """The last rows that were counted; a book that was read since may hold more."""
         self._windows_us: tuple[int, ...] = ()
         self._followed = ""
@@ -79,7 +81,7 @@ class Books:
         """Read all that is needed from the store."""
         async with self._lock:
             # Read before the books are: rows up to here are in all of them, and each book knows what more it holds.
-            self.usage_seq = await self._database.read(sla_queries.newest_usage_seq)
+            self.through = await self._database.read(sla_queries.newest_tasks)
             self.probe_seq = await self._database.read(sla_queries.newest_probe_seq)
             await self._refresh()
 
@@ -89,16 +91,16 @@ class Books:
             if self._directory_changed.count != self._seen_directory:
                 await self._refresh()
             seen_commits = self._committed.count
-            target = math.inf
-            while self.usage_seq < target:
+            target: Position | None = None
+            while target is None or not self.through.reaches(target):
                 page = await self._database.read(
-                    sla_queries.tasks_after, self._followed, self.usage_seq, self._step_us(), USAGE_PAGE
+                    sla_queries.tasks_after, self._followed, self.through, self._step_us(), USAGE_PAGE
                 )
                 for count in page.counts:
                     self.by_agent[count.agent].add_tasks(count)
                     self._touched.add(count.agent)
-                target = min(target, page.newest_seq)
-                self.usage_seq = page.through_seq
+                target = target or page.newest
+                self.through = page.through
                 self._beat()
             full = True
             while full:
@@ -149,16 +151,16 @@ class Books:
         book = AgentBook(agent, held, windows_us, now_us)
         slots, since_us = book.slots(), horizon_us(windows_us, now_us)
         start_us: int | None = since_us
-        through_seq: int | None = None
+        through: Position | None = None
         while start_us is not None:
             history = await self._database.read(
-                sla_queries.task_history, book.followed, slots, start_us, through_seq, HISTORY_PAGE
+                sla_queries.task_history, book.followed, slots, start_us, through, HISTORY_PAGE
             )
             book.add_task_history(history.counts)
-            start_us, through_seq = history.next_us, history.through_seq
+            start_us, through = history.next_us, history.through
             self._beat()
-        assert through_seq is not None
-        book.usage_seq = through_seq
+        assert through is not None
+        book.through = through
         book.add_probe_history(await self._database.read(sla_queries.probe_history, agent.id, slots, since_us))
         return book
 

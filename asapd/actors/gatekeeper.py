@@ -16,6 +16,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
+from asapd.runtime.fanout import Wakeup
 from asapd.store.database import Database
 from asapd.store.keys import list_keys
 from asapd.store.units import ApiKey, CreateKey, RevokeKey
@@ -28,10 +29,13 @@ class KeyRing:
 
     def __init__(self) -> None:
         self._keys: dict[str, ApiKey] = {}
+        self.changed = Wakeup()
+        """Raised whenever keys came or went: who is served for long looks whether he may stay."""
 
     def replace(self, keys: list[ApiKey]) -> None:
         """Hold exactly the keys of this list that are not revoked."""
         self._keys = {key.id: key for key in keys if key.revoked_us is None}
+        self.changed.notify()
 
     def find(self, presented: str) -> Caller | None:
         """Who presents this text, `asapd_<id>_<secret>`; None when no key in use is like it."""

@@ -15,7 +15,7 @@ from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
 from asapd.store import retention
 from asapd.store.database import Database
-from asapd.store.units import RetireUsage, Sweep
+from asapd.store.units import RecoverReservations, RetireUsage, Sweep
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""
@@ -64,6 +64,18 @@ async def run_janitor(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_sweep, database, clock, settings, beat, log)
         nursery.start_soon(_retire, database, clock, settings, log)
+
+
+async def recover_reservations(database: Database, clock: Clock) -> int | Refusal:
+    """Close the reservations whose time came before this start; how many. To be called before anybody can ask."""
+    total = 0
+    while True:
+        recovered = await database.submit(RecoverReservations(clock.now_us()), urgent=True)
+        if isinstance(recovered, Refusal):
+            return recovered
+        total += recovered.reservations
+        if not recovered.more:
+            return total
 
 
 async def _sweep(

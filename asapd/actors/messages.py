@@ -40,6 +40,7 @@ from asapd.store.units import (
     TaskEvent as TaskEvent,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
 from asapd.wire.otlp_points import MetricPoint
+from asapd.wire.otlp_spans import SpanUsage
 
 # --- meter
 
@@ -70,11 +71,11 @@ class TelemetryRecorded:
 
 @dataclass(frozen=True, slots=True)
 class ReportSpans:
-    """Record what the spans of one export used. `resources` has for each the newest end of a span (microseconds)."""
+    """Record what the spans of one export used; `links` say which is below which, see `OtlpOutcome`."""
 
     caller: Caller
-    events: list[UsageEvent]
-    resources: dict[bytes, int]
+    spans: list[SpanUsage]
+    links: list[tuple[bytes, bytes]]
     reply: Reply[TelemetryRecorded | Refusal]
 
 

@@ -18,6 +18,7 @@ import trio
 from asapd import config
 from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
 from asapd.actors.probe_answers import MAX_DETAIL, disbelief, disturbed, judge, read_manifest
+from asapd.actors.unprobed import Unprobed
 from asapd.core.errors import Refusal
 from asapd.core.health import AgentState, ProbeResult, State, step
 from asapd.core.types import SECOND_US
@@ -80,6 +81,8 @@ class ProberSettings:
 
     prober: config.Prober
     agents: list[AgentRecord]
+    unprobed: Unprobed = field(default_factory=Unprobed)
+    """Agents that cannot be probed, for whoever asks why nothing is known of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -242,6 +245,7 @@ class _Prober:
         found = {row.id: row for row in await self._database.read(directory, EVERYTHING, agent)}
         for gone in [known for known in self._watches if known not in found and agent in (None, known)]:
             self._watches.pop(gone).scope.cancel()
+            self._settings.unprobed.clear(gone)
         for row in found.values():
             watch = self._watches.get(row.id)
             if watch is not None:
@@ -249,6 +253,7 @@ class _Prober:
                 if (watch.url, watch.public_key) == (row.url, row.public_key):
                     continue
                 watch.scope.cancel()
+                self._settings.unprobed.clear(row.id)
             self._watches[row.id] = fresh = _watch(row)
             self._nursery.start_soon(self._keep, fresh)
 
@@ -315,6 +320,8 @@ class _Prober:
             await work(watch)
             watch.said.pop(f"{what} failed", None)
         except* OSError as group:
+            if what == "probe":
+                self._settings.unprobed.note(watch.id, "host_failed", _named(group), self._clock.now_us())
             self._say(watch, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}")
         except* Exception as group:  # noqa: BLE001 -- a bug met with one agent must not end the watch over the others
             self._say(watch, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
@@ -376,13 +383,17 @@ class _Prober:
                 wall_s = (self._clock.now_us() - ts_us) / SECOND_US
             if isinstance(answer, FetchFailed):
                 if answer.reason == "not_allowed":
+                    self._settings.unprobed.note(watch.id, answer.reason, answer.detail[:MAX_DETAIL], ts_us)
                     self._say(watch, "probe", logging.WARNING, f"not probed: {answer.detail}")
                     return None
                 if disturbed(elapsed_s, wall_s, timeout_s):
                     continue
             watch.said.pop("probe", None)
+            self._settings.unprobed.clear(watch.id)
             return judge(answer, watch.id, ts_us, elapsed_s * 1000)
-        self._say(watch, "probe", logging.WARNING, "probe not counted: asapd itself was held up, or the clock was set")
+        reason = "asapd itself was held up, or the clock was set"
+        self._settings.unprobed.note(watch.id, "disturbed", reason, self._clock.now_us())
+        self._say(watch, "probe", logging.WARNING, f"probe not counted: {reason}")
         return None
 
     async def _record(self, watch: _Watch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:

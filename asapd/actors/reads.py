@@ -17,6 +17,7 @@ from asapd.store import (
     budget_queries,
     keys,
     ledger_queries,
+    reservation_queries,
     retention,
     sources,
     tasks,
@@ -26,13 +27,24 @@ from asapd.store import (
 from asapd.store.agents import DirectoryAgent, StoredProbe
 from asapd.store.audit import AuditFilter
 from asapd.store.database import Database
+from asapd.store.reservation_queries import STATES as RESERVATION_STATES
 from asapd.store.sources import SourceFilter
 from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units import ApiKey, BreachRow
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
 
-__all__ = ["GROUPS", "STATES", "TIME_GROUPS", "AuditFilter", "BreachRow", "DirectoryAgent", "Reads", "StoredProbe"]
+__all__ = [
+    "GROUPS",
+    "RESERVATION_STATES",
+    "STATES",
+    "TIME_GROUPS",
+    "AuditFilter",
+    "BreachRow",
+    "DirectoryAgent",
+    "Reads",
+    "StoredProbe",
+]
 
 
 UTC = ZoneInfo("UTC")
@@ -217,11 +229,13 @@ class Reads:
 
         return await self._database.read(query)
 
+    # --- reservations
+
     async def reservation(self, caller: Caller, reservation: str) -> dict[str, Any] | None:
         """One reservation, when the caller may see either party of its delegation."""
 
         def query(connection: Any) -> dict[str, Any] | None:
-            row = ledger_queries.get_reservation(connection, reservation)
+            row = reservation_queries.get_reservation(connection, reservation)
             if row is None or not caller.may_touch(row.delegator, row.delegate):
                 return None
             if caller.tenant not in {None, row.tenant}:
@@ -230,9 +244,19 @@ class Reads:
             assert delegation is not None
             left = ledger_queries.remaining_of(connection, delegation.account)
             left = budget_queries.remaining_with_budgets(connection, left, row.id)
-            return ledger_queries.public_reservation(row, left)
+            shown = reservation_queries.public_reservation(row, self._clock.now_us())
+            return reservation_queries.with_remaining(shown, left)
 
         return await self._database.read(query)
+
+    async def reservations(
+        self, caller: Caller, filters: dict[str, Any], *, limit: int, before: str | None
+    ) -> list[dict[str, Any]]:
+        """Reservations under delegations either party of which the caller may see, the newest first."""
+        now_us = self._clock.now_us()
+        wanted = reservation_queries.ReservationFilter(visibility(caller), now_us, **filters)
+        rows = await self._database.read(reservation_queries.list_reservations, wanted, limit, before)
+        return [reservation_queries.public_reservation(row, now_us) for row in rows]
 
     # --- budgets
 

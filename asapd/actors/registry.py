@@ -35,7 +35,7 @@ from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store import agents as directory
-from asapd.store import ledger_queries
+from asapd.store import ledger_queries, reservation_queries
 from asapd.store.database import Database
 from asapd.store.units import (
     AuthorizationDenied,
@@ -365,7 +365,7 @@ class _Registry:
         return await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
 
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
-        row = await self._database.read(ledger_queries.get_reservation, message.reservation)
+        row = await self._database.read(reservation_queries.get_reservation, message.reservation)
         party = None if row is None else row.delegator if message.verb == "refund" else row.delegate
         if (
             row is None

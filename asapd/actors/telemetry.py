@@ -7,7 +7,7 @@ wrong in it, but recorded without that, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -16,16 +16,30 @@ from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT
 from asapd.core.usage import UsageEvent
 from asapd.store.database import Database
-from asapd.store.telemetry import Memory, remembered
+from asapd.store.telemetry import FIRST_METRICS, METRICS, SPANS, Memory, remembered
 from asapd.store.units import (
+    CollectionChanged,
+    CollectionPart,
+    Evidence,
     RecordTelemetry,
     RecordUsage,
+    SpanFact,
     StreamChanged,
     StreamsMoved,
     StreamValue,
     UsageConflict,
 )
-from asapd.wire.otlp_points import Delta, MetricPoint, StreamState, fold_cumulative, metric_events
+from asapd.wire.otlp_points import (
+    Bucket,
+    Delta,
+    MetricPoint,
+    Part,
+    StreamState,
+    collection_event,
+    collection_key,
+    fold_cumulative,
+)
+from asapd.wire.otlp_spans import SpanUsage
 from asapd.wire.usage import MAX_EVENTS, too_many
 
 # Exports of one stream come one after another; two at once are a resend that overtakes. A third try is a hot loop.
@@ -35,7 +49,7 @@ MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
 
 
 class Times(msgspec.Struct, frozen=True):
-    """When usage may have been (microseconds), and how long a span makes the metrics of its resource void."""
+    """When usage may have been (microseconds), and how near a span makes the metrics of its resource void."""
 
     horizon_us: int
     latest_us: int
@@ -56,33 +70,47 @@ class Times(msgspec.Struct, frozen=True):
 async def record_spans(
     message: ReportSpans, database: Database, make_unit: MakeUnit, times: Times
 ) -> TelemetryRecorded | Refusal:
-    """Record the events of spans, and remember until when their resources had any."""
+    """Record the events of spans, and remember which are below which, and when their resources had any."""
     rejected: list[str] = []
-    timely: list[UsageEvent] = []
-    for event in message.events:
-        reason = times.reason(event.timestamp_us)
+    timely: list[SpanUsage] = []
+    for span in message.spans:
+        reason = times.reason(span.event.timestamp_us)
         if reason is None:
-            timely.append(event)
+            timely.append(span)
         else:
-            rejected.append(f"span {event.id} {reason}")
-    if not timely:
+            rejected.append(f"span {span.event.id} {reason}")
+    if not timely and not message.links:
         return TelemetryRecorded(0, 0, rejected)
-    # A span that claims to end later than any that is taken would silence its metrics for ever.
-    spans = [(resource, min(end_us, times.latest_us)) for resource, end_us in message.resources.items()]
-    unit = msgspec.structs.replace(make_unit(timely), partial=True)
-    outcome = await database.submit(RecordTelemetry(unit, times.forget_before_us, [], spans))
+    events = [span.event for span in timely]
+    # A span that does not count for the sake of one below it still says that its resource has spans.
+    evidence = list(dict.fromkeys(Evidence(span.resource, SPANS, span.event.timestamp_us) for span in timely))
+    unit = RecordTelemetry(
+        msgspec.structs.replace(make_unit(events), partial=True),
+        times.forget_before_us,
+        times.spans_win_us,
+        evidence=evidence,
+        spans=[SpanFact(span.span, span.is_work) for span in timely],
+        links=message.links,
+    )
+    outcome = await database.submit(unit)
     if isinstance(outcome, Refusal):
         return outcome
     assert not isinstance(outcome, UsageConflict | StreamsMoved), "a partial unit without streams has no such answer"
-    rejected += [f"span {timely[index].id} was reported before with other content" for index, _ in outcome.conflicts]
+    rejected += [f"span {events[index].id} was reported before with other content" for index, _ in outcome.conflicts]
     return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
 
 
-class _Group(msgspec.Struct, frozen=True):
-    """The deltas behind one event, or behind none."""
+class _Collection(msgspec.Struct, frozen=True):
+    """What an export adds to one collection: the deltas of points that it did not have, and those it had otherwise."""
 
-    event: UsageEvent | None
-    deltas: list[Delta]
+    first: MetricPoint
+    before: dict[bytes, CollectionPart] | None
+    after: dict[bytes, CollectionPart]
+    contradicted: list[Delta]
+
+    @property
+    def is_changed(self) -> bool:
+        return self.after != (self.before or {})
 
 
 async def record_metrics(
@@ -92,19 +120,45 @@ async def record_metrics(
     tenant = message.caller.tenant or DEFAULT_TENANT
     rejected: list[str] = []
     points = [point for point in message.points if _is_timely(point, times, rejected)]
-    if not points:
-        return TelemetryRecorded(0, 0, rejected)
-    streams = list({point.stream for point in points if point.is_cumulative})
-    resources = list({point.resource for point in points})
-    for _ in range(ATTEMPTS):
-        memory = await database.read(remembered, tenant, streams, resources)
-        groups = _fold(points, memory, times)
-        events = [group.event for group in groups if group.event is not None]
+    evidence = list(
+        dict.fromkeys(Evidence(point.resource, METRICS, point.time_ns // 1_000) for point in points if not point.legacy)
+    )
+    attempt = 0
+    while points and attempt < ATTEMPTS:
+        streams = list({point.stream for point in points if point.is_cumulative})
+        memory = await database.read(remembered, tenant, streams, list({collection_key(point) for point in points}))
+        deltas = _fold(points, memory, times)
+        collections = _collect(deltas, memory)
+        contradicted = [delta for collection in collections.values() for delta in collection.contradicted]
+        if contradicted:
+            points = _without(points, contradicted, rejected)
+            continue
+        changed = {key: found for key, found in collections.items() if found.is_changed}
+        events = [collection_event(found.first, _parts(found.after)) for found in changed.values()]
         if len(events) > MAX_EVENTS:
             return too_many(len(events))
-        unit = RecordTelemetry(make_unit(events), times.forget_before_us, _changes(groups, memory))
-        if not unit.streams and not events:
-            return TelemetryRecorded(0, 0, rejected)
+        unit = RecordTelemetry(
+            make_unit(events),
+            times.forget_before_us,
+            times.spans_win_us,
+            _changes(deltas, memory),
+            [
+                CollectionChanged(
+                    key,
+                    found.first.resource,
+                    FIRST_METRICS if found.first.legacy else METRICS,
+                    found.first.time_ns // 1_000,
+                    place,
+                    found.before,
+                    found.after,
+                )
+                for place, (key, found) in enumerate(changed.items())
+            ],
+            evidence,
+        )
+        if not (unit.streams or events or evidence):
+            break
+        attempt += 1
         outcome = await database.submit(unit)
         match outcome:
             case Refusal():
@@ -112,14 +166,15 @@ async def record_metrics(
             case StreamsMoved():
                 continue
             case UsageConflict(conflicts=conflicts):
-                ids = {events[index].id for index, _ in conflicts}
-                spoilt = [group for group in groups if group.event is not None and group.event.id in ids]
-                left = _without(points, spoilt)
-                detail = f"a point of {spoilt[0].deltas[0].point.of.agent} came before at its time with other figures"
-                rejected += [detail] * (len(points) - len(left))
-                points = left
+                # Points from before collections were remembered.
+                spoilt = {unit.collections[index].key for index, _ in conflicts}
+                points = _without(
+                    points, [delta for delta in deltas if collection_key(delta.point) in spoilt], rejected
+                )
             case _:
                 return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
+    if attempt < ATTEMPTS:
+        return TelemetryRecorded(0, 0, rejected)
     return Refusal("overloaded", "other exports of the same metrics were faster: try again", retry_after_s=1)
 
 
@@ -132,42 +187,58 @@ def _is_timely(point: MetricPoint, times: Times, rejected: list[str]) -> bool:
     return reason is None
 
 
-def _fold(points: list[MetricPoint], memory: Memory, times: Times) -> list[_Group]:
-    """What the points add, by what makes one event; in the order of their times, for a stream may have several."""
+def _fold(points: list[MetricPoint], memory: Memory, times: Times) -> list[Delta]:
+    """What the points add, in the order of their times, for a stream may have several."""
     states = {stream: StreamState(*msgspec.structs.astuple(value)) for stream, value in memory.streams.items()}
-    groups: dict[tuple[bytes, object, int], list[Delta]] = {}
-    silent: list[Delta] = []
+    deltas = []
     for point in sorted(points, key=lambda point: point.time_ns):
         delta = fold_cumulative(states.get(point.stream), point, times.horizon_us * 1_000)
         if delta.state is not None:
             states[point.stream] = delta.state
-        span_end_us = memory.spans_until_us.get(point.resource)
-        spans_win = span_end_us is not None and point.time_ns // 1_000 <= span_end_us + times.spans_win_us
-        if spans_win or not (delta.tokens or delta.calls):
-            silent.append(delta)
-        else:
-            groups.setdefault((point.resource, point.of, point.time_ns), []).append(delta)
-    return [_Group(None, silent), *(_Group(metric_events(deltas)[0], deltas) for deltas in groups.values())]
+        deltas.append(delta)
+    return deltas
 
 
-def _without(points: list[MetricPoint], groups: list[_Group]) -> list[MetricPoint]:
-    """The points outside these groups.
+def _collect(deltas: list[Delta], memory: Memory) -> dict[bytes, _Collection]:
+    """What the deltas make of their collections; a point that is there already with the same figures is a repeat."""
+    found: dict[bytes, _Collection] = {}
+    for delta in deltas:
+        if not (delta.tokens or delta.calls):
+            continue
+        key = collection_key(delta.point)
+        if key not in found:
+            before = memory.collections.get(key)
+            found[key] = _Collection(delta.point, before, dict(before or {}), [])
+        part = CollectionPart(delta.point.bucket, delta.tokens, delta.calls)
+        if found[key].after.setdefault(delta.point.stream, part) != part:
+            found[key].contradicted.append(delta)
+    return found
 
-    Of a cumulative stream in them no point is left: it stays where it was, and its next point makes good for them.
+
+def _parts(parts: dict[bytes, CollectionPart]) -> dict[bytes, Part]:
+    return {stream: Part(cast("Bucket", part.bucket), part.tokens, part.calls) for stream, part in parts.items()}
+
+
+def _without(points: list[MetricPoint], deltas: list[Delta], rejected: list[str]) -> list[MetricPoint]:
+    """The points but for these, which are told to be rejected.
+
+    Of a cumulative stream among them no point is left: it stays where it was, and its next point makes good for them.
     """
-    gone = {id(delta.point) for group in groups for delta in group.deltas}
-    streams = {delta.point.stream for group in groups for delta in group.deltas if delta.point.is_cumulative}
-    return [point for point in points if id(point) not in gone and point.stream not in streams]
+    gone = {id(delta.point) for delta in deltas}
+    streams = {delta.point.stream for delta in deltas if delta.point.is_cumulative}
+    left = [point for point in points if id(point) not in gone and point.stream not in streams]
+    detail = f"a point of {deltas[0].point.of.agent} came before at its time with other figures"
+    rejected += [detail] * (len(points) - len(left))
+    return left
 
 
-def _changes(groups: list[_Group], memory: Memory) -> list[StreamChanged]:
-    """Where the streams of the groups stand now, of several points of one the newest."""
+def _changes(deltas: list[Delta], memory: Memory) -> list[StreamChanged]:
+    """Where the streams stand now, of several points of one the newest."""
     newest: dict[bytes, StreamState] = {}
-    for group in groups:
-        for delta in group.deltas:
-            before = newest.get(delta.point.stream)
-            if delta.state is not None and (before is None or before.time_ns <= delta.state.time_ns):
-                newest[delta.point.stream] = delta.state
+    for delta in deltas:
+        before = newest.get(delta.point.stream)
+        if delta.state is not None and (before is None or before.time_ns <= delta.state.time_ns):
+            newest[delta.point.stream] = delta.state
     return [
         StreamChanged(stream, memory.streams.get(stream), StreamValue(*msgspec.structs.astuple(state)))
         for stream, state in newest.items()

@@ -206,7 +206,8 @@ class _Watch:
                         "min_samples": sla.min_samples,
                         "hold_us": sla.hold_us,
                         # The rows that had been counted by then are those up to here.
-                        "usage_seq": max(self._books.usage_seq, book.usage_seq),
+                        "usage_seq": max(self._books.through.usage, book.through.usage),
+                        "task_outcome_seq": max(self._books.through.outcomes, book.through.outcomes),
                         "probe_seq": max(self._books.probe_seq, book.probe_seq),
                         **book.evidence(sla.breach_window_us),
                     },

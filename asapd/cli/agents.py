@@ -138,7 +138,11 @@ def health(session: Session, urn: str, window: str | None, limit: int) -> None:
         show_json(found)
         return
     facts = ("state", "since", "uptime_percent")
-    show_pairs([("agent", found["agent_id"]), *((name.replace("_", " "), found[name]) for name in facts)])
+    pairs = [("agent", found["agent_id"]), *((name.replace("_", " "), found[name]) for name in facts)]
+    unprobed = found["not_probed"]
+    if unprobed is not None:
+        pairs.append(("not probed", f"{unprobed['reason']}: {unprobed['detail']} (since {unprobed['since']})"))
+    show_pairs(pairs)
     if found["transitions"]:
         click.echo()
         fields = ("at", "from", "to", "reason")

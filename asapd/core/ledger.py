@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from asapd.core.delegation import Denied, Reason, expired, not_yet_valid, revoked
 from asapd.core.money import to_usd
@@ -131,6 +132,16 @@ def open_hold(estimate: Estimate) -> Hold:
     )
 
 
+def held(account: Account, hold: Hold, *, known_task: bool) -> Account:
+    """An account of the path once an accepted estimate is held on it; `known_task` as for `reserve`."""
+    return replace(
+        account,
+        reserved_microusd=account.reserved_microusd + hold.cost_microusd,
+        tasks_used=account.tasks_used + (not known_task),
+        tasks_reserved=account.tasks_reserved + hold.tasks_extra,
+    )
+
+
 def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False, tokens: int = 0) -> Settlement:
     """What usage of this cost does under a hold; None is a cost nobody knows.
 
@@ -157,6 +168,11 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False,
         spend_tokens=tokens,
         release_tokens=release_tokens,
     )
+
+
+def overrun(estimate_microusd: int | None, used_microusd: int) -> int | None:
+    """How much more was used under a reservation than it was made for, from 0; None without an estimate."""
+    return None if estimate_microusd is None else max(used_microusd - estimate_microusd, 0)
 
 
 def release(hold: Hold) -> Released:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import NewType
 
@@ -11,6 +12,9 @@ Microusd = NewType("Microusd", int)
 MICRO = 1_000_000
 MAX_MICROUSD = 2**53 - 1
 """Nine billion dollars: the largest integer that every JSON reader keeps exact."""
+
+# What Decimal reads and no sender means: 1_000, spaces around, digits of other scripts.
+_UNMEANT = re.compile(r"[_\s]|[^\x00-\x7f]")
 
 
 class MoneyError(ValueError):
@@ -30,6 +34,8 @@ def parse_usd(value: float | str | Decimal, *, round_up: bool = False) -> Microu
         raise MoneyError("must be an amount of USD, not a boolean")
     if isinstance(value, str) and len(value) > 64:
         raise MoneyError("must be an amount of USD of at most 64 characters")
+    if isinstance(value, str) and _UNMEANT.search(value):
+        raise MoneyError('must be an amount of USD such as 0.25 or "0.25"')
     try:
         amount = value if isinstance(value, Decimal) else Decimal(repr(value) if isinstance(value, float) else value)
     except (InvalidOperation, ValueError):

@@ -84,21 +84,26 @@ class Histogram:
         """Add a value `count` times.
 
         Raises:
-            HistogramError: the value is outside 0 .. 2**53-1, or the count is negative.
+            HistogramError: the value is outside 0 .. 2**53-1, or more are to be taken out than there are.
         """
         self.add_bucket(bucket_of(value_ms), count)
 
     def add_bucket(self, bucket: int, count: int) -> None:
-        """Add `count` values already folded to a bucket.
+        """Add `count` values already folded to a bucket; a negative count takes out values that were added before.
 
         Raises:
-            HistogramError: no such bucket, or the count is negative.
+            HistogramError: no such bucket, or it holds fewer values than are to be taken out.
         """
-        if not 0 <= bucket <= MAX_BUCKET or count < 0:
-            raise HistogramError(f"bucket {bucket} with count {count} is outside 0 .. {MAX_BUCKET}, 0 ..")
-        if count:
-            self._counts[bucket] = self._counts.get(bucket, 0) + count
-            self._total += count
+        rest = self._counts.get(bucket, 0) + count
+        if not 0 <= bucket <= MAX_BUCKET or rest < 0:
+            raise HistogramError(
+                f"bucket {bucket} with count {count} is outside 0 .. {MAX_BUCKET}, or would be below 0"
+            )
+        if rest:
+            self._counts[bucket] = rest
+        else:
+            self._counts.pop(bucket, None)
+        self._total += count
 
     def merge(self, other: Histogram) -> None:
         """Add all that the other holds."""

@@ -20,6 +20,8 @@ FLAG_UNAUTHORISED = 8
 """Under a delegation that is unknown, revoked, expired, or does not allow the action."""
 FLAG_CLOSED_RESERVATION = 16
 """Names a reservation that is unknown or no longer open: debited without a hold."""
+FLAG_UNTIMED = 32
+"""Nobody said how long it took: its duration of 0 is no latency."""
 
 FLAG_NAMES = {
     FLAG_UNRESERVED: "unreserved",
@@ -27,6 +29,7 @@ FLAG_NAMES = {
     FLAG_UNPRICED: "unpriced",
     FLAG_UNAUTHORISED: "unauthorised",
     FLAG_CLOSED_RESERVATION: "reservation_closed",
+    FLAG_UNTIMED: "untimed",
 }
 
 
@@ -36,7 +39,7 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Token and call counts are integers in 0 .. 2**53-1. `tokens_in` includes cached and cache-write
     tokens, `cache_write_tokens` those kept for an hour, `tokens_out` reasoning tokens. `timestamp_us` is the
     end of the work. An empty `id` means that the client gave none: the daemon names the event and cannot tell
-    a resend.
+    a resend. `duration_ms` None means that nobody said how long it took: it adds nothing, and is no latency.
     """
 
     task_id: str
@@ -45,7 +48,7 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     timestamp_us: int
     tokens_in: int = 0
     tokens_out: int = 0
-    duration_ms: int = 0
+    duration_ms: int | None = 0
     api_calls: int = 0
     cached_tokens_in: int = 0
     cache_write_tokens: int = 0
@@ -88,8 +91,11 @@ def content_digest(event: UsageEvent) -> bytes:
     """16 bytes over everything the client supplied, after normalisation: equal means the same event.
 
     A field that is younger than the first version takes part only where it is not its default: what was recorded
-    before the field was known is still the same event when it is sent again.
+    before the field was known is still the same event when it is sent again. No duration and one of 0 are the same
+    here, as they were when the one was taken for the other.
     """
+    if event.duration_ms is None:
+        event = msgspec.structs.replace(event, duration_ms=0)
     whole = _encoder.encode(event if event.cache_write_1h_tokens else msgspec.structs.astuple(event)[:_FIRST_FIELDS])
     return blake2b(whole, digest_size=16).digest()
 
@@ -151,7 +157,7 @@ def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupS
         sums[4] += event.cached_tokens_in
         sums[5] += event.cache_write_tokens
         sums[6] += event.reasoning_tokens
-        sums[7] += event.duration_ms
+        sums[7] += event.duration_ms or 0
         sums[8] += event.api_calls
         if cost.microusd is None:
             sums[10] += 1

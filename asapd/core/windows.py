@@ -123,6 +123,7 @@ class TaskWindow:
         """Count tasks that ended at a time, or within its step.
 
         `latencies` are pairs of histogram bucket and count; `over_promise` says how many of them exceed the promise.
+        Negative counts take back what was counted at that time before.
         """
         index = ts_us // self.step_us
         if self._newest is None or index > self._newest:

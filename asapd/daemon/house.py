@@ -19,7 +19,7 @@ import asapd
 from asapd import config
 from asapd.actors.auditor import run_auditor
 from asapd.actors.gatekeeper import KEY_PREFIX, KeyRing, digest_of, run_gatekeeper
-from asapd.actors.janitor import JanitorSettings, apply_retention, run_janitor
+from asapd.actors.janitor import JanitorSettings, apply_retention, recover_reservations, run_janitor
 from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
 from asapd.actors.prober import ProberSettings, run_prober
@@ -223,6 +223,7 @@ class House:
             reprice=partial(reprice, self._database, self._clock, self._meter),
             committed=self._committed,
             stopping=self._stop,
+            unprobed=self._prober.unprobed,
         )
 
     def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
@@ -258,6 +259,11 @@ class House:
         self._feed = Feed(FEED, last=newest)
         if not await self._database.read(keys.list_keys):
             await self._make_first_key()
+        recovered = await recover_reservations(self._database, self._clock)
+        if isinstance(recovered, Refusal):
+            raise BootError(f"reservations from before could not be closed: {recovered.detail}")
+        if recovered:
+            self._log.info("%d reservations had lapsed before this start", recovered)
 
     async def _make_first_key(self) -> None:
         """The key that lets the operator in over HTTP: written to a file before it counts, its path logged."""

@@ -1,10 +1,10 @@
-"""The fast lane: plain HTTP/1.1 `POST /usage` without a framework; all else is handed to the HTTP server.
+"""The fast lane: reports and authorisations by plain HTTP/1.1 without a framework; all else goes to the HTTP server.
 
-A request is served here when it is a POST to one of the paths of `asapd.edge.usage_request`, in HTTP/1.1 with a
-`Content-Length`. At the first one that is anything else (another path, a chunked body, `Expect`, an upgrade, a
-mistake), and once those before it are answered, the connection goes over to the HTTP server for the rest of its life,
-which reads that request from its first byte. So the lane knows no half-right requests: what it does not take is judged
-there.
+A request is served here when it is a POST to one of the paths of `asapd.edge.usage_request`, or asks for an
+authorisation (`asapd.edge.decisions`), in HTTP/1.1 with a `Content-Length`. At the first one that is anything else
+(another path, a chunked body, `Expect`, an upgrade, a mistake), and once those before it are answered, the connection
+goes over to the HTTP server for the rest of its life, which reads that request from its first byte. So the lane knows
+no half-right requests: what it does not take is judged there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
 from asapd.edge.connection import Limits, SocketTransport, bare_response
+from asapd.edge.decisions import AUTHORIZE, authorize
 from asapd.edge.ingest import PushbackStream
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import Services
@@ -39,8 +40,8 @@ ACCEPT_PAUSE_S = 0.1
 # Requests of one connection in hand at once. They share commits; their answers keep their order.
 PIPELINED = 64
 
-_START = b"POST /usage"
-_PATHS = {path.encode(): path for path in PATHS}
+_PATHS = {path.encode(): path for path in (*PATHS, AUTHORIZE)}
+_STARTS = (b"POST /usage", b"POST %b" % AUTHORIZE.encode())
 _ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
 _GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
@@ -225,14 +226,15 @@ class FastLane:
             if isinstance(caller, Refusal):
                 outcome = caller
             else:
-                # One connection alone may have as many in hand as the meter has room for: it is slowed, not refused.
-                outcome = await answer(self._services, caller, sent.request, wait_for_room=True)
+                # One connection alone may have as many in hand as an actor has room for: it is slowed, not refused.
+                outcome = await _outcome(self._services, caller, sent.request)
         except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
             self._log.exception("POST %s failed", sent.request.path)
             outcome = _BUG
         keep_alive = sent.keep_alive and not self._stopped.is_set()
         if not isinstance(outcome, Refusal):
-            return self._response(outcome[0], encode_json(outcome[1]), b"application/json", b"", keep_alive)
+            kind = b"application/json" if outcome[0] < 400 else PROBLEM_JSON.encode()
+            return self._response(outcome[0], encode_json(outcome[1]), kind, b"", keep_alive)
         status = status_of(outcome.code)
         extra = b"" if outcome.retry_after_s is None else b"retry-after: %d\r\n" % outcome.retry_after_s
         if status == 401:
@@ -262,6 +264,13 @@ class FastLane:
             b"" if keep_alive else b"connection: close\r\n",
             body,
         )
+
+
+async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> tuple[int, dict[str, Any]] | Refusal:
+    if request.path != AUTHORIZE:
+        return await answer(services, caller, request, wait_for_room=True)
+    key = request.headers.get("idempotency-key")
+    return await authorize(services, caller, request.body, key, request.query, wait_for_room=True)
 
 
 class _Doing(Enum):
@@ -357,7 +366,7 @@ class _Connection:
         buffer = self._buffer
         if not buffer or self._is_foreign:
             return False
-        if not buffer.startswith(_START[: len(buffer)]):
+        if not any(buffer.startswith(start[: len(buffer)]) for start in _STARTS):
             self._is_foreign = True
             return False
         end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))

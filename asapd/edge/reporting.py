@@ -54,7 +54,11 @@ async def report(
     recorded = await ask_actor(
         services.mailboxes.meter, partially(prepared.message, caller, idempotency), wait_for_room=wait_for_room
     )
-    return recorded if isinstance(recorded, Refusal) else prepared.reply(recorded)
+    if isinstance(recorded, Refusal):
+        return recorded
+    if idempotency is not None:  # a repeat of the request is answered with this reply, and records nothing
+        recorded = msgspec.structs.replace(recorded, unprotected=0)
+    return prepared.reply(recorded)
 
 
 class _Prepared(msgspec.Struct, frozen=True):

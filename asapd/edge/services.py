@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import trio
@@ -21,6 +21,7 @@ from asapd.actors.messages import (
 from asapd.actors.notifier import Subscription
 from asapd.actors.reads import Reads
 from asapd.actors.repricer import Progress, RepriceRequest
+from asapd.actors.unprobed import Unprobed
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
@@ -85,3 +86,5 @@ class Services:
     """Raised by every commit."""
     stopping: trio.Event
     """Set when the daemon begins to stop: whoever streams says goodbye."""
+    unprobed: Unprobed = field(default_factory=Unprobed)
+    """Why agents are not probed, where they are not."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -31,6 +32,9 @@ READERS = 4
 
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Eight of the largest request bodies: beyond it callers wait, and the doors stop reading."""
+
+BULK_BYTES = 64 << 10
+"""Sent in one go: a third of what a socket holds, so that the writer never waits for more."""
 
 READ_LIMIT_S = 30.0
 """A query that runs longer is interrupted: an open reader keeps the WAL from being folded back."""
@@ -268,7 +272,8 @@ class ProcessRunner:
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._number = 0
         self._pending: dict[int, tuple[int, Then]] = {}
-        self._outgoing = bytearray()
+        self._urgent = bytearray()
+        self._bulk: deque[bytes] = deque()
         self._in_flight_bytes = 0
         # Parking lots, not a condition: between a look and a wait nothing else runs, and waking costs nobody a turn.
         self._sender = trio.lowlevel.ParkingLot()
@@ -303,8 +308,11 @@ class ProcessRunner:
             return
         self._pending[number] = len(body), then
         self._in_flight_bytes += len(body)
-        self._outgoing += HEADER.pack(len(body))
-        self._outgoing += body
+        if urgent:
+            self._urgent += HEADER.pack(len(body))
+            self._urgent += body
+        else:
+            self._bulk.append(HEADER.pack(len(body)) + body)
         self._sender.unpark_all()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -349,15 +357,23 @@ class ProcessRunner:
     async def _send(self, stream: trio.SocketStream) -> None:
         try:
             while True:
-                while not self._outgoing and not self._closing:
+                while not self._urgent and not self._bulk and not self._closing:
                     await self._sender.park()
-                data, self._outgoing = self._outgoing, bytearray()
+                data = self._take_outgoing()
                 if not data:
                     await stream.send_eof()
                     return
                 await stream.send_all(data)
         except trio.BrokenResourceError:
             return  # the receiving side learns of it too, and knows what to do
+
+    def _take_outgoing(self) -> bytearray:
+        """What goes next: all decisions, else a little of the bulk, for what is on its way is overtaken by nothing."""
+        data, self._urgent = self._urgent, bytearray()
+        if not data:
+            while self._bulk and len(data) < BULK_BYTES:
+                data += self._bulk.popleft()
+        return data
 
     async def _receive(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
@@ -391,7 +407,8 @@ class ProcessRunner:
     def _disconnect(self) -> None:
         self._connected = False
         self.pid = None
-        self._outgoing.clear()
+        self._urgent.clear()
+        self._bulk.clear()
         self._in_flight_bytes = 0
         lost, self._pending = self._pending, {}
         for _, then in lost.values():

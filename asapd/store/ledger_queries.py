@@ -139,40 +139,6 @@ def revoked_tokens(connection: apsw.Connection, now_us: int) -> list[tuple[str, 
     ]
 
 
-class ReservationRow(msgspec.Struct, frozen=True):
-    """A reservation, with the parties that may act on it."""
-
-    id: str
-    delegation: str
-    delegator: str
-    delegate: str
-    tenant: str
-    task_id: str
-    action: str
-    cost_microusd: int | None
-    tasks: int
-    held_microusd: int
-    used_microusd: int
-    refunded_microusd: int
-    state: str
-    reason: str | None
-    created_us: int
-    expires_us: int
-    closed_us: int | None
-
-
-def get_reservation(connection: apsw.Connection, reservation: str) -> ReservationRow | None:
-    """One reservation by its id."""
-    row = fetch_one(
-        connection,
-        "SELECT r.id, d.id, d.delegator, d.delegate, r.tenant, r.task_id, r.action, r.cost_microusd, r.tasks, "
-        "r.held_microusd, r.used_microusd, r.refunded_microusd, r.state, r.reason, r.created_us, r.expires_us, "
-        "r.closed_us FROM reservation r JOIN delegation d USING (account) WHERE r.id = ?",
-        (reservation,),
-    )
-    return None if row is None else ReservationRow(*row)
-
-
 def public_delegation(row: DelegationRow, left: Remaining, children: list[str], now_us: int) -> dict[str, Any]:
     """A delegation as users see it."""
     if row.revoked_us is not None:
@@ -215,24 +181,3 @@ def public_remaining(left: Remaining) -> dict[str, Any]:
     """What is left, `null` where nothing limits; tokens where a budget limits them."""
     shown = {"cost_usd": None if left.cost_microusd is None else to_usd(left.cost_microusd), "tasks": left.tasks}
     return shown if left.tokens is None else {**shown, "tokens": left.tokens}
-
-
-def public_reservation(row: ReservationRow, left: Remaining) -> dict[str, Any]:
-    """A reservation as users see it."""
-    return {
-        "id": row.id,
-        "delegation": row.delegation,
-        "delegate": row.delegate,
-        "task_id": row.task_id,
-        "action": row.action,
-        "estimate": {"cost_usd": None if row.cost_microusd is None else to_usd(row.cost_microusd), "tasks": row.tasks},
-        "held_usd": to_usd(row.held_microusd),
-        "used_usd": to_usd(row.used_microusd),
-        "refunded_usd": to_usd(row.refunded_microusd),
-        "state": row.state,
-        "reason": row.reason,
-        "created_at": format_us(row.created_us),
-        "expires_at": format_us(row.expires_us),
-        "closed_at": None if row.closed_us is None else format_us(row.closed_us),
-        "remaining": public_remaining(left),
-    }

@@ -52,9 +52,16 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
             "table": "usage",
         }
         tx.audit("retention.applied", unit.actor, "usage", details, unit.now_us)
+    # Outcomes of tasks take back, and are taken back, at their own time: both go, in however many steps.
+    tx.execute(
+        "DELETE FROM task_outcome WHERE seq IN (SELECT seq FROM task_outcome WHERE timestamp_us < ? "
+        "ORDER BY timestamp_us, seq LIMIT ?)",
+        (unit.before_us, unit.limit),
+    )
+    outcomes = tx.connection.changes()
     # Finds nothing to do in a file that was made before pages could be given back.
     fetch(tx.connection, f"PRAGMA incremental_vacuum({FREED_PAGES})")
-    return UsageRetired(len(rows), more=len(rows) == unit.limit)
+    return UsageRetired(len(rows), more=unit.limit in {len(rows), outcomes})
 
 
 def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
@@ -86,8 +93,11 @@ def retired_through(connection: apsw.Connection) -> int:
 
 
 def is_due(connection: apsw.Connection, before_us: int) -> bool:
-    """Whether there is an event from before a time."""
-    return fetch_one(connection, "SELECT 1 FROM usage WHERE timestamp_us < ? LIMIT 1", (before_us,)) is not None
+    """Whether there is an event, or an outcome of a task, from before a time."""
+    return any(
+        fetch_one(connection, f"SELECT 1 FROM {table} WHERE timestamp_us < ? LIMIT 1", (before_us,)) is not None
+        for table in ("usage", "task_outcome")
+    )
 
 
 def due(connection: apsw.Connection, usage_before_us: int, probes_before_us: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Usage rows are append-only and numbered in commit order, so `seq <= n` is the snapshot as of row n: a history
 read in several bounded steps is still one consistent picture, to which later rows are added once each. For the same
-reason a void moves no figure: what an agent was judged by stays what it was judged by.
+reason a void moves no figure: what an agent was judged by stays what it was judged by. Only what was superseded leaves
+the figures, by the row that says so, and so do the outcomes of tasks that usage came to tell of.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from asapd.core.quantiles import SUB_BITS
 from asapd.core.types import DEFAULT_TENANT, MAX_INT, Outcome
 from asapd.core.uptime import Segment
+from asapd.core.usage import FLAG_UNTIMED
 from asapd.store.breaches import list_breaches
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.units import BreachRow
@@ -25,12 +27,14 @@ from asapd.store.visibility import EVERYTHING
 class TaskCount(msgspec.Struct, frozen=True, gc=False):
     """Tasks of one agent within one time slot that ended alike.
 
-    `bucket` is their latency's (`core.quantiles.bucket_of`), None for failed tasks, which have none that counts.
-    `over` of the `count` took longer than the promise.
+    `bucket` is their latency's (`core.quantiles.bucket_of`), None for failed tasks, which have none that counts, and
+    where it is not known. `over` of the `count` took longer than the promise. Negative are tasks that were counted
+    before and count no longer.
     """
 
     agent: str
     slot_us: int
+    completed: bool
     bucket: int | None
     count: int
     over: int
@@ -43,21 +47,32 @@ class Slots(msgspec.Struct, frozen=True):
     step_us: int
 
 
+class Position(msgspec.Struct, frozen=True, array_like=True):
+    """How far rows were counted: those of usage, and those of outcomes of tasks without usage."""
+
+    usage: int = 0
+    outcomes: int = 0
+
+    def reaches(self, other: Position) -> bool:
+        """Whether all that was counted up to another position was counted up to this one."""
+        return self.usage >= other.usage and self.outcomes >= other.outcomes
+
+
 class Followed(msgspec.Struct, frozen=True, array_like=True):
-    """An agent whose tasks are counted: those behind row `through_seq`, held to a latency of `max_latency_ms`."""
+    """An agent whose tasks are counted: those behind `through`, held to a latency of `max_latency_ms`."""
 
     agent: str
     tenant: str
     max_latency_ms: int | None
-    through_seq: int
+    through: Position
 
 
 class TaskPage(msgspec.Struct, frozen=True):
-    """What the rows up to `through_seq` hold; `newest_seq` is the last that was committed."""
+    """What the rows up to `through` hold; `newest` are the last that were committed."""
 
     counts: list[TaskCount]
-    through_seq: int
-    newest_seq: int
+    through: Position
+    newest: Position
 
 
 class TaskHistory(msgspec.Struct, frozen=True):
@@ -67,7 +82,7 @@ class TaskHistory(msgspec.Struct, frozen=True):
     """
 
     counts: list[list[TaskCount]]
-    through_seq: int
+    through: Position
     next_us: int | None
 
 
@@ -94,38 +109,70 @@ def _bucket(column: str) -> str:
     return f"CASE {' '.join(cases)} END"
 
 
-_LATENCY_BUCKET = f"CASE outcome WHEN {int(Outcome.COMPLETED)} THEN {_bucket('duration_ms')} END"
-_SLOWER = f"coalesce(sum(outcome = {int(Outcome.COMPLETED)} AND duration_ms > {{}}), 0)"
 # Callers without a tenant write to the default one, whoever's agent they report for; other tenants' rows that use
 # the name of this one's agent must not move its figures.
 _TENANTS = f"SELECT id FROM name WHERE name IN ({{}}, '{DEFAULT_TENANT}')"
 
-_TASKS_AFTER = f"""
+_IS_COMPLETED = f"outcome = {int(Outcome.COMPLETED)}"
+# NULL for an event, 1 for the negative of one that was superseded, 0 for that of one that was voided by hand.
+_SUPERSEDES = "(SELECT superseded FROM usage_void v WHERE v.seq = usage.seq)"
+_TABLES = {
+    "usage": (
+        f"iif({_SUPERSEDES}, -1, 1)",
+        f"iif(flags & {FLAG_UNTIMED}, NULL, abs(duration_ms))",
+        f"NOT partial AND {_SUPERSEDES} IS NOT 0",
+    ),
+    "task_outcome": ("sign", "duration_ms", "true"),
+}
+"""Of each table what a row adds to the number of tasks, its latency, and which rows do."""
+
+
+def _judged(table: str, condition: str) -> str:
+    sign, duration, counts = _TABLES[table]
+    return (
+        f"SELECT seq, tenant, agent, timestamp_us, {_IS_COMPLETED} AS completed, {sign} AS sign, "
+        f"iif({_IS_COMPLETED}, {duration}, NULL) AS latency_ms FROM {table} WHERE {counts} AND {condition}"
+    )
+
+
+def _counted(max_latency_ms: str) -> str:
+    slower = f"coalesce(sum(sign * (latency_ms > {max_latency_ms})), 0)"
+    return f"completed, {_bucket('latency_ms')} AS bucket, sum(sign) AS tasks, {slower} AS slower"
+
+
+# What comes and goes within one slot is no news.
+_GROUPED = "slot, completed, bucket HAVING tasks <> 0 OR slower <> 0"
+
+_TASKS_AFTER = {
+    table: f"""
 WITH followed AS MATERIALIZED (
   SELECT n.id AS agent, f.value ->> 0 AS name, (SELECT id FROM name WHERE name = f.value ->> 1) AS tenant,
-         f.value ->> 2 AS max_latency_ms, f.value ->> 3 AS through_seq
+         f.value ->> 2 AS max_latency_ms, f.value ->> 3 ->> {place} AS through_seq
   FROM json_each(?1) f JOIN name n ON n.name = f.value ->> 0
 )
-SELECT f.name, timestamp_us / ?2 * ?2 AS slot, {_LATENCY_BUCKET} AS bucket, count(*), {_SLOWER.format("max_latency_ms")}
-FROM usage u CROSS JOIN followed f ON f.agent = u.agent
-WHERE u.seq > ?3 AND u.seq <= ?4 AND u.seq > f.through_seq AND NOT partial
-  AND u.seq NOT IN (SELECT seq FROM usage_void)
+SELECT f.name, timestamp_us / ?2 * ?2 AS slot, {_counted("max_latency_ms")}
+FROM ({_judged(table, "seq > ?3 AND seq <= ?4")}) u CROSS JOIN followed f ON f.agent = u.agent
+WHERE u.seq > f.through_seq
   AND (u.tenant = f.tenant OR u.tenant = (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))
-GROUP BY f.name, slot, bucket
+GROUP BY f.name, {_GROUPED}
 """
+    for place, table in enumerate(_TABLES)
+}
 
-_TASKS_OF = f"""
-SELECT ?1, timestamp_us / ?2 * ?2 AS slot, {_LATENCY_BUCKET} AS bucket, count(*), {_SLOWER.format("?3")}
-FROM usage
-WHERE agent = (SELECT id FROM name WHERE name = ?1) AND timestamp_us >= ?4 AND timestamp_us < ?5 AND seq <= ?6
-  AND NOT partial AND seq NOT IN (SELECT seq FROM usage_void) AND tenant IN ({_TENANTS.format("?7")})
-GROUP BY slot, bucket
+_TASKS_OF = {
+    table: f"""
+SELECT ?1, timestamp_us / ?2 * ?2 AS slot, {_counted("?3")}
+FROM ({_judged(table, "agent = (SELECT id FROM name WHERE name = ?1) AND timestamp_us >= ?4 AND timestamp_us < ?5")})
+WHERE seq <= ?6 AND tenant IN ({_TENANTS.format("?7")})
+GROUP BY {_GROUPED}
 """
+    for table in _TABLES
+}
 
 
-def newest_usage_seq(connection: apsw.Connection) -> int:
-    """The number of the newest usage row; 0 when there is none."""
-    return _newest(connection, "usage")
+def newest_tasks(connection: apsw.Connection) -> Position:
+    """The newest rows that tell of tasks; 0 where there is none."""
+    return Position(_newest(connection, "usage"), _newest(connection, "task_outcome"))
 
 
 def newest_probe_seq(connection: apsw.Connection) -> int:
@@ -143,14 +190,30 @@ def followed_json(followed: Sequence[Followed]) -> str:
     return msgspec.json.encode(followed).decode()
 
 
-def tasks_after(connection: apsw.Connection, followed: str, seq: int, step_us: int, limit: int) -> TaskPage:
-    """Tasks of the agents of `followed_json` in the next `limit` rows behind a number, in slots of `step_us`."""
-    newest = newest_usage_seq(connection)
-    through = min(newest, seq + limit)
-    if through <= seq:
-        return TaskPage([], seq, newest)
-    rows = fetch(connection, _TASKS_AFTER, (followed, step_us, seq, through))
-    return TaskPage([TaskCount(*row) for row in rows], through, newest)
+def tasks_after(connection: apsw.Connection, followed: str, after: Position, step_us: int, limit: int) -> TaskPage:
+    """Tasks of the agents of `followed_json` in the next `limit` rows behind a position, in slots of `step_us`.
+
+    Outcomes are counted once usage is: what usage took the place of leaves the figures together with its coming.
+    """
+    newest = newest_tasks(connection)
+    # Never back, also when retention took the newest rows.
+    through = Position(max(after.usage, min(newest.usage, after.usage + limit)), after.outcomes)
+    if through.usage >= newest.usage:
+        outcomes = max(after.outcomes, min(newest.outcomes, after.outcomes + limit))
+        through = Position(through.usage, outcomes)
+    counts = []
+    for table, low, high in (
+        ("usage", after.usage, through.usage),
+        ("task_outcome", after.outcomes, through.outcomes),
+    ):
+        if high > low:
+            counts += [_count(row) for row in fetch(connection, _TASKS_AFTER[table], (followed, step_us, low, high))]
+    return TaskPage(counts, through, newest)
+
+
+def _count(row: tuple[Any, ...]) -> TaskCount:
+    agent, slot_us, completed, bucket, tasks, slower = row
+    return TaskCount(agent, slot_us, bool(completed), bucket, tasks, slower)
 
 
 def task_history(
@@ -158,36 +221,42 @@ def task_history(
     followed: Followed,
     slots: Sequence[Slots],
     start_us: int,
-    through_seq: int | None,
+    through: Position | None,
     limit: int,
 ) -> TaskHistory:
-    """Tasks of one agent from a time on, at most about `limit` rows of it, as of row `through_seq` (None is now).
+    """Tasks of one agent from a time on, at most about `limit` rows of each kind, as of some rows (None is now).
 
-    Of `followed`, `through_seq` is not looked at. The range is open-ended: events from the near future are in it.
+    Of `followed`, `through` is not looked at. The range is open-ended: events from the near future are in it.
     """
-    if through_seq is None:
-        through_seq = newest_usage_seq(connection)
-    edge = fetch_one(
-        connection,
-        "SELECT timestamp_us FROM usage WHERE agent = (SELECT id FROM name WHERE name = ?) AND timestamp_us >= ? "
-        "ORDER BY timestamp_us LIMIT 1 OFFSET ?",
-        (followed.agent, start_us, limit),
-    )
+    if through is None:
+        through = newest_tasks(connection)
+    edges = [
+        fetch_one(
+            connection,
+            f"SELECT timestamp_us FROM {table} WHERE agent = (SELECT id FROM name WHERE name = ?) "
+            "AND timestamp_us >= ? ORDER BY timestamp_us LIMIT 1 OFFSET ?",
+            (followed.agent, start_us, limit),
+        )
+        for table in _TABLES
+    ]
+    edge = min((edge[0] for edge in edges if edge is not None), default=None)
     # More than `limit` rows of one microsecond are read in one step after all, or no step would ever end.
-    next_us = None if edge is None else max(edge[0], start_us + 1)
+    next_us = None if edge is None else max(edge, start_us + 1)
     counts: list[list[TaskCount]] = []
     for part in slots:
-        values: tuple[Any, ...] = (
-            followed.agent,
-            part.step_us,
-            followed.max_latency_ms,
-            max(start_us, part.start_us),
-            2**62 if next_us is None else next_us,
-            through_seq,
-            followed.tenant,
-        )
-        counts.append([TaskCount(*row) for row in fetch(connection, _TASKS_OF, values)])
-    return TaskHistory(counts, through_seq, next_us)
+        counts.append([])
+        for table, newest in (("usage", through.usage), ("task_outcome", through.outcomes)):
+            values: tuple[Any, ...] = (
+                followed.agent,
+                part.step_us,
+                followed.max_latency_ms,
+                max(start_us, part.start_us),
+                2**62 if next_us is None else next_us,
+                newest,
+                followed.tenant,
+            )
+            counts[-1] += [_count(row) for row in fetch(connection, _TASKS_OF[table], values)]
+    return TaskHistory(counts, through, next_us)
 
 
 def probe_history(connection: apsw.Connection, agent: str, slots: Sequence[Slots], since_us: int) -> ProbeHistory:

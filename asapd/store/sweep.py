@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from asapd.store import budgets, ledger, tasks
+from asapd.store import budgets, reservations, tasks
 from asapd.store.tx import Tx
 from asapd.store.units import Sweep, Swept
 
 
 def sweep(tx: Tx, unit: Sweep) -> Swept:
     """Expire lapsed reservations; give up overdue tasks; end the alerts of past budgets; drop what is old."""
-    expired = ledger.expire_lapsed(tx, unit.now_us, unit.limit)
+    expired = reservations.expire_lapsed(tx, unit.now_us, unit.limit)
     abandoned = tasks.abandon_overdue(tx, unit.tasks_before_us, unit.now_us, unit.limit)
     deleted = budgets.sweep(tx, unit.now_us, unit.usage_before_us, unit.limit)
     for table, column, before_us in (

@@ -9,6 +9,7 @@ import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.core.types import Outcome, format_us
+from asapd.store import outcomes
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import RecordTask, RowWritten
@@ -73,6 +74,7 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
     }
     if task.parent_task_id is not None:
         details["parent_task_id"] = task.parent_task_id
+    outcomes.settle(tx, *key)
     tx.audit(f"task.{task.state}", unit.actor, task.task_id, details, unit.now_us)
     return RowWritten(seq)
 
@@ -111,6 +113,7 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
         details["timestamp_us"] = ended_us
         tx.execute(_INSERT, (tenant, agent, consumer, task_id, state, ended_us, error, now_us, parent))
         tx.execute("DELETE FROM task_open WHERE seq = ?", (seq,))
+        outcomes.settle(tx, tenant, agent, task_id)
         tx.audit(f"task.{state}", "asapd", task_id, details, now_us)
     return len(overdue)
 

@@ -1,70 +1,270 @@
-"""What has to be remembered of OpenTelemetry exports, so that nothing they say is counted twice.
+"""What has to be remembered of OpenTelemetry exports, so that nothing they say is counted twice, in whatever order.
 
-Of a cumulative stream of points its last value, for the next point repeats it; of a resource the newest end of a span,
-for its metrics tell of the same calls.
+Of a cumulative stream of points its last value, for the next point repeats it; of a collection its points, for others
+of it may come. Of a resource when it had spans, for its metrics tell of the same calls; of a trace which spans are
+below which, for an agent's span tells of theirs.
+
+What comes late takes back what was counted in its place: by a compensating row, in the same commit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Final
+
 import apsw
 import msgspec
 
-from asapd.store import usage
+from asapd.core.span_tree import SpanTree
+from asapd.core.usage import UsageEvent, identity_digest
+from asapd.store import usage, voids
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Recorded, RecordTelemetry, StreamsMoved, StreamValue, UsageConflict
+from asapd.store.units import (
+    CollectionChanged,
+    CollectionPart,
+    Evidence,
+    Recorded,
+    RecordTelemetry,
+    SpanFact,
+    StreamsMoved,
+    StreamValue,
+    UsageConflict,
+)
 
 # As many as an export brings anew, and more: the tables shrink faster than they can grow by exports that are kept.
 FORGET_AT_ONCE = 1_000
 
+SPANS: Final = 2
+METRICS: Final = 1
+FIRST_METRICS: Final = 0
+"""Ranks: of several ways in which a resource tells of the same calls, the one of the highest rank counts.
+
+The lowest is of metrics of the first generation, which the second took the place of.
+"""
+
+_COVERED = "a span below it counts"
+_OUTRANKED = "better telemetry of its resource tells of the same calls"
+_REGROUPED = "counted anew with what came later of the same collection"
+_TRACE = 16
+
+_trees: msgspec.msgpack.Decoder[SpanTree] = msgspec.msgpack.Decoder(SpanTree)
+_parts: msgspec.msgpack.Decoder[dict[bytes, CollectionPart]] = msgspec.msgpack.Decoder(dict[bytes, CollectionPart])
+_encode = msgspec.msgpack.Encoder().encode
+
 
 class Memory(msgspec.Struct, frozen=True):
-    """The last values of streams, and the newest end of a span (microseconds) by resource, where there are any."""
+    """The last values of streams, and the parts of collections by their keys, where there are any."""
 
     streams: dict[bytes, StreamValue]
-    spans_until_us: dict[bytes, int]
+    collections: dict[bytes, dict[bytes, CollectionPart]]
 
 
-def remembered(connection: apsw.Connection, tenant: str, streams: list[bytes], resources: list[bytes]) -> Memory:
-    """What is remembered of these streams and resources."""
+def remembered(connection: apsw.Connection, tenant: str, streams: list[bytes], collections: list[bytes]) -> Memory:
+    """What is remembered of these streams and collections."""
     found = fetch(
         connection,
         "SELECT stream, start_ns, time_ns, value, calls FROM otlp_stream "
         "WHERE tenant = (SELECT id FROM name WHERE name = ?) AND stream IN (SELECT unhex(value) FROM json_each(?))",
         (tenant, _hex(streams)),
     )
-    spans = fetch(
+    parts = fetch(
         connection,
-        "SELECT resource, span_end_us FROM otlp_resource "
-        "WHERE tenant = (SELECT id FROM name WHERE name = ?) AND resource IN (SELECT unhex(value) FROM json_each(?))",
-        (tenant, _hex(resources)),
+        "SELECT key, parts FROM otlp_collection "
+        "WHERE tenant = (SELECT id FROM name WHERE name = ?) AND key IN (SELECT unhex(value) FROM json_each(?))",
+        (tenant, _hex(collections)),
     )
-    return Memory({row[0]: StreamValue(*row[1:]) for row in found}, dict(spans))
+    return Memory({row[0]: StreamValue(*row[1:]) for row in found}, {key: _parts.decode(raw) for key, raw in parts})
 
 
 def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     """Record usage together with the memory that it was made from or makes.
 
     Raises:
-        RefuseError: with `StreamsMoved`, when another export moved one of the streams since it was looked at; with
-            `UsageConflict` as for usage of other origin.
+        RefuseError: with `StreamsMoved`, when another export moved one of the streams or collections since it was
+            looked at; with `UsageConflict` as for usage of other origin.
     """
     tenant = tx.intern(unit.usage.tenant)
-    if any(_value(tx, tenant, change.stream) != change.before for change in unit.streams):
+    moved = any(_value(tx, tenant, change.stream) != change.before for change in unit.streams)
+    if moved or any(_parts_of(tx, tenant, change.key) != change.before for change in unit.collections):
         raise RefuseError(StreamsMoved())
-    recorded = usage.record(tx, unit.usage)
-    now_us = unit.usage.now_us
+    superseded = _note_evidence(tx, tenant, unit)
+    trees = _trees_of(tx, tenant, unit)
+    superseded += [(row, _COVERED) for row in _grow(trees, unit)]
+    left_out = {
+        place for place, fact in enumerate(unit.spans) if fact.is_work and _id(fact) in trees[_trace(fact)].covered
+    }
+    counting = [change for change in unit.collections if not _is_outranked(tx, tenant, unit, change)]
+    left_out |= {change.event for change in unit.collections} - {change.event for change in counting}
+    for change in counting:
+        if change.before is not None:
+            row = tx.row("SELECT seq FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, change.key))
+            assert row is not None
+            superseded.append((row[0], _REGROUPED))
+    for seq, reason in superseded:
+        voids.supersede(tx, seq, reason, unit.usage.actor, unit.usage.now_us)
+    recorded = _record_without(tx, unit, left_out)
+    _keep(tx, tenant, unit, counting, trees, left_out)
+    _forget(tx, unit)
+    return recorded
+
+
+def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict:
+    """Record the usage of a unit but for some events; conflicts are at their places among all."""
+    if not left_out:
+        return usage.record(tx, unit.usage)
+    kept = [place for place in range(len(unit.usage.events)) if place not in left_out]
+    events = [unit.usage.events[place] for place in kept]
+    costs = [unit.usage.costs[place] for place in kept]
+
+    def placed(conflicts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(kept[index], seq) for index, seq in conflicts]
+
+    try:
+        recorded = usage.record(tx, msgspec.structs.replace(unit.usage, events=events, costs=costs))
+    except RefuseError as refused:
+        if isinstance(refused.value, UsageConflict):
+            raise RefuseError(UsageConflict(placed(refused.value.conflicts))) from None
+        raise
+    assert isinstance(recorded, Recorded)
+    return msgspec.structs.replace(recorded, conflicts=placed(recorded.conflicts))
+
+
+def _keep(
+    tx: Tx,
+    tenant: int,
+    unit: RecordTelemetry,
+    counting: list[CollectionChanged],
+    trees: dict[bytes, SpanTree],
+    left_out: set[int],
+) -> None:
+    """Write down what the next export has to know."""
+    now_us, events = unit.usage.now_us, unit.usage.events
     tx.insert_many(
         "INSERT OR REPLACE INTO otlp_stream VALUES (?,?,?,?,?,?,?)",
         ((tenant, change.stream, *msgspec.structs.astuple(change.after), now_us) for change in unit.streams),
     )
+    work = [place for place, fact in enumerate(unit.spans) if fact.is_work and place not in left_out]
+    rows = _rows_of(tx, unit.usage.tenant, [events[place] for place in work])
+    for place, row in zip(work, rows, strict=True):
+        fact = unit.spans[place]
+        trees[_trace(fact)].work[_id(fact)] = row
     tx.insert_many(
-        "INSERT INTO otlp_resource VALUES (?,?,?) "
-        "ON CONFLICT DO UPDATE SET span_end_us = max(span_end_us, excluded.span_end_us)",
-        ((tenant, resource, end_us) for resource, end_us in unit.spans_until_us),
+        "INSERT OR REPLACE INTO otlp_trace VALUES (?,?,?,?,?)",
+        (
+            (tenant, trace, tree.is_counted, now_us, _encode(tree))
+            for trace, tree in trees.items()
+            if tree.is_counted or tree.parents
+        ),
     )
-    _forget(tx, unit)
-    return recorded
+    rows = _rows_of(tx, unit.usage.tenant, [events[change.event] for change in counting])
+    tx.insert_many(
+        "INSERT OR REPLACE INTO otlp_collection VALUES (?,?,?,?,?,?,?)",
+        (
+            (tenant, change.key, change.resource, change.rank, change.time_us, row, _encode(change.after))
+            for change, row in zip(counting, rows, strict=True)
+        ),
+    )
+
+
+def _rows_of(tx: Tx, tenant: str, events: Sequence[UsageEvent]) -> list[int]:
+    """The rows of usage that have the identities of events."""
+    keys = [identity_digest(tenant, event) for event in events]
+    found = fetch(
+        tx.connection,
+        "SELECT key, seq FROM usage_identity WHERE key IN (SELECT unhex(value) FROM json_each(?))",
+        (_hex(keys),),
+    )
+    rows: dict[bytes, int] = dict(found)
+    return [rows[key] for key in keys]
+
+
+# --- traces
+
+
+def _trace(fact: SpanFact) -> bytes:
+    return fact.span[:_TRACE]
+
+
+def _id(fact: SpanFact) -> bytes:
+    return fact.span[_TRACE:]
+
+
+def _trees_of(tx: Tx, tenant: int, unit: RecordTelemetry) -> dict[bytes, SpanTree]:
+    """What is known of the traces that a unit is of."""
+    trees = {span[:_TRACE]: SpanTree() for span, _ in unit.links}
+    trees |= {_trace(fact): SpanTree() for fact in unit.spans}
+    found = fetch(
+        tx.connection,
+        "SELECT trace, tree FROM otlp_trace WHERE tenant = ? AND trace IN (SELECT unhex(value) FROM json_each(?))",
+        (tenant, _hex(trees)),
+    )
+    return trees | {trace: _trees.decode(raw) for trace, raw in found}
+
+
+def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
+    """Take in the spans of a unit; returns the rows of agents' spans that count no longer."""
+    links: dict[bytes, list[tuple[bytes, bytes]]] = {}
+    counted: dict[bytes, list[bytes]] = {}
+    for span, parent in unit.links:
+        links.setdefault(span[:_TRACE], []).append((span[_TRACE:], parent))
+    for fact in unit.spans:
+        counted.setdefault(_trace(fact), []).append(_id(fact))
+    return [row for trace, tree in trees.items() for row in tree.grow(links.get(trace, ()), counted.get(trace, ()))]
+
+
+# --- evidence
+
+
+def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> list[tuple[int, str]]:
+    """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go."""
+    superseded: list[tuple[int, str]] = []
+    for resource, rank, start_us, end_us in _stretches(unit.evidence, unit.near_us):
+        key = (tenant, resource, rank)
+        reach = (start_us - 2 * unit.near_us, end_us + 2 * unit.near_us)
+        # Two are near each other when any time between them is near one of them.
+        joined = fetch(
+            tx.connection,
+            "SELECT start_us, end_us FROM otlp_evidence WHERE tenant = ? AND resource = ? AND rank = ? "
+            "AND end_us >= ? AND start_us <= ?",
+            (*key, *reach),
+        )
+        tx.insert_many(
+            "DELETE FROM otlp_evidence WHERE tenant = ? AND resource = ? AND rank = ? AND start_us = ?",
+            ((*key, start) for start, _ in joined),
+        )
+        first = min([start_us, *(start for start, _ in joined)])
+        last = max([end_us, *(end for _, end in joined)])
+        tx.execute("INSERT INTO otlp_evidence VALUES (?,?,?,?,?)", (*key, first, last))
+        where = "WHERE tenant = ? AND resource = ? AND rank < ? AND time_us BETWEEN ? AND ?"
+        values = (*key, start_us - unit.near_us, end_us + unit.near_us)
+        outranked = fetch(tx.connection, f"SELECT seq FROM otlp_collection {where}", values)
+        superseded += [(seq, _OUTRANKED) for (seq,) in outranked]
+        tx.execute(f"DELETE FROM otlp_collection {where}", values)
+    return superseded
+
+
+def _stretches(evidence: Iterable[Evidence], near_us: int) -> list[tuple[bytes, int, int, int]]:
+    """Resource, rank, first and last time of what is near each other."""
+    found: list[tuple[bytes, int, int, int]] = []
+    for one in sorted(evidence, key=msgspec.structs.astuple):
+        if found and found[-1][:2] == (one.resource, one.rank) and one.time_us <= found[-1][3] + 2 * near_us:
+            found[-1] = (*found[-1][:3], one.time_us)
+        else:
+            found.append((one.resource, one.rank, one.time_us, one.time_us))
+    return found
+
+
+def _is_outranked(tx: Tx, tenant: int, unit: RecordTelemetry, change: CollectionChanged) -> bool:
+    row = tx.row(
+        "SELECT 1 FROM otlp_evidence WHERE tenant = ? AND resource = ? AND rank > ? AND start_us <= ? AND end_us >= ? "
+        "LIMIT 1",
+        (tenant, change.resource, change.rank, change.time_us + unit.near_us, change.time_us - unit.near_us),
+    )
+    return row is not None
+
+
+# --- memory
 
 
 def _value(tx: Tx, tenant: int, stream: bytes) -> StreamValue | None:
@@ -74,15 +274,30 @@ def _value(tx: Tx, tenant: int, stream: bytes) -> StreamValue | None:
     return None if row is None else StreamValue(*row)
 
 
+def _parts_of(tx: Tx, tenant: int, key: bytes) -> dict[bytes, CollectionPart] | None:
+    row = tx.row("SELECT parts FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, key))
+    return None if row is None else _parts.decode(row[0])
+
+
 def _forget(tx: Tx, unit: RecordTelemetry) -> None:
-    """Drop what no export can refer to any more: what would has points too late to be taken."""
-    for table, key, column in (("otlp_stream", "stream", "seen_us"), ("otlp_resource", "resource", "span_end_us")):
+    """Drop what no export can refer to any more: what would has points and spans too late to be taken.
+
+    A trace of which nothing counts is only of use to those that come along with it.
+    """
+    before_us = unit.forget_before_us
+    for table, key, condition, value in (
+        ("otlp_stream", "stream", "seen_us < ?", before_us),
+        ("otlp_evidence", "resource, rank, start_us", "end_us < ?", before_us),
+        ("otlp_collection", "key", "time_us < ?", before_us),
+        ("otlp_trace", "trace", "counted = 1 AND seen_us < ?", before_us),
+        ("otlp_trace", "trace", "counted = 0 AND seen_us < ?", max(before_us, unit.usage.now_us - unit.near_us)),
+    ):
         tx.execute(
             f"DELETE FROM {table} WHERE (tenant, {key}) IN "
-            f"(SELECT tenant, {key} FROM {table} WHERE {column} < ? LIMIT ?)",
-            (unit.forget_before_us, FORGET_AT_ONCE),
+            f"(SELECT tenant, {key} FROM {table} WHERE {condition} LIMIT ?)",
+            (value, FORGET_AT_ONCE),
         )
 
 
-def _hex(keys: list[bytes]) -> str:
+def _hex(keys: Iterable[bytes]) -> str:
     return msgspec.json.encode([key.hex() for key in keys]).decode()

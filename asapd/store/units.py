@@ -74,21 +74,63 @@ class StreamChanged(msgspec.Struct, frozen=True, array_like=True):
     after: StreamValue
 
 
+class CollectionPart(msgspec.Struct, frozen=True, array_like=True):
+    """What one point added to its collection."""
+
+    bucket: str
+    tokens: int
+    calls: int
+
+
+class CollectionChanged(msgspec.Struct, frozen=True, array_like=True):
+    """A collection of points got parts, by their streams: `before` what it had, None if it is new.
+
+    `event` is the place of its event in the unit's usage, which takes the place of the one before.
+    """
+
+    key: bytes
+    resource: bytes
+    rank: int
+    time_us: int
+    event: int
+    before: dict[bytes, CollectionPart] | None
+    after: dict[bytes, CollectionPart]
+
+
+class SpanFact(msgspec.Struct, frozen=True, array_like=True):
+    """Which span an event is of: trace id (16 bytes) and span id (8); with `is_work` of an agent's work."""
+
+    span: bytes
+    is_work: bool
+
+
+class Evidence(msgspec.Struct, frozen=True, array_like=True):
+    """A resource told of its usage at a time, by spans or metrics of a rank: near it those of a lower one are void."""
+
+    resource: bytes
+    rank: int
+    time_us: int
+
+
 class StreamsMoved(msgspec.Struct, frozen=True, tag=True):
-    """Another export moved a stream in between: read it again and make the events anew."""
+    """Another export moved a stream or a collection in between: read it again and make the events anew."""
 
 
 class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True):
     """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
 
-    `spans_until_us` has the newest end of a span for each resource. What was last heard of before `forget_before_us` is
-    dropped.
+    `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence holds for
+    `near_us` before and after its time. What was last heard of before `forget_before_us` is dropped.
     """
 
     usage: RecordUsage
     forget_before_us: int
+    near_us: int = 0
     streams: list[StreamChanged] = []
-    spans_until_us: list[tuple[bytes, int]] = []
+    collections: list[CollectionChanged] = []
+    evidence: list[Evidence] = []
+    spans: list[SpanFact] = []
+    links: list[tuple[bytes, bytes]] = []
 
 
 class Voided(msgspec.Struct, frozen=True, tag=True):
@@ -220,6 +262,8 @@ class ReservationChanged(msgspec.Struct, frozen=True, tag=True):
     held_microusd: int
     expires_at_us: int
     remaining: Remaining
+    refunded_microusd: int = 0
+    overrun_microusd: int | None = None
 
 
 class SettleReservation(Unit[ReservationChanged | Refusal], frozen=True):
@@ -250,13 +294,27 @@ class ExtendReservation(Unit[ReservationChanged | Refusal], frozen=True):
 
 
 class RefundReservation(Unit[ReservationChanged | Refusal], frozen=True):
-    """Give back an amount that was settled under a closed reservation, with a reason."""
+    """Give back an amount that was spent under a reservation, with a reason; what is still held stays held."""
 
     id: str
     cost_microusd: int
     reason: str
     actor: str
     now_us: int
+
+
+class Recovered(msgspec.Struct, frozen=True, tag=True):
+    """How many reservations a start found past their time, and whether there may be more."""
+
+    reservations: int
+    more: bool
+
+
+class RecoverReservations(Unit[Recovered], frozen=True):
+    """Close at most `limit` reservations whose time came while no daemon served, with the reason `recovered`."""
+
+    now_us: int
+    limit: int = 500
 
 
 class Revoked(msgspec.Struct, frozen=True, tag=True):
@@ -529,6 +587,7 @@ AnyUnit = (
     | ReleaseReservation
     | ExtendReservation
     | RefundReservation
+    | RecoverReservations
     | Revoke
     | SyncBudgets
     | PutAgent
@@ -556,6 +615,7 @@ AnyResult = (
     | Denied
     | Refusal
     | ReservationChanged
+    | Recovered
     | Revoked
     | BudgetsSynced
     | AgentsChanged

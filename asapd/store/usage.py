@@ -7,14 +7,26 @@ from typing import NamedTuple
 
 import msgspec
 
+from asapd.core.errors import Refusal
 from asapd.core.types import Outcome
-from asapd.core.usage import Cost, RollupKey, RollupSums, UsageEvent, content_digest, identity_digest, rollup
-from asapd.store import ledger, sources
+from asapd.core.usage import (
+    FLAG_UNTIMED,
+    Cost,
+    RollupKey,
+    RollupSums,
+    UsageEvent,
+    content_digest,
+    identity_digest,
+    rollup,
+)
+from asapd.store import charging, outcomes, sources
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Recorded, RecordUsage, UsageConflict
 
+# 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
+_MAX_SUM = 2**63 - 1
 _COLUMNS = (
     "seq, id, tenant, source, source_seq, agent, consumer, task_id, timestamp_us, tokens_in, tokens_out, "
     "cached_tokens_in, cache_write_tokens, reasoning_tokens, duration_ms, api_calls, outcome, partial, error, model, "
@@ -69,7 +81,8 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
     """Record each event of a batch once.
 
     Raises:
-        RefuseError: with `UsageConflict`, when an identity is taken by other content and the unit is not partial.
+        RefuseError: with `UsageConflict`, when an identity is taken by other content and the unit is not partial;
+            `invalid`, when the sums of an hour would pass 64 bits.
     """
     return record_together(tx, [unit])[0]
 
@@ -153,9 +166,11 @@ class _Pass:
         for seq, event, cost, event_id, content in fresh:
             flags = 0
             if book is not None or event.reservation is not None or event.delegation is not None:
-                flags, estimate = ledger.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
+                flags, estimate = charging.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
                 if estimate is not None:
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
+            if event.duration_ms is None:
+                flags |= FLAG_UNTIMED
             rows.append(
                 (
                     seq,
@@ -172,7 +187,7 @@ class _Pass:
                     event.cached_tokens_in,
                     event.cache_write_tokens,
                     event.reasoning_tokens,
-                    event.duration_ms,
+                    event.duration_ms or 0,
                     event.api_calls,
                     event.outcome,
                     event.partial,
@@ -206,7 +221,7 @@ class _Pass:
                 content.hex(),
                 cost.microusd,
                 event.delegation,
-                event.duration_ms,
+                event.duration_ms or 0,
                 flags,
                 _OUTCOMES[event.outcome],
                 event.reservation,
@@ -234,15 +249,19 @@ class _Pass:
         self._claimed.sort()  # the index is ordered by key: neighbours share its pages
         tx.insert_many("INSERT INTO usage_identity VALUES (?,?)", self._claimed)
         self._write_rows()
+        hours = [(tenant, *hour) for tenant, priced in self._priced.items() for hour in rollup(priced).items()]
+        if any(max(sums) > _MAX_SUM for _, _, sums in hours):
+            raise RefuseError(Refusal("invalid", "nothing was written: the sums would pass 64 bits"))
         tx.insert_many(
             _UPSERT_HOUR,
             (
                 (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
-                for tenant, priced in self._priced.items()
-                for key, sums in rollup(priced).items()
+                for tenant, key, sums in hours
             ),
         )
         sources.deliver(tx, self._delivered)
+        for tenant, priced in self._priced.items():
+            outcomes.usage_came(tx, tx.intern(tenant), (event for event, _ in priced))
 
 
 def _known(tx: Tx, keys: list[bytes]) -> dict[bytes, tuple[int, bytes | None]]:

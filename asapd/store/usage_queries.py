@@ -45,6 +45,12 @@ CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
 OF_TASK = "substr(task_id, -8) = substr(?, -8) AND task_id = ?"
 """Raw rows of a task, given twice: by the index `usage_task`, which has the ends of names."""
 
+# A row under a reservation need not name its delegation. Both sides have an index of their own.
+_UNDER = (
+    "(delegation = ? OR reservation IN "
+    "(SELECT r.id FROM reservation r JOIN delegation d ON d.account = r.account WHERE d.id = ?))"
+)
+
 _UTC = ZoneInfo("UTC")
 _HOUR_S = HOUR_US // SECOND_US
 # Hours that clocks show twice differ in this, so that they are two groups.
@@ -94,8 +100,8 @@ def _conditions(query: UsageFilter, *, raw: bool) -> tuple[list[str], list[Any]]
             where.append(OF_TASK)
             values += [query.task, query.task]
         if query.delegation is not None:
-            where.append("delegation = ?")
-            values.append(query.delegation)
+            where.append(_UNDER)
+            values += [query.delegation, query.delegation]
     return where, values
 
 

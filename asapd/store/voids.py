@@ -11,7 +11,7 @@ from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UsageEvent, identity_digest
-from asapd.store import budgets, ledger
+from asapd.store import budgets, ledger, outcomes
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
@@ -38,17 +38,38 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     Raises:
         RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void.
     """
-    names = [name for (_, name, *_) in fetch(tx.connection, "PRAGMA table_info(usage)")]
     row = tx.row("SELECT * FROM usage WHERE seq = ?", (unit.seq,))
     if row is None:
         raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(unit.seq)))
-    was = dict(zip(names, row, strict=True))
+    was = dict(zip(_names(tx), row, strict=True))
     known = tx.row("SELECT seq, voids FROM usage_void WHERE ?1 IN (seq, voids)", (unit.seq,))
     if known is not None:
         what = "is itself a void" if known[0] == unit.seq else "was voided before"
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
     if tx.row("SELECT 1 FROM usage_repriced WHERE seq = ?", (unit.seq,)) is not None:
         raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(was["id"])))
+    return _take_back(tx, was, unit, superseded=False)
+
+
+def supersede(tx: Tx, seq: int, reason: str, actor: str, now_us: int) -> None:
+    """Void a row that counts no longer for the sake of what came later, unless it is gone or was voided before.
+
+    Such a row leaves the figures of service levels too: they must not depend on what came first.
+    """
+    row = tx.row("SELECT * FROM usage WHERE seq = ?1 AND seq NOT IN (SELECT voids FROM usage_void)", (seq,))
+    if row is None:
+        return
+    was = dict(zip(_names(tx), row, strict=True))
+    _take_back(tx, was, VoidUsage(seq, reason, actor, now_us), superseded=True)
+    if not was["partial"]:
+        outcomes.settle(tx, was["tenant"], was["agent"], was["task_id"])
+
+
+def _names(tx: Tx) -> list[str]:
+    return [name for (_, name, *_) in fetch(tx.connection, "PRAGMA table_info(usage)")]
+
+
+def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool) -> Voided:
     was = at_current_cost(tx, was)
     tenant, agent, consumer, project = (
         name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
@@ -79,8 +100,11 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
         "committed_us": unit.now_us,
         "reported_by": unit.actor,
     }
-    tx.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(names))})", tuple(now[name] for name in names))
-    tx.execute("INSERT INTO usage_void VALUES (?,?,?)", (seq, unit.seq, unit.reason))
+    tx.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(now))})", tuple(now.values()))
+    tx.execute(
+        "INSERT INTO usage_void (seq, voids, reason, superseded) VALUES (?,?,?,?)",
+        (seq, unit.seq, unit.reason, superseded),
+    )
     _roll_back(tx, was)
     if book is not None:
         book.flush()
@@ -93,6 +117,7 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
         "reason": unit.reason,
         "refunded_microusd": refunded,
         "row": seq,
+        "superseded": superseded,
         "task_id": was["task_id"],
         "tenant": tenant,
         "timestamp_us": was["timestamp_us"],
@@ -187,7 +212,7 @@ def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[in
 
 
 def account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservation: str | None) -> int | None:
-    """The account that an event was debited to, by the rules of `ledger.charge`."""
+    """The account that an event was debited to, by the rules of `charging.charge`."""
     name = name_of(tx, tenant)
     row = tx.row(
         "SELECT account, d.delegate FROM reservation r JOIN delegation d USING (account) "

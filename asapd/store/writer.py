@@ -19,8 +19,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,12 @@ BUSY_WAIT_US = 3_000
 BUSY_GAP_US = 300
 """The wait ends when nothing comes for so long; the daemon needs a third of it for a single event."""
 
+ROWS_PER_STEP = 1_000
+"""A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
+
+RECEIVE_BYTES = 1 << 20
+"""Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
+
 HEADER = struct.Struct(">I")
 _log = logging.getLogger("asapd.store.writer")
 # A no is judged afresh when it is asked for again.
@@ -89,20 +94,23 @@ class Writer:
     def __init__(self, connection: apsw.Connection, entropy: Callable[[int], bytes] = os.urandom) -> None:
         self._tx = Tx(connection, entropy)
 
-    def run(self, group: Sequence[Envelope]) -> list[Answer]:
+    def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
         """Run envelopes in one transaction, each in its own savepoint, and commit.
 
         A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
-        every answer is `NotWritten`: nothing of the group is in the file.
+        every answer is `NotWritten`: nothing of the group is in the file. `is_awaited` is asked after every few
+        envelopes: at true the commit is cut short, and only the answers to those that are in it are returned.
         """
         tx = self._tx
         try:
             tx.execute("BEGIN IMMEDIATE")
             answers: list[Answer] = []
-            for is_plain, run in groupby(group, _is_plain_report):
-                envelopes = list(run)
-                together = self._run_together(envelopes) if is_plain and len(envelopes) > 1 else None
+            for envelopes in _steps(group):
+                is_plain = len(envelopes) > 1 and _is_plain_report(envelopes[0])
+                together = self._run_together(envelopes) if is_plain else None
                 answers += together or [self._run_one(envelope) for envelope in envelopes]
+                if len(answers) < len(group) and is_awaited():
+                    break
             tx.execute("COMMIT")
         except apsw.Error as error:
             if tx.connection.in_transaction:
@@ -200,6 +208,21 @@ def _is_plain_report(envelope: Envelope) -> bool:
     return isinstance(envelope.unit, RecordUsage) and envelope.idempotency is None
 
 
+def _steps(group: Sequence[Envelope]) -> Iterator[list[Envelope]]:
+    """A group in parts that run together: plain reports next to each other up to `ROWS_PER_STEP`, all else alone."""
+    step: list[Envelope] = []
+    rows = 0
+    for envelope in group:
+        weight = weigh(envelope)
+        if step and not (_is_plain_report(envelope) and _is_plain_report(step[0]) and rows + weight <= ROWS_PER_STEP):
+            yield step
+            step, rows = [], 0
+        step.append(envelope)
+        rows += weight
+    if step:
+        yield step
+
+
 def weigh(envelope: Envelope) -> int:
     """How many rows an envelope adds to a commit, roughly."""
     unit = envelope.unit.usage if isinstance(envelope.unit, RecordTelemetry) else envelope.unit
@@ -217,13 +240,19 @@ class _Frames:
         self.ended = False
 
     def receive(self, timeout_s: float | None) -> list[Envelope]:
-        """Everything that has arrived; None waits for at least one envelope, or until the peer is gone."""
+        """What has arrived, or some of much; None waits for at least one envelope, or until the peer is gone."""
         received: list[Envelope] = []
-        while not self.ended and select.select([self._sock], [], [], 0 if received else timeout_s)[0]:
+        left_bytes = RECEIVE_BYTES
+        while (
+            not self.ended
+            and (left_bytes > 0 or not received)
+            and select.select([self._sock], [], [], 0 if received else timeout_s)[0]
+        ):
             try:
                 chunk = self._sock.recv(1 << 20)
             except ConnectionResetError:
                 chunk = b""
+            left_bytes -= len(chunk)
             self.ended = not chunk
             self._buffer += chunk
             received += self._complete()
@@ -258,8 +287,10 @@ def serve(
 ) -> None:
     """Answer envelopes until the other side closes its end; what had arrived by then is still committed.
 
-    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits in it.
-    Without, it waits only after a commit that many shared, and while units keep coming: a lone client never waits.
+    Decisions have commits of their own, and cut short one of bulk ingest that is under way; between two of theirs goes
+    at least a step of what waits. With `wait_us` a commit that is not full waits that long for more to share it, unless
+    a decision waits. Without, it waits only after a commit that many shared, and while units keep coming: a lone client
+    never waits.
     """
     frames = _Frames(sock)
     urgent: deque[Envelope] = deque()
@@ -274,6 +305,18 @@ def serve(
             rows += 0 if envelope.urgent else weigh(envelope)
         return rows
 
+    def is_awaited() -> bool:
+        nonlocal waiting_rows
+        if not urgent:
+            waiting_rows += take(0)
+        return bool(urgent)
+
+    def answer(answers: list[Answer]) -> None:
+        # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            frames.send(answers)
+
+    owed = False
     while True:
         idle = not urgent and not bulk
         if idle and frames.ended:
@@ -281,24 +324,30 @@ def serve(
         waiting_rows += take(None if idle else 0)
         patience_us, gap_us = (wait_us, wait_us) if wait_us else (busy_wait_us, busy_gap_us) if busy else (0, 0)
         deadline_s = time.monotonic() + patience_us / SECOND_US
-        while not urgent and waiting_rows < rows_per_commit and not frames.ended:
+        while not urgent and not owed and waiting_rows < rows_per_commit and not frames.ended:
             left_s = min(deadline_s - time.monotonic(), gap_us / SECOND_US)
             came = take(left_s) if left_s > 0 else 0
             waiting_rows += came
             if not came and (left_s <= 0 or not wait_us):
                 break
-        group, rows = list(urgent), 0
-        urgent.clear()
+        if urgent and not owed:
+            group = list(urgent)
+            urgent.clear()
+            answer(writer.run(group))
+            owed = bool(bulk)
+            continue
+        group, rows = [], 0
         while bulk and (rows == 0 or rows + weigh(bulk[0]) <= rows_per_commit):
             rows += weigh(bulk[0])
             group.append(bulk.popleft())
         waiting_rows -= rows
-        busy = len(group) >= BUSY
+        busy, owed = len(group) >= BUSY, False
         if group:
-            answers = writer.run(group)
-            # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                frames.send(answers)
+            answers = writer.run(group, is_awaited)
+            for envelope in reversed(group[len(answers) :]):
+                bulk.appendleft(envelope)
+                waiting_rows += weigh(envelope)
+            answer(answers)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -42,6 +42,7 @@ _MSGPACK = frozenset(("application/msgpack", "application/x-msgpack", "applicati
 _JSON = re.compile(r"[a-z]+/(json|[^;\s]+\+json)\Z")
 _MAX_ID = 128
 _MAX_SOURCE = 256
+_TWICE = "has a name twice, and what stands there first is wrong"
 _ATTRIBUTES = ("specversion", "id", "source", "type", "subject", "time", "datacontenttype")
 
 
@@ -74,7 +75,7 @@ def decode_structured(body: bytes, types: Types = USAGE_TYPES) -> Events | Refus
 
     A `Refusal` is `malformed`. Errors name an attribute of the envelope, or with `data.` before it a field of the data.
     """
-    found = _read(body, types)
+    found = _not_text(body) or _read(body, types)
     return found if isinstance(found, Refusal) else _gathered([found], is_batch=False)
 
 
@@ -83,6 +84,9 @@ def decode_batch(body: bytes, types: Types = USAGE_TYPES) -> Events | Refusal:
 
     A `Refusal` is `malformed` or `too_many_events`.
     """
+    unreadable = _not_text(body)
+    if unreadable is not None:
+        return unreadable
     try:
         items = _many_raw.decode(body)
     except _UNREADABLE as error:
@@ -96,6 +100,15 @@ def decode_batch(body: bytes, types: Types = USAGE_TYPES) -> Events | Refusal:
             return one
         found.append(one)
     return _gathered(found, is_batch=True)
+
+
+def _not_text(body: bytes) -> Refusal | None:
+    """The refusal of bytes that are no UTF-8: the decoder does not look into attributes that it passes over."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return malformed(error)
+    return None
 
 
 def is_binary(headers: Mapping[str, str]) -> bool:
@@ -168,7 +181,8 @@ def _explain(item: bytes | Raw) -> list[FieldError] | Refusal:
     wrong = [name for name in _ATTRIBUTES if not isinstance(raw.get(name, ""), str | None)]
     if not isinstance(raw.get("data_base64", ""), str):
         wrong.append("data_base64")
-    return [FieldError(name, "must be a string") for name in wrong]
+    # Of a name that stands twice the last counts here, but one before it was wrong.
+    return [FieldError(name, "must be a string") for name in wrong] or [FieldError("event", _TWICE)]
 
 
 def _payload(envelope: _Envelope) -> _Payload | FieldError:
@@ -231,7 +245,7 @@ def _data_errors(payload: _Payload) -> list[FieldError]:
         return [FieldError("data", f"cannot be read: {error}")]
     if not isinstance(raw, dict):
         return [FieldError("data", "must be an object, a usage event")]
-    return [FieldError(f"data.{bad.field}", bad.reason) for bad in field_errors(raw)]
+    return [FieldError(f"data.{bad.field}", bad.reason) for bad in field_errors(raw)] or [FieldError("data", _TWICE)]
 
 
 def _attribute_errors(envelope: _Envelope, types: Types) -> list[FieldError]:

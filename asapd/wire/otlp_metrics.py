@@ -212,7 +212,8 @@ def _proto_points(metric: Metric) -> list[_Point]:
 
 
 def _json_groups(body: bytes) -> list[_Group] | Refusal:
-    export = _json_export.decode(body).resource_metrics or ()
+    # As text, for what the decoder passes over it does not look into.
+    export = _json_export.decode(body.decode()).resource_metrics or ()
     refusal = too_many_records(
         export, lambda group: group.scope_metrics or (), lambda scope: scope.metrics or (), _json_data
     )
@@ -270,7 +271,6 @@ def _json_points(metric: _JsonMetric) -> list[_Point]:
 def _outcome(groups: list[_Group], settings: OtlpSettings) -> MetricsOutcome:
     points: list[MetricPoint] = []
     problems: list[str] = []
-    modern: set[bytes] = set()
     for group in groups:
         key = resource_key(group.resource)
         base = digest([group.resource, group.scope])
@@ -282,12 +282,9 @@ def _outcome(groups: list[_Group], settings: OtlpSettings) -> MetricsOutcome:
             point = _point(raw, key, base, group.resource, settings)
             if isinstance(point, str):
                 problems.append(f"{raw.metric}: {point}")
-                continue
-            points.append(point)
-            if not point.legacy:
-                modern.add(key)
-    used = [point for point in points if not (point.legacy and point.resource in modern)]
-    return MetricsOutcome(used, len(problems), reasons(problems))
+            else:
+                points.append(point)
+    return MetricsOutcome(points, len(problems), reasons(problems))
 
 
 def _point(raw: _Point, key: bytes, base: bytes, resource: Attributes, settings: OtlpSettings) -> MetricPoint | str:

@@ -6,7 +6,7 @@ it durably, in the commit of the events: `fold_cumulative` says what to keep, `m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -88,46 +88,58 @@ def fold_cumulative(previous: StreamState | None, point: MetricPoint, since_ns: 
     return Delta(point, point.value - previous.value, max(0, point.calls - previous.calls), state)
 
 
-def metric_events(deltas: Iterable[Delta]) -> list[UsageEvent]:
-    """The events of one export's deltas: one for each resource, attribution and time, with all its buckets.
+class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one point adds to the collection it belongs to."""
 
-    They are `partial`: their usage counts, but they are no task, and have no outcome or latency. The id is made of what
-    joins the points and of their streams, so the same export gives the same events again, and one collection that is
-    spread over two exports gives two. A part that was collected before its whole (cached
-    tokens before the input that holds them) is cut to the whole.
+    bucket: Bucket
+    tokens: int
+    calls: int
+
+
+Parts = Mapping[bytes, Part]
+"""The points of one collection, by their streams."""
+
+
+def collection_key(point: MetricPoint) -> bytes:
+    """16 bytes that are equal for all points of one collection: of one time, resource, attribution and generation.
+
+    They make one event together, in however many exports they come: parts of the same tokens have to meet.
     """
-    groups: dict[tuple[bytes, Attribution, int], list[Delta]] = {}
-    for delta in deltas:
-        if delta.tokens or delta.calls:
-            groups.setdefault((delta.point.resource, delta.point.of, delta.point.time_ns), []).append(delta)
-    return [_event(*key, found) for key, found in groups.items()]
+    return digest(["collection", point.resource, point.of, point.time_ns, point.legacy])
 
 
-def _event(resource: bytes, of: Attribution, time_ns: int, deltas: list[Delta]) -> UsageEvent:
+def collection_event(of: MetricPoint, parts: Parts) -> UsageEvent:
+    """The event of a collection, any point of which says of whom and when it is.
+
+    It is `partial`: its usage counts, but it is no task, and has no outcome or latency. The id is made of what
+    joins the points and of their streams, so the same points give the same event again. A part that was collected
+    before its whole (cached tokens before the input that holds them) is cut to the whole.
+    """
+    resource, who, time_ns = of.resource, of.of, of.time_ns
     sums: dict[Bucket, int] = {}
     calls: dict[Bucket, int] = {}
-    for delta in deltas:
-        bucket = delta.point.bucket
-        sums[bucket] = min(MAX_INT, sums.get(bucket, 0) + delta.tokens)
-        calls[bucket] = min(MAX_INT, calls.get(bucket, 0) + delta.calls)
+    for part in parts.values():
+        sums[part.bucket] = min(MAX_INT, sums.get(part.bucket, 0) + part.tokens)
+        calls[part.bucket] = min(MAX_INT, calls.get(part.bucket, 0) + part.calls)
     tokens_in, tokens_out = sums.get("tokens_in", 0), sums.get("tokens_out", 0)
     cached = min(sums.get("cached_tokens_in", 0), tokens_in)
     return UsageEvent(
-        of.task_id or f"{SOURCE}:{resource.hex()}",
-        of.agent,
-        of.consumer,
+        who.task_id or f"{SOURCE}:{resource.hex()}",
+        who.agent,
+        who.consumer,
         time_ns // 1_000,
         tokens_in,
         tokens_out,
+        None,
         # Every call has a point in the histogram of input tokens and one in that of output tokens.
         api_calls=max(calls.values()),
         cached_tokens_in=cached,
         cache_write_tokens=min(sums.get("cache_write_tokens", 0), tokens_in - cached),
         reasoning_tokens=min(sums.get("reasoning_tokens", 0), tokens_out),
         partial=True,
-        id="metric:" + digest([resource, of, time_ns, sorted(delta.point.stream for delta in deltas)]).hex(),
+        id="metric:" + digest([resource, who, time_ns, sorted(parts)]).hex(),
         source=SOURCE,
-        model=of.model,
-        provider=of.provider,
-        project=of.project,
+        model=who.model,
+        provider=who.provider,
+        project=who.project,
     )

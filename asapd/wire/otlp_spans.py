@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -61,25 +61,32 @@ _NAMES: Final = frozenset(
 _STATUS_ERROR = 2
 
 
+class SpanUsage(msgspec.Struct, frozen=True, gc=False):
+    """What a span used. `span` is its trace id (16 bytes) and span id (8); `resource` the `resource_key`.
+
+    With `is_work` it is of an agent's work, and counts only while no span below it does.
+    """
+
+    event: UsageEvent
+    span: bytes
+    resource: bytes
+    is_work: bool
+
+
 class OtlpOutcome(msgspec.Struct, frozen=True):
     """What an export of traces held.
 
-    `events` are to be recorded, in the export's order; `rejected` spans were inference and could not be understood, as
-    `message` says; all others are nobody's usage and no error.
+    `spans` are those that may count, in the export's order; `rejected` spans were inference and could not be
+    understood, as `message` says; all others are nobody's usage and no error.
 
-    `covered` are the ids (`<trace id>:<span id>`, the `id` of their event) of spans with a counted span below them,
-    whether or not this export has them. Keep them as long as a trace lasts, for the next `decode_traces`; an event
-    already recorded under one of them was of an agent span that came before its children.
-
-    `resources` has for each `resource_key` the newest end (in microseconds) of a counted span: spans win there
-    over metrics.
+    `links` are of every span that has a parent: trace and span id as in `SpanUsage`, and the parent's span id. Which of
+    an agent's spans count depends on them, and on those of other exports of the same trace.
     """
 
-    events: list[UsageEvent]
+    spans: list[SpanUsage]
+    links: list[tuple[bytes, bytes]]
     rejected: int
     message: str
-    covered: frozenset[str]
-    resources: dict[bytes, int]
 
 
 class _Span(msgspec.Struct, gc=False):
@@ -136,26 +143,21 @@ class _JsonExport(msgspec.Struct, rename="camel", gc=False):
 _json_export = msgspec.json.Decoder(_JsonExport, strict=False)
 
 
-def decode_traces(
-    body: bytes, encoding: Encoding, settings: OtlpSettings = DEFAULT_SETTINGS, covered: Container[str] = frozenset()
-) -> OtlpOutcome | Refusal:
+def decode_traces(body: bytes, encoding: Encoding, settings: OtlpSettings = DEFAULT_SETTINGS) -> OtlpOutcome | Refusal:
     """Decode an ExportTraceServiceRequest; never raises.
 
     Inference spans count: those whose operation is in `INFERENCE`, and of the first conventions, which had none, those
-    with system, model and tokens. A span of an agent's work counts when nothing below it does, in this export or
-    by `covered`, the ids that earlier exports gave. The identity of an event is the source "otlp" and the id
+    with system, model and tokens. A span of an agent's work counts when nothing below it does, which is not decided
+    here: other exports may have what is below it. The identity of an event is the source "otlp" and the id
     `<trace id>:<span id>`, so an export sent twice gives the same events.
 
     A `Refusal` is `malformed` or `too_many_events`.
     """
     try:
         spans = _json_spans(body, settings) if encoding == "json" else _proto_spans(body, settings)
-        if isinstance(spans, Refusal):
-            return spans
-        outcome = _outcome(spans, settings, covered)
+        return spans if isinstance(spans, Refusal) else _outcome(spans, settings)
     except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return malformed(error)
-    return outcome if len(outcome.events) <= MAX_EVENTS else too_many(len(outcome.events))
 
 
 def _proto_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
@@ -186,7 +188,8 @@ def _proto_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
 
 
 def _json_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
-    groups = _json_export.decode(body).resource_spans or ()
+    # As text, for what the decoder passes over it does not look into.
+    groups = _json_export.decode(body.decode()).resource_spans or ()
     refusal = too_many_records(groups, lambda group: group.scope_spans or (), lambda scope: scope.spans or ())
     if refusal is not None:
         return refusal
@@ -213,29 +216,38 @@ def _json_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
     return spans
 
 
-def _outcome(spans: list[_Span], settings: OtlpSettings, known: Container[str]) -> OtlpOutcome:
-    events: dict[int, UsageEvent] = {}
+def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome | Refusal:
+    found: dict[int, SpanUsage] = {}
     problems: list[str] = []
     covered: set[str] = set()
-    resources: dict[bytes, int] = {}
     keys: dict[int, bytes] = {}
+    expected = 0
     for place in _children_first(spans):
         span = spans[place]
-        is_covered = span.id in covered or span.id in known
         operation = _operation(span)
-        if operation in INFERENCE or (operation in AGENT_WORK and not is_covered):
+        is_work, is_covered = operation in AGENT_WORK, span.id in covered
+        if is_work or operation in INFERENCE:
             event = _event(span, settings)
             if isinstance(event, UsageEvent):
-                events[place] = event
                 key = keys.setdefault(id(span.resource), resource_key(span.resource))
-                resources[key] = max(resources.get(key, 0), event.timestamp_us)
+                found[place] = SpanUsage(event, bytes.fromhex(span.trace_id + span.span_id), key, is_work)
+                expected += not (is_work and is_covered)
                 is_covered = True
-            else:
+            elif not (is_work and is_covered):
                 problems.append(f"span {clean(span.id, 60)}: {event}")
         if is_covered and span.parent is not None:
             covered.add(span.parent)
-    ordered = [events[place] for place in sorted(events)]
-    return OtlpOutcome(ordered, len(problems), reasons(problems), frozenset(covered), resources)
+    if expected > MAX_EVENTS:
+        return too_many(expected)
+    return OtlpOutcome([found[place] for place in sorted(found)], _links(spans), len(problems), reasons(problems))
+
+
+def _links(spans: list[_Span]) -> list[tuple[bytes, bytes]]:
+    return [
+        (bytes.fromhex(span.trace_id + span.span_id), bytes.fromhex(span.parent_id))
+        for span in spans
+        if _is_id(span.parent_id, 16) and _is_id(span.trace_id, 32) and _is_id(span.span_id, 16)
+    ]
 
 
 def _children_first(spans: list[_Span]) -> Iterator[int]:
@@ -295,7 +307,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         span.end_ns // 1_000,
         tokens_in,
         tokens_out,
-        (span.end_ns - span.start_ns + 500_000) // 1_000_000 if has_start else 0,
+        (span.end_ns - span.start_ns + 500_000) // 1_000_000 if has_start else None,
         1,
         counts.get("cached_tokens_in", 0),
         counts.get("cache_write_tokens", 0),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator
 from datetime import datetime
-from decimal import Decimal
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -44,7 +43,7 @@ class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     tokens_in: _Count = 0
     tokens_out: _Count = 0
-    duration_ms: _Count = 0
+    duration_ms: _Count | UnsetType = UNSET
     api_calls: _Count = 0
     cached_tokens_in: _Count = 0
     cache_write_tokens: _Count = 0
@@ -64,7 +63,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     metrics: WireMetrics | None = None
     tokens_in: _Count = 0
     tokens_out: _Count = 0
-    duration_ms: _Count = 0
+    duration_ms: _Count | UnsetType = UNSET
     api_calls: _Count = 0
     cached_tokens_in: _Count = 0
     cache_write_tokens: _Count = 0
@@ -77,7 +76,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     error: Annotated[str, Meta(max_length=2000)] | None = None
     model: _Short | None = None
     provider: _Short | None = None
-    cost_usd: Decimal | None = None
+    cost_usd: int | float | str | None = None
     delegation: _Name | None = None
     reservation: _Name | None = None
     action: _Short | None = None
@@ -140,18 +139,27 @@ def decode_events(body: bytes, body_format: BodyFormat = "json") -> Events | Ref
 
 def decode_steps(body: bytes, body_format: BodyFormat = "json") -> Generator[None, None, Events | Refusal]:
     """`decode_events` for who has others waiting: yields about every millisecond, and returns the same at its end."""
+    lines = None
     if body_format == "ndjson":
-        body = b"[" + b",".join(line for line in body.splitlines() if line.strip()) + b"]"
+        texts = [line for line in body.splitlines() if line.strip()]
+        lines = len(texts)
+        body = b"[" + b",".join(texts) + b"]"
     try:
         typed, is_batch = _typed(body, body_format == "msgpack")
     except msgspec.ValidationError:
-        return _explain(body, body_format == "msgpack")
+        return _explain(body, body_format == "msgpack", lines)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return malformed(error)
+    if lines not in {None, len(typed)}:
+        return _not_by_line(len(typed), lines)
     if len(typed) > MAX_EVENTS:
         return too_many(len(typed))
     yield
     return (yield from _normalise_all(typed, is_batch))
+
+
+def _not_by_line(count: int, lines: int | None) -> Refusal:
+    return Refusal("malformed", f"the body cannot be read: {lines} lines hold {count} values, not one each")
 
 
 def malformed(error: Exception) -> Refusal:
@@ -226,7 +234,7 @@ def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
         _timestamp(wire.timestamp, errors),
         counts.tokens_in,
         counts.tokens_out,
-        counts.duration_ms,
+        None if counts.duration_ms is UNSET else counts.duration_ms,
         counts.api_calls,
         counts.cached_tokens_in,
         counts.cache_write_tokens,
@@ -290,8 +298,9 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
     prefix = ""
     if wire.metrics is not None:
         counts, prefix = wire.metrics, "metrics."
-        beside = wire.tokens_in or wire.tokens_out or wire.duration_ms or wire.api_calls or wire.cached_tokens_in
-        if beside or wire.cache_write_tokens or wire.reasoning_tokens or wire.cache_write_1h_tokens:
+        beside = wire.tokens_in or wire.tokens_out or wire.duration_ms is not UNSET or wire.api_calls
+        parts = wire.cached_tokens_in or wire.cache_write_tokens or wire.cache_write_1h_tokens or wire.reasoning_tokens
+        if beside or parts:
             errors.append(FieldError("metrics", "the counts stand both in metrics and beside it"))
     written = counts.cache_write_tokens or counts.cache_write_1h_tokens
     if written or counts.cached_tokens_in or counts.reasoning_tokens:
@@ -336,7 +345,7 @@ def parse_timestamp(value: str | float) -> int:
     return value * SECOND_US if isinstance(value, int) else round(value * SECOND_US)
 
 
-def _cost(value: Decimal, errors: list[FieldError]) -> int | None:
+def _cost(value: float | str, errors: list[FieldError]) -> int | None:
     try:
         return parse_usd(value, round_up=True)
     except MoneyError as error:
@@ -347,7 +356,7 @@ def _cost(value: Decimal, errors: list[FieldError]) -> int | None:
 # --- the slow way, which names every bad field
 
 
-def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
+def _explain(body: bytes, is_msgpack: bool, lines: int | None) -> Events | Refusal:
     try:
         raw = msgspec.msgpack.decode(body) if is_msgpack else msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -363,6 +372,8 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
             return Events([], [], (FieldError(holder, reason),), is_batch=False)
     is_batch = isinstance(raw, list)
     items = raw if isinstance(raw, list) else [raw]
+    if lines not in {None, len(items)}:
+        return _not_by_line(len(items), lines)
     if len(items) > MAX_EVENTS:
         return too_many(len(items))
     events: list[UsageEvent] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
@@ -55,7 +56,9 @@ COLUMNS = (
 Rows = list[dict[str, Any]]
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
+# At the start of a cell a spreadsheet runs it. Where a semicolon separates cells, it and line ends start one as well,
+# quoted or not; signs of full width are signs in some languages.
+_FORMULA = re.compile(r'(^|[;\t\r\n])(?="*[-=+@|%\t\r\n\uFF0B\uFF0D\uFF1D\uFF20])')
 _INTEGERS = frozenset(
     {
         "seq",
@@ -144,7 +147,7 @@ class Json:
 
 
 class Csv:
-    """RFC 4180 with a header; text that a spreadsheet would take for a formula has an apostrophe before it."""
+    """RFC 4180 with a header; what a spreadsheet would take for a formula has an apostrophe before it."""
 
     content_type = "text/csv; charset=utf-8"
 
@@ -184,7 +187,7 @@ def csv_cell(value: Any) -> str:
             text = _encoder.encode(value).decode()
         case _:
             text = str(value)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return _FORMULA.sub(r"\1'", text)
 
 
 class Parquet:

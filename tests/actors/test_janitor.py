@@ -11,13 +11,34 @@ import trio
 from trio.testing import MockClock
 
 from asapd import config
-from asapd.actors.janitor import EVERY_S, IDEMPOTENCY_US, JanitorSettings, apply_retention, run_janitor
+from asapd.actors.janitor import (
+    EVERY_S,
+    IDEMPOTENCY_US,
+    JanitorSettings,
+    apply_retention,
+    recover_reservations,
+    run_janitor,
+)
+from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
+from asapd.core.ledger import Estimate
 from asapd.core.types import DAY_US, SECOND_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
-from asapd.store.units import Answer, AnyUnit, Idempotency, RecordProbe, RecordUsage, Sweep, Swept
+from asapd.store.units import (
+    Answer,
+    AnyUnit,
+    Idempotency,
+    NewDelegation,
+    RecordProbe,
+    RecordUsage,
+    RegisterDelegation,
+    Reserve,
+    Reserved,
+    Sweep,
+    Swept,
+)
 
 A = "urn:asap:agent:a"
 T0 = 1_800_000_000 * SECOND_US
@@ -81,6 +102,21 @@ async def test_a_sweep_that_found_more_goes_on_at_once_and_the_others_wait(
     )
     assert "3 reservations expired" in caplog.text
     assert "nothing was swept" in caplog.text
+
+
+async def test_a_start_closes_every_reservation_that_lapsed_before_it(inline_database: Inline) -> None:
+    database, connection = inline_database
+    claims = Claims("root", A, A, ("*",), None, None, T0, T0 + DAY_US)
+    await database.submit(RegisterDelegation([NewDelegation(claims, "t", b"d")], "x", "default", T0))
+    for number in range(501):  # more than one step closes
+        unit = Reserve(f"t{number}", "a", Estimate(1), SECOND_US, "x", "default", T0, delegation="root")
+        assert isinstance(await database.submit(unit), Reserved)
+    assert await recover_reservations(database, TrioClock(T0 + SECOND_US)) == 501
+    found = connection.execute("SELECT DISTINCT state, reason, held_microusd FROM reservation").fetchall()
+    assert found == [("expired", "recovered", 0)]
+    assert await recover_reservations(database, TrioClock(T0 + SECOND_US)) == 0
+    away = await recover_reservations(Database(AwayRunner(), InlineReaders(connection)), TrioClock(T0))
+    assert isinstance(away, Refusal)
 
 
 async def test_usage_past_its_time_goes_at_the_start_and_each_minute(

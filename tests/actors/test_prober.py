@@ -423,9 +423,32 @@ async def test_an_agent_that_asapd_may_not_reach_is_not_down_but_unknown(
         assert [record.getMessage() for record in caplog.records if "not probed" in record.message] == [
             f"agent {A}: not probed: 10.0.0.1 is outside the allowed networks"
         ]
+        unprobed = virtual.settings.unprobed.get(A)
+        assert unprobed is not None
+        assert (unprobed.reason, unprobed.detail) == ("not_allowed", "10.0.0.1 is outside the allowed networks")
+        assert at(unprobed.since_us) < 2
         virtual.network.set("a", health())
         await trio.sleep(10)
         assert virtual.row().state == "healthy"
+        assert virtual.settings.unprobed.get(A) is None
+
+
+async def test_why_an_agent_is_not_probed_goes_with_its_address_and_with_it(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    unprobed, prober = virtual.settings.unprobed, virtual.settings.prober
+    virtual.network.set("a", FetchFailed("not_allowed", "outside"))
+    async with virtual.running(agent()) as send:
+        await trio.sleep(5)
+        assert unprobed.get(A) is not None
+        virtual.network.set("b", health())
+        await reconfigure(send, prober, agent(url="http://b"))
+        assert unprobed.get(A) is None
+        await reconfigure(send, prober, agent())
+        await trio.sleep(5)
+        assert unprobed.get(A) is not None
+        await reconfigure(send, prober)
+        assert unprobed.get(A) is None
 
 
 async def test_a_request_that_this_host_could_not_make_is_not_the_agents_downtime(
@@ -438,6 +461,9 @@ async def test_a_request_that_this_host_could_not_make_is_not_the_agents_downtim
     async with virtual.running(agent()):
         await trio.sleep(100)
     assert virtual.probes() == []
+    unprobed = virtual.settings.unprobed.get(A)
+    assert unprobed is not None
+    assert (unprobed.reason, "Too many open files" in unprobed.detail) == ("host_failed", True)
     assert [r.levelname for r in caplog.records if "this host failed" in r.getMessage()] == ["WARNING"]
 
 

@@ -45,6 +45,16 @@ def http_exchange(sock: socket.socket, request: bytes) -> tuple[int, bytes]:
     return int(head.split(b" ", 2)[1]), body
 
 
+def _connect(job: dict[str, Any]) -> socket.socket:
+    if "socket" in job:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(job["socket"])
+        return sock
+    sock = socket.create_connection((job["host"], job["port"]))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 def _receive(sock: socket.socket) -> bytes:
     data = sock.recv(1 << 16)
     if not data:
@@ -65,8 +75,7 @@ def over_http(job: dict[str, Any]) -> dict[str, Any]:
     ready = threading.Barrier(job["connections"] + 1)
 
     def work() -> None:
-        with socket.create_connection((job["host"], job["port"])) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with _connect(job) as sock:
             ready.wait()
             while requests:
                 try:
@@ -105,6 +114,8 @@ def over_frames(job: dict[str, Any]) -> dict[str, Any]:
         left.append(state)
         selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, state)
     failed: list[str] = []
+    if "begun" in job:
+        Path(job["begun"]).touch()
     start_s = time.perf_counter()
     while selector.get_map():
         for key, mask in selector.select():

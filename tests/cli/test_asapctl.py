@@ -145,6 +145,19 @@ def test_agents_are_added_shown_listed_probed_and_removed(daemon: Daemon, ctl: P
         assert ran.err.startswith("asapctl: ")
 
 
+def test_an_agent_that_may_not_be_probed_says_why(daemon: Daemon, ctl: Program) -> None:
+    agent = urn()
+    ctl("agents", "add", agent, "http://169.254.1.1:1")
+    until(lambda: ctl("agents", "show", agent, "--json").json["not_probed"])
+    assert ctl("agents", "health", agent, "--json").json["not_probed"]["reason"] == "not_allowed"
+    shown = ctl("agents", "health", agent).out
+    assert re.search(r"^state: +unknown$", shown, re.MULTILINE)
+    assert re.search(
+        r"^not probed: +not_allowed: .* is at 169\.254\.1\.1, outside the allowed networks", shown, re.MULTILINE
+    )
+    ctl("agents", "remove", agent)
+
+
 # --- usage
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from asapd.client import Meter, Rules, WsgiMiddleware, current_task
+from asapd.client import AsyncMeter, Meter, Rules, Stats, WsgiMiddleware, current_task
+from asapd.client.meter import Settings
 from tests.client.daemon import Daemon
 from tests.client.test_middleware import wsgi
 from tests.e2e.tokens import Party
@@ -19,48 +25,102 @@ from tests.e2e.tokens import Party
 AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
 RATE_PER_S = 500
 # With ASAPD_LONG_OUTAGE=30 the daemon is away for half a minute.
+KILLS = 2
 OUTAGE_S = float(os.environ.get("ASAPD_LONG_OUTAGE", "1"))
 
 
-@pytest.mark.parametrize("way", ["socket", "http"])
-def test_nothing_is_lost_and_nothing_counted_twice_when_the_daemon_is_killed_under_load(home: Path, way: str) -> None:
+class Reporting:
+    """A program that reports so many events a second, in a thread of its own, until it is told to stop."""
+
+    def __init__(self, address: Path | str, spool: Path) -> None:
+        self.count = 0
+        self.slowest_s = self.flush_s = 0.0
+        self.seen = Stats()
+        self._address = address
+        self._settings: Settings = {"agent": AGENT, "consumer": CONSUMER, "spool": spool, "batch_age_s": 0.05}
+        self._stop = threading.Event()
+        self._began_s = 0.0
+
+    def report_due(self, meter: Meter | AsyncMeter) -> None:
+        """What is due by now; reporting waits for nobody, whatever becomes of the daemon."""
+        due = int((time.monotonic() - self._began_s) * RATE_PER_S)
+        while self.count < due:
+            self.count += 1
+            before_s = time.monotonic()
+            assert meter.record(tokens_in=self.count) is not None
+            self.slowest_s = max(self.slowest_s, time.monotonic() - before_s)
+        self.seen = meter.stats()
+
+    def run_sync(self, during: Callable[[], object]) -> Stats:
+        """Report by the synchronous form while something else goes on."""
+        self._began_s = time.monotonic()
+        with Meter(self._address, **self._settings) as meter, self._beside(during):
+            while not self._stop.wait(0.002):
+                self.report_due(meter)
+            before_s = time.monotonic()
+            assert meter.flush(60)
+            self.flush_s = time.monotonic() - before_s
+        return meter.stats()
+
+    async def run_async(self, during: Callable[[], object], sleep: Callable[[float], Awaitable[None]]) -> Stats:
+        """Report by the async form, with the event loop's own sleep."""
+        self._began_s = time.monotonic()
+        async with AsyncMeter(self._address, **self._settings) as meter:
+            with self._beside(during):
+                while not self._stop.is_set():
+                    await sleep(0.002)
+                    self.report_due(meter)
+                before_s = time.monotonic()
+                assert await meter.flush(60)
+                self.flush_s = time.monotonic() - before_s
+        return meter.stats()
+
+    @contextlib.contextmanager
+    def _beside(self, during: Callable[[], object]) -> Iterator[None]:
+        with ThreadPoolExecutor(1) as pool:
+            going_on = pool.submit(during)
+            going_on.add_done_callback(lambda _: self._stop.set())
+            yield
+            going_on.result()
+
+
+@pytest.mark.parametrize(
+    ("way", "form"),
+    [("socket", "sync"), ("http", "sync"), ("socket", "trio"), ("http", "asyncio")],
+)
+def test_nothing_is_lost_and_nothing_counted_twice_when_the_daemon_is_killed_under_load(
+    home: Path, way: str, form: str
+) -> None:
     with Daemon(home) as daemon:
-        address = daemon.ingest if way == "socket" else daemon.url
-        meter = Meter(address, agent=AGENT, consumer=CONSUMER, spool=home / "spool", batch_age_s=0.05)
-        recorded = 0
-        stop = threading.Event()
+        reporting = Reporting(daemon.ingest if way == "socket" else daemon.url, home / "spool")
 
-        def work() -> None:
-            nonlocal recorded
-            began_s = time.monotonic()
-            while not stop.is_set():
-                due = int((time.monotonic() - began_s) * RATE_PER_S)
-                while recorded < due:
-                    recorded += 1
-                    assert meter.record(tokens_in=recorded) is not None
-                stop.wait(0.002)
-
-        worker = threading.Thread(target=work)
-        worker.start()
-        try:
-            for _ in range(2):
+        def kill_again_and_again() -> None:
+            for _ in range(KILLS):
                 time.sleep(0.7)
                 daemon.kill()
                 time.sleep(OUTAGE_S)
-                assert meter.stats().last_error is not None
+                assert reporting.seen.last_error is not None
                 daemon.start()
             time.sleep(0.3)
-        finally:
-            stop.set()
-            worker.join()
-        assert meter.flush(60)
-        stats = meter.stats()
+
+        match form:
+            case "sync":
+                stats = reporting.run_sync(kill_again_and_again)
+            case "asyncio":
+                stats = asyncio.run(reporting.run_async(kill_again_and_again, asyncio.sleep))
+            case _:
+                stats = trio.run(reporting.run_async, kill_again_and_again, trio.sleep)
+        recorded = reporting.count
+        assert recorded > RATE_PER_S * KILLS * OUTAGE_S
         assert (stats.recorded, stats.sent, stats.lost, stats.refused, stats.pending) == (recorded, recorded, 0, 0, 0)
-        meter.close()
-        assert recorded > RATE_PER_S
         summary = daemon.get("/usage/summary")
-        assert summary["total_tasks"] == recorded
+        assert (summary["total_events"], summary["total_tasks"]) == (recorded, recorded)
         assert summary["total_tokens"] == recorded * (recorded + 1) // 2
+        (source,) = daemon.get("/usage/sources")["data"]
+        assert source["drift_percent"] in {0, None}
+        # Shown by -s; the figures of a long outage.
+        figures = f"slowest call {reporting.slowest_s * 1_000:.0f} ms, flush {reporting.flush_s:.1f} s"
+        print(f"{way}, {form}: {recorded} events, {source['resent']} of them sent again, {figures}")
 
 
 def test_the_daemon_takes_every_kind_of_field_and_names_what_it_refuses(home: Path) -> None:

@@ -16,7 +16,9 @@ from asapd.core.ledger import (
     MissingEstimate,
     Released,
     Remaining,
+    held,
     open_hold,
+    overrun,
     release,
     remaining,
     reserve,
@@ -297,6 +299,19 @@ class Reservation:
 
 limits = st.none() | st.integers(0, 12)
 tasks = st.sampled_from(["t1", "t2", "t3", "t4"])
+
+
+@pytest.mark.parametrize("known_task", [True, False])
+def test_what_is_held_is_no_longer_left(known_task: bool) -> None:
+    hold = open_hold(Estimate(cost_microusd=3_000_000, tasks=3))
+    after = held(LEAF, hold, known_task=known_task)
+    assert remaining([after]) == Remaining(1_000_000, 2 if known_task else 1)
+    assert (after.account, after.spent_microusd) == (LEAF.account, 0)
+
+
+@pytest.mark.parametrize(("estimate", "used", "over"), [(5, 3, 0), (5, 5, 0), (5, 8, 3), (0, 1, 1), (None, 8, None)])
+def test_an_overrun_is_what_was_used_beyond_the_estimate(estimate: int | None, used: int, over: int | None) -> None:
+    assert overrun(estimate, used) == over
 
 
 class LedgerMachine(RuleBasedStateMachine):

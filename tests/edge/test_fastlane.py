@@ -18,12 +18,16 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from asapd.core.delegation import Claims
+from asapd.core.types import DAY_US
 from asapd.edge.connection import Limits, SocketTransport
+from asapd.edge.decisions import AUTHORIZE
 from asapd.edge.fastlane import PIPELINED, FastLane
 from asapd.edge.ingest import run_ingest
 from asapd.edge.sockets import Peer, open_tcp, open_unix
 from asapd.wire.frames import encode
-from tests.edge.house import LOG, NOW, A, B, C, Edge
+from asapd.wire.token import sign
+from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge
 
 
 def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -41,6 +45,12 @@ def post(
         fields["authorization"] = f"Bearer {key}"
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
     return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", ""]).encode() + raw
+
+
+def token(**changes: Any) -> str:
+    """A token by the key that the daemon holds."""
+    terms = {"max_tasks": None, "max_cost_microusd": None, "issued_at_us": T0, "expires_at_us": T0 + DAY_US, **changes}
+    return sign(Claims("j1", A, B, ("task.*",), **terms), HELD)
 
 
 class Client:
@@ -469,3 +479,35 @@ async def test_a_connection_that_ends_in_an_error_ends_alone(edge: Edge, caplog:
         nursery.cancel_scope.cancel()
     assert caplog.text.count("ended in an error") == 2
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_authorisation_is_answered_as_at_the_http_door(lane: Lane) -> None:
+    client = await lane.unix()
+    given = token(max_cost_microusd=1_000_000)
+    wanted = {"token": given, "task_id": "t1", "estimate": {"cost_usd": "0.60"}}
+    status, headers, allowed = await client.ask(post(wanted, AUTHORIZE, idempotency_key="k"))
+    assert (status, headers["content-type"], allowed["decision"]) == (200, "application/json", "allow")
+    assert (await client.ask(post(wanted, AUTHORIZE, idempotency_key="k")))[2] == allowed, "sent again, it is the same"
+    for body in (
+        {**wanted, "task_id": "t2"},
+        {**wanted, "token": "x"},
+        {**wanted, "action": "pay"},
+        {**wanted, "delegation": "d"},
+        {**wanted, "estimate": {"cost_usd": -1}},
+        {**wanted, "estimate": {}},
+        {"task": "t"},
+        b"{",
+    ):
+        status, headers, document = await client.ask(post(body, AUTHORIZE))
+        there = await lane.edge.post(AUTHORIZE, body, key="ingest")
+        assert (status, headers["content-type"]) == (there.status, there.headers["content-type"])
+        assert status >= 400
+        assert document == msgspec.json.decode(there.body)
+    assert (await client.ask(post({**wanted, "task_id": "t2"}, AUTHORIZE)))[2]["code"] == "insufficient_budget"
+
+
+async def test_only_who_may_report_may_ask_on_the_lane(lane: Lane) -> None:
+    client = await lane.tcp()
+    wanted = {"token": token(), "task_id": "t1", "estimate": {"cost_usd": "0.60"}}
+    for key, status in ((lane.key, 200), (lane.edge.keys["reader"], 403), ("asapd_x", 401)):
+        assert (await client.ask(post(wanted, AUTHORIZE, key=key)))[0] == status

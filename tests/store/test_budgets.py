@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -39,6 +40,7 @@ from asapd.store.units import (
     ExtendReservation,
     NewDelegation,
     RecordUsage,
+    RecoverReservations,
     RefundReservation,
     ReleaseReservation,
     Reserve,
@@ -49,7 +51,7 @@ from asapd.store.units import (
     VoidUsage,
 )
 from asapd.store.visibility import EVERYTHING, Visibility
-from asapd.store.writer import Writer
+from asapd.store.writer import Writer, open_for_writing
 
 NOON_US = 1_795_176_000_000_000  # Friday 2026-11-20, 12:00 UTC
 MIDNIGHT_US = NOON_US + 12 * HOUR_US
@@ -653,6 +655,8 @@ class Fact:
     ) -> None:
         self.work, self.at_us, self.cost, self.spent, self.tokens = work, at_us, cost, spent, tokens
         self.task, self.held = task, held
+        self.seq: int | None = None
+        """The row of the event."""
 
 
 class Counted:
@@ -892,7 +896,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def refund(self, at: int, cost: int) -> None:
         hold = self.holds[at % len(self.holds)]
         result = self.desk.refund(hold.id, cost)
-        if cost > hold.used - hold.refunded:
+        if not 0 < cost <= hold.used - hold.refunded:
             assert code(result) == "invalid"
         else:
             hold.refunded += cost
@@ -976,8 +980,34 @@ class BudgetMachine(RuleBasedStateMachine):
             tokens_in=fact.tokens,
             **named,
         )
+        fact.seq = self.desk.connection.execute("SELECT max(seq) FROM usage").get
         over_chain = bool(fact.work.path) and self.account(0)[0] > 60 * USD
         assert ("overrun" in flags) is (over_budget or excess or over_chain)
+
+    @precondition(lambda self: any(fact.seq for fact in self.facts))
+    @rule(at=st.integers(0, 9))
+    def void(self, at: int) -> None:
+        events = [fact for fact in self.facts if fact.seq is not None]
+        fact = events[at % len(events)]
+        back = fact.cost
+        if fact.held is not None:
+            back = min(back, fact.held.used - fact.held.refunded)
+            fact.held.refunded += back
+        assert self.desk.submit(VoidUsage(fact.seq, "wrong", "key:x", self.desk.now_us)).refunded_microusd == back
+        # What is left of it is what the reservation paid for an event of unknown cost, or had given back before.
+        fact.at_us, fact.seq, fact.task = None, None, None
+        fact.cost, fact.tokens, fact.spent = 0, 0, fact.spent - back
+
+    @rule(hours=st.sampled_from((0, 3)))
+    def restart(self, hours: int) -> None:
+        self.desk.now_us += hours * HOUR_US
+        path = Path(self.desk.connection.filename)
+        self.desk.connection.close()
+        self.desk.connection = open_for_writing(path, synchronous="off")
+        self.desk.writer = Writer(self.desk.connection)
+        lapsed = sum(hold.state == "open" and not self.is_open(hold) for hold in self.holds)
+        assert self.desk.submit(RecoverReservations(self.desk.now_us)).reservations == lapsed
+        self.lapse()
 
     @rule(hours=st.sampled_from((1, 3, 11)))
     def time_passes(self, hours: int) -> None:

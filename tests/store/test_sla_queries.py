@@ -10,7 +10,7 @@ from asapd.core.types import HOUR_US, MAX_INT, SECOND_US, Outcome
 from asapd.core.uptime import Segment
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import sla_queries
-from asapd.store.sla_queries import Followed, Slots, TaskCount
+from asapd.store.sla_queries import Followed, Position, Slots, TaskCount
 from asapd.store.units import (
     AgentRecord,
     AnyUnit,
@@ -69,14 +69,16 @@ def test_sql_puts_a_latency_into_the_same_bucket_as_the_histogram(value: int) ->
 def test_tasks_are_counted_by_slot_outcome_and_bucket_and_partial_ones_not(connection: apsw.Connection) -> None:
     record(connection, task(T0), task(T0 + 1, 900), task(T0 + 2, 900), task(T0, 5, failed=True), task(T0, partial=True))
     record(connection, task(T0 + 10 * SECOND_US, 501), task(T0, agent=B))
-    page = sla_queries.tasks_after(connection, followed(Followed(A, "default", 500, 0)), 0, 10 * SECOND_US, 100)
-    assert (page.through_seq, page.newest_seq) == (7, 7)
+    page = sla_queries.tasks_after(
+        connection, followed(Followed(A, "default", 500, Position())), Position(), 10 * SECOND_US, 100
+    )
+    assert page.through == page.newest == Position(7)
     assert sorted(page.counts, key=repr) == sorted(
         [
-            TaskCount(A, T0, bucket_of(100), 1, 0),
-            TaskCount(A, T0, bucket_of(900), 2, 2),
-            TaskCount(A, T0, None, 1, 0),
-            TaskCount(A, T0 + 10 * SECOND_US, bucket_of(501), 1, 1),
+            TaskCount(A, T0, True, bucket_of(100), 1, 0),
+            TaskCount(A, T0, True, bucket_of(900), 2, 2),
+            TaskCount(A, T0, False, None, 1, 0),
+            TaskCount(A, T0 + 10 * SECOND_US, True, bucket_of(501), 1, 1),
         ],
         key=repr,
     )
@@ -84,30 +86,34 @@ def test_tasks_are_counted_by_slot_outcome_and_bucket_and_partial_ones_not(conne
 
 def test_pages_are_bounded_by_rows_and_give_every_row_once(connection: apsw.Connection) -> None:
     record(connection, *(task(T0, agent=(A, B)[number % 2]) for number in range(10)))
-    seq, total = 0, Counter[str]()
-    text = followed(Followed(A, "default", None, 0), Followed(B, "default", None, 0))
-    while (page := sla_queries.tasks_after(connection, text, seq, SECOND_US, 3)).through_seq > seq:
-        assert page.through_seq <= seq + 3
-        seq = page.through_seq
+    after, total = Position(), Counter[str]()
+    text = followed(Followed(A, "default", None, Position()), Followed(B, "default", None, Position()))
+    while (page := sla_queries.tasks_after(connection, text, after, SECOND_US, 3)).through != after:
+        assert page.through.usage <= after.usage + 3
+        after = page.through
         for found in page.counts:
             assert found.over == 0
             total[found.agent] += found.count
-    assert (seq, total) == (10, {A: 5, B: 5})
+    assert (after, total) == (Position(10), {A: 5, B: 5})
 
 
 def test_rows_that_an_agent_has_already_counted_are_left_out_for_it_alone(connection: apsw.Connection) -> None:
     record(connection, task(T0), task(T0, agent=B))
-    text = followed(Followed(A, "default", None, 1), Followed(B, "default", None, 1))
-    assert [found.agent for found in sla_queries.tasks_after(connection, text, 0, SECOND_US, 100).counts] == [B]
+    text = followed(Followed(A, "default", None, Position(1)), Followed(B, "default", None, Position(1)))
+    assert [found.agent for found in sla_queries.tasks_after(connection, text, Position(), SECOND_US, 100).counts] == [
+        B
+    ]
 
 
 def test_another_tenants_rows_do_not_count_but_the_default_tenants_do(connection: apsw.Connection) -> None:
     record(connection, task(T0), tenant="mine")
     record(connection, task(T0, 200), tenant="default")
     record(connection, task(T0, 300), tenant="theirs")
-    page = sla_queries.tasks_after(connection, followed(Followed(A, "mine", None, 0)), 0, SECOND_US, 100)
+    page = sla_queries.tasks_after(
+        connection, followed(Followed(A, "mine", None, Position())), Position(), SECOND_US, 100
+    )
     history = sla_queries.task_history(
-        connection, Followed(A, "mine", None, 0), [Slots(0, SECOND_US)], 0, None, limit=100
+        connection, Followed(A, "mine", None, Position()), [Slots(0, SECOND_US)], 0, None, limit=100
     )
     for counts in (page.counts, history.counts[0]):
         assert sorted(found.bucket or 0 for found in counts) == [bucket_of(100), bucket_of(200)]
@@ -116,16 +122,16 @@ def test_another_tenants_rows_do_not_count_but_the_default_tenants_do(connection
 def test_a_history_read_in_steps_is_the_whole_as_of_one_row(connection: apsw.Connection) -> None:
     slots = [Slots(T0, SECOND_US), Slots(T0 + 5 * SECOND_US, 2 * SECOND_US)]
     record(connection, *(task(T0 + (number * 7 % 20) * SECOND_US, number) for number in range(40)))
-    agent = Followed(A, "default", 30, 0)
+    agent = Followed(A, "default", 30, Position())
     whole = sla_queries.task_history(connection, agent, slots, T0, None, limit=1000)
     assert whole.next_us is None
-    assert whole.through_seq == 40
+    assert whole.through == Position(40)
     record(connection, task(T0 + SECOND_US))
     parts: list[list[TaskCount]] = [[], []]
     start_us: int | None = T0
     steps = 0
     while start_us is not None:
-        history = sla_queries.task_history(connection, agent, slots, start_us, whole.through_seq, limit=3)
+        history = sla_queries.task_history(connection, agent, slots, start_us, whole.through, limit=3)
         start_us, steps = history.next_us, steps + 1
         for part, more in zip(parts, history.counts, strict=True):
             part.extend(more)
@@ -138,10 +144,10 @@ def test_a_history_read_in_steps_is_the_whole_as_of_one_row(connection: apsw.Con
 
 def test_more_rows_than_a_step_may_hold_within_one_microsecond_still_end(connection: apsw.Connection) -> None:
     record(connection, *(task(T0) for _ in range(5)), task(T0 + 1))
-    agent, slots = Followed(A, "default", None, 0), [Slots(0, SECOND_US)]
+    agent, slots = Followed(A, "default", None, Position()), [Slots(0, SECOND_US)]
     first = sla_queries.task_history(connection, agent, slots, T0, None, limit=2)
     assert first.next_us == T0 + 1
-    last = sla_queries.task_history(connection, agent, slots, T0 + 1, first.through_seq, limit=2)
+    last = sla_queries.task_history(connection, agent, slots, T0 + 1, first.through, limit=2)
     assert last.next_us is None
     assert [sum(found.count for found in part.counts[0]) for part in (first, last)] == [5, 1]
 
@@ -168,11 +174,13 @@ def test_uptime_and_probes_of_one_agent_come_as_of_one_probe(connection: apsw.Co
 def test_an_agent_that_nothing_is_known_of_has_an_empty_history(connection: apsw.Connection) -> None:
     history = sla_queries.probe_history(connection, A, [Slots(0, SECOND_US)], 0)
     assert (history.segments, history.newest_us, history.counts, history.through_seq) == ([], None, [[]], 0)
-    tasks = sla_queries.task_history(connection, Followed(A, "default", 1, 0), [Slots(0, SECOND_US)], 0, None, 10)
-    assert (tasks.counts, tasks.through_seq, tasks.next_us) == ([[]], 0, None)
-    assert sla_queries.newest_usage_seq(connection) == 0
-    page = sla_queries.tasks_after(connection, followed(), 0, SECOND_US, 10)
-    assert (page.counts, page.through_seq, page.newest_seq) == ([], 0, 0)
+    tasks = sla_queries.task_history(
+        connection, Followed(A, "default", 1, Position()), [Slots(0, SECOND_US)], 0, None, 10
+    )
+    assert (tasks.counts, tasks.through, tasks.next_us) == ([[]], Position(), None)
+    assert sla_queries.newest_tasks(connection) == Position()
+    page = sla_queries.tasks_after(connection, followed(), Position(), SECOND_US, 10)
+    assert (page.counts, page.through, page.newest) == ([], Position(), Position())
 
 
 def test_open_breaches_are_those_of_agents_that_have_not_resolved(connection: apsw.Connection) -> None:

@@ -135,6 +135,21 @@ def test_events_without_an_id_get_one_each_and_are_counted_as_unprotected(
     assert count(connection, "usage_identity") == 1
 
 
+def test_sums_beyond_64_bits_are_refused_whether_one_request_makes_them_or_two(
+    writer: Writer, connection: apsw.Connection
+) -> None:
+    most = [replace(EVENT, id="", tokens_in=2**53 - 1) for _ in range(1_024)]
+    too_many = record(writer, *most, most[0])
+    assert isinstance(too_many, Refusal)
+    assert (too_many.code, count(connection)) == ("invalid", 0)
+    assert record(writer, *most).recorded == 1_024
+    again = record(writer, *most)
+    assert isinstance(again, Refusal)
+    assert again.code == "invalid"
+    assert count(connection) == 1_024
+    assert stored_rollup(connection) == rollup((event, UNKNOWN_COST) for event in most)
+
+
 def test_an_identity_whose_row_was_retired_is_still_taken(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT)
     connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM usage; UPDATE retention_gate SET open = 0")

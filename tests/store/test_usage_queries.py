@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import apsw
@@ -15,19 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapd.core.money import to_usd
-from asapd.core.types import EPOCH, HOUR_US
+from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries as q
 from asapd.store.units import Envelope, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
+from tests import recount
+from tests.recount import Stored
 
 # Sunday 2026-12-27 22:00 UTC: the hours from here on cross a day, a week, a month and, with the far ones, an ISO year.
 START_US = int(datetime(2026, 12, 27, 22, tzinfo=UTC).timestamp()) * 1_000_000
 DAYS_US = 24 * HOUR_US
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
-Stored = tuple[str, UsageEvent, Cost]
 
 # 2026-10-25 00:00 UTC: clocks in Berlin show the next two hours as one.
 BACK_US = int(datetime(2026, 10, 25, tzinfo=UTC).timestamp()) * 1_000_000 - START_US
@@ -122,77 +121,6 @@ def keep(query: q.UsageFilter, row: Stored) -> bool:
     )
 
 
-def offset_text(moment: datetime) -> str:
-    text = f"{moment:%z}"
-    return f"{text[:3]}:{text[3:]}"
-
-
-def group_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[str, str | None]:
-    moment = (EPOCH + timedelta(microseconds=event.timestamp_us)).astimezone(zone)
-    offset = "Z" if zone.key == "UTC" else offset_text(moment)
-    match group:
-        case "minute":
-            return "period", f"{moment:%Y-%m-%dT%H:%M}:00{offset}"
-        case "hour":
-            return "period", f"{moment:%Y-%m-%dT%H}:00:00{offset}"
-        case "day":
-            return "period", f"{moment:%Y-%m-%d}"
-        case "week":
-            return "period", f"{moment:%G-W%V}"
-        case "month":
-            return "period", f"{moment:%Y-%m}"
-        case "agent" | "consumer":
-            return f"{group}_id", getattr(event, group)
-        case "outcome":
-            return group, "completed" if event.outcome == 1 else "failed"
-        case _:
-            return group, getattr(event, group) or None
-
-
-def order_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[int, str]:
-    """Periods in the order of time, an hour that clocks show twice too; the rest by name."""
-    span_s = {"minute": 60, "hour": 3600}.get(group)
-    if span_s is None:
-        return 0, group_of(group, event, zone)[1] or ""
-    at_s = event.timestamp_us // 1_000_000
-    offset = datetime.fromtimestamp(at_s, zone).utcoffset()
-    assert offset is not None
-    offset_s = int(offset.total_seconds())
-    return (at_s + offset_s) // span_s * span_s - offset_s, ""
-
-
-def totals(rows: list[Stored]) -> dict[str, Any]:
-    events = [event for _, event, _ in rows]
-    known = [cost.microusd for _, _, cost in rows if cost.microusd is not None]
-    tasks = sum(not event.partial for event in events)
-    sums = {
-        field: sum(getattr(event, field) for event in events)
-        for field in (
-            "tokens_in",
-            "tokens_out",
-            "cached_tokens_in",
-            "cache_write_tokens",
-            "reasoning_tokens",
-            "cache_write_1h_tokens",
-            "duration_ms",
-            "api_calls",
-        )
-    }
-    tokens = sums["tokens_in"] + sums["tokens_out"]
-    return {
-        **{f"total_{field}": value for field, value in sums.items()},
-        "total_tasks": tasks,
-        "total_tokens": tokens,
-        "total_cost_usd": None if rows and not known else to_usd(sum(known)),
-        "unpriced_events": len(rows) - len(known),
-        "total_events": len(rows),
-        "avg_tokens_per_task": tokens / tasks if tasks else None,
-        "avg_duration_ms_per_task": sums["duration_ms"] / tasks if tasks else None,
-        "unique_agents": len({event.agent for event in events}),
-        "unique_consumers": len({event.consumer for event in events}),
-    }
-
-
 def fill(connection: apsw.Connection, rows: list[Stored], voided: Iterable[int] = ()) -> None:
     writer = Writer(connection)
     for tenant, event, cost in rows:
@@ -214,24 +142,12 @@ def test_aggregates_equal_a_recount_of_the_raw_events(
 ) -> None:
     voided = data.draw(st.sets(st.sampled_from(range(len(rows))), max_size=3)) if rows else set()
     kept = [row for index, row in enumerate(rows) if keep(query, row) and index not in voided]
-    recount: defaultdict[tuple[tuple[int, str], ...], list[Stored]] = defaultdict(list)
-    for row in kept:
-        # Beside the order stands the label: within one group both are the same.
-        recount[tuple(order_of(group, row[1], zone) for group in groups)].append(row)
-    period = {} if q.TIME_GROUPS & set(groups) else {"period": "all"}
-    expected = [
-        {
-            **period,
-            **dict(group_of(group, recount[key][0][1], zone) for group in groups),
-            **totals(recount[key]),
-        }
-        for key in sorted(recount)
-    ]
+    expected = recount.aggregate(kept, groups, zone)
     with open_store() as connection:
         fill(connection, rows, voided)
         assert q.aggregate(connection, query, tuple(groups), 1000, 0, zone) == expected
         assert q.aggregate(connection, query, tuple(groups), 1, 1, zone) == expected[1:2]
-        assert q.summary(connection, query) == totals(kept)
+        assert q.summary(connection, query) == recount.totals(kept)
 
 
 @settings(max_examples=60, deadline=None)
@@ -362,7 +278,8 @@ def test_stats_count_what_the_caller_may_see(
     ("condition", "index"),
     [
         (f"{q.OF_TASK} ORDER BY timestamp_us, seq LIMIT 100", "usage_task"),
-        ("delegation = ? AND 1 = ? ORDER BY timestamp_us, seq LIMIT 100", "usage_delegation"),
+        (f"{q._UNDER} ORDER BY timestamp_us, seq LIMIT 100", "usage_delegation"),
+        (f"{q._UNDER} AND timestamp_us >= 1 AND timestamp_us < 2", "usage_reservation"),
         ("parent_task_id IN (SELECT value FROM json_each(?)) AND 1 = ?", "usage_parent"),
         ("substr(task_id, -8) IN (SELECT substr(value, -8) FROM json_each(?)) AND 1 = ?", "usage_task"),
         ("timestamp_us >= ? AND timestamp_us < ? ORDER BY timestamp_us, seq", "usage_time"),

@@ -20,7 +20,7 @@ from asapd.core.types import HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit
 from asapd.store import usage_queries as q
-from asapd.store.sla_queries import Followed, Slots, task_history
+from asapd.store.sla_queries import Followed, Position, Slots, task_history
 from asapd.store.units import (
     AnyUnit,
     Envelope,
@@ -103,7 +103,7 @@ def test_a_repeat_of_a_voided_event_stays_voided(writer: Writer, connection: aps
 def test_what_an_agent_was_judged_by_does_not_change(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT)
     void(writer, 1)
-    followed = Followed(A, "default", None, 0)
+    followed = Followed(A, "default", None, Position())
     history = task_history(connection, followed, [Slots(0, SECOND_US)], 0, None, 100)
     assert [count.count for count in history.counts[0]] == [1]
 

@@ -46,6 +46,7 @@ from asapd.store.units import (
     RecordTask,
     RecordTelemetry,
     RecordUsage,
+    RecoverReservations,
     RefundReservation,
     RegisterDelegation,
     ReleaseReservation,
@@ -258,6 +259,7 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         ReleaseReservation: st.builds(ReleaseReservation, reservation, actor, at),
         ExtendReservation: st.builds(ExtendReservation, reservation, st.just(HOUR_US), actor, at),
         RefundReservation: st.builds(RefundReservation, reservation, costs, st.just("why"), actor, at),
+        RecoverReservations: st.builds(RecoverReservations, at, st.integers(1, 3)),
         Revoke: st.builds(Revoke, st.sampled_from(DELEGATIONS), actor, st.just("why"), at),
         SyncBudgets: st.builds(SyncBudgets, st.sampled_from(BUDGETS), actor, at),
         PutAgent: st.builds(PutAgent, agent, actor, at),
@@ -581,17 +583,26 @@ class Served:
         self.commits: list[list[int]] = []
         self.first = threading.Event()
         self.gate = threading.Event()
+        self.after_step: Callable[[int], None] = lambda _: None
         self.thread = threading.Thread(target=self._serve, kwargs=options)
 
     def _serve(self, **options: Any) -> None:
         with self.theirs:
             serve(self.theirs, self, **options)  # type: ignore[arg-type] -- only `run` is used, and it is this class's
 
-    def run(self, group: Sequence[Envelope]) -> list[Answer]:
-        self.commits.append([envelope.number for envelope in group])
-        self.first.set()
-        assert self.gate.wait(10)
-        return [Answer(envelope.number, RowWritten(envelope.number)) for envelope in group]
+    def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
+        """As the writer does it, with one envelope to a step."""
+        self.commits.append([])
+        answers: list[Answer] = []
+        for envelope in group:
+            self.commits[-1].append(envelope.number)
+            self.first.set()
+            assert self.gate.wait(10)
+            answers.append(Answer(envelope.number, RowWritten(envelope.number)))
+            self.after_step(envelope.number)
+            if len(answers) < len(group) and is_awaited():
+                break
+        return answers
 
     def send(self, *envelopes: Envelope) -> None:
         bodies = [msgspec.msgpack.encode(envelope) for envelope in envelopes]
@@ -637,7 +648,40 @@ def test_decisions_go_ahead_of_the_ingest_that_waits() -> None:
         server.send(bulk(2, 3), bulk(3, 2), decision(4), bulk(5), decision(6))
         server.gate.set()
         assert server.receive(6) == [1, 4, 6, 2, 3, 5]
-        assert server.commits == [[1], [4, 6, 2], [3, 5]]
+        assert server.commits == [[1], [4, 6], [2], [3, 5]]
+
+
+def test_a_decision_cuts_short_the_commit_that_is_under_way() -> None:
+    with served(rows_per_commit=10) as server:
+        arriving = {3: (decision(8), decision(9)), 4: (decision(10),)}
+        server.after_step = lambda number: server.send(*arriving.pop(number, ()))
+        server.send(bulk(1))
+        assert server.first.wait(10)
+        server.send(*(bulk(number) for number in range(2, 7)))
+        server.gate.set()
+        assert server.receive(9) == [1, 2, 3, 8, 9, 4, 10, 5, 6]
+        assert server.commits == [[1], [2, 3], [8, 9], [4], [10], [5, 6]]
+
+
+def test_decisions_that_keep_coming_leave_ingest_a_step_between_them() -> None:
+    with served(rows_per_commit=10) as server:
+        server.after_step = lambda number: server.send(decision(number + 1)) if 10 <= number < 13 else None
+        server.send(bulk(1))
+        assert server.first.wait(10)
+        server.send(bulk(2), bulk(3), bulk(4), decision(10))
+        server.gate.set()
+        server.receive(8)
+        assert server.commits == [[1], [10], [2], [11], [3], [12], [4], [13]]
+
+
+def test_a_commit_that_is_cut_short_has_what_was_done_and_nothing_else(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    group = [bulk(1, 600), bulk(2, 400), bulk(3, 1), bulk(4, 1)]
+    (answers, later) = (writer.run(group, lambda: True), group[2:])
+    assert [answer.number for answer in answers] == [1, 2], "as many as run together"
+    assert connection.execute("SELECT count(*) FROM usage").get == 1_000
+    assert [answer.number for answer in writer.run(later, lambda: True)] == [3, 4]
+    assert connection.execute("SELECT count(*) FROM usage").get == 1_002
 
 
 def test_a_request_larger_than_a_commit_is_a_commit_of_its_own() -> None:
@@ -657,7 +701,7 @@ def test_what_had_arrived_when_the_peer_left_is_still_committed() -> None:
     assert server.first.wait(10)
     server.send(bulk(2), decision(3), bulk(4))
     server.end()
-    assert server.commits == [[1], [3, 2], [4]]
+    assert server.commits == [[1], [3], [2], [4]]
 
 
 def test_a_peer_that_leaves_without_reading_its_answers_ends_the_service() -> None:

@@ -158,6 +158,25 @@ def test_a_body_that_is_no_batch_is_malformed(body: bytes) -> None:
     assert found.code == "malformed"
 
 
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"id":5,' + structured()[1:], "event"),
+        (structured(data=...)[:-1] + b',"data":{"task_id":5,' + json.dumps(NESTED).encode()[1:] + b"}", "data"),
+    ],
+)
+def test_a_name_that_stands_twice_and_is_wrong_once_is_an_error_and_not_nothing(body: bytes, field: str) -> None:
+    assert errors(decode_structured(body)).keys() == {field}
+    assert errors(decode_batch(b"[" + body + b"]")).keys() == {field}
+
+
+def test_what_is_passed_over_has_to_be_text_too() -> None:
+    body = b'{"extension":"\xff",' + structured()[1:]
+    for found in (decode_structured(body), decode_batch(b"[" + body + b"]")):
+        assert isinstance(found, Refusal)
+        assert found.code == "malformed"
+
+
 def test_a_batch_has_a_bound() -> None:
     found = decode_batch(b"[" + b",".join([b"{}"] * (MAX_EVENTS + 1)) + b"]")
     assert isinstance(found, Refusal)

@@ -40,7 +40,7 @@ from asapd.wire.otlp import (
     reasons,
     resource_key,
 )
-from asapd.wire.otlp_spans import OtlpOutcome, decode_traces
+from asapd.wire.otlp_spans import OtlpOutcome, SpanUsage, decode_traces
 
 SECOND_NS = 1_000_000_000
 START_NS = 1_790_000_000 * SECOND_NS
@@ -98,12 +98,16 @@ def decoded(body: bytes, encoding: Encoding = "protobuf", **more: Any) -> OtlpOu
     return found
 
 
+def events_of(outcome: OtlpOutcome) -> list[UsageEvent]:
+    return [span.event for span in outcome.spans]
+
+
 def only(attributes: dict[str, Any], resource: dict[str, Any] | None = None, **more: Any) -> UsageEvent:
     sdk = Sdk(**(resource or {}))
     sdk.span(attributes, **more)
     outcome = decoded(sdk.export())
     assert not outcome.rejected
-    (event,) = outcome.events
+    (event,) = events_of(outcome)
     return event
 
 
@@ -113,7 +117,7 @@ def test_an_inference_span_of_the_sdk_is_an_event(encoding: Encoding) -> None:
     span = sdk.span({**CHAT, "enduser.id": "customer 7", "asap.project": "p1"})
     outcome = decoded(sdk.export(encoding), encoding)
     trace_id = f"{span.context.trace_id:032x}"
-    assert outcome.events == [
+    assert events_of(outcome) == [
         UsageEvent(
             trace_id,
             "urn:asap:agent:billing-bot",
@@ -131,8 +135,9 @@ def test_an_inference_span_of_the_sdk_is_an_event(encoding: Encoding) -> None:
             trace_id=trace_id,
         )
     ]
-    assert (outcome.rejected, outcome.message, outcome.covered) == (0, "", frozenset())
-    assert list(outcome.resources.values()) == [outcome.events[0].timestamp_us]
+    assert (outcome.rejected, outcome.message, outcome.links) == (0, "", [])
+    key = resource_key(dict(sdk.finished()[0].resource.attributes))
+    assert outcome.spans == [SpanUsage(outcome.spans[0].event, id_of(span), key, is_work=False)]
 
 
 def test_the_same_export_gives_equal_events_twice_and_in_either_encoding() -> None:
@@ -141,7 +146,7 @@ def test_the_same_export_gives_equal_events_twice_and_in_either_encoding() -> No
     for operation in ("chat", "text_completion", "generate_content", "embeddings"):
         sdk.span({**CHAT, "gen_ai.operation.name": operation}, root)
     first = decoded(sdk.export())
-    assert len(first.events) == 4
+    assert [span.is_work for span in first.spans] == [True, False, False, False, False]
     assert decoded(sdk.export()) == first
     assert decoded(sdk.export("json"), "json") == first
 
@@ -152,7 +157,7 @@ def test_spans_that_are_no_inference_are_passed_over() -> None:
         sdk.span({**CHAT, "gen_ai.operation.name": operation})
     sdk.span({"http.request.method": "POST"})
     outcome = decoded(sdk.export())
-    assert (outcome.events, outcome.rejected, outcome.resources) == ([], 0, {})
+    assert (outcome.spans, outcome.rejected, outcome.links) == ([], 0, [])
 
 
 def test_attributes_of_both_generations_count_once_a_bucket() -> None:
@@ -197,7 +202,7 @@ def test_a_span_of_the_first_generation_alone_counts() -> None:
     assert (event.tokens_in, event.tokens_out, event.model, event.provider) == (5, 6, "claude", "anthropic")
     sdk = Sdk()
     sdk.span({name: value for name, value in old.items() if name != "gen_ai.request.model"})
-    assert not decoded(sdk.export()).events
+    assert not decoded(sdk.export()).spans
 
 
 def test_disjoint_figures_become_inclusive_totals() -> None:
@@ -231,41 +236,49 @@ def test_an_error_type_or_an_error_status_is_a_failure(
     assert (event.outcome, event.error) == (Outcome.FAILED, error)
 
 
-def test_an_agent_span_counts_only_when_nothing_below_it_did() -> None:
+def test_of_an_agents_work_the_spans_and_their_links_are_told() -> None:
     sdk = Sdk()
     outer = sdk.span(AGENT)
     step = sdk.span({"name": "a step"}, outer)
     inner = sdk.span(AGENT, step)
-    chat = sdk.span(CHAT, sdk.span({"name": "another step"}, inner))
+    chat = sdk.span(CHAT, inner)
     lone = sdk.span({**AGENT, "gen_ai.operation.name": "create_agent"})
+    for encoding in ("protobuf", "json"):
+        outcome = decoded(sdk.export(encoding), encoding)
+        assert [(span.span, span.is_work) for span in outcome.spans] == [
+            (id_of(outer), True),
+            (id_of(inner), True),
+            (id_of(chat), False),
+            (id_of(lone), True),
+        ]
+        links = [(step, outer), (inner, step), (chat, inner)]
+        assert outcome.links == [(id_of(span), id_of(parent)[16:]) for span, parent in links]
+
+
+def id_of(span: Any) -> bytes:
+    return bytes.fromhex(f"{span.context.trace_id:032x}{span.context.span_id:016x}")
+
+
+def test_an_agents_span_without_sense_is_told_only_where_it_would_count() -> None:
+    sdk = Sdk()
+    sdk.span(CHAT, sdk.span({**AGENT, "gen_ai.usage.input_tokens": -1}))
+    assert decoded(sdk.export()).rejected == 0
+    sdk.span({**AGENT, "gen_ai.usage.input_tokens": -1})
     outcome = decoded(sdk.export())
-    assert {event.id for event in outcome.events} == {id_of(chat), id_of(lone)}
-    assert {id_of(outer), id_of(step), id_of(inner)} < outcome.covered
+    assert (len(outcome.spans), outcome.rejected) == (1, 1)
 
 
-def id_of(span: Any) -> str:
-    return f"{span.context.trace_id:032x}:{span.context.span_id:016x}"
-
-
-def test_of_nested_agent_spans_the_innermost_counts() -> None:
-    sdk = Sdk()
-    inner = sdk.span(AGENT, sdk.span(AGENT))
-    assert [event.id for event in decoded(sdk.export()).events] == [id_of(inner)]
-
-
-def test_what_was_covered_by_earlier_exports_is_remembered_through_spans_between() -> None:
-    sdk = Sdk()
-    agent = sdk.span(AGENT)
-    step = sdk.span({"name": "a step"}, agent)
-    chat = sdk.span(CHAT, step)
-    by_id = {span.context.span_id: span for span in sdk.finished()}
-    covered: frozenset[str] = frozenset()
-    events: list[str] = []
-    for span in (chat, step, agent, agent):
-        outcome = decoded(encoded([by_id[span.context.span_id]], "protobuf"), covered=covered)
-        covered |= outcome.covered
-        events += [event.id for event in outcome.events]
-    assert events == [id_of(chat)]
+def test_ids_that_are_none_make_no_link() -> None:
+    request = ExportTraceServiceRequest()
+    spans = request.resource_spans.add().scope_spans.add().spans
+    for trace_id, span_id, parent_id in (
+        (b"t", b"s" * 8, b"p" * 8),
+        (b"t" * 16, b"", b"p" * 8),
+        (b"t" * 16, b"s", b"p"),
+    ):
+        spans.add(trace_id=trace_id, span_id=span_id, parent_span_id=parent_id)
+    spans.add(trace_id=b"t" * 16, span_id=b"s" * 8, parent_span_id=bytes(8))
+    assert decoded(request.SerializeToString()).links == []
 
 
 def test_spans_whose_parents_go_in_a_circle_do_not_hang() -> None:
@@ -275,7 +288,7 @@ def test_spans_whose_parents_go_in_a_circle_do_not_hang() -> None:
         span = spans.add(trace_id=b"t" * 16, span_id=bytes([number]) * 8, parent_span_id=bytes([3 - number]) * 8)
         span.end_time_unix_nano = START_NS
         span.attributes.add(key="gen_ai.operation.name").value.string_value = "chat"
-    assert len(decoded(request.SerializeToString()).events) == 2
+    assert len(decoded(request.SerializeToString()).spans) == 2
 
 
 def test_a_long_chain_of_spans_is_walked_once() -> None:
@@ -286,8 +299,8 @@ def test_a_long_chain_of_spans_is_walked_once() -> None:
         span = spans.add(trace_id=b"t" * 16, span_id=number.to_bytes(8, "big"), parent_span_id=parent)
         span.end_time_unix_nano = START_NS
         span.attributes.add(key="gen_ai.operation.name").value.string_value = "invoke_agent"
-    outcome = decoded(request.SerializeToString())
-    assert [event.id[-4:] for event in outcome.events] == [f"{20_000:04x}"]
+    # Only the last will count, so it is no export of too many events.
+    assert len(decoded(request.SerializeToString()).spans) == 20_000
 
 
 @pytest.mark.parametrize(
@@ -312,7 +325,7 @@ def test_which_attributes_name_what_is_a_setting() -> None:
     sdk = Sdk(team="red")
     sdk.span({**CHAT, "customer": "c1", "job": "j1"})
     settings = OtlpSettings(agent=("nothing",), consumer=("customer",), task=("job",), project=("team",))
-    (event,) = decoded(sdk.export(), settings=settings).events
+    (event,) = events_of(decoded(sdk.export(), settings=settings))
     assert (event.agent, event.consumer, event.task_id, event.project) == (UNKNOWN, "c1", "j1", "red")
 
 
@@ -328,7 +341,7 @@ def test_an_inference_span_without_sense_is_rejected_and_the_others_count(tokens
     sdk.span(CHAT)
     for encoding in ("protobuf", "json"):
         outcome = decoded(sdk.export(encoding), encoding)
-        assert (len(outcome.events), outcome.rejected) == (1, 1)
+        assert (len(outcome.spans), outcome.rejected) == (1, 1)
         assert "gen_ai.usage.input_tokens must be" in outcome.message
 
 
@@ -352,9 +365,9 @@ def test_a_json_export_may_have_unknown_fields_numbers_for_integers_and_nulls() 
         ],
     }
     body = {"resourceSpans": [{"resource": None, "scopeSpans": [{"spans": [span]}, {"spans": None}]}], "more": 1}
-    (event,) = decoded(json.dumps(body).encode(), "json").events
+    (event,) = events_of(decoded(json.dumps(body).encode(), "json"))
     assert (event.id, event.tokens_in, event.tokens_out) == (f"{'ab' * 16}:{'cd' * 8}", 5, 6)
-    assert (event.duration_ms, event.agent) == (0, UNKNOWN)
+    assert (event.duration_ms, event.agent) == (None, UNKNOWN)
     span["traceId"] = base64.b64encode(b"t" * 16).decode()
     assert "trace id must have" in decoded(json.dumps(body).encode(), "json").message
     span.update(traceId="ab" * 16, endTimeUnixNano="0")
@@ -488,6 +501,12 @@ spans_of_json = st.fixed_dictionaries(
     {"attributes": st.just([{"key": "gen_ai.operation.name", "value": {"stringValue": "chat"}}])},
     optional=dict.fromkeys(("traceId", "spanId", "endTimeUnixNano", "startTimeUnixNano", "status"), json_values),
 ).map(lambda span: {"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+
+
+def test_json_that_is_no_utf_8_is_malformed_wherever_that_stands() -> None:
+    found = decode_traces(b'{"resourceSpans":[],"unknown":"\xff"}', "json")
+    assert isinstance(found, Refusal)
+    assert found.code == "malformed"
 
 
 @given(body=st.binary(max_size=80), document=json_values | spans_of_json)

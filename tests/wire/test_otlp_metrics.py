@@ -18,7 +18,15 @@ from asapd.core.errors import Refusal
 from asapd.core.usage import UsageEvent
 from asapd.wire.otlp import MAX_RECORDS, Attribution, Encoding, resource_key
 from asapd.wire.otlp_metrics import COUNTERS, HISTOGRAM, MetricsOutcome, decode_metrics
-from asapd.wire.otlp_points import Delta, MetricPoint, StreamState, fold_cumulative, metric_events
+from asapd.wire.otlp_points import (
+    Delta,
+    MetricPoint,
+    Part,
+    StreamState,
+    collection_event,
+    collection_key,
+    fold_cumulative,
+)
 
 WHO = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai", "gen_ai.request.model": "gpt-5"}
 USAGE = "gen_ai.client.inference.usage."
@@ -79,6 +87,19 @@ class Daemon:
         return metric_events(deltas)
 
 
+def metric_events(deltas: list[Delta]) -> list[UsageEvent]:
+    """The events of what one export adds."""
+    parts: dict[bytes, dict[bytes, Part]] = {}
+    first: dict[bytes, MetricPoint] = {}
+    for delta in deltas:
+        if delta.tokens or delta.calls:
+            key = collection_key(delta.point)
+            first.setdefault(key, delta.point)
+            part = Part(delta.point.bucket, delta.tokens, delta.calls)
+            parts.setdefault(key, {})[delta.point.stream] = part
+    return [collection_event(first[key], found) for key, found in parts.items()]
+
+
 def decoded(body: bytes, encoding: Encoding = "protobuf") -> MetricsOutcome:
     found = decode_metrics(body, encoding)
     assert isinstance(found, MetricsOutcome)
@@ -119,16 +140,14 @@ def test_the_counters_of_the_second_generation_fill_their_buckets(sdk: Sdk) -> N
     assert (event.tokens_out, event.reasoning_tokens, event.api_calls) == (30, 20, 0)
 
 
-def test_of_both_generations_in_one_resource_only_the_second_counts(sdk: Sdk) -> None:
+def test_both_generations_of_one_resource_are_collections_of_their_own(sdk: Sdk) -> None:
     sdk.call(100, 40)
     sdk.add("input_tokens", 100)
     sdk.add("output_tokens", 40)
     outcome = decoded(sdk.export()["protobuf"])
-    assert not any(point.legacy for point in outcome.points)
-    (event,) = Daemon().take(sdk.export()["protobuf"]) or metric_events(
-        [fold_cumulative(None, point) for point in outcome.points]
-    )
-    assert (event.tokens_in, event.tokens_out) == (100, 40)
+    assert len({point.resource for point in outcome.points}) == 1
+    events = metric_events([fold_cumulative(None, point) for point in outcome.points])
+    assert [(event.tokens_in, event.tokens_out, event.api_calls) for event in events] == [(100, 40, 1), (100, 40, 0)]
 
 
 def test_both_encodings_give_the_same_points_and_the_same_export_the_same_events(sdk: Sdk) -> None:
@@ -231,6 +250,12 @@ def test_an_export_has_a_bound() -> None:
         assert found.code == "too_many_events"
 
 
+def test_json_that_is_no_utf_8_is_malformed_wherever_that_stands() -> None:
+    found = decode_metrics(b'{"resourceMetrics":[],"unknown":"\xff"}', "json")
+    assert isinstance(found, Refusal)
+    assert found.code == "malformed"
+
+
 OF = Attribution("urn:asap:agent:a", "c", "", "", "openai", "gpt-5")
 POINT = MetricPoint(b"s", b"r", "tokens_in", True, False, 100, 200, 10, 2, OF)
 
@@ -259,8 +284,8 @@ def test_usage_of_unknown_or_too_old_beginning_is_only_a_baseline(start_ns: int,
 
 
 def test_a_part_that_came_before_its_whole_is_cut_to_it() -> None:
-    cached = msgspec.structs.replace(POINT, bucket="cached_tokens_in")
-    written = msgspec.structs.replace(POINT, bucket="cache_write_tokens")
+    cached = msgspec.structs.replace(POINT, stream=b"c", bucket="cached_tokens_in")
+    written = msgspec.structs.replace(POINT, stream=b"w", bucket="cache_write_tokens")
     (event,) = metric_events([Delta(POINT, 10, 1), Delta(cached, 7, 0), Delta(written, 7, 0)])
     assert (event.tokens_in, event.cached_tokens_in, event.cache_write_tokens) == (10, 7, 3)
 

@@ -94,6 +94,14 @@ def test_ndjson_skips_blank_lines_and_takes_every_line_ending() -> None:
     assert found.is_batch
 
 
+@pytest.mark.parametrize("line", ["{0},{0}", "{0},{1}", '{{"task_id":"t"\n"agent":"a"}}'])
+def test_ndjson_has_one_event_a_line(line: str) -> None:
+    body = line.format(json.dumps(NESTED), '{"task_id":5}').encode()
+    found = decode_events(b"\n".join([json.dumps(NESTED).encode(), body]), "ndjson")
+    assert isinstance(found, Refusal)
+    assert found.code == "malformed"
+
+
 def test_white_space_before_an_array_is_taken() -> None:
     found = decode_events(b" \n\t[" + json.dumps(FLAT).encode() + b"]")
     assert isinstance(found, Events)
@@ -200,7 +208,11 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"timestamp": True}, "timestamp", "not bool"),
         ({"outcome": "maybe"}, "outcome", "maybe"),
         ({"cost_usd": -1}, "cost_usd", "negative"),
-        ({"cost_usd": "much"}, "cost_usd", "decimal"),
+        ({"cost_usd": "much"}, "cost_usd", "such as"),
+        ({"cost_usd": "1_000"}, "cost_usd", "such as"),
+        ({"cost_usd": " 1"}, "cost_usd", "such as"),
+        ({"cost_usd": "１"}, "cost_usd", "such as"),
+        ({"cost_usd": True}, "cost_usd", "not bool"),
         ({"cost_usd": "NaN"}, "cost_usd", "finite"),
         ({"cost_usd": 10**12}, "cost_usd", "at most"),
         ({"action": "a b"}, "action", "dots"),

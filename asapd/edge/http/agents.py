@@ -11,6 +11,7 @@ from quart_trio import QuartTrio
 
 from asapd.actors.messages import AgentRecord, Figures, FiguresRequest, PutAgentRequest, RemoveAgentRequest
 from asapd.actors.reads import DirectoryAgent, StoredProbe
+from asapd.actors.unprobed import NotProbed
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.health import AgentState, shown_state
@@ -72,7 +73,7 @@ def register(app: QuartTrio, services: Services) -> None:
         if not isinstance(figures, Refusal):
             by_id = {one.metrics.agent_id: one for one in figures}
         now_us = services.clock.now_us()
-        return [_row(one, by_id.get(one.id), now_us) for one in known]
+        return [_row(one, by_id.get(one.id), services.unprobed.get(one.id), now_us) for one in known]
 
     async def is_foreign(caller: Caller, agent: str) -> bool:
         """Whether the agent is another tenant's."""
@@ -134,6 +135,7 @@ def register(app: QuartTrio, services: Services) -> None:
                 "state": rows[0]["state"],
                 "since": rows[0]["since"],
                 "uptime_percent": rows[0]["uptime_percent"],
+                "not_probed": rows[0]["not_probed"],
                 "transitions": [
                     {"at": format_us(at_us), "from": old, "to": new, "reason": reason}
                     for at_us, old, new, reason in changes
@@ -161,7 +163,7 @@ def _probe(probe: StoredProbe | None) -> dict[str, Any] | None:
     }
 
 
-def _row(agent: DirectoryAgent, figures: Figures | None, now_us: int) -> dict[str, Any]:
+def _row(agent: DirectoryAgent, figures: Figures | None, unprobed: NotProbed | None, now_us: int) -> dict[str, Any]:
     probe = agent.last_probe
     state = AgentState(
         agent.state,  # type: ignore[arg-type]  # written from a State
@@ -187,6 +189,9 @@ def _row(agent: DirectoryAgent, figures: Figures | None, now_us: int) -> dict[st
         "error_rate_percent": None if figures is None else figures.metrics.error_rate_percent,
         "sla_score": None if figures is None else figures.sla_score,
         "last_probe": _probe(probe),
+        "not_probed": None
+        if unprobed is None
+        else {"reason": unprobed.reason, "detail": unprobed.detail, "since": format_us(unprobed.since_us)},
         "public_key": agent.public_key,
         "manifest": None
         if manifest is None

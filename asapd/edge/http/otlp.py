@@ -5,9 +5,8 @@ Source: the OTLP 1.x specification, section OTLP/HTTP.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import msgspec
 import trio
@@ -18,7 +17,6 @@ from asapd import config
 from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
-from asapd.core.types import DEFAULT_TENANT
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import raw_body, require
 from asapd.edge.http.parameters import RefusedError
@@ -46,38 +44,7 @@ INLINE_BYTES: Final = 16_384
 # The decoders hold the GIL, so more at once would only take turns; two, for a small one not to wait for a large one.
 THREADS: Final = 2
 
-# At some 150 bytes each, what is remembered of spans stays below 10 MB.
-MAX_COVERED: Final = 50_000
-
 _TYPES: Final[dict[Encoding, str]] = {encoding: name for name, encoding in CONTENT_TYPES.items()}
-
-
-class Covered(Container[str]):
-    """The spans of recent traces that have a counted span below them; of the oldest traces it forgets.
-
-    Read by decoders in threads, written in the event loop only.
-    """
-
-    def __init__(self, most: int = MAX_COVERED) -> None:
-        self._most = most
-        self._count = 0
-        self._traces: OrderedDict[str, set[str]] = OrderedDict()
-
-    def __contains__(self, span: object) -> bool:
-        return isinstance(span, str) and span in self._traces.get(span.partition(":")[0], ())
-
-    def add(self, spans: Iterable[str]) -> None:
-        """Remember spans by their ids, `<trace id>:<span id>`."""
-        for span in spans:
-            trace = span.partition(":")[0]
-            known = self._traces.setdefault(trace, set())
-            self._traces.move_to_end(trace)
-            self._count -= len(known)
-            known.add(span)
-            self._count += len(known)
-        while self._count > self._most:
-            _, forgotten = self._traces.popitem(last=False)
-            self._count -= len(forgotten)
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
@@ -88,7 +55,6 @@ def settings_of(otlp: config.Otlp) -> OtlpSettings:
 def register(app: QuartTrio, services: Services) -> None:
     """Add the routes."""
     threads = trio.CapacityLimiter(THREADS)
-    covered: dict[str, Covered] = {}
 
     @app.after_request
     async def as_status(response: Response) -> Response:
@@ -101,7 +67,7 @@ def register(app: QuartTrio, services: Services) -> None:
             response.content_type = _TYPES[encoding]
         return response
 
-    async def decode(decoder: Callable[..., T | Refusal], *extra: Any) -> tuple[T, Encoding]:
+    async def decode(decoder: Callable[..., T | Refusal]) -> tuple[T, Encoding]:
         encoding = CONTENT_TYPES.get(request.mimetype)
         if encoding is None:
             detail = f"{request.mimetype or 'no content type'} is not taken: send {' or '.join(CONTENT_TYPES)}"
@@ -110,7 +76,7 @@ def register(app: QuartTrio, services: Services) -> None:
         body = unpack(await raw_body(), request.headers.get("Content-Encoding"), settings.http.max_body_bytes)
         if isinstance(body, Refusal):
             raise RefusedError(body)
-        arguments = (body, encoding, settings_of(settings.metering.otlp), *extra)
+        arguments = (body, encoding, settings_of(settings.metering.otlp))
         if len(body) <= INLINE_BYTES:
             decoded = decoder(*arguments)
         else:
@@ -122,17 +88,15 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/v1/traces")
     async def post_traces() -> Response:
         caller = require(Permission.INGEST)
-        known = covered.setdefault(caller.tenant or DEFAULT_TENANT, Covered())
-        outcome, encoding = await decode(decode_traces, known)
-        own, rejected = _own(caller, outcome.events, lambda event: event.agent)
+        outcome, encoding = await decode(decode_traces)
+        own, rejected = _own(caller, outcome.spans, lambda span: span.event.agent)
         recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
-        if own:
+        if own or outcome.links:
             recorded = await ask_actor(
-                services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.resources, reply)
+                services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.links, reply)
             )
         if isinstance(recorded, Refusal):
             raise RefusedError(recorded)
-        known.add(outcome.covered)
         return _reply(encode_traces_response, outcome.rejected, outcome.message, rejected + recorded.rejected, encoding)
 
     @app.post("/v1/metrics")

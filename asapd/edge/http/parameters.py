@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
 from quart import request
 
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import Outcome
 from asapd.wire.usage import parse_timestamp
 
@@ -42,9 +44,14 @@ class Parameters:
         self._known: set[str] = set()
 
     def text(self, *names: str) -> str | None:
-        """The first of several names for the same thing that is given."""
+        """What is given under one of several names for the same thing; under two of them it must be the same."""
         self._known.update(names)
-        return next((value for name in names if (value := self._args.get(name)) is not None), None)
+        given = {name: value for name in names if (value := self._args.get(name)) is not None}
+        if len(set(given.values())) > 1:
+            reason = "say different things: give one of them"
+            errors = tuple(FieldError(name, f"says something else than {_others(name, given)}") for name in given)
+            raise RefusedError(Refusal("bad_parameter", f"{' and '.join(given)} {reason}", errors))
+        return next(iter(given.values()), None)
 
     def time_us(self, name: str) -> int | None:
         """A time: RFC 3339 or an epoch."""
@@ -129,6 +136,10 @@ class Parameters:
                 raise bad_parameter(name, f"is not a parameter here; there are {', '.join(sorted(self._known))}")
 
 
+def _others(name: str, given: Mapping[str, str]) -> str:
+    return " and ".join(other for other in given if other != name)
+
+
 def _is_digits(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
@@ -142,6 +153,15 @@ def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:
     """A page of a list; there is a next one as long as pages come full."""
     more = position is not None and len(rows) == limit
     return {"data": rows, "count": len(rows), "next_cursor": encode_cursor(position) if more else None}
+
+
+def usd_field(amount: Decimal, field: str, *, round_up: bool = False) -> int:
+    """An amount of money in a body, in micro-USD; what is none is refused by the name of its field."""
+    try:
+        return parse_usd(amount, round_up=round_up)
+    except MoneyError as error:
+        reason = str(error)
+        raise RefusedError(Refusal("invalid", f"{field} {reason}", (FieldError(field, reason),))) from None
 
 
 def decode_body(body: bytes, shape: type[S]) -> S:

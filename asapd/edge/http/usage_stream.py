@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -44,11 +45,14 @@ def register(app: QuartTrio, services: Services) -> None:
 
 
 async def _events(services: Services, caller: Caller, filters: dict[str, Any], seq: int) -> AsyncIterator[bytes]:
-    seen = services.committed.count
+    seen = _Seen(services)
     resumed_at = seq
     yield b"retry: 2000\n\n"
     while not services.stopping.is_set():
         rows, through, retired = await services.reads.usage_after(caller, filters, seq, WINDOW)
+        if not services.ring.is_in_use(caller):
+            yield b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n'
+            return
         if retired > resumed_at and seq == resumed_at:
             # Rows were retired by their time, not their number: some behind this one may be gone.
             resumed_at = retired
@@ -58,12 +62,9 @@ async def _events(services: Services, caller: Caller, filters: dict[str, Any], s
         if through > seq:
             seq = through
             continue
-        fresh = await _wait(services, seen)
-        if fresh is None:
+        if not await seen.wait_for_more():
             # The id lets a subscriber whose filter passes nothing resume from here.
             yield b": alive\nid: %d\n\n" % seq
-        else:
-            seen = fresh
     yield b"event: goodbye\ndata: {}\n\n"
 
 
@@ -71,17 +72,27 @@ def _event(row: dict[str, Any]) -> bytes:
     return b"id: %d\nevent: usage\ndata: %b\n\n" % (row["seq"], encode_json(row))
 
 
-async def _wait(services: Services, seen: int) -> int | None:
-    """The count of commits once it is above `seen`, or at the daemon's stop; None when it is time for a heartbeat."""
-    found: int | None = None
-    with trio.move_on_after(HEARTBEAT_S):
-        async with trio.open_nursery() as nursery:
+class _Seen:
+    """What a subscriber has seen of what wakes it."""
 
-            async def until_stop() -> None:
-                await services.stopping.wait()
-                nursery.cancel_scope.cancel()
+    def __init__(self, services: Services) -> None:
+        self._stopping = services.stopping
+        self._counts = {wakeup: wakeup.count for wakeup in (services.committed, services.ring.changed)}
 
-            nursery.start_soon(until_stop)
-            found = await services.committed.wait(seen)
-            nursery.cancel_scope.cancel()
-    return seen if found is None and services.stopping.is_set() else found
+    async def wait_for_more(self) -> bool:
+        """Wait for a commit, a change of keys or the daemon's stop; False when it is time for a heartbeat."""
+        woken = False
+        with trio.move_on_after(HEARTBEAT_S):
+            async with trio.open_nursery() as nursery:
+
+                async def until(wait: Callable[[], Awaitable[object]]) -> None:
+                    nonlocal woken
+                    await wait()
+                    woken = True
+                    nursery.cancel_scope.cancel()
+
+                for wakeup, seen in self._counts.items():
+                    nursery.start_soon(until, partial(wakeup.wait, seen))
+                await until(self._stopping.wait)
+        self._counts = {wakeup: wakeup.count for wakeup in self._counts}
+        return woken

@@ -236,7 +236,9 @@ function drawAgents(agents) {
     return {
       id: agent.id,
       state: agent.state,
-      why: agent.last_probe && !agent.last_probe.up ? agent.last_probe.detail || agent.last_probe.reason : null,
+      why: agent.not_probed
+        ? `not probed: ${agent.not_probed.detail}`
+        : agent.last_probe && !agent.last_probe.up ? agent.last_probe.detail || agent.last_probe.reason : null,
       uptime: percent(agent.uptime_percent),
       p95: milliseconds(agent.latency_p95_ms),
       errors: percent(agent.error_rate_percent),

@@ -54,6 +54,22 @@ async def report(edge: Edge, agent: str, latency_ms: int, outcome: str = "comple
     assert (await edge.post("/usage", event)).ok(201)
 
 
+async def test_an_agent_that_may_not_be_probed_says_why(edge: Edge) -> None:
+    await add(edge)
+    assert (await edge.get(f"/agents/{A}")).ok()["not_probed"] is None
+    edge.services.unprobed.note(A, "not_allowed", "a is at 10.0.0.1, outside the allowed networks", T0)
+    edge.services.unprobed.note(A, "not_allowed", "a is at 10.0.0.1, outside the allowed networks", T0 + SECOND_US)
+    why = {
+        "reason": "not_allowed",
+        "detail": "a is at 10.0.0.1, outside the allowed networks",
+        "since": "2027-01-15T08:00:00.000000Z",
+    }
+    (row,) = (await edge.get("/agents")).ok()["data"]
+    assert (row["state"], row["not_probed"]) == ("unknown", why)
+    health = (await edge.get(f"/agents/{A}/health")).ok()
+    assert (health["state"], health["not_probed"]) == ("unknown", why)
+
+
 async def test_an_agent_is_added_changed_shown_and_removed(edge: Edge) -> None:
     row = (await add(edge, sla=SLA, public_key=PUBLIC)).ok(201)
     assert (row["id"], row["state"], row["origin"], row["public_key"]) == (A, "unknown", "api", PUBLIC)

@@ -211,6 +211,83 @@ async def test_usage_that_names_the_reservation_is_debited(edge: Edge) -> None:
     assert (await edge.post("/usage", event)).ok(201)["recorded"] == 1
     shown = (await edge.get(f"/reservations/{one}")).ok()
     assert (shown["used_usd"], shown["held_usd"]) == (Decimal("0.3"), Decimal("0.1"))
+    # It is usage under the delegation, which it does not name; and one that names both is there once.
+    delegation = (await edge.get("/delegations")).ok()["data"][0]["id"]
+    both = {**event, "id": "e2", "delegation": delegation}
+    other = {**event, "id": "e3", "reservation": "rsv_other"}
+    assert (await edge.post("/usage", [both, other])).ok(201)["recorded"] == 2
+    rows = (await edge.get(f"/usage?delegation={delegation}")).ok()["data"]
+    assert [(row["id"], row["delegation"]) for row in rows] == [("e1", None), ("e2", delegation)]
+    (row,) = (await edge.get(f"/usage/aggregate?group_by=agent&delegation={delegation}")).ok()["data"]
+    assert row["total_events"] == 2
+    assert (await edge.get(f"/usage/summary?delegation={delegation}")).ok()["total_cost_usd"] == Decimal("0.6")
+    exported = await edge.get(f"/usage/export?format=ndjson&delegation={delegation}")
+    assert exported.body.count(b"\n") == 2
+
+
+async def test_reservations_are_listed_newest_first_by_state_delegation_agent_and_task(edge: Edge) -> None:
+    ids = []
+    for number in range(4):
+        edge.clock.us += 1_000_000
+        asked = {"task_id": f"t{number}", "ttl_seconds": 60, "token": token(max_cost_microusd=5_000_000)}
+        ids.append((await authorize(edge, **asked)).ok()["reservation"]["id"])
+    first, second, third, fourth = ids
+    (await edge.post(f"/reservations/{first}/settle", {"cost_usd": "0.60"})).ok()
+    (await edge.delete(f"/reservations/{second}")).ok()
+    (await edge.post(f"/reservations/{fourth}/extend", {"ttl_seconds": 600})).ok()
+    edge.clock.us += 60_000_000
+
+    async def listed(query: str = "", **options: Any) -> list[str]:
+        return [row["id"] for row in (await edge.get(f"/reservations{query}", **options)).ok()["data"]]
+
+    assert await listed() == [fourth, third, second, first]
+    # What lapsed is not open, although nothing has swept it yet.
+    assert await listed("?state=open") == [fourth]
+    assert await listed("?state=expired") == [third]
+    assert await listed("?state=settled") == [first]
+    assert await listed("?state=released") == [second]
+    assert await listed("?delegation=j1&task=t1") == [second]
+    assert await listed("?delegation=other") == []
+    assert await listed(f"?agent={B}") == [fourth, third, second, first]
+    assert await listed(f"?agent={A}") == []
+    page = (await edge.get("/reservations?limit=3")).ok()
+    assert await listed(f"?limit=3&cursor={page['next_cursor']}") == [first]
+    assert (await edge.get("/reservations?state=lost")).refused(400)
+    assert (await edge.get("/reservations?stat=open")).refused(400)
+    row = (await edge.get("/reservations?state=settled")).ok()["data"][0]
+    assert (row["delegator"], row["delegate"], row["reason"]) == (A, B, "settled")
+    assert (row["used_usd"], row["overrun_usd"]) == (Decimal("0.6"), Decimal("0.2"))
+    await edge.new_key("theirs", "reader", C)
+    await edge.new_key("ours", "reader", B)
+    assert await listed(key="theirs") == []
+    assert await listed(key="ours") == [fourth, third, second, first]
+
+
+async def test_a_refund_under_a_key_is_given_once(edge: Edge) -> None:
+    one = (await authorize(edge)).ok()["reservation"]["id"]
+    (await edge.post(f"/reservations/{one}/settle", {"cost_usd": "0.40"})).ok()
+    refund, once = {"cost_usd": "0.10", "reason": "faulty"}, {"Idempotency-Key": "refund-1"}
+    first = (await edge.post(f"/reservations/{one}/refund", refund, headers=once)).ok()
+    assert (await edge.post(f"/reservations/{one}/refund", refund, headers=once)).ok() == first
+    assert first["refunded_usd"] == Decimal("0.1")
+    assert (await edge.get(f"/reservations/{one}")).ok()["refunded_usd"] == Decimal("0.1")
+    assert (await edge.get("/delegations/j1")).ok()["spent_usd"] == Decimal("0.3")
+    nothing = {"cost_usd": 0, "reason": "faulty"}
+    assert (await edge.post(f"/reservations/{one}/refund", nothing)).refused(422)["code"] == "invalid"
+
+
+async def test_only_who_operates_for_the_issuer_gives_back(edge: Edge) -> None:
+    one = (await authorize(edge)).ok()["reservation"]["id"]
+    (await edge.post(f"/reservations/{one}/settle", {"cost_usd": "0.40"})).ok()
+    refund = {"cost_usd": "0.10", "reason": "faulty"}
+    await edge.new_key("issuer", "operator", A)
+    await edge.new_key("worker", "operator", B)
+    await edge.new_key("stranger", "operator", C)
+    path = f"/reservations/{one}/refund"
+    assert (await edge.post(path, refund, key="worker")).refused(403)["code"] == "forbidden"
+    assert (await edge.post(path, refund, key="stranger")).refused(404)
+    assert (await edge.post(path, refund, key="ingest")).refused(403)
+    assert (await edge.post(path, refund, key="issuer")).ok()["refunded_usd"] == Decimal("0.1")
 
 
 async def test_another_tenants_reservation_is_not_there(edge: Edge) -> None:

@@ -55,6 +55,28 @@ async def test_a_parameter_that_is_not_understood_is_named(edge: Edge, query: st
 
 
 @pytest.mark.parametrize(
+    ("path", "first", "second"),
+    [
+        ("/usage", "agent", "agent_id"),
+        ("/usage/aggregate", "consumer", "consumer_id"),
+        ("/usage/summary", "task", "task_id"),
+        ("/usage/export", "agent", "agent_id"),
+        ("/usage/sources", "agent", "agent_id"),
+        ("/sla", "agent_id", "agent"),
+        ("/audit/logs", "task", "task_id"),
+    ],
+)
+async def test_two_names_for_one_thing_that_say_different_things_are_both_named(
+    edge: Edge, path: str, first: str, second: str
+) -> None:
+    problem = (await edge.get(f"{path}?{second}=x&{first}=y")).refused(400)
+    assert problem["code"] == "bad_parameter"
+    assert {error["field"] for error in problem["errors"]} == {first, second}
+    assert f"{first} and {second} say different things" in problem["detail"]
+    assert (await edge.get(f"{path}?{second}=x&{first}=x")).status == 200
+
+
+@pytest.mark.parametrize(
     ("query", "name"),
     [
         ("min_availability=much", "min_availability"),

@@ -92,9 +92,21 @@ async def test_an_idempotency_key_is_bound_to_caller_and_body(edge: Edge) -> Non
     key = {"Idempotency-Key": "k1"}
     first = (await edge.post("/usage", event(), headers=key)).ok(201)
     assert (await edge.post("/usage", event(), headers=key)).ok(201) == first
+    assert first["unprotected"] == 0
+    assert (await edge.post("/usage", event())).ok(201)["unprotected"] == 1
     other = await edge.post("/usage", event(task_id="t2"), headers=key)
     assert other.refused(422)["code"] == "idempotency_key_reused"
     assert (await edge.post("/usage", event(), headers=key, key="ingest")).ok(201)["ids"] != first["ids"]
+
+
+async def test_an_event_without_a_duration_says_so_and_is_no_other_than_one_of_0_ms(edge: Edge) -> None:
+    untimed = event("e1", metrics={"tokens_in": 1})
+    for metrics in ({"tokens_in": 1}, {"tokens_in": 1, "duration_ms": 0}):
+        assert (await edge.post("/usage", event("e1", metrics=metrics))).ok(201)["ids"] == ["e1"]
+    assert (await edge.post("/usage", untimed)).ok(201)["duplicates"] == 1
+    (row,) = (await edge.get("/usage")).ok()["data"]
+    assert (row["duration_ms"], row["flags"]) == (0, ["untimed"])
+    assert (await edge.get("/usage/summary")).ok()["total_duration_ms"] == 0
 
 
 async def test_a_conflict_is_409_with_both_events(edge: Edge) -> None:

@@ -270,6 +270,29 @@ async def test_a_quiet_stream_beats_and_says_where_to_resume(edge: Edge, autojum
     assert received == [b"retry: 2000\n\n: alive\nid: 1\n\nevent: goodbye\ndata: {}\n\n"]
 
 
+async def test_a_stream_ends_with_the_key_it_was_opened_with(edge: Edge) -> None:
+    await edge.new_key("reader-a", "reader", A)
+    (key,) = [row["id"] for row in (await edge.get("/keys")).ok()["data"] if row["name"] == "reader-a"]
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            received.append((await edge.get("/usage/stream?last_event_id=0", key="reader-a")).body)
+
+        nursery.start_soon(follow)
+        await trio.testing.wait_all_tasks_blocked()
+        await edge.post("/usage", event("before"))
+        await trio.testing.wait_all_tasks_blocked()
+        await edge.delete(f"/keys/{key}")
+        await edge.post("/usage", event("after"))
+        with trio.fail_after(5):
+            while not received:
+                await trio.testing.wait_all_tasks_blocked()
+    assert b"before" in received[0]
+    assert b"after" not in received[0]
+    assert received[0].endswith(b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n')
+
+
 async def test_a_stream_behind_what_was_retired_tells_of_a_gap(edge: Edge) -> None:
     await record(edge, 3)
     await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us, limit=2))

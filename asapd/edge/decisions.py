@@ -1,0 +1,153 @@
+"""Authorisations: the one path from a body to the registry and to its answer, behind every HTTP door."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from asapd.actors.messages import AuthorizationDenied, Authorize
+from asapd.core.access import Caller, Permission
+from asapd.core.budgets import Shortfall, amount_value
+from asapd.core.delegation import Denied, Reason
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.ledger import Estimate, Remaining
+from asapd.core.types import MAX_INT, SECOND_US, format_us
+from asapd.edge import idempotency
+from asapd.edge.asking import ask_actor
+from asapd.edge.http.parameters import RefusedError, decode_body, usd_field
+from asapd.edge.services import Services
+from asapd.wire.problem import problem, usd
+
+AUTHORIZE: Final = "/delegations/authorize"
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Ttl = Annotated[int, msgspec.Meta(ge=1, le=30 * 86_400)]
+
+
+class _Estimate(msgspec.Struct, forbid_unknown_fields=True):
+    cost_usd: Decimal | None = None
+    tokens: Count | None = None
+    tasks: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
+
+
+class _Authorize(msgspec.Struct, forbid_unknown_fields=True):
+    task_id: Name
+    action: Name = "task.execute"
+    token: str | None = None
+    delegation: str | None = None
+    delegate: Name | None = None
+    consumer: Name | None = None
+    project: Name | None = None
+    estimate: _Estimate = msgspec.field(default_factory=_Estimate)
+    ttl_seconds: Ttl | None = None
+
+
+async def authorize(
+    services: Services,
+    caller: Caller,
+    body: bytes,
+    idempotency_key: str | None,
+    query: bytes,
+    *,
+    wait_for_room: bool = False,
+) -> tuple[int, dict[str, Any]] | Refusal:
+    """Ask for a reservation; status and body of the answer, where a denial is a 403 problem.
+
+    With `wait_for_room` it waits while the registry has no room, where it is refused at once otherwise.
+    """
+    if not caller.may(Permission.INGEST):
+        detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
+        return Refusal("forbidden", detail)
+    try:
+        sent = _read(body)
+        cost = None if sent.estimate.cost_usd is None else usd_field(sent.estimate.cost_usd, "estimate.cost_usd")
+    except RefusedError as error:
+        return error.refusal
+    key = idempotency.bind(idempotency_key, caller, "POST", AUTHORIZE, query, body, services.clock.now_us())
+    if isinstance(key, Refusal):
+        return key
+    estimate = Estimate(cost, sent.estimate.tasks, sent.estimate.tokens)
+    ttl_us = None if sent.ttl_seconds is None else sent.ttl_seconds * SECOND_US
+    outcome = await ask_actor(
+        services.mailboxes.registry,
+        lambda to: Authorize(
+            caller,
+            sent.token,
+            sent.delegation,
+            sent.action,
+            sent.task_id,
+            sent.delegate,
+            sent.consumer,
+            sent.project,
+            estimate,
+            ttl_us,
+            key,
+            to,
+        ),
+        wait_for_room=wait_for_room,
+    )
+    match outcome:
+        case AuthorizationDenied(denied=denied, remaining=left, shortfall=shortfall):
+            return 403, _denial(denied, left, shortfall)
+        case Denied():
+            return 403, _denial(outcome, None, None)
+        case Refusal():
+            return outcome
+        case reserved:
+            return 200, {
+                "decision": "allow",
+                "delegation": reserved.delegation,
+                "reservation": {"id": reserved.reservation, "expires_at": format_us(reserved.expires_at_us)},
+                "remaining": shown_remaining(reserved.remaining),
+            }
+
+
+def _read(body: bytes) -> _Authorize:
+    sent = decode_body(body, _Authorize)
+    if (sent.token is None) == (sent.delegation is None):
+        error = FieldError("token", "give either token or delegation")
+        raise RefusedError(Refusal("invalid", "exactly one of token and delegation is needed", (error,)))
+    return sent
+
+
+def _denial(denied: Denied, left: Remaining | None, shortfall: Shortfall | None) -> dict[str, Any]:
+    """A denied authorisation is a 403 problem with decision, code, reason and remaining."""
+    code = "malformed" if denied.reason is Reason.MALFORMED else str(denied.reason)
+    extra = {
+        "decision": "deny",
+        "reason": denied.detail,
+        "token_id": denied.token_id,
+        "remaining": shown_remaining(left),
+    }
+    if shortfall is not None:
+        extra["budget"] = _budget(shortfall)
+    return problem(Refusal(code, denied.detail, extra=extra), status=403)
+
+
+def _budget(short: Shortfall) -> dict[str, Any]:
+    """Which budget said no, its numbers in its unit, and when to try again."""
+    amounts = {
+        "limit": short.limit,
+        "spent": short.spent,
+        "reserved": short.reserved,
+        "remaining": short.left,
+        "needed": short.needed,
+    }
+    return {
+        "name": short.budget,
+        "unit": short.unit,
+        **{name: amount_value(short.unit, amount) for name, amount in amounts.items()},
+        "period_start": format_us(short.period_start_us),
+        "renews_at": format_us(short.renews_at_us),
+    }
+
+
+def shown_remaining(left: Remaining | None) -> dict[str, Any] | None:
+    """What is left, `null` where nothing limits; tokens where a budget limits them."""
+    if left is None:
+        return None
+    shown = {"cost_usd": usd(left.cost_microusd), "tasks": left.tasks}
+    return shown if left.tokens is None else {**shown, "tokens": left.tokens}

@@ -1,0 +1,192 @@
+"""Authorising in SQLite: an estimate is held on every account of a path and every matching budget, or on none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, assert_never, cast
+
+from asapd.core.budgets import MissingUnits, OverBudget, Work, refuse
+from asapd.core.delegation import Denied, Reason
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.ledger import Account, MissingEstimate, held, open_hold, remaining, reserve
+from asapd.core.types import format_us
+from asapd.store.budget_page import Page
+from asapd.store.budgets import open_book
+from asapd.store.ledger import PATH, register_chain
+from asapd.store.reservations import expire_lapsed, left
+from asapd.store.rows import fetch
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import AuthorizationDenied, Reserve, Reserved
+
+# What a reservation that lapsed still holds may be all that is missing.
+_FOR_WANT = frozenset({Reason.TASK_LIMIT, Reason.BUDGET_EXHAUSTED, Reason.INSUFFICIENT_BUDGET})
+_LAPSED_AT_ONCE = 500
+
+_No = AuthorizationDenied | Denied | Refusal
+
+
+def authorize(tx: Tx, unit: Reserve) -> Reserved | _No:
+    """Hold the estimate on every account of the path and every matching budget, or on none.
+
+    Nobody is refused for what a lapsed reservation holds: those are closed before the answer is no, and stay closed.
+    """
+    outcome = _attempt(tx, unit)
+    while (
+        isinstance(outcome, AuthorizationDenied)
+        and outcome.denied.reason in _FOR_WANT
+        and expire_lapsed(tx, unit.now_us, _LAPSED_AT_ONCE)
+    ):
+        tx.flush_audit()
+        outcome = _attempt(tx, unit)
+    return outcome
+
+
+def _attempt(tx: Tx, unit: Reserve) -> Reserved | _No:
+    """Reserve, or undo whatever the attempt wrote and answer why not."""
+    try:
+        found = _find(tx, unit)
+        if found is not None and open_book(tx, unit.actor, unit.now_us) is None:
+            return _reserve(tx, unit, found)  # which then judges before it writes anything
+    except RefuseError as refusal:
+        return cast("_No", refusal.value)
+    mark = tx.mark()
+    tx.execute("SAVEPOINT attempt")
+    outcome: Reserved | _No
+    try:
+        outcome = _reserve(tx, unit, found or _register(tx, unit))
+    except RefuseError as refusal:
+        tx.execute("ROLLBACK TO attempt")
+        tx.rewind(mark)
+        outcome = refusal.value
+    tx.execute("RELEASE attempt")
+    return outcome
+
+
+class _Path(NamedTuple):
+    """The accounts that an authorisation debits, leaf first, and which of them count its task already."""
+
+    accounts: list[Account]
+    known: list[bool]
+
+
+_PATH = f"""
+SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
+FROM ({PATH}) path JOIN delegation USING (account)
+"""
+
+
+def _find(tx: Tx, unit: Reserve) -> _Path | None:
+    """The path of a delegation that is registered; None when this is not the chain that was registered, if one was."""
+    if not unit.chain:
+        row = tx.row("SELECT account FROM delegation WHERE id = ?", (unit.delegation,))
+        if row is None:
+            detail = f"there is no delegation {unit.delegation}: send its token instead"
+            raise RefuseError(Refusal("delegation_not_found", detail))
+        return _read(tx, row[0], unit.task_id)[0]
+    claims = unit.chain[-1].claims
+    row = tx.row("SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (claims.delegator, claims.id))
+    if row is None:
+        return None
+    path, digests = _read(tx, row[0], unit.task_id)
+    return path if digests == [link.digest for link in reversed(unit.chain)] else None
+
+
+def _read(tx: Tx, account: int, task_id: str) -> tuple[_Path, list[bytes]]:
+    rows = fetch(tx.connection, _PATH, (task_id, account))
+    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows]), [row[-2] for row in rows]
+
+
+def _register(tx: Tx, unit: Reserve) -> _Path:
+    account = register_chain(tx, unit.chain, unit.actor, unit.tenant, unit.now_us).account
+    return _read(tx, account, unit.task_id)[0]
+
+
+def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
+    path, known = found
+    match reserve(path, unit.estimate, known_task=known, now_us=unit.now_us):
+        case Denied() as denied:
+            raise RefuseError(AuthorizationDenied(denied, remaining(path)))
+        case MissingEstimate(account_id=limited):
+            field = FieldError("estimate.cost_usd", f"is needed, because delegation {limited} limits cost")
+            raise RefuseError(Refusal("missing_estimate", "an estimate is missing: add it", (field,)))
+        case None:
+            pass
+        case never:
+            assert_never(never)
+    book = open_book(tx, unit.actor, unit.now_us)
+    work = Work(path[0].delegate, unit.consumer or "", unit.project or "", tuple(on_path.id for on_path in path))
+    pages = [] if book is None else book.matching(work)
+    _check_budgets(path, pages, unit)
+    hold = open_hold(unit.estimate)
+    reservation = tx.new_id("rsv", unit.now_us)
+    expires_us = unit.now_us + unit.ttl_us
+    tx.execute(
+        "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
+        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,'open',?,?,?)",
+        (
+            reservation,
+            path[0].account,
+            unit.tenant,
+            unit.task_id,
+            unit.action,
+            unit.delegate,
+            unit.consumer,
+            unit.project,
+            unit.estimate.cost_microusd,
+            unit.estimate.tokens,
+            unit.estimate.tasks,
+            hold.cost_microusd,
+            hold.tokens,
+            hold.tasks_extra,
+            unit.now_us,
+            expires_us,
+            unit.actor,
+        ),
+    )
+    tx.insert_many(
+        "INSERT INTO account_task VALUES (?, ?, 0, 1) ON CONFLICT DO UPDATE SET holds = holds + 1",
+        [(on_path.account, unit.task_id) for on_path in path],
+    )
+    tx.insert_many(
+        "UPDATE delegation SET reserved_microusd = reserved_microusd + ?, tasks_used = tasks_used + ?, "
+        "tasks_reserved = tasks_reserved + ? WHERE account = ?",
+        [
+            (hold.cost_microusd, 0 if is_known else 1, hold.tasks_extra, on_path.account)
+            for on_path, is_known in zip(path, known, strict=True)
+        ],
+    )
+    if book is not None:
+        book.hold(reservation, pages, hold, unit.task_id)
+        book.flush()
+    details = {
+        "action": unit.action,
+        "budgets": [page.budget.name for page in pages],
+        "cost_microusd": unit.estimate.cost_microusd,
+        "delegation": path[0].id,
+        "expires_at": format_us(expires_us),
+        "id": reservation,
+        "path": [on_path.id for on_path in path],
+        "task_id": unit.task_id,
+        "tasks": unit.estimate.tasks,
+        "tokens": unit.estimate.tokens,
+    }
+    tx.audit("reservation.created", unit.actor, reservation, details, unit.now_us)
+    after = [held(on_path, hold, known_task=is_known) for on_path, is_known in zip(path, known, strict=True)]
+    return Reserved(reservation, path[0].id, expires_us, left(after, pages))
+
+
+def _check_budgets(path: list[Account], pages: list[Page], unit: Reserve) -> None:
+    match refuse([page.standing(unit.task_id) for page in pages], unit.estimate):
+        case OverBudget(denied=denied, shortfall=shortfall):
+            raise RefuseError(AuthorizationDenied(denied, left(path, pages), shortfall))
+        case MissingUnits(missing=missing):
+            fields = {"usd": "estimate.cost_usd", "tokens": "estimate.tokens"}
+            errors = tuple(
+                FieldError(fields[limited], f"is needed, because budget {name} limits {limited}")
+                for name, limited in missing
+            )
+            raise RefuseError(Refusal("missing_estimate", f"{errors[0].field} {errors[0].reason}: add it", errors))
+        case None:
+            pass
+        case never:
+            assert_never(never)

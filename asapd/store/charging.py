@@ -1,0 +1,103 @@
+"""Charging usage to the ledger: what an event debits of its reservation, its chain and the budgets, and its flags."""
+
+from __future__ import annotations
+
+import msgspec
+
+from asapd.core.delegation import scope_allows
+from asapd.core.ledger import Account, Settlement, settle
+from asapd.core.usage import (
+    FLAG_CLOSED_RESERVATION,
+    FLAG_OVERRUN,
+    FLAG_UNAUTHORISED,
+    FLAG_UNPRICED,
+    FLAG_UNRESERVED,
+    UsageEvent,
+)
+from asapd.store.budgets import Book
+from asapd.store.ledger import count_task, debit, knows_task, path_of
+from asapd.store.reservations import load, spend
+from asapd.store.tx import Tx
+
+
+def charge(
+    tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int
+) -> tuple[int, int | None]:
+    """Debit what an event used to its reservation or delegation, and to budgets, whatever their state.
+
+    Returns its flags, and what an open reservation paid for it where nobody knows its cost. Usage that happened is
+    always recorded: nothing here refuses. What belongs to another tenant is as unknown, and usage of an agent that is
+    not the delegate is flagged, never debited. The caller flushes the book.
+    """
+    charged = _Charged()
+    if event.reservation is not None or event.delegation is not None:
+        charged = _charge(tx, tenant, event, cost_microusd, now_us)
+    settlement, flags = charged.settlement, charged.flags
+    if book is not None:
+        flags |= book.use(event, cost_microusd, charged.path, charged.reservation, settlement)
+    return flags, settlement.spend_microusd if settlement is not None and settlement.unpriced else None
+
+
+class _Charged(msgspec.Struct, frozen=True):
+    """What an event did to the ledger: its flags, the ids it debited, the reservation, and what that paid."""
+
+    flags: int = 0
+    path: tuple[str, ...] = ()
+    reservation: str | None = None
+    settlement: Settlement | None = None
+
+
+def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> _Charged:
+    flags = 0
+    found = None if event.reservation is None else load(tx, event.reservation)
+    if found is not None and found.tenant != tenant:
+        found = None
+    if event.reservation is not None and (found is None or not found.is_open(now_us)):
+        flags |= FLAG_CLOSED_RESERVATION
+    if found is not None:
+        account = found.account
+    else:
+        row = tx.row("SELECT account FROM delegation WHERE id = ? AND tenant = ?", (event.delegation, tenant))
+        if row is None:
+            return _Charged(flags | FLAG_UNAUTHORISED)
+        account = row[0]
+        flags |= FLAG_UNRESERVED if event.reservation is None else 0
+    path = path_of(tx, account)
+    under_hold = found is not None and found.is_open(now_us)
+    if not under_hold and any(on_path.revoked or on_path.expires_at_us <= now_us for on_path in path):
+        flags |= FLAG_UNAUTHORISED
+    scopes = tx.row("SELECT scopes FROM delegation WHERE account = ?", (account,))
+    assert scopes is not None
+    allowed = scope_allows(msgspec.json.decode(scopes[0]), event.action)
+    if not allowed or path[0].delegate != event.agent:
+        flags |= FLAG_UNAUTHORISED
+    if path[0].delegate != event.agent:
+        # Naming an id is not holding a token: nobody drains the budget of another.
+        return _Charged(flags)
+    settlement = None
+    if found is not None and under_hold:
+        another = event.task_id != found.task_id and not knows_task(tx, account, event.task_id)
+        tokens = event.tokens_in + event.tokens_out
+        settlement = settle(found.hold, cost_microusd, another_task=another, tokens=tokens)
+        spend(tx, found, path, settlement)
+        flags |= FLAG_UNPRICED if settlement.unpriced else 0
+        flags |= FLAG_OVERRUN if settlement.excess_microusd else 0
+    else:
+        for on_path in path:
+            debit(tx, on_path, spent=cost_microusd or 0)
+        if found is not None:
+            tx.execute(
+                "UPDATE reservation SET used_microusd = used_microusd + ? WHERE id = ?",
+                (cost_microusd or 0, found.id),
+            )
+        flags |= FLAG_UNPRICED if cost_microusd is None else 0
+    count_task(tx, path, event.task_id)
+    if any(_over(on_path) for on_path in path_of(tx, account)):
+        flags |= FLAG_OVERRUN
+    ids = tuple(on_path.id for on_path in path)
+    return _Charged(flags, ids, None if found is None else found.id, settlement)
+
+
+def _over(account: Account) -> bool:
+    over_cost = account.max_cost_microusd is not None and account.spent_microusd > account.max_cost_microusd
+    return over_cost or (account.max_tasks is not None and account.tasks_used > account.max_tasks)

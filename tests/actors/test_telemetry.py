@@ -1,0 +1,409 @@
+"""OpenTelemetry counts the same in whatever order and pieces its exports come: bytes of the real SDK, a real store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apsw
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import set_span_in_context
+
+from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
+from asapd.actors.telemetry import Times, record_metrics, record_spans
+from asapd.core.access import Caller
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import usage_queries
+from asapd.store.database import Database, InlineReaders, InlineRunner
+from asapd.store.units import RecordUsage, Voided, VoidUsage
+from asapd.store.visibility import EVERYTHING
+from asapd.store.writer import Writer, open_for_writing
+from asapd.wire.otlp_metrics import MetricsOutcome, decode_metrics
+from asapd.wire.otlp_spans import OtlpOutcome, decode_traces
+
+T0 = 1_800_000_000 * SECOND_US
+CALLER = Caller("key:1", Role.INGEST)
+LEGACY, MODERN = "gen_ai.client.token.usage", "gen_ai.client.inference.usage."
+OPERATIONS = {"work": {"gen_ai.operation.name": "invoke_agent"}, "call": {"gen_ai.operation.name": "chat"}, "plain": {}}
+_numbers = count()
+
+
+class Totals(NamedTuple):
+    events: int = 0
+    tasks: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: int = 0
+    calls: int = 0
+    cost: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(*(one + two for one, two in zip(self, other, strict=True)))
+
+
+class Host:
+    """What the meter does with exports, without its mailbox."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self.connection = connection
+        self.database = Database(InlineRunner(Writer(connection)), InlineReaders(connection))
+        self.times = Times(T0 - 7 * DAY_US, T0 + 7 * DAY_US, HOUR_US)
+        self.now_us = T0
+
+    def unit(self, events: list[UsageEvent]) -> RecordUsage:
+        # A token costs a micro-dollar, a cached one nothing: a price that needs whole collections.
+        costs = [Cost(event.tokens_in - event.cached_tokens_in, "priced") for event in events]
+        return RecordUsage("default", "key:1", self.now_us, events, costs)
+
+    async def spans(self, body: bytes) -> TelemetryRecorded:
+        decoded = decode_traces(body, "protobuf")
+        assert isinstance(decoded, OtlpOutcome)
+        message = ReportSpans(CALLER, decoded.spans, decoded.links, None)  # type: ignore[arg-type]  # nobody replies
+        found = await record_spans(message, self.database, self.unit, self.times)
+        assert isinstance(found, TelemetryRecorded)
+        return found
+
+    async def metrics(self, body: bytes) -> TelemetryRecorded:
+        decoded = decode_metrics(body, "protobuf")
+        assert isinstance(decoded, MetricsOutcome)
+        message = ReportMetrics(CALLER, decoded.points, None)  # type: ignore[arg-type]  # nobody replies
+        found = await record_metrics(message, self.database, self.unit, self.times)
+        assert isinstance(found, TelemetryRecorded)
+        return found
+
+    def totals(self) -> Totals:
+        """What the rollup has, which is what the raw rows add up to."""
+        columns = "tokens_in), sum(tokens_out), sum(cached_tokens_in), sum(api_calls), sum(cost_microusd"
+        raw = self.connection.execute(f"SELECT sum({columns}) FROM usage").fetchall()[0]
+        hours = self.connection.execute(f"SELECT sum(events), sum(tasks), sum({columns}) FROM usage_hour").fetchall()[0]
+        assert raw == hours[2:]
+        return Totals(*(number or 0 for number in hours))
+
+
+@pytest.fixture(scope="module", name="template")
+def make_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("telemetry") / "template.db"
+    open_for_writing(path).close()
+    return path
+
+
+@contextmanager
+def hosted(template: Path) -> Iterator[Host]:
+    path = template.with_name(f"{next(_numbers)}.db")
+    path.write_bytes(template.read_bytes())
+    connection = open_for_writing(path, synchronous="off")
+    try:
+        yield Host(connection)
+    finally:
+        connection.close()
+        path.unlink()
+
+
+@pytest.fixture(name="host")
+def host_fixture(template: Path) -> Iterator[Host]:
+    with hosted(template) as host:
+        yield host
+
+
+# --- what the SDK exports
+
+
+def resource(name: str) -> Resource:
+    return Resource.create({"service.name": name, "service.instance.id": "1"})
+
+
+def export_spans(spans: list[tuple[int | None, str]], at_us: int, name: str = "spans") -> list[Any]:
+    """Requests of one span each: spans by their parents' places, and what they are."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(resource=resource(name))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    made: list[Any] = []
+    for place, (parent, kind) in enumerate(spans):
+        context = None if parent is None else set_span_in_context(made[parent])
+        tokens = {} if kind == "plain" else {"gen_ai.usage.input_tokens": 100 + place, "gen_ai.usage.output_tokens": 7}
+        attributes: dict[str, Any] = {**OPERATIONS[kind], **tokens, "gen_ai.usage.cache_read.input_tokens": place}
+        span = provider.get_tracer("test").start_span("s", context, attributes=attributes, start_time=at_us * 1_000 - 1)
+        span.end(at_us * 1_000)
+        made.append(span)
+    return [encode_spans([span]) for span in exporter.get_finished_spans()]
+
+
+def export_metrics(name: str, calls: list[tuple[bool, int, int, int]], at_us: int, *, delta: bool) -> list[Any]:
+    """Requests of one point each, of one collection: calls by generation, with input, cached and output tokens."""
+    temporality = AggregationTemporality.DELTA if delta else AggregationTemporality.CUMULATIVE
+    reader = InMemoryMetricReader({Counter: temporality, Histogram: temporality})
+    provider = MeterProvider([reader], resource=resource(name))
+    meter = provider.get_meter("test")
+    histogram = meter.create_histogram(LEGACY)
+    counters = {
+        kind: meter.create_counter(f"{MODERN}{kind}_tokens") for kind in ("input", "output", "cache_read.input")
+    }
+    for is_modern, tokens_in, cached, tokens_out in calls:
+        if is_modern:
+            for kind, tokens in (("input", tokens_in), ("cache_read.input", cached), ("output", tokens_out)):
+                counters[kind].add(tokens, {"gen_ai.request.model": "m"})
+        else:
+            histogram.record(tokens_in, {"gen_ai.token.type": "input", "gen_ai.request.model": "m"})
+            histogram.record(tokens_out, {"gen_ai.token.type": "output", "gen_ai.request.model": "m"})
+    data = reader.get_metrics_data()
+    whole = ExportMetricsServiceRequest() if data is None else encode_metrics(data)
+    provider.shutdown()
+    parts = []
+    for group in whole.resource_metrics:
+        for scope in group.scope_metrics:
+            for metric in scope.metrics:
+                for point in getattr(metric, metric.WhichOneof("data") or "sum").data_points:
+                    point.start_time_unix_nano, point.time_unix_nano = (at_us - MINUTE_US) * 1_000, at_us * 1_000
+                    part = ExportMetricsServiceRequest()
+                    part.CopyFrom(whole)
+                    _keep_only(part, metric.name, point)
+                    parts.append(part)
+    return parts
+
+
+def _keep_only(request: ExportMetricsServiceRequest, name: str, point: Any) -> None:
+    for scope in request.resource_metrics[0].scope_metrics:
+        (metric,) = [metric for metric in scope.metrics if metric.name == name]
+        data = getattr(metric, metric.WhichOneof("data") or "sum")
+        del data.data_points[:]
+        data.data_points.add().CopyFrom(point)
+        kept = type(metric)()
+        kept.CopyFrom(metric)
+        del scope.metrics[:]
+        scope.metrics.add().CopyFrom(kept)
+
+
+async def send(host: Host, piece: list[Any]) -> None:
+    """One export of spans and one of metrics, merged from requests as a collector does."""
+    spans, metrics = ExportTraceServiceRequest(), ExportMetricsServiceRequest()
+    for request in piece:
+        (spans if isinstance(request, ExportTraceServiceRequest) else metrics).MergeFrom(request)
+    for told in (
+        await host.spans(spans.SerializeToString()) if spans.resource_spans else None,
+        await host.metrics(metrics.SerializeToString()) if metrics.resource_metrics else None,
+    ):
+        assert told is None or told.rejected == []
+
+
+# --- the law
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> list[tuple[int | None, str]]:
+    found: list[tuple[int | None, str]] = []
+    for place in range(draw(st.integers(0, 6))):
+        parent = draw(st.none() | st.integers(0, place - 1)) if place else None
+        found.append((parent, draw(st.sampled_from(["work", "call", "plain"]))))
+    return found
+
+
+calls = st.lists(st.tuples(st.booleans(), st.integers(1, 50), st.integers(0, 60), st.integers(0, 9)), max_size=3)
+
+
+def of_spans(spans: list[tuple[int | None, str]]) -> Totals:
+    """Calls, and agents' spans with nothing that tells of usage below them."""
+
+    def above(place: int) -> set[int]:
+        parent = spans[place][0]
+        return set() if parent is None else {parent} | above(parent)
+
+    told = [place for place, (_, kind) in enumerate(spans) if kind != "plain"]
+    covered = set().union(*(above(place) for place in told))
+    found = Totals()
+    for place in told:
+        if spans[place][1] == "call" or place not in covered:
+            found = found.plus(Totals(1, 1, 100 + place, 7, place, 1, 100))
+    return found
+
+
+def of_metrics(told: list[tuple[bool, int, int, int]]) -> Totals:
+    """The second generation where there is any, else the first; a collection is one event."""
+    modern = [call for call in told if call[0]]
+    if not told:
+        return Totals()
+    tokens_in, cached, tokens_out = (sum(numbers) for numbers in list(zip(*(modern or told), strict=True))[1:])
+    cached = min(cached, tokens_in) if modern else 0
+    return Totals(1, 0, tokens_in, tokens_out, cached, 0 if modern else len(told), tokens_in - cached)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    spans=st.just([]) | traces(),
+    spans_later=st.just([]) | traces(),
+    beside=calls,
+    long_after=calls,
+    alone=calls,
+    delta=st.booleans(),
+    data=st.data(),
+)
+def test_any_order_and_any_split_of_the_same_telemetry_gives_the_same_totals(
+    template: Path,
+    spans: list[tuple[int | None, str]],
+    spans_later: list[tuple[int | None, str]],
+    beside: list[tuple[bool, int, int, int]],
+    long_after: list[tuple[bool, int, int, int]],
+    alone: list[tuple[bool, int, int, int]],
+    delta: bool,
+    data: st.DataObject,
+) -> None:
+    """Two traces, metrics of their resource near them and long after them, and metrics of another resource."""
+    # Each collection of a cumulative stream is of a start of its own, as after a restart.
+    near = [export_metrics("spans", beside, T0 + at_us, delta=delta) for at_us in (-HOUR_US, HOUR_US)]
+    requests = [
+        *export_spans(spans, T0),
+        *export_spans(spans_later, T0),
+        *(part for parts in near for part in parts),
+        *export_metrics("spans", long_after, T0 + 3 * HOUR_US, delta=True),
+        *export_metrics("alone", alone, T0, delta=delta),
+    ]
+    has_spans = any(kind != "plain" for _, kind in spans + spans_later)
+    expected = of_spans(spans).plus(of_spans(spans_later)).plus(of_metrics(long_after)).plus(of_metrics(alone))
+    if not has_spans:
+        expected = expected.plus(of_metrics(beside)).plus(of_metrics(beside))
+    order = data.draw(st.permutations(requests))
+    order += data.draw(st.lists(st.sampled_from(order), max_size=3)) if order else []
+
+    async def main() -> None:
+        with hosted(template) as host:
+            left = list(order)
+            while left:
+                size = data.draw(st.integers(1, len(left)))
+                await send(host, left[:size])
+                left = left[size:]
+            assert host.totals() == expected
+            # And all of it once more, at once.
+            await send(host, requests)
+            assert host.totals() == expected
+
+    trio.run(main)
+
+
+# --- one by one
+
+
+async def test_an_agents_span_is_voided_in_the_commit_of_the_call_below_it(host: Host) -> None:
+    work, call = export_spans([(None, "work"), (0, "call")], T0)
+    await send(host, [work])
+    assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
+    await send(host, [call])
+    assert host.totals() == Totals(1, 1, 101, 7, 1, 1, 100)
+    rows = usage_queries.list_usage(host.connection, usage_queries.UsageFilter(EVERYTHING), 10, None)
+    assert [(row["tokens_in"], row["voids"], row["voided_by"]) for row in rows] == [
+        (100, None, rows[1]["id"]),
+        (-100, rows[0]["id"], None),
+        (101, None, None),
+    ]
+    assert rows[1]["recorded_at"] == rows[2]["recorded_at"]
+    entries = host.connection.execute(
+        "SELECT event_type, actor, details ->> 'reason' FROM audit ORDER BY seq"
+    ).fetchall()
+    assert entries == [
+        ("usage.recorded", "key:1", None),
+        ("usage.voided", "key:1", "a span below it counts"),
+        ("usage.recorded", "key:1", None),
+    ]
+    await send(host, [work])
+    assert len(usage_queries.list_usage(host.connection, usage_queries.UsageFilter(EVERYTHING), 10, None)) == 3
+
+
+async def test_what_is_below_what_is_remembered_over_restarts_and_plain_spans(host: Host) -> None:
+    spans = export_spans([(None, "work"), (0, "plain"), (1, "plain"), (2, "call")], T0)
+    for place in (1, 0, 3, 2):
+        # Nothing is held in memory: each export meets a host of its own.
+        host = Host(host.connection)
+        await send(host, [spans[place]])
+    assert host.totals() == Totals(1, 1, 103, 7, 3, 1, 100)
+
+
+async def test_a_call_that_is_refused_covers_nothing(host: Host) -> None:
+    work, call = export_spans([(None, "work"), (0, "call")], T0)
+    call.resource_spans[0].scope_spans[0].spans[0].end_time_unix_nano = (T0 + 8 * DAY_US) * 1_000
+    assert (await host.spans(call.SerializeToString())).rejected != []
+    await send(host, [work])
+    assert host.totals().tokens_in == 100
+    assert (await host.spans(call.SerializeToString())).rejected != []
+    assert host.totals().tokens_in == 100
+
+
+async def test_a_span_that_an_operator_voided_is_not_voided_again(host: Host) -> None:
+    work, call = export_spans([(None, "work"), (0, "call")], T0)
+    await send(host, [work])
+    assert isinstance(await host.database.submit(VoidUsage(1, "a test run", "key:o", T0)), Voided)
+    await send(host, [call])
+    assert host.totals() == Totals(1, 1, 101, 7, 1, 1, 100)
+    assert host.connection.execute("SELECT count(*) FROM usage_void").get == 1
+
+
+async def test_a_contradicted_span_is_told_at_its_own_place(host: Host) -> None:
+    work, call = export_spans([(None, "work"), (0, "call")], T0)
+    await send(host, [call])
+    changed = call.__deepcopy__({})
+    changed.resource_spans[0].scope_spans[0].spans[0].end_time_unix_nano += 1_000_000
+    both = ExportTraceServiceRequest()
+    both.MergeFrom(work)
+    both.MergeFrom(changed)
+    span = call.resource_spans[0].scope_spans[0].spans[0]
+    (reason,) = (await host.spans(both.SerializeToString())).rejected
+    assert reason == f"span {span.trace_id.hex()}:{span.span_id.hex()} was reported before with other content"
+
+
+@pytest.mark.parametrize("apart_us", [HOUR_US, HOUR_US + 1])
+async def test_spans_win_within_the_window_on_either_side_of_them(host: Host, apart_us: int) -> None:
+    for at_us in (T0 - apart_us, T0 + apart_us):
+        await send(host, export_metrics("spans", [(False, 10, 0, 1)], at_us, delta=True))
+    await send(host, export_spans([(None, "call")], T0))
+    assert host.totals().tokens_in == (100 if apart_us == HOUR_US else 120)
+
+
+async def test_spans_near_each_other_are_one_stretch_and_others_their_own(host: Host) -> None:
+    for at_us in (T0, T0 + 5 * HOUR_US, T0 + 2 * HOUR_US, T0 + 7 * HOUR_US + 1):
+        await send(host, export_spans([(None, "call")], at_us))
+    found = host.connection.execute("SELECT start_us, end_us FROM otlp_evidence ORDER BY start_us").fetchall()
+    hour = [(start - T0, end - T0) for start, end in found]
+    assert hour == [(0, 2 * HOUR_US), (5 * HOUR_US, 5 * HOUR_US), (7 * HOUR_US + 1, 7 * HOUR_US + 1)]
+    await send(host, export_spans([(None, "call")], T0 + 4 * HOUR_US))
+    assert host.connection.execute("SELECT count(*) FROM otlp_evidence").get == 2
+
+
+async def test_parts_of_one_collection_are_priced_together(host: Host) -> None:
+    parts = export_metrics("alone", [(True, 10, 8, 1)], T0, delta=True)
+    assert len(parts) == 3
+    for part in parts:
+        await send(host, [part])
+    assert host.totals() == Totals(1, 0, 10, 1, 8, 0, 2)
+    reasons = host.connection.execute("SELECT DISTINCT reason FROM usage_void").fetchall()
+    assert reasons == [("counted anew with what came later of the same collection",)]
+
+
+async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) -> None:
+    spans = export_spans([(None, "plain"), (0, "plain")], T0), export_spans([(None, "plain"), (0, "call")], T0)
+    for parts in spans:
+        await send(host, parts)
+    kept = "SELECT counted FROM otlp_trace ORDER BY counted"
+    assert host.connection.execute(kept).fetchall() == [(0,), (1,)]
+    host.now_us = T0 + 2 * HOUR_US
+    await send(host, export_spans([(None, "call")], T0))
+    assert host.connection.execute(kept).fetchall() == [(1,)]
+    host.times = Times(T0 + 8 * DAY_US, T0 + 9 * DAY_US, HOUR_US)
+    host.now_us = T0 + 8 * DAY_US + HOUR_US
+    await send(host, export_spans([(None, "call")], T0 + 8 * DAY_US + 1))
+    host.times = Times(T0 + 16 * DAY_US, T0 + 17 * DAY_US, HOUR_US)
+    await send(host, export_spans([(None, "call")], T0 + 16 * DAY_US + 1))
+    assert host.connection.execute(kept).fetchall() == []
