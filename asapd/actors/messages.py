@@ -162,6 +162,7 @@ class Register:
 class Validate:
     """Judge a token without touching the ledger. `action` and `delegate` None are not judged."""
 
+    caller: Caller
     token: str
     action: str | None
     delegate: str | None

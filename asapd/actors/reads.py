@@ -29,6 +29,7 @@ from asapd.store.audit import AuditFilter
 from asapd.store.database import Database
 from asapd.store.reservation_queries import STATES as RESERVATION_STATES
 from asapd.store.sources import SourceFilter
+from asapd.store.task_spend import SpendPage, spend_by_task
 from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units import ApiKey, BreachRow
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
@@ -194,6 +195,21 @@ class Reads:
             if caller.tenant not in {None, row.tenant}:
                 return None
             return self._public(connection, row)
+
+        return await self._database.read(query)
+
+    async def spend_by_task(
+        self, caller: Caller, delegation: str, *, limit: int, after: tuple[int, str] | None
+    ) -> SpendPage | None:
+        """What the tasks under a delegation spent, when the caller may see either party of it."""
+
+        def query(connection: Any) -> SpendPage | None:
+            row = ledger_queries.get_delegation(connection, delegation)
+            if row is None or not caller.may_touch(row.delegator, row.delegate):
+                return None
+            if caller.tenant not in {None, row.tenant}:
+                return None
+            return spend_by_task(connection, row.account, limit=limit, after=after)
 
         return await self._database.read(query)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -13,6 +12,7 @@ import trio
 
 from asapd import config
 from asapd.actors.budgets import BudgetsNotSyncedError, sync_budgets
+from asapd.actors.chains import MAX_TOKEN_BYTES, Chain, Chains
 from asapd.actors.keyring import KeyDirectory, read_public_keys
 from asapd.actors.messages import (
     Authorize,
@@ -27,7 +27,8 @@ from asapd.actors.messages import (
     Validity,
 )
 from asapd.core.access import Caller
-from asapd.core.delegation import Claims, Denied, Reason, check_chain
+from asapd.core.delegation import Claims
+from asapd.core.denial import Denied, Reason, deeper, deny, located
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Remaining
 from asapd.core.types import DEFAULT_TENANT, SECOND_US
@@ -35,12 +36,11 @@ from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store import agents as directory
-from asapd.store import ledger_queries, reservation_queries
+from asapd.store import chain_queries, ledger_queries, reservation_queries
 from asapd.store.database import Database
 from asapd.store.units import (
     AuthorizationDenied,
     ExtendReservation,
-    NewDelegation,
     RefundReservation,
     RegisterDelegation,
     ReleaseReservation,
@@ -52,13 +52,10 @@ from asapd.store.units import (
     SettleReservation,
 )
 from asapd.store.visibility import EVERYTHING
-from asapd.wire.token import SignedToken, TokenMalformed, decode, lineage, sign, verify
+from asapd.wire.token import TokenMalformed, decode, sign
 
 # Verifying is 54 us of arithmetic; what bounds us is the group commit, which gathers what is in hand.
 CONCURRENCY = 256
-
-# Tokens whose signatures were checked, each a few hundred bytes to some kilobytes.
-MAX_VERIFIED = 10_000
 
 
 @dataclass
@@ -97,25 +94,6 @@ async def run_registry(
         nursery.cancel_scope.cancel()
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """A chain whose signatures hold, root first."""
-
-    tokens: tuple[SignedToken, ...]
-
-    @property
-    def claims(self) -> tuple[Claims, ...]:
-        return tuple(token.claims for token in self.tokens)
-
-    @property
-    def leaf(self) -> Claims:
-        return self.tokens[-1].claims
-
-    @property
-    def links(self) -> list[NewDelegation]:
-        return [NewDelegation(token.claims, token.text, token.digest) for token in self.tokens]
-
-
 class _Registry:
     """Mirrors of the store that decisions need in memory, and the handlers of messages."""
 
@@ -134,7 +112,7 @@ class _Registry:
         self._log = log
         self._keys = KeyDirectory()
         self._revoked: set[tuple[str, str]] = set()
-        self._verified: dict[bytes, bytes] = {}
+        self._chains = Chains(self._keys)
 
     async def load(self) -> None:
         """Read keys and revocations, and have the store go by the configured budgets.
@@ -204,48 +182,31 @@ class _Registry:
         self._settings.delegation, self._settings.pinned = message.delegation, message.pinned
         self._keys.load_held(self._settings.keys_dir, self._log)
         self._keys.pinned = message.pinned
-        self._verified.clear()
         return None
 
     # --- judging a chain
 
-    def _open(self, text: str) -> _Chain | Denied:
-        """Decode a token and check the signature of every token in its chain."""
-        try:
-            tokens = tuple(lineage(decode(text, max_depth=self._settings.delegation.max_depth, max_bytes=_MAX_TOKEN)))
-        except TokenMalformed as error:
-            reason = Reason.CHAIN_TOO_DEEP if error.too_deep else Reason.MALFORMED
-            return Denied(reason, f"the token cannot be read: {error.reason}")
-        for token in tokens:
-            denied = self._check_signature(token)
-            if denied is not None:
-                return denied
-        return _Chain(tokens)
+    async def _open(self, text: str, caller: Caller) -> Chain | Denied:
+        """Decode a token, check the signature of every token in its chain, and find ancestors that are only named."""
+        max_depth = self._settings.delegation.max_depth
+        chain = self._chains.open(text, max_depth=max_depth)
+        while isinstance(chain, Chain) and (parent := chain.tokens[0].parent_id) is not None:
+            found = await self._database.read(chain_queries.registered_token, parent, caller.tenant)
+            if found is None:
+                return parent_unknown(chain)
+            above = self._chains.open(found, max_depth=max_depth)
+            if isinstance(above, Denied):
+                return deeper(above, len(chain.tokens))
+            chain = self._chains.extend(above, chain, max_depth=max_depth)
+        return chain
 
-    def _check_signature(self, token: SignedToken) -> Denied | None:
-        claims = token.claims
-        keys = self._keys.public_keys(claims.delegator)
-        if self._verified.get(token.digest) in keys:
-            return None
-        if not keys:
-            detail = f"token {claims.id}: no key of {claims.delegator} is known; pin it in the configuration"
-            return Denied(Reason.UNKNOWN_KEY, detail, claims.id)
-        for key in keys:
-            if verify(token, key):
-                if len(self._verified) >= MAX_VERIFIED:
-                    self._verified.pop(next(iter(self._verified)))
-                self._verified[token.digest] = key
-                return None
-        detail = f"token {claims.id}: the signature is not by the key of {claims.delegator}; issue the token again"
-        return Denied(Reason.BAD_SIGNATURE, detail, claims.id)
-
-    def _judge(self, claims: tuple[Claims, ...], *, action: str | None, delegate: str | None) -> Denied | None:
+    def _judge(self, chain: Chain, *, action: str | None, delegate: str | None) -> Denied | None:
         settings = self._settings.delegation
-        return check_chain(
-            claims,
+        return self._chains.judge(
+            chain,
             now_us=self._clock.now_us(),
             max_depth=settings.max_depth,
-            is_trusted_root=partial(self._keys.is_root, roots=settings.roots),
+            roots=settings.roots,
             is_revoked=lambda link: (link.delegator, link.id) in self._revoked,
             action=action,
             delegate=delegate,
@@ -254,15 +215,12 @@ class _Registry:
     # --- messages
 
     async def _validate(self, message: Validate) -> Validity:
-        chain = self._open(message.token)
+        chain = await self._open(message.token, message.caller)
         if isinstance(chain, Denied):
             return Validity(chain, (), None)
-        denied = self._judge(chain.claims, action=message.action, delegate=message.delegate)
-        if denied is None:
-            digests = [(token.claims.delegator, token.claims.id, token.digest) for token in chain.tokens]
-            denied = await self._database.read(ledger_queries.find_reused, digests)
-        pairs = [(claims.delegator, claims.id) for claims in chain.claims]
-        left = await self._database.read(ledger_queries.remaining_under, pairs)
+        denied = self._judge(chain, action=message.action, delegate=message.delegate)
+        reused, left = await self._database.read(chain_queries.standing, chain.accounts)
+        denied = denied or (None if reused is None else _placed(reused, chain))
         return Validity(denied, chain.claims, _narrowed(left, chain.claims))
 
     async def _issue(self, message: Issue) -> Issued | Denied | Refusal:
@@ -276,12 +234,12 @@ class _Registry:
             reason = f"has no key in {self._settings.keys_dir}: put <name>.pem there and reload, or sign elsewhere"
             return Refusal("no_signing_key", "nothing was issued", (FieldError("delegator", reason),))
         parent_text: str | None = None
-        parents: tuple[SignedToken, ...] = ()
+        above = Chain((), (), ())
         if message.parent is not None:
             found = await self._find_parent(message.parent, caller)
-            if not isinstance(found, _Chain):
+            if not isinstance(found, Chain):
                 return found
-            parents, parent_text = found.tokens, found.tokens[-1].text
+            above, parent_text = found, found.tokens[-1].text
         now_us = self._clock.now_us()
         claims = Claims(
             self._new_id(now_us),
@@ -294,35 +252,37 @@ class _Registry:
             message.expires_at_us // SECOND_US * SECOND_US,
         )
         try:
-            token = decode(sign(claims, key, parent=parent_text), max_depth=64, max_bytes=_MAX_TOKEN)
+            token = decode(sign(claims, key, parent=parent_text), max_depth=64, max_bytes=MAX_TOKEN_BYTES)
         except TokenMalformed as error:
             return Refusal("invalid", f"nothing was issued: {error.reason}")
-        return await self._enter(_Chain((*parents, token)), caller, message)
+        public = bytes(key.verify_key)
+        chain = Chain((*above.tokens, token), (*above.keys, public), (*above.claims, token.claims))
+        return await self._enter(chain, caller, message)
 
-    async def _find_parent(self, parent: str, caller: Caller) -> _Chain | Denied | Refusal:
-        if "." in parent:
-            return self._open(parent)
-        row = await self._database.read(ledger_queries.get_delegation, parent)
-        if row is None or _is_foreign(caller, row.tenant):
+    async def _find_parent(self, parent: str, caller: Caller) -> Chain | Denied | Refusal:
+        text = await self._database.read(chain_queries.registered_token, parent, caller.tenant)
+        if text is None and not ("." in parent or "{" in parent):
             error = FieldError("parent", f"there is no delegation {parent}: send its token instead")
             return Refusal("invalid", "nothing was issued", (error,))
-        return self._open(row.token)
+        return await self._open(parent if text is None else text, caller)
 
     async def _register(self, message: Register) -> Issued | Denied | Refusal:
-        chain = self._open(message.token)
+        chain = await self._open(message.token, message.caller)
         if isinstance(chain, Denied):
             return chain
         if not message.caller.may_touch(chain.leaf.delegator, chain.leaf.delegate):
             return _forbidden(f"this key may act neither for {chain.leaf.delegator} nor for {chain.leaf.delegate}")
         return await self._enter(chain, message.caller, message)
 
-    async def _enter(self, chain: _Chain, caller: Caller, message: Issue | Register) -> Issued | Denied | Refusal:
-        denied = self._judge(chain.claims, action=None, delegate=None)
+    async def _enter(self, chain: Chain, caller: Caller, message: Issue | Register) -> Issued | Denied | Refusal:
+        denied = self._judge(chain, action=None, delegate=None)
         if denied is not None:
             return denied
         unit = RegisterDelegation(chain.links, caller.actor, caller.tenant or DEFAULT_TENANT, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
-        if isinstance(outcome, Denied | Refusal):
+        if isinstance(outcome, Denied):
+            return _placed(outcome, chain)
+        if isinstance(outcome, Refusal):
             return outcome
         # An Idempotency-Key may have brought back an earlier delegation: its own token goes with it.
         row = await self._database.read(ledger_queries.get_delegation, outcome.id)
@@ -335,18 +295,17 @@ class _Registry:
             if row is None or _is_foreign(message.caller, row.tenant):
                 return _no_delegation(delegation)
             text = row.token
-        chain = self._open(text)
+        caller = message.caller
+        chain = await self._open(text, caller)
         if isinstance(chain, Denied):
             return chain
-        caller = message.caller
         if not caller.may_touch(chain.leaf.delegate):
             if message.token is None:
                 return _no_delegation(delegation)  # whoever holds no token learns nothing of it
             return _forbidden(f"this key may not act for {chain.leaf.delegate}")
-        denied = self._judge(chain.claims, action=message.action, delegate=message.delegate or caller.own_agent)
+        denied = self._judge(chain, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
-            pairs = [(claims.delegator, claims.id) for claims in chain.claims]
-            left = await self._database.read(ledger_queries.remaining_under, pairs)
+            _, left = await self._database.read(chain_queries.standing, chain.accounts)
             return AuthorizationDenied(denied, _narrowed(left, chain.claims))
         unit = Reserve(
             message.task_id,
@@ -362,7 +321,8 @@ class _Registry:
             consumer=message.consumer,
             project=message.project,
         )
-        return await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
+        outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
+        return _placed(outcome, chain) if isinstance(outcome, Denied) else outcome
 
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(reservation_queries.get_reservation, message.reservation)
@@ -408,8 +368,32 @@ class _Registry:
         return outcome
 
 
-_MAX_TOKEN = 256 * 1024
-"""A token holds its parent whole, in base64: the longest chain the configuration allows still fits."""
+def parent_unknown(chain: Chain) -> Denied:
+    """The denial of a chain whose first token names a parent that is not registered."""
+    child, position, parent = chain.claims[0], len(chain.claims) - 1, chain.tokens[0].parent_id
+    if parent == child.id:
+        return deny(
+            Reason.CYCLE,
+            "token_once",
+            "names itself as its parent",
+            "name the token that its delegator was given",
+            token=child.id,
+            position=position,
+            asked=parent,
+        )
+    return deny(
+        Reason.CHAIN_BROKEN,
+        "parent_known",
+        f"its parent {parent} is not registered here",
+        "register that first, or send it whole",
+        token=child.id,
+        position=position,
+        asked=parent,
+    )
+
+
+def _placed(denied: Denied, chain: Chain) -> Denied:
+    return located(denied, [claims.id for claims in chain.claims])
 
 
 def _no_delegation(delegation: str) -> Refusal:

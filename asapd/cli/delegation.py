@@ -42,9 +42,12 @@ def delegation() -> None:
     "--expires-in", "expires_in_us", required=True, type=duration, metavar="DURATION", help="Such as 7d or 30m."
 )
 @click.option("--parent", type=text_or_file, metavar="TOKEN", help="The token that the delegator passes on a part of.")
+@click.option(
+    "--form", type=click.Choice(("jws", "document")), default="jws", help="A compact token, or JSON; with --key."
+)
 @click.option("--socket", type=click.Path(path_type=Path), help="The daemon's admin socket, where no --key is given.")
 @json_option
-def issue(key_file: Path | None, socket: Path | None, as_json: bool, **terms: Any) -> None:
+def issue(key_file: Path | None, form: str, socket: Path | None, as_json: bool, **terms: Any) -> None:
     """Sign a token, and print it.
 
     With --key this needs no daemon; a daemon learns of the token when it is first used or registered.
@@ -56,19 +59,21 @@ def issue(key_file: Path | None, socket: Path | None, as_json: bool, **terms: An
       asapctl delegation issue --key writer.pem --delegator urn:asap:agent:writer \\
           --delegate urn:asap:agent:helper --scope task.execute --expires-in 1h --parent @root.token
     """
-    made = _signed_by_daemon(socket, terms) if key_file is None else _signed_here(key_file, terms)
+    if key_file is None and form != "jws":
+        raise Failure(Exit.USAGE, f"the daemon signs compact tokens only: for a {form} give --key")
+    made = _signed_by_daemon(socket, terms) if key_file is None else _signed_here(key_file, form, terms)
     if as_json:
         show_json(made)
     else:
         click.echo(made["token"])
 
 
-def _signed_here(key_file: Path, terms: dict[str, Any]) -> dict[str, Any]:
+def _signed_here(key_file: Path, form: str, terms: dict[str, Any]) -> dict[str, Any]:
     from ulid import ULID
 
     from asapd.core.delegation import Claims, check_chain
     from asapd.wire.keys import KeyFormatError, load_private_pem
-    from asapd.wire.token import TokenMalformed, decode, lineage, sign
+    from asapd.wire.token import TokenMalformed, decode, lineage, sign, sign_document
 
     try:
         key = load_private_pem(key_file.read_bytes())
@@ -88,7 +93,7 @@ def _signed_here(key_file: Path, terms: dict[str, Any]) -> dict[str, Any]:
         expires_at_us=time_us + terms["expires_in_us"],
     )
     try:
-        token = decode(sign(claims, key, parent=terms["parent"]))
+        token = decode((sign if form == "jws" else sign_document)(claims, key, parent=terms["parent"]))
     except TokenMalformed as error:
         raise Failure(Exit.USAGE, f"nothing was issued: {error.reason}") from None
     denied = check_chain(
@@ -133,7 +138,7 @@ def _signed_by_daemon(socket: Path | None, terms: dict[str, Any]) -> Any:
 def inspect(token: str, as_json: bool) -> None:
     """Show what a token and its parents say.
 
-    Works without a daemon; signatures are not checked, which `validate` does.
+    Takes both forms, and works without a daemon; signatures are not checked, which `validate` does.
 
     \b
     Example:
@@ -142,10 +147,10 @@ def inspect(token: str, as_json: bool) -> None:
     from asapd.wire.token import TokenMalformed, decode, lineage
 
     try:
-        chain: tuple[SignedToken, ...] = lineage(decode(token))
+        chain: tuple[SignedToken, ...] = lineage(decode(token, max_depth=64, max_bytes=256 * 1024))
     except TokenMalformed as error:
         raise Failure(Exit.NO, f"malformed: {error.reason}") from None
-    links = [_shown(link.claims) for link in chain]
+    links = [_inspected(link) for link in chain]
     if as_json:
         show_json({**links[-1], "chain": links, "signature_checked": False})
         return
@@ -155,11 +160,17 @@ def inspect(token: str, as_json: bool) -> None:
     click.echo("signatures were not checked", err=True)
 
 
+def _inspected(link: SignedToken) -> dict[str, Any]:
+    parent = link.parent_id if link.parent is None else link.parent.claims.id
+    form = "document" if link.text.startswith("{") else "jws"
+    return {**_shown(link.claims), "parent": parent, "form": form, "kid": link.kid, "digest": link.digest.hex()}
+
+
 def _shown(claims: Claims) -> dict[str, Any]:
     from asapd.core.money import to_usd
     from asapd.core.types import format_us
 
-    cost, start_us = claims.max_cost_microusd, claims.not_before_us
+    cost, start_us, issued_us = claims.max_cost_microusd, claims.not_before_us, claims.issued_at_us
     return {
         "id": claims.id,
         "delegator": claims.delegator,
@@ -167,7 +178,7 @@ def _shown(claims: Claims) -> dict[str, Any]:
         "scopes": list(claims.scopes),
         "max_cost_usd": None if cost is None else to_usd(cost),
         "max_tasks": claims.max_tasks,
-        "issued_at": format_us(claims.issued_at_us),
+        "issued_at": None if issued_us is None else format_us(issued_us),
         "not_before": None if start_us is None else format_us(start_us),
         "expires_at": format_us(claims.expires_at_us),
     }
@@ -252,9 +263,9 @@ def list_delegations(session: Session, **filters: Any) -> None:
 @click.argument("delegation_id", metavar="[ID]", required=False)
 @asks_daemon
 def tree(session: Session, delegation_id: str | None) -> None:
-    """Show who passed on what to whom.
+    """Show who passed on what to whom, and what is left.
 
-    From all roots, or from one delegation.
+    From all roots, or from one delegation. What is left is the least over a delegation and its ancestors.
 
     \b
     Example:
@@ -270,11 +281,12 @@ def tree(session: Session, delegation_id: str | None) -> None:
         show_json({"data": [_branch(row, rows) for row in tops], "count": len(tops), "next_cursor": None})
         return
     for row, depth in _walk(tops, rows):
-        limits = row["constraints"]
+        limits, left = row["constraints"], row["remaining"]
         click.echo(
             f"{'  ' * depth}{row['id']}  {cell(row['delegator'])} -> {cell(row['delegate'])}  {row['state']}  "
             f"{cell(row['scopes'])}  spent {cell(row['spent_usd'])} of {cell(limits['max_cost_usd'])} USD  "
-            f"tasks {row['tasks_used']} of {cell(limits['max_tasks'])}"
+            f"tasks {row['tasks_used']} of {cell(limits['max_tasks'])}  "
+            f"left {cell(left['cost_usd'])} USD, {cell(left['tasks'])} tasks"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from asapd.core.delegation import Denied, Reason
+from asapd.core.denial import Denied, Reason, deny
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.money import MICRO, to_usd
 from asapd.core.periods import Period
@@ -235,12 +235,16 @@ def _shortfall(standing: Standing, unit: BudgetUnit, needed: int) -> Shortfall |
 
 def _denied(reason: Reason, short: Shortfall) -> Denied:
     unit = short.unit
-    detail = (
+    return deny(
+        reason,
+        f"budget.{unit}",
         f"budget {short.budget}: {amount_text(unit, short.left)} of {amount_text(unit, short.limit)} left in this "
         f"period ({amount_text(unit, short.spent)} spent, {amount_text(unit, short.reserved)} reserved), "
-        f"{amount_text(unit, short.needed)} needed; it is renewed at {format_us(short.renews_at_us)}"
+        f"{amount_text(unit, short.needed)} needed",
+        f"it is renewed at {format_us(short.renews_at_us)}",
+        granted=str(amount_value(unit, short.left)),
+        asked=str(amount_value(unit, short.needed)),
     )
-    return Denied(reason, detail)
 
 
 def amount_text(unit: BudgetUnit, amount: int) -> str:

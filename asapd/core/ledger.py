@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from asapd.core.delegation import Denied, Reason, expired, not_yet_valid, revoked
+from asapd.core.denial import Denied, Reason, deny, expired, not_yet_valid, revoked
 from asapd.core.money import to_usd
 
 
@@ -181,50 +181,52 @@ def release(hold: Hold) -> Released:
 
 
 def _check_standing(path: Sequence[Account], now_us: int) -> Denied | None:
-    for account in path:
+    for position, account in enumerate(path):
         if account.revoked:
-            return revoked(account.id, account.delegator)
-    for account in path:
+            return revoked(account.id, account.delegator, position=position)
+    for position, account in enumerate(path):
         if now_us >= account.expires_at_us:
-            return expired(account.id, account.delegator, account.expires_at_us, now_us)
-    for account in path:
+            return expired(account.id, account.delegator, account.expires_at_us, now_us, position=position)
+    for position, account in enumerate(path):
         if account.not_before_us is not None and now_us < account.not_before_us:
-            return not_yet_valid(account.id, account.not_before_us, now_us)
+            return not_yet_valid(account.id, account.not_before_us, now_us, position=position)
     return None
 
 
 def _check_tasks(path: Sequence[Account], estimate: Estimate, known_task: Sequence[bool]) -> Denied | None:
-    for account, known in zip(path, known_task, strict=True):
+    for position, (account, known) in enumerate(zip(path, known_task, strict=True)):
         needed = _tasks_extra(estimate) + (0 if known else 1)
         left = _tasks_left(account)
         if left is not None and needed > left:
-            return Denied(
+            return deny(
                 Reason.TASK_LIMIT,
-                f"token {account.id}: {left} of {account.max_tasks} tasks are left, {needed} needed; "
+                "max_tasks",
+                f"{left} of {account.max_tasks} tasks are left, {needed} needed",
                 f"ask {account.delegator} for a token with more tasks",
-                account.id,
+                token=account.id,
+                position=position,
+                granted=left,
+                asked=needed,
             )
     return None
 
 
 def _check_cost(path: Sequence[Account], cost_microusd: int) -> Denied | None:
-    for account in path:
+    for position, account in enumerate(path):
         left = _cost_left(account)
         if left is None or 0 < left >= cost_microusd:
             continue
-        limit = to_usd(account.max_cost_microusd or 0)
-        if left == 0:
-            return Denied(
-                Reason.BUDGET_EXHAUSTED,
-                f"token {account.id}: nothing of {limit} USD is left, {to_usd(cost_microusd)} USD estimated; "
-                f"ask {account.delegator} for a token with more budget, or wait for open reservations to end",
-                account.id,
-            )
-        return Denied(
-            Reason.INSUFFICIENT_BUDGET,
-            f"token {account.id}: {to_usd(left)} of {limit} USD is left, {to_usd(cost_microusd)} USD estimated; "
-            f"estimate no more than that, or ask {account.delegator} for a token with more budget",
-            account.id,
+        limit, asked = to_usd(account.max_cost_microusd or 0), to_usd(cost_microusd)
+        more = f"ask {account.delegator} for a token with more budget"
+        return deny(
+            Reason.INSUFFICIENT_BUDGET if left else Reason.BUDGET_EXHAUSTED,
+            "max_cost_usd",
+            f"{to_usd(left) if left else 'nothing'} of {limit} USD is left, {asked} USD estimated",
+            f"estimate no more than that, or {more}" if left else f"{more}, or wait for open reservations to end",
+            token=account.id,
+            position=position,
+            granted=str(to_usd(left)),
+            asked=str(asked),
         )
     return None
 

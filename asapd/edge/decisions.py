@@ -10,15 +10,16 @@ import msgspec
 from asapd.actors.messages import AuthorizationDenied, Authorize
 from asapd.core.access import Caller, Permission
 from asapd.core.budgets import Shortfall, amount_value
-from asapd.core.delegation import Denied, Reason
+from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.types import MAX_INT, SECOND_US, format_us
 from asapd.edge import idempotency
 from asapd.edge.asking import ask_actor
+from asapd.edge.http.carried import token_in
 from asapd.edge.http.parameters import RefusedError, decode_body, usd_field
 from asapd.edge.services import Services
-from asapd.wire.problem import problem, usd
+from asapd.wire.problem import explained, problem, usd
 
 AUTHORIZE: Final = "/delegations/authorize"
 
@@ -36,7 +37,7 @@ class _Estimate(msgspec.Struct, forbid_unknown_fields=True):
 class _Authorize(msgspec.Struct, forbid_unknown_fields=True):
     task_id: Name
     action: Name = "task.execute"
-    token: str | None = None
+    token: msgspec.Raw = msgspec.Raw()
     delegation: str | None = None
     delegate: Name | None = None
     consumer: Name | None = None
@@ -62,7 +63,7 @@ async def authorize(
         detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
         return Refusal("forbidden", detail)
     try:
-        sent = _read(body)
+        sent, token = _read(body)
         cost = None if sent.estimate.cost_usd is None else usd_field(sent.estimate.cost_usd, "estimate.cost_usd")
     except RefusedError as error:
         return error.refusal
@@ -75,7 +76,7 @@ async def authorize(
         services.mailboxes.registry,
         lambda to: Authorize(
             caller,
-            sent.token,
+            token,
             sent.delegation,
             sent.action,
             sent.task_id,
@@ -105,26 +106,27 @@ async def authorize(
             }
 
 
-def _read(body: bytes) -> _Authorize:
+def _read(body: bytes) -> tuple[_Authorize, str | None]:
     sent = decode_body(body, _Authorize)
-    if (sent.token is None) == (sent.delegation is None):
+    token = token_in(sent.token, "token")
+    if (token is None) == (sent.delegation is None):
         error = FieldError("token", "give either token or delegation")
         raise RefusedError(Refusal("invalid", "exactly one of token and delegation is needed", (error,)))
-    return sent
+    return sent, token
 
 
 def _denial(denied: Denied, left: Remaining | None, shortfall: Shortfall | None) -> dict[str, Any]:
     """A denied authorisation is a 403 problem with decision, code, reason and remaining."""
-    code = "malformed" if denied.reason is Reason.MALFORMED else str(denied.reason)
     extra = {
         "decision": "deny",
         "reason": denied.detail,
         "token_id": denied.token_id,
+        "explain": explained(denied),
         "remaining": shown_remaining(left),
     }
     if shortfall is not None:
         extra["budget"] = _budget(shortfall)
-    return problem(Refusal(code, denied.detail, extra=extra), status=403)
+    return problem(Refusal(str(denied.reason), denied.detail, extra=extra), status=403)
 
 
 def _budget(short: Shortfall) -> dict[str, Any]:

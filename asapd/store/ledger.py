@@ -10,6 +10,7 @@ import re
 import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked
+from asapd.core.denial import deny
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Account
 from asapd.core.types import format_us
@@ -85,8 +86,14 @@ def register_chain(tx: Tx, chain: list[NewDelegation], actor: str, tenant: str, 
 
 def reused(jti: str, delegator: str) -> Denied:
     """The denial of a token whose id its issuer gave to another one before."""
-    detail = f"token {jti}: {delegator} used this id for another token; issue it with a fresh id"
-    return Denied(Reason.JTI_REUSED, detail, jti)
+    return deny(
+        Reason.JTI_REUSED,
+        "id_once",
+        f"{delegator} used this id for another token",
+        "issue it with a fresh id",
+        token=jti,
+        asked=jti,
+    )
 
 
 def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, tenant: str, now_us: int) -> Registered:
@@ -116,7 +123,7 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
             msgspec.json.encode(claims.scopes).decode(),
             claims.max_cost_microusd,
             claims.max_tasks,
-            claims.issued_at_us,
+            now_us if claims.issued_at_us is None else claims.issued_at_us,
             claims.not_before_us,
             claims.expires_at_us,
             parent,

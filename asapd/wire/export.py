@@ -11,7 +11,7 @@ from typing import Any
 from asapd.core.audit import Entry
 from asapd.core.canonical import CanonicalError, canonical
 from asapd.core.types import MAX_INT, datetime_us, format_us
-from asapd.wire.token import TokenMalformed, parse_strict_json
+from asapd.wire.strict_json import TokenMalformed, parse_strict_json
 
 _PAYLOAD = ("actor", "subject", "details", "salt")
 _REQUIRED = frozenset({"id", "seq", "timestamp", "event_type", *_PAYLOAD, "payload_hash", "previous_hash", "hash"})

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from asapd.core.delegation import Denied
+from asapd.core.denial import Denied, explanation
 from asapd.core.errors import Refusal
 from asapd.core.money import to_usd
 
@@ -105,7 +105,14 @@ def problem(refusal: Refusal, *, status: int | None = None) -> dict[str, Any]:
 
 def denied_as_refusal(denied: Denied) -> Refusal:
     """A denial where nothing was to be authorised: at registering or issuing."""
-    return Refusal(str(denied.reason), denied.detail, extra={"token_id": denied.token_id})
+    extra = {"token_id": denied.token_id, "explain": explained(denied)}
+    return Refusal(str(denied.reason), denied.detail, extra=extra)
+
+
+def explained(denied: Denied) -> dict[str, Any]:
+    """A denial taken apart for a program: rule, token, position, granted, asked, remedy."""
+    built: dict[str, Any] = msgspec.to_builtins(explanation(denied))
+    return built
 
 
 def usd(amount_microusd: int | None) -> Decimal | None:

@@ -17,7 +17,6 @@ from nacl.signing import SigningKey
 from trio.testing import wait_all_tasks_blocked
 
 from asapd import config
-from asapd.actors import registry
 from asapd.actors.messages import (
     Authorize,
     ChangeReservation,
@@ -140,7 +139,7 @@ class Desk:
     async def validate(
         self, text: str, action: str | None = "task.execute", delegate: str | None = None
     ) -> Reason | None:
-        verdict: Validity = await self.ask(lambda to: Validate(text, action, delegate, to))
+        verdict: Validity = await self.ask(lambda to: Validate(ADMIN, text, action, delegate, to))
         return None if verdict.denied is None else verdict.denied.reason
 
     async def register(
@@ -248,7 +247,7 @@ def code(outcome: object) -> str:
 async def test_a_chain_that_holds_is_valid_and_shows_what_is_left(desk: Desk) -> None:
     await desk.know(B, KEYS[B])
     leaf = token(B, C, id_="j2", parent=token(), max_cost_microusd=400_000, max_tasks=3)
-    verdict: Validity = await desk.ask(lambda to: Validate(leaf, "task.execute", C, to))
+    verdict: Validity = await desk.ask(lambda to: Validate(ADMIN, leaf, "task.execute", C, to))
     assert verdict.denied is None
     assert [claims.id for claims in verdict.chain] == ["j1", "j2"]
     assert verdict.remaining == Remaining(400_000, 3)
@@ -364,13 +363,6 @@ async def test_a_signature_once_verified_does_not_outlive_its_key(desk: Desk) ->
     desk.directory_changed.notify()
     await wait_all_tasks_blocked()
     assert await desk.validate(token(B, C)) is Reason.UNKNOWN_KEY
-
-
-async def test_the_memory_of_verified_tokens_is_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MAX_VERIFIED", 2)
-    for _ in range(2):
-        for number in range(4):
-            assert await desk.validate(token(id_=f"j{number}")) is None
 
 
 async def test_an_agent_may_have_several_keys_at_once(desk: Desk) -> None:
@@ -569,6 +561,6 @@ async def test_a_message_that_breaks_the_handler_is_answered_and_stops_nobody(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(HandlerFailed):
-        await desk.ask(lambda to: Validate(None, None, None, to))  # type: ignore[arg-type]  # a bug of a door
+        await desk.ask(lambda to: Validate(ADMIN, None, None, None, to))  # type: ignore[arg-type]  # a bug of a door
     assert "a Validate could not be handled" in caplog.text
     assert await desk.validate(token()) is None

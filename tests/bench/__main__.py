@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.bench.bare_http import bare_lane
 from tests.bench.ceiling import events_per_second, median_commit_s
 from tests.bench.daemon import Daemon, chain, lag_p99_ms, load, loading, running
+from tests.bench.validation import measure as measure_validation
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ def measure(daemon: Daemon, directory: Path, token: str, size: Size, number: int
     figures.add("busy p99", quantile_ms(done["latencies_s"], 0.99))
     figures.add("commit", median_commit_s(directory / "commit.db", size.commits) * 1000)
     figures.add("memory", daemon.resident_bytes() / 2**20)
+    validation = measure_validation(size.commits * 5)
+    figures.add("bare signatures", validation.bare_us)
+    figures.add("validate cold", validation.cold_us)
+    figures.add("validate warm", validation.warm_us)
 
 
 def decisions(token: str, name: str, count: int) -> list[str]:
@@ -127,6 +132,8 @@ def table(figures: Figures) -> str:
         ("the same: p99, ms", "decide p99", "commit"),
         ("the same while arrays are recorded: p50, ms", "busy p50", "commit"),
         ("the same while arrays are recorded: p99, ms", "busy p99", "commit"),
+        ("validation in process, chain of 3 never seen, us", "validate cold", "bare signatures"),
+        ("the same, seen before, us", "validate warm", "bare signatures"),
     ]
     lines = ["| what | asapd | rounds | ceiling | ratio |", "|---|---|---|---|---|"]
     for what, name, ceiling in rows:
@@ -139,6 +146,7 @@ def table(figures: Figures) -> str:
         ("ceiling: events/s, bare writer", "ceiling"),
         ("ceiling: requests/s, bare lane", "bare lane"),
         ("ceiling: one durable commit, ms", "commit"),
+        ("ceiling: three bare signatures, us", "bare signatures"),
     ):
         lines.append(f"| {what} | {_text(figures.median(name))} | {figures.spread(name)} | | |")
     return "\n".join(lines)

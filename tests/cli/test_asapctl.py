@@ -223,6 +223,34 @@ def test_a_token_issued_offline_is_inspected_and_passed_on_without_a_daemon(
     assert "scope_exceeded" in wide.err
 
 
+def test_a_document_is_issued_inspected_and_passed_on_in_either_form(
+    ctl: Program, host: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASAPD_SOCKET", "/nowhere")
+    key = tmp_path / "root.pem"
+    host("keygen", key)
+    root, writer, helper = urn(), urn(), urn()
+    issue = ("delegation", "issue", "--key", key, "--scope", "task.execute", "--expires-in")
+    made = ctl(*issue, "7d", "--delegator", root, "--delegate", writer, "--form", "document", "--max-cost-usd", "1.5")
+    assert (made.code, made.err) == (Exit.DONE, "")
+    (tmp_path / "token").write_text(made.out)
+    for form, parent in (("jws", f"@{tmp_path / 'token'}"), ("document", made.out.strip())):
+        ran = ctl(*issue, "1d", "--delegator", writer, "--delegate", helper, "--form", form, "--parent", parent)
+        assert (ran.code, ran.err) == (Exit.DONE, "")
+        shown = ctl("delegation", "inspect", ran.out.strip(), "--json").json
+        assert [link["form"] for link in shown["chain"]] == ["document", form]
+        assert [link["delegate"] for link in shown["chain"]] == [writer, helper]
+        assert shown["parent"] == shown["chain"][0]["id"]
+    named = ctl(
+        *issue, "1d", "--delegator", writer, "--delegate", helper, "--form", "document", "--parent", "del_1", "--json"
+    ).json
+    assert ctl("delegation", "inspect", named["token"], "--json").json["parent"] == "del_1"
+    refused = ctl(
+        "delegation", "issue", *issue[4:], "1d", "--delegator", root, "--delegate", writer, "--form", "document"
+    )
+    assert (refused.code, "give --key" in refused.err) == (Exit.USAGE, True)
+
+
 def test_offline_issuing_refuses_what_cannot_be_signed(ctl: Program, host: Program, tmp_path: Path) -> None:
     bad, good = tmp_path / "bad.pem", tmp_path / "good.pem"
     host("keygen", good)
@@ -278,6 +306,7 @@ def test_delegations_are_validated_listed_and_revoked_with_their_descendants(
     assert len(table) == 2
     tree = ctl("delegation", "tree").out.splitlines()
     assert [len(line) - len(line.lstrip()) for line in tree] == [0, 2]
+    assert all(line.endswith("left 5 USD, - tasks") for line in tree)
     nested = ctl("delegation", "tree", parent["id"], "--json").json["data"]
     assert [branch["delegate"] for branch in nested[0]["children"]] == [helper]
     assert ctl("delegation", "tree", "del_none").code == Exit.USAGE

@@ -13,6 +13,7 @@ from asapd.core.delegation import (
     Denied,
     Reason,
     check_chain,
+    check_standing,
     effective,
     is_action,
     is_scope,
@@ -137,6 +138,28 @@ def test_neither_action_nor_delegate_is_asked_when_left_out() -> None:
     assert check(CHAIN, action=None, delegate=None) is None
 
 
+def test_a_chain_that_held_is_asked_only_what_time_can_change() -> None:
+    asked: dict[str, Any] = {
+        "now_us": NOW_US,
+        "max_depth": 3,
+        "is_trusted_root": lambda _: True,
+        "is_revoked": lambda _: False,
+        "action": "task.execute",
+        "delegate": LEAF.delegate,
+    }
+    for changes, reason in (
+        ({}, None),
+        ({"max_depth": 2}, Reason.CHAIN_TOO_DEEP),
+        ({"is_trusted_root": lambda _: False}, Reason.UNTRUSTED_ROOT),
+        ({"is_revoked": lambda claims: claims is MIDDLE}, Reason.REVOKED),
+        ({"now_us": ROOT.expires_at_us}, Reason.EXPIRED),
+        ({"delegate": "x"}, Reason.WRONG_DELEGATE),
+    ):
+        for judge in (check_standing, check_chain):
+            denied = judge(CHAIN, **(asked | changes))
+            assert (None if denied is None else denied.reason) is reason
+
+
 def test_an_empty_chain_is_a_bug_of_the_caller() -> None:
     with pytest.raises(ValueError, match="at least one"):
         check(())
@@ -249,10 +272,21 @@ def test_a_limit_may_appear_further_down() -> None:
     assert effective((root, MIDDLE)).max_tasks == 10
 
 
-def test_an_agent_may_stand_twice_in_a_chain_under_other_ids() -> None:
+def test_what_comes_back_to_an_agent_that_passed_it_on_is_a_cycle() -> None:
     back = replace(MIDDLE, delegate=ROOT.delegator)
     again = replace(MIDDLE, id="del_3", delegator=ROOT.delegator, delegate="urn:asap:agent:d")
-    assert check((ROOT, back, again)) is None
+    for chain in ((ROOT, back), (ROOT, back, again), (ROOT, MIDDLE, replace(LEAF, delegate=ROOT.delegate))):
+        denied = refusal(chain, delegate=None)
+        assert denied.reason is Reason.CYCLE
+        assert denied.explain is not None
+        assert denied.explain.rule == "agent_once"
+
+
+def test_an_agent_may_narrow_what_it_holds_for_itself() -> None:
+    own = replace(ROOT, delegate=ROOT.delegator)
+    narrower = replace(ROOT, id="del_2", scopes=("task.execute",))
+    assert check((own, narrower), delegate=None) is None
+    assert check((own, replace(own, id="del_2"), replace(own, id="del_3")), delegate=None, action=None) is None
 
 
 def test_two_agents_may_choose_the_same_id() -> None:
@@ -341,6 +375,11 @@ def may_hold(chain: Sequence[Claims], now_us: int, action: str, delegate: str) -
     pairs = [(chain[i], chain[j]) for j in range(len(chain)) for i in range(j)]
     return (
         len({(claims.delegator, claims.id) for claims in chain}) == len(chain)
+        and not any(
+            chain[index].delegate in {chain[0].delegator, *(above.delegate for above in chain[:index])}
+            and chain[index].delegate != chain[index].delegator
+            for index in range(1, len(chain))
+        )
         and chain[0].delegator == "r"
         and all(chain[i].delegate == chain[i + 1].delegator for i in range(len(chain) - 1))
         and all(scope_covers(above.scopes, scope) for above, below in pairs for scope in below.scopes)

@@ -45,6 +45,12 @@ REFERENCE_WITH_COST = (
     "InRhc2suZXhlY3V0ZSJdLCJ4LWFzYXAtY29uc3RyYWludHMiOnsibWF4X3Rhc2tzIjo1LCJtYXhfY29zdF91c2QiOjEuNX19.ITTFLZlwWv0pcF-v6"
     "vXN-BerhdOiqBiNhoDHjPmyA86w7cIE3uWkGVOnKbsC5WPJR8lz3bTt7HQDRy2flJp7DQ"
 )
+REFERENCE_WITH_COST_V130 = (
+    "eyJ0eXAiOiJKV1QiLCJhbGciOiJFZERTQSJ9.eyJpc3MiOiJ1cm46YXNhcDphZ2VudDpwZWVyLWEiLCJhdWQiOiJ1cm46YXNhcDphZ2VudDpwZWVyL"
+    "WIiLCJqdGkiOiJkZWxfMDFNN1c0WDhTMkpRS1RHWllNMkZaQk1GN1kiLCJpYXQiOjE3OTUxNjcyNjUsImV4cCI6MTc5NTE3MDg2NSwic2NwIjpbInR"
+    "hc2suZXhlY3V0ZSJdLCJ4LWFzYXAtY29uc3RyYWludHMiOnsibWF4X3Rhc2tzIjo1LCJtYXhfY29zdF91c2QiOjEuNX19.RwqNTuhtYCZH5-"
+    "OwR1tlu8f4nj6v5QWjSCQwEjnul-BGPkw9H1O8UWm7fi0Bei2VvG7eREpld0REeXtwbF71AA"
+)
 
 KEY = SigningKey(bytes(range(32)))
 PUBLIC = bytes(KEY.verify_key)
@@ -147,6 +153,7 @@ def chain_text(depth: int) -> str:
         (REFERENCE_V254, "del_01M7W6RDR7922037ADSDK3R3BC", ("task.execute", "data.read"), None, 1_795_169_203),
         (REFERENCE_V130, "del_01M7W4Y2P43K1RX387DR155YGC", ("task.execute", "data.read"), None, 1_795_167_292),
         (REFERENCE_WITH_COST, "del_01M7W4X8BTR9N7R8CJ1W1NR53H", ("task.execute",), 1_500_000, 1_795_167_265),
+        (REFERENCE_WITH_COST_V130, "del_01M7W4X8S2JQKTGZYM2FZBMF7Y", ("task.execute",), 1_500_000, 1_795_167_265),
     ],
 )
 def test_tokens_of_the_reference_implementation_decode_and_verify(
@@ -540,14 +547,8 @@ def test_a_key_of_the_wrong_length_verifies_nothing(public_key: bytes) -> None:
 
 def test_a_signature_of_the_wrong_length_verifies_nothing() -> None:
     token = decode(HONEST)
-    joined = SignedToken(
-        claims=token.claims,
-        signing_input=token.signing_input[1:],
-        signature=token.signature + token.signing_input[:1],
-        text=token.text,
-        parent=None,
-        kid=None,
-    )
+    (signed,) = token.signed
+    joined = msgspec.structs.replace(token, signed=(signed[1:],), signature=token.signature + signed[:1])
     assert not verify(joined, PUBLIC)
 
 

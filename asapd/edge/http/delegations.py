@@ -16,17 +16,19 @@ from asapd.actors.messages import (
     RevokeDelegation,
     Validate,
 )
-from asapd.core.access import Permission
-from asapd.core.delegation import Claims, Denied
+from asapd.core.access import Caller, Permission
+from asapd.core.delegation import Claims
+from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import MAX_INT, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
+from asapd.edge.http.carried import token_in
 from asapd.edge.http.context import idempotency, raw_body, require, require_any
-from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, encode_cursor, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
-from asapd.wire.problem import denied_as_refusal, usd
+from asapd.wire.problem import denied_as_refusal, explained, usd
 from asapd.wire.usage import parse_timestamp
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
@@ -40,16 +42,17 @@ class _Constraints(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _NewDelegation(msgspec.Struct, forbid_unknown_fields=True):
-    token: str | None = None
+    token: msgspec.Raw = msgspec.Raw()
+    delegation: msgspec.Raw = msgspec.Raw()
     delegator: _Name | None = None
     delegate: _Name | None = None
     scopes: list[str] | None = None
     constraints: _Constraints | None = None
-    parent: str | None = None
+    parent: msgspec.Raw = msgspec.Raw()
 
 
 class _Validate(msgspec.Struct, forbid_unknown_fields=True):
-    token: str
+    token: msgspec.Raw
     action: str | None = None
     delegate: str | None = None
 
@@ -64,9 +67,10 @@ def register(app: QuartTrio, services: Services) -> None:
         body = await raw_body()
         sent = decode_body(body, _NewDelegation)
         key = idempotency(caller, body, services.clock.now_us())
-        if sent.token is not None:
-            token = sent.token
-            outcome = await ask_actor(registry, lambda to: Register(caller, token, key, to))
+        given = token_in(sent.token, "token") or token_in(sent.delegation, "delegation", wrap=True)
+        if given is not None:
+            _refuse_terms_beside_a_token(sent)
+            outcome = await ask_actor(registry, lambda to: Register(caller, given, key, to))
         else:
             wanted = _issue_terms(sent)
             outcome = await ask_actor(registry, lambda to: Issue(caller, *wanted, idempotency=key, reply=to))
@@ -76,7 +80,7 @@ def register(app: QuartTrio, services: Services) -> None:
             case Refusal():
                 return refuse(outcome)
             case Issued(id=delegation, token=token, created=created):
-                shown = await services.reads.delegation(caller, delegation)
+                shown = await show(caller, delegation, 100, None)
                 return reply({"id": delegation, "token": token, "delegation": shown}, 201 if created else 200)
 
     @app.get("/delegations")
@@ -95,10 +99,33 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.get("/delegations/<delegation>")
     async def get_delegation(delegation: str) -> Response:
-        shown = await services.reads.delegation(require(Permission.READ), delegation)
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        limit, after = parameters.limit(), parameters.cursor(tuple[int, str])
+        parameters.done()
+        shown = await show(caller, delegation, limit, after)
         if shown is None:
             return refuse(Refusal("delegation_not_found", f"there is no delegation {delegation}: check the id"))
         return reply(shown)
+
+    async def show(caller: Caller, delegation: str, limit: int, after: tuple[int, str] | None) -> dict[str, Any] | None:
+        shown = await services.reads.delegation(caller, delegation)
+        spending = await services.reads.spend_by_task(caller, delegation, limit=limit, after=after)
+        if shown is None or spending is None:
+            return None
+        return {
+            **shown,
+            "spend_by_task": [
+                {
+                    "task_id": task.task_id,
+                    "spent_usd": usd(task.spent_microusd),
+                    "reserved_usd": usd(task.reserved_microusd),
+                }
+                for task in spending.tasks
+            ],
+            "spend_by_task_cursor": None if spending.after is None else encode_cursor(spending.after),
+            "spend_unattributed_usd": usd(spending.unattributed_microusd),
+        }
 
     @app.delete("/delegations/<delegation>")
     async def delete_delegation(delegation: str) -> Response:
@@ -113,9 +140,10 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.post("/delegations/validate")
     async def validate() -> Response:
-        require_any(Permission.INGEST, Permission.READ)
+        caller = require_any(Permission.INGEST, Permission.READ)
         sent = decode_body(await raw_body(), _Validate)
-        outcome = await ask_actor(registry, lambda to: Validate(sent.token, sent.action, sent.delegate, to))
+        token = token_in(sent.token, "token", required=True) or ""
+        outcome = await ask_actor(registry, lambda to: Validate(caller, token, sent.action, sent.delegate, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         denied, chain = outcome.denied, outcome.chain
@@ -126,6 +154,7 @@ def register(app: QuartTrio, services: Services) -> None:
                 "code": None if denied is None else denied.reason,
                 "reason": None if denied is None else denied.detail,
                 "token_id": None if denied is None else denied.token_id,
+                "explain": None if denied is None else explained(denied),
                 "delegator": None if leaf is None else leaf.delegator,
                 "delegate": None if leaf is None else leaf.delegate,
                 "scopes": None if leaf is None else leaf.scopes,
@@ -144,8 +173,23 @@ def _claims(claims: Claims) -> dict[str, Any]:
         "scopes": claims.scopes,
         "max_cost_usd": usd(claims.max_cost_microusd),
         "max_tasks": claims.max_tasks,
+        "not_before": None if claims.not_before_us is None else format_us(claims.not_before_us),
         "expires_at": format_us(claims.expires_at_us),
     }
+
+
+def _refuse_terms_beside_a_token(sent: _NewDelegation) -> None:
+    """What a token allows is signed; to leave out silently what somebody says beside it would be to allow more."""
+    terms = (sent.delegator, sent.delegate, sent.scopes, sent.constraints, token_in(sent.parent, "parent"))
+    names = ("delegator", "delegate", "scopes", "constraints", "parent")
+    stray = [
+        FieldError(name, "does not belong beside a token") for name, term in zip(names, terms, strict=True) if term
+    ]
+    if bytes(sent.token) and bytes(sent.delegation):
+        stray.append(FieldError("delegation", "does not belong beside a token"))
+    if stray:
+        detail = f"nothing was registered: {stray[0].field} {stray[0].reason}, which says all that there is"
+        raise RefusedError(Refusal("invalid", detail, tuple(stray)))
 
 
 def _issue_terms(sent: _NewDelegation) -> tuple[str, str, tuple[str, ...], int | None, int | None, int, str | None]:
@@ -174,5 +218,5 @@ def _issue_terms(sent: _NewDelegation) -> tuple[str, str, tuple[str, ...], int |
         None if cost is None else usd_field(cost, "constraints.max_cost_usd"),
         constraints.max_tasks,
         expires_at_us,
-        sent.parent,
+        token_in(sent.parent, "parent"),
     )

@@ -1,0 +1,67 @@
+"""What was spent under a delegation, task by task."""
+
+from __future__ import annotations
+
+import apsw
+import msgspec
+
+from asapd.store.rows import fetch
+
+
+class TaskSpend(msgspec.Struct, frozen=True):
+    """What a task spent under a delegation and its descendants, and what open reservations hold for it."""
+
+    task_id: str
+    spent_microusd: int
+    reserved_microusd: int
+
+
+class SpendPage(msgspec.Struct, frozen=True):
+    """Tasks, the most expensive first; of what the delegation spent, what belongs to no task that is still kept.
+
+    `after` is where the next page begins, None on the last.
+    """
+
+    tasks: list[TaskSpend]
+    unattributed_microusd: int
+    after: tuple[int, str] | None
+
+
+# As `asapd.store.ledger.charge` debits: to the reservation an event names, else to the delegation, if the agent is its
+# delegate. What a reservation was settled at counts for the task it was made for, and refunds and voids are taken off.
+_SPENDING = """
+WITH RECURSIVE tree (account) AS (
+  SELECT ?1 UNION ALL SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
+), spending (task_id, spent, reserved) AS (
+  SELECT task_id, used_microusd - refunded_microusd, held_microusd FROM tree JOIN reservation USING (account)
+  UNION ALL
+  SELECT u.task_id, coalesce(u.cost_microusd, 0), 0
+  FROM tree JOIN delegation d USING (account) JOIN usage u ON u.delegation = d.id
+  WHERE u.agent = (SELECT id FROM name WHERE name = d.delegate)
+    AND u.tenant = (SELECT id FROM name WHERE name = d.tenant)
+    AND NOT EXISTS (SELECT 1 FROM reservation r WHERE r.id = u.reservation AND r.tenant = d.tenant)
+), by_task (task_id, spent, reserved) AS (
+  SELECT task_id, max(sum(spent), 0), sum(reserved) FROM spending GROUP BY task_id
+)
+"""
+_BY_TASK = (
+    _SPENDING + "SELECT task_id, spent, reserved FROM by_task "
+    "WHERE ?2 IS NULL OR spent < ?2 OR (spent = ?2 AND task_id > ?3) ORDER BY spent DESC, task_id LIMIT ?4"
+)
+_TOTAL = _SPENDING + "SELECT coalesce(sum(spent), 0) FROM by_task"
+
+
+def spend_by_task(
+    connection: apsw.Connection, account: int, *, limit: int, after: tuple[int, str] | None = None
+) -> SpendPage:
+    """One page; `after` is where the page before ended.
+
+    It is as true as the records that are kept: retention takes old usage, and its part of the sum with it.
+    """
+    spent, task_id = (None, None) if after is None else after
+    rows = fetch(connection, _BY_TASK, (account, spent, task_id, limit + 1))
+    tasks = [TaskSpend(*row[:3]) for row in rows[:limit]]
+    total = fetch(connection, "SELECT spent_microusd FROM delegation WHERE account = ?", (account,))[0][0]
+    attributed = fetch(connection, _TOTAL, (account,))[0][0]
+    more = (tasks[-1].spent_microusd, tasks[-1].task_id) if len(rows) > limit else None
+    return SpendPage(tasks, max(total - attributed, 0), more)

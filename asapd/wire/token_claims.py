@@ -1,0 +1,125 @@
+"""The claims of a delegation, checked one by one: the same rules for both forms of a token."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+from msgspec import Struct
+
+from asapd.core.delegation import MAX_SCOPES, Claims, is_scope
+from asapd.core.money import MICRO, MoneyError, parse_usd
+from asapd.core.types import MAX_INT, SECOND_US
+from asapd.wire.strict_json import TokenMalformed, shown
+
+MAX_NAME_CHARS = 256
+# The year 10000: later times have no RFC 3339 form.
+MAX_NUMERIC_DATE_S = 253_402_300_799
+SIGNATURE_BYTES = 64
+
+_VISIBLE_ASCII = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}\Z")
+_DECIMAL_TEXT = re.compile(r"[0-9]{1,16}(?:\.[0-9]{1,6})?\Z")
+_MAX_WHOLE_USD = MAX_INT // MICRO
+
+
+class Level(Struct, frozen=True, gc=False):
+    """One token of a chain as it was read, and where its parent is to be found.
+
+    `signed` are the bytes that its signature may be over. Of the parent, `parent_text` is the whole token and
+    `parent_id` the id of one that has to be known already; at most one of them is there.
+    """
+
+    claims: Claims
+    text: str
+    signature: bytes
+    signed: tuple[bytes, ...]
+    parent_text: str | None = None
+    parent_id: str | None = None
+    kid: str | None = None
+
+
+# Amounts repeat, and exact arithmetic is slow; what comes here is short.
+_microusd = lru_cache(maxsize=1024)(parse_usd)
+
+
+def read_name(values: dict[str, Any], key: str) -> str:
+    """A member that is a string of visible ASCII."""
+    value = values.get(key)
+    if isinstance(value, str) and _VISIBLE_ASCII.match(value) is not None:
+        return value
+    if key not in values:
+        raise TokenMalformed(f"{key}: is missing")
+    raise TokenMalformed(
+        f"{key}: must be a string of 1 to {MAX_NAME_CHARS} visible ASCII characters, not {shown(value)}"
+    )
+
+
+def read_seconds_us(values: dict[str, Any], key: str) -> int:
+    """A member that is whole seconds since 1970."""
+    value = values.get(key)
+    if type(value) is int and 0 < value <= MAX_NUMERIC_DATE_S:
+        return value * SECOND_US
+    if key not in values:
+        raise TokenMalformed(f"{key}: is missing")
+    raise TokenMalformed(f"{key}: must be whole seconds since 1970, from 1 to {MAX_NUMERIC_DATE_S}, not {shown(value)}")
+
+
+def read_scopes(values: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A member that is a list of different scopes."""
+    if key not in values:
+        raise TokenMalformed(f"{key}: is missing")
+    return check_scopes(values[key], key)
+
+
+def check_scopes(scopes: Any, key: str) -> tuple[str, ...]:
+    """A list of different scopes; `key` is what it is called."""
+    if not isinstance(scopes, list) or not 0 < len(scopes) <= MAX_SCOPES:
+        raise TokenMalformed(f"{key}: must be a list of 1 to {MAX_SCOPES} scopes")
+    for scope in scopes:
+        if not isinstance(scope, str) or not is_scope(scope):
+            raise TokenMalformed(f"{key}: {shown(scope)} is no scope; scopes look like a.b, a.* or *")
+    if len(set(scopes)) != len(scopes):
+        raise TokenMalformed(f"{key}: names a scope twice")
+    return tuple(scopes)
+
+
+def read_constraints(values: dict[str, Any], key: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """A member that is an object of constraints, all of which are enforced here; empty where there is none."""
+    constraints = values.get(key, {})
+    if not isinstance(constraints, dict):
+        raise TokenMalformed(f"{key}: must be an object")
+    for name in constraints:
+        if name not in known:
+            raise TokenMalformed(f"{key}: {shown(name)} is a constraint that is not enforced here")
+    return constraints
+
+
+def read_max_tasks(constraints: dict[str, Any]) -> int | None:
+    """The limit of tasks; None is no limit."""
+    if "max_tasks" not in constraints:
+        return None
+    value = constraints["max_tasks"]
+    if type(value) is not int or not 0 <= value <= MAX_INT:
+        raise TokenMalformed(f"max_tasks: must be an integer from 0 to {MAX_INT}, not {shown(value)}")
+    return value
+
+
+def read_max_cost(constraints: dict[str, Any]) -> int | None:
+    """The limit of cost in micro-USD; None is no limit. Numbers and decimal text, read without binary rounding."""
+    if "max_cost_usd" not in constraints:
+        return None
+    return check_max_cost(constraints["max_cost_usd"])
+
+
+def check_max_cost(value: Any) -> int:
+    """An amount of USD in micro-USD."""
+    if type(value) is int and 0 <= value <= _MAX_WHOLE_USD:
+        return value * MICRO
+    if not (type(value) in (int, float, Decimal) or (isinstance(value, str) and _DECIMAL_TEXT.match(value))):
+        raise TokenMalformed(f"max_cost_usd: must be an amount of USD with up to six decimals, not {shown(value)}")
+    try:
+        return _microusd(value)
+    except MoneyError as error:
+        raise TokenMalformed(f"max_cost_usd: {error}, not {shown(value)}") from None
