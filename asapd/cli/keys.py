@@ -57,7 +57,7 @@ def list_keys(session: Session) -> None:
     Example:
       asapctl keys list
     """
-    rows = list(session.door.get("/keys")["data"])
+    rows = list(session.door.rows("/keys"))
     if session.as_json:
         show_json({"data": rows, "count": len(rows), "next_cursor": None})
         return

@@ -14,7 +14,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import raw_body, require, require_everything
-from asapd.edge.http.parameters import RefusedError, decode_body
+from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 
@@ -55,6 +55,10 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/keys")
     async def get_keys() -> Response:
         require_everything(Permission.ADMINISTER)
+        parameters = Parameters()
+        limit, after = parameters.limit(), parameters.cursor(int) or 0
+        parameters.done()
+        keys = await services.reads.keys()
         rows = [
             {
                 "id": key.id,
@@ -66,9 +70,9 @@ def register(app: QuartTrio, services: Services) -> None:
                 "created_at": format_us(key.created_us),
                 "revoked_at": None if key.revoked_us is None else format_us(key.revoked_us),
             }
-            for key in await services.reads.keys()
+            for key in keys[after : after + limit]
         ]
-        return reply({"data": rows, "count": len(rows), "next_cursor": None})
+        return reply(page(rows, limit, after + limit if len(keys) > after + limit else None))
 
     @app.delete("/keys/<key>")
     async def delete_key(key: str) -> Response:

@@ -115,6 +115,19 @@ async def test_a_key_is_made_used_listed_and_revoked(edge: Edge) -> None:
     assert (await edge.delete("/keys/none")).refused(404)["code"] == "key_not_found"
 
 
+async def test_keys_are_listed_in_pages(edge: Edge) -> None:
+    for number in range(3):
+        await edge.new_key(f"n{number}", "reader")
+    whole = [row["name"] for row in (await edge.get("/keys")).ok()["data"]]
+    first = (await edge.get("/keys?limit=4")).ok()
+    rest = (await edge.get(f"/keys?limit=4&cursor={first['next_cursor']}")).ok()
+    assert [row["name"] for row in first["data"] + rest["data"]] == whole
+    assert (first["count"], rest["next_cursor"]) == (4, None)
+    for query in ("limit=0", "limit=1001", "cursor=x", "name=n"):
+        problem = (await edge.get(f"/keys?{query}")).refused(400)
+        assert problem["errors"][0]["field"] == query.partition("=")[0]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
