@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -17,7 +16,7 @@ from asapd.core.types import MAX_INT, SECOND_US, format_us
 from asapd.edge import idempotency
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.carried import token_in
-from asapd.edge.http.parameters import RefusedError, decode_body, usd_field
+from asapd.edge.http.parameters import RefusedError, Usd, decode_body, usd_field
 from asapd.edge.services import Services
 from asapd.wire.problem import explained, problem, usd
 
@@ -29,7 +28,7 @@ Ttl = Annotated[int, msgspec.Meta(ge=1, le=30 * 86_400)]
 
 
 class _Estimate(msgspec.Struct, forbid_unknown_fields=True):
-    cost_usd: Decimal | None = None
+    cost_usd: Usd | None = None
     tokens: Count | None = None
     tasks: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Any
 
 import msgspec
@@ -25,7 +24,7 @@ from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
 from asapd.edge.http.carried import token_in
 from asapd.edge.http.context import idempotency, raw_body, require, require_any
-from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, encode_cursor, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, encode_cursor, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import denied_as_refusal, explained, usd
@@ -36,7 +35,7 @@ _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 class _Constraints(msgspec.Struct, forbid_unknown_fields=True):
-    max_cost_usd: Decimal | None = None
+    max_cost_usd: Usd | None = None
     max_tasks: _Count | None = None
     expires_at: str | int | float | None = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Mapping
-from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
@@ -155,7 +154,11 @@ def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:
     return {"data": rows, "count": len(rows), "next_cursor": encode_cursor(position) if more else None}
 
 
-def usd_field(amount: Decimal, field: str, *, round_up: bool = False) -> int:
+Usd = int | float | str
+"""An amount of money in a body. Not `Decimal`, which would read `"1_000"` and digits of other scripts as numbers."""
+
+
+def usd_field(amount: Usd, field: str, *, round_up: bool = False) -> int:
     """An amount of money in a body, in micro-USD; what is none is refused by the name of its field."""
     try:
         return parse_usd(amount, round_up=round_up)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Any
 
 import msgspec
@@ -17,14 +16,14 @@ from asapd.core.types import SECOND_US, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import Count, Ttl, authorize, shown_remaining
 from asapd.edge.http.context import idempotency, raw_body, require, require_any
-from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import PROBLEM_JSON, encode_json, usd
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
-    cost_usd: Decimal | None = None
+    cost_usd: Usd | None = None
     tokens: Count | None = None
     ttl_seconds: Ttl | None = None
     reason: Annotated[str, msgspec.Meta(max_length=1000)] = ""

@@ -78,6 +78,8 @@ async def test_a_token_signed_elsewhere_is_registered_once(edge: Edge) -> None:
         ({"constraints": None}, "constraints.expires_at"),
         ({"constraints": {"expires_at": "never"}}, "constraints.expires_at"),
         ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": -1}}, "constraints.max_cost_usd"),
+        ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": "1_000"}}, "constraints.max_cost_usd"),
+        ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": "\u0661"}}, "constraints.max_cost_usd"),
         ({"constraints": {"expires_at": 1_900_000_000, "max_task": 1}}, "constraints"),
         ({"parent": "del_unknown"}, "parent"),
     ],
