@@ -192,7 +192,7 @@ class Meter:
         cost_usd: Usd | None = None,
         **details: Unpack[Details],
     ) -> str | None:
-        """Record work that was measured elsewhere and ends now; gives the event's id, or None if it is lost."""
+        """Record work that was measured elsewhere and ends now; gives the event's id, or None without an event."""
         try:
             metrics = Metrics(
                 tokens_in=count(tokens_in),
@@ -218,7 +218,6 @@ class Meter:
             )
         except Exception as problem:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.add("misused")
-            self.counters.add("lost")
             self.counters.complain("a usage event could not be made", error=problem)
             return None
         return str(event["id"]) if self.submit(event) else None

@@ -60,12 +60,12 @@ def test_a_recorded_event_has_what_was_said_and_its_id_is_given(home: Path, fake
     assert len(other["task_id"]) == 26
 
 
-def test_an_event_that_makes_no_sense_is_counted_as_lost_and_raises_nothing(home: Path, fake: Fake) -> None:
+def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(home: Path, fake: Fake) -> None:
     with make(home) as meter:
         assert meter.record(tokens_in=-1) is None
         assert meter.record(cost_usd="much") is None
         stats = meter.stats()
-    assert (stats.lost, stats.misused, stats.recorded) == (2, 2, 0)
+    assert (stats.lost, stats.misused, stats.recorded) == (0, 2, 0)
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "relative/path", "http://", "https://user@host", "http://h/?q=1"])

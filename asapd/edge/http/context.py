@@ -29,8 +29,13 @@ def require_any(*permissions: Permission) -> Caller:
 def require_everything(permission: Permission) -> Caller:
     """The caller, when it has a permission and no pattern or tenant narrows it."""
     caller = require(permission)
-    if not caller.sees_everything:
-        detail = "this shows every agent's records: use a key whose patterns include *"
+    narrowed = []
+    if caller.tenant is not None:
+        narrowed.append(f"its tenant is {caller.tenant}: use a key without one")
+    if "*" not in caller.agents:
+        narrowed.append("its patterns leave agents out: use a key whose patterns include *")
+    if narrowed:
+        detail = f"this concerns the whole host, and this key does not: {', and '.join(narrowed)}"
         raise RefusedError(Refusal("forbidden", detail))
     return caller
 

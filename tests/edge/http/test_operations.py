@@ -152,6 +152,20 @@ async def test_administration_is_for_admins(edge: Edge, role: str) -> None:
     assert edge.calls == []
 
 
+@pytest.mark.parametrize(
+    ("agents", "tenant", "reasons"),
+    [((), "acme", ["tenant is acme"]), ((A,), None, ["patterns"]), ((A,), "acme", ["tenant is acme", "patterns"])],
+)
+async def test_an_admin_key_that_is_narrowed_does_not_act_on_the_whole_host(
+    edge: Edge, agents: tuple[str, ...], tenant: str | None, reasons: list[str]
+) -> None:
+    await edge.new_key("narrow", "admin", *agents, tenant=tenant)
+    for path in ("/reload", "/actors/meter/restart", "/retention", "/keys"):
+        detail = (await edge.post(path, key="narrow")).refused(403)["detail"]
+        assert [word for word in ("tenant is acme", "patterns") if word in detail] == reasons
+    assert edge.calls == []
+
+
 async def test_reload_and_restart_are_handed_on_with_who_asked(edge: Edge) -> None:
     assert (await edge.post("/reload", door=ADMIN_DOOR, key=None)).ok() == {"state": "ok"}
     assert (await edge.post("/actors/meter/restart", door=ADMIN_DOOR, key=None)).ok(202) == {"restarted": "meter"}
