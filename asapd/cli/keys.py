@@ -43,6 +43,8 @@ def create(session: Session, name: str, role: str, patterns: tuple[str, ...], te
         show_json(made)
     else:
         click.echo(made["key"])
+    for note in made["notes"]:
+        click.echo(f"note: {note}", err=True)
     click.echo(f"{made['id']}: keep the key now, it is not shown again", err=True)
 
 

@@ -49,6 +49,17 @@ def datetime_us(moment: datetime) -> int:
     return (moment - EPOCH) // timedelta(microseconds=1)
 
 
+_AGENTS = "urn:asap:agent:"
+
+
+def may_match_an_agent(pattern: str) -> bool:
+    """Whether there can be an agent that a pattern matches."""
+    if not pattern.endswith("*"):
+        return AGENT_URN.match(pattern) is not None
+    stem = pattern[:-1]
+    return _AGENTS.startswith(stem) or AGENT_URN.match(stem) is not None
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether an agent pattern allows a name: exact, or a trailing `*` stands for any rest."""
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern

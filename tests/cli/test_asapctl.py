@@ -472,7 +472,17 @@ def test_a_changed_entry_is_found_and_named(own_daemon: Daemon, ctl: Program) ->
 def test_a_key_is_printed_once_alone_on_stdout_and_can_be_revoked(daemon: Daemon, ctl: Program) -> None:
     name = uuid4().hex
     made = ctl(
-        "keys", "create", "--name", name, "--role", "ingest", "--agent", "urn:asap:agent:a", "--agent", "b*", "--sign"
+        "keys",
+        "create",
+        "--name",
+        name,
+        "--role",
+        "ingest",
+        "--agent",
+        "urn:asap:agent:a",
+        "--agent",
+        "urn:asap:agent:b*",
+        "--sign",
     )
     assert (made.code, made.out.count("\n")) == (Exit.DONE, 1)
     secret = made.out.strip()
@@ -480,7 +490,7 @@ def test_a_key_is_printed_once_alone_on_stdout_and_can_be_revoked(daemon: Daemon
     assert secret not in made.err
     listed = ctl("keys", "list", "--json")
     row = next(row for row in listed.json["data"] if row["name"] == name)
-    assert (row["role"], row["agents"], row["sign"]) == ("ingest", ["urn:asap:agent:a", "b*"], True)
+    assert (row["role"], row["agents"], row["sign"]) == ("ingest", ["urn:asap:agent:a", "urn:asap:agent:b*"], True)
     assert secret not in listed.out
     assert ctl("keys", "create", "--name", name, "--role", "reader").code == Exit.USAGE
     assert ctl("keys", "revoke", row["id"]).out == f"revoked: {row['id']} ({name})\n"
@@ -489,6 +499,8 @@ def test_a_key_is_printed_once_alone_on_stdout_and_can_be_revoked(daemon: Daemon
     assert again["agents"] == ["*"]
     assert ctl("keys", "revoke", name, "--json").json["id"] == again["id"]
     assert ctl("keys", "revoke", "nobody").code == Exit.USAGE
+    assert ctl("keys", "create", "--name", name, "--role", "ingest", "--agent", "a").code == Exit.USAGE
+    assert "a matches no agent" in ctl("keys", "create", "--name", name, "--role", "reader", "--agent", "a").err
 
 
 # --- which socket

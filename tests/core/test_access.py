@@ -3,7 +3,7 @@
 import pytest
 
 from asapd.core.access import Caller, Permission
-from asapd.core.types import Role
+from asapd.core.types import Role, may_match_an_agent
 
 GRANTED = {
     Role.INGEST: {Permission.INGEST},
@@ -62,3 +62,22 @@ def test_only_a_caller_without_pattern_and_tenant_sees_everything(
 )
 def test_a_key_stands_for_an_agent_when_it_names_exactly_one(agents: tuple[str, ...], own: str | None) -> None:
     assert Caller("key:x", Role.INGEST, agents).own_agent == own
+
+
+@pytest.mark.parametrize(
+    ("pattern", "may"),
+    [
+        ("*", True),
+        ("urn:*", True),
+        ("urn:asap:agent:*", True),
+        ("urn:asap:agent:team-*", True),
+        ("urn:asap:agent:a", True),
+        ("urn:asap:agent:", False),
+        ("urn:asap:agents*", False),
+        ("urn:asap:agent:-*", False),
+        ("a", False),
+        ("a*", False),
+    ],
+)
+def test_a_pattern_is_known_to_match_no_agent(pattern: str, may: bool) -> None:
+    assert may_match_an_agent(pattern) is may

@@ -11,7 +11,7 @@ from quart_trio import QuartTrio
 from asapd.actors.messages import CreateKeyRequest, RevokeKeyRequest
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import Role, format_us
+from asapd.core.types import Role, format_us, may_match_an_agent
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import raw_body, require_everything
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
@@ -43,6 +43,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")
             raise RefusedError(Refusal("invalid", "no key was made", (error,)))
+        strange = [pattern for pattern in sent.agents if not may_match_an_agent(pattern)]
+        if strange and sent.role is Role.INGEST:
+            reason = f"{strange[0]} matches no agent: an agent's name has the form urn:asap:agent:<name>"
+            raise RefusedError(Refusal("invalid", f"no key was made: {reason}", (FieldError("agents", reason),)))
         outcome = await ask_actor(
             gatekeeper,
             lambda to: CreateKeyRequest(caller, sent.name, sent.role, tuple(sent.agents), sent.tenant, sent.sign, to),
@@ -50,7 +54,9 @@ def register(app: QuartTrio, services: Services) -> None:
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         shown = {"id": outcome.key.id, "name": outcome.key.name, "role": outcome.key.role, "agents": outcome.key.agents}
-        return reply({**shown, "key": outcome.secret}, 201)
+        # A consumer may have any name, so who reads may be given one.
+        notes = [f"{pattern} matches no agent, only consumers: agents are urn:asap:agent:<name>" for pattern in strange]
+        return reply({**shown, "notes": notes, "key": outcome.secret}, 201)
 
     @app.get("/keys")
     async def get_keys() -> Response:

@@ -115,6 +115,12 @@ async def test_a_key_is_made_used_listed_and_revoked(edge: Edge) -> None:
     assert (await edge.delete("/keys/none")).refused(404)["code"] == "key_not_found"
 
 
+async def test_a_reader_of_what_is_no_agent_is_told_so(edge: Edge) -> None:
+    for name, agents, noted in (("a", [A, "urn:asap:*", "*"], []), ("b", ["customer", A], ["customer"])):
+        made = (await edge.post("/keys", {"name": name, "role": "reader", "agents": agents})).ok(201)
+        assert [note.split()[0] for note in made["notes"]] == noted
+
+
 async def test_keys_are_listed_in_pages(edge: Edge) -> None:
     for number in range(3):
         await edge.new_key(f"n{number}", "reader")
@@ -135,6 +141,8 @@ async def test_keys_are_listed_in_pages(edge: Edge) -> None:
         ({"name": "", "role": "reader"}, 422, "invalid"),
         ({"name": "n", "role": "reader", "agents": []}, 422, "invalid"),
         ({"name": "n", "role": "reader", "agents": ["a*b"]}, 422, "invalid"),
+        ({"name": "n", "role": "ingest", "agents": [A, "agent-b"]}, 422, "invalid"),
+        ({"name": "n", "role": "ingest", "agents": ["urn:asap:agent:*", "urn:asap:agnet:*"]}, 422, "invalid"),
         ({"name": "admin", "role": "reader"}, 409, "key_name_taken"),
         (b"", 400, "malformed"),
     ],
