@@ -130,9 +130,12 @@ def list_usage(
         where.append("+seq <= ?")  # the index of time is the one to read
         values.append(through_seq)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
+    columns = _ROW_COLUMNS
+    if through_seq is not None:
+        columns = _ROW_COLUMNS_AS_OF
+        values[:0] = (through_seq, through_seq)
     cursor = connection.execute(
-        f"SELECT {_ROW_COLUMNS} FROM usage {condition} "
-        f"ORDER BY timestamp_us {direction}, seq {direction} LIMIT ? OFFSET ?",
+        f"SELECT {columns} FROM usage {condition} ORDER BY timestamp_us {direction}, seq {direction} LIMIT ? OFFSET ?",
         (*values, limit, offset),
     )
     return [_row(row) for row in cursor.fetchall()]
@@ -145,27 +148,39 @@ def get_usage(connection: apsw.Connection, seq: int) -> dict[str, Any] | None:
 
 
 _NAME = "(SELECT name FROM name WHERE id = {})"
-_ROW_COLUMNS = ", ".join(
-    (
-        "seq, id",
-        _NAME.format("source"),
-        "source_seq, task_id",
-        _NAME.format("agent"),
-        _NAME.format("consumer"),
-        "timestamp_us, tokens_in, tokens_out, duration_ms, api_calls, cached_tokens_in, cache_write_tokens",
-        "reasoning_tokens, outcome, partial, error",
-        _NAME.format("model"),
-        _NAME.format("provider"),
-        _NAME.format("project"),
-        "cost_microusd, cost_source, reported_microusd, price_version",
-        "delegation, reservation, action, flags, parent_task_id, labels, trace_id, committed_us",
-        "(SELECT (SELECT id FROM usage o WHERE o.seq = v.voids) FROM usage_void v WHERE v.seq = usage.seq)",
-        "(SELECT (SELECT id FROM usage o WHERE o.seq = v.seq) FROM usage_void v WHERE v.voids = usage.seq)",
-        "cache_write_1h_tokens",
-        "(SELECT (SELECT id FROM usage o WHERE o.seq = r.event) FROM usage_repriced r WHERE r.seq = usage.seq)",
-        "(SELECT id FROM usage o WHERE o.seq = (SELECT max(r.seq) FROM usage_repriced r WHERE r.event = usage.seq))",
-    )
+_VOIDED_BY = "(SELECT (SELECT id FROM usage o WHERE o.seq = v.seq) FROM usage_void v WHERE v.voids = usage.seq{})"
+_REPRICED_BY = (
+    "(SELECT id FROM usage o WHERE o.seq = (SELECT max(r.seq) FROM usage_repriced r WHERE r.event = usage.seq{}))"
 )
+
+
+def _row_columns(voided_by: str, repriced_by: str) -> str:
+    return ", ".join(
+        (
+            "seq, id",
+            _NAME.format("source"),
+            "source_seq, task_id",
+            _NAME.format("agent"),
+            _NAME.format("consumer"),
+            "timestamp_us, tokens_in, tokens_out, duration_ms, api_calls, cached_tokens_in, cache_write_tokens",
+            "reasoning_tokens, outcome, partial, error",
+            _NAME.format("model"),
+            _NAME.format("provider"),
+            _NAME.format("project"),
+            "cost_microusd, cost_source, reported_microusd, price_version",
+            "delegation, reservation, action, flags, parent_task_id, labels, trace_id, committed_us",
+            "(SELECT (SELECT id FROM usage o WHERE o.seq = v.voids) FROM usage_void v WHERE v.seq = usage.seq)",
+            voided_by,
+            "cache_write_1h_tokens",
+            "(SELECT (SELECT id FROM usage o WHERE o.seq = r.event) FROM usage_repriced r WHERE r.seq = usage.seq)",
+            repriced_by,
+        )
+    )
+
+
+_ROW_COLUMNS = _row_columns(_VOIDED_BY.format(""), _REPRICED_BY.format(""))
+# What takes a row back is a row itself: as of an earlier one it has not happened yet.
+_ROW_COLUMNS_AS_OF = _row_columns(_VOIDED_BY.format(" AND v.seq <= ?"), _REPRICED_BY.format(" AND r.seq <= ?"))
 
 
 def _row(row: tuple[Any, ...]) -> dict[str, Any]:

@@ -50,8 +50,10 @@ COLUMNS = (
     "voids",
     "cache_write_1h_tokens",
     "reprices",
+    "voided_by",
+    "repriced_by",
 )
-"""What an export holds of a row. `voided_by` is not in it, because it can change while an export runs."""
+"""What an export holds of a row, all of it as of the export's snapshot."""
 
 Rows = list[dict[str, Any]]
 

@@ -147,6 +147,18 @@ async def test_an_export_is_resumed_within_its_snapshot(edge: Edge, monkeypatch:
     assert (await edge.get("/usage/export?format=xls")).refused(400)["errors"][0]["field"] == "format"
 
 
+async def test_an_export_tells_of_voids_as_of_its_snapshot(edge: Edge) -> None:
+    await record(edge, 3)
+    await edge.post("/usage/e1/void", {"reason": "twice"})
+    rows = [json.loads(line) for line in (await edge.get("/usage/export")).body.splitlines()]
+    void = next(row for row in rows if row["voids"] == "e1")
+    assert {row["id"]: row["voided_by"] for row in rows} == {"e0": None, "e1": void["id"], "e2": None, void["id"]: None}
+    before = [json.loads(line) for line in (await edge.get("/usage/export?through=3")).body.splitlines()]
+    assert [row["voided_by"] for row in before] == [None, None, None]
+    table = list(csv.DictReader(io.StringIO((await edge.get("/usage/export?format=csv")).body.decode())))
+    assert [row["voided_by"] for row in table] == [row["voided_by"] or "" for row in rows]
+
+
 async def test_parquet_without_its_package_says_what_to_install(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
