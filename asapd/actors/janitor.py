@@ -89,6 +89,7 @@ async def _sweep(
             now_us - IDEMPOTENCY_US,
             usage_before_us=now_us - settings.metering.late_max_us,
             tasks_before_us=now_us - settings.metering.task_timeout_us,
+            revocations_before_us=now_us - settings.metering.clock_skew_max_us,
         )
         swept = await database.submit(unit)
         beat()

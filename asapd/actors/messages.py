@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asapd import config
+from asapd.actors.revocations import Imported
 from asapd.core.access import Caller
 from asapd.core.audit import Walk
 from asapd.core.delegation import Claims, Denied
@@ -26,6 +27,9 @@ from asapd.store.units import (
     Revoked,
     RowWritten,
     Voided,
+)
+from asapd.store.units import (
+    Attribution as Attribution,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
 from asapd.store.units import (
     AuthorizationDenied as AuthorizationDenied,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
@@ -58,6 +62,7 @@ class Report:
     partial: bool
     idempotency: Idempotency | None
     reply: Reply[Recorded | Refusal]
+    attribution: Attribution | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,25 @@ class RevokeDelegation:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportRevocationList:
+    """Merge a signed list of revocations, as it came."""
+
+    caller: Caller
+    body: bytes
+    idempotency: Idempotency | None
+    reply: Reply[Imported | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """Say under which delegation a report is that came with this token, registering it if it is valid."""
+
+    caller: Caller
+    token: str
+    reply: Reply[Attribution | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
 class ReconfigureRegistry:
     """Use other roots, keys, limits and budgets from the next message on.
 
@@ -235,7 +259,17 @@ class ReconfigureRegistry:
     actor: str = "asapd"
 
 
-RegistryMessage = Issue | Register | Validate | Authorize | ChangeReservation | RevokeDelegation | ReconfigureRegistry
+RegistryMessage = (
+    Issue
+    | Register
+    | Validate
+    | Authorize
+    | ChangeReservation
+    | RevokeDelegation
+    | ImportRevocationList
+    | Attribute
+    | ReconfigureRegistry
+)
 
 # --- prober, which owns the directory
 

@@ -175,6 +175,7 @@ class _Reports:
             events,
             price(events, settings.prices, settings.metering.pricing.prefer),
             message.partial,
+            message.attribution,
         )
         while self._in_flight >= REPORTS_IN_FLIGHT:
             await self._settled.park()

@@ -60,6 +60,23 @@ class ExportPage(msgspec.Struct, frozen=True):
     retired_before_us: int
 
 
+class StreamStart(msgspec.Struct, frozen=True):
+    """Behind which row a stream begins, what its reader may be told of that, and whether the row given cannot be."""
+
+    seq: int
+    shown: int
+    is_reset: bool
+
+
+class StreamPart(msgspec.Struct, frozen=True):
+    """Events as bytes, the number of the last (0 without one), how far that looked, and what retention took."""
+
+    data: bytes
+    last: int
+    through: int
+    retired_through: int
+
+
 def visibility(caller: Caller) -> Visibility:
     """The rows a caller may see."""
     return Visibility(caller.tenant, caller.agents)
@@ -117,13 +134,13 @@ class Reads:
         query = SourceFilter(visibility(caller), agent, source)
         return await self._database.read(sources.list_sources, query, limit, after)
 
-    async def snapshot(self) -> int:
-        """The number of the newest event: what an export stops at."""
-        return await self._database.read(usage_queries.newest_seq)
+    async def snapshot(self, caller: Caller) -> int:
+        """The number of the newest event that the caller may see: what an export stops at."""
+        return await self._database.read(usage_queries.newest_visible, visibility(caller))
 
-    async def position(self, seq: int) -> tuple[int, int] | None:
-        """Where a row stands in the order of time; None when it is gone."""
-        return await self._database.read(usage_queries.position_of, seq)
+    async def position(self, caller: Caller, seq: int) -> tuple[int, int] | None:
+        """Where a row stands in the order of time; None when it is gone or not the caller's to see."""
+        return await self._database.read(usage_queries.position_of, seq, visibility(caller))
 
     async def export_page(
         self,
@@ -145,14 +162,47 @@ class Reads:
 
         return await self._database.read(read)
 
+    async def stream_start(self, caller: Caller, given: int | None) -> StreamStart:
+        """Where to begin behind a row, or with what comes from now on when it is None or cannot have been shown."""
+
+        def read(connection: Any) -> StreamStart:
+            newest = usage_queries.newest_seq(connection)
+            visible = usage_queries.newest_visible(connection, visibility(caller))
+            if given is None:
+                return StreamStart(newest, visible, is_reset=False)
+            if given > max(visible, retention.retired_through(connection)):
+                return StreamStart(newest, visible, is_reset=True)
+            return StreamStart(given, given, is_reset=False)
+
+        return await self._database.read(read)
+
     async def usage_after(
-        self, caller: Caller, filters: dict[str, Any], seq: int, window: int
-    ) -> tuple[list[dict[str, Any]], int, int]:
-        """Events in the order of their commit, how far that looked, and the highest row that retention took."""
+        self,
+        caller: Caller,
+        filters: dict[str, Any],
+        seq: int,
+        *,
+        window: int,
+        limit: int,
+        most_bytes: int,
+        encode: Callable[[dict[str, Any]], bytes],
+    ) -> StreamPart:
+        """Events behind a row in the order of their commit, among the next `window` rows and at most `limit`.
+
+        It ends with the event that reaches `most_bytes`. They are written out in the reader's thread.
+        """
         query = UsageFilter(visibility(caller), **filters)
 
-        def read(connection: Any) -> tuple[list[dict[str, Any]], int, int]:
-            return *usage_queries.rows_after(connection, query, seq, window), retention.retired_through(connection)
+        def read(connection: Any) -> StreamPart:
+            rows, through = usage_queries.rows_after(connection, query, seq, window, limit)
+            data, last = bytearray(), 0
+            for row in rows:
+                data += encode(row)
+                last = row["seq"]
+                if len(data) >= most_bytes:
+                    through = last
+                    break
+            return StreamPart(bytes(data), last, through, retention.retired_through(connection))
 
         return await self._database.read(read)
 
@@ -244,6 +294,11 @@ class Reads:
             return [self._public(connection, row) for row in rows], rows[-1].account if rows else after
 
         return await self._database.read(query)
+
+    async def issued(self, caller: Caller, *, only_active: bool) -> list[dict[str, Any]]:
+        """All delegations that the caller's agents gave, the newest first, without what was spent."""
+        now_us = self._clock.now_us()
+        return await self._database.read(ledger_queries.list_issued, visibility(caller), now_us, only_active)
 
     # --- reservations
 

@@ -15,8 +15,11 @@ from asapd.actors.budgets import BudgetsNotSyncedError, sync_budgets
 from asapd.actors.chains import MAX_TOKEN_BYTES, Chain, Chains
 from asapd.actors.keyring import KeyDirectory, read_public_keys
 from asapd.actors.messages import (
+    Attribute,
+    Attribution,
     Authorize,
     ChangeReservation,
+    ImportRevocationList,
     Issue,
     Issued,
     ReconfigureRegistry,
@@ -26,12 +29,13 @@ from asapd.actors.messages import (
     Validate,
     Validity,
 )
+from asapd.actors.revocations import Imported, RevokedTokens, find_signer, imported, plan_import, read_list
 from asapd.core.access import Caller
 from asapd.core.delegation import Claims
 from asapd.core.denial import Denied, Reason, deeper, deny, located
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Remaining
-from asapd.core.types import DEFAULT_TENANT, SECOND_US
+from asapd.core.types import DEFAULT_TENANT, MINUTE_US, SECOND_US
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
@@ -43,6 +47,7 @@ from asapd.store.units import (
     ExtendReservation,
     RefundReservation,
     RegisterDelegation,
+    Registered,
     ReleaseReservation,
     ReservationChanged,
     Reserve,
@@ -57,6 +62,9 @@ from asapd.wire.token import TokenMalformed, decode, sign
 # Verifying is 54 us of arithmetic; what bounds us is the group commit, which gathers what is in hand.
 CONCURRENCY = 256
 
+# Tokens under which usage came, and the ids of their delegations: a hundred bytes each.
+MAX_ATTRIBUTED = 10_000
+
 
 @dataclass
 class RegistrySettings:
@@ -66,6 +74,10 @@ class RegistrySettings:
     keys_dir: Path
     pinned: dict[str, bytes] = field(default_factory=dict)
     budgets: tuple[config.Budget, ...] = ()
+    identity: bytes | None = None
+    """The daemon's own public key: a list of revocations that it signed is believed."""
+    skew_us: int = 5 * MINUTE_US
+    """How long after its expiry a revoked token is remembered."""
 
 
 async def run_registry(
@@ -78,6 +90,7 @@ async def run_registry(
     new_id: Callable[[int], str],
     beat: Callable[[], None],
     log: logging.Logger,
+    revocations_changed: Wakeup | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve requests until the mailbox is closed. `new_id` makes a delegation's id from the time."""
@@ -89,6 +102,7 @@ async def run_registry(
 
     async with inbox, trio.open_nursery() as nursery:
         nursery.start_soon(registry.follow_directory, directory_changed)
+        nursery.start_soon(registry.revoked.follow, revocations_changed or Wakeup())
         task_status.started()
         await mailbox.serve(inbox, registry.handle, failed=failed, concurrency=CONCURRENCY, beat=beat)
         nursery.cancel_scope.cancel()
@@ -111,8 +125,9 @@ class _Registry:
         self._new_id = new_id
         self._log = log
         self._keys = KeyDirectory()
-        self._revoked: set[tuple[str, str]] = set()
+        self.revoked = RevokedTokens(database, clock)
         self._chains = Chains(self._keys)
+        self._attributed: dict[tuple[bytes, str], str] = {}
 
     async def load(self) -> None:
         """Read keys and revocations, and have the store go by the configured budgets.
@@ -123,16 +138,13 @@ class _Registry:
         self._keys.load_held(self._settings.keys_dir, self._log)
         self._keys.pinned = self._settings.pinned
         await self._load_learned()
-        await self._load_revoked()
+        await self.revoked.refresh()
         refusal = await self._sync_budgets(self._settings.budgets, "asapd")
         if refusal is not None:
             raise BudgetsNotSyncedError(refusal.detail)
 
     async def _sync_budgets(self, budgets: tuple[config.Budget, ...], actor: str) -> Refusal | None:
         return await sync_budgets(self._database, budgets, actor=actor, now_us=self._clock.now_us())
-
-    async def _load_revoked(self) -> None:
-        self._revoked = set(await self._database.read(ledger_queries.revoked_tokens, self._clock.now_us()))
 
     async def _load_learned(self) -> None:
         known = await self._database.read(directory.directory, EVERYTHING)
@@ -169,6 +181,10 @@ class _Registry:
                 message.reply.send(await self._change(message))
             case RevokeDelegation():
                 message.reply.send(await self._revoke(message))
+            case ImportRevocationList():
+                message.reply.send(await self._import_revocations(message))
+            case Attribute():
+                message.reply.send(await self._attribute(message))
             case ReconfigureRegistry():
                 message.reply.send(await self._reconfigure(message))
             case _:
@@ -207,7 +223,7 @@ class _Registry:
             now_us=self._clock.now_us(),
             max_depth=settings.max_depth,
             roots=settings.roots,
-            is_revoked=lambda link: (link.delegator, link.id) in self._revoked,
+            is_revoked=self.revoked.__contains__,
             action=action,
             delegate=delegate,
         )
@@ -364,8 +380,67 @@ class _Registry:
         unit = Revoke(row.id, message.caller.actor, message.reason, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True)
         # In force before the reply; and after an unknown outcome the store alone knows.
-        await self._load_revoked()
+        await self.revoked.refresh()
         return outcome
+
+    async def _import_revocations(self, message: ImportRevocationList) -> Imported | Refusal:
+        found = await self._database.read(read_list, message.body)
+        if isinstance(found, Refusal):
+            return found
+        settings = self._settings
+        signer = find_signer(
+            found,
+            own=settings.identity,
+            sources=settings.delegation.revocation_sources,
+            keys_of=self._keys.public_keys,
+        )
+        if isinstance(signer, Refusal):
+            return signer
+        now_us, actor = self._clock.now_us(), message.caller.actor
+        unit, foreign = plan_import(found, signer, message.body, actor=actor, now_us=now_us, skew_us=settings.skew_us)
+        outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
+        await self.revoked.refresh()
+        return outcome if isinstance(outcome, Refusal) else imported(unit, outcome, foreign)
+
+    # --- usage that comes with a token
+
+    async def _attribute(self, message: Attribute) -> Attribution | Refusal:
+        """The delegation of a token; a token that allows nothing is said to, and nothing is registered for it."""
+        caller = message.caller
+        chain = await self._open(message.token, caller)
+        if isinstance(chain, Denied):
+            return _unattributed(chain)
+        leaf = chain.tokens[-1]
+        tenant = caller.tenant or DEFAULT_TENANT
+        denied = self._judge(chain, action=None, delegate=None)
+        if denied is None:
+            known = self._attributed.get((leaf.digest, tenant))
+            if known is not None:
+                return Attribution(known, chain.leaf.id)
+            if caller.may_touch(chain.leaf.delegate):
+                unit = RegisterDelegation(chain.links, caller.actor, tenant, self._clock.now_us())
+                outcome = await self._database.submit(unit, urgent=True)
+                if isinstance(outcome, Refusal):
+                    return outcome
+                if isinstance(outcome, Registered):
+                    if len(self._attributed) >= MAX_ATTRIBUTED:
+                        self._attributed.pop(next(iter(self._attributed)))
+                    self._attributed[leaf.digest, tenant] = outcome.id
+                    return Attribution(outcome.id, chain.leaf.id)
+                denied = outcome
+            else:
+                denied = deny(
+                    Reason.WRONG_DELEGATE,
+                    "reporter",
+                    f"given to {chain.leaf.delegate}, for whom this key may not report",
+                    "report with a key of that agent",
+                    token=chain.leaf.id,
+                    position=0,
+                    granted=chain.leaf.delegate,
+                )
+        name = (chain.leaf.delegator, chain.leaf.id)
+        found = await self._database.read(ledger_queries.find_registered, *name, leaf.digest, tenant)
+        return Attribution(found, chain.leaf.id, str(denied.reason), denied.detail)
 
 
 def parent_unknown(chain: Chain) -> Denied:
@@ -398,6 +473,10 @@ def _placed(denied: Denied, chain: Chain) -> Denied:
 
 def _no_delegation(delegation: str) -> Refusal:
     return Refusal("delegation_not_found", f"there is no delegation {delegation}: send its token instead")
+
+
+def _unattributed(denied: Denied) -> Attribution:
+    return Attribution(None, denied.token_id, str(denied.reason), denied.detail)
 
 
 def _forbidden(detail: str) -> Refusal:

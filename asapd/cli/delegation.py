@@ -11,6 +11,7 @@ import click
 from asapd.cli.door import RefusedError, segment
 from asapd.cli.options import Session, asks_daemon, duration, json_option, now_us, open_door, text_or_file, usd
 from asapd.cli.outcome import Exit, Failure
+from asapd.cli.revocations import revocations
 from asapd.cli.show import cell, show_json, show_pairs, show_table
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def delegation() -> None:
 
     A TOKEN may be given as @FILE, or as - for stdin.
     """
+
+
+delegation.add_command(revocations)
 
 
 @delegation.command()

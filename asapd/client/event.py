@@ -19,12 +19,16 @@ Usd = Decimal | int | str | float
 
 
 class Details(TypedDict, total=False):
-    """What an event may say besides who, for whom and how much; docs/http.md has the meanings."""
+    """What an event may say besides who, for whom and how much; docs/http.md has the meanings.
+
+    A `delegation_token` does not go into the event, but with it, as the header `X-ASAP-Delegation-Token`.
+    """
 
     model: str | None
     provider: str | None
     project: str | None
     delegation: str | None
+    delegation_token: str | None
     reservation: str | None
     action: str | None
     parent_task_id: str | None
@@ -44,6 +48,10 @@ class Metrics(TypedDict, total=False):
     duration_ms: int
     api_calls: int
 
+
+TOKEN_FIELD = "delegation_token"  # noqa: S105 -- a name, not a token
+# Longer ones would not pass as a header: the daemon refuses heads of over 32 KiB.
+_TOKEN_CHARS = 24 * 1024
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
@@ -98,6 +106,12 @@ def error_text(error: BaseException) -> str:
         message = "(its message cannot be shown)"
     kind = type(error).__qualname__
     return clean(f"{kind}: {message}" if message else kind)[:ERROR_CHARS]
+
+
+def token_text(text: str) -> str:
+    """A token as one line of a header; what could be none is changed, so that the daemon says it is malformed."""
+    line = text.strip()[:_TOKEN_CHARS]
+    return "".join([char if " " <= char <= "~" else "?" for char in line]) or "?"
 
 
 def clean(text: str) -> str:

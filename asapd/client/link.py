@@ -201,7 +201,15 @@ class Requests:
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
 
-    def post(self, path: str, body: bytes, *, idempotency: str | None = None, timeout_s: float = ANSWER_S) -> Response:
+    def post(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        idempotency: str | None = None,
+        token: str | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> Response:
         """POST a body; a request that may have been lost with a kept connection is sent again, so it must bear that.
 
         Raises:
@@ -213,6 +221,8 @@ class Requests:
             headers["Authorization"] = f"Bearer {self._key}"
         if idempotency is not None:
             headers["Idempotency-Key"] = idempotency
+        if token is not None:
+            headers["X-ASAP-Delegation-Token"] = token
         prefix = self._address.prefix if isinstance(self._address, Web) else ""
         with self._lock:
             kept = self._idle.pop() if self._idle else None
@@ -284,25 +294,30 @@ class WebLink:
 
     def report(self, events: Sequence[bytes]) -> Answer:
         """See `Link`."""
-        try:
-            response = self._web.post("/usage", b"[" + b",".join(events) + b"]")
-        except (OSError, ValueError) as error:
-            return Away(_reason(error))
-        document = response.document
-        if response.status in {200, 201} and document.get("status") == "recorded":
-            return Taken(_number(document, "recorded"), _number(document, "duplicates"))
-        if response.status == 413 and "code" not in document:
-            # A proxy's own limit.
-            return Refused("too_large", "the request is too large")
-        if "code" not in document:
-            return Away(f"HTTP status {response.status}")
-        return judge(document)
+        return report(self._web, events)
 
     def abort(self) -> None:
         """See `Link`. A request under way goes on until its answer or its deadline."""
 
     def close(self) -> None:
         """See `Link`. The connections belong to `Requests`."""
+
+
+def report(web: Requests, events: Sequence[bytes], token: str | None = None) -> Answer:
+    """Report events over HTTP, all of them under a token if one is given."""
+    try:
+        response = web.post("/usage", b"[" + b",".join(events) + b"]", token=token)
+    except (OSError, ValueError) as error:
+        return Away(_reason(error))
+    document = response.document
+    if response.status in {200, 201} and document.get("status") == "recorded":
+        return Taken(_number(document, "recorded"), _number(document, "duplicates"))
+    if response.status == 413 and "code" not in document:
+        # A proxy's own limit.
+        return Refused("too_large", "the request is too large")
+    if "code" not in document:
+        return Away(f"HTTP status {response.status}")
+    return judge(document)
 
 
 def settle(web: Requests, reservation: str) -> Answer:

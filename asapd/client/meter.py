@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 from asapd.client import address as addresses
 from asapd.client import delegation, spool
 from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
-from asapd.client.link import Requests, make_link, settle
+from asapd.client.link import Requests, make_link, report, settle
 from asapd.client.refused import RefusedFile
 from asapd.client.sender import Sender, Work
 from asapd.client.stats import Counters, Stats
@@ -136,6 +136,7 @@ class Meter:
         return Work(
             link=self._link,
             settle=lambda reservation: settle(requests, reservation),
+            report_under=lambda token, events: report(requests, events, token),
             queues=list(self._queues),
             own=len(self._queues),
             adopt=self._abandoned,

@@ -14,6 +14,7 @@ from asapd.client.task import Task
 TASK_HEADER = "x-asap-task-id"
 CONSUMER_HEADER = "x-asap-consumer"
 DELEGATION_HEADER = "x-asap-delegation"
+TOKEN_HEADER = "x-asap-delegation-token"  # noqa: S105 -- a name, not a token
 NOBODY = "urn:asap:agent:unknown"
 RETRY_AFTER_S = 5
 
@@ -26,10 +27,11 @@ class Rules:
     """How requests are metered.
 
     The consumer is the header `x-asap-consumer`, which is the caller's own word, unless `consumer` is a function that
-    knows better, from the headers. With `require_delegation` a request without a delegation's token in
-    `x-asap-delegation` that allows `action` gets 403 (an id is not enough: it is no secret), and 503 while the daemon
-    cannot be asked. Paths in `skip` are neither metered nor guarded. A response of 500 and more, or an exception, is a
-    failed task.
+    knows better, from the headers. The usage of a request is under the token in `x-asap-delegation-token`, if it brings
+    one, and flagged where that does not allow `action`. With `require_delegation` a request without a token that
+    allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503 while the
+    daemon cannot be asked. Paths in `skip` are neither metered nor guarded. A response of 500 and more, or an
+    exception, is a failed task.
     """
 
     agent: str | None = None
@@ -70,12 +72,16 @@ class Request:
             task_id=_name(headers.get(TASK_HEADER)) or new_id(),
             action=rules.action,
         )
+        token = headers.get(TOKEN_HEADER)
+        if token and not rules.require_delegation:
+            # Nobody is turned away; whether the token allowed the work, the daemon says with its usage.
+            self.task.describe(delegation_token=token)
 
     def authorize(self) -> Answer | None:
         """Ask for permission, waiting for the daemon; an answer means that the application is not to be called."""
-        credential = self._headers.get(DELEGATION_HEADER, "").strip()
+        credential = (self._headers.get(TOKEN_HEADER) or self._headers.get(DELEGATION_HEADER) or "").strip()
         if "." not in credential and "{" not in credential:
-            detail = f"this service works under a delegation only: send its token in the header {DELEGATION_HEADER}"
+            detail = f"this service works under a delegation only: send its token in the header {TOKEN_HEADER}"
             return _problem(403, {"title": "A delegation is needed", "detail": detail, "code": "delegation_required"})
         return self._judge(self._ask(credential))
 

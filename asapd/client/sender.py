@@ -7,9 +7,11 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
+from asapd.client.event import TOKEN_FIELD, encode
 from asapd.client.link import Answer, Away, Link, Refused, Taken
 from asapd.client.refused import RefusedFile
 from asapd.client.stats import Counters
@@ -41,6 +43,8 @@ class Work:
 
     link: Link
     settle: Callable[[str], Answer]
+    report_under: Callable[[str, Sequence[bytes]], Answer]
+    """Reports events under the token of a delegation."""
     queues: list[Waiting]
     """The first is the own spool; none of the first `own` is ever closed by the sender."""
     own: int
@@ -243,8 +247,8 @@ class Sender:
     def _extend(self, batch: _Batch, records: list[Record]) -> None:
         batch.records += records
         usage = [record for record in records if record.kind is Kind.USAGE]
-        if usage:
-            batch.parts.append(usage)
+        # The last is sent first, and what is under one token goes by itself.
+        batch.parts += [list(part) for _, part in groupby(usage, _token)][::-1]
         batch.settles += [record for record in records if record.kind is Kind.SETTLE]
         for record in records:
             if record.kind is Kind.DAMAGED:
@@ -253,7 +257,7 @@ class Sender:
     def _deliver(self, batch: _Batch) -> Away | None:
         while batch.parts:
             part = batch.parts.pop()
-            answer = self._work.link.report([record.body for record in part])
+            answer = self._report(part)
             match answer:
                 case Taken():
                     self._taken(answer)
@@ -275,6 +279,12 @@ class Sender:
             if isinstance(answer, Refused):
                 self._set_aside(record, answer.code, answer.detail)
         return None
+
+    def _report(self, part: list[Record]) -> Answer:
+        token = _token(part[0])
+        if token is None:
+            return self._work.link.report([record.body for record in part])
+        return self._work.report_under(token, [_without_token(record) for record in part])
 
     def _split(self, part: list[Record], answer: Refused) -> list[list[Record]]:
         """Set aside what was refused; give what is to be tried again, the last first."""
@@ -301,7 +311,7 @@ class Sender:
         last: Away | None = None
         works = False
         for place, record in enumerate(part):
-            answer = self._work.link.report([record.body])
+            answer = self._report([record])
             match answer:
                 case Taken():
                     works = True
@@ -336,6 +346,23 @@ class Sender:
             is_kept = work.refused.add(record, code, reason)
         shown = str(work.refused.path) if is_kept else record.body.decode("utf-8", "replace")
         work.counters.complain("asapd refuses a usage event: %s: %s; it is set aside: %s", code, reason, shown)
+
+
+_MARK = f'"{TOKEN_FIELD}":"'.encode()
+
+
+def _token(record: Record) -> str | None:
+    """The token that a record is under. Only what has the field's name in it, perhaps as a label's, is looked into."""
+    if _MARK not in record.body:
+        return None
+    value = json.loads(record.body).get(TOKEN_FIELD)
+    return value if isinstance(value, str) else None
+
+
+def _without_token(record: Record) -> bytes:
+    event = json.loads(record.body)
+    del event[TOKEN_FIELD]
+    return encode(event)
 
 
 def _reservation(record: Record) -> str:

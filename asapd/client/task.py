@@ -11,7 +11,19 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, Self, TypeVar, Unpack, cast
 
-from asapd.client.event import Details, Metrics, Usd, build, clean, count, dollars, error_text, new_id
+from asapd.client.event import (
+    TOKEN_FIELD,
+    Details,
+    Metrics,
+    Usd,
+    build,
+    clean,
+    count,
+    dollars,
+    error_text,
+    new_id,
+    token_text,
+)
 from asapd.client.stats import Counters
 
 P = ParamSpec("P")
@@ -295,6 +307,8 @@ def as_details(details: Mapping[str, Any]) -> Details:
     for name, value in details.items():
         if name == "labels" and value is not None:
             known[name] = {str(key): str(label) for key, label in value.items()}
+        elif name == TOKEN_FIELD and value is not None:
+            known[name] = token_text(str(value))
         elif value is not None:
             known[name] = str(value)
     return cast("Details", known)

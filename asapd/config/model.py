@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from asapd.config import values
 from asapd.config.values import MILLISECOND_US, Bind
+from asapd.core.rates import Rate
 from asapd.core.types import DAY_US, DEFAULT_TENANT, HOUR_US, MAX_INT, MINUTE_US, SECOND_US
 
 T = TypeVar("T")
@@ -109,6 +110,10 @@ class Limits(_Section):
     """Bounds against exhaustion."""
 
     max_connections: int = Field(default=4096, ge=1, le=1_000_000)
+    # Room for eight bodies of the largest size at once; those of up to 64 KiB need none.
+    max_buffered_bytes: Size = Field(default=64 * 2**20, alias="max_buffered")
+    rate_per_key: Annotated[Rate, PlainValidator(values.read_rate)] | None = None
+    rate_burst: int = Field(default=100, ge=1, le=1_000_000)
 
 
 class Store(_Section):
@@ -205,6 +210,13 @@ class Sla(_Section):
     tiers: Many[SlaTier] = Field(default=(), alias="tier")
 
 
+class RevocationSource(_Section):
+    """Another daemon whose signed lists are believed, and the agents whose delegations it may revoke."""
+
+    public_key: PublicKey
+    issuers: Many[AgentPattern] = Field(min_length=1)
+
+
 class Delegation(_Section):
     """Which chains of delegation are believed. `keys_dir` holds the keys the daemon signs with."""
 
@@ -214,6 +226,7 @@ class Delegation(_Section):
     reservation_ttl_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
         default=60 * SECOND_US, alias="reservation_ttl"
     )
+    revocation_sources: Many[RevocationSource] = Field(default=(), alias="revocation_source")
 
 
 class BudgetMatch(_Section):

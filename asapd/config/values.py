@@ -20,11 +20,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from asapd.core.money import MoneyError, parse_usd
+from asapd.core.rates import Rate
 from asapd.core.types import AGENT_URN, DAY_US, HOUR_US, MINUTE_US, SECOND_US
 
 MILLISECOND_US = 1_000
 MAX_DURATION_US = 36_500 * DAY_US
 MAX_SIZE_BYTES = 2**40
+MAX_RATE = 1_000_000
 
 _UNITS_US = {
     "us": 1,
@@ -38,6 +40,7 @@ _UNITS_US = {
 _UNITS_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DURATION = re.compile(r"([0-9]{1,16})(us|ms|s|m|h|d|w)\Z")
 _SIZE = re.compile(r"([0-9]{1,12}) ?(B|kB|MB|GB|KiB|MiB|GiB)\Z")
+_RATE = re.compile(r"([0-9]{1,7})/(s|m|h)\Z")
 _PERCENT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?%\Z")
 _MODE = re.compile(r"0?[0-7]{3}\Z")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\Z")
@@ -134,6 +137,14 @@ def read_size(value: object) -> int:
     if not 1 <= size <= MAX_SIZE_BYTES:
         raise ValueError("must be between 1B and 1024GiB")
     return size
+
+
+def read_rate(value: object) -> Rate:
+    """`"100/s"` to so many in so long; a second, a minute or an hour."""
+    found = _RATE.match(value) if isinstance(value, str) else None
+    if found is None or not 1 <= int(found[1]) <= MAX_RATE:
+        raise ValueError(f'must be a rate in quotes, from "1/h" to "{MAX_RATE}/s", such as "100/s" or "600/m"')
+    return Rate(int(found[1]), _UNITS_US[found[2]])
 
 
 def read_percent(value: object) -> Decimal:

@@ -50,6 +50,6 @@ class SpanTree(msgspec.Struct, array_like=True, gc=False):
                     row = self.work.pop(parent, None)
                     if row is not None:
                         superseded.append(row)
-        while len(self.parents) > MAX_LINKS:
-            del self.parents[next(iter(self.parents))]
+        for span in list(self.parents)[: max(0, len(self.parents) - MAX_LINKS)]:
+            del self.parents[span]
         return superseded

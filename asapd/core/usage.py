@@ -21,7 +21,7 @@ FLAG_UNAUTHORISED = 8
 FLAG_CLOSED_RESERVATION = 16
 """Names a reservation that is unknown or no longer open: debited without a hold."""
 FLAG_UNTIMED = 32
-"""Nobody said how long it took: its duration of 0 is no latency."""
+"""Nobody said how long it took: its duration of 0 is no latency. No flag of the ledger's, so it is shown by itself."""
 
 FLAG_NAMES = {
     FLAG_UNRESERVED: "unreserved",
@@ -29,7 +29,6 @@ FLAG_NAMES = {
     FLAG_UNPRICED: "unpriced",
     FLAG_UNAUTHORISED: "unauthorised",
     FLAG_CLOSED_RESERVATION: "reservation_closed",
-    FLAG_UNTIMED: "untimed",
 }
 
 

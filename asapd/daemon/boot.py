@@ -57,6 +57,11 @@ def load(path: Path | None) -> Loaded:
                 pinned[agent.id] = load_public(agent.public_key)
             except KeyFormatError as error:
                 problems.append(Problem(None, f"agents[{index}].public_key", str(error)))
+    for index, source in enumerate(loaded.delegation.revocation_sources):
+        try:
+            load_public(source.public_key)
+        except KeyFormatError as error:
+            problems.append(Problem(None, f"delegation.revocation_source[{index}].public_key", str(error)))
     if problems:
         raise ConfigError(problems, name)
     for setting in config.settings_without_effect(loaded):

@@ -128,14 +128,13 @@ def _tls_context(tls: config.Tls | None) -> ssl.SSLContext | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def names_of(uid: int, gid: int) -> tuple[str | None, frozenset[str]]:
-    """A local user's name and the names of its groups."""
-    try:
+def names_of(uid: int, groups: frozenset[int]) -> tuple[str | None, frozenset[str]]:
+    """The names of a user and of groups; remembered until `names_of.cache_clear()`."""
+    user: str | None = None
+    with contextlib.suppress(KeyError):
         user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return None, frozenset()
-    groups = set()
-    for one in os.getgrouplist(user, gid):
+    names = set()
+    for one in groups:
         with contextlib.suppress(KeyError):
-            groups.add(grp.getgrgid(one).gr_name)
-    return user, frozenset(groups)
+            names.add(grp.getgrgid(one).gr_name)
+    return user, frozenset(names)

@@ -26,10 +26,12 @@ from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
 from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
+from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import Role
+from asapd.daemon import descriptors
 from asapd.daemon.boot import BootError, Loaded, Premises, write_private
 from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
@@ -43,16 +45,18 @@ from asapd.edge.reporting import post_frame
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
 from asapd.edge.sockets import Peer
+from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import SystemClock
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import Fetched, Fetcher, FetchFailed, own_networks
 from asapd.runtime.lag import LoopLag
+from asapd.runtime.room import Room
 from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
 from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
-from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey
+from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey, Recorded, RevocationsImported, Revoked
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import public_base64
 
@@ -92,6 +96,7 @@ class House:
         self._committed = Wakeup()
         self._transitions = Wakeup()
         self._directory_changed = Wakeup()
+        self._delegation_news = Wakeup()
         self._runner = ProcessRunner(
             premises.database,
             synchronous=loaded.config.store.synchronous,
@@ -101,6 +106,8 @@ class House:
             on_commit=self._on_commit,
         )
         self._lag = LoopLag()
+        self._room = Room(loaded.config.limits.max_buffered_bytes)
+        self._max_connections = descriptors.max_connections(loaded.config, self._log)
         self._readers = ThreadReaders(premises.database)
         self._database = Database(self._runner, self._readers)
         self._reads = Reads(self._database, self._clock)
@@ -110,7 +117,14 @@ class House:
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
         keys_dir = loaded.config.delegation.keys_dir or premises.state_dir / "keys"
         self._meter = MeterSettings(loaded.config.metering, loaded.prices)
-        self._registry = RegistrySettings(loaded.config.delegation, keys_dir, loaded.pinned, loaded.config.budgets)
+        self._registry = RegistrySettings(
+            loaded.config.delegation,
+            keys_dir,
+            loaded.pinned,
+            loaded.config.budgets,
+            bytes(premises.identity.verify_key),
+            loaded.config.metering.clock_skew_max_us,
+        )
         self._prober = ProberSettings(loaded.config.prober, loaded.agents)
         self._watcher = WatcherSettings(loaded.config.sla)
         self._janitor = JanitorSettings(loaded.config.retention, loaded.config.metering)
@@ -133,6 +147,7 @@ class House:
                 run_registry,
                 settings=self._registry,
                 directory_changed=self._directory_changed,
+                revocations_changed=self._delegation_news,
                 new_id=partial(_new_id, "del"),
             ),
             self._actor(
@@ -199,6 +214,10 @@ class House:
 
     def _services(self) -> Services:
         showing = self._showing()
+        limits = self._settings.limits
+        throttle = None
+        if limits.rate_per_key is not None:
+            throttle = Throttle(limits.rate_per_key, limits.rate_burst, self._clock)
         return Services(
             decoding=trio.Lock(),
             mailboxes=Mailboxes(**{name: send for name, (send, _) in self._channels.items()}),
@@ -223,6 +242,15 @@ class House:
             reprice=partial(reprice, self._database, self._clock, self._meter),
             committed=self._committed,
             stopping=self._stop,
+            revocations=Revocations(
+                self._database,
+                self._clock,
+                self._premises.identity,
+                skew_us=lambda: self._settings.metering.clock_skew_max_us,
+                changed=self._delegation_news,
+                stopping=self._stop,
+            ),
+            throttle=throttle,
             unprobed=self._prober.unprobed,
         )
 
@@ -231,6 +259,8 @@ class House:
         # The notifier reads the store whenever it wakes: only what concerns it wakes it.
         if results is None or any(isinstance(result, AlertWritten) for result in results):
             self._transitions.notify()
+        if results is None or any(map(_is_news, results)):
+            self._delegation_news.notify()
 
     # --- life
 
@@ -293,7 +323,7 @@ class House:
         services = self._services()
         server = HttpServer(
             create_app(services, self._log.getChild("http")),
-            max_connections=self._settings.limits.max_connections,
+            max_connections=self._max_connections,
             limits=limits,
             grace_s=GRACE_S,
             log=self._log.getChild("http"),
@@ -309,11 +339,11 @@ class House:
     def _fast_lane(self, services: Services, server: HttpServer, limits: Limits) -> FastLane:
         async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
             if peer is None:
-                await server.serve_connection(stream, door="http")
+                await server.serve_connection(stream, door="lane")
             else:
                 await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
 
-        return FastLane(services, hand_over, log=self._log.getChild("lane"), limits=limits)
+        return FastLane(services, hand_over, room=self._room, log=self._log.getChild("lane"), limits=limits)
 
     async def _serve(
         self, server: HttpServer, opening: Doors, ingest: trio.SocketListener, services: Services, lane: FastLane
@@ -331,6 +361,7 @@ class House:
             self._log.info("stopping")
             self._systemd.stopping()
             self._feed.close()
+            self._delegation_news.notify()
             server.stop()
             ingest_scope.cancel()
             lane_scope.cancel()
@@ -357,7 +388,8 @@ class House:
                         listener,
                         take,
                         max_frame_bytes=min(self._settings.http.max_body_bytes, MAX_FRAME_BYTES),
-                        max_connections=self._settings.limits.max_connections,
+                        max_connections=self._max_connections,
+                        room=self._room,
                         log=self._log.getChild("ingest"),
                         http=lane.serve,
                         grace_s=GRACE_S,
@@ -370,8 +402,9 @@ class House:
     ) -> None:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                most = self._settings.limits.max_connections
-                await nursery.start(partial(lane.run, listeners, max_connections=most, grace_s=GRACE_S))
+                await nursery.start(
+                    partial(lane.run, listeners, max_connections=self._max_connections, grace_s=GRACE_S)
+                )
                 task_status.started(scope)
 
     # --- signals and systemd
@@ -417,7 +450,10 @@ class House:
     def adopt(self, settings: config.Config) -> None:
         """Make a configuration the one in force for everything that looks it up."""
         self._settings = settings
+        # Users and groups may have been renamed: a reload is when the operator wants that seen.
+        names_of.cache_clear()
         self._janitor.retention, self._janitor.metering = settings.retention, settings.metering
+        self._registry.skew_us = settings.metering.clock_skew_max_us
         self._fetcher.allow(settings.prober)
 
     @property
@@ -472,7 +508,7 @@ class House:
         ingest = self._settings.ingest
         if not ingest.allow:
             return ingest_socket_caller(peer, ingest, frozenset(), None)
-        user, groups = names_of(peer.uid, peer.gid)
+        user, groups = names_of(peer.uid, frozenset((peer.gid, *peer.groups)))
         return ingest_socket_caller(peer, ingest, groups, user)
 
 
@@ -502,6 +538,13 @@ class _SwappableFetcher:
     async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> Fetched | FetchFailed:
         assert self._fetcher is not None
         return await self._fetcher.get(url, deadline_s=deadline_s, max_bytes=max_bytes)
+
+
+def _is_news(result: AnyResult) -> bool:
+    """Whether followers of delegations are to be told of a commit."""
+    return isinstance(result, Revoked | RevocationsImported) or (
+        isinstance(result, Recorded) and result.unauthorised > 0
+    )
 
 
 def _new_id(prefix: str, now_us: int) -> str:

@@ -39,7 +39,8 @@ def admin_socket_caller(peer: Peer, daemon_uid: int) -> Caller:
 def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[str], user: str | None) -> Caller | None:
     """Whoever the socket's mode lets in may report, narrowed by `[[ingest.allow]]` where there is any.
 
-    `user` and `groups` are the names of the peer's user and groups. None when no rule admits the peer.
+    `user` and `groups` are the names of the peer's user and groups; of several rules that fit, all count. None when no
+    rule admits the peer.
     """
     actor = f"uid:{peer.uid} pid:{peer.pid}"
     if not ingest.allow:
@@ -48,7 +49,7 @@ def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[st
         agent
         for rule in ingest.allow
         if (rule.uid is not None and rule.uid == peer.uid)
-        or (rule.gid is not None and rule.gid == peer.gid)
+        or (rule.gid is not None and (rule.gid == peer.gid or rule.gid in peer.groups))
         or (rule.user is not None and rule.user == user)
         or (rule.group is not None and rule.group in groups)
         for agent in rule.agents

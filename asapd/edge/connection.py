@@ -9,10 +9,9 @@ all writes go through one lock, and closing is decided in one place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
-from http import HTTPStatus
 from math import inf
 from typing import Any, Protocol, cast
 
@@ -30,8 +29,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 from wsproto.events import CloseConnection
 
-from asapd.core.errors import Refusal
-from asapd.wire.problem import PROBLEM_JSON, encode_json, problem
+from asapd.edge.early import Asked, refusal_response
 
 RECEIVE_BYTES = 65_536
 SEND_BYTES = 65_536
@@ -41,18 +39,6 @@ GOING_AWAY = 1001
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
-# Answers made before the application is asked, with codes that the application uses as well.
-_REFUSALS = {
-    400: Refusal("malformed", "This is not a well-formed HTTP/1.1 request."),
-    403: Refusal("forbidden", "The WebSocket was refused."),
-    408: Refusal("malformed", "The request did not arrive in time: send it again, without pauses."),
-    413: Refusal("too_large", "The body is over the limit: send smaller batches."),
-    431: Refusal("too_large", "The request line and headers are over the limit."),
-    500: Refusal("internal", "The request failed inside the daemon; its log says why."),
-    501: Refusal("not_found", "This socket does not serve HTTP."),
-    503: Refusal("overloaded", "Too many connections: try again in a moment."),
-}
-
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one connection may take: seconds to wait, bytes to hold."""
@@ -60,6 +46,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     header_s: float = 10.0
     """From a request's first byte, or the connection's start, to the end of its headers."""
     body_idle_s: float = 15.0
+    room_s: float = 15.0
+    """For room for a large body, which others hold."""
     body_s: float = 120.0
     """The whole body, however steadily it comes."""
     keep_alive_s: float = 30.0
@@ -104,27 +92,6 @@ class Phase(Enum):
     IDLE = auto()
     HEAD = auto()
     REQUEST = auto()
-
-
-def refusal_response(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of an answer made before the application is asked, after which the connection is closed."""
-    refusal = _REFUSALS.get(status, _REFUSALS[400])
-    body = encode_json(problem(refusal, status=status))
-    headers = [
-        (b"content-type", PROBLEM_JSON.encode()),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    if status == 503:
-        headers.append((b"retry-after", b"1"))
-    return headers, body
-
-
-def bare_response(status: int) -> bytes:
-    """The same as a whole HTTP/1.1 response."""
-    headers, body = refusal_response(status)
-    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
-    return b"\r\n".join([first, *(name + b": " + value for name, value in headers), b"", body])
 
 
 class HttpConnection:
@@ -370,7 +337,7 @@ class _Http(HTTPStream):
         await super().handle(event)
 
     async def _send_error_response(self, status_code: int) -> None:
-        headers, body = refusal_response(status_code)
+        headers, body = refusal_response(status_code, _asked(self.scope["path"].encode(), self.scope["headers"]))
         await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
         if self.scope["method"] != "HEAD":
             await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
@@ -413,6 +380,7 @@ class _Http11(H11Protocol):
     def __init__(self, app: AppWrapper, config: Config, *rest: Any, max_body_bytes: int) -> None:
         super().__init__(app, config, *rest)
         self._max_body_bytes = max_body_bytes
+        self._request: h11.Request | None = None
         self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
 
     async def refuse(self, status: int) -> None:
@@ -443,7 +411,10 @@ class _Http11(H11Protocol):
         """Never switches to HTTP/2: `Upgrade: h2c` is ignored, as RFC 9110 section 7.8 allows."""
 
     async def _send_error_response(self, status_code: int) -> None:
-        headers, body = refusal_response(status_code)
+        request = self._request
+        headers, body = refusal_response(
+            status_code, None if request is None else _asked(request.target, request.headers)
+        )
         headers += self.config.response_headers("h11")
         without_body = isinstance(self.stream, _Http) and self.stream.scope["method"] == "HEAD"
         answer = (
@@ -456,6 +427,7 @@ class _Http11(H11Protocol):
         await self.send(RawData(data=data))
 
     async def _create_stream(self, request: h11.Request) -> None:
+        self._request = request
         refused = self._refused(request)
         if refused is not None:
             await self._send_error_response(refused)
@@ -497,6 +469,11 @@ class _Http11(H11Protocol):
         # h11 has checked that it is a number of at most 20 digits.
         length_bytes = int(headers.get(b"content-length", b"0"))
         return 413 if length_bytes > self._max_body_bytes else None
+
+
+def _asked(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Asked:
+    content_type = next((value for name, value in headers if name == b"content-type"), b"")
+    return Asked(target.partition(b"?")[0].decode("latin1"), content_type.decode("latin1"))
 
 
 def _asks_for_websocket(request: h11.Request) -> bool:

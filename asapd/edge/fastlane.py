@@ -25,13 +25,15 @@ import trio
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
-from asapd.edge.connection import Limits, SocketTransport, bare_response
+from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE, authorize
-from asapd.edge.ingest import PushbackStream
+from asapd.edge.early import bare_response
+from asapd.edge.ingest import FREE_BYTES, PushbackStream
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import Services
 from asapd.edge.sockets import Peer
 from asapd.edge.usage_request import PATHS, UsageRequest, answer
+from asapd.runtime.room import Room
 from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
 
 RECEIVE_BYTES = 65_536
@@ -45,6 +47,11 @@ _STARTS = (b"POST /usage", b"POST %b" % AUTHORIZE.encode())
 _ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
 _GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
+_NO_ROOM = Refusal(
+    "overloaded",
+    "other large bodies are being received and left no room for this one: try again, or send smaller ones",
+    retry_after_s=5,
+)
 
 HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
 
@@ -57,9 +64,10 @@ class _Fields(dict[str, str]):
 
 
 class _Sent(msgspec.Struct, frozen=True):
-    """One request, and whether its sender wants an answer to another."""
+    """One request, who sends it, and whether they want an answer to another; a refused one comes without its body."""
 
     request: UsageRequest
+    caller: Caller | Refusal
     keep_alive: bool
 
 
@@ -115,8 +123,15 @@ class FastLane:
     """
 
     def __init__(
-        self, services: Services, hand_over: HandOver, *, log: logging.Logger, limits: Limits = DEFAULT_LIMITS
+        self,
+        services: Services,
+        hand_over: HandOver,
+        *,
+        room: Room,
+        log: logging.Logger,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        self.room = room
         self._services = services
         self._hand_over = hand_over
         self._log = log
@@ -218,20 +233,22 @@ class FastLane:
         """Tells of a client that does not read."""
         self._log.debug("a client of the fast lane did not read for %s s and was cut off", self._limits.send_s)
 
-    async def answer(self, sent: _Sent, peer: Peer | None) -> bytes:
+    async def answer(self, sent: _Sent) -> bytes:
         """The response to a request; whatever goes wrong in it is a response too."""
         outcome: tuple[int, dict[str, Any]] | Refusal
-        try:
-            caller = self._caller(sent.request, peer)
-            if isinstance(caller, Refusal):
-                outcome = caller
-            else:
+        if isinstance(sent.caller, Refusal):
+            outcome = sent.caller
+        else:
+            try:
                 # One connection alone may have as many in hand as an actor has room for: it is slowed, not refused.
-                outcome = await _outcome(self._services, caller, sent.request)
-        except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
-            self._log.exception("POST %s failed", sent.request.path)
-            outcome = _BUG
-        keep_alive = sent.keep_alive and not self._stopped.is_set()
+                outcome = await _outcome(self._services, sent.caller, sent.request)
+            except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
+                self._log.exception("POST %s failed", sent.request.path)
+                outcome = _BUG
+        return self.respond(outcome, keep_alive=sent.keep_alive and not self._stopped.is_set())
+
+    def respond(self, outcome: tuple[int, dict[str, Any]] | Refusal, *, keep_alive: bool) -> bytes:
+        """An outcome as a response."""
         if not isinstance(outcome, Refusal):
             kind = b"application/json" if outcome[0] < 400 else PROBLEM_JSON.encode()
             return self._response(outcome[0], encode_json(outcome[1]), kind, b"", keep_alive)
@@ -241,13 +258,24 @@ class FastLane:
             extra += b'www-authenticate: Bearer realm="asapd"\r\n'
         return self._response(status, encode_json(problem(outcome)), PROBLEM_JSON.encode(), extra, keep_alive)
 
-    def _caller(self, request: UsageRequest, peer: Peer | None) -> Caller | Refusal:
+    def identify(self, fields: _Fields, peer: Peer | None) -> Caller | Refusal:
+        """Who sends a request with these fields, which are all that has been read of it; or why they are not heard."""
+        try:
+            caller = self._caller(fields, peer)
+            throttle = self._services.throttle
+            if throttle is None or isinstance(caller, Refusal):
+                return caller
+            return throttle.refusal(caller) or caller
+        except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
+            self._log.exception("a caller could not be identified")
+            return _BUG
+
+    def _caller(self, fields: _Fields, peer: Peer | None) -> Caller | Refusal:
         if peer is not None:
             local = self._services.ingest_caller(peer)
             return local or Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
         http = self._services.settings().http
-        foreign = check_host(request.headers, http)
-        return foreign or tcp_caller(request.headers, self._services.ring, http)
+        return check_host(fields, http) or tcp_caller(fields, self._services.ring, http)
 
     def _response(self, status: int, body: bytes, content_type: bytes, extra: bytes, keep_alive: bool) -> bytes:
         now_s = self._services.clock.now_us() // 1_000_000
@@ -278,6 +306,7 @@ class _Doing(Enum):
 
     IDLE = auto()
     READING = auto()
+    WAITING = auto()
     ANSWERING = auto()
     SENDING = auto()
 
@@ -295,6 +324,8 @@ class _Connection:
         self._limits = lane.limits
         self._buffer = bytearray()
         self._head: _Head | None = None
+        self._caller: Caller | Refusal = _BUG
+        self._held_bytes = 0
         self._searched = 0
         self._since_s = trio.current_time()
         self._is_foreign = False
@@ -307,8 +338,11 @@ class _Connection:
             self._waiting.cancel()
 
     async def run(self) -> None:
-        with self._waiting:
-            await self._talk()
+        try:
+            with self._waiting:
+                await self._talk()
+        finally:
+            self._lane.room.give_back(self._held_bytes)
         if self._waiting.cancelled_caught:
             await self._too_slow()
         elif self._is_foreign:
@@ -321,6 +355,9 @@ class _Connection:
             found = self._take()
             if found:
                 await self._answer(found)
+                if self._held_bytes:
+                    self._lane.room.give_back(self._held_bytes)
+                    self._held_bytes = 0
                 if not found[-1].keep_alive or self._lane.is_stopping:
                     self._is_foreign = False
                     self._doing_until(_Doing.ANSWERING, inf)
@@ -338,9 +375,12 @@ class _Connection:
     async def _too_slow(self) -> None:
         if self._doing is _Doing.SENDING:
             self._lane.cut_off()
-        elif self._doing is _Doing.READING:
+        elif self._doing in {_Doing.READING, _Doing.WAITING}:
+            is_slow = self._doing is _Doing.READING
             with trio.move_on_after(self._limits.send_s):
-                await self._stream.send_all(bare_response(408))
+                await self._stream.send_all(
+                    bare_response(408) if is_slow else self._lane.respond(_NO_ROOM, keep_alive=False)
+                )
                 await self._linger()
 
     def _take(self) -> list[_Sent]:
@@ -349,13 +389,17 @@ class _Connection:
         while len(found) < PIPELINED and self._has_head():
             head = self._head
             assert head is not None, "has just been read"
+            keep_alive = head.keep_alive
             if len(self._buffer) < head.body_bytes:
-                break
+                if not isinstance(self._caller, Refusal):
+                    break
+                # The body of somebody who is not heard is not waited for.
+                keep_alive = False
             body = bytes(self._buffer[: head.body_bytes])
             del self._buffer[: head.body_bytes]
             self._head = None
-            found.append(_Sent(UsageRequest(head.path, head.query, head.fields, body), head.keep_alive))
-            if not head.keep_alive:
+            found.append(_Sent(UsageRequest(head.path, head.query, head.fields, body), self._caller, keep_alive))
+            if not keep_alive:
                 break
         return found
 
@@ -382,6 +426,7 @@ class _Connection:
             self._is_foreign = True
             return False
         self._head = head
+        self._caller = self._lane.identify(head.fields, self._peer)
         del buffer[: end + 4]
         return True
 
@@ -389,12 +434,12 @@ class _Connection:
         """Answers requests in their order."""
         self._doing_until(_Doing.ANSWERING, inf)
         if len(found) == 1:
-            await self._send(await self._lane.answer(found[0], self._peer))
+            await self._send(await self._lane.answer(found[0]))
             return
         responses = [b""] * len(found)
 
         async def one(place: int, sent: _Sent) -> None:
-            responses[place] = await self._lane.answer(sent, self._peer)
+            responses[place] = await self._lane.answer(sent)
 
         async with trio.open_nursery() as nursery:
             for place, sent in enumerate(found):
@@ -410,6 +455,10 @@ class _Connection:
         elif self._head is None:
             self._doing_until(_Doing.READING, self._since_s + limits.header_s)
         else:
+            if self._head.body_bytes > FREE_BYTES and not self._held_bytes:
+                self._doing_until(_Doing.WAITING, trio.current_time() + limits.room_s)
+                self._held_bytes = await self._lane.room.take(self._head.body_bytes)
+                self._since_s = trio.current_time()
             whole_s = self._since_s + limits.header_s + limits.body_s
             self._doing_until(_Doing.READING, min(whole_s, trio.current_time() + limits.body_idle_s))
         if is_idle and self._lane.is_stopping:

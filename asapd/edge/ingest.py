@@ -11,14 +11,18 @@ from math import inf
 import msgspec
 import trio
 
-from asapd.edge.connection import SocketTransport, bare_response
+from asapd.edge.connection import SocketTransport
+from asapd.edge.early import bare_response
 from asapd.edge.sockets import Peer, peer_credentials
+from asapd.runtime.room import Room
 from asapd.wire.frames import FrameDecoder, Oversized, encode
 
 RECEIVE_BYTES = 65_536
 ACCEPT_PAUSE_S = 0.1
 # Answers are joined into one write up to this size.
 ANSWER_BYTES = 65_536
+# What is larger needs room among all that is being received; up to this a connection holds as much in any case.
+FREE_BYTES = 65_536
 
 Take = Callable[[bytes, Peer, Callable[[bytes], None]], Awaitable[None]]
 """Takes a frame, waiting only for room; the answer is given to the callable, once, then or later."""
@@ -62,7 +66,11 @@ class IngestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds to wait for a client."""
 
     frame_s: float = 30.0
-    """From one piece of an unfinished frame to the next."""
+    """A whole frame, from its first byte on, however steadily it comes."""
+    room_s: float = 15.0
+    """For room for a large frame, which others hold."""
+    idle_s: float = 10.0
+    """When the door is full: for so long nobody is closed between frames to let another in."""
     send_s: float = 30.0
     """For up to 64 KiB of answers to be taken."""
     first_byte_s: float = 30.0
@@ -81,6 +89,7 @@ async def run_ingest(
     *,
     max_frame_bytes: int,
     max_connections: int,
+    room: Room,
     log: logging.Logger,
     in_flight_per_connection: int = 64,
     http: Http | None = None,
@@ -92,8 +101,9 @@ async def run_ingest(
 
     Of a connection up to `in_flight_per_connection` frames wait for their answers, which may come in any order and keep
     the frames' order. At that bound, and for as long as the client does not read, nothing more is read.
-    At `max_connections` nothing more is accepted: clients wait in the backlog. A connection whose first byte is a
-    letter is given to `http`, or answered 501. Closes `listener`.
+    Large frames take `room` until they are answered; who finds none waits, and is refused in the end.
+    At `max_connections` clients wait in the backlog, until one leaves, or the one that has been idle longest can be
+    closed. A connection whose first byte is a letter is given to `http`, or answered 501. Closes `listener`.
 
     Raises: ValueError for a `max_frame_bytes` that frames cannot have.
     """
@@ -104,6 +114,7 @@ async def run_ingest(
         take=take,
         http=http,
         max_frame_bytes=max_frame_bytes,
+        room=room,
         in_flight=in_flight_per_connection,
         limits=limits,
         log=log,
@@ -132,24 +143,39 @@ class _Shared(msgspec.Struct, frozen=True, kw_only=True):
     take: Take
     http: Http | None
     max_frame_bytes: int
+    room: Room
     in_flight: int
     limits: IngestLimits
     log: logging.Logger
     places: trio.Semaphore
     stopping: trio.Event
-    readers: set[trio.CancelScope] = msgspec.field(default_factory=set)
+    readers: dict[trio.CancelScope, Callable[[], float]] = msgspec.field(default_factory=dict)
 
     @contextmanager
-    def reading(self) -> Iterator[trio.CancelScope]:
-        """Waiting for a client, which a stop ends at once."""
+    def reading(self, idle_since: Callable[[], float] | None = None) -> Iterator[trio.CancelScope]:
+        """Waiting for a client, which a stop ends at once; so does a full door if it is idle, since when is asked."""
         with trio.CancelScope() as scope:
-            self.readers.add(scope)
+            self.readers[scope] = idle_since or _never
             if self.stopping.is_set():
                 scope.cancel()
             try:
                 yield scope
             finally:
-                self.readers.discard(scope)
+                del self.readers[scope]
+
+    def close_idle(self) -> float:
+        """Close whoever is idle longest, if that is long; for how many seconds to wait before another try."""
+        scope, since_s = min(
+            ((scope, idle_since()) for scope, idle_since in self.readers.items() if not scope.cancel_called),
+            key=lambda pair: pair[1],
+            default=(None, inf),
+        )
+        left_s = min(since_s + self.limits.idle_s - trio.current_time(), self.limits.idle_s)
+        if scope is None or left_s > 0:
+            return left_s
+        self.log.debug("an idle ingest connection was closed, because others wait for its place")
+        scope.cancel()
+        return self.limits.idle_s
 
 
 async def _set_when_cancelled(event: trio.Event) -> None:
@@ -162,7 +188,7 @@ async def _set_when_cancelled(event: trio.Event) -> None:
 async def _accept(listener: trio.SocketListener, shared: _Shared, connections: trio.Nursery) -> None:
     async with listener:
         while True:
-            await shared.places.acquire()
+            await _place(listener, shared)
             try:
                 stream = await listener.accept()
             except OSError as error:
@@ -171,6 +197,20 @@ async def _accept(listener: trio.SocketListener, shared: _Shared, connections: t
                 await trio.sleep(ACCEPT_PAUSE_S)
             else:
                 connections.start_soon(_serve, stream, shared)
+
+
+async def _place(listener: trio.SocketListener, shared: _Shared) -> None:
+    """A place for one more connection. Without one, whoever waits in the backlog gets that of an idle one."""
+    while True:
+        try:
+            shared.places.acquire_nowait()
+        except trio.WouldBlock:
+            await trio.lowlevel.wait_readable(listener.socket)
+            with trio.move_on_after(shared.close_idle()):
+                await shared.places.acquire()
+                return
+        else:
+            return
 
 
 async def _serve(stream: trio.SocketStream, shared: _Shared) -> None:
@@ -187,7 +227,8 @@ async def _serve(stream: trio.SocketStream, shared: _Shared) -> None:
 
 async def _talk(stream: trio.SocketStream, peer: Peer, shared: _Shared) -> None:
     first = b""
-    with trio.move_on_after(shared.limits.first_byte_s), shared.reading():
+    since_s = trio.current_time()
+    with trio.move_on_after(shared.limits.first_byte_s), shared.reading(lambda: since_s):
         first = await stream.receive_some(RECEIVE_BYTES)
     if not first:
         return
@@ -212,10 +253,11 @@ async def _linger(stream: trio.SocketStream, linger_s: float) -> None:
 class _Answer:
     """The place of one frame's answer in the order of answers; only the first answer counts."""
 
-    __slots__ = ("_told", "body")
+    __slots__ = ("_told", "body", "held_bytes")
 
-    def __init__(self, told: Callable[[_Answer], None]) -> None:
+    def __init__(self, told: Callable[[_Answer], None], held_bytes: int = 0) -> None:
         self.body: bytes | None = None
+        self.held_bytes = held_bytes
         self._told = told
 
     def set(self, body: bytes) -> None:
@@ -236,42 +278,83 @@ class _Frames:
         self._answers: deque[_Answer] = deque()
         self._writer = trio.lowlevel.ParkingLot()
         self._ended = False
-        self._oversized = False
+        self._is_refused = False
+        self._held_bytes = 0
+        self._active_s = trio.current_time()
 
     async def run(self, first: bytes) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write, nursery.cancel_scope)
-            await self._read(first)
-            self._ended = True
-            self._writer.unpark_all()
-        if self._oversized:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, nursery.cancel_scope)
+                await self._read(first)
+                self._ended = True
+                self._writer.unpark_all()
+        finally:
+            for answer in self._answers:
+                self._give_back(answer)
+            self._shared.room.give_back(self._held_bytes)
+        if self._is_refused:
             await _linger(self._stream, self._shared.limits.linger_s)
 
     async def _read(self, data: bytes) -> None:
         decoder = FrameDecoder(self._shared.max_frame_bytes)
+        began_s = trio.current_time()
         while data:
+            is_new = not decoder.partial
             for item in decoder.feed(data):
+                is_new = True
                 if not await self._has_place():
                     return
-                answer = _Answer(self._told)
+                # The frame that was waited for is the first to be whole.
+                answer, self._held_bytes = _Answer(self._told, self._held_bytes), 0
                 self._answers.append(answer)
                 if isinstance(item, Oversized):
-                    answer.set(_too_large(item, self._shared.max_frame_bytes))
-                    self._oversized = True
+                    self._refuse(answer, _too_large(item, self._shared.max_frame_bytes))
                     return
                 try:
                     await self._shared.take(item, self._peer, answer.set)
                 except* Exception:
                     self._shared.log.exception("an ingest frame failed")
                     answer.set(_INTERNAL)
+            if decoder.announced_bytes > FREE_BYTES and not self._held_bytes:
+                if not await self._has_room(decoder.announced_bytes):
+                    return
+                is_new = True
+            if is_new:
+                began_s = trio.current_time()
             data = b""
             with (
-                trio.move_on_after(self._shared.limits.frame_s if decoder.partial else inf),
-                self._shared.reading(),
+                trio.CancelScope(deadline=began_s + self._shared.limits.frame_s if decoder.partial else inf),
+                self._shared.reading(None if decoder.partial else self._idle_since),
             ):
                 data = await self._stream.receive_some(RECEIVE_BYTES)
+            self._active_s = trio.current_time()
+
+    def _idle_since(self) -> float:
+        return inf if self._answers else self._active_s
+
+    def _refuse(self, answer: _Answer, body: bytes) -> None:
+        """A last answer: what comes behind it is not read."""
+        self._is_refused = True
+        answer.set(body)
+
+    async def _has_room(self, wanted_bytes: int) -> bool:
+        """Whether a large frame may be received; one that finds no room in time is refused."""
+        with trio.move_on_after(self._shared.limits.room_s) as waiting, self._shared.reading():
+            self._held_bytes = await self._shared.room.take(wanted_bytes)
+        if waiting.cancelled_caught and await self._has_place():
+            answer = _Answer(self._told)
+            self._answers.append(answer)
+            self._refuse(answer, _NO_ROOM)
+        return self._held_bytes > 0
+
+    def _give_back(self, answer: _Answer) -> None:
+        held_bytes, answer.held_bytes = answer.held_bytes, 0
+        if held_bytes:
+            self._shared.room.give_back(held_bytes)
 
     def _told(self, answer: _Answer) -> None:
+        self._give_back(answer)
         if self._answers and self._answers[0] is answer:
             self._writer.unpark_all()
 
@@ -309,12 +392,21 @@ class _Frames:
                 self._shared.log.debug("an ingest client did not read its answers and was cut off")
                 connection.cancel()
                 return
+            self._active_s = trio.current_time()
             for _ in range(written):
                 self._places.release()
 
 
 _INTERNAL = msgspec.json.encode(
     {"ok": False, "code": "internal", "detail": "The frame failed inside the daemon; its log says why. Send it again."}
+)
+
+_NO_ROOM = msgspec.json.encode(
+    {
+        "ok": False,
+        "code": "overloaded",
+        "detail": "Other large frames are being received and left no room for this one: send it again, in parts.",
+    }
 )
 
 _TOO_LATE = msgspec.json.encode(
@@ -325,6 +417,10 @@ _TOO_LATE = msgspec.json.encode(
         "counted once.",
     }
 )
+
+
+def _never() -> float:
+    return inf
 
 
 def _too_large(item: Oversized, max_frame_bytes: int) -> bytes:

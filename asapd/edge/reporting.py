@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import msgspec
 import trio
 
-from asapd.actors.messages import Idempotency, Recorded, Report
+from asapd.actors.messages import Attribute, Attribution, Idempotency, Recorded, Report
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
@@ -43,12 +43,14 @@ async def report(
     partial: bool = False,
     idempotency: Idempotency | None = None,
     wait_for_room: bool = False,
+    attribution: Attribution | None = None,
 ) -> dict[str, Any] | Refusal:
     """Record what a body holds and return the reply, after the commit.
 
-    Without `partial` one bad event refuses the whole body; with it the bad ones are left out and named.
+    Without `partial` one bad event refuses the whole body; with it the bad ones are left out and named. An
+    `attribution` says under which delegation all of it is, and why not if it is under none.
     """
-    prepared = await _prepare(services, caller, body, written, partial=partial)
+    prepared = await _prepare(services, caller, body, written, partial=partial, attribution=attribution)
     if isinstance(prepared, Refusal):
         return prepared
     recorded = await ask_actor(
@@ -69,11 +71,12 @@ class _Prepared(msgspec.Struct, frozen=True):
     errors: list[FieldError]
     is_batch: bool
     partial: bool
+    attribution: Attribution | None = None
 
     def message(self, caller: Caller, idempotency: Idempotency | None, reply: Reply[Recorded | Refusal]) -> Report:
         """The message to the meter."""
         places = self.places if self.is_batch else None
-        return Report(caller, self.events, places, self.partial, idempotency, reply)
+        return Report(caller, self.events, places, self.partial, idempotency, reply, self.attribution)
 
     def reply(self, recorded: Recorded) -> dict[str, Any]:
         """What the client is told."""
@@ -89,6 +92,12 @@ class _Prepared(msgspec.Struct, frozen=True):
             reply["task_ids"] = [event.task_id for event in self.events]
         elif self.events:
             reply["task_id"] = self.events[0].task_id
+        under = self.attribution
+        if under is not None:
+            reply["delegation"] = under.delegation
+            reply["denied"] = None if under.code is None else {"code": under.code, "reason": under.detail}
+        if under is not None or recorded.unauthorised:
+            reply["unauthorised"] = recorded.unauthorised
         if self.partial:
             errors = self.errors + [
                 FieldError("id", f"{self.events[index].id} was reported before with other content", self.places[index])
@@ -100,7 +109,13 @@ class _Prepared(msgspec.Struct, frozen=True):
 
 
 async def _prepare(
-    services: Services, caller: Caller, body: bytes, written: Written, *, partial: bool = False
+    services: Services,
+    caller: Caller,
+    body: bytes,
+    written: Written,
+    *,
+    partial: bool = False,
+    attribution: Attribution | None = None,
 ) -> _Prepared | Refusal:
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
@@ -110,7 +125,8 @@ async def _prepare(
         decoded = await _decode_large(services, body, written)
     if isinstance(decoded, Refusal):
         return decoded
-    refusal = decoded.refusal or _check_agents(decoded, caller)
+    elsewhere = [] if attribution is None else _under_another(decoded, attribution)
+    refusal = decoded.refusal or _check_agents(decoded, caller) or _conflict(elsewhere)
     if refusal is not None and not partial:
         return refusal
     events, places = decoded.events, decoded.places
@@ -118,13 +134,56 @@ async def _prepare(
     if partial:
         events, places, foreign = _own(decoded, caller)
         errors += foreign
+        if elsewhere:
+            errors += elsewhere
+            events, places = _without(events, places, elsewhere)
         untimely = _untimely(services, events, places)
         errors += untimely
         if untimely:
-            late = {error.index for error in untimely}
-            kept = [(event, place) for event, place in zip(events, places, strict=True) if place not in late]
-            events, places = [event for event, _ in kept], [place for _, place in kept]
-    return _Prepared(events, places, errors, decoded.is_batch, partial)
+            events, places = _without(events, places, untimely)
+    return _Prepared(events, places, errors, decoded.is_batch, partial, attribution)
+
+
+async def attribute(
+    services: Services, caller: Caller, token: str, *, wait_for_room: bool = False
+) -> Attribution | Refusal:
+    """Under which delegation a report is that came with a token; a refusal only when that cannot be told now."""
+    return await ask_actor(
+        services.mailboxes.registry, lambda reply: Attribute(caller, token.strip(), reply), wait_for_room=wait_for_room
+    )
+
+
+def _under_another(decoded: Events, attribution: Attribution) -> list[FieldError]:
+    """The events that name a delegation themselves, which is not the one of the token."""
+    if attribution.delegation is None:
+        return []
+    same = {None, attribution.delegation, attribution.token_id}
+    return [
+        FieldError(
+            "delegation",
+            f"is {event.delegation}, and X-ASAP-Delegation-Token is a token of {attribution.delegation}: "
+            "send what is under another delegation by itself",
+            place if decoded.is_batch else None,
+        )
+        for event, place in zip(decoded.events, decoded.places, strict=True)
+        if event.delegation not in same
+    ]
+
+
+def _conflict(elsewhere: list[FieldError]) -> Refusal | None:
+    if not elsewhere:
+        return None
+    return Refusal("invalid", f"nothing was recorded: delegation {elsewhere[0].reason}", tuple(elsewhere[:MAX_ERRORS]))
+
+
+def _without(
+    events: list[UsageEvent], places: list[int], errors: list[FieldError]
+) -> tuple[list[UsageEvent], list[int]]:
+    """The events that no error is about, and their places."""
+    # A request that is one event names no place in its errors.
+    bad = {0 if error.index is None else error.index for error in errors}
+    kept = [(event, place) for event, place in zip(events, places, strict=True) if place not in bad]
+    return [event for event, _ in kept], [place for _, place in kept]
 
 
 async def _decode_large(services: Services, body: bytes, written: Written) -> Events | Refusal:
@@ -225,6 +284,9 @@ async def post_frame(services: Services, caller: Caller | None, body: bytes, ans
     """
     if caller is None:
         answer(_refused(Refusal("forbidden", "no [[ingest.allow]] rule admits this user")))
+        return
+    if services.throttle is not None and (too_many := services.throttle.refusal(caller)) is not None:
+        answer(_refused(too_many))
         return
     body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
     prepared = await _prepare(services, caller, body, body_format)

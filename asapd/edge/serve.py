@@ -21,7 +21,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
 from hypercorn.utils import parse_socket_addr
 
-from asapd.edge.connection import AsgiApp, HttpConnection, Limits, SocketTransport, Transport, bare_response
+from asapd.edge.connection import AsgiApp, HttpConnection, Limits, SocketTransport, Transport
+from asapd.edge.early import bare_response
 
 # accept(2) when the process or the host is out of something: it comes back, a connection at a time.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}

@@ -21,11 +21,13 @@ from asapd.actors.messages import (
 from asapd.actors.notifier import Subscription
 from asapd.actors.reads import Reads
 from asapd.actors.repricer import Progress, RepriceRequest
+from asapd.actors.revocations import Revocations
 from asapd.actors.unprobed import Unprobed
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.edge.sockets import Peer
+from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 
@@ -86,5 +88,9 @@ class Services:
     """Raised by every commit."""
     stopping: trio.Event
     """Set when the daemon begins to stop: whoever streams says goodbye."""
+    revocations: Revocations
+    """The signed list of revoked tokens, and the news of delegations."""
+    throttle: Throttle | None = None
+    """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)
     """Why agents are not probed, where they are not."""

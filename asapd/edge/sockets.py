@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import grp
 import os
+import pwd
 import socket
 import stat
 import struct
@@ -19,6 +20,10 @@ DIRECTORY_MODE = 0o750
 
 # struct ucred of unix(7): pid_t is signed, uid_t and gid_t are not.
 _UCRED = struct.Struct("iII")
+# Linux 4.13, asm-generic/socket.h; Python has no name for it. getsockopt(3) of Python takes at most 1024 bytes.
+_SO_PEERGROUPS = 59
+_GID = struct.Struct("I")
+_MOST_GROUPS = 1024 // _GID.size
 
 
 class CannotListen(Exception):  # noqa: N818 -- says what happened, as `raise CannotListen` reads
@@ -26,11 +31,16 @@ class CannotListen(Exception):  # noqa: N818 -- says what happened, as `raise Ca
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """The process at the other end of a Unix socket, as the kernel knew it when it connected (SO_PEERCRED, unix(7))."""
+    """The process at the other end of a Unix socket, as the kernel knew it when it connected (SO_PEERCRED, unix(7)).
+
+    `groups` are its supplementary groups (SO_PEERGROUPS). Where the kernel does not tell them (before Linux 4.13, or
+    more than 256), they are those that the account database gives its user.
+    """
 
     pid: int
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
 
 
 def split_bind(bind: str) -> tuple[str, int]:
@@ -148,7 +158,18 @@ def peer_credentials(stream: trio.SocketStream) -> Peer:
         raise OSError(errno.EOPNOTSUPP, "only a Unix socket knows its peer")
     raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(raw)
-    return Peer(pid=pid, uid=uid, gid=gid)
+    return Peer(pid=pid, uid=uid, gid=gid, groups=_peer_groups(stream, uid, gid))
+
+
+def _peer_groups(stream: trio.SocketStream, uid: int, gid: int) -> tuple[int, ...]:
+    try:
+        raw = stream.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * _GID.size)
+    except OSError:
+        try:
+            return tuple(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+        except KeyError:
+            return ()
+    return tuple(one for (one,) in _GID.iter_unpack(raw))
 
 
 def _make_directory(directory: Path) -> None:

@@ -8,16 +8,19 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from asapd.actors.messages import Attribution
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge import idempotency
 from asapd.edge.http.parameters import Parameters, RefusedError
-from asapd.edge.reporting import BinaryEvent, Written, report, validate
+from asapd.edge.reporting import BinaryEvent, Written, attribute, report, validate
 from asapd.edge.services import Services
 from asapd.wire.bodies import unpack
 from asapd.wire.cloudevents import BATCH_TYPE, STRUCTURED_TYPE, is_binary
 
 PATHS: Final = ("/usage", "/usage/batch", "/usage/validate")
+DELEGATION_HEADER: Final = "x-asap-delegation-token"
+"""A token under which the whole request reports."""
 
 _FORMATS: dict[str, Written] = {
     "": "json",
@@ -94,8 +97,22 @@ async def answer(
     )
     if isinstance(key, Refusal):
         return key
+    attribution: Attribution | None = None
+    token = request.headers.get(DELEGATION_HEADER)
+    if token:
+        under = await attribute(services, caller, token, wait_for_room=wait_for_room)
+        if isinstance(under, Refusal):
+            return under
+        attribution = under
     outcome = await report(
-        services, caller, body, written, partial=partial, idempotency=key, wait_for_room=wait_for_room
+        services,
+        caller,
+        body,
+        written,
+        partial=partial,
+        idempotency=key,
+        wait_for_room=wait_for_room,
+        attribution=attribution,
     )
     return outcome if isinstance(outcome, Refusal) else (201, outcome)
 

@@ -9,6 +9,7 @@ from quart import Response, websocket
 from quart_trio import QuartTrio
 
 from asapd.actors.notifier import Gap, Subscription
+from asapd.actors.revocations import Follower, public_news
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
@@ -16,7 +17,7 @@ from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
 from asapd.runtime.fanout import FeedClosed
 from asapd.wire import jsonrpc
-from asapd.wire.jsonrpc import Fault, Subscribe
+from asapd.wire.jsonrpc import Fault, Request, Subscribe
 
 SUBPROTOCOL = "asapd.v1"
 _BEARER = "asapd.bearer."
@@ -36,7 +37,9 @@ def register(app: QuartTrio, services: Services) -> None:
         if websocket.scope["asapd"]["door"] == "admin":  # type: ignore[typeddict-item]  # put there by the door
             return None
         door = websocket.scope["asapd"]["door"]  # type: ignore[typeddict-item]  # put there by the door
-        foreign = check_host(websocket.headers, services.settings().http) if door == "http" else None
+        if door != "http":
+            return refuse(Refusal("not_found", "this door has no live alerts: ask at the HTTP door"))
+        foreign = check_host(websocket.headers, services.settings().http)
         return None if foreign is None else refuse(foreign)
 
     @app.websocket("/ws")
@@ -46,6 +49,9 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(caller)
         if not caller.may(Permission.READ):
             return refuse(Refusal("forbidden", f"a key with role {caller.role} may not read alerts"))
+        too_many = None if services.throttle is None else services.throttle.refusal(caller)
+        if too_many is not None:
+            return refuse(too_many)
         offered = websocket.requested_subprotocols
         await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
         await _Session(services, caller).run()
@@ -72,6 +78,7 @@ class _Session:
         self._caller = caller
         self._sending = trio.Lock()
         self._following: trio.CancelScope | None = None
+        self._following_delegations: trio.CancelScope | None = None
         self._sent_seq = 0
 
     async def run(self) -> None:
@@ -106,6 +113,12 @@ class _Session:
                 return
             case "sla.unsubscribe":
                 self._stop_following()
+                answer = {"unsubscribed": True}
+            case "delegation.subscribe":
+                await self._subscribe_delegations(request, nursery)
+                return
+            case "delegation.unsubscribe":
+                self._stop_following_delegations()
                 answer = {"unsubscribed": True}
             case "ping":
                 answer = {"pong": True}
@@ -158,12 +171,55 @@ class _Session:
                     await self._send(jsonrpc.notification("sla.breach", alert.params))
                     self._sent_seq = alert.seq
 
-    async def _send(self, text: str) -> None:
+    async def _subscribe_delegations(self, request: Request, nursery: trio.Nursery) -> None:
+        wanted = jsonrpc.decode_subscribe_delegations(request.params)
+        if isinstance(wanted, str):
+            await self._send(jsonrpc.fault(Fault(jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}", request.id)))
+            return
+        self._stop_following_delegations()
+        follower, newest = await self._services.revocations.follow(wanted.resume_after)
+        await self._send(jsonrpc.result(request.id, {"subscribed": True, "seq": newest}))
+        self._following_delegations = trio.CancelScope()
+        nursery.start_soon(self._follow_delegations, follower, wanted.agent_id, self._following_delegations)
+
+    def _stop_following_delegations(self) -> None:
+        if self._following_delegations is not None:
+            self._following_delegations.cancel()
+            self._following_delegations = None
+
+    async def _follow_delegations(self, follower: Follower, agent: str | None, scope: trio.CancelScope) -> None:
+        caller = self._caller
+
+        def sees(agents: tuple[str | None, ...], tenant: str | None) -> bool:
+            if caller.tenant not in {None, tenant} or (agent is not None and agent not in agents):
+                return False
+            return caller.may_touch(*agents)
+
+        with scope:
+            while True:
+                try:
+                    found = await follower.next_news()
+                except FeedClosed:
+                    await self._close(GOING_AWAY, "asapd is shutting down")
+                    return
+                if not self._may_stay():
+                    await self._close(POLICY_VIOLATION, "the key was revoked")
+                    return
+                for news in found:
+                    if isinstance(news, Gap):
+                        gap = {"first_missing": news.first_missing, "last_missing": news.last_missing}
+                        await self._send(jsonrpc.notification("delegation.gap", gap))
+                        continue
+                    for method, params in public_news(news, sees):
+                        late = f"too slow: delegation.subscribe resume_after {news.seq - 1}"
+                        await self._send(jsonrpc.notification(method, params), late)
+
+    async def _send(self, text: str, late: str | None = None) -> None:
         with trio.move_on_after(SEND_S) as patience:
             async with self._sending:
                 await websocket.send(text)
         if patience.cancelled_caught:
-            await self._close(TRY_AGAIN_LATER, f"too slow: resume_after {self._sent_seq}")
+            await self._close(TRY_AGAIN_LATER, late or f"too slow: resume_after {self._sent_seq}")
 
     async def _close(self, code: int, reason: str) -> None:
         with trio.move_on_after(1):

@@ -11,12 +11,12 @@ import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked
 from asapd.core.denial import deny
-from asapd.core.errors import Refusal
 from asapd.core.ledger import Account
 from asapd.core.types import format_us
+from asapd.store import revocations
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import NewDelegation, RegisterDelegation, Registered, Revoke, Revoked
+from asapd.store.units import NewDelegation, RegisterDelegation, Registered
 
 PATH = """
 WITH RECURSIVE path (account, depth) AS (
@@ -63,7 +63,7 @@ def debit(
         )
 
 
-# --- registering and revoking
+# --- registering
 
 # Ids that stand in a path as they are; a token named otherwise, or as a route is, goes by an id of ours.
 _ADDRESSABLE = re.compile(r"(?!(?:validate|authorize|revocations)\Z)[A-Za-z0-9_~:-][A-Za-z0-9._~:-]{0,127}\Z")
@@ -108,6 +108,7 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
         if known[3]:
             raise RefuseError(revoked(claims.id, claims.delegator))
         return Registered(known[0], known[1], created=False)
+    revocations.refuse_revoked(tx, claims.delegator, claims.id)
     taken = tx.row("SELECT 1 FROM delegation WHERE id = ?", (claims.id,)) is not None
     public_id = claims.id if _ADDRESSABLE.match(claims.id) and not taken else tx.new_id("del", now_us)
     tx.execute(
@@ -146,26 +147,3 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
     }
     tx.audit("delegation.created", actor, public_id, details, now_us)
     return Registered(public_id, account, created=True)
-
-
-def revoke(tx: Tx, unit: Revoke) -> Revoked:
-    """Revoke the subtree under a delegation; what was revoked before stays as it was."""
-    row = tx.row("SELECT account FROM delegation WHERE id = ?", (unit.id,))
-    if row is None:
-        raise RefuseError(Refusal("delegation_not_found", f"there is no delegation {unit.id}: check the id"))
-    subtree = fetch(
-        tx.connection,
-        "WITH RECURSIVE tree (account, depth) AS ("
-        "SELECT ?, 0 UNION ALL SELECT d.account, depth + 1 FROM delegation d JOIN tree ON d.parent = tree.account) "
-        "SELECT account, id, revoked_us FROM tree JOIN delegation USING (account) ORDER BY depth, account",
-        row,
-    )
-    fresh = [(account, public_id) for account, public_id, revoked_us in subtree if revoked_us is None]
-    tx.insert_many(
-        "UPDATE delegation SET revoked_us = ?, revoked_by = ?, revoke_reason = ? WHERE account = ?",
-        ((unit.now_us, unit.actor, unit.reason, account) for account, _ in fresh),
-    )
-    for _, public_id in fresh:
-        details = {"cause": unit.id, "id": public_id, "reason": unit.reason}
-        tx.audit("delegation.revoked", unit.actor, public_id, details, unit.now_us)
-    return Revoked([public_id for _, public_id, _ in subtree], len(fresh))

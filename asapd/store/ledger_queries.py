@@ -127,16 +127,37 @@ def list_delegations(
     return [DelegationRow(*row) for row in rows]
 
 
-def revoked_tokens(connection: apsw.Connection, now_us: int) -> list[tuple[str, str]]:
-    """(delegator, jti) of every revoked token that has not expired."""
+def list_issued(
+    connection: apsw.Connection, visible: Visibility, now_us: int, only_active: bool
+) -> list[dict[str, Any]]:
+    """Delegations by their delegators, the newest first: all of them, so no more of each than names it."""
+    where, values = visible_text(visible, ("delegator",))
+    rows = fetch(
+        connection,
+        "SELECT id, delegator, delegate, registered_us, revoked_us IS NULL AND expires_us > ? AS active "
+        f"FROM delegation WHERE {' AND '.join([*where, 'active >= ?'])} ORDER BY account DESC",
+        (now_us, *values, only_active),
+    )
     return [
-        (row[0], row[1])
-        for row in fetch(
-            connection,
-            "SELECT delegator, jti FROM delegation WHERE revoked_us IS NOT NULL AND expires_us > ?",
-            (now_us,),
-        )
+        {
+            "id": row[0],
+            "delegator": row[1],
+            "delegate": row[2],
+            "registered_at": format_us(row[3]),
+            "active": bool(row[4]),
+        }
+        for row in rows
     ]
+
+
+def find_registered(connection: apsw.Connection, delegator: str, jti: str, digest: bytes, tenant: str) -> str | None:
+    """The public id of exactly this token, when it is registered in a tenant."""
+    row = fetch_one(
+        connection,
+        "SELECT id FROM delegation WHERE delegator = ? AND jti = ? AND digest = ? AND tenant = ?",
+        (delegator, jti, digest, tenant),
+    )
+    return None if row is None else str(row[0])
 
 
 def public_delegation(row: DelegationRow, left: Remaining, children: list[str], now_us: int) -> dict[str, Any]:

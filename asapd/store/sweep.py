@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asapd.store import budgets, reservations, tasks
+from asapd.store import budgets, delegation_news, reservations, revocations, tasks
 from asapd.store.tx import Tx
 from asapd.store.units import Sweep, Swept
 
@@ -12,6 +12,8 @@ def sweep(tx: Tx, unit: Sweep) -> Swept:
     expired = reservations.expire_lapsed(tx, unit.now_us, unit.limit)
     abandoned = tasks.abandon_overdue(tx, unit.tasks_before_us, unit.now_us, unit.limit)
     deleted = budgets.sweep(tx, unit.now_us, unit.usage_before_us, unit.limit)
+    deleted += revocations.forget_lapsed(tx, unit.revocations_before_us, unit.limit)
+    deleted += delegation_news.forget_old(tx, unit.probes_before_us, unit.limit)
     for table, column, before_us in (
         ("idempotency", "created_us", unit.idempotency_before_us),
         ("probe", "ts_us", unit.probes_before_us),

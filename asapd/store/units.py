@@ -33,20 +33,37 @@ class UsageConflict(msgspec.Struct, frozen=True, tag=True):
     conflicts: list[tuple[int, int]]
 
 
+class Attribution(msgspec.Struct, frozen=True):
+    """What a report was made under: the delegation of a token that came with it, by its id where it is known here.
+
+    `code` and `detail` say why the token allows nothing; `token_id` is what it calls itself, as far as it can be read.
+    """
+
+    delegation: str | None
+    token_id: str | None
+    code: str | None = None
+    detail: str | None = None
+
+
 class Recorded(msgspec.Struct, frozen=True, tag=True):
-    """What became of a batch. `ids` is in the order of the request, duplicates included."""
+    """What became of a batch. `ids` is in the order of the request, duplicates included.
+
+    `unauthorised` of the new ones were done without permission.
+    """
 
     recorded: int
     duplicates: int
     unprotected: int
     ids: list[str]
     conflicts: list[tuple[int, int]] = []
+    unauthorised: int = 0
 
 
 class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     """Record events once each: rows, rollups, ledger and audit entries together.
 
-    With `partial` the conflicting events are left out instead of refusing the whole.
+    With `partial` the conflicting events are left out instead of refusing the whole. An `attribution` is no part of
+    what the client says of an event, so a repeat under another token is still a repeat.
     """
 
     tenant: str
@@ -55,6 +72,7 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     events: list[UsageEvent]
     costs: list[Cost]
     partial: bool = False
+    attribution: Attribution | None = None
 
 
 class StreamValue(msgspec.Struct, frozen=True, array_like=True):
@@ -333,6 +351,37 @@ class Revoke(Unit[Revoked | Refusal], frozen=True):
     now_us: int
 
 
+class Revocation(msgspec.Struct, frozen=True, array_like=True):
+    """A token that is revoked, by its own name; remembered until it has expired."""
+
+    issuer: str
+    jti: str
+    revoked_us: int
+    expires_us: int
+
+
+class RevocationsImported(msgspec.Struct, frozen=True, tag=True):
+    """How many entries were new and how many known, and the delegations that are revoked by them, descendants too."""
+
+    added: int
+    known: int
+    revoked: list[str]
+
+
+class ImportRevocations(Unit[RevocationsImported], frozen=True):
+    """Merge a verified list of revocations; `expired` and `not_allowed` count the entries it had besides."""
+
+    entries: list[Revocation]
+    signer: str
+    key_id: str
+    number: int
+    digest: bytes
+    expired: int
+    not_allowed: int
+    actor: str
+    now_us: int
+
+
 class BudgetsSynced(msgspec.Struct, frozen=True, tag=True):
     """Which budgets a change of the configuration touched, by name."""
 
@@ -552,6 +601,7 @@ class Sweep(Unit[Swept], frozen=True):
     """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step.
 
     No usage from before `usage_before_us` can come any more. A task that began before `tasks_before_us` is overdue.
+    Tokens that expired before `revocations_before_us` are refused for that alone.
     """
 
     now_us: int
@@ -560,6 +610,7 @@ class Sweep(Unit[Swept], frozen=True):
     limit: int = 500
     usage_before_us: int = 0
     tasks_before_us: int = 0
+    revocations_before_us: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -589,6 +640,7 @@ AnyUnit = (
     | RefundReservation
     | RecoverReservations
     | Revoke
+    | ImportRevocations
     | SyncBudgets
     | PutAgent
     | RemoveAgent
@@ -617,6 +669,7 @@ AnyResult = (
     | ReservationChanged
     | Recovered
     | Revoked
+    | RevocationsImported
     | BudgetsSynced
     | AgentsChanged
     | RowWritten

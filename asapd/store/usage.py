@@ -10,6 +10,7 @@ import msgspec
 from asapd.core.errors import Refusal
 from asapd.core.types import Outcome
 from asapd.core.usage import (
+    FLAG_UNAUTHORISED,
     FLAG_UNTIMED,
     Cost,
     RollupKey,
@@ -19,7 +20,7 @@ from asapd.core.usage import (
     identity_digest,
     rollup,
 )
-from asapd.store import charging, outcomes, sources
+from asapd.store import charging, outcomes, sources, unauthorised
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
@@ -153,17 +154,23 @@ class _Pass:
             self._next += 1
         if conflicts and not unit.partial:
             raise RefuseError(UsageConflict(conflicts))
-        self._charge(unit, tenant, fresh)
-        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts)
+        without_permission = self._charge(unit, tenant, fresh)
+        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission)
 
-    def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> None:
-        """Debit what the fresh events of a unit used, and make their rows and audit entries."""
+    def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> int:
+        """Debit what the fresh events of a unit used, and make their rows and audit entries.
+
+        Returns how many of them were done without permission.
+        """
         tx = self._tx
         intern, rows = tx.intern, self._rows
         notes: list[tuple[str, bytes]] = []
         priced = self._priced.setdefault(unit.tenant, [])
         book = open_book(tx, unit.actor, unit.now_us)
-        for seq, event, cost, event_id, content in fresh:
+        refused: list[unauthorised.Work] = []
+        attribution = unit.attribution
+        for seq, reported, cost, event_id, content in fresh:
+            event = reported if attribution is None else unauthorised.attribute(reported, attribution)
             flags = 0
             if book is not None or event.reservation is not None or event.delegation is not None:
                 flags, estimate = charging.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
@@ -171,6 +178,10 @@ class _Pass:
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
             if event.duration_ms is None:
                 flags |= FLAG_UNTIMED
+            if attribution is not None and attribution.code is not None:
+                flags |= FLAG_UNAUTHORISED
+            if flags & FLAG_UNAUTHORISED:
+                refused.append(unauthorised.Work(seq, event_id, event))
             rows.append(
                 (
                     seq,
@@ -234,10 +245,13 @@ class _Pass:
             )
             notes.append((event_id, _note.encode(note)))
         tx.audit_all("usage.recorded", unit.actor, notes, unit.now_us)
+        if refused:
+            unauthorised.tell(tx, unit, refused)
         if book is not None:
             book.flush()
             # A budget that comes to count tasks looks for them among the rows: those of the units before must be there.
             self._write_rows()
+        return len(refused)
 
     def _write_rows(self) -> None:
         self._tx.insert_many(_INSERT, self._rows)

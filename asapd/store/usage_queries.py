@@ -13,9 +13,9 @@ import msgspec
 from asapd.core.money import to_usd
 from asapd.core.offsets import clock_offsets
 from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
-from asapd.core.usage import FLAG_NAMES, RollupSums
+from asapd.core.usage import FLAG_NAMES, FLAG_UNTIMED, RollupSums
 from asapd.store.rows import fetch, fetch_one
-from asapd.store.visibility import Visibility, visible_names
+from asapd.store.visibility import EVERYTHING, Visibility, visible_names
 
 GROUPS = {
     "agent": ("agent_id", "(SELECT name FROM name WHERE id = agent)"),
@@ -210,6 +210,7 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         "timestamp": format_us(timestamp_us),
         "outcome": Outcome(outcome).name.lower(),
         "partial": bool(partial),
+        "untimed": bool(flags & FLAG_UNTIMED),
         "error": error,
         "model": model or None,
         "provider": provider or None,
@@ -389,16 +390,31 @@ def newest_seq(connection: apsw.Connection) -> int:
     return 0 if row is None or row[0] is None else int(row[0])
 
 
-def position_of(connection: apsw.Connection, seq: int) -> tuple[int, int] | None:
-    """Where a row stands in the order of (timestamp, seq)."""
-    row = fetch_one(connection, "SELECT timestamp_us, seq FROM usage WHERE seq = ?", (seq,))
+def newest_visible(connection: apsw.Connection, visible: Visibility) -> int:
+    """The number of the newest row that a caller may see; 0 when there is none."""
+    where, values = visible_names(visible, ("agent", "consumer"))
+    if not where:
+        return newest_seq(connection)
+    query = f"SELECT seq FROM usage WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT 1"
+    row = fetch_one(connection, query, tuple(values))
+    return 0 if row is None else int(row[0])
+
+
+def position_of(connection: apsw.Connection, seq: int, visible: Visibility = EVERYTHING) -> tuple[int, int] | None:
+    """Where a row that may be seen stands in the order of (timestamp, seq)."""
+    where, values = visible_names(visible, ("agent", "consumer"))
+    condition = " AND ".join(["seq = ?", *where])
+    row = fetch_one(connection, f"SELECT timestamp_us, seq FROM usage WHERE {condition}", (seq, *values))
     return None if row is None else (row[0], row[1])
 
 
 def rows_after(
-    connection: apsw.Connection, query: UsageFilter, seq: int, window: int
+    connection: apsw.Connection, query: UsageFilter, seq: int, window: int, limit: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows in the order of their commit among the next `window` numbers behind one, and how far that looked."""
+    """Rows in the order of their commit among the next `window` numbers behind one, and how far that looked.
+
+    At most `limit` rows, and then it looked no further than the last.
+    """
     through = min(newest_seq(connection), seq + window)
     if through <= seq:
         return [], seq
@@ -406,10 +422,11 @@ def rows_after(
     where += ["seq > ?", "seq <= ?"]
     rows = fetch(
         connection,
-        f"SELECT {_ROW_COLUMNS} FROM usage WHERE {' AND '.join(where)} ORDER BY seq",
-        (*values, seq, through),
+        f"SELECT {_ROW_COLUMNS} FROM usage WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?",
+        (*values, seq, through, limit),
     )
-    return [_row(row) for row in rows], through
+    found = [_row(row) for row in rows]
+    return found, (found[-1]["seq"] if len(found) == limit else through)
 
 
 def _totals(row: tuple[Any, ...]) -> dict[str, Any]:

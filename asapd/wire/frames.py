@@ -38,6 +38,11 @@ class FrameDecoder:
         """Whether a frame has begun and is not complete."""
         return bool(self._buffer)
 
+    @property
+    def announced_bytes(self) -> int:
+        """The size of the unfinished frame's body; 0 without one, or before its length is there."""
+        return int.from_bytes(self._buffer[:LENGTH_BYTES]) if len(self._buffer) >= LENGTH_BYTES else 0
+
     def feed(self, data: bytes) -> list[Frame | Oversized]:
         """The frames that `data` completes, in order; an `Oversized` is the last item there will ever be."""
         if self._broken:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -40,6 +40,16 @@ class Subscribe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
 
 
+class SubscribeDelegations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of `delegation.subscribe`."""
+
+    agent_id: str | None = None
+    resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
 def decode_request(text: str | bytes) -> Request | Fault:
     """A request from its text; never raises."""
     try:
@@ -60,9 +70,18 @@ def decode_request(text: str | bytes) -> Request | Fault:
 
 
 def decode_subscribe(params: dict[str, Any]) -> Subscribe | str:
-    """The parameters of a subscription, or what is wrong with them."""
+    """The parameters of a subscription to alerts, or what is wrong with them."""
+    return _convert(params, Subscribe)
+
+
+def decode_subscribe_delegations(params: dict[str, Any]) -> SubscribeDelegations | str:
+    """The parameters of a subscription to the news of delegations, or what is wrong with them."""
+    return _convert(params, SubscribeDelegations)
+
+
+def _convert(params: dict[str, Any], shape: type[S]) -> S | str:
     try:
-        return msgspec.convert(params, Subscribe)
+        return msgspec.convert(params, shape)
     except msgspec.ValidationError as error:
         return str(error)
 

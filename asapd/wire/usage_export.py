@@ -31,6 +31,7 @@ COLUMNS = (
     "timestamp",
     "outcome",
     "partial",
+    "untimed",
     "error",
     "model",
     "provider",
@@ -217,7 +218,7 @@ class Parquet:
             return arrow.decimal128(18, 6)
         if name == "flags":
             return arrow.list_(arrow.string())
-        return arrow.bool_() if name == "partial" else arrow.string()
+        return arrow.bool_() if name in {"partial", "untimed"} else arrow.string()
 
     def begin(self) -> bytes:
         """The magic number."""

@@ -22,7 +22,7 @@ from asapd.actors.janitor import (
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
-from asapd.core.types import DAY_US, SECOND_US
+from asapd.core.types import DAY_US, MINUTE_US, SECOND_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
@@ -99,6 +99,7 @@ async def test_a_sweep_that_found_more_goes_on_at_once_and_the_others_wait(
         T0 - IDEMPOTENCY_US,
         usage_before_us=T0 - 7 * DAY_US,
         tasks_before_us=T0 - DAY_US,
+        revocations_before_us=T0 - 5 * MINUTE_US,
     )
     assert "3 reservations expired" in caplog.text
     assert "nothing was swept" in caplog.text

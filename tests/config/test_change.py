@@ -62,6 +62,9 @@ def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:
         bind = ["127.0.0.1:2"]
         [limits]
         max_connections = 1
+        max_buffered = "1MiB"
+        rate_per_key = "1/s"
+        rate_burst = 1
         [store]
         group_commit_wait = "1ms"
     """)
@@ -74,6 +77,9 @@ def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:
         "admin.mode",
         "ingest.bind",
         "limits.max_connections",
+        "limits.max_buffered",
+        "limits.rate_per_key",
+        "limits.rate_burst",
         "store.group_commit_wait",
     )
     assert changes == Changes(restart_required=changes.restart_required)

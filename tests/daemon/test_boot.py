@@ -98,6 +98,11 @@ def test_a_public_key_that_is_no_point_of_the_curve_is_named(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as refused:
         load(path)
     assert "agents[0].public_key" in str(refused.value)
+    source = f'[[delegation.revocation_source]]\npublic_key = "{public_base64(bytes(32))}"\nissuers = ["*"]\n'
+    path.write_text(source)
+    with pytest.raises(ConfigError) as refused:
+        load(path)
+    assert "delegation.revocation_source[0].public_key" in str(refused.value)
 
 
 # --- occupying

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import socket
 import ssl
 import subprocess
@@ -88,8 +90,7 @@ async def test_an_inherited_socket_is_held_to_the_rule_of_the_configuration(
                 await door.listener.aclose()
 
 
-def test_an_unknown_user_has_no_names() -> None:
-    assert names_of(2**31 - 7, 1) == (None, frozenset())
-    user, groups = names_of(os.getuid(), os.getgid())
-    assert user
-    assert groups
+def test_an_unknown_user_has_no_name_and_unknown_groups_are_left_out() -> None:
+    own = grp.getgrgid(os.getgid()).gr_name
+    assert names_of(2**31 - 7, frozenset({2**31 - 7, os.getgid()})) == (None, frozenset({own}))
+    assert names_of(os.getuid(), frozenset()) == (pwd.getpwuid(os.getuid()).pw_name, frozenset())

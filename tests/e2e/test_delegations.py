@@ -210,7 +210,7 @@ async def test_revoking_takes_every_descendant_with_it_in_one_commit(daemon: Dae
         assert (first["revoked"], first["newly"]) == (ids, 3)
         second = (await client.delete(f"/delegations/{ids[0]}")).json()
         assert (second["revoked"], second["newly"]) == (ids, 0)
-        for token in (parent, child, grandchild, HELPER.grant(KNOWN, parent=child)):
+        for token in (parent, child, grandchild, HELPER.grant(KNOWN, parent=child, expires_in_s=1800)):
             check_denial(await authorize(client, token), "revoked")
             validity = (await client.post("/delegations/validate", json={"token": token})).json()
             assert (validity["valid"], validity["code"]) == (False, "revoked")

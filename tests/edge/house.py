@@ -32,6 +32,7 @@ from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
 from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
+from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
@@ -56,6 +57,7 @@ NOW = "2027-01-15T08:00:00Z"
 LOG = logging.getLogger("test.edge")
 ME = Peer(os.getpid(), os.getuid(), os.getgid())
 HELD = SigningKey(b"a" * 32)
+IDENTITY = SigningKey(b"i" * 32)
 
 
 class SetClock:
@@ -248,6 +250,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
     names = ("meter", "registry", "prober", "watcher", "gatekeeper", "auditor")
     boxes = {name: trio.open_memory_channel[Any](bounds.get(name, 50)) for name in names}
     holder: list[Edge] = []
+    stopping = trio.Event()
 
     async def status() -> dict[str, Any]:
         return {"ready": True}
@@ -287,7 +290,15 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         prices=lambda: meter.prices,
         reprice=partial(reprice, database, clock, meter),
         committed=committed,
-        stopping=trio.Event(),
+        stopping=stopping,
+        revocations=Revocations(
+            database,
+            clock,
+            IDENTITY,
+            skew_us=lambda: settings.metering.clock_skew_max_us,
+            changed=committed,
+            stopping=stopping,
+        ),
     )
     edge = Edge(database, connection, feed, committed, clock, services, boxes, settings=settings)
     holder.append(edge)
@@ -296,8 +307,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         "meter": partial(run_meter, settings=meter),
         "registry": partial(
             run_registry,
-            settings=RegistrySettings(settings.delegation, keys_dir),
+            settings=RegistrySettings(settings.delegation, keys_dir, identity=bytes(IDENTITY.verify_key)),
             directory_changed=directory_changed,
+            revocations_changed=committed,
             new_id=lambda now_us: f"del_{next(ids)}",
         ),
         "prober": partial(

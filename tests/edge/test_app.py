@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -12,9 +13,12 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
+from asapd.core.rates import Rate
+from asapd.edge.http.app import create_app
 from asapd.edge.sockets import Peer
+from asapd.edge.throttle import Throttle
 from asapd.store.database import Database
-from tests.edge.house import ME, NOW, A, B, Edge, open_edge
+from tests.edge.house import LOG, ME, NOW, A, B, Edge, open_edge
 
 EVENT = {"task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": NOW}
 Inline = tuple[Database, apsw.Connection]
@@ -65,7 +69,7 @@ async def test_the_admin_socket_knows_its_caller_by_user(edge: Edge) -> None:
 
 async def test_the_ingest_socket_lets_in_whom_its_rules_admit(edge: Edge) -> None:
     assert (await edge.post("/usage", EVENT, key=None, door={"door": "ingest", "peer": ME})).ok(201)["recorded"] == 1
-    assert (await edge.get("/usage", key=None, door={"door": "ingest", "peer": ME})).refused(403)
+    assert (await edge.get("/usage", key=None, door={"door": "ingest", "peer": ME})).refused(404)
     unknown = {"door": "ingest", "peer": Peer(0, 1, 1)}
     assert (await edge.post("/usage", EVENT, key=None, door=unknown)).refused(403)["code"] == "forbidden"
 
@@ -143,3 +147,37 @@ async def test_a_directory_without_figures_is_still_shown(edge: Edge) -> None:
     edge.mailboxes["watcher"][0].close()
     row = (await edge.get(f"/agents/{A}")).ok()
     assert (row["id"], row["sla"], row["uptime_percent"]) == (A, None, None)
+
+
+async def test_beyond_its_rate_a_key_is_429_with_the_time_to_wait(edge: Edge) -> None:
+    services = replace(edge.services, throttle=Throttle(Rate(2, 60_000_000), 3, edge.clock))
+    app = create_app(services, LOG)
+    client = app.test_client()
+
+    async def get(path: str, key: str | None = "reader", door: dict[str, Any] | None = None) -> tuple[int, str | None]:
+        headers = {"Host": "localhost"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {edge.keys[key]}"
+        response = await client.get(path, headers=headers, scope_base={"asapd": door or {"door": "http"}})
+        return response.status_code, response.headers.get("Retry-After")
+
+    assert [await get("/usage") for _ in range(3)] == [(200, None)] * 3
+    assert await get("/usage") == (429, "30")
+    assert await get("/usage", "operator") == (200, None)
+    assert [(await get("/healthz", key))[0] for key in ("reader", None)] == [200, 200]
+    # The operator's own door stays open, whoever else is too many.
+    assert {(await get("/keys", None, {"door": "admin", "peer": ME}))[0] for _ in range(9)} == {200}
+
+
+async def test_doors_of_ingest_serve_what_reports_and_authorises_and_nothing_else(edge: Edge) -> None:
+    for door in ({"door": "ingest", "peer": ME}, {"door": "lane"}):
+        for method, path in (
+            ("GET", "/usage"),
+            ("POST", "/keys"),
+            ("GET", "/healthz"),
+            ("GET", "/"),
+            ("POST", "/reload"),
+        ):
+            assert (await edge.call(method, path, b"{}", door=door)).refused(404)["code"] == "not_found"
+        assert (await edge.post("/usage/", EVENT, door=door)).status == 201
+        assert (await edge.get("/reservations/rsv_1", door=door)).status in {403, 404}

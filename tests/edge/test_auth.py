@@ -39,6 +39,13 @@ def test_a_rule_admits_by_user_or_group_for_its_agents(rule: dict[str, Any]) -> 
     assert ingest_socket_caller(Peer(7, 1, 1), own, frozenset({"yours"}), "you") is None
 
 
+def test_a_rule_for_a_group_admits_processes_that_have_it_besides_their_own() -> None:
+    own = ingest({"gid": 100, "agents": ["urn:asap:agent:a"]})
+    caller = ingest_socket_caller(Peer(7, 1, 1, (3, 100)), own, frozenset(), None)
+    assert caller == Caller("uid:1 pid:7", Role.INGEST, ("urn:asap:agent:a",))
+    assert ingest_socket_caller(Peer(7, 1, 1, (3,)), own, frozenset(), None) is None
+
+
 def test_the_rules_that_match_add_up_and_without_rules_the_socket_is_the_gate() -> None:
     both = ingest({"uid": 1000, "agents": ["urn:asap:agent:a"]}, {"gid": 100, "agents": ["urn:asap:agent:b*"]})
     caller = ingest_socket_caller(PEER, both, frozenset(), None)

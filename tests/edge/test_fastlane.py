@@ -19,12 +19,15 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd.core.delegation import Claims
+from asapd.core.rates import Rate
 from asapd.core.types import DAY_US
 from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE
 from asapd.edge.fastlane import PIPELINED, FastLane
 from asapd.edge.ingest import run_ingest
 from asapd.edge.sockets import Peer, open_tcp, open_unix
+from asapd.edge.throttle import Throttle
+from asapd.runtime.room import Room
 from asapd.wire.frames import encode
 from asapd.wire.token import sign
 from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge
@@ -97,6 +100,7 @@ class Lane:
     """A lane on TCP and on the ingest socket, in front of the whole application."""
 
     def __init__(self, edge: Edge, fast: FastLane, port: int, ingest: Path, scope: trio.CancelScope) -> None:
+        self.room = fast.room
         self.edge = edge
         self.fast = fast
         self.port = port
@@ -130,17 +134,18 @@ async def lane_of(edge: Edge, tmp_path: Path, *, max_connections: int = 50, **op
 
         async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
             if peer is None:
-                await server.serve_connection(stream, door="http")
+                await server.serve_connection(stream, door="lane")
             else:
                 await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
 
         async def handle(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
             answer(b'{"ok":true}')
 
-        fast = FastLane(services, hand_over, log=LOG, limits=Limits(**options))
+        room = Room(options.pop("room_bytes", 64 << 20))
+        fast = FastLane(services, hand_over, room=room, log=LOG, limits=Limits(**options))
         unix = open_unix(tmp_path / "ingest.sock", 0o600, None)
         async with trio.open_nursery() as nursery:
-            options = {"max_frame_bytes": 1000, "max_connections": 10, "log": LOG, "grace_s": 1}
+            options = {"max_frame_bytes": 1000, "max_connections": 10, "room": room, "log": LOG, "grace_s": 1}
             await nursery.start(partial(run_ingest, unix, handle, http=fast.serve, **options))
 
             async def run(*, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
@@ -267,7 +272,7 @@ def chunked(body: bytes, **fields: str) -> bytes:
 
 
 HANDED_OVER: list[tuple[Callable[[str], bytes], int]] = [
-    (lambda key: b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n", 200),
+    (lambda key: b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
     (lambda key: post({"token": "x", "action": "a.b"}, "/delegations/validate", key=key), 200),
     (lambda key: post(event(), "/usage/", key=key), 201),
     (lambda key: post(event(), "/usage/none", key=key), 404),
@@ -336,14 +341,14 @@ async def test_a_client_that_ends_its_side_is_still_answered(lane: Lane) -> None
 
 @pytest.mark.parametrize(
     ("sent", "status", "after_s"),
-    [(b"", None, 10), (b"POST /us", 408, 10), (post(event())[:-5], 408, 15), (post(event()), 401, 30)],
+    [(b"", None, 10), (b"POST /us", 408, 10), (post(event(), key="KEY")[:-5], 408, 15), (post(event()), 401, 30)],
 )
 async def test_nobody_keeps_a_connection_by_being_slow(
     autojump_clock: MockClock, lane: Lane, sent: bytes, status: int | None, after_s: float
 ) -> None:
     client = await lane.tcp()
     began = trio.current_time()
-    await client.send(sent)
+    await client.send(sent.replace(b"KEY", lane.key.encode()))
     if status is not None:
         assert (await client.answer())[0] == status
     assert await client.is_closed()
@@ -351,7 +356,7 @@ async def test_nobody_keeps_a_connection_by_being_slow(
 
 
 async def test_a_drip_of_bytes_does_not_outlast_the_limits(autojump_clock: MockClock, lane: Lane) -> None:
-    for sent, most_s in ((post(event())[:40], 10), (post(b"", content_length="1000"), 130)):
+    for sent, most_s in ((post(event())[:40], 10), (post(b"", content_length="1000", key=lane.key), 130)):
         client = await lane.tcp()
         began = trio.current_time()
         await client.send(sent)
@@ -446,7 +451,7 @@ async def test_a_host_out_of_descriptors_is_waited_out(
     async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
         raise AssertionError
 
-    fast = FastLane(edge.services, hand_over, log=LOG)
+    fast = FastLane(edge.services, hand_over, room=Room(1 << 20), log=LOG)
     (listener,) = await open_tcp("127.0.0.1:0")
     accept, failures = listener.accept, [OSError(24, "too many open files")]
 
@@ -467,7 +472,7 @@ async def test_a_connection_that_ends_in_an_error_ends_alone(edge: Edge, caplog:
     async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
         raise ZeroDivisionError
 
-    fast = FastLane(edge.services, hand_over, log=LOG)
+    fast = FastLane(edge.services, hand_over, room=Room(1 << 20), log=LOG)
     (listener,) = await open_tcp("127.0.0.1:0")
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(fast.run, [listener], max_connections=1))
@@ -479,6 +484,108 @@ async def test_a_connection_that_ends_in_an_error_ends_alone(edge: Edge, caplog:
         nursery.cancel_scope.cancel()
     assert caplog.text.count("ended in an error") == 2
     assert "ZeroDivisionError" in caplog.text
+
+
+LARGE = 200_000
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"key": "asapd_wrong"}, 401),
+        ({}, 401),
+        ({"host": "evil.example"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+    ],
+)
+async def test_who_is_not_heard_is_answered_before_the_body_comes(
+    autojump_clock: MockClock, edge: Edge, tmp_path: Path, headers: dict[str, str], status: int
+) -> None:
+    async with lane_of(edge, tmp_path, room_bytes=300_000) as lane:
+        client = await lane.tcp()
+        before = post(event("e1"), key=lane.key)
+        refused = post(b"", content_length=str(LARGE), **headers)  # type: ignore[arg-type]
+        await client.send(before + refused)
+        assert (await client.answer())[0] == 201
+        found, fields, _ = await client.answer()
+        assert (found, fields["connection"]) == (status, "close")
+        assert lane.room.free_bytes == 300_000
+        # What it sends all the same is thrown away, so that it comes to read the answer.
+        await client.send(bytes(LARGE))
+        assert await client.is_closed()
+
+
+async def test_a_peer_that_is_not_heard_is_answered_before_its_body_comes(edge: Edge, tmp_path: Path) -> None:
+    async with lane_of(edge, tmp_path, services=replace(edge.services, ingest_caller=lambda peer: None)) as lane:
+        status, fields, reply = await (await lane.unix()).ask(post(b"", content_length=str(LARGE)))
+        assert (status, fields["connection"], reply["code"]) == (403, "close", "forbidden")
+
+
+async def test_large_bodies_take_turns_for_room_and_small_ones_pass(
+    autojump_clock: MockClock, edge: Edge, tmp_path: Path
+) -> None:
+    async with lane_of(edge, tmp_path, room_bytes=300_000) as lane:
+        body = msgspec.json.encode(event("e1")).ljust(LARGE)
+        first, second, small = await lane.tcp(), await lane.tcp(), await lane.tcp()
+        whole = post(body, key=lane.key)
+        await first.send(whole[:1000])
+        await wait_all_tasks_blocked()
+        assert lane.room.free_bytes == 100_000
+        await second.send(whole[:1000])
+        assert (await small.ask(post(event("e2"), key=lane.key)))[0] == 201
+        assert (await first.ask(whole[1000:]))[0] == 201
+        assert (await second.ask(whole[1000:]))[2]["duplicates"] == 1
+        assert lane.room.free_bytes == 300_000
+        await first.send(whole[:1000])
+        await wait_all_tasks_blocked()
+        await first.stream.aclose()
+        await wait_all_tasks_blocked()
+        assert lane.room.free_bytes == 300_000
+
+
+async def test_a_large_body_that_finds_no_room_is_refused_and_its_connection_closed(
+    autojump_clock: MockClock, edge: Edge, tmp_path: Path
+) -> None:
+    async with lane_of(edge, tmp_path, room_bytes=300_000) as lane:
+        head = post(b"", content_length=str(LARGE), key=lane.key)
+        holder, client = await lane.tcp(), await lane.tcp()
+        await holder.send(head)
+        await wait_all_tasks_blocked()
+        status, fields, reply = await client.ask(head)
+        assert (status, reply["code"], fields["retry-after"]) == (503, "overloaded", "5")
+        assert await client.is_closed()
+
+
+async def test_requests_beyond_the_rate_are_429_at_each_door(edge: Edge, tmp_path: Path) -> None:
+    throttle = Throttle(Rate(1, 60_000_000), 2, edge.clock)
+    async with lane_of(edge, tmp_path, services=replace(edge.services, throttle=throttle)) as lane:
+        client = await lane.tcp()
+        for number in range(2):
+            assert (await client.ask(post(event(f"e{number}"), key=lane.key)))[0] == 201
+        status, fields, reply = await client.ask(post(event("e3"), key=lane.key))
+        assert (status, reply["code"], fields["retry-after"]) == (429, "rate_limited", "60")
+        assert "connection" not in fields
+        assert (await client.ask(post(event("e3"), key=lane.edge.keys["operator"])))[0] == 403
+        local = await lane.unix()
+        assert [(await local.ask(post(event(f"u{n}"))))[0] for n in range(3)] == [201, 201, 429]
+    assert lane.rows() == 4
+
+
+async def test_the_lane_serves_what_reports_and_authorises_and_nothing_else(lane: Lane) -> None:
+    for client in (await lane.tcp(), await lane.unix()):
+        for line in (b"GET /usage", b"GET /keys", b"POST /keys", b"GET /tasks", b"POST /v1/traces", b"GET /ws"):
+            head = b"%b HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %b\r\ncontent-length: 2\r\n\r\n{}"
+            assert (await client.ask(head % (line, lane.edge.keys["admin"].encode())))[0] == 404, line
+        for path in ("/tasks", "/delegations/validate", "/delegations/authorize", "/reservations/rsv_1/settle"):
+            assert (await client.ask(post(b"{", path, key=lane.edge.keys["admin"])))[2]["code"] == "malformed", path
+
+
+async def test_the_lane_has_no_websockets(lane: Lane) -> None:
+    lines = ["GET /ws HTTP/1.1", "host: localhost", "connection: upgrade", "upgrade: websocket"]
+    lines += ["sec-websocket-version: 13", "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="]
+    lines += [f"authorization: Bearer {lane.edge.keys['admin']}", "", ""]
+    for client in (await lane.tcp(), await lane.unix()):
+        assert (await client.ask("\r\n".join(lines).encode()))[0] == 404
 
 
 async def test_an_authorisation_is_answered_as_at_the_http_door(lane: Lane) -> None:

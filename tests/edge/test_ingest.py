@@ -14,13 +14,14 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from asapd.edge.connection import bare_response
+from asapd.edge.early import bare_response
 from asapd.edge.ingest import IngestLimits, PushbackStream, Take, run_ingest
 from asapd.edge.sockets import Peer, open_unix
+from asapd.runtime.room import Room
 from asapd.wire.frames import FrameDecoder, encode
 
 LOG = logging.getLogger("test.ingest")
-ME = Peer(pid=os.getpid(), uid=os.getuid(), gid=os.getgid())
+ME = Peer(pid=os.getpid(), uid=os.getuid(), gid=os.getgid(), groups=tuple(os.getgroups()))
 
 
 async def echo(body: bytes, peer: Peer) -> bytes:
@@ -49,7 +50,7 @@ async def refuse(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> No
 async def serving(
     path: Path, handle: Callable[[bytes, Peer], Awaitable[bytes]] = echo, take: Take | None = None, **options: Any
 ) -> AsyncIterator[Callable[[], Awaitable[trio.SocketStream]]]:
-    options = {"max_frame_bytes": 1000, "max_connections": 10, "log": LOG, **options}
+    options = {"max_frame_bytes": 1000, "max_connections": 10, "room": Room(1 << 20), "log": LOG, **options}
     listener = open_unix(path / "i.sock", 0o600, None)
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(run_ingest, listener, take or taking(handle, nursery), **options))
@@ -244,6 +245,7 @@ async def test_a_stop_answers_what_was_handed_over_and_nothing_more(tmp_path: Pa
                     taking(handle, nursery),
                     max_frame_bytes=10,
                     max_connections=5,
+                    room=Room(1000),
                     log=LOG,
                     task_status=task_status,
                 )
@@ -346,7 +348,8 @@ async def test_bounds_that_cannot_be_are_a_bug(tmp_path: Path, options: dict[str
         sock.bind(os.fspath(tmp_path / "s"))
         sock.listen()
         async with trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener:
-            arguments: dict[str, Any] = {"max_frame_bytes": 10, "max_connections": 1, "log": LOG, **options}
+            given = {"max_frame_bytes": 10, "max_connections": 1, "room": Room(1), "log": LOG}
+            arguments: dict[str, Any] = {**given, **options}
             with pytest.raises(ValueError, match="must be"):
                 await run_ingest(listener, refuse, **arguments)
 
@@ -371,3 +374,163 @@ async def test_a_frame_that_nobody_answers_is_answered_in_the_end_and_the_next_o
         late[0](b"too late")
         await stream.send_all(encode(b"more"))
         assert await answers(stream, 1) == [b"more"]
+
+
+async def test_a_frame_that_comes_byte_by_byte_has_no_longer_than_any_other(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(tmp_path) as connect, await connect() as stream:
+        await stream.send_all(encode(b"whole"))
+        assert await answers(stream, 1) == [b"re:whole"]
+        await trio.sleep(3600)
+        began_s = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError):  # noqa: PT012 -- it breaks when it breaks
+            for byte in encode(bytes(500)):
+                await stream.send_all(bytes([byte]))
+                await trio.sleep(1)
+        assert trio.current_time() - began_s == pytest.approx(30, abs=2)
+
+
+async def test_each_of_many_frames_has_its_own_time(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Pieces that each end one frame and begin the next leave the decoder with an unfinished frame at all times."""
+    async with serving(tmp_path) as connect, await connect() as stream:
+        whole = encode(b"x" * 10)
+        await stream.send_all(whole[:5])
+        for _ in range(10):
+            await trio.sleep(20)
+            await stream.send_all(whole[5:] + whole[:5])
+            assert await answers(stream, 1) == [b"re:" + b"x" * 10]
+
+
+async def test_a_full_door_closes_whoever_is_idle_longest_for_a_newcomer(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(tmp_path, max_connections=3) as connect:
+        silent = await connect()
+        await trio.sleep(2)
+        older, newer = await connect(), await connect()
+        for stream in (older, newer):
+            await stream.send_all(encode(b"a"))
+            assert await answers(stream, 1) == [b"re:a"]
+        # Nobody waits, so nobody is closed, however idle.
+        await trio.sleep(20)
+        for stream in (newer, older):
+            await stream.send_all(encode(b"b"))
+            assert await answers(stream, 1) == [b"re:b"]
+        began_s = trio.current_time()
+        newcomer = await connect()
+        await newcomer.send_all(encode(b"c"))
+        assert await answers(newcomer, 1) == [b"re:c"]
+        assert trio.current_time() - began_s == 0
+        assert await until_closed(silent) == b""
+        another = await connect()
+        await another.send_all(encode(b"d"))
+        assert await answers(another, 1) == [b"re:d"]
+        assert trio.current_time() - began_s == pytest.approx(10, abs=1)
+        assert await until_closed(newer) == b""
+        await older.send_all(encode(b"e"))
+        assert await answers(older, 1) == [b"re:e"]
+        for stream in (silent, older, newer, newcomer, another):
+            await stream.aclose()
+
+
+async def test_a_full_door_closes_nobody_who_waits_for_an_answer_or_is_sending(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    gate = trio.Event()
+
+    async def handle(body: bytes, peer: Peer) -> bytes:
+        await gate.wait()
+        return body
+
+    limits = IngestLimits(answer_s=1000, frame_s=1000)
+    async with serving(tmp_path, handle, max_connections=2, limits=limits) as connect:
+        waiting, sending = await connect(), await connect()
+        await waiting.send_all(encode(b"w"))
+        await sending.send_all(encode(b"s")[:4])
+        newcomer = await connect()
+        await newcomer.send_all(encode(b"n"))
+        with trio.move_on_after(100) as patience:
+            await answers(newcomer, 1)
+        assert patience.cancelled_caught
+        await waiting.aclose()
+        gate.set()
+        assert await answers(newcomer, 1) == [b"n"]
+        await sending.send_all(b"s")
+        assert await answers(sending, 1) == [b"s"]
+        for stream in (sending, newcomer):
+            await stream.aclose()
+
+
+LARGE = 200_000
+
+
+async def test_large_frames_take_turns_for_room_and_small_ones_pass(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    room = Room(300_000)
+    async with serving(tmp_path, max_frame_bytes=LARGE, room=room) as connect:
+        first, second, small = await connect(), await connect(), await connect()
+        large = encode(b"x" * LARGE)
+        await first.send_all(large[:100])
+        await wait_all_tasks_blocked()
+        assert room.free_bytes == 100_000
+        await second.send_all(large[:100])
+        await small.send_all(encode(b"s"))
+        assert await answers(small, 1) == [b"re:s"]
+        await first.send_all(large[100:])
+        assert len((await answers(first, 1))[0]) == LARGE + 3
+        await second.send_all(large[100:])
+        assert len((await answers(second, 1))[0]) == LARGE + 3
+        await wait_all_tasks_blocked()
+        assert room.free_bytes == 300_000
+        for stream in (first, second, small):
+            await stream.aclose()
+
+
+async def test_a_large_frame_that_finds_no_room_is_refused_and_closed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    room = Room(300_000)
+    async with serving(tmp_path, max_frame_bytes=LARGE, room=room) as connect:
+        first, second = await connect(), await connect()
+        large = encode(b"x" * LARGE)
+        await first.send_all(large[:100])
+        await wait_all_tasks_blocked()
+        await second.send_all(encode(b"small") + large[:100])
+        small, refused = await answers(second, 2)
+        assert small == b"re:small"
+        assert msgspec.json.decode(refused)["code"] == "overloaded"
+        await until_closed(second)
+        await first.aclose()
+        await second.aclose()
+        await wait_all_tasks_blocked()
+        assert room.free_bytes == 300_000
+
+
+async def test_a_door_that_closes_leaves_nobody_waiting_for_room(tmp_path: Path) -> None:
+    room = Room(300_000)
+    async with serving(tmp_path, max_frame_bytes=LARGE, room=room, grace_s=0.1) as connect:
+        streams = [await connect() for _ in range(2)]
+        for stream in streams:
+            await stream.send_all(encode(b"x" * LARGE)[:100])
+        await wait_all_tasks_blocked()
+    for stream in streams:
+        assert await until_closed(stream) == b""
+        await stream.aclose()
+    assert room.free_bytes == 300_000
+
+
+async def test_a_frame_in_hand_keeps_its_room_until_its_connection_ends(tmp_path: Path) -> None:
+    async def never(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
+        pass
+
+    room = Room(300_000)
+    async with (
+        serving(tmp_path, max_frame_bytes=LARGE, room=room, take=never, grace_s=0.1) as connect,
+        await connect() as stream,
+    ):
+        await stream.send_all(encode(b"x" * LARGE))
+        await wait_all_tasks_blocked()
+        assert room.free_bytes == 100_000
+    assert room.free_bytes == 300_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from asapd import config
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
+from asapd.core.rates import Rate
 from asapd.core.types import HOUR_US, SECOND_US, Role
 from asapd.edge.ingest import run_ingest
 from asapd.edge.reporting import post_frame, report, validate
 from asapd.edge.sockets import Peer, open_unix
+from asapd.edge.throttle import Throttle
+from asapd.runtime.room import Room
 from asapd.store.database import Database
 from asapd.wire.frames import FrameDecoder, encode
 from asapd.wire.usage import MAX_ERRORS
@@ -127,7 +131,9 @@ async def test_frames_come_in_by_the_ingest_socket(edge: Edge, tmp_path: Path) -
 
     listener = open_unix(tmp_path / "i.sock", 0o600, None)
     async with trio.open_nursery() as nursery:
-        run = partial(run_ingest, listener, take, max_frame_bytes=1 << 20, max_connections=5, log=LOG)
+        run = partial(
+            run_ingest, listener, take, max_frame_bytes=1 << 20, max_connections=5, room=Room(1 << 20), log=LOG
+        )
         await nursery.start(run)
         async with await trio.open_unix_socket(tmp_path / "i.sock") as stream:
             bodies = [msgspec.json.encode(event(f"e{number}")) for number in range(50)]
@@ -137,6 +143,19 @@ async def test_frames_come_in_by_the_ingest_socket(edge: Edge, tmp_path: Path) -
                 answers += [msgspec.json.decode(answer) for answer in decoder.feed(await stream.receive_some())]
         nursery.cancel_scope.cancel()
     assert [answer["ids"] for answer in answers] == [[f"e{number}"] for number in range(50)]
+
+
+async def test_a_frame_beyond_the_rate_of_its_user_is_refused_and_says_how_long_to_wait(edge: Edge) -> None:
+    services = replace(edge.services, throttle=Throttle(Rate(1, 10_000_000), 2, edge.clock))
+    answers: list[Any] = []
+    for number in range(3):
+        caller = Caller(f"uid:1000 pid:{number}", Role.INGEST)
+        body = msgspec.json.encode(event(f"e{number}"))
+        await post_frame(services, caller, body, lambda answer: answers.append(msgspec.json.decode(answer)))
+    await wait_all_tasks_blocked()
+    refused = next(answer for answer in answers if not answer["ok"])
+    assert (refused["code"], refused["retry_after_seconds"]) == ("rate_limited", 10)
+    assert [answer["ok"] for answer in answers].count(True) == 2
 
 
 async def test_a_full_meter_makes_the_socket_wait_and_http_refuse(

@@ -42,6 +42,7 @@ from asapd.edge.connection import Limits
 from asapd.edge.ingest import run_ingest
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.sockets import open_tcp, open_unix, peer_credentials
+from asapd.runtime.room import Room
 
 LOG = logging.getLogger("test.serve")
 GET = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -833,7 +834,16 @@ async def test_http_on_the_ingest_socket_is_served_by_the_same_application(tmp_p
             stream, door="ingest", annotations={"peer": peer}
         )
         await nursery.start(
-            partial(run_ingest, listener, no_frames, max_frame_bytes=9, max_connections=9, log=LOG, http=http)
+            partial(
+                run_ingest,
+                listener,
+                no_frames,
+                max_frame_bytes=9,
+                max_connections=9,
+                room=Room(1000),
+                log=LOG,
+                http=http,
+            )
         )
         async with await trio.open_unix_socket(tmp_path / "i.sock") as stream:
             client = Client(stream)
@@ -854,7 +864,16 @@ async def test_a_stop_of_the_ingest_socket_is_not_held_up_by_an_http_client(tmp_
         async with trio.open_nursery() as nursery:
             http = lambda stream, peer: site.server.serve_connection(stream, door="ingest")  # noqa: E731
             await nursery.start(
-                partial(run_ingest, listener, no_frames, max_frame_bytes=9, max_connections=9, log=LOG, http=http)
+                partial(
+                    run_ingest,
+                    listener,
+                    no_frames,
+                    max_frame_bytes=9,
+                    max_connections=9,
+                    room=Room(1000),
+                    log=LOG,
+                    http=http,
+                )
             )
             stream = await trio.open_unix_socket(tmp_path / "i.sock")
             await stream.send_all(b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n")
@@ -963,3 +982,23 @@ async def test_tls_is_served_and_a_client_that_speaks_none_is_closed(tmp_path: P
             await gone.send_all(b"\x16\x03\x01")
         site.cancel.cancel()
     assert site.server.guarded_errors_total == 0
+
+
+REFUSED_EARLY = [
+    (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"x" * 100_000 + b"\r\n\r\n", 431, "headers_too_large"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: xchunked\r\n\r\n", 501, "not_implemented"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999\r\n\r\n", 413, "too_large"),
+    (b"nonsense\r\n\r\n", 400, "malformed"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\n", 408, "request_timeout"),
+]
+
+
+@pytest.mark.parametrize(("sent", "status", "code"), REFUSED_EARLY, ids=lambda value: str(value)[:20])
+async def test_what_the_protocol_refuses_has_the_code_of_its_status(
+    autojump_clock: MockClock, sent: bytes, status: int, code: str
+) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(sent)
+        answer = await until_closed(stream)
+        assert answer.startswith(b"HTTP/1.1 %d" % status)
+        assert f'"code":"{code}"'.encode() in answer

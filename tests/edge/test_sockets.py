@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 import stat
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -111,7 +115,11 @@ async def test_the_peer_is_the_process_that_connected(tmp_path: Path) -> None:
     async with sockets.open_unix(path, 0o600, None) as listener:
         client = await trio.open_unix_socket(path)
         served = await listener.accept()
-        assert sockets.peer_credentials(served) == Peer(pid=os.getpid(), uid=os.getuid(), gid=os.getgid())
+        groups = tuple(sorted(os.getgroups()))
+        peer = sockets.peer_credentials(served)
+        assert msgspec.structs.replace(peer, groups=tuple(sorted(peer.groups))) == Peer(
+            pid=os.getpid(), uid=os.getuid(), gid=os.getgid(), groups=groups
+        )
         await client.aclose()
         await served.aclose()
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -241,3 +249,28 @@ def test_what_is_no_listening_socket_is_not_adopted(tmp_path: Path) -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
     with (tmp_path / "file").open("w") as file, pytest.raises(CannotListen, match="is not a socket"):
         sockets.adopt(file.fileno())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a process other groups")
+async def test_the_supplementary_groups_are_those_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    script = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(path)!r}); s.recv(1)"
+    async with sockets.open_unix(path, 0o600, None) as listener, trio.open_nursery() as nursery:
+        run = partial(trio.run_process, [sys.executable, "-c", script], extra_groups=[54321, 12345])
+        nursery.start_soon(run)
+        served = await listener.accept()
+        assert sorted(sockets.peer_credentials(served).groups) == [12345, 54321]
+        await served.aclose()
+
+
+async def test_where_the_kernel_tells_no_groups_the_account_database_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "_SO_PEERGROUPS", 9_999)
+    path = tmp_path / "a.sock"
+    async with sockets.open_unix(path, 0o600, None) as listener, await trio.open_unix_socket(path):
+        served = await listener.accept()
+        user = pwd.getpwuid(os.getuid()).pw_name
+        assert sockets.peer_credentials(served).groups == tuple(os.getgrouplist(user, os.getgid()))
+        assert sockets._peer_groups(served, 2**31 - 7, 1) == ()
+        await served.aclose()

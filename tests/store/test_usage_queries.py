@@ -222,6 +222,7 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "timestamp": "2026-12-27T22:00:00.000000Z",
         "outcome": "failed",
         "partial": True,
+        "untimed": False,
         "error": "bad",
         "model": "m",
         "provider": "v",

@@ -36,6 +36,7 @@ from asapd.store.units import (
     ExtendReservation,
     Failed,
     Idempotency,
+    ImportRevocations,
     NewDelegation,
     Note,
     NotWritten,
@@ -53,6 +54,7 @@ from asapd.store.units import (
     RemoveAgent,
     Reserve,
     RetireUsage,
+    Revocation,
     Revoke,
     RevokeKey,
     RowWritten,
@@ -301,6 +303,27 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         Note: st.builds(Note, st.just("config.reloaded"), actor, st.just("asapd"), st.just({"n": 1}), at),
         Sweep: st.builds(Sweep, at, at, at, st.integers(1, 3), tasks_before_us=at),
     }
+    of_kind[ImportRevocations] = st.builds(
+        ImportRevocations,
+        st.lists(
+            st.builds(
+                Revocation,
+                agents,
+                st.sampled_from(DELEGATIONS),
+                st.sampled_from((NOW_US, NOW_US + 5)),
+                st.just(NOW_US + HOUR_US),
+            ),
+            max_size=2,
+        ),
+        agents,
+        st.just("kid"),
+        st.just(number),
+        st.just(b"d"),
+        st.just(0),
+        st.just(1),
+        actor,
+        at,
+    )
     assert of_kind.keys() == set(handlers._HANDLERS)
     often = [RecordUsage, Reserve, SettleReservation]
     return st.sampled_from(kinds or [*of_kind, *often, *often]).flatmap(lambda kind: of_kind[kind])

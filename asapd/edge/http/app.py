@@ -8,12 +8,15 @@ from quart import Response, g, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
+from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge import ws
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http import (
     admin,
     agents,
+    asap,
+    asap_usage,
     audit,
     budgets,
     delegations,
@@ -21,6 +24,7 @@ from asapd.edge.http import (
     otlp,
     prices,
     reservations,
+    revocations,
     sla,
     tasks,
     usage,
@@ -44,8 +48,19 @@ OPEN_PATHS = frozenset(
 )
 """What answers without a key."""
 
+_TAKES = frozenset(
+    {"/usage", "/usage/batch", "/usage/validate", "/tasks", "/delegations/validate", "/delegations/authorize"}
+)
+"""What is POSTed to the doors of ingest; they serve /reservations/ besides, and nothing else."""
+
 _STATUS_CODES = {400: "malformed", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
-_STATUS_CODES |= {408: "malformed", 413: "too_large", 415: "unsupported_media_type"}
+_STATUS_CODES |= {408: "request_timeout", 413: "too_large", 415: "unsupported_media_type"}
+
+
+def _is_for_ingest(method: str, path: str) -> bool:
+    if path.startswith("/reservations/"):
+        return True
+    return method == "POST" and path.rstrip("/") in _TAKES
 
 
 def create_app(services: Services, log: logging.Logger) -> QuartTrio:
@@ -62,12 +77,13 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         if door["door"] == "admin":
             g.caller = admin_socket_caller(door["peer"], services.daemon_uid)
             return None
+        if door["door"] in {"ingest", "lane"} and not _is_for_ingest(request.method, request.path):
+            return refuse(Refusal("not_found", "this door takes reports and authorisations only: ask at the HTTP door"))
         if door["door"] == "ingest":
             local = services.ingest_caller(door["peer"])
             if local is None:
                 return refuse(Refusal("forbidden", "no [[ingest.allow]] rule admits this user"))
-            g.caller = local
-            return None
+            return admit(local)
         foreign = check_host(request.headers, services.settings().http)
         if foreign is not None:
             return refuse(foreign)
@@ -76,8 +92,12 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         found = tcp_caller(request.headers, services.ring, services.settings().http)
         if isinstance(found, Refusal):
             return refuse(found)
-        g.caller = found
-        return None
+        return admit(found)
+
+    def admit(caller: Caller) -> Response | None:
+        g.caller = caller
+        too_many = None if services.throttle is None else services.throttle.refusal(caller)
+        return None if too_many is None else refuse(too_many)
 
     @app.after_request
     async def harden(response: Response) -> Response:
@@ -114,6 +134,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         tasks,
         otlp,
         delegations,
+        revocations,
         reservations,
         budgets,
         prices,
@@ -122,6 +143,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         audit,
         operations,
         admin,
+        asap,
+        asap_usage,
         ws,
     )
     for module in modules:

@@ -18,6 +18,7 @@ from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.asking import ask_actor
+from asapd.edge.early import OTLP_PATHS, OTLP_TYPES, otlp_error
 from asapd.edge.http.context import raw_body, require
 from asapd.edge.http.parameters import RefusedError
 from asapd.edge.services import Services
@@ -27,7 +28,6 @@ from asapd.wire.otlp import (
     Encoding,
     OtlpSettings,
     encode_metrics_response,
-    encode_status,
     encode_traces_response,
     reasons,
 )
@@ -37,14 +37,10 @@ from asapd.wire.problem import PROBLEM_JSON
 
 T = TypeVar("T")
 
-PATHS: Final = ("/v1/traces", "/v1/metrics")
-
 # A body of this size is decoded in about a millisecond; a hop into a thread costs a tenth of that.
 INLINE_BYTES: Final = 16_384
 # The decoders hold the GIL, so more at once would only take turns; two, for a small one not to wait for a large one.
 THREADS: Final = 2
-
-_TYPES: Final[dict[Encoding, str]] = {encoding: name for name, encoding in CONTENT_TYPES.items()}
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
@@ -59,12 +55,11 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.after_request
     async def as_status(response: Response) -> Response:
         """Every error of these two routes, whoever made it, has the body that exporters understand."""
-        if request.path in PATHS and response.mimetype == PROBLEM_JSON:
+        if request.path in OTLP_PATHS and response.mimetype == PROBLEM_JSON:
             document = msgspec.json.decode(await response.get_data(as_text=False))
-            # What is neither JSON nor protobuf is a person's try, who reads JSON.
-            encoding = CONTENT_TYPES.get(request.mimetype, "json")
-            response.set_data(encode_status(f"{document['code']}: {document['detail']}", encoding))
-            response.content_type = _TYPES[encoding]
+            content_type, body = otlp_error(document["code"], document["detail"], request.mimetype)
+            response.set_data(body)
+            response.content_type = content_type
         return response
 
     async def decode(decoder: Callable[..., T | Refusal]) -> tuple[T, Encoding]:
@@ -128,4 +123,4 @@ def _reply(
 ) -> Response:
     """The success of an export, `partial_success` if something of it was left out."""
     texts = [text for text in (message, reasons(more)) if text]
-    return Response(encode(rejected + len(more), "; ".join(texts), encoding), 200, content_type=_TYPES[encoding])
+    return Response(encode(rejected + len(more), "; ".join(texts), encoding), 200, content_type=OTLP_TYPES[encoding])

@@ -133,7 +133,8 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply({"breach": shown, "evidence": row.evidence})
 
 
-def _metrics(metrics: Metrics) -> dict[str, Any]:
+def metrics_block(metrics: Metrics) -> dict[str, Any]:
+    """What was measured in a window, `null` where there is no data."""
     return {
         "agent_id": metrics.agent_id,
         "period_start": format_us(metrics.period_start_us),
@@ -154,7 +155,7 @@ def _report(figures: Figures, breaches: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "agent_id": figures.metrics.agent_id,
         "window": duration_text(figures.metrics.window_us),
-        "metrics": _metrics(figures.metrics),
+        "metrics": metrics_block(figures.metrics),
         "sla": None if figures.promise_source is None else promise_block(figures.promise),
         "sla_source": figures.promise_source,
         "sla_error": figures.sla_error,

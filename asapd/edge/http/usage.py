@@ -17,9 +17,9 @@ from asapd.core.types import AGENT_URN, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, raw_body, require
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page
-from asapd.edge.http.replies import reply
+from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
-from asapd.edge.usage_request import UsageRequest, answer
+from asapd.edge.usage_request import DELEGATION_HEADER, UsageRequest, answer
 from asapd.wire.usage import parse_timestamp
 
 
@@ -72,6 +72,8 @@ def register(app: QuartTrio, services: Services) -> None:
     async def answered() -> Response:
         caller = require(Permission.INGEST)
         headers = {name.lower(): value for name, value in request.headers.items()}
+        if DELEGATION_HEADER in headers and len(request.headers.getlist(DELEGATION_HEADER)) > 1:
+            return refuse(Refusal("malformed", f"{DELEGATION_HEADER} is given twice: send one token"))
         sent = UsageRequest(request.path.rstrip("/"), request.query_string, headers, await raw_body())
         outcome = await answer(services, caller, sent)
         return reply(outcome) if isinstance(outcome, Refusal) else reply(outcome[1], outcome[0])

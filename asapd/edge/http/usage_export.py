@@ -43,10 +43,10 @@ def register(app: QuartTrio, services: Services) -> None:
         through = parameters.number("through", 0, 1, _MOST)
         after_seq = parameters.number("after", 0, 1, _MOST)
         parameters.done()
-        after = await _position(services, after_seq)
-        newest = await services.reads.snapshot()
+        after = await _position(services, caller, after_seq)
+        newest = await services.reads.snapshot(caller)
         through = min(through, newest) if through else newest
-        export = _Export(services, caller, filters, through, _format(name), PARQUET_PAGE if name == "parquet" else PAGE)
+        export = Export(services, caller, filters, through, _format(name), PARQUET_PAGE if name == "parquet" else PAGE)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
         response = Response(export.parts(first), content_type=export.format.content_type)
         response.headers["Asapd-Snapshot"] = str(through)
@@ -55,10 +55,10 @@ def register(app: QuartTrio, services: Services) -> None:
         return response
 
 
-async def _position(services: Services, seq: int) -> tuple[int, int] | None:
+async def _position(services: Services, caller: Caller, seq: int) -> tuple[int, int] | None:
     if not seq:
         return None
-    position = await services.reads.position(seq)
+    position = await services.reads.position(caller, seq)
     if position is None:
         raise bad_parameter("after", "must be the seq of the last row received, and that row is gone: begin anew")
     return position
@@ -71,13 +71,21 @@ def _format(name: str) -> Format:
         raise RefusedError(Refusal("not_installed", str(error))) from None
 
 
-class _Export:
-    """One export on its way."""
+class Export:
+    """One export on its way; of at most `most` rows where that is given."""
 
     def __init__(
-        self, services: Services, caller: Caller, filters: dict[str, Any], through: int, form: Format, page: int
+        self,
+        services: Services,
+        caller: Caller,
+        filters: dict[str, Any],
+        through: int,
+        form: Format,
+        page: int,
+        most: int | None = None,
     ) -> None:
         self.format = form
+        self._left = most
         self._services = services
         self._caller = caller
         self._filters = filters
@@ -94,7 +102,7 @@ class _Export:
         found = await self._services.reads.export_page(
             self._caller,
             self._filters,
-            limit=self._page,
+            limit=self._page if self._left is None else min(self._page, self._left),
             after=after,
             through=self._through,
             encode=self.format.rows,
@@ -103,12 +111,14 @@ class _Export:
             self._safe_us = max(found.retired_before_us, self._filters["start_us"] or 0)
         if found.retired_before_us > max(self._safe_us, after[0] if after else 0):
             raise ExportBrokenError(f"retention went past row {after}")
+        if self._left is not None:
+            self._left -= found.count
         return found
 
     async def parts(self, page: ExportPage) -> AsyncIterator[bytes]:
         """The bytes; when they cannot be had, the reply is cut off, so that no client takes it for whole."""
         yield self.format.begin() + page.data
-        while page.count == self._page:
+        while page.count == self._page and self._left != 0:
             await trio.lowlevel.checkpoint()
             page = await self.read(page.last)
             yield page.data

@@ -10,6 +10,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
+from asapd.actors.reads import StreamStart
 from asapd.core.access import Caller, Permission
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, bad_parameter
@@ -18,7 +19,11 @@ from asapd.edge.services import Services
 from asapd.wire.problem import encode_json
 
 WINDOW = 500
-"""Commits looked at in one read: all that a subscriber holds in memory, however slow it is."""
+"""Rows looked at in one read."""
+
+MOST_ROWS = 64
+MOST_BYTES = 32_768
+"""What one read ends with. Two or three copies of it are all that a subscriber holds in memory, however slow it is."""
 
 HEARTBEAT_S = 15.0
 _DIGITS = 18
@@ -35,36 +40,48 @@ def register(app: QuartTrio, services: Services) -> None:
         given = parameters.text("last_event_id")
         parameters.done()
         last = request.headers.get("Last-Event-ID", given)
-        if last is not None and not (last.isdecimal() and len(last) <= _DIGITS):
+        if last is not None and not (last.isascii() and last.isdecimal() and len(last) <= _DIGITS):
             raise bad_parameter("Last-Event-ID", "must be the id of an event of this stream")
-        seq = await services.reads.snapshot() if last is None else int(last)
-        response = Response(_events(services, caller, filters, seq), content_type="text/event-stream")
+        start = await services.reads.stream_start(caller, None if last is None else int(last))
+        response = Response(_events(services, caller, filters, start, last), content_type="text/event-stream")
         response.headers["X-Accel-Buffering"] = "no"
         response.timeout = None
         return response
 
 
-async def _events(services: Services, caller: Caller, filters: dict[str, Any], seq: int) -> AsyncIterator[bytes]:
+async def _events(
+    services: Services, caller: Caller, filters: dict[str, Any], start: StreamStart, given: str | None
+) -> AsyncIterator[bytes]:
     seen = _Seen(services)
-    resumed_at = seq
+    seq = resumed_at = start.seq
+    shown = start.shown
     yield b"retry: 2000\n\n"
+    if start.is_reset:
+        yield b"event: reset\ndata: " + encode_json({"after": int(given or 0)}) + b"\n\n"
     while not services.stopping.is_set():
-        rows, through, retired = await services.reads.usage_after(caller, filters, seq, WINDOW)
+        part = await services.reads.usage_after(
+            caller, filters, seq, window=WINDOW, limit=MOST_ROWS, most_bytes=MOST_BYTES, encode=_event
+        )
         if not services.ring.is_in_use(caller):
             yield b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n'
             return
-        if retired > resumed_at and seq == resumed_at:
+        if part.retired_through > resumed_at and seq == resumed_at:
             # Rows were retired by their time, not their number: some behind this one may be gone.
-            resumed_at = retired
-            yield b"event: gap\ndata: " + encode_json({"after": seq, "retired_through": retired}) + b"\n\n"
-        if rows:
-            yield b"".join(_event(row) for row in rows)
-        if through > seq:
-            seq = through
+            resumed_at = part.retired_through
+            gap = {"after": shown}
+            if caller.sees_everything:
+                gap["retired_through"] = part.retired_through
+            yield b"event: gap\ndata: " + encode_json(gap) + b"\n\n"
+        if part.data:
+            shown = part.last
+            yield part.data
+        if part.through > seq:
+            seq = part.through
             continue
         if not await seen.wait_for_more():
-            # The id lets a subscriber whose filter passes nothing resume from here.
-            yield b": alive\nid: %d\n\n" % seq
+            # The id lets a subscriber whose filter passes nothing resume from here. To one who does not see every row,
+            # the numbers of others' rows would tell how much they report.
+            yield b": alive\nid: %d\n\n" % (seq if caller.sees_everything else shown)
     yield b"event: goodbye\ndata: {}\n\n"
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import trio
 from google.protobuf import json_format
 from google.rpc.status_pb2 import Status
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -25,6 +27,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import set_span_in_context
+from trio.testing import MockClock
 
 from asapd import config
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
@@ -469,3 +472,42 @@ async def test_whatever_is_sent_the_answer_is_no_500(edge: Edge, path: str) -> N
             assert (await send(edge, changed, path)).status in {200, 400}
     for value in ({"resourceSpans": [None]}, {"resourceMetrics": 5}, [], None, {"resourceSpans": [{"resource": {}}]}):
         assert (await send(edge, msgspec.json.encode(value), path, headers=JSON)).status in {200, 400}
+
+
+EARLY = [
+    (b"/v1/traces", b"content-length: 99999999", b"", 413, "too_large"),
+    (b"/v1/metrics?x=1", b"content-length: 99999999", b"", 413, "too_large"),
+    (b"/v1/traces", b"transfer-encoding: chunked", b"%x\r\n%b" % (9 << 20, bytes(9 << 20)), 413, "too_large"),
+    (b"/v1/traces", b"content-length: 10", b"12345", 408, "request_timeout"),
+]
+
+
+@pytest.mark.parametrize("content_type", ["application/x-protobuf", "application/json"])
+@pytest.mark.parametrize(("path", "field", "body", "status", "code"), EARLY, ids=range(len(EARLY)))
+async def test_what_is_refused_before_its_body_has_come_is_a_status_too(
+    edge: Edge,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    path: bytes,
+    field: bytes,
+    body: bytes,
+    status: int,
+    code: str,
+    content_type: str,
+) -> None:
+    head = b"POST %b HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %b\r\ncontent-type: %b\r\n%b\r\n\r\n"
+    sent = head % (path, edge.keys["ingest"].encode(), content_type.encode(), field) + body
+    received = b""
+    async with edge.served(tmp_path) as (_, port, _), await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(sent)
+        while piece := await stream.receive_some():
+            received += piece
+    answered, _, error = received.partition(b"\r\n\r\n")
+    assert answered.startswith(b"HTTP/1.1 %d" % status)
+    if content_type == "application/x-protobuf":
+        message = Status.FromString(error).message
+        assert b"content-type: application/x-protobuf" in answered
+    else:
+        message = json.loads(error)["message"]
+        assert b"content-type: application/json" in answered
+    assert message.startswith(f"{code}: ")

@@ -105,7 +105,7 @@ async def test_an_event_without_a_duration_says_so_and_is_no_other_than_one_of_0
         assert (await edge.post("/usage", event("e1", metrics=metrics))).ok(201)["ids"] == ["e1"]
     assert (await edge.post("/usage", untimed)).ok(201)["duplicates"] == 1
     (row,) = (await edge.get("/usage")).ok()["data"]
-    assert (row["duration_ms"], row["flags"]) == (0, ["untimed"])
+    assert (row["duration_ms"], row["untimed"], row["flags"]) == (0, True, [])
     assert (await edge.get("/usage/summary")).ok()["total_duration_ms"] == 0
 
 

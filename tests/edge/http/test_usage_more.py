@@ -16,7 +16,8 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from asapd.edge.http import usage_export
+from asapd.actors.reads import StreamPart
+from asapd.edge.http import usage_export, usage_stream
 from asapd.store.units import RetireUsage
 from asapd.wire import usage_export as formats
 from tests.edge.house import NOW, A, B, Edge
@@ -220,13 +221,16 @@ async def test_the_stream_shows_a_caller_its_own_and_tells_of_a_gap(edge: Edge) 
     await edge.new_key("reader-c", "reader", C)
     edge.services.stopping.set()
     assert (await edge.get("/usage/stream?last_event_id=x")).refused(400)["errors"][0]["field"] == "Last-Event-ID"
-    rows, through, retired = await edge.services.reads.usage_after(
+    part = await edge.services.reads.usage_after(
         edge.services.ring.find(edge.keys["reader-c"]),  # type: ignore[arg-type]  # a key that was just made
         {},
         0,
-        100,
+        window=100,
+        limit=100,
+        most_bytes=1000,
+        encode=lambda row: row["id"].encode(),
     )
-    assert ([row["id"] for row in rows], through, retired) == (["e2"], 2, 0)
+    assert part == StreamPart(b"e2", 2, 2, 0)
 
 
 async def test_tasks_are_listed_by_state_and_add_up_their_children(edge: Edge) -> None:
@@ -279,7 +283,7 @@ async def test_a_quiet_stream_beats_and_says_where_to_resume(edge: Edge, autojum
         nursery.start_soon(follow)
         await trio.sleep(20)
         edge.services.stopping.set()
-    assert received == [b"retry: 2000\n\n: alive\nid: 1\n\nevent: goodbye\ndata: {}\n\n"]
+    assert received == [b"retry: 2000\n\n: alive\nid: 0\n\nevent: goodbye\ndata: {}\n\n"]
 
 
 async def test_a_stream_ends_with_the_key_it_was_opened_with(edge: Edge) -> None:
@@ -320,3 +324,90 @@ async def test_a_stream_behind_what_was_retired_tells_of_a_gap(edge: Edge) -> No
     parts = received[0].split(b"\n\n")
     assert parts[1] == b'event: gap\ndata: {"after":0,"retired_through":2}'
     assert parts[2].startswith(b"id: 3\n")
+
+
+async def follow_until_quiet(edge: Edge, given: str, key: str = "admin") -> list[bytes]:
+    """What the stream has behind an id, up to its first heartbeat."""
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            received.append((await edge.get("/usage/stream", headers={"Last-Event-ID": given}, key=key)).body)
+
+        nursery.start_soon(follow)
+        await trio.sleep(16)
+        edge.services.stopping.set()
+    return received[0].split(b"\n\n")
+
+
+async def test_the_stream_begins_anew_behind_an_id_that_cannot_have_been_given(
+    edge: Edge, autojump_clock: MockClock
+) -> None:
+    await record(edge, 3)
+    parts = await follow_until_quiet(edge, "99")
+    assert parts[1:3] == [b'event: reset\ndata: {"after":99}', b": alive\nid: 3"]
+
+
+async def test_an_id_of_what_retention_took_is_a_gap_and_no_reset(edge: Edge, autojump_clock: MockClock) -> None:
+    await record(edge, 3)
+    await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us, limit=5))
+    parts = await follow_until_quiet(edge, "2")
+    assert parts[1].startswith(b"event: gap\n")
+
+
+async def test_numbers_of_others_events_are_not_told(edge: Edge, autojump_clock: MockClock) -> None:
+    """Whoever sees a part of the rows could count the rest by the numbers between."""
+    await edge.new_key("c", "reader", C)
+    await edge.new_key("red", "reader", tenant="red")
+    await edge.post("/usage", [event("e1"), event("e2", agent=C, consumer=C), event("e3"), event("e4")])
+    for key, newest in (("admin", "4"), ("c", "2"), ("red", "0")):
+        assert (await edge.get("/usage/export", key=key)).headers["asapd-snapshot"] == newest
+    problems = [(await edge.get(f"/usage/export?after={seq}", key="c")).refused(400) for seq in (1, 3, 99)]
+    assert all(problem == problems[0] for problem in problems)
+    assert (await edge.get("/usage/export?after=2", key="c")).status == 200
+    parts = await follow_until_quiet(edge, "0", "c")
+    assert parts[1].startswith(b"id: 2\nevent: usage")
+    assert parts[2] == b": alive\nid: 2"
+
+
+async def test_a_reset_tells_no_more_than_what_the_caller_sees(edge: Edge, autojump_clock: MockClock) -> None:
+    await edge.new_key("c", "reader", C)
+    await edge.post("/usage", [event("e1", agent=C, consumer=C), event("e2"), event("e3")])
+    # Row 2 exists and row 99 does not: to this caller neither does.
+    assert (await follow_until_quiet(edge, "2", "c"))[1:3] == [b'event: reset\ndata: {"after":2}', b": alive\nid: 1"]
+
+
+async def test_a_gap_tells_whoever_sees_a_part_no_number_of_the_whole(edge: Edge, autojump_clock: MockClock) -> None:
+    await edge.new_key("c", "reader", C)
+    await record(edge, 3)
+    await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us, limit=2))
+    assert (await follow_until_quiet(edge, "0", "c"))[1] == b'event: gap\ndata: {"after":0}'
+
+
+async def test_a_stream_is_read_in_parts_that_are_small_however_large_events_are(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    large = {"labels": {f"label-{number}": "x" * 200 for number in range(16)}}
+    await edge.post("/usage", [event(f"e{number}", **large) for number in range(30)])
+    sizes: list[int] = []
+    read = edge.services.reads.usage_after
+
+    async def watched(*arguments: Any, **options: Any) -> StreamPart:
+        part = await read(*arguments, **options)
+        sizes.append(len(part.data))
+        return part
+
+    monkeypatch.setattr(edge.services.reads, "usage_after", watched)
+    parts = await follow_until_quiet(edge, "0")
+    assert [int(part.split(b"\n")[0][4:]) for part in parts[1:31]] == list(range(1, 31))
+    assert max(sizes) < usage_stream.MOST_BYTES + 10_000
+
+
+async def test_no_event_is_left_out_between_two_reads(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(usage_stream, "WINDOW", 20)
+    monkeypatch.setattr(usage_stream, "MOST_ROWS", 12)
+    await edge.post("/usage", [event(f"s{number}") for number in range(45)])
+    parts = await follow_until_quiet(edge, "0")
+    assert [part.split(b"\n")[0] for part in parts[1:46]] == [b"id: %d" % seq for seq in range(1, 46)]

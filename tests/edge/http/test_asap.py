@@ -1,0 +1,87 @@
+"""`/asap/...`: members and statuses of the reference implementation, from the same figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.edge.house import NOW, A, B, C, Edge
+
+BREACH = ["id", "agent_id", "breach_type", "threshold", "actual", "severity", "detected_at", "resolved_at"]
+
+
+async def test_breaches_have_the_members_of_the_reference(edge: Edge) -> None:
+    await edge.breach(number=1)
+    await edge.breach(number=2, agent=B, severity="critical")
+    answer = (await edge.get("/asap/sla/breaches")).ok()
+    assert answer["count"] == 2
+    assert all(list(row) == BREACH for row in answer["data"])
+    (only,) = (await edge.get(f"/asap/sla/breaches?agent_id={B}&severity=critical")).ok()["data"]
+    assert (only["threshold"], only["actual"], only["resolved_at"]) == ("500ms", "900ms", None)
+    assert (await edge.get("/asap/sla/breaches?agent_id=none")).ok() == {"data": [], "count": 0}
+    assert (await edge.get("/asap/sla/breaches?severity=bad")).refused(400)["code"] == "bad_parameter"
+
+
+async def test_pages_of_breaches_become_one(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.edge.http.asap_usage.MAX_LIMIT", 2)
+    for number in range(5):
+        await edge.breach(number=number, agent=f"{A}{number}")
+    assert (await edge.get("/asap/sla/breaches")).ok()["count"] == 5
+
+
+async def test_a_key_of_one_agent_issues_for_it(edge: Edge) -> None:
+    await edge.new_key("own", "operator", A, sign=True)
+    wanted = {"delegate": B, "scopes": ["task.execute", "task.execute"], "max_tasks": 1}
+    token = (await edge.post("/asap/delegations", wanted, key="own")).ok(201)["token"]
+    (row,) = (await edge.get("/asap/delegations", key="own")).ok()
+    assert (row["delegator"], row["delegate"], row["active"]) == (A, B, True)
+    narrower = {"delegate": C, "scopes": ["task.other"], "parent": token}
+    answer = await edge.post("/asap/delegations", narrower, key="own")
+    assert (answer.status, list(answer.json)) == (422, ["detail"])
+    foreign = await edge.post("/asap/delegations", {**wanted, "delegator": B}, key="own")
+    assert foreign.status == 403
+    gone = await edge.delete(f"/asap/delegations/{row['id']}", key="own")
+    assert (gone.status, gone.body) == (204, b"")
+
+
+@pytest.mark.parametrize(
+    "body", [[], {"delegate": 1, "scopes": "x"}, {"delegate": B, "scopes": [1], "parent": 1, "max_cost_usd": True}]
+)
+async def test_a_body_that_is_wrong_names_every_fault(edge: Edge, body: object) -> None:
+    answer = await edge.post("/asap/delegations", body)
+    assert answer.status == 422
+    assert all({"type", "loc", "msg", "input"} <= set(fault) for fault in answer.json["detail"])
+
+
+async def test_one_event_and_several_answer_as_they_do_there(edge: Edge) -> None:
+    event = {"task_id": "t", "agent_id": A, "consumer_id": B, "timestamp": NOW}
+    assert (await edge.post("/asap/usage", event)).ok(201) == {"status": "recorded", "task_id": "t"}
+    several = {"status": "recorded", "count": 1, "task_ids": ["t"]}
+    assert (await edge.post("/asap/usage", [event])).ok(201) == several
+    assert (await edge.post("/asap/usage/batch", event)).ok(201) == several
+    assert (await edge.post("/asap/usage/batch", b"{")).status == 400
+    assert (await edge.post("/asap/usage/validate", [event])).ok() == {"valid": True}
+    conflict = {**event, "id": "same"}
+    assert (await edge.post("/asap/usage", conflict)).status == 201
+    answer = await edge.post("/asap/usage", {**conflict, "tokens_in": 1})
+    assert (answer.status, list(answer.json)) == (409, ["detail"])
+
+
+async def test_an_export_of_several_pages_is_one_document(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.edge.http.asap_usage.PAGE", 2)
+    events = [{"task_id": f"t{n}", "agent": A, "consumer": "=1+1", "timestamp": NOW} for n in range(5)]
+    assert (await edge.post("/usage", events)).ok(201)
+    rows = (await edge.get("/asap/usage/export")).ok()["data"]
+    assert [row["task_id"] for row in rows] == [f"t{n}" for n in range(5)]
+    for limit in (1, 2, 3, 4):
+        answer = await edge.get(f"/asap/usage/export?export_format=csv&limit={limit}")
+        lines = answer.body.decode().split("\r\n")
+        assert len(lines) == limit + 2
+        assert lines[1] == f"t0,{A},'=1+1,0,0,0,0,2027-01-15T08:00:00.000000+00:00"
+    nothing = await edge.get("/asap/usage/export?agent_id=none")
+    assert nothing.ok() == {"data": []}
+
+
+async def test_an_empty_watcher_is_an_empty_list(edge: Edge) -> None:
+    answer = (await edge.get("/asap/sla?window=1h")).ok()
+    assert (answer["data"], answer["window"]) == ([], "1h")
+    assert answer["period_end"].startswith("2027-01-15T08:00:00")
