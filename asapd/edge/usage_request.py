@@ -68,8 +68,8 @@ async def answer(
     only_validate = request.path == PATHS[2]
     partial = False
     if request.query and not only_validate:
-        parameters = Parameters(_arguments(request.query))
         try:
+            parameters = Parameters(parse_qsl(request.query.decode("latin1"), keep_blank_values=True))
             partial = parameters.flag("partial")
             parameters.done()
         except RefusedError as error:
@@ -115,11 +115,3 @@ async def answer(
         attribution=attribution,
     )
     return outcome if isinstance(outcome, Refusal) else (201, outcome)
-
-
-def _arguments(query: bytes) -> dict[str, str]:
-    """The parameters of a query; of several with one name the first counts."""
-    found: dict[str, str] = {}
-    for name, value in parse_qsl(query.decode("latin1"), keep_blank_values=True):
-        found.setdefault(name, value)
-    return found

@@ -38,8 +38,12 @@ def bad_parameter(name: str, reason: str) -> RefusedError:
 class Parameters:
     """Query parameters, of the request at hand unless given; `done` refuses those that nobody asked for."""
 
-    def __init__(self, arguments: Mapping[str, str] | None = None) -> None:
-        self._args: Mapping[str, str] = request.args if arguments is None else arguments
+    def __init__(self, arguments: Iterable[tuple[str, str]] | None = None) -> None:
+        self._args: dict[str, str] = {}
+        for name, value in request.args.items(multi=True) if arguments is None else arguments:
+            if name in self._args:
+                raise bad_parameter(name, "is given more than once: give it once")
+            self._args[name] = value
         self._known: set[str] = set()
 
     def text(self, *names: str) -> str | None:

@@ -39,6 +39,8 @@ def cursor(text: str) -> str:
         ("outcome=maybe", "outcome"),
         ("order=up", "order"),
         ("agnet=x", "agnet"),
+        ("agent=x&agent=y", "agent"),
+        ("limit=1&limit=1", "limit"),
         ("cursor=???", "cursor"),
         ("cursor=a", "cursor"),
         ("cursor=%C3%A4", "cursor"),
