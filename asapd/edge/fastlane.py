@@ -29,6 +29,7 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE, authorize
 from asapd.edge.early import bare_response
 from asapd.edge.ingest import FREE_BYTES, PushbackStream
+from asapd.edge.json_body import json_body
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import Services
 from asapd.edge.sockets import Peer
@@ -297,8 +298,13 @@ class FastLane:
 async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> tuple[int, dict[str, Any]] | Refusal:
     if request.path != AUTHORIZE:
         return await answer(services, caller, request, wait_for_room=True)
-    key = request.headers.get("idempotency-key")
-    return await authorize(services, caller, request.body, key, request.query, wait_for_room=True)
+    headers = request.headers
+    limit = services.settings().http.max_body_bytes
+    body = json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)
+    if isinstance(body, Refusal):
+        return body
+    key = headers.get("idempotency-key")
+    return await authorize(services, caller, body, key, request.query, wait_for_room=True)
 
 
 class _Doing(Enum):

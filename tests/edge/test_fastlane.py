@@ -201,6 +201,9 @@ REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     ("/usage", b"[]", {"Authorization": "Basic x"}),
     ("/usage", b"{}", {"Content-Type": "application/cloudevents+json"}),
     ("/usage", b"{}", {"Content-Type": "application/cloudevents-batch+json"}),
+    ("/delegations/authorize", b"{}", {"Content-Type": "text/plain"}),
+    ("/delegations/authorize", b"{}", {"Content-Encoding": "br"}),
+    ("/delegations/authorize", gzip.compress(b'{"task_id": 5}'), {"Content-Encoding": "gzip"}),
     ("/usage", b"{}", {"ce-specversion": "1.0", "ce-id": "%zz", "ce-type": "x"}),
 ]
 

@@ -13,7 +13,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us, may_match_an_agent
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import raw_body, require_everything
+from asapd.edge.http.context import require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -38,7 +38,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/keys")
     async def post_key() -> Response:
         caller = require_everything(Permission.ADMINISTER)
-        sent = decode_body(await raw_body(), _NewKey)
+        sent = decode_body(await sent_json(), _NewKey)
         bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")

@@ -17,7 +17,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.health import AgentState, shown_state
 from asapd.core.types import AGENT_URN, DEFAULT_TENANT, format_us
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, raw_body, require
+from asapd.edge.http.context import idempotency, require, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.http.sla import promise_block, window_parameter
@@ -85,7 +85,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/agents")
     async def post_agent() -> Response:
         caller = require(Permission.OPERATE)
-        body = await raw_body()
+        body = await sent_json()
         sent = decode_body(body, _NewAgent)
         record = _record(sent, caller)
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):

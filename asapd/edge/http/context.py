@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from quart import g, request
+from quart import current_app, g, request
 
 from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.parameters import RefusedError
 from asapd.edge.idempotency import bind
+from asapd.edge.json_body import json_body
 
 
 def require(permission: Permission) -> Caller:
@@ -44,6 +45,16 @@ async def raw_body() -> bytes:
     """The body as it came."""
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
+    return body
+
+
+async def sent_json() -> bytes:
+    """The body of a route that takes JSON, without its content encoding; a 415 for what is something else."""
+    limit: int = current_app.config["MAX_CONTENT_LENGTH"]
+    headers = request.headers
+    body = json_body(headers.get("Content-Type"), headers.get("Content-Encoding"), await raw_body(), limit)
+    if isinstance(body, Refusal):
+        raise RefusedError(body)
     return body
 
 

@@ -23,7 +23,7 @@ from asapd.core.types import MAX_INT, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
 from asapd.edge.http.carried import token_in
-from asapd.edge.http.context import idempotency, raw_body, require, require_any
+from asapd.edge.http.context import idempotency, require, require_any, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, encode_cursor, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -63,7 +63,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/delegations")
     async def post_delegation() -> Response:
         caller = require_any(Permission.INGEST, Permission.OPERATE)
-        body = await raw_body()
+        body = await sent_json()
         sent = decode_body(body, _NewDelegation)
         key = idempotency(caller, body, services.clock.now_us())
         given = token_in(sent.token, "token") or token_in(sent.delegation, "delegation", wrap=True)
@@ -140,7 +140,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/delegations/validate")
     async def validate() -> Response:
         caller = require_any(Permission.INGEST, Permission.READ)
-        sent = decode_body(await raw_body(), _Validate)
+        sent = decode_body(await sent_json(), _Validate)
         token = token_in(sent.token, "token", required=True) or ""
         outcome = await ask_actor(registry, lambda to: Validate(caller, token, sent.action, sent.delegate, to))
         if isinstance(outcome, Refusal):

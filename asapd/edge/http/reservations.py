@@ -15,7 +15,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import SECOND_US, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import Count, Ttl, authorize, shown_remaining
-from asapd.edge.http.context import idempotency, raw_body, require, require_any
+from asapd.edge.http.context import idempotency, require, require_any, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -36,7 +36,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/delegations/authorize")
     async def post_authorize() -> Response:
         key = request.headers.get("Idempotency-Key")
-        outcome = await authorize(services, g.caller, await raw_body(), key, request.query_string)
+        outcome = await authorize(services, g.caller, await sent_json(), key, request.query_string)
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         status, document = outcome
@@ -70,7 +70,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/reservations/<reservation>/<any(settle, extend, refund):verb>")
     async def change_reservation(reservation: str, verb: Any) -> Response:
         caller = require(Permission.OPERATE if verb == "refund" else Permission.INGEST)
-        body = await raw_body()
+        body = await sent_json()
         sent = decode_body(body, _Change) if body.strip() else _Change()
         cost = None if sent.cost_usd is None else usd_field(sent.cost_usd, "cost_usd", round_up=verb == "settle")
         if verb == "refund" and (cost is None or not sent.reason):

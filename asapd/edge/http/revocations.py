@@ -9,7 +9,7 @@ from asapd.actors.messages import ImportRevocationList
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, raw_body, require_everything
+from asapd.edge.http.context import idempotency, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -40,7 +40,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_revocations() -> Response:
         caller = require_everything(Permission.OPERATE)
         Parameters().done()
-        body = await raw_body()
+        body = await sent_json()
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(services.mailboxes.registry, lambda to: ImportRevocationList(caller, body, key, to))
         if isinstance(outcome, Refusal):

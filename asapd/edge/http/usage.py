@@ -15,7 +15,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, format_us
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, raw_body, require
+from asapd.edge.http.context import idempotency, raw_body, require, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -147,7 +147,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/tasks")
     async def post_task() -> Response:
         caller = require(Permission.INGEST)
-        body = await raw_body()
+        body = await sent_json()
         sent = decode_body(body, _Task)
         task = _task_event(sent)
         if not caller.may_touch(task.agent):

@@ -12,7 +12,7 @@ from asapd.actors.messages import VoidRequest
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, raw_body, require, require_everything
+from asapd.edge.http.context import idempotency, require, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import reply
 from asapd.edge.services import Services
@@ -41,7 +41,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         agent, source = parameters.text("agent", "agent_id"), parameters.text("source")
         parameters.done()
-        body = await raw_body()
+        body = await sent_json()
         sent = decode_body(body, _Void)
         found = await services.reads.find_event(caller, event, agent, source)
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 from typing import Any
 
 import msgspec
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asapd.edge.http.parameters import RefusedError, decode_body, encode_cursor, page
-from tests.edge.house import Edge
+from asapd.wire.bodies import zstd
+from tests.edge.house import NOW, A, B, Edge
 
 
 class Sent(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,6 +94,50 @@ async def test_two_names_for_one_thing_that_say_different_things_are_both_named(
 )
 async def test_the_directory_is_as_strict(edge: Edge, query: str, name: str) -> None:
     assert (await edge.get(f"/agents?{query}")).refused(400)["errors"][0]["field"] == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/tasks",
+        "/agents",
+        "/keys",
+        "/usage/e1/void",
+        "/delegations",
+        "/delegations/validate",
+        "/delegations/authorize",
+        "/delegations/revocations",
+        "/reservations/r1/settle",
+        "/asap/delegations",
+    ],
+)
+async def test_what_is_not_json_is_refused_where_json_is_taken(edge: Edge, path: str) -> None:
+    body = b'{"x": "y"}'
+    for headers in (
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Encoding": "br"},
+    ):
+        assert (await edge.post(path, body, headers=headers)).refused(415)["code"] == "unsupported_media_type"
+    expected = (await edge.post(path, body)).status
+    assert expected != 415
+    for headers in (
+        {"Content-Type": "Application/JSON; charset=utf-8"},
+        {"Content-Encoding": "gzip"},
+        {"Content-Encoding": "zstd"},
+    ):
+        pack = {"gzip": gzip.compress, "zstd": zstd.compress}.get(headers.get("Content-Encoding", ""), bytes)
+        assert (await edge.post(path, pack(body), headers=headers)).status == expected
+    large = gzip.compress(bytes(9 << 20))
+    assert (await edge.post(path, large, headers={"Content-Encoding": "gzip"})).refused(413)["code"] == "too_large"
+
+
+async def test_a_packed_task_is_recorded_and_a_body_that_is_empty_needs_no_type(edge: Edge) -> None:
+    step = {"task_id": "t", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+    packed = gzip.compress(msgspec.json.encode(step))
+    assert (await edge.post("/tasks", packed, headers={"Content-Encoding": "gzip"})).ok(201)["state"] == "started"
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert (await edge.post("/reservations/none/settle", b"", headers=form)).refused(404)
 
 
 @pytest.mark.parametrize("path", ["/delegations", "/audit/logs"])
