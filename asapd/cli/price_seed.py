@@ -111,7 +111,7 @@ def _head(version: str, wanted: Sequence[str]) -> Iterator[str]:
     yield "# Standard rates only: an event does not say whether it was a batch, flex or priority request."
     yield "# A row that begins with # is not in force, because it would be wrong for some usage: what stands above it"
     yield "# says for which. Take the # away where that part is not yours. Names are compared as they are written."
-    yield "# An event that names no provider is priced by the first row of its model, whosever it is."
+    yield "# An event that names no provider has no price where several of these charge differently for its model."
     yield ""
     yield f"version = {_text(f'genai-prices-{version}')}"
     yield 'currency = "USD"'

@@ -48,23 +48,29 @@ class Price(msgspec.Struct, frozen=True):
             return False
         return self.valid_until_us is None or event.timestamp_us < self.valid_until_us
 
-    def microusd(self, event: UsageEvent) -> int:
-        """The event's price over disjoint token buckets, rounded up to a micro-dollar once, at most MAX_MICROUSD."""
-        plain_in = event.tokens_in - event.cached_tokens_in - event.cache_write_tokens
-        plain_out = event.tokens_out - event.reasoning_tokens
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """What is charged, absent rates filled in: input, cached, written, kept for an hour, output, reasoning, a call."""
         cached = self.input_pico if self.cached_pico is None else self.cached_pico
         written = self.input_pico if self.cache_write_pico is None else self.cache_write_pico
         written_1h = written if self.cache_write_1h_pico is None else self.cache_write_1h_pico
         reasoning = self.output_pico if self.reasoning_pico is None else self.reasoning_pico
+        return self.input_pico, cached, written, written_1h, self.output_pico, reasoning, self.per_call_microusd
+
+    def microusd(self, event: UsageEvent) -> int:
+        """The event's price over disjoint token buckets, rounded up to a micro-dollar once, at most MAX_MICROUSD."""
+        plain_in = event.tokens_in - event.cached_tokens_in - event.cache_write_tokens
+        plain_out = event.tokens_out - event.reasoning_tokens
+        input_, cached, written, written_1h, output, reasoning, per_call = self.rates
         pico = (
-            plain_in * self.input_pico
+            plain_in * input_
             + event.cached_tokens_in * cached
             + (event.cache_write_tokens - event.cache_write_1h_tokens) * written
             + event.cache_write_1h_tokens * written_1h
-            + plain_out * self.output_pico
+            + plain_out * output
             + event.reasoning_tokens * reasoning
         )
-        return min(-(-pico // 1_000_000) + event.api_calls * self.per_call_microusd, MAX_MICROUSD)
+        return min(-(-pico // 1_000_000) + event.api_calls * per_call, MAX_MICROUSD)
 
 
 class PriceTable(msgspec.Struct, frozen=True, dict=True):
@@ -90,22 +96,30 @@ class PriceTable(msgspec.Struct, frozen=True, dict=True):
         return sorted({len(prefix) for prefix in self._prefixes}, reverse=True)
 
     def find(self, event: UsageEvent) -> Price | None:
-        """The row that prices an event: exact model before the longest wildcard, named provider first.
+        """The row that prices an event: exact model before the longest wildcard, then by provider.
+
+        An event that names its provider has that one's row before anybody's. One that does not has anybody's row, or
+        where there is none the rate on which all providers agree: which of several is meant nobody knows.
 
         What it costs does not grow with the rows of the table, only with the different lengths of its wildcards.
         """
-        model = event.model
-        if not model:
-            return None
-        for price in self._exact.get(model, ()):
-            if price.holds(event):
-                return price
-        for length in self._lengths:
-            if length <= len(model):
-                for price in self._prefixes.get(model[:length], ()):
-                    if price.holds(event):
-                        return price
+        for rows in self._levels(event.model):
+            fitting = (price for price in rows if price.holds(event))
+            first = next(fitting, None)
+            if first is None:
+                continue
+            return first if event.provider or not first.provider else _of_no_provider([first, *fitting])
         return None
+
+    def _levels(self, model: str) -> Iterator[list[Price]]:
+        """The rows for a model, those of one name together, the most specific name first."""
+        if not model:
+            return
+        if model in self._exact:
+            yield self._exact[model]
+        for length in self._lengths:
+            if length <= len(model) and model[:length] in self._prefixes:
+                yield self._prefixes[model[:length]]
 
     def cost(self, event: UsageEvent, *, prefer: str) -> Cost:
         """What the event cost. With both a price and a report `prefer` ("priced", "reported") decides."""
@@ -117,6 +131,14 @@ class PriceTable(msgspec.Struct, frozen=True, dict=True):
         if reported is not None and prefer == "reported":
             return Cost(reported, "reported", priced, self.version)
         return Cost(priced, "priced", priced, self.version)
+
+
+def _of_no_provider(rows: list[Price]) -> Price | None:
+    """Of rows of one name, that of an event without a provider; each provider's first row is the one in force."""
+    firsts = {price.provider: price for price in reversed(rows)}
+    if "" in firsts:
+        return firsts[""]
+    return rows[0] if len({price.rates for price in firsts.values()}) == 1 else None
 
 
 def _by_name(named: Iterator[tuple[str, Price]]) -> dict[str, list[Price]]:

@@ -150,7 +150,8 @@ valid_until = 2030-01-01T12:00:00
 @pytest.mark.parametrize(
     ("fields", "input_pico"),
     [
-        ({}, 4_000_001),
+        ({}, 3_000_000),
+        ({"provider": "p"}, 4_000_001),
         ({"provider": "q"}, 3_000_000),
         ({"model": "model-2"}, 2_000_000),
         ({"model": "x"}, 1_000_000),
@@ -186,8 +187,37 @@ def test_the_row_found_is_the_first_that_applies_in_the_order_of_the_table(
 ) -> None:
     ordered = sorted(prices, key=specific_first)
     event = replace(EVENT, model=model, provider=provider, timestamp_us=at_us)
-    expected = next((price for price in ordered if price.applies(event)), None)
-    assert PriceTable("v", tuple(ordered)).find(event) is expected
+    applying = [price for price in ordered if price.applies(event)]
+    same_name = [price for price in applying if price.model == applying[0].model]
+    expected = same_name[:1] if provider else [price for price in same_name if not price.provider][:1]
+    if same_name and not expected:
+        firsts = [next((price for price in same_name if price.provider == name), same_name[0]) for name in ("p", "q")]
+        expected = same_name[:1] if firsts[0].input_pico == firsts[1].input_pico else []
+    assert PriceTable("v", tuple(ordered)).find(event) is (expected[0] if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "input_pico"),
+    [
+        ([("m", "p", 1), ("m", "", 2)], 2),
+        ([("m", "p", 1), ("m*", "", 2)], 1),
+        ([("m", "p", 1), ("m", "q", 1)], 1),
+        ([("m", "p", 1), ("m", "q", 2)], None),
+        ([("m", "p", 1), ("m", "q", 2), ("m*", "", 3)], None),
+        ([("m", "p", 1), ("m", "p", 2), ("m", "q", 1)], 1),
+    ],
+)
+def test_an_event_without_a_provider_is_never_priced_at_one_of_several_rates(
+    rows: list[tuple[str, str, int]], input_pico: int | None
+) -> None:
+    prices = sorted((Price(model, provider, rate) for model, provider, rate in rows), key=specific_first)
+    found = PriceTable("v", tuple(prices)).find(replace(EVENT, model="m", provider=""))
+    assert (None if found is None else found.input_pico) == input_pico
+
+
+def test_rates_that_stand_in_for_absent_ones_agree_with_those_that_are_given() -> None:
+    prices = (Price("m", "p", 1, 2), Price("m", "q", 1, 2, 1, 1, 2, 0, None, None, 1))
+    assert PriceTable("v", prices).find(replace(EVENT, model="m", provider="")) is prices[0]
 
 
 def test_a_row_may_name_several_models_and_providers() -> None:
