@@ -53,7 +53,7 @@ from asapd.wire.otlp_spans import SpanUsage
 class Report:
     """Record these events once each. With `partial` the conflicting ones are left out.
 
-    `places` says where in the request each event stood; None for a request that is one event.
+    `places` says where in the request each event stood; None for a request that is one event, unless `partial`.
     """
 
     caller: Caller

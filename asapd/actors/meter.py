@@ -31,7 +31,7 @@ from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.store import retention, usage_queries
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict, VoidUsage
+from asapd.store.units import Recall, Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict, VoidUsage
 
 # Messages other than plain reports in hand at once, each with a task of its own.
 CONCURRENCY = 256
@@ -55,20 +55,22 @@ def price(events: list[UsageEvent], prices: PriceTable, prefer: str) -> list[Cos
     return [prices.cost(event, prefer=prefer) for event in events]
 
 
-def check_times(events: list[UsageEvent], horizon_us: int, latest_us: int, places: list[int] | None) -> Refusal | None:
-    """Refuse events that are too old to be told from resent ones, or that claim to come from the future."""
-    errors = []
+def untimely(events: list[UsageEvent], horizon_us: int, latest_us: int) -> list[tuple[int, str]]:
+    """The events that are too old to be told from resent ones, or that claim to come from the future, and why."""
+    found = []
     for index, event in enumerate(events):
         if event.timestamp_us < horizon_us:
-            reason = f"is too late: events from before {format_us(horizon_us)} are no longer taken"
+            found.append((index, f"is too late: events from before {format_us(horizon_us)} are no longer taken"))
         elif event.timestamp_us > latest_us:
             reason = f"is in the future: the newest time taken now is {format_us(latest_us)}; check the clock"
-        else:
-            continue
-        errors.append(FieldError("timestamp", reason, None if places is None else places[index]))
-    if not errors:
-        return None
-    return Refusal("invalid", f"nothing was recorded: timestamp {errors[0].reason}", tuple(errors[:100]))
+            found.append((index, reason))
+    return found
+
+
+def refuse_untimely(found: list[tuple[int, str]], places: list[int] | None) -> Refusal:
+    """The refusal of a report some of whose events are untimely."""
+    errors = tuple(FieldError("timestamp", reason, None if places is None else places[at]) for at, reason in found)
+    return Refusal("invalid", f"nothing was recorded: timestamp {errors[0].reason}", errors[:100])
 
 
 async def run_meter(
@@ -159,15 +161,30 @@ class _Reports:
         self._closed = False
 
     async def take(self, message: Report) -> None:
-        """Refuse what came too late or too early, and send the rest to the store; waits while too much is in flight."""
+        """Refuse what came too late or too early, and send the rest to the store; waits while too much is in flight.
+
+        What is refused for its time may be a repeat that was taken when it was in time: with an Idempotency-Key the
+        store says so before it refuses.
+        """
         now_us, settings = self._clock.now_us(), self._settings
         _move_horizon(settings, now_us)
         events = message.events
         latest_us = now_us + settings.metering.clock_skew_max_us
-        untimely = check_times(events, settings.horizon_us, latest_us, message.places)
-        if untimely is not None:
-            message.reply.send(untimely)
+        places, late = message.places, []
+        found = untimely(events, settings.horizon_us, latest_us)
+        if found and not message.partial:
+            refusal = refuse_untimely(found, places)
+            if message.idempotency is None:
+                message.reply.send(refusal)
+            else:
+                await self._post(message, Recall(refusal))
             return
+        if found:
+            assert places is not None, "a report in part says where its events stood"
+            late = [(places[index], reason) for index, reason in found]
+            left_out = {index for index, _ in found}
+            events = [event for index, event in enumerate(events) if index not in left_out]
+            places = [place for index, place in enumerate(places) if index not in left_out]
         unit = RecordUsage(
             message.caller.tenant or DEFAULT_TENANT,
             message.caller.actor,
@@ -176,7 +193,12 @@ class _Reports:
             price(events, settings.prices, settings.metering.pricing.prefer),
             message.partial,
             message.attribution,
+            places if message.partial else None,
+            late,
         )
+        await self._post(message, unit)
+
+    async def _post(self, message: Report, unit: RecordUsage | Recall) -> None:
         while self._in_flight >= REPORTS_IN_FLIGHT:
             await self._settled.park()
         self._in_flight += 1
@@ -257,6 +279,10 @@ async def _record_task(
     task = message.task
     if not settings.horizon_us <= task.timestamp_us <= latest_us:
         reason = f"must be between {format_us(settings.horizon_us)} and {format_us(latest_us)}"
-        return Refusal("invalid", f"nothing was recorded: timestamp {reason}", (FieldError("timestamp", reason),))
+        refusal = Refusal("invalid", f"nothing was recorded: timestamp {reason}", (FieldError("timestamp", reason),))
+        if message.idempotency is None:
+            return refusal
+        repeated: RowWritten | Refusal = await database.submit(Recall(refusal), idempotency=message.idempotency)
+        return repeated
     unit = RecordTask(task, message.caller.actor, message.caller.tenant or DEFAULT_TENANT, now_us)
     return await database.submit(unit, idempotency=message.idempotency)

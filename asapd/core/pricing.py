@@ -50,7 +50,7 @@ class Price(msgspec.Struct, frozen=True):
 
     @property
     def rates(self) -> tuple[int, ...]:
-        """What is charged, absent rates filled in: input, cached, written, kept for an hour, output, reasoning, a call."""
+        """With absent ones filled in: input, cached, written, written for an hour, output, reasoning, call."""
         cached = self.input_pico if self.cached_pico is None else self.cached_pico
         written = self.input_pico if self.cache_write_pico is None else self.cache_write_pico
         written_1h = written if self.cache_write_1h_pico is None else self.cache_write_1h_pico

@@ -64,10 +64,14 @@ async def report(
 
 
 class _Prepared(msgspec.Struct, frozen=True):
-    """What a body reports, ready for the meter; `errors` names what is left out of it."""
+    """What a body reports, ready for the meter; `errors` names what is left out of it.
+
+    `tasks` are those of all events by their places, where some may be left out.
+    """
 
     events: list[UsageEvent]
     places: list[int]
+    tasks: dict[int, str]
     errors: list[FieldError]
     is_batch: bool
     partial: bool
@@ -75,7 +79,7 @@ class _Prepared(msgspec.Struct, frozen=True):
 
     def message(self, caller: Caller, idempotency: Idempotency | None, reply: Reply[Recorded | Refusal]) -> Report:
         """The message to the meter."""
-        places = self.places if self.is_batch else None
+        places = self.places if self.is_batch or self.partial else None
         return Report(caller, self.events, places, self.partial, idempotency, reply, self.attribution)
 
     def reply(self, recorded: Recorded) -> dict[str, Any]:
@@ -87,11 +91,15 @@ class _Prepared(msgspec.Struct, frozen=True):
             "unprotected": recorded.unprotected,
             "ids": recorded.ids,
         }
+        if recorded.places is None:
+            tasks = [event.task_id for event in self.events]
+        else:
+            tasks = [self.tasks[place] for place in recorded.places]
         if self.is_batch:
             reply["count"] = len(recorded.ids)
-            reply["task_ids"] = [event.task_id for event in self.events]
-        elif self.events:
-            reply["task_id"] = self.events[0].task_id
+            reply["task_ids"] = tasks
+        elif tasks:
+            reply["task_id"] = tasks[0]
         under = self.attribution
         if under is not None:
             reply["delegation"] = under.delegation
@@ -99,9 +107,12 @@ class _Prepared(msgspec.Struct, frozen=True):
         if under is not None or recorded.unauthorised:
             reply["unauthorised"] = recorded.unauthorised
         if self.partial:
-            errors = self.errors + [
-                FieldError("id", f"{self.events[index].id} was reported before with other content", self.places[index])
-                for index, _ in recorded.conflicts
+            reply["places"] = self.places if recorded.places is None else recorded.places
+            ids = dict(zip(self.places, (event.id for event in self.events), strict=True))
+            errors = [*self.errors, *(FieldError("timestamp", reason, place) for place, reason in recorded.late)]
+            errors += [
+                FieldError("id", f"{ids.get(place)} was reported before with other content", place)
+                for place, _ in recorded.conflicts
             ]
             reply["refused"] = len({error.index for error in errors})
             reply["errors"] = errors[:MAX_ERRORS]
@@ -137,11 +148,10 @@ async def _prepare(
         if elsewhere:
             errors += elsewhere
             events, places = _without(events, places, elsewhere)
-        untimely = _untimely(services, events, places)
-        errors += untimely
-        if untimely:
-            events, places = _without(events, places, untimely)
-    return _Prepared(events, places, errors, decoded.is_batch, partial, attribution)
+    tasks = {}
+    if partial:
+        tasks = {place: event.task_id for place, event in zip(decoded.places, decoded.events, strict=True)}
+    return _Prepared(events, places, tasks, errors, decoded.is_batch, partial, attribution)
 
 
 async def attribute(

@@ -28,6 +28,7 @@ from asapd.store.tx import Tx
 
 _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.RecordUsage: usage.record,
+    units.Recall: usage.refuse,
     units.RecordTelemetry: telemetry.record,
     units.VoidUsage: voids.void,
     units.CorrectCosts: corrections.correct,

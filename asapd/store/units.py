@@ -48,7 +48,8 @@ class Attribution(msgspec.Struct, frozen=True):
 class Recorded(msgspec.Struct, frozen=True, tag=True):
     """What became of a batch. `ids` is in the order of the request, duplicates included.
 
-    `unauthorised` of the new ones were done without permission.
+    `unauthorised` of the new ones were done without permission. `conflicts` are events, each by its index, with the row
+    that has its identity. Where the unit had `places`, this has those of `ids`, and events are told by their places.
     """
 
     recorded: int
@@ -57,13 +58,17 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     ids: list[str]
     conflicts: list[tuple[int, int]] = []
     unauthorised: int = 0
+    places: list[int] | None = None
+    late: list[tuple[int, str]] = []
 
 
 class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     """Record events once each: rows, rollups, ledger and audit entries together.
 
     With `partial` the conflicting events are left out instead of refusing the whole. An `attribution` is no part of
-    what the client says of an event, so a repeat under another token is still a repeat.
+    what the client says of an event, so a repeat under another token is still a repeat. `places` says where in the
+    request each event stood, and `late` which others were left out for their time and why: both only come back, so that
+    a repeat of the request is answered alike when other events are late.
     """
 
     tenant: str
@@ -73,6 +78,14 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     costs: list[Cost]
     partial: bool = False
     attribution: Attribution | None = None
+    places: list[int] | None = None
+    late: list[tuple[int, str]] = []
+
+
+class Recall(Unit[Any], frozen=True):
+    """Refuse, unless the request's Idempotency-Key was answered before: then that answer comes first."""
+
+    refusal: Refusal
 
 
 class StreamValue(msgspec.Struct, frozen=True, array_like=True):
@@ -628,6 +641,7 @@ class NotWritten(msgspec.Struct, frozen=True, tag=True):
 
 AnyUnit = (
     RecordUsage
+    | Recall
     | VoidUsage
     | CorrectCosts
     | RetireUsage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -24,7 +24,7 @@ from asapd.store import charging, outcomes, sources, unauthorised
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Recorded, RecordUsage, UsageConflict
+from asapd.store.units import Recall, Recorded, RecordUsage, UsageConflict
 
 # 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
 _MAX_SUM = 2**63 - 1
@@ -88,6 +88,15 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
     return record_together(tx, [unit])[0]
 
 
+def refuse(_: Tx, unit: Recall) -> NoReturn:
+    """Refuse a request that was not answered before.
+
+    Raises:
+        RefuseError: always.
+    """
+    raise RefuseError(unit.refusal)
+
+
 def record_together(tx: Tx, batch: Sequence[RecordUsage]) -> list[Recorded]:
     """Record units that follow each other, with few statements for all; the outcome is that of one after the other.
 
@@ -121,6 +130,7 @@ class _Pass:
         first = self._next
         fresh: list[_Fresh] = []
         ids: list[str] = []
+        taken: list[int] = []
         conflicts: list[tuple[int, int]] = []
         tenant = tx.intern(unit.tenant)
         duplicates = unprotected = 0
@@ -138,6 +148,7 @@ class _Pass:
                         duplicates += 1
                         source.resent += 1
                         ids.append(event_id)
+                        taken.append(index)
                     else:
                         conflicts.append((index, holder[0] if holder[0] < first else 0))
                     continue
@@ -150,12 +161,18 @@ class _Pass:
             if event.source_seq is not None:
                 source.seqs.append(event.source_seq)
             ids.append(event_id)
+            taken.append(index)
             fresh.append(_Fresh(self._next, event, cost, event_id, content))
             self._next += 1
         if conflicts and not unit.partial:
             raise RefuseError(UsageConflict(conflicts))
         without_permission = self._charge(unit, tenant, fresh)
-        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission)
+        if unit.places is None:
+            return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission)
+        places = unit.places
+        conflicts = [(places[index], seq) for index, seq in conflicts]
+        placed = [places[index] for index in taken]
+        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission, placed, late=unit.late)
 
     def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> int:
         """Debit what the fresh events of a unit used, and make their rows and audit entries.

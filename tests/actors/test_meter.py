@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from asapd import config
 from asapd.actors.messages import Idempotency, MeterMessage, ReconfigureMeter, Report, ReportTask
-from asapd.actors.meter import MeterSettings, check_times, run_meter
+from asapd.actors.meter import MeterSettings, refuse_untimely, run_meter, untimely
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.price_table import parse_price_table
@@ -142,7 +142,7 @@ async def test_events_from_before_the_horizon_and_from_the_future_are_refused_by
 
 
 def test_the_errors_of_untimely_events_are_bounded() -> None:
-    refusal = check_times([event(timestamp_us=0)] * 500, T0, T0, list(range(500)))
+    refusal = refuse_untimely(untimely([event(timestamp_us=0)] * 500, T0, T0), list(range(500)))
     assert refusal is not None
     assert len(refusal.errors) == 100
 
@@ -203,7 +203,7 @@ async def test_conflicts_name_their_places_and_whether_the_other_is_stored(
         partial = await meter.report(*batch, places=[0, 4, 8], partial=True)
         assert isinstance(partial, Recorded)
         assert partial.recorded == 1
-        assert [index for index, _ in partial.conflicts] == [1, 2]
+        assert [place for place, _ in partial.conflicts] == [4, 8]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,30 @@ async def test_in_part_the_right_events_are_recorded_and_the_others_named_by_pla
     }
 
 
+async def test_in_part_ids_and_tasks_are_of_what_was_taken_and_tell_where_it_stood(edge: Edge) -> None:
+    await frame(edge, event("old"))
+    sent = [
+        event(timestamp=1, task_id="late"),
+        event("new", task_id="one"),
+        event("old", task_id="conflict"),
+        event(task_id="x" * 300),
+        event("old"),
+        event("last", task_id="two"),
+    ]
+    reply = await partial_report(edge, INGEST, sent)
+    assert (reply["ids"], reply["task_ids"]) == (["new", "old", "last"], ["one", "t", "two"])
+    assert (reply["places"], reply["count"], reply["refused"]) == ([1, 4, 5], 3, 3)
+    assert sorted(error["index"] for error in reply["errors"]) == [0, 2, 3]
+    reasons = {error["index"]: error["reason"] for error in reply["errors"]}
+    assert "from before" in reasons[0]
+    assert "old was reported before" in reasons[2]
+    one = await partial_report(edge, INGEST, event("solo", task_id="three"))
+    assert (one["task_id"], one["places"]) == ("three", [0])
+    late = await partial_report(edge, INGEST, event("solo", timestamp=1))
+    assert (late["ids"], late["places"], late["refused"]) == ([], [], 1)
+    assert "task_id" not in late
+
+
 async def test_in_part_nothing_but_mistakes_is_still_an_answer(edge: Edge) -> None:
     reply = await partial_report(edge, INGEST, event(task_id=5))
     assert (reply["recorded"], reply["refused"]) == (0, 1)

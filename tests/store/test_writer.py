@@ -41,6 +41,7 @@ from asapd.store.units import (
     Note,
     NotWritten,
     PutAgent,
+    Recall,
     Recorded,
     RecordManifest,
     RecordProbe,
@@ -207,6 +208,7 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         TaskEvent, st.sampled_from(("t1", "t2")), agents, agents, st.sampled_from(("started", "failed")), at
     )
     of_kind: dict[type[Any], st.SearchStrategy[Any]] = {
+        Recall: st.builds(Recall, st.just(Refusal("invalid", "too late"))),
         RecordUsage: batches.flatmap(
             lambda batch: st.builds(
                 RecordUsage,

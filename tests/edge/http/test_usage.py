@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.edge.house import NOW, A, B, C, Edge
+from asapd.core.types import SECOND_US
+from tests.edge.house import NOW, T0, A, B, C, Edge
 
 METRICS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
 
@@ -97,6 +98,35 @@ async def test_an_idempotency_key_is_bound_to_caller_and_body(edge: Edge) -> Non
     other = await edge.post("/usage", event(task_id="t2"), headers=key)
     assert other.refused(422)["code"] == "idempotency_key_reused"
     assert (await edge.post("/usage", event(), headers=key, key="ingest")).ok(201)["ids"] != first["ids"]
+
+
+@pytest.mark.parametrize("query", ["", "?partial=true"])
+async def test_a_repeat_under_its_key_has_its_answer_when_the_event_has_become_too_old(edge: Edge, query: str) -> None:
+    oldest_s = T0 // SECOND_US - 7 * 86_400
+    batch = [event("e1", timestamp=oldest_s + 60, task_id="t1"), event("e2", task_id="t2")]
+    key = {"Idempotency-Key": "k"}
+    first = (await edge.post(f"/usage{query}", batch, headers=key)).ok(201)
+    edge.clock.us += 3_600 * SECOND_US
+    assert (await edge.post(f"/usage{query}", batch, headers=key)).ok(201) == first
+    assert first["task_ids"] == ["t1", "t2"]
+    other = [*batch, event("e3")]
+    problem = (await edge.post(f"/usage{query}", other, headers=key)).refused(422)
+    assert problem["code"] == "idempotency_key_reused"
+    fresh = await edge.post(f"/usage{query}", batch, headers={"Idempotency-Key": "new"})
+    if query:
+        assert [error["index"] for error in fresh.ok(201)["errors"]] == [0]
+    else:
+        assert fresh.refused(422)["errors"][0]["field"] == "timestamp"
+
+
+async def test_a_task_under_its_key_has_its_answer_when_it_has_become_too_old(edge: Edge) -> None:
+    oldest_s = T0 // SECOND_US - 7 * 86_400
+    step = {"task_id": "t", "agent": A, "consumer": B, "state": "started", "timestamp": oldest_s + 60}
+    first = (await edge.post("/tasks", step, headers={"Idempotency-Key": "k"})).ok(201)
+    edge.clock.us += 3_600 * SECOND_US
+    assert (await edge.post("/tasks", step, headers={"Idempotency-Key": "k"})).ok(201) == first
+    for headers in ({"Idempotency-Key": "new"}, {}):
+        assert (await edge.post("/tasks", step, headers=headers)).refused(422)["errors"][0]["field"] == "timestamp"
 
 
 async def test_an_event_without_a_duration_says_so_and_is_no_other_than_one_of_0_ms(edge: Edge) -> None:
