@@ -15,15 +15,18 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from asapd.config import Config
 from asapd.core.delegation import Reason
 from asapd.core.usage import FLAG_NAMES
+from asapd.edge.metrics import render
 from asapd.store.audit import AuditFilter, list_entries
 from asapd.store.units import Envelope, Note
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.problem import CODES
+from tests.edge.test_metrics import STATUS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,6 +169,19 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
     assert {re.sub(r"\{\w+\}", "{}", route) for route in documented} == {
         re.sub(r"<[^>]+>", "{}", route) for route in offered
     }
+
+
+def test_every_metric_is_documented_with_its_kind_and_labels_and_every_documented_one_exists() -> None:
+    offered: dict[str, tuple[str, set[str], set[str]]] = {}
+    for family in text_string_to_metric_families(render(STATUS, [(0.001, 1), ("+Inf", 2)], 0.5).decode()):
+        labels = {label for sample in family.samples for label in sample.labels}
+        offered[family.name] = (family.type, labels, {sample.name for sample in family.samples})
+    rows = list(table_rows(section(read("docs/operations.md"), "## Metrics")))
+    documented = {row[0]: (row[1], set(re.findall(r"`(\w+)`", row[2]))) for row in rows}
+    assert documented == {name: (kind, labels) for name, (kind, labels, _) in offered.items()}
+    assert all(row[3] for row in rows)
+    named = set(re.findall(r"`(asapd_[a-z_]+)", "".join(page.read_text(encoding="utf-8") for page in PAGES)))
+    assert named <= set(offered) | {sample for _, _, samples in offered.values() for sample in samples}
 
 
 def test_every_denial_code_and_every_flag_of_usage_is_documented() -> None:
