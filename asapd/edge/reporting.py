@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from asapd.actors.messages import Attribute, Attribution, Idempotency, Recorded, Report
+from asapd.actors.meter import untimely
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
@@ -249,11 +250,8 @@ def _untimely(services: Services, events: list[UsageEvent], places: list[int]) -
     metering = services.settings().metering
     now_us = services.clock.now_us()
     earliest_us, latest_us = now_us - metering.late_max_us, now_us + metering.clock_skew_max_us
-    return [
-        FieldError("timestamp", "is too old or in the future", place)
-        for event, place in zip(events, places, strict=True)
-        if not earliest_us <= event.timestamp_us <= latest_us
-    ]
+    found = untimely(events, earliest_us, latest_us)
+    return [FieldError("timestamp", reason, places[index]) for index, reason in found]
 
 
 def validate(services: Services, caller: Caller, body: bytes, written: Written) -> dict[str, Any] | Refusal:
@@ -274,7 +272,8 @@ def validate(services: Services, caller: Caller, body: bytes, written: Written) 
         return {
             "valid": False,
             "error": f"{first.field} {first.reason}",
-            "code": "invalid",
+            # In the order in which a report is judged.
+            "code": "forbidden" if foreign is not None and not decoded.errors else "invalid",
             "errors": errors[:MAX_ERRORS],
         }
     reply: dict[str, Any] = {"valid": True, "count": len(decoded.events)}

@@ -173,6 +173,8 @@ def _public(
     started_us: int | None,
 ) -> dict[str, Any]:
     ended_us = None if state == "started" else timestamp_us
+    # An end before the start is a clock's mistake, which tells nothing of the time in between.
+    known = started_us is not None and ended_us is not None and started_us <= ended_us
     return {
         "task_id": task_id,
         "agent_id": agent,
@@ -181,7 +183,7 @@ def _public(
         "parent_task_id": parent,
         "started_at": None if started_us is None else format_us(started_us),
         "ended_at": None if ended_us is None else format_us(ended_us),
-        "duration_ms": None if started_us is None or ended_us is None else max(0, ended_us - started_us) // 1_000,
+        "duration_ms": (timestamp_us - (started_us or 0)) // 1_000 if known else None,
         "error": error,
     }
 

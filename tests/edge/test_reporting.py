@@ -140,6 +140,14 @@ async def test_validating_needs_a_role_that_may_report(edge: Edge) -> None:
     assert refusal.code == "forbidden"
 
 
+async def test_validating_has_the_code_and_the_reason_that_reporting_would_have(edge: Edge) -> None:
+    for sent in (event(agent=C), event(timestamp=1), event(timestamp=T0 // SECOND_US + 9_999), event(task_id=5)):
+        posted = await frame(edge, sent, NARROW)
+        found: Any = validate(edge.services, NARROW, msgspec.json.encode(sent), "json")
+        assert (found["valid"], found["code"]) == (False, posted["code"])
+        assert found["errors"][0].reason == posted["errors"][0]["reason"]
+
+
 async def test_the_bounds_of_time_are_those_in_force_now(edge: Edge) -> None:
     body = msgspec.json.encode([event(timestamp=(T0 - 2 * HOUR_US) // SECOND_US)])
     assert validate(edge.services, INGEST, body, "json") == {"valid": True, "count": 1}

@@ -75,6 +75,16 @@ def test_a_task_that_ended_is_not_abandoned_in_whatever_order_it_was_told(
     assert (row["state"], row["duration_ms"], row["started_at"]) == ("completed", 1, "2026-11-20T10:06:43.000000Z")
 
 
+@pytest.mark.parametrize(("after_us", "duration_ms"), [(-1, None), (0, 0), (1_000, 1)])
+def test_an_end_before_its_start_is_kept_and_says_nothing_of_the_time_between(
+    writer: Writer, connection: apsw.Connection, after_us: int, duration_ms: int | None
+) -> None:
+    step(writer, STARTED)
+    assert isinstance(step(writer, replace(STARTED, state="completed", timestamp_us=NOW_US + after_us)), RowWritten)
+    ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
+    assert (row["state"], row["duration_ms"]) == ("completed", duration_ms)
+
+
 @pytest.mark.parametrize(("partial", "state"), [(False, "failed"), (True, "abandoned")])
 def test_a_task_with_usage_ended_as_that_says(
     writer: Writer, connection: apsw.Connection, partial: bool, state: str
