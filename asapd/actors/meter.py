@@ -29,9 +29,18 @@ from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
-from asapd.store import retention, usage_queries
+from asapd.store import horizon, usage_queries
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import Recall, Recorded, RecordTask, RecordUsage, RowWritten, UsageConflict, VoidUsage
+from asapd.store.units import (
+    KeepHorizon,
+    Recall,
+    Recorded,
+    RecordTask,
+    RecordUsage,
+    RowWritten,
+    UsageConflict,
+    VoidUsage,
+)
 
 # Messages other than plain reports in hand at once, each with a task of its own.
 CONCURRENCY = 256
@@ -86,8 +95,9 @@ async def run_meter(
     """Serve reports until the mailbox is closed."""
     newest_us = await database.read(usage_queries.newest_commit)
     _move_horizon(settings, max(newest_us, clock.now_us()))
-    # Events of before this may be gone with their identities: a repeat of one would count again.
-    settings.horizon_us = max(settings.horizon_us, await database.read(retention.retired_before))
+    settings.horizon_us = max(settings.horizon_us, await database.read(horizon.edge))
+    if not await database.read(horizon.is_kept, settings.metering.late_max_us):
+        await _keep_horizon(database, settings)
 
     async def handle(message: MeterMessage) -> None:
         assert not isinstance(message, Report), "is passed on"
@@ -106,7 +116,11 @@ async def run_meter(
                 unit = VoidUsage(message.seq, message.reason, message.caller.actor, clock.now_us())
                 message.reply.send(await database.submit(unit, idempotency=message.idempotency))
             case ReconfigureMeter():
+                _move_horizon(settings, clock.now_us())
+                is_kept = settings.metering.late_max_us == message.metering.late_max_us
                 settings.metering, settings.prices = message.metering, message.prices
+                if not is_kept:
+                    await _keep_horizon(database, settings)
                 message.reply.send(None)
             case _:
                 assert_never(message)
@@ -133,6 +147,14 @@ async def run_meter(
 
 def _move_horizon(settings: MeterSettings, now_us: int) -> None:
     settings.horizon_us = max(settings.horizon_us, now_us - settings.metering.late_max_us)
+
+
+async def _keep_horizon(database: Database, settings: MeterSettings) -> None:
+    """Have the store remember the horizon, which a restart under another `late_max` must not move back.
+
+    A store that cannot write now takes no events either; the next start tries again.
+    """
+    await database.submit(KeepHorizon(settings.horizon_us, settings.metering.late_max_us))
 
 
 def _times(settings: MeterSettings, now_us: int) -> Times:

@@ -12,6 +12,7 @@ from asapd.store import (
     breaches,
     budgets,
     corrections,
+    horizon,
     keys,
     ledger,
     reservations,
@@ -29,6 +30,7 @@ from asapd.store.tx import Tx
 _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.RecordUsage: usage.record,
     units.Recall: usage.refuse,
+    units.KeepHorizon: horizon.keep,
     units.RecordTelemetry: telemetry.record,
     units.VoidUsage: voids.void,
     units.CorrectCosts: corrections.correct,

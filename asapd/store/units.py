@@ -639,9 +639,17 @@ class NotWritten(msgspec.Struct, frozen=True, tag=True):
     full: bool
 
 
+class KeepHorizon(Unit[RowWritten], frozen=True):
+    """Take no events from before `edge_us` any more, nor from longer than `late_max_us` before the newest commit."""
+
+    edge_us: int
+    late_max_us: int
+
+
 AnyUnit = (
     RecordUsage
     | Recall
+    | KeepHorizon
     | VoidUsage
     | CorrectCosts
     | RetireUsage

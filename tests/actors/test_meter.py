@@ -161,6 +161,27 @@ async def test_the_horizon_never_moves_back_with_the_clock(inline_database: Inli
         assert problems(await meter.report(event("e1"))) == [("timestamp", None)]
 
 
+async def test_the_horizon_does_not_move_back_over_a_restart_when_late_max_has_grown(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    old = event("old", timestamp_us=T0 - 2 * HOUR_US)
+    meter = Meter(inline_database, late_max="1h")
+    async with meter.running():
+        assert isinstance(await meter.report(event("e1")), Recorded)
+    # The file was edited while nothing ran.
+    meter.settings = MeterSettings(config.Metering(late_max="1d"), PRICES)
+    async with meter.running():
+        assert problems(await meter.report(old)) == [("timestamp", None)]
+        await ask(meter.send, lambda to: ReconfigureMeter(config.Metering(late_max="2d"), PRICES, to), deadline_s=5)
+        assert problems(await meter.report(old)) == [("timestamp", None)]
+    # It was reloaded, and then started anew, a day later.
+    meter.settings = MeterSettings(config.Metering(late_max="7d"), PRICES)
+    meter.clock.offset_us = DAY_US
+    async with meter.running():
+        assert problems(await meter.report(old)) == [("timestamp", None)]
+        assert isinstance(await meter.report(event("e2", timestamp_us=T0)), Recorded)
+
+
 async def test_a_conflict_shows_the_stored_event_only_to_who_may_read_it(
     inline_database: Inline, autojump_clock: MockClock
 ) -> None:

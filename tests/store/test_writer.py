@@ -37,6 +37,7 @@ from asapd.store.units import (
     Failed,
     Idempotency,
     ImportRevocations,
+    KeepHorizon,
     NewDelegation,
     Note,
     NotWritten,
@@ -209,6 +210,7 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
     )
     of_kind: dict[type[Any], st.SearchStrategy[Any]] = {
         Recall: st.builds(Recall, st.just(Refusal("invalid", "too late"))),
+        KeepHorizon: st.builds(KeepHorizon, at, st.integers(0, HOUR_US)),
         RecordUsage: batches.flatmap(
             lambda batch: st.builds(
                 RecordUsage,

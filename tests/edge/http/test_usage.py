@@ -154,7 +154,8 @@ async def test_validate_always_answers_and_records_nothing(edge: Edge) -> None:
     bad = (await edge.post("/usage/validate", [event(), event(agent="x")])).ok()
     assert (bad["valid"], bad["errors"][0]["index"]) == (False, 1)
     late = (await edge.post("/usage/validate", event(timestamp=1))).ok()
-    assert late["errors"] == [{"field": "timestamp", "reason": "is too old or in the future"}]
+    reason = "is too late: events from before 2027-01-08T08:00:00.000000Z are no longer taken"
+    assert late["errors"] == [{"field": "timestamp", "reason": reason}]
     await edge.new_key("own", "ingest", B)
     assert (await edge.post("/usage/validate", event(), key="own")).ok()["errors"][0]["field"] == "agent"
     assert (await edge.get("/usage")).ok()["count"] == 0
