@@ -59,13 +59,13 @@ class Chains:
         self._by_text: dict[str, Chain] = {}
         self._chars = 0
 
-    def open(self, text: str, *, max_depth: int) -> Chain | Denied:
+    def open(self, text: str, *, max_depth: int, now_us: int) -> Chain | Denied:
         """Decode a token and its parents, and check the signature of each.
 
         Where a token only names its parent, the chain begins with that token: its `parent_id` says who is above.
         """
         chain = self._recall(text)
-        if chain is not None and len(chain.tokens) <= max_depth and self._still_signed(chain):
+        if chain is not None and len(chain.tokens) <= max_depth and self._still_signed(chain, now_us):
             return chain
         try:
             tokens = lineage(decode(text, max_depth=max_depth, max_bytes=MAX_TOKEN_BYTES, known=self._read_before))
@@ -73,7 +73,7 @@ class Chains:
             return unreadable(error, max_depth)
         if len(tokens) > max_depth:
             return too_deep(tokens[-1].claims.id, len(tokens), max_depth)
-        opened = self._verified(tokens)
+        opened = self._verified(tokens, now_us)
         if isinstance(opened, Chain) and text != tokens[-1].text:
             self._remember(text, opened)
         return opened
@@ -109,9 +109,9 @@ class Chains:
         chain.narrows = chain.narrows or denied is None
         return denied
 
-    def _still_signed(self, chain: Chain) -> bool:
+    def _still_signed(self, chain: Chain, now_us: int) -> bool:
         return all(
-            key in self._keys.public_keys(claims.delegator)
+            key in self._keys.public_keys(claims.delegator, issued_at_us=claims.issued_at_us, now_us=now_us)
             for claims, key in zip(chain.claims, chain.keys, strict=True)
         )
 
@@ -125,15 +125,15 @@ class Chains:
         chain = self._recall(text)
         return None if chain is None else chain.tokens[-1]
 
-    def _verified(self, tokens: tuple[SignedToken, ...]) -> Chain | Denied:
+    def _verified(self, tokens: tuple[SignedToken, ...], now_us: int) -> Chain | Denied:
         """The chain, each of whose beginnings is remembered too: the next token may go on from there."""
         chain = Chain((), (), ())
         for token in tokens:
             before = self._recall(token.text)
-            if before is not None and self._still_signed(before):
+            if before is not None and self._still_signed(before, now_us):
                 chain = before
                 continue
-            key = self._signer(token, len(tokens) - 1 - len(chain.tokens))
+            key = self._signer(token, len(tokens) - 1 - len(chain.tokens), now_us)
             if isinstance(key, Denied):
                 return key
             chain = Chain((*chain.tokens, token), (*chain.keys, key), (*chain.claims, token.claims))
@@ -149,9 +149,9 @@ class Chains:
             del self._by_text[oldest]
             self._chars -= len(oldest)
 
-    def _signer(self, token: SignedToken, position: int) -> bytes | Denied:
+    def _signer(self, token: SignedToken, position: int, now_us: int) -> bytes | Denied:
         claims = token.claims
-        keys = self._keys.public_keys(claims.delegator)
+        keys = self._keys.public_keys(claims.delegator, issued_at_us=claims.issued_at_us, now_us=now_us)
         for key in keys:
             if verify(token, key):
                 return key
@@ -160,7 +160,7 @@ class Chains:
                 Reason.UNKNOWN_KEY,
                 "known_key",
                 f"no key of {claims.delegator} is known",
-                "pin it in the configuration",
+                "pin it in the configuration, or import it with `asapctl agents keys import`",
                 token=claims.id,
                 position=position,
                 asked=claims.delegator,

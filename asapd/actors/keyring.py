@@ -2,60 +2,128 @@
 
 from __future__ import annotations
 
-import logging
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nacl.signing import SigningKey
 
-from asapd.wire.keys import KeyFormatError, load_private_pem, load_public
+from asapd.core.agent_keys import AgentKey, verifying
+from asapd.core.types import AGENT_URN
+from asapd.wire.keys import KeyFormatError, load_private_pem
 
 URN_PREFIX = "urn:asap:agent:"
+# Far beyond a PEM of such a key, which has 120 bytes.
+_MAX_FILE_BYTES = 8192
 
 
 class KeyDirectory:
     """Keys by agent.
 
-    `held` are private keys from `keys_dir`, one PEM file an agent, named after it: `<name>.pem` is the key
-    of `urn:asap:agent:<name>`. `pinned` come from the configuration. `learned` come from the API or a
-    verified manifest: they verify that agent's own tokens, and never make it a root.
+    `held` are private keys from `keys_dir`. `pinned` come from the configuration. `known` are the public keys of the
+    store, from every source, with what was replaced. Only a held or a pinned key makes its agent a root.
     """
 
     def __init__(self) -> None:
         self.held: dict[str, SigningKey] = {}
         self.pinned: dict[str, bytes] = {}
-        self.learned: dict[str, set[bytes]] = {}
+        self.manifest_keys: Literal["tofu", "strict"] = "tofu"
+        self._known: dict[str, tuple[AgentKey, ...]] = {}
+        self._settled: dict[str, _Settled] = {}
 
-    def load_held(self, keys_dir: Path, log: logging.Logger) -> None:
-        """Read all keys of a directory; one that cannot be read is reported and left out."""
-        held: dict[str, SigningKey] = {}
-        for path in sorted(keys_dir.glob("*.pem")):
-            try:
-                if path.stat().st_mode & 0o077:
-                    log.warning("%s can be read by others: chmod 600 it", path)
-                held[URN_PREFIX + path.stem] = load_private_pem(path.read_bytes())
-            except (OSError, KeyFormatError) as error:
-                log.error("%s is not used: %s", path, error)
-        self.held = held
+    def learn(self, keys: Iterable[AgentKey]) -> None:
+        """Go by these keys of the store."""
+        known: dict[str, list[AgentKey]] = {}
+        for key in keys:
+            # What is held and pinned now is said by the files; of both, the store knows what was before.
+            if key.source not in ("held", "configuration") or key.state != "active":
+                known.setdefault(key.agent, []).append(key)
+        self._known = {agent: tuple(found) for agent, found in known.items()}
+        self._settled.clear()
 
-    def public_keys(self, agent: str) -> set[bytes]:
-        """Every public key that may verify a token of this agent. A pinned key rules out a learned one."""
-        own = {bytes(self.held[agent].verify_key)} if agent in self.held else set()
-        pinned = {self.pinned[agent]} if agent in self.pinned else set()
-        return own | pinned or self.learned.get(agent, set())
+    def public_keys(self, agent: str, *, issued_at_us: int | None, now_us: int) -> frozenset[bytes]:
+        """The raw public keys that verify a token which the agent issued at a time, if it says when."""
+        held, pin, known = self.held.get(agent), self.pinned.get(agent), self._known.get(agent, ())
+        settled = self._settled.get(agent)
+        if (
+            settled is not None
+            and settled.held is held
+            and settled.pin is pin
+            and settled.known is known
+            and settled.manifest_keys == self.manifest_keys
+        ):
+            return settled.keys
+        keys = list(known)
+        if held is not None:
+            keys.append(AgentKey(agent, bytes(held.verify_key), "held", "active", 0))
+        if pin is not None:
+            keys.append(AgentKey(agent, pin, "configuration", "active", 0))
+        believe = self.manifest_keys == "tofu"
+        found = verifying(keys, issued_at_us=issued_at_us, now_us=now_us, believe_manifests=believe)
+        if not any(key.is_retiring(now_us) for key in known):
+            self._settled[agent] = _Settled(held, pin, known, self.manifest_keys, found)
+        return found
 
     def is_root(self, agent: str, roots: tuple[str, ...]) -> bool:
         """Whether a chain may begin with this agent."""
         return agent in roots if roots else agent in self.held or agent in self.pinned
 
 
-def read_public_keys(agents: list[tuple[str, str]], log: logging.Logger) -> dict[str, set[bytes]]:
-    """Agents and their keys as text (base64 or PEM) to raw keys; a bad one is reported and left out."""
-    keys: dict[str, set[bytes]] = {}
-    for agent, text in agents:
-        try:
-            key = load_public(text)
-        except KeyFormatError as error:
-            log.error("the public key of %s is not used: %s", agent, error)
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """An answer that neither the clock nor the token changes, and what it was made from."""
+
+    held: SigningKey | None
+    pin: bytes | None
+    known: tuple[AgentKey, ...]
+    manifest_keys: str
+    keys: frozenset[bytes]
+
+
+def load_held(keys_dir: Path) -> tuple[dict[str, SigningKey], list[str]]:
+    """The keys of a directory by agent, and why each file that is not used is not.
+
+    `<name>.pem` is the key of `urn:asap:agent:<name>`: an unencrypted PKCS#8 PEM that nobody but its owner may read. A
+    directory that is not there holds no keys.
+    """
+    held: dict[str, SigningKey] = {}
+    problems: list[str] = []
+    try:
+        paths = sorted(path for path in keys_dir.iterdir() if path.suffix == ".pem")
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        return {}, [f"{keys_dir} is not used: {error.strerror or error}"]
+    for path in paths:
+        named = AGENT_URN.match(URN_PREFIX + path.stem) is not None
+        found = _read_held(path) if named else "its name is not that of an agent: letters, digits, . _ : and - only"
+        if isinstance(found, str):
+            problems.append(f"{path} is not used: {found}")
         else:
-            keys.setdefault(agent, set()).add(key)
-    return keys
+            held[URN_PREFIX + path.stem] = found
+    return held, problems
+
+
+def _read_held(path: Path) -> SigningKey | str:
+    try:
+        # A pipe of that name must not hold up the daemon.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return error.strerror or str(error)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return "it is not a file"
+        if status.st_mode & 0o077:
+            return (
+                f"its mode is {stat.S_IMODE(status.st_mode):04o}, so others than its owner may use it: "
+                f"chmod 600 {path} and reload; if others could have read it, make a new key"
+            )
+        return load_private_pem(os.read(descriptor, _MAX_FILE_BYTES))
+    except KeyFormatError as error:
+        return f"it {error}"
+    finally:
+        os.close(descriptor)

@@ -294,16 +294,45 @@ class RemoveAgentRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportKeyRequest:
+    """Believe a public key (32 raw bytes) of an agent from now on."""
+
+    agent: str
+    public_key: bytes
+    actor: str
+    idempotency: Idempotency | None
+    reply: Reply[AgentsChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class RetireKeyRequest:
+    """Retire an agent's key by its thumbprint, or dismiss one that a manifest claimed.
+
+    `overlap_us` None is as configured.
+    """
+
+    agent: str
+    kid: str
+    overlap_us: int | None
+    actor: str
+    reply: Reply[AgentsChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
 class ReconfigureProber:
-    """Probe by other settings, and make the configured part of the directory equal to `agents`."""
+    """Probe by other settings, and make the configured part of the directory equal to `agents`.
+
+    `key_overlap_us` None leaves the overlap of keys as it is.
+    """
 
     settings: config.Prober
     agents: list[AgentRecord]
     actor: str
     reply: Reply[AgentsChanged | Refusal]
+    key_overlap_us: int | None = None
 
 
-ProberMessage = PutAgentRequest | RemoveAgentRequest | ReconfigureProber
+ProberMessage = PutAgentRequest | RemoveAgentRequest | ImportKeyRequest | RetireKeyRequest | ReconfigureProber
 
 # --- watcher
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from asapd.core.agent_keys import AgentKey, Signers, signers
 from asapd.core.health import ProbeResult
 from asapd.runtime.fetch import Fetched, FetchFailed
 from asapd.store.units import RecordManifest
@@ -44,8 +47,10 @@ def disturbed(elapsed_s: float, wall_s: float, timeout_s: float) -> bool:
     return elapsed_s > timeout_s + max(0.1, timeout_s / 10) or abs(wall_s - elapsed_s) > CLOCK_SLACK_S
 
 
-def read_manifest(answer: Fetched | FetchFailed, agent: str, pinned: str | None, now_us: int) -> RecordManifest | str:
-    """What to store of an answer, or why nothing."""
+def read_manifest(
+    answer: Fetched | FetchFailed, agent: str, pinned: str | None, now_us: int, keys: Sequence[AgentKey] = ()
+) -> RecordManifest | str:
+    """What to store of an answer, or why nothing. `keys` are all that is known of the agent's."""
     if isinstance(answer, FetchFailed):
         return f"{answer.reason}: {answer.detail[:MAX_DETAIL]}"
     if answer.status != 200:
@@ -56,8 +61,10 @@ def read_manifest(answer: Fetched | FetchFailed, agent: str, pinned: str | None,
         return str(problem)[:MAX_DETAIL]
     if manifest.id != agent:
         return f"it is the manifest of {manifest.id}"
-    verification, key = _verified(manifest, pinned)
-    sla_error = disbelief(verification, pinned=pinned is not None) or manifest.sla_error
+    known = signers(keys, now_us)
+    verification, key = _verified(manifest, pinned, known)
+    pins = pinned is not None or bool(known.given)
+    sla_error = disbelief(verification, pinned=pins, seen=bool(known.seen)) or manifest.sla_error
     return RecordManifest(
         agent=agent,
         fetched_us=now_us,
@@ -71,32 +78,44 @@ def read_manifest(answer: Fetched | FetchFailed, agent: str, pinned: str | None,
     )
 
 
-def disbelief(verification: str, *, pinned: bool) -> str | None:
-    """Why what a manifest promises must not be used; None when it may be."""
+def disbelief(verification: str, *, pinned: bool, seen: bool) -> str | None:
+    """Why what a manifest promises must not be used; None when it may be.
+
+    `pinned`: an operator gave a key of the agent; `seen`: its manifests were signed before.
+    """
     match verification:
         case "bad_signature":
             return "the manifest's signature does not verify"
         case "wrong_key":
             return "the manifest is not signed with the public key that is set for this agent"
+        case "key_changed":
+            return "the manifest is signed with another key than before, which nobody confirmed"
         case "verified":
             return None
-        case _ if pinned:
-            return "the manifest is not signed, and a public key is set for this agent"
+        case "self_signed" if not pinned:
+            return None
+        case _ if pinned or seen:
+            return "the manifest is not signed, and a public key of this agent is known"
         case _:
             return None
 
 
-def _verified(manifest: Manifest, pinned: str | None) -> tuple[Verification, bytes | None]:
-    """Who signed a manifest, and the key that did: one that is only named in it is not to be learned from it."""
+def _verified(manifest: Manifest, pinned: str | None, known: Signers) -> tuple[Verification, bytes | None]:
+    """Who signed a manifest, and the key that did; one that is only named in it did not."""
+    given = set(known.given)
     try:
-        pinned_key = None if pinned is None else load_public(pinned)
+        if pinned is not None:
+            given.add(load_public(pinned))
     except KeyFormatError:
         return ("wrong_key" if manifest.signed else "unsigned"), None
-    verification = verify_manifest(manifest, pinned_key)
-    match verification:
-        case "verified":
-            return verification, pinned_key
-        case "self_signed":
-            return verification, manifest.public_key
-        case _:
-            return verification, None
+    for key in given:
+        if verify_manifest(manifest, key) == "verified":
+            return "verified", key
+    verification = verify_manifest(manifest, None)
+    if verification != "self_signed":
+        return verification, None
+    if given:
+        return "wrong_key", manifest.public_key
+    if known.is_new or manifest.public_key in known.seen:
+        return "self_signed", manifest.public_key
+    return "key_changed", manifest.public_key

@@ -16,9 +16,17 @@ import msgspec
 import trio
 
 from asapd import config
-from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
+from asapd.actors.messages import (
+    ImportKeyRequest,
+    ProberMessage,
+    PutAgentRequest,
+    ReconfigureProber,
+    RemoveAgentRequest,
+    RetireKeyRequest,
+)
 from asapd.actors.probe_answers import MAX_DETAIL, disbelief, disturbed, judge, read_manifest
 from asapd.actors.unprobed import Unprobed
+from asapd.core.agent_keys import AgentKey, signers
 from asapd.core.errors import Refusal
 from asapd.core.health import AgentState, ProbeResult, State, step
 from asapd.core.types import SECOND_US
@@ -33,15 +41,18 @@ from asapd.store.units import (
     AgentRecord,
     AgentsChanged,
     Idempotency,
+    ImportAgentKey,
     PutAgent,
     RecordManifest,
     RecordProbe,
     RemoveAgent,
+    RetireAgentKey,
     RowWritten,
     SyncAgents,
     Unit,
 )
 from asapd.store.visibility import EVERYTHING
+from asapd.wire.keys import jwk_thumbprint, load_public, public_base64
 
 HEALTH_PATH = "/.well-known/asap/health"
 MANIFEST_PATH = "/.well-known/asap/manifest.json"
@@ -81,6 +92,7 @@ class ProberSettings:
 
     prober: config.Prober
     agents: list[AgentRecord]
+    key_overlap_us: int = 0
     unprobed: Unprobed = field(default_factory=Unprobed)
     """Agents that cannot be probed, for whoever asks why nothing is known of them."""
 
@@ -95,18 +107,20 @@ class _Watch:
     origin: str
     state: AgentState
     manifest: StoredManifest | None
+    keys: tuple[AgentKey, ...]
     health_ttl_s: int | None = None
     manifest_unanswered: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     recording: trio.Lock = field(default_factory=trio.Lock)
     said: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def ttl_us(self) -> int | None:
+    def ttl_us(self, now_us: int) -> int | None:
         """How long the agent says its word holds: in its last health document, else in a manifest to be believed."""
         ttl_s = self.health_ttl_s
         if ttl_s is None and self.manifest is not None:
-            believed = disbelief(self.manifest.verification, pinned=self.public_key is not None) is None
+            known = signers(self.keys, now_us)
+            pinned = self.public_key is not None or bool(known.given)
+            believed = disbelief(self.manifest.verification, pinned=pinned, seen=bool(known.seen)) is None
             ttl_s = self.manifest.ttl_seconds if believed else None
         return None if ttl_s is None else ttl_s * SECOND_US
 
@@ -179,12 +193,21 @@ class _Prober:
         now_us = self._clock.now_us()
         match message:
             case PutAgentRequest(agent=agent, actor=actor):
-                put = PutAgent(agent, actor, now_us)
+                put = PutAgent(agent, actor, now_us, self._settings.key_overlap_us)
                 message.reply.send(await self._change(put, agent.id, self._touched(agent.id), message.idempotency))
             case RemoveAgentRequest(id=agent_id, actor=actor):
                 remove = RemoveAgent(agent_id, actor, now_us)
                 message.reply.send(await self._change(remove, agent_id, self._touched(agent_id)))
+            case ImportKeyRequest(agent=agent_id, public_key=key, actor=actor):
+                known = ImportAgentKey(agent_id, key, actor, now_us, self._settings.key_overlap_us)
+                message.reply.send(await self._change(known, agent_id, self._touched(agent_id), message.idempotency))
+            case RetireKeyRequest(agent=agent_id, kid=kid, overlap_us=overlap_us, actor=actor):
+                wanted_us = self._settings.key_overlap_us if overlap_us is None else overlap_us
+                retire = RetireAgentKey(agent_id, kid, actor, now_us, wanted_us)
+                message.reply.send(await self._change(retire, agent_id, self._touched(agent_id)))
             case ReconfigureProber(settings=settings, agents=agents, actor=actor):
+                if message.key_overlap_us is not None:
+                    self._settings.key_overlap_us = message.key_overlap_us
                 message.reply.send(await self.sync(agents, actor, settings))
             case _:
                 assert_never(message)
@@ -203,7 +226,7 @@ class _Prober:
         outcome: _Outcome = OUTCOME_UNKNOWN
         for tried in range(RECORD_TRIES):
             await self._back_off(tried)
-            unit = SyncAgents(agents, actor, self._clock.now_us())
+            unit = SyncAgents(agents, actor, self._clock.now_us(), self._settings.key_overlap_us)
             touched = [watch for watch in self._watches.values() if _is_touched(watch, wanted.get(watch.id))]
             outcome = await self._change(unit, None, touched, committed=committed)
             if not isinstance(outcome, Refusal):
@@ -250,7 +273,7 @@ class _Prober:
             watch = self._watches.get(row.id)
             if watch is not None:
                 watch.origin = row.origin
-                if (watch.url, watch.public_key) == (row.url, row.public_key):
+                if (watch.url, watch.public_key, watch.keys) == (row.url, row.public_key, row.keys):
                     continue
                 watch.scope.cancel()
                 self._settings.unprobed.clear(row.id)
@@ -353,7 +376,7 @@ class _Prober:
             latency_us=None if result.latency_ms is None else round(result.latency_ms * 1000),
             reason=result.reason,
             detail=result.detail,
-            hold_us=hold_us(watch.ttl_us, prober.interval_us),
+            hold_us=hold_us(watch.ttl_us(result.ts_us), prober.interval_us),
             state=state.state,
             since_us=state.since_us,
             ok_streak=state.ok_streak,
@@ -427,14 +450,17 @@ class _Prober:
                 _join(watch.url, MANIFEST_PATH), deadline_s=timeout_s, max_bytes=MANIFEST_MAX_BYTES
             )
         watch.manifest_unanswered = isinstance(answer, FetchFailed)
-        unit = read_manifest(answer, watch.id, watch.public_key, self._clock.now_us())
+        unit = read_manifest(answer, watch.id, watch.public_key, self._clock.now_us(), watch.keys)
         if isinstance(unit, str):
             self._say(watch, "manifest", logging.INFO, f"no manifest taken: {unit}")
             return
         watch.said.pop("manifest", None)
         newest = _as_stored(unit)
         old = watch.manifest
-        if old is not None and msgspec.structs.replace(old, fetched_us=newest.fetched_us) == newest:
+        unchanged = old is not None and msgspec.structs.replace(old, fetched_us=newest.fetched_us) == newest
+        # An agent that was removed and added again has its old manifest, and its key is not on file any more.
+        signer = None if unit.public_key is None else load_public(unit.public_key)
+        if unchanged and (signer is None or any(key.public_key == signer for key in watch.keys)):
             return
 
         async def stored() -> bool:
@@ -443,9 +469,22 @@ class _Prober:
 
         if await self._record(watch, unit, stored):
             watch.manifest = newest
+            rows = await self._database.read(directory, EVERYTHING, watch.id)
+            watch.keys = rows[0].keys if rows else ()
             self._directory_changed.notify()
+            if signer is not None and unit.verification in {"key_changed", "wrong_key"}:
+                self._warn_of_key(watch.id, signer)
             if unit.sla_error is not None:
                 self._log.warning("agent %s: the SLA in its manifest is not used: %s", watch.id, unit.sla_error)
+
+    def _warn_of_key(self, agent: str, key: bytes) -> None:
+        kid = jwk_thumbprint(key)
+        self._log.warning(
+            "agent %s: its manifest is signed with a key that is not known as its own, %s; nothing is believed for it. "
+            "Ask the agent's owner, then `asapctl agents keys import %s %s`, or dismiss it with "
+            "`asapctl agents keys retire %s %s`",
+            *(agent, kid, agent, public_base64(key), agent, kid),
+        )
 
 
 _Outcome = AgentsChanged | Refusal
@@ -459,7 +498,7 @@ def _watch(row: DirectoryAgent) -> _Watch:
         fail_streak=row.fail_streak,
         last_probe_us=None if row.last_probe is None else row.last_probe.ts_us,
     )
-    return _Watch(row.id, row.url, row.public_key, row.origin, state, row.manifest)
+    return _Watch(row.id, row.url, row.public_key, row.origin, state, row.manifest, row.keys)
 
 
 def _is_touched(watch: _Watch, wanted: AgentRecord | None) -> bool:

@@ -9,8 +9,11 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from asapd.core.access import Caller
+from asapd.core.agent_keys import AgentKey
+from asapd.core.types import format_us
 from asapd.runtime.clock import Clock
 from asapd.store import (
+    agent_keys,
     agents,
     audit,
     breaches,
@@ -34,6 +37,7 @@ from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units import ApiKey, BreachRow
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
+from asapd.wire.keys import jwk_thumbprint
 
 __all__ = [
     "GROUPS",
@@ -344,6 +348,17 @@ class Reads:
     async def agents(self, caller: Caller, agent: str | None = None) -> list[DirectoryAgent]:
         """The directory."""
         return await self._database.read(agents.directory, visibility(caller), agent)
+
+    async def agent_keys(self, agent: str) -> list[AgentKey]:
+        """The public keys of an agent from every source, replaced and claimed ones too, the oldest first."""
+        return await self._database.read(agent_keys.keys_of, agent)
+
+    async def unconfirmed_keys(self) -> list[dict[str, str]]:
+        """Keys that manifests were signed with and nobody confirmed, by agent."""
+        return [
+            {"agent": key.agent, "kid": jwk_thumbprint(key.public_key), "since": format_us(key.since_us)}
+            for key in await self._database.read(agent_keys.claimed)
+        ]
 
     async def probes(
         self, agent: str, *, start_us: int | None, end_us: int | None, limit: int, before: int | None

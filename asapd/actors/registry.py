@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -13,7 +14,7 @@ import trio
 from asapd import config
 from asapd.actors.budgets import BudgetsNotSyncedError, sync_budgets
 from asapd.actors.chains import MAX_TOKEN_BYTES, Chain, Chains
-from asapd.actors.keyring import KeyDirectory, read_public_keys
+from asapd.actors.keyring import KeyDirectory, load_held
 from asapd.actors.messages import (
     Attribute,
     Attribution,
@@ -35,12 +36,11 @@ from asapd.core.delegation import Claims
 from asapd.core.denial import Denied, Reason, deeper, deny, located
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Remaining
-from asapd.core.types import DEFAULT_TENANT, MINUTE_US, SECOND_US
+from asapd.core.types import DEFAULT_TENANT, MINUTE_US, OWN_ID, SECOND_US
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
-from asapd.store import agents as directory
-from asapd.store import chain_queries, ledger_queries, reservation_queries
+from asapd.store import agent_keys, chain_queries, ledger_queries, reservation_queries
 from asapd.store.database import Database
 from asapd.store.units import (
     AuthorizationDenied,
@@ -55,8 +55,8 @@ from asapd.store.units import (
     Revoke,
     Revoked,
     SettleReservation,
+    SyncKeys,
 )
-from asapd.store.visibility import EVERYTHING
 from asapd.wire.token import TokenMalformed, decode, sign
 
 # Verifying is 54 us of arithmetic; what bounds us is the group commit, which gathers what is in hand.
@@ -68,7 +68,10 @@ MAX_ATTRIBUTED = 10_000
 
 @dataclass
 class RegistrySettings:
-    """What the registry goes by. It outlives an incarnation, so that a restarted one uses the newest."""
+    """What the registry goes by. It outlives an incarnation, so that a restarted one uses the newest.
+
+    `keys_dir` is where keys are unless the configuration says.
+    """
 
     delegation: config.Delegation
     keys_dir: Path
@@ -78,6 +81,12 @@ class RegistrySettings:
     """The daemon's own public key: a list of revocations that it signed is believed."""
     skew_us: int = 5 * MINUTE_US
     """How long after its expiry a revoked token is remembered."""
+    key_problems: list[str] = field(default_factory=list)
+    """Which files of keys are not used, and why."""
+
+
+class KeysNotSyncedError(Exception):
+    """The store could not take the public keys at the registry's start; a later start may do. See its reason."""
 
 
 async def run_registry(
@@ -94,14 +103,14 @@ async def run_registry(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve requests until the mailbox is closed. `new_id` makes a delegation's id from the time."""
-    registry = _Registry(database, clock, settings, new_id, log)
+    registry = _Registry(database, clock, settings, new_id, directory_changed, log)
     await registry.load()
 
     def failed(message: RegistryMessage, error: Exception) -> None:
         log.error("a %s could not be handled", type(message).__name__, exc_info=error)
 
     async with inbox, trio.open_nursery() as nursery:
-        nursery.start_soon(registry.follow_directory, directory_changed)
+        nursery.start_soon(registry.follow_directory)
         nursery.start_soon(registry.revoked.follow, revocations_changed or Wakeup())
         task_status.started()
         await mailbox.serve(inbox, registry.handle, failed=failed, concurrency=CONCURRENCY, beat=beat)
@@ -117,8 +126,11 @@ class _Registry:
         clock: Clock,
         settings: RegistrySettings,
         new_id: Callable[[int], str],
+        directory_changed: Wakeup,
         log: logging.Logger,
     ) -> None:
+        self._directory_changed = directory_changed
+        self._directory_seen = -1
         self._database = database
         self._clock = clock
         self._settings = settings
@@ -133,41 +145,52 @@ class _Registry:
         """Read keys and revocations, and have the store go by the configured budgets.
 
         Raises:
-            BudgetsNotSyncedError: the store could not answer.
+            KeysNotSyncedError, BudgetsNotSyncedError: the store could not answer.
         """
-        self._keys.load_held(self._settings.keys_dir, self._log)
-        self._keys.pinned = self._settings.pinned
-        await self._load_learned()
         await self.revoked.refresh()
         refusal = await self._sync_budgets(self._settings.budgets, "asapd")
         if refusal is not None:
             raise BudgetsNotSyncedError(refusal.detail)
+        refusal = await self._take_keys(self._settings.delegation, self._settings.pinned, "asapd")
+        if refusal is not None:
+            raise KeysNotSyncedError(refusal.detail)
 
     async def _sync_budgets(self, budgets: tuple[config.Budget, ...], actor: str) -> Refusal | None:
         return await sync_budgets(self._database, budgets, actor=actor, now_us=self._clock.now_us())
 
-    async def _load_learned(self) -> None:
-        known = await self._database.read(directory.directory, EVERYTHING)
-        added = [(agent.id, agent.public_key) for agent in known if agent.public_key is not None]
-        shown = [
-            (agent.id, agent.manifest.public_key)
-            for agent in known
-            if agent.public_key is None
-            and agent.manifest is not None
-            and agent.manifest.public_key is not None
-            and agent.manifest.verification in {"verified", "self_signed"}
-        ]
-        self._keys.learned = read_public_keys(added + shown, self._log)
+    async def _take_keys(self, delegation: config.Delegation, pinned: dict[str, bytes], actor: str) -> Refusal | None:
+        """Read the keys that the daemon holds, and go by them and by these settings."""
+        keys_dir = self._settings.keys_dir if delegation.keys_dir is None else delegation.keys_dir
+        held, problems = load_held(keys_dir)
+        public = [(agent, bytes(key.verify_key)) for agent, key in held.items()]
+        own = None if self._settings.identity is None else (OWN_ID, self._settings.identity)
+        unit = SyncKeys(public, own, actor, self._clock.now_us(), delegation.key_overlap_us)
+        outcome = await self._database.submit(unit, urgent=True)
+        if isinstance(outcome, Refusal):
+            return outcome
+        for problem in problems:
+            self._log.error("%s", problem)
+        self._settings.key_problems = problems
+        self._keys.held, self._keys.pinned, self._keys.manifest_keys = held, pinned, delegation.manifest_keys
+        await self._load_keys()
+        return None
 
-    async def follow_directory(self, directory_changed: Wakeup) -> None:
+    async def _load_keys(self) -> None:
+        seen = self._directory_changed.count
+        self._keys.learn(await self._database.read(agent_keys.keys_of))
+        self._directory_seen = seen
+
+    async def follow_directory(self) -> None:
         """Learn the keys of agents as they come and go."""
-        seen = directory_changed.count
         while True:
-            seen = await directory_changed.wait(seen)
-            await self._load_learned()
+            await self._directory_changed.wait(self._directory_seen)
+            await self._load_keys()
 
     async def handle(self, message: RegistryMessage) -> None:
         """Answer one message."""
+        # A change that was answered holds from the next message on, whoever of the two wakes first.
+        if self._directory_changed.count != self._directory_seen:
+            await self._load_keys()
         match message:
             case Issue():
                 message.reply.send(await self._issue(message))
@@ -195,9 +218,10 @@ class _Registry:
         if refusal is not None:
             return refusal
         self._settings.budgets = message.budgets
+        refusal = await self._take_keys(message.delegation, message.pinned, message.actor)
+        if refusal is not None:
+            return refusal
         self._settings.delegation, self._settings.pinned = message.delegation, message.pinned
-        self._keys.load_held(self._settings.keys_dir, self._log)
-        self._keys.pinned = message.pinned
         return None
 
     # --- judging a chain
@@ -205,12 +229,12 @@ class _Registry:
     async def _open(self, text: str, caller: Caller) -> Chain | Denied:
         """Decode a token, check the signature of every token in its chain, and find ancestors that are only named."""
         max_depth = self._settings.delegation.max_depth
-        chain = self._chains.open(text, max_depth=max_depth)
+        chain = self._chains.open(text, max_depth=max_depth, now_us=self._clock.now_us())
         while isinstance(chain, Chain) and (parent := chain.tokens[0].parent_id) is not None:
             found = await self._database.read(chain_queries.registered_token, parent, caller.tenant)
             if found is None:
                 return parent_unknown(chain)
-            above = self._chains.open(found, max_depth=max_depth)
+            above = self._chains.open(found, max_depth=max_depth, now_us=self._clock.now_us())
             if isinstance(above, Denied):
                 return deeper(above, len(chain.tokens))
             chain = self._chains.extend(above, chain, max_depth=max_depth)
@@ -247,7 +271,8 @@ class _Registry:
             return _forbidden(f"this key may not act for {message.delegator}")
         key = self._keys.held.get(message.delegator)
         if key is None:
-            reason = f"has no key in {self._settings.keys_dir}: put <name>.pem there and reload, or sign elsewhere"
+            keys_dir = self._settings.delegation.keys_dir or self._settings.keys_dir
+            reason = f"has no key in {keys_dir}: put <name>.pem there and reload, or sign elsewhere"
             return Refusal("no_signing_key", "nothing was issued", (FieldError("delegator", reason),))
         parent_text: str | None = None
         above = Chain((), (), ())
@@ -387,16 +412,16 @@ class _Registry:
         found = await self._database.read(read_list, message.body)
         if isinstance(found, Refusal):
             return found
-        settings = self._settings
+        settings, now_us, actor = self._settings, self._clock.now_us(), message.caller.actor
         signer = find_signer(
             found,
             own=settings.identity,
             sources=settings.delegation.revocation_sources,
-            keys_of=self._keys.public_keys,
+            # A list only takes away, so a key that was replaced may say it for as long as it verifies any token.
+            keys_of=partial(self._keys.public_keys, issued_at_us=0, now_us=now_us),
         )
         if isinstance(signer, Refusal):
             return signer
-        now_us, actor = self._clock.now_us(), message.caller.actor
         unit, foreign = plan_import(found, signer, message.body, actor=actor, now_us=now_us, skew_us=settings.skew_us)
         outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
         await self.revoked.refresh()

@@ -110,7 +110,7 @@ def find_signer(
     *,
     own: bytes | None,
     sources: tuple[config.RevocationSource, ...],
-    keys_of: Callable[[str], set[bytes]],
+    keys_of: Callable[[str], frozenset[bytes]],
 ) -> Signer | Refusal:
     """Who signed a list, when anybody here may trust it.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from asapd.cli.agent_keys import agent_keys
 from asapd.cli.door import segment
 from asapd.cli.options import Session, asks_daemon, text_or_file
 from asapd.cli.show import cell, show_json, show_pairs, show_table
@@ -16,6 +17,9 @@ _STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
 @click.group()
 def agents() -> None:
     """The directory of agents."""
+
+
+agents.add_command(agent_keys)
 
 
 @agents.command("list")

@@ -10,6 +10,7 @@ from asapd import __version__
 from asapd.cli.agents import agents
 from asapd.cli.audit import audit
 from asapd.cli.budgets import budgets
+from asapd.cli.conformance import conformance
 from asapd.cli.delegation import delegation
 from asapd.cli.door import RefusedError, segment
 from asapd.cli.keys import keys
@@ -82,6 +83,11 @@ def status(session: Session) -> None:
             ("events of unknown cost", state["usage"]["unpriced_events"]),
         ]
     )
+    keys = state.get("keys") or {}
+    for problem in keys.get("problems", []):
+        click.echo(f"key not used: {problem}", err=True)
+    for claim in keys.get("unconfirmed", []):
+        click.echo(f"key not confirmed: {claim['agent']} signs with {claim['kid']} since {claim['since']}", err=True)
     click.echo()
     columns = ("actor", "state", "restarts", "mailbox", "last error")
     fields = ("state", "restarts", "mailbox", "last_error")
@@ -126,7 +132,7 @@ def reload(session: Session) -> int:
     for name in outcome["restart_required"]:
         click.echo(f"restart required: {name}")
     if not changed and not outcome["restart_required"]:
-        click.echo("nothing changed")
+        click.echo("nothing changed in the configuration")
     return Exit.DONE
 
 
@@ -154,6 +160,7 @@ def restart(session: Session, name: str) -> None:
         click.echo(f"restarted: {outcome['restarted']}")
 
 
+asapctl.add_command(conformance)
 for group in (agents, usage, prices, retention, delegation, budgets, sla, audit, keys):
     asapctl.add_command(group)
 

@@ -218,11 +218,18 @@ class RevocationSource(_Section):
 
 
 class Delegation(_Section):
-    """Which chains of delegation are believed. `keys_dir` holds the keys the daemon signs with."""
+    """Which chains of delegation are believed. `keys_dir` holds the keys the daemon signs with.
+
+    `manifest_keys`: whether the first key that an agent's manifests are signed with is taken for its own, or none is.
+    """
 
     max_depth: int = Field(default=8, ge=1, le=64)
     roots: Many[Urn] = ()
     keys_dir: Path | None = None
+    manifest_keys: Literal["tofu", "strict"] = "tofu"
+    key_overlap_us: Annotated[int, PlainValidator(values.duration_between(0, 400 * DAY_US))] = Field(
+        default=DAY_US, alias="key_overlap"
+    )
     reservation_ttl_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
         default=60 * SECOND_US, alias="reservation_ttl"
     )

@@ -142,13 +142,14 @@ def check_chain(
     """The first rule a chain (root first) breaks, or None if it holds.
 
     The order is fixed: depth (a chain has at most `max_depth` tokens), cycle (one account twice),
-    trusted root, then link by link from the root who may delegate, whether to somebody new, and whether only less
+    trusted root, then link by link from the root who may delegate, whether away from the root, and whether only less
     is given, then over the whole chain revocation, expiry, start, and last the delegate and the action of
     the leaf. `delegate` or `action` None leaves that rule out.
 
     A link that says nothing about tasks, cost or start inherits; one that says more than it
-    inherits is refused, even where the tighter ancestor would hold it back anyway. Authority that comes back to an
-    agent that passed it on is a cycle; one that narrows its own, delegator and delegate in one, passes nothing on.
+    inherits is refused, even where the tighter ancestor would hold it back anyway. A chain that leads back to the agent
+    it begins with is a cycle. Others may hold two of its tokens: the second is only narrower. So may the root, of
+    what it has not passed on yet (delegator and delegate in one).
 
     Raises:
         ValueError: the chain is empty; the caller's bug.
@@ -263,8 +264,7 @@ def _check_root(chain: Sequence[Claims], is_trusted_root: Callable[[str], bool])
 
 
 def _check_links(chain: Sequence[Claims]) -> Denied | None:
-    inherited = chain[0]
-    holders = {inherited.delegator, inherited.delegate}
+    inherited, root = chain[0], chain[0].delegator
     for index in range(1, len(chain)):
         parent, child, position = chain[index - 1], chain[index], len(chain) - 1 - index
         if child.delegator != parent.delegate:
@@ -278,17 +278,16 @@ def _check_links(chain: Sequence[Claims]) -> Denied | None:
                 granted=parent.delegate,
                 asked=child.delegator,
             )
-        if child.delegate in holders and child.delegate != child.delegator:
+        if child.delegate == root != child.delegator:
             return deny(
                 Reason.CYCLE,
-                "agent_once",
-                f"given back to {child.delegate}, who passed it on further up in the chain",
-                f"{child.delegate} can use the token it passed on, or be given one from another root",
+                "away_from_root",
+                f"given back to {root}, with whom the chain begins",
+                f"{root} needs no token for what is its own to give",
                 token=child.id,
                 position=position,
                 asked=child.delegate,
             )
-        holders.add(child.delegate)
         denied = _check_attenuation(inherited, parent, child, position)
         if denied is not None:
             return denied

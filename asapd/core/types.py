@@ -15,6 +15,9 @@ MAX_INT = 2**53 - 1
 """The largest integer that every JSON reader keeps exact."""
 
 DEFAULT_TENANT = "default"
+OWN_ID = "urn:asap:agent:asapd"
+"""The daemon as an agent."""
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAIVE_EPOCH = EPOCH.replace(tzinfo=None)
 AGENT_URN = re.compile(r"urn:asap:agent:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}\Z")

@@ -115,17 +115,16 @@ class House:
         self._feed: Feed[Alert] = Feed(FEED)
         self._fetcher = _SwappableFetcher(loaded.config.prober)
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
-        keys_dir = loaded.config.delegation.keys_dir or premises.state_dir / "keys"
         self._meter = MeterSettings(loaded.config.metering, loaded.prices)
         self._registry = RegistrySettings(
             loaded.config.delegation,
-            keys_dir,
+            premises.state_dir / "keys",
             loaded.pinned,
             loaded.config.budgets,
             bytes(premises.identity.verify_key),
             loaded.config.metering.clock_skew_max_us,
         )
-        self._prober = ProberSettings(loaded.config.prober, loaded.agents)
+        self._prober = ProberSettings(loaded.config.prober, loaded.agents, loaded.config.delegation.key_overlap_us)
         self._watcher = WatcherSettings(loaded.config.sla)
         self._janitor = JanitorSettings(loaded.config.retention, loaded.config.metering)
         self._writer_supervisor = self._supervise([Actor("writer", self._runner.run, lambda: self._runner.pending)])
@@ -475,8 +474,9 @@ class House:
 
     async def _status(self, showing: Showing) -> dict[str, Any]:
         head, digest = await self._reads.audit_head()
+        keys = {"problems": self._registry.key_problems, "unconfirmed": await self._reads.unconfirmed_keys()}
         usage = {"unpriced_events": await self._reads.unpriced_events()}
-        return {**showing.status(), "audit": {"seq": head, "hash": digest}, "usage": usage}
+        return {**showing.status(), "audit": {"seq": head, "hash": digest}, "keys": keys, "usage": usage}
 
     async def _metrics(self, showing: Showing) -> bytes:
         return showing.metrics(await self._status(showing))

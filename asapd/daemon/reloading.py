@@ -114,7 +114,10 @@ class Reloader:
         """Everybody's part, the directory first: it alone can be refused, by a store that is away."""
         boxes = self._target.mailboxes
         changed = await ask_actor(
-            boxes["prober"], lambda to: ReconfigureProber(effective.prober, fresh.agents, actor, to)
+            boxes["prober"],
+            lambda to: ReconfigureProber(
+                effective.prober, fresh.agents, actor, to, effective.delegation.key_overlap_us
+            ),
         )
         if isinstance(changed, Refusal):
             return changed

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import asapd
+from asapd.core.types import OWN_ID
 from asapd.edge.metrics import render
 from asapd.edge.serve import HttpServer
 from asapd.runtime.clock import Clock
 from asapd.runtime.lag import BOUNDS_S, LoopLag
 from asapd.runtime.supervisor import Supervisor
 from asapd.store.database import ProcessRunner
-
-OWN_ID = "urn:asap:agent:asapd"
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ class _Connection:
             with self._waiting:
                 await self._talk()
         finally:
-            self._lane.room.give_back(self._held_bytes)
+            self._give_back()
         if self._waiting.cancelled_caught:
             await self._too_slow()
         elif self._is_foreign:
@@ -361,9 +361,6 @@ class _Connection:
             found = self._take()
             if found:
                 await self._answer(found)
-                if self._held_bytes:
-                    self._lane.room.give_back(self._held_bytes)
-                    self._held_bytes = 0
                 if not found[-1].keep_alive or self._lane.is_stopping:
                     self._is_foreign = False
                     self._doing_until(_Doing.ANSWERING, inf)
@@ -440,7 +437,9 @@ class _Connection:
         """Answers requests in their order."""
         self._doing_until(_Doing.ANSWERING, inf)
         if len(found) == 1:
-            await self._send(await self._lane.answer(found[0]))
+            response = await self._lane.answer(found[0])
+            self._give_back()
+            await self._send(response)
             return
         responses = [b""] * len(found)
 
@@ -450,7 +449,14 @@ class _Connection:
         async with trio.open_nursery() as nursery:
             for place, sent in enumerate(found):
                 nursery.start_soon(one, place, sent)
+        self._give_back()
         await self._send(b"".join(responses))
+
+    def _give_back(self) -> None:
+        """Leaves the room of a body that was answered; a client that does not read its answer must not hold it."""
+        if self._held_bytes:
+            self._lane.room.give_back(self._held_bytes)
+            self._held_bytes = 0
 
     async def _receive(self, wait_s: float) -> bool:
         """Waits for more; False when none comes."""

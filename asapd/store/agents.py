@@ -7,8 +7,10 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.agent_keys import AgentKey
 from asapd.core.errors import Refusal
 from asapd.core.uptime import Segment, fold_probe
+from asapd.store import agent_keys
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -27,7 +29,7 @@ _COLUMNS = "url, tenant, public_key, tier, sla"
 
 
 class DirectoryAgent(msgspec.Struct, frozen=True):
-    """An agent as the directory holds it, with its newest manifest and probe."""
+    """An agent as the directory holds it, with its newest manifest and probe, and its keys but for held ones."""
 
     id: str
     url: str
@@ -43,6 +45,7 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     fail_streak: int
     manifest: StoredManifest | None
     last_probe: StoredProbe | None
+    keys: tuple[AgentKey, ...] = ()
 
 
 class StoredManifest(msgspec.Struct, frozen=True):
@@ -83,7 +86,7 @@ def put(tx: Tx, unit: PutAgent) -> AgentsChanged:
         raise RefuseError(
             Refusal("agent_configured", f"{unit.agent.id} is set in the configuration file: change it there and reload")
         )
-    return _write(tx, [unit.agent], "api", unit.actor, unit.now_us)
+    return _write(tx, [unit.agent], "api", unit.actor, unit.now_us, unit.key_overlap_us)
 
 
 def remove(tx: Tx, unit: RemoveAgent) -> AgentsChanged:
@@ -106,12 +109,14 @@ def sync(tx: Tx, unit: SyncAgents) -> AgentsChanged:
         for (agent_id,) in fetch(tx.connection, "SELECT id FROM agent WHERE origin = 'config' ORDER BY id")
         if agent_id not in wanted
     ]
-    written = _write(tx, unit.agents, "config", unit.actor, unit.now_us)
+    written = _write(tx, unit.agents, "config", unit.actor, unit.now_us, unit.key_overlap_us)
     removed = _delete(tx, gone, unit.actor, unit.now_us)
     return AgentsChanged(written.added, written.changed, removed.removed)
 
 
-def _write(tx: Tx, agents: list[AgentRecord], origin: str, actor: str, now_us: int) -> AgentsChanged:
+def _write(
+    tx: Tx, agents: list[AgentRecord], origin: str, actor: str, now_us: int, key_overlap_us: int
+) -> AgentsChanged:
     added: list[str] = []
     changed: list[str] = []
     for agent in agents:
@@ -143,6 +148,11 @@ def _write(tx: Tx, agents: list[AgentRecord], origin: str, actor: str, now_us: i
             "url": agent.url,
         }
         tx.audit(event, actor, agent.id, details, now_us)
+        source = agent_keys.source_of(origin)
+        agent_keys.place(tx, agent.id, source, agent_keys.read_key(agent.public_key), actor, now_us, key_overlap_us)
+        if origin == "config":
+            # What the API said of an agent ends when the configuration takes it over.
+            agent_keys.place(tx, agent.id, "api", None, actor, now_us, 0)
     return AgentsChanged(added, changed)
 
 
@@ -150,6 +160,7 @@ def _delete(tx: Tx, agents: list[str], actor: str, now_us: int) -> AgentsChanged
     for agent in agents:
         tx.execute("DELETE FROM agent WHERE id = ?", (agent,))
         tx.audit("agent.removed", actor, agent, {"id": agent}, now_us)
+        agent_keys.forget(tx, agent, actor, now_us)
     return AgentsChanged(removed=agents)
 
 
@@ -210,6 +221,7 @@ def record_manifest(tx: Tx, unit: RecordManifest) -> RowWritten:
     seq = tx.connection.last_insert_rowid()
     details = {"digest": unit.digest, "id": unit.agent, "sla_error": unit.sla_error, "verification": unit.verification}
     tx.audit("agent.manifest", "asapd", unit.agent, details, unit.fetched_us)
+    agent_keys.see_manifest(tx, unit.agent, unit.verification, unit.public_key, unit.fetched_us)
     return RowWritten(seq)
 
 
@@ -233,7 +245,12 @@ def directory(connection: apsw.Connection, visible: Visibility, agent: str | Non
         where.append("a.id = ?")
         values.append(agent)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
-    return [_directory_agent(*row) for row in fetch(connection, f"{_DIRECTORY} {condition} ORDER BY a.id", values)]
+    keys: dict[str, list[AgentKey]] = {}
+    for key in agent_keys.keys_of(connection, agent):
+        if key.source not in ("held", "identity"):
+            keys.setdefault(key.agent, []).append(key)
+    rows = fetch(connection, f"{_DIRECTORY} {condition} ORDER BY a.id", values)
+    return [_directory_agent(*row, tuple(keys.get(row[0], ()))) for row in rows]
 
 
 def _directory_agent(*row: Any) -> DirectoryAgent:
@@ -243,7 +260,7 @@ def _directory_agent(*row: Any) -> DirectoryAgent:
         None if fetched_us is None else StoredManifest(*manifest),
         None if probed_us is None else _probe(*row[19:26]),
     )
-    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest])
+    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[26]])
 
 
 def _probe(ts_us: int, up: int, *rest: Any) -> StoredProbe:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asapd.store import (
+    agent_keys,
     agents,
     audit,
     authorizing,
@@ -49,6 +50,9 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.PutAgent: agents.put,
     units.RemoveAgent: agents.remove,
     units.SyncAgents: agents.sync,
+    units.ImportAgentKey: agent_keys.add,
+    units.RetireAgentKey: agent_keys.retire,
+    units.SyncKeys: agent_keys.sync,
     units.RecordProbe: agents.record_probe,
     units.RecordManifest: agents.record_manifest,
     units.WriteBreach: breaches.write,

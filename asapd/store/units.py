@@ -434,11 +434,12 @@ class AgentsChanged(msgspec.Struct, frozen=True, tag=True):
 
 
 class PutAgent(Unit[AgentsChanged | Refusal], frozen=True):
-    """Add an agent through the API, or change one that was added so."""
+    """Add an agent through the API, or change one that was added so; a key that it replaces keeps its overlap."""
 
     agent: AgentRecord
     actor: str
     now_us: int
+    key_overlap_us: int = 0
 
 
 class RemoveAgent(Unit[AgentsChanged | Refusal], frozen=True):
@@ -450,11 +451,42 @@ class RemoveAgent(Unit[AgentsChanged | Refusal], frozen=True):
 
 
 class SyncAgents(Unit[AgentsChanged], frozen=True):
-    """Make the configured part of the directory equal to this list."""
+    """Make the configured part of the directory equal to this list; keys that are replaced keep their overlap."""
 
     agents: list[AgentRecord]
     actor: str
     now_us: int
+    key_overlap_us: int = 0
+
+
+class ImportAgentKey(Unit[AgentsChanged | Refusal], frozen=True):
+    """Take a public key (32 raw bytes) of an agent from an operator; what manifests gave ends after the overlap."""
+
+    agent: str
+    public_key: bytes
+    actor: str
+    now_us: int
+    overlap_us: int
+
+
+class RetireAgentKey(Unit[AgentsChanged | Refusal], frozen=True):
+    """Retire a key by its thumbprint (RFC 7638): it verifies what was issued before, until the overlap is over."""
+
+    agent: str
+    kid: str
+    actor: str
+    now_us: int
+    overlap_us: int
+
+
+class SyncKeys(Unit[AgentsChanged], frozen=True):
+    """Make the public halves of the keys that the daemon holds be these, by agent, and of its own identity."""
+
+    held: list[tuple[str, bytes]]
+    identity: tuple[str, bytes] | None
+    actor: str
+    now_us: int
+    overlap_us: int
 
 
 class RowWritten(msgspec.Struct, frozen=True, tag=True):
@@ -667,6 +699,9 @@ AnyUnit = (
     | PutAgent
     | RemoveAgent
     | SyncAgents
+    | ImportAgentKey
+    | RetireAgentKey
+    | SyncKeys
     | RecordProbe
     | RecordManifest
     | WriteBreach

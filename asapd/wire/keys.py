@@ -88,6 +88,12 @@ def jwk_thumbprint(raw: bytes) -> str:
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
 
 
+def public_jwk(raw: bytes) -> dict[str, str]:
+    """A raw public key as a JWK for signatures (RFC 7517, RFC 8037), its thumbprint as `kid`."""
+    x = base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+    return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": jwk_thumbprint(raw), "use": "sig", "alg": "EdDSA"}
+
+
 def _read_pem(text: str) -> tuple[str, bytes]:
     if len(text) > _MAX_TEXT or (match := _PEM.match(text)) is None:
         raise KeyFormatError("is not a PEM file")

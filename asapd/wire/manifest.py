@@ -20,7 +20,7 @@ from asapd.core.sla import Promise
 from asapd.core.types import AGENT_URN, MAX_INT
 from asapd.wire.keys import KeyFormatError, load_public
 
-Verification = Literal["verified", "self_signed", "bad_signature", "wrong_key", "unsigned"]
+Verification = Literal["verified", "self_signed", "bad_signature", "wrong_key", "key_changed", "unsigned"]
 
 MAX_TTL_S = 366 * 86_400
 """A greater ttl is taken as this: far beyond any probing interval, and microseconds of it still fit 64 bits."""

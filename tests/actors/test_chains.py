@@ -15,6 +15,7 @@ from nacl.signing import SigningKey
 from asapd.actors import chains
 from asapd.actors.chains import Chain, Chains
 from asapd.actors.keyring import KeyDirectory
+from asapd.core.agent_keys import AgentKey
 from asapd.core.delegation import Claims, effective, scope_allows
 from asapd.core.denial import Denied, Reason, explanation
 from asapd.wire.token import sign, sign_document
@@ -36,16 +37,20 @@ class Judge:
     def __init__(self) -> None:
         self.keys = KeyDirectory()
         self.keys.held = {ROOT: KEYS[ROOT]}
-        self.keys.learned = {agent: {raw(KEYS[agent])} for agent in LEARNED}
+        self.learn({agent: KEYS[agent] for agent in LEARNED})
         self.chains = Chains(self.keys)
         self.now_us = NOW_US
         self.max_depth = 8
         self.roots: tuple[str, ...] = ()
         self.revoked: set[str] = set()
 
+    def learn(self, keys: dict[str, SigningKey]) -> None:
+        """Go by these keys of manifests."""
+        self.keys.learn(AgentKey(agent, raw(key), "manifest", "active", 0) for agent, key in keys.items())
+
     def ask(self, text: str, action: str | None = "task.execute", delegate: str | None = None) -> Denied | None:
         """The verdict; None is valid."""
-        chain = self.chains.open(text, max_depth=self.max_depth)
+        chain = self.chains.open(text, max_depth=self.max_depth, now_us=self.now_us)
         if isinstance(chain, Denied):
             return chain
         if chain.tokens[0].parent_id is not None:
@@ -155,8 +160,8 @@ CHANGES: dict[str, tuple[Callable[[Judge], None], str]] = {
     "a revocation of the leaf": (lambda judge: judge.revoked.add("b-c"), "revoked"),
     "a revocation of the root": (lambda judge: judge.revoked.add("a-b"), "revoked"),
     "another key of the root": (lambda judge: judge.keys.held.update({A: KEYS[D]}), "bad_signature"),
-    "another key of a link": (lambda judge: judge.keys.learned.update({B: {raw(KEYS[D])}}), "bad_signature"),
-    "a link's key forgotten": (lambda judge: judge.keys.learned.clear(), "unknown_key"),
+    "another key of a link": (lambda judge: judge.learn({B: KEYS[D]}), "bad_signature"),
+    "a link's key forgotten": (lambda judge: judge.learn({}), "unknown_key"),
     "a pin that rules a learned key out": (lambda judge: judge.keys.pinned.update({B: raw(KEYS[D])}), "bad_signature"),
     "the root's key forgotten": (lambda judge: judge.keys.held.clear(), "unknown_key"),
     "the root no longer listed": (lambda judge: setattr(judge, "roots", (C,)), "untrusted_root"),
@@ -262,9 +267,9 @@ def test_rights_at_the_leaf_are_a_subset_of_those_of_every_ancestor(data: st.Dat
     claims = data.draw(claims_of_chains())
     text = written(claims, data.draw(st.lists(st.booleans(), min_size=len(claims), max_size=len(claims))))
     judge = Judge()
-    judge.keys.learned[D] = {raw(KEYS[D])}
+    judge.learn({agent: KEYS[agent] for agent in (*LEARNED, D)})
     assume(judge.ask(text, action=None) is None)
-    chain = judge.chains.open(text, max_depth=8)
+    chain = judge.chains.open(text, max_depth=8, now_us=judge.now_us)
     assert isinstance(chain, Chain)
     assert chain.claims == tuple(claims)
     leaf = effective(chain.claims)
@@ -314,8 +319,8 @@ def test_a_mutation_of_any_token_of_a_chain_is_refused(data: st.DataObject, form
             return  # nobody can sign over it
     denied = judge.ask(text)
     if denied is None:
-        chain = judge.chains.open(text, max_depth=8)
-        honest = judge.chains.open(texts[2], max_depth=8)
+        chain = judge.chains.open(text, max_depth=8, now_us=judge.now_us)
+        honest = judge.chains.open(texts[2], max_depth=8, now_us=judge.now_us)
         assert isinstance(chain, Chain)
         assert isinstance(honest, Chain)
         assert chain.claims == honest.claims

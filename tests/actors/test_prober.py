@@ -22,7 +22,14 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
 from asapd.actors import prober
-from asapd.actors.messages import ProberMessage, PutAgentRequest, ReconfigureProber, RemoveAgentRequest
+from asapd.actors.messages import (
+    ImportKeyRequest,
+    ProberMessage,
+    PutAgentRequest,
+    ReconfigureProber,
+    RemoveAgentRequest,
+    RetireKeyRequest,
+)
 from asapd.actors.probe_answers import judge, read_manifest
 from asapd.actors.prober import PROBES_AT_ONCE, DirectoryNotSyncedError, ProberSettings, run_prober
 from asapd.core.errors import Refusal
@@ -48,6 +55,7 @@ from asapd.store.units import (
 )
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
+from asapd.wire.keys import jwk_thumbprint
 
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"
 EPOCH_US = 1_800_000_000 * SECOND_US
@@ -654,11 +662,11 @@ async def test_a_restart_does_not_store_the_same_manifest_again(autojump_clock: 
 
 
 @pytest.mark.parametrize(
-    ("pinned", "answer", "verification", "learned", "error"),
+    ("pinned", "answer", "verification", "signer", "error"),
     [
         (KEY, signed(manifest(sla=SLA), KEY), "verified", KEY, None),
         (KEY, signed(manifest(sla=SLA), KEY, OTHER), "verified", KEY, None),
-        (KEY, signed(manifest(sla=SLA), OTHER), "wrong_key", None, "not signed with the public key"),
+        (KEY, signed(manifest(sla=SLA), OTHER), "wrong_key", OTHER, "not signed with the public key"),
         (KEY, signed(manifest(sla=SLA), OTHER, KEY), "bad_signature", None, "does not verify"),
         (KEY, plain(manifest(sla=SLA)), "unsigned", None, "is not signed"),
         (None, plain(manifest(sla=SLA)), "unsigned", None, None),
@@ -666,13 +674,13 @@ async def test_a_restart_does_not_store_the_same_manifest_again(autojump_clock: 
         (None, signed(manifest(sla=SLA), KEY, OTHER), "bad_signature", None, "does not verify"),
     ],
 )
-async def test_only_a_manifest_to_be_believed_gives_a_promise_a_key_and_a_ttl(
+async def test_only_a_manifest_to_be_believed_gives_a_promise(
     autojump_clock: MockClock,
     virtual: Rig,
     pinned: SigningKey | None,
     answer: Fetched,
     verification: str,
-    learned: SigningKey | None,
+    signer: SigningKey | None,
     error: str | None,
 ) -> None:
     virtual.network.set_manifest("a", answer)
@@ -681,7 +689,7 @@ async def test_only_a_manifest_to_be_believed_gives_a_promise_a_key_and_a_ttl(
     kept = virtual.row().manifest
     assert kept is not None
     assert (kept.verification, kept.sla) == (verification, SLA if error is None else None)
-    assert kept.public_key == (None if learned is None else public(learned))
+    assert kept.public_key == (None if signer is None else public(signer))
     assert (kept.sla_error or "") == "" if error is None else error in (kept.sla_error or "")
 
 
@@ -693,6 +701,101 @@ async def test_a_manifest_that_is_not_to_be_believed_does_not_say_how_long_a_pro
     async with virtual.running(agent(public_key=public(KEY))):
         await trio.sleep(15)
     assert {probe.hold_us for probe in virtual.probes()} == {30 * SECOND_US}
+
+
+def states_of_keys(virtual: Rig) -> dict[str, tuple[str, str]]:
+    names = {bytes(KEY.verify_key): "KEY", bytes(OTHER.verify_key): "OTHER"}
+    return {f"{names[key.public_key]} {key.source}": (key.state, key.source) for key in virtual.row().keys}
+
+
+async def test_an_agent_that_signs_with_another_key_is_not_believed_until_an_operator_says_so(
+    autojump_clock: MockClock, virtual: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    virtual.settings.prober = settings(manifest_interval="10s")
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running(agent()) as inbox:
+        await trio.sleep(5)
+        assert states_of_keys(virtual) == {"KEY manifest": ("active", "manifest")}
+        virtual.network.set_manifest("a", signed(manifest(sla=SLA), OTHER))
+        await trio.sleep(50)
+        assert virtual.manifests() == [("self_signed", True), ("key_changed", False)]
+        assert states_of_keys(virtual)["OTHER manifest"] == ("claimed", "manifest")
+        warned = [record.getMessage() for record in caplog.records if "is not known as its own" in record.getMessage()]
+        assert len(warned) == 1
+        assert f"asapctl agents keys import {A} {public(OTHER)}" in warned[0]
+
+        changes = virtual.changed.count
+        key = bytes(OTHER.verify_key)
+        done = await ask(inbox, lambda to: ImportKeyRequest(A, key, "key:x", None, to), deadline_s=60)
+        assert done == AgentsChanged(changed=[A])
+        assert virtual.changed.count == changes + 1
+        await trio.sleep(5)
+        assert virtual.manifests()[-1] == ("verified", True)
+        assert {name: state for name, (state, _) in states_of_keys(virtual).items()} == {
+            "KEY manifest": "retired",
+            "OTHER manifest": "active",
+            "OTHER import": "active",
+        }
+
+
+async def test_a_claimed_key_can_be_dismissed_and_the_manifest_stays_unbelieved(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.settings.prober = settings(manifest_interval="10s")
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running(agent()) as inbox:
+        await trio.sleep(5)
+        virtual.network.set_manifest("a", signed(manifest(sla=SLA), OTHER))
+        await trio.sleep(10)
+        kid = jwk_thumbprint(bytes(OTHER.verify_key))
+        await ask(inbox, lambda to: RetireKeyRequest(A, kid, None, "key:x", to), deadline_s=60)
+        await trio.sleep(30)
+        assert states_of_keys(virtual)["OTHER manifest"] == ("retired", "manifest")
+        assert virtual.manifests() == [("self_signed", True), ("key_changed", False)]
+        virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+        await trio.sleep(10)
+        assert virtual.manifests()[-1] == ("self_signed", True)
+
+
+async def test_a_manifest_that_was_signed_and_is_no_more_promises_nothing(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.settings.prober = settings(manifest_interval="10s")
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running(agent()):
+        await trio.sleep(5)
+        virtual.network.set_manifest("a", plain(manifest(sla=SLA)))
+        await trio.sleep(10)
+    assert virtual.manifests() == [("self_signed", True), ("unsigned", False)]
+
+
+async def test_a_replaced_pin_covers_the_manifest_until_its_overlap_is_over(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.settings.prober = settings(manifest_interval="10s")
+    virtual.settings.key_overlap_us = 60 * SECOND_US
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running() as inbox:
+        await put(inbox, agent(public_key=public(KEY)))
+        await trio.sleep(5)
+        await put(inbox, agent(public_key=public(OTHER)))
+        await trio.sleep(40)
+        assert virtual.manifests() == [("verified", True)]
+        await trio.sleep(40)
+    assert virtual.manifests() == [("verified", True), ("wrong_key", False)]
+
+
+async def test_an_agent_that_was_removed_and_added_again_has_its_first_key_again(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running() as inbox:
+        await put(inbox, agent())
+        await trio.sleep(5)
+        await remove(inbox, A)
+        await put(inbox, agent())
+        await trio.sleep(5)
+        assert states_of_keys(virtual) == {"KEY manifest": ("active", "manifest")}
 
 
 async def test_a_key_pinned_later_judges_the_same_manifest_anew(autojump_clock: MockClock, virtual: Rig) -> None:

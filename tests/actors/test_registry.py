@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from asapd.actors.messages import (
     Validate,
     Validity,
 )
-from asapd.actors.registry import RegistrySettings, run_registry
+from asapd.actors.registry import KeysNotSyncedError, RegistrySettings, run_registry
 from asapd.core.access import Caller
 from asapd.core.delegation import Claims, Denied, Reason
 from asapd.core.errors import Refusal
@@ -44,15 +45,18 @@ from asapd.store.units import (
     AnyUnit,
     AuthorizationDenied,
     Idempotency,
+    ImportAgentKey,
     PutAgent,
     RecordManifest,
     RemoveAgent,
     ReservationChanged,
     Reserved,
+    RetireAgentKey,
     Revoke,
     Revoked,
+    SyncKeys,
 )
-from asapd.wire.keys import private_pem, public_base64
+from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
 from asapd.wire.token import sign
 
 A, B, C, D = (f"urn:asap:agent:{letter}" for letter in "abcd")
@@ -89,8 +93,10 @@ def token(
 
 
 class StandingClock:
+    now = T0
+
     def now_us(self) -> int:
-        return T0
+        return self.now
 
     def monotonic_s(self) -> float:
         return trio.current_time()
@@ -199,7 +205,8 @@ class Desk:
         return outcome
 
     async def reconfigure(self, pinned: dict[str, bytes], **delegation: Any) -> None:
-        await self.ask(lambda to: ReconfigureRegistry(config.Delegation(**delegation), pinned, to))
+        chosen = config.Delegation.model_validate(delegation)
+        assert await self.ask(lambda to: ReconfigureRegistry(chosen, pinned, to)) is None
 
     async def know(self, agent: str, key: SigningKey | None, manifest: tuple[SigningKey, str] | None = None) -> None:
         """Put an agent into the directory, with the key its operator gave or the one of its manifest."""
@@ -363,6 +370,111 @@ async def test_a_signature_once_verified_does_not_outlive_its_key(desk: Desk) ->
     desk.directory_changed.notify()
     await wait_all_tasks_blocked()
     assert await desk.validate(token(B, C)) is Reason.UNKNOWN_KEY
+
+
+async def test_a_change_of_keys_that_was_answered_holds_for_the_next_message(desk: Desk) -> None:
+    """Whoever changes the directory notifies before it answers; the registry may not have been woken by then."""
+    link = token(B, C, id_="j2", parent=token())
+    assert await desk.validate(link) is Reason.UNKNOWN_KEY
+    await desk.database.submit(ImportAgentKey(B, raw(KEYS[B]), "test", T0, 0))
+    desk.directory_changed.notify()
+    assert await desk.validate(link) is None
+    await desk.database.submit(RetireAgentKey(B, jwk_thumbprint(raw(KEYS[B])), "test", T0, 0))
+    desk.directory_changed.notify()
+    assert await desk.validate(link) is Reason.UNKNOWN_KEY
+
+
+async def test_a_replaced_key_verifies_older_tokens_while_its_overlap_runs(desk: Desk) -> None:
+    old = token(B, C, id_="j2", parent=token())
+    new = token(B, C, id_="j3", parent=token(), issued_at_us=T0 + 2 * SECOND_US)
+    await desk.know(B, KEYS[B])
+    record = AgentRecord(B, "http://127.0.0.1:1", "default", public_base64(raw(FOREIGN)))
+    await desk.database.submit(PutAgent(record, "test", T0 + SECOND_US, 10 * SECOND_US))
+    desk.directory_changed.notify()
+    desk.clock.now = T0 + 5 * SECOND_US
+    assert await desk.validate(old) is None
+    assert await desk.validate(new) is Reason.BAD_SIGNATURE
+    assert await desk.validate(token(B, C, id_="j4", parent=token(), key=FOREIGN)) is None
+    desk.clock.now = T0 + 11 * SECOND_US
+    assert await desk.validate(old) is Reason.BAD_SIGNATURE
+
+
+async def test_a_held_key_that_is_replaced_leaves_its_tokens_valid_and_one_that_is_removed_does_not(desk: Desk) -> None:
+    desk.hold(A)
+    await desk.reconfigure({})
+    text = issued(await desk.issue()).token
+    desk.clock.now = T0 + SECOND_US
+    desk.hold(A, FOREIGN)
+    await desk.reconfigure({}, key_overlap="1h")
+    assert await desk.validate(text) is None
+    assert await desk.validate(token(key=KEYS[A])) is None
+    desk.clock.now = T0 + SECOND_US + HOUR_US
+    assert await desk.validate(token(key=KEYS[A])) is Reason.BAD_SIGNATURE
+    (desk.keys_dir / "a.pem").unlink()
+    await desk.reconfigure({})
+    assert await desk.validate(token(key=FOREIGN)) is Reason.UNKNOWN_KEY
+
+
+async def test_strict_takes_no_key_from_a_manifest_unless_an_operator_imports_it(desk: Desk) -> None:
+    link = token(B, C, id_="j2", parent=token())
+    await desk.know(B, None, (KEYS[B], "self_signed"))
+    await desk.reconfigure(desk.settings.pinned, manifest_keys="strict")
+    assert await desk.validate(link) is Reason.UNKNOWN_KEY
+    await desk.database.submit(ImportAgentKey(B, raw(KEYS[B]), "test", T0, 0))
+    desk.directory_changed.notify()
+    assert await desk.validate(link) is None
+
+
+async def test_the_key_of_a_second_manifest_verifies_nothing_and_the_first_goes_on(desk: Desk) -> None:
+    await desk.know(B, None, (KEYS[B], "self_signed"))
+    await desk.know(B, None, (FOREIGN, "key_changed"))
+    assert await desk.validate(token(B, C, id_="j2", parent=token())) is None
+    assert await desk.validate(token(B, C, id_="j3", parent=token(), key=FOREIGN)) is Reason.BAD_SIGNATURE
+
+
+async def test_another_keys_dir_is_read_at_a_reload_and_what_is_not_used_is_told(desk: Desk, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.pem").write_bytes(private_pem(KEYS[A]))
+    (other / "a.pem").chmod(0o644)
+    await desk.reconfigure({}, keys_dir=str(other))
+    (problem,) = desk.settings.key_problems
+    assert problem.startswith(f"{other / 'a.pem'} is not used: its mode is 0644")
+    assert str(other) in (await desk.issue()).errors[0].reason  # type: ignore[union-attr]
+    (other / "a.pem").chmod(0o600)
+    await desk.reconfigure({}, keys_dir=str(other))
+    assert desk.settings.key_problems == []
+    assert issued(await desk.issue()).created
+
+
+async def test_no_private_key_is_in_the_store_or_the_log(
+    desk: Desk, inline_database: Inline, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    desk.hold(A)
+    await desk.reconfigure({})
+    issued(await desk.issue())
+    secret = bytes(KEYS[A])
+    forms = (secret, secret.hex().encode(), base64.b64encode(secret), private_pem(KEYS[A]).splitlines()[1])
+    content = inline_database[1].serialize("main") + caplog.text.encode()
+    assert raw(KEYS[A]) in content
+    assert not any(form in content for form in forms)
+
+
+async def test_without_the_store_no_other_keys_are_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = desk.database._runner
+
+    class Away:
+        async def execute(self, unit: AnyUnit, **options: Any) -> Answer | Refusal:
+            return OUTCOME_UNKNOWN if isinstance(unit, SyncKeys) else await runner.execute(unit, **options)
+
+    monkeypatch.setattr(desk.database, "_runner", Away())
+    refused = await desk.ask(lambda to: ReconfigureRegistry(config.Delegation(), {}, to))
+    assert refused == OUTCOME_UNKNOWN
+    assert await desk.validate(token()) is None
+    with pytest.RaisesGroup(KeysNotSyncedError):
+        async with Desk((desk.database, None), desk.keys_dir).open():  # type: ignore[arg-type]  # it needs no connection
+            raise AssertionError
 
 
 async def test_an_agent_may_have_several_keys_at_once(desk: Desk) -> None:

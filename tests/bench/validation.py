@@ -16,6 +16,7 @@ from nacl.signing import SigningKey
 
 from asapd.actors.chains import Chain, Chains
 from asapd.actors.keyring import KeyDirectory
+from asapd.core.agent_keys import AgentKey
 from asapd.core.delegation import Claims
 from asapd.wire.token import decode, lineage, sign
 
@@ -41,14 +42,17 @@ def measure(rounds: int) -> Times:
     links = [(key.verify_key, token) for key, token in zip(KEYS, lineage(decode(text)), strict=True)]
     directory = KeyDirectory()
     directory.pinned = {AGENTS[0]: bytes(KEYS[0].verify_key)}
-    directory.learned = {agent: {bytes(key.verify_key)} for agent, key in zip(AGENTS[1:3], KEYS[1:], strict=True)}
+    directory.learn(
+        AgentKey(agent, bytes(key.verify_key), "manifest", "active", 0)
+        for agent, key in zip(AGENTS[1:3], KEYS[1:], strict=True)
+    )
 
     def bare() -> None:
         for key, token in links:
             key.verify(token.signed[0], token.signature)
 
     def validate(chains: Chains) -> None:
-        chain = chains.open(text, max_depth=8)
+        chain = chains.open(text, max_depth=8, now_us=NOW_US + 1)
         assert isinstance(chain, Chain)
         denied = chains.judge(
             chain,

@@ -85,7 +85,7 @@ def test_an_actor_is_restarted_by_name(daemon: Daemon, ctl: Program) -> None:
 
 
 def test_reload_applies_reports_and_refuses(daemon: Daemon, ctl: Program) -> None:
-    assert ctl("reload").out == "nothing changed\n"
+    assert ctl("reload").out == "nothing changed in the configuration\n"
     agent = urn()
     daemon.config.write_text(
         CONFIG.replace('"1h"', '"2h"').replace("[http]", '[http]\nmax_body = "1MiB"')

@@ -272,14 +272,20 @@ def test_a_limit_may_appear_further_down() -> None:
     assert effective((root, MIDDLE)).max_tasks == 10
 
 
-def test_what_comes_back_to_an_agent_that_passed_it_on_is_a_cycle() -> None:
+def test_a_chain_that_leads_back_to_its_root_is_a_cycle() -> None:
     back = replace(MIDDLE, delegate=ROOT.delegator)
     again = replace(MIDDLE, id="del_3", delegator=ROOT.delegator, delegate="urn:asap:agent:d")
-    for chain in ((ROOT, back), (ROOT, back, again), (ROOT, MIDDLE, replace(LEAF, delegate=ROOT.delegate))):
+    for chain in ((ROOT, back), (ROOT, back, again), (ROOT, MIDDLE, replace(LEAF, delegate=ROOT.delegator))):
         denied = refusal(chain, delegate=None)
         assert denied.reason is Reason.CYCLE
         assert denied.explain is not None
-        assert denied.explain.rule == "agent_once"
+        assert denied.explain.rule == "away_from_root"
+
+
+def test_other_agents_may_stand_twice_in_a_chain_under_other_ids() -> None:
+    back = replace(LEAF, delegate=ROOT.delegate, scopes=ROOT.scopes)
+    again = replace(LEAF, id="del_4", delegator=ROOT.delegate, delegate="urn:asap:agent:d")
+    assert check((ROOT, MIDDLE, back, again)) is None
 
 
 def test_an_agent_may_narrow_what_it_holds_for_itself() -> None:
@@ -375,11 +381,7 @@ def may_hold(chain: Sequence[Claims], now_us: int, action: str, delegate: str) -
     pairs = [(chain[i], chain[j]) for j in range(len(chain)) for i in range(j)]
     return (
         len({(claims.delegator, claims.id) for claims in chain}) == len(chain)
-        and not any(
-            chain[index].delegate in {chain[0].delegator, *(above.delegate for above in chain[:index])}
-            and chain[index].delegate != chain[index].delegator
-            for index in range(1, len(chain))
-        )
+        and not any(link.delegate == chain[0].delegator != link.delegator for link in chain[1:])
         and chain[0].delegator == "r"
         and all(chain[i].delegate == chain[i + 1].delegator for i in range(len(chain) - 1))
         and all(scope_covers(above.scopes, scope) for above, below in pairs for scope in below.scopes)

@@ -34,7 +34,7 @@ def event(agent: str = MINE, **more: Any) -> dict[str, Any]:
     return {"task_id": "t", "agent": agent, "consumer": DESK, "timestamp": time.time(), **more}
 
 
-OPEN = ("/healthz", "/readyz", "/.well-known/asap/health", "/.well-known/asap/manifest.json")
+OPEN = ("/healthz", "/readyz", "/.well-known/jwks.json", "/.well-known/asap/health", "/.well-known/asap/manifest.json")
 ALL = frozenset({"ingest", "reader", "operator", "admin"})
 READ = ALL - {"ingest"}
 # What each route answers to a role that may use it. What is sent is wrong on purpose where a right one would change
@@ -102,6 +102,9 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/status", None, READ, 200),
     ("GET", "/metrics", None, READ, 200),
     ("POST", "/agents", {}, frozenset({"operator", "admin"}), 422),
+    ("GET", f"/agents/{OTHER}/keys", None, READ, 200),
+    ("POST", f"/agents/{OTHER}/keys", {}, frozenset({"operator", "admin"}), 422),
+    ("DELETE", f"/agents/{OTHER}/keys/none", None, frozenset({"operator", "admin"}), 404),
     ("DELETE", "/agents/urn:asap:agent:none", None, frozenset({"operator", "admin"}), 404),
     ("DELETE", "/delegations/none", None, frozenset({"operator", "admin"}), 404),
     ("GET", "/keys", None, frozenset({"admin"}), 200),

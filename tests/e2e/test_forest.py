@@ -88,7 +88,8 @@ def plant(chance: random.Random) -> list[Node]:
         for given in [] if parent is None else parent.path:
             cents = given.cents if cents is not None and given.cents is not None and given.cents < cents else cents
             tasks = given.tasks if tasks is not None and given.tasks is not None and given.tasks < tasks else tasks
-        delegate = chance.choice(PARTIES)
+        holders = [] if parent is None else [node.delegate for node in parent.path]
+        delegate = chance.choice([party for party in PARTIES if party not in holders])
         issuer = ROOT if parent is None else parent.delegate
         usd = None if cents is None else cents / 100
         token = issuer.grant(delegate, usd=usd, tasks=tasks, parent=None if parent is None else parent.token)

@@ -549,7 +549,7 @@ async def test_large_bodies_take_turns_for_room_and_small_ones_pass(
 async def test_a_large_body_that_finds_no_room_is_refused_and_its_connection_closed(
     autojump_clock: MockClock, edge: Edge, tmp_path: Path
 ) -> None:
-    async with lane_of(edge, tmp_path, room_bytes=300_000) as lane:
+    async with lane_of(edge, tmp_path, room_bytes=300_000, room_s=5) as lane:
         head = post(b"", content_length=str(LARGE), key=lane.key)
         holder, client = await lane.tcp(), await lane.tcp()
         await holder.send(head)
@@ -576,7 +576,7 @@ async def test_requests_beyond_the_rate_are_429_at_each_door(edge: Edge, tmp_pat
 
 async def test_the_lane_serves_what_reports_and_authorises_and_nothing_else(lane: Lane) -> None:
     for client in (await lane.tcp(), await lane.unix()):
-        for line in (b"GET /usage", b"GET /keys", b"POST /keys", b"GET /tasks", b"POST /v1/traces", b"GET /ws"):
+        for line in (b"GET /usage", b"GET /keys", b"POST /keys", b"GET /tasks", b"GET /v1/traces", b"GET /ws"):
             head = b"%b HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %b\r\ncontent-length: 2\r\n\r\n{}"
             assert (await client.ask(head % (line, lane.edge.keys["admin"].encode())))[0] == 404, line
         for path in ("/tasks", "/delegations/validate", "/delegations/authorize", "/reservations/rsv_1/settle"):

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nacl.signing import SigningKey
 from ulid import base32
 
 from asapd.core.audit import Walk
@@ -36,6 +37,7 @@ from asapd.store.units import (
     ExtendReservation,
     Failed,
     Idempotency,
+    ImportAgentKey,
     ImportRevocations,
     KeepHorizon,
     NewDelegation,
@@ -55,6 +57,7 @@ from asapd.store.units import (
     ReleaseReservation,
     RemoveAgent,
     Reserve,
+    RetireAgentKey,
     RetireUsage,
     Revocation,
     Revoke,
@@ -67,15 +70,18 @@ from asapd.store.units import (
     Sweep,
     SyncAgents,
     SyncBudgets,
+    SyncKeys,
     TaskEvent,
     UsageConflict,
     VoidUsage,
     WriteBreach,
 )
 from asapd.store.writer import HEADER, Writer, replay, serve
+from asapd.wire.keys import jwk_thumbprint, public_base64
 
 NOW_US = 1_795_169_203_000_000
 HOUR_US = 3_600_000_000
+PUBLIC_KEYS = tuple(bytes(SigningKey(bytes([number]) * 32).verify_key) for number in (1, 2))
 AGENTS = ("urn:asap:agent:a", "urn:asap:agent:b", "urn:asap:agent:c")
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
@@ -173,7 +179,13 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
     reservation = st.integers(0, 4).map(
         lambda earlier: f"rsv_{base32.encode_timestamp((NOW_US // 1000 + earlier).to_bytes(6, 'big'))}{'0' * 16}"
     )
-    agent = st.builds(AgentRecord, agents, st.sampled_from(("http://x", "http://y")), st.just("default"))
+    agent = st.builds(
+        AgentRecord,
+        agents,
+        st.sampled_from(("http://x", "http://y")),
+        st.just("default"),
+        st.none() | st.sampled_from(PUBLIC_KEYS).map(public_base64),
+    )
     event_under = st.builds(
         lambda plain, named: msgspec.structs.replace(plain, reservation=named), events, st.none() | reservation
     )
@@ -295,11 +307,23 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
             at,
             st.just("d"),
             st.just(b"{}"),
-            st.just("unsigned"),
+            st.sampled_from(("unsigned", "self_signed")),
             st.sampled_from((None, {"availability": 99})),
             st.none(),
             st.none(),
+            st.none() | st.sampled_from(PUBLIC_KEYS).map(public_base64),
+        ),
+        ImportAgentKey: st.builds(ImportAgentKey, agents, st.sampled_from(PUBLIC_KEYS), actor, at, st.just(5000)),
+        RetireAgentKey: st.builds(
+            RetireAgentKey, agents, st.sampled_from(PUBLIC_KEYS).map(jwk_thumbprint), actor, at, st.just(5000)
+        ),
+        SyncKeys: st.builds(
+            SyncKeys,
+            st.lists(st.tuples(agents, st.sampled_from(PUBLIC_KEYS)), max_size=2, unique_by=lambda one: one[0]),
             st.none(),
+            actor,
+            at,
+            st.just(5000),
         ),
         WriteBreach: st.builds(WriteBreach, st.sampled_from(("opened", "escalated", "resolved")), breach, at),
         CreateKey: st.builds(CreateKey, key, actor, at),

@@ -22,7 +22,7 @@ from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, pa
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.http.sla import promise_block, window_parameter
 from asapd.edge.services import Services
-from asapd.wire.keys import KeyFormatError, load_public
+from asapd.wire.keys import KeyFormatError, jwk_thumbprint, load_public, public_base64
 from asapd.wire.manifest import ManifestError, parse_sla
 
 _STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
@@ -173,6 +173,7 @@ def _row(agent: DirectoryAgent, figures: Figures | None, unprobed: NotProbed | N
         None if probe is None else probe.ts_us,
     )
     manifest = agent.manifest
+    claim = next((key for key in agent.keys if key.state == "claimed"), None)
     return {
         "id": agent.id,
         "url": agent.url,
@@ -193,6 +194,13 @@ def _row(agent: DirectoryAgent, figures: Figures | None, unprobed: NotProbed | N
         if unprobed is None
         else {"reason": unprobed.reason, "detail": unprobed.detail, "since": format_us(unprobed.since_us)},
         "public_key": agent.public_key,
+        "key_alert": None
+        if claim is None
+        else {
+            "kid": jwk_thumbprint(claim.public_key),
+            "public_key": public_base64(claim.public_key),
+            "since": format_us(claim.since_us),
+        },
         "manifest": None
         if manifest is None
         else {

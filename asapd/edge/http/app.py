@@ -14,6 +14,7 @@ from asapd.edge import ws
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http import (
     admin,
+    agent_keys,
     agents,
     asap,
     asap_usage,
@@ -42,6 +43,7 @@ OPEN_PATHS = frozenset(
         "/healthz",
         "/readyz",
         "/openapi.json",
+        "/.well-known/jwks.json",
         "/.well-known/asap/health",
         "/.well-known/asap/manifest.json",
     }
@@ -49,7 +51,10 @@ OPEN_PATHS = frozenset(
 """What answers without a key."""
 
 _TAKES = frozenset(
-    {"/usage", "/usage/batch", "/usage/validate", "/tasks", "/delegations/validate", "/delegations/authorize"}
+    {
+        *("/usage", "/usage/batch", "/usage/validate", "/tasks", "/v1/traces", "/v1/metrics"),
+        *("/delegations/validate", "/delegations/authorize"),
+    }
 )
 """What is POSTed to the doors of ingest; they serve /reservations/ besides, and nothing else."""
 
@@ -139,6 +144,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         budgets,
         prices,
         agents,
+        agent_keys,
         sla,
         audit,
         operations,

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from asapd.store.schema import arrival, horizon, prices, revocations, v1, v2
+from asapd.store.schema import agent_keys, arrival, horizon, prices, revocations, v1, v2
 
-MIGRATIONS: tuple[str, ...] = (v1.SCRIPT, v2.SCRIPT, arrival.SCRIPT, prices.SCRIPT, revocations.SCRIPT, horizon.SCRIPT)
+MIGRATIONS: tuple[str, ...] = (
+    v1.SCRIPT,
+    v2.SCRIPT,
+    arrival.SCRIPT,
+    prices.SCRIPT,
+    revocations.SCRIPT,
+    agent_keys.SCRIPT,
+    horizon.SCRIPT,
+)

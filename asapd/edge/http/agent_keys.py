@@ -1,0 +1,146 @@
+"""Routes of public keys: the agents' as the daemon knows them, and the daemon's own."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import msgspec
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from asapd.actors.messages import ImportKeyRequest, RetireKeyRequest
+from asapd.config.values import duration_between
+from asapd.core.access import Caller, Permission
+from asapd.core.agent_keys import AgentKey, verifying
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import AGENT_URN, DAY_US, format_us
+from asapd.edge.asking import ask_actor
+from asapd.edge.http.context import idempotency, require, sent_json
+from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body
+from asapd.edge.http.replies import refuse, reply
+from asapd.edge.services import Services
+from asapd.wire.keys import KeyFormatError, jwk_thumbprint, load_public, public_base64, public_jwk
+from asapd.wire.problem import encode_json
+
+# A verifier that holds the list longer than this may meet a checkpoint by a key it has not seen.
+_JWKS_MAX_AGE_S = 300
+# As the configuration bounds it.
+MAX_OVERLAP_US = 400 * DAY_US
+
+
+class _NewKey(msgspec.Struct, forbid_unknown_fields=True):
+    public_key: Annotated[str, msgspec.Meta(min_length=1, max_length=8192)]
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the routes."""
+    prober = services.mailboxes.prober
+
+    async def known(caller: Caller, agent: str) -> list[AgentKey] | None:
+        """An agent's keys; None where the caller may not know of it. An agent has keys without being in the
+        directory, which then is nobody's but the host's."""
+        if not caller.may_touch(agent):
+            return None
+        keys = await services.reads.agent_keys(agent)
+        listed = await services.reads.agents(caller, agent)
+        return keys if listed or (caller.tenant is None and keys) else None
+
+    async def shown(caller: Caller, agent: str) -> dict[str, Any]:
+        keys = await known(caller, agent) or []
+        now_us = services.clock.now_us()
+        tofu = services.settings().delegation.manifest_keys == "tofu"
+        fresh = verifying(keys, issued_at_us=now_us, now_us=now_us, believe_manifests=tofu)
+        aged = verifying(keys, issued_at_us=0, now_us=now_us, believe_manifests=tofu)
+        rows = [_row(key, fresh, aged, now_us) for key in keys]
+        return {"agent": agent, "data": rows, "count": len(rows), "next_cursor": None}
+
+    @app.get("/agents/<agent>/keys")
+    async def get_agent_keys(agent: str) -> Response:
+        caller = require(Permission.READ)
+        Parameters().done()
+        if await known(caller, agent) is None:
+            return refuse(_unknown(agent))
+        return reply(await shown(caller, agent))
+
+    @app.post("/agents/<agent>/keys")
+    async def post_agent_key(agent: str) -> Response:
+        caller = require(Permission.OPERATE)
+        body = await sent_json()
+        sent = decode_body(body, _NewKey)
+        if AGENT_URN.match(agent) is None:
+            raise RefusedError(_invalid("agent", "must be a URN of the form urn:asap:agent:<name>"))
+        try:
+            public_key = load_public(sent.public_key)
+        except KeyFormatError as error:
+            raise RefusedError(_invalid("public_key", str(error))) from None
+        if not caller.may_touch(agent):
+            return refuse(Refusal("forbidden", f"this key may not act for {agent}"))
+        if caller.tenant is not None and await known(caller, agent) is None:
+            return refuse(_unknown(agent))
+        key = idempotency(caller, body, services.clock.now_us())
+        outcome = await ask_actor(prober, lambda to: ImportKeyRequest(agent, public_key, caller.actor, key, to))
+        if isinstance(outcome, Refusal):
+            return refuse(outcome)
+        return reply(await shown(caller, agent), 201 if outcome.changed else 200)
+
+    @app.delete("/agents/<agent>/keys/<kid>")
+    async def delete_agent_key(agent: str, kid: str) -> Response:
+        caller = require(Permission.OPERATE)
+        parameters = Parameters()
+        overlap = parameters.text("overlap")
+        parameters.done()
+        if await known(caller, agent) is None:
+            return refuse(_unknown(agent))
+        overlap_us = None if overlap is None else _overlap_us(overlap)
+        outcome = await ask_actor(prober, lambda to: RetireKeyRequest(agent, kid, overlap_us, caller.actor, to))
+        return reply(outcome if isinstance(outcome, Refusal) else await shown(caller, agent))
+
+    @app.get("/.well-known/jwks.json")
+    async def get_jwks() -> Response:
+        now_us = services.clock.now_us()
+        own = await services.reads.agent_keys(services.manifest()["id"])
+        # The newest first: what is signed now is what a verifier asks for most.
+        keys = [
+            key.public_key
+            for key in sorted(own, key=lambda key: -key.since_us)
+            if key.source == "identity" and (key.state == "active" or key.is_retiring(now_us))
+        ]
+        body = encode_json({"keys": [public_jwk(key) for key in keys]})
+        response = Response(body, content_type="application/jwk-set+json")
+        response.headers["Cache-Control"] = f"public, max-age={_JWKS_MAX_AGE_S}"
+        response.set_etag(hashlib.sha256(body).hexdigest()[:32])
+        return await response.make_conditional(request)
+
+
+def _row(key: AgentKey, fresh: frozenset[bytes], aged: frozenset[bytes], now_us: int) -> dict[str, Any]:
+    verifies = "none"
+    if key.state == "active" and key.public_key in fresh:
+        verifies = "all"
+    elif key.is_retiring(now_us) and key.public_key in aged:
+        verifies = "older"
+    return {
+        "kid": jwk_thumbprint(key.public_key),
+        "public_key": public_base64(key.public_key),
+        "source": key.source,
+        "state": "retiring" if key.is_retiring(now_us) else key.state,
+        "verifies": verifies,
+        "since": format_us(key.since_us),
+        "retired_at": None if key.retired_us is None else format_us(key.retired_us),
+        "until": None if key.until_us is None else format_us(key.until_us),
+    }
+
+
+def _overlap_us(text: str) -> int:
+    try:
+        return duration_between(0, MAX_OVERLAP_US)(text)
+    except ValueError as error:
+        raise bad_parameter("overlap", str(error)) from None
+
+
+def _unknown(agent: str) -> Refusal:
+    return Refusal("agent_not_found", f"nothing is known of an agent {agent}: check the id")
+
+
+def _invalid(field: str, reason: str) -> Refusal:
+    return Refusal("invalid", f"no key was imported: {field} {reason}", (FieldError(field, reason),))
