@@ -109,6 +109,7 @@ async def test_the_directory_is_as_strict(edge: Edge, query: str, name: str) -> 
         "/delegations/revocations",
         "/reservations/r1/settle",
         "/asap/delegations",
+        "/agents/urn:asap:agent:a/keys",
     ],
 )
 async def test_what_is_not_json_is_refused_where_json_is_taken(edge: Edge, path: str) -> None:
