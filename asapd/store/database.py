@@ -110,6 +110,7 @@ class Database:
         unit: Unit[R],
         then: Callable[[R | Refusal | UnitFailedError], None],
         *,
+        urgent: bool = False,
         idempotency: Idempotency | None = None,
     ) -> None:
         """Like `submit`, but goes on once the unit is on its way; `then` is called with what became of it, once.
@@ -119,6 +120,7 @@ class Database:
         await self._runner.post(
             cast("AnyUnit", unit),
             lambda answer: then(cast("R | Refusal | UnitFailedError", _outcome(answer))),
+            urgent=urgent,
             idempotency=idempotency,
         )
 

@@ -383,7 +383,9 @@ class Fuzzed:
         rows = self.rows()
         summary = self.http.get("/usage/summary")
         assert sum(row["source"] != "otlp" for row in rows) == self.recorded + self.voided
-        assert summary["total_events"] == len(rows) - 2 * self.voided
+        # Telemetry takes its own events back when better evidence comes.
+        superseded = sum(row["voids"] is not None and row["source"] == "otlp" for row in rows)
+        assert summary["total_events"] == len(rows) - 2 * (self.voided + superseded)
         for name in ("tokens_in", "tokens_out", "duration_ms", "api_calls", "cached_tokens_in", "reasoning_tokens"):
             assert summary[f"total_{name}"] == sum(row[name] for row in rows), name
         command = [sys.executable, "-m", "asapd.cli.asapctl", "--socket", str(daemon.runtime_dir / "admin.sock")]
