@@ -324,28 +324,32 @@ class ProcessRunner:
             WriterDiedError: it ended by itself.
         """
         ours, theirs = socket.socketpair()
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        ours_urgent, theirs_urgent = socket.socketpair()
+        stream, urgent = (trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in (ours, ours_urgent))
         try:
-            with theirs:
-                descriptor = theirs.fileno()
+            with theirs, theirs_urgent:
+                descriptors = (theirs.fileno(), theirs_urgent.fileno())
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "asapd.store.writer", str(descriptor), *self._arguments],
-                    pass_fds=(descriptor, *self._inherit),
+                    [sys.executable, "-m", "asapd.store.writer", *map(str, descriptors), *self._arguments],
+                    pass_fds=(*descriptors, *self._inherit),
                     stdin=subprocess.DEVNULL,
                 )
         except BaseException:
             ours.close()
+            ours_urgent.close()
             raise
         self.pid = process.pid
         self._connected = True
         task_status.started()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, stream)
+                nursery.start_soon(self._send, stream, self._take_bulk)
+                nursery.start_soon(self._send, urgent, self._take_urgent)
                 await self._receive(stream)
                 nursery.cancel_scope.cancel()
         finally:
             self._disconnect()
+            urgent.socket.close()
             stream.socket.close()  # not aclose(): when cancelled it would raise before the process is waited for
             with trio.move_on_after(30, shield=True) as patience:
                 await process.wait()  # its last commit; the process ignores signals on purpose
@@ -356,25 +360,29 @@ class ProcessRunner:
         if not self._closing:
             raise WriterDiedError(f"the writer process ended with code {process.returncode}")
 
-    async def _send(self, stream: trio.SocketStream) -> None:
+    async def _send(self, stream: trio.SocketStream, take: Callable[[], bytearray]) -> None:
+        """Send what there is to take until the runner closes; decisions have a stream of their own."""
         try:
             while True:
-                while not self._urgent and not self._bulk and not self._closing:
-                    await self._sender.park()
-                data = self._take_outgoing()
-                if not data:
+                data = take()
+                if data:
+                    await stream.send_all(data)
+                elif self._closing:
                     await stream.send_eof()
                     return
-                await stream.send_all(data)
+                else:
+                    await self._sender.park()
         except trio.BrokenResourceError:
             return  # the receiving side learns of it too, and knows what to do
 
-    def _take_outgoing(self) -> bytearray:
-        """What goes next: all decisions, else a little of the bulk, for what is on its way is overtaken by nothing."""
+    def _take_urgent(self) -> bytearray:
         data, self._urgent = self._urgent, bytearray()
-        if not data:
-            while self._bulk and len(data) < BULK_BYTES:
-                data += self._bulk.popleft()
+        return data
+
+    def _take_bulk(self) -> bytearray:
+        data = bytearray()
+        while self._bulk and len(data) < BULK_BYTES:
+            data += self._bulk.popleft()
         return data
 
     async def _receive(self, stream: trio.SocketStream) -> None:

@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -59,6 +60,9 @@ BUSY_GAP_US = 300
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
+FOLD_EVERY_S = 0.25
+"""Between two looks at the WAL: full ingest adds some 10 MiB to it in that time."""
+
 RECEIVE_BYTES = 1 << 20
 """Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
 
@@ -71,7 +75,7 @@ _result_decoder: msgspec.msgpack.Decoder[AnyResult] = msgspec.msgpack.Decoder(An
 
 
 def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connection:
-    """The write connection: WAL, 64 MiB cache, autocheckpoint at 4 000 pages, schema up to date."""
+    """The write connection: WAL, 64 MiB cache, autocheckpoint at 16 000 pages, schema up to date."""
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(10_000)
     if path.stat().st_size == 0:
@@ -82,7 +86,7 @@ def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connectio
     assert journal_mode == "wal", f"{path} cannot be put into WAL mode"
     connection.pragma("synchronous", synchronous)
     connection.pragma("cache_size", -65_536)
-    connection.pragma("wal_autocheckpoint", 4_000)
+    connection.pragma("wal_autocheckpoint", 16_000)
     connection.pragma("foreign_keys", True)
     connection.pragma("temp_store", "memory")
     return connection
@@ -230,69 +234,77 @@ def weigh(envelope: Envelope) -> int:
 
 
 class _Frames:
-    """Length-prefixed msgpack over a blocking socket."""
+    """Length-prefixed msgpack over blocking sockets: read from all of them, answered on the first."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._buffer = bytearray()
+    def __init__(self, socks: Sequence[socket.socket]) -> None:
+        self._answers = socks[0]
+        self._open = {sock: bytearray() for sock in socks}
         self._decoder = msgspec.msgpack.Decoder(Envelope)
         self._encoder = msgspec.msgpack.Encoder()
-        self.ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return not self._open
 
     def receive(self, timeout_s: float | None) -> list[Envelope]:
         """What has arrived, or some of much; None waits for at least one envelope, or until the peer is gone."""
         received: list[Envelope] = []
         left_bytes = RECEIVE_BYTES
-        while (
-            not self.ended
-            and (left_bytes > 0 or not received)
-            and select.select([self._sock], [], [], 0 if received else timeout_s)[0]
-        ):
-            try:
-                chunk = self._sock.recv(1 << 20)
-            except ConnectionResetError:
-                chunk = b""
-            left_bytes -= len(chunk)
-            self.ended = not chunk
-            self._buffer += chunk
-            received += self._complete()
+        while self._open and (left_bytes > 0 or not received):
+            ready, _, _ = select.select(list(self._open), [], [], 0 if received else timeout_s)
+            if not ready:
+                break
+            for sock in ready:
+                try:
+                    chunk = sock.recv(1 << 20)
+                except ConnectionResetError:
+                    chunk = b""
+                if not chunk:
+                    del self._open[sock]
+                    continue
+                left_bytes -= len(chunk)
+                buffer = self._open[sock]
+                buffer += chunk
+                received += self._complete(buffer)
         return received
 
-    def _complete(self) -> list[Envelope]:
+    def _complete(self, buffer: bytearray) -> list[Envelope]:
         found, start = [], 0
-        while len(self._buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(self._buffer, start)
-            if len(self._buffer) - start - HEADER.size < length:
+        while len(buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(buffer, start)
+            if len(buffer) - start - HEADER.size < length:
                 break
             begin = start + HEADER.size
-            with memoryview(self._buffer) as view:
+            with memoryview(buffer) as view:
                 found.append(self._decoder.decode(view[begin : begin + length]))
             start = begin + length
-        del self._buffer[:start]
+        del buffer[:start]
         return found
 
     def send(self, answers: list[Answer]) -> None:
         bodies = [self._encoder.encode(answer) for answer in answers]
-        self._sock.sendall(b"".join(part for body in bodies for part in (HEADER.pack(len(body)), body)))
+        self._answers.sendall(b"".join(part for body in bodies for part in (HEADER.pack(len(body)), body)))
 
 
 def serve(
     sock: socket.socket,
     writer: Writer,
     *,
+    decisions: socket.socket | None = None,
     rows_per_commit: int = ROWS_PER_COMMIT,
     wait_us: int = 0,
     busy_wait_us: int = BUSY_WAIT_US,
     busy_gap_us: int = BUSY_GAP_US,
 ) -> None:
-    """Answer envelopes until the other side closes its end; what had arrived by then is still committed.
+    """Answer envelopes until the other side closes its ends; what had arrived by then is still committed.
 
-    Decisions have commits of their own, and cut short one of bulk ingest that is under way; between two of theirs goes
-    at least a step of what waits. With `wait_us` a commit that is not full waits that long for more to share it, unless
-    a decision waits. Without, it waits only after a commit that many shared, and while units keep coming: a lone client
-    never waits.
+    `decisions` is a way in for them alone, where no half of a large report is before them. They have commits of their
+    own, and cut short one of bulk ingest that is under way; between two of theirs goes at least a step of what waits.
+    With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits. Without, it
+    waits only after a commit that many shared, and while units keep coming: a lone client never waits.
     """
-    frames = _Frames(sock)
+    frames = _Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
     waiting_rows = 0
@@ -351,28 +363,55 @@ def serve(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m asapd.store.writer SOCKET-FD DATABASE SYNCHRONOUS ROWS WAIT-US`; started by the daemon only."""
+    """`python -m asapd.store.writer SOCKET-FD DECISIONS-FD DATABASE SYNCHRONOUS ROWS WAIT-US`; for the daemon only."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    inherited, path, synchronous = int(arguments[0]), Path(arguments[1]), arguments[2]
-    # A daemon with thousands of sockets hands down a number that select() cannot take; a copy gets a low one.
-    descriptor = os.dup(inherited)
-    os.close(inherited)
-    with socket.socket(fileno=descriptor) as sock:
+    path, synchronous = Path(arguments[2]), arguments[3]
+    with _inherited(arguments[0]) as sock, _inherited(arguments[1]) as decisions:
         connection = open_for_writing(path, synchronous=synchronous)
         # A commit makes some 30 000 rows and values that die with it and form no cycles: looked through at the default
         # of every 700th they cost more than the rest of Python's part.
         gc.freeze()
         gc.set_threshold(200_000, 20, 20)
+        done = threading.Event()
+        folding = threading.Thread(target=_fold_wal, args=(path, done))
+        folding.start()
         try:
-            serve(sock, Writer(connection), rows_per_commit=int(arguments[3]), wait_us=int(arguments[4]))
+            rows, wait_us = int(arguments[4]), int(arguments[5])
+            serve(sock, Writer(connection), decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
         finally:
+            done.set()
+            folding.join()
             connection.close()
     return 0
+
+
+def _fold_wal(path: Path, done: threading.Event) -> None:
+    """Copy what was committed from the WAL into the database while commits go on.
+
+    Done by a commit itself, every 64 MiB, it held up decisions for a quarter of a second. Here it holds up nobody; what
+    is left for that commit is little.
+    """
+    connection = apsw.Connection(str(path))
+    wal, seen = path.with_name(f"{path.name}-wal"), 0
+    while not done.wait(FOLD_EVERY_S):
+        with contextlib.suppress(apsw.Error, FileNotFoundError):  # busy, full: the next time, or a commit, does it
+            changed = wal.stat().st_mtime_ns
+            if changed != seen:
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+                seen = changed
+    connection.close()
+
+
+def _inherited(number: str) -> socket.socket:
+    # A daemon with thousands of sockets hands down numbers that select() cannot take; a copy gets a low one.
+    descriptor = os.dup(int(number))
+    os.close(int(number))
+    return socket.socket(fileno=descriptor)
 
 
 def replay(connection: apsw.Connection, envelopes: Sequence[Envelope]) -> list[Any]:
