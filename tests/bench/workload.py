@@ -11,7 +11,7 @@ ARRAY = 1_000
 
 
 def events(count: int, name: str) -> Iterator[dict[str, object]]:
-    """Events over six hours of ten agents, five consumers and four models; `name` keeps their ids apart."""
+    """Events of the last minute, of ten agents, five consumers and four models; `name` keeps their ids apart."""
     now_s = int(time.time())
     for number in range(count):
         yield {
@@ -25,7 +25,7 @@ def events(count: int, name: str) -> Iterator[dict[str, object]]:
                 "duration_ms": 50 + number % 2_000,
                 "api_calls": 1 + number % 3,
             },
-            "timestamp": now_s - number % 21_600,
+            "timestamp": now_s - number % 60,
             "model": f"model-{number % 4}",
             "outcome": "failed" if number % 50 == 0 else "completed",
         }
