@@ -11,7 +11,7 @@ from typing import assert_never
 import trio
 
 from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
-from asapd.core.access import Caller
+from asapd.core.access import Caller, Tenants
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role
 from asapd.runtime import mailbox
@@ -27,7 +27,8 @@ KEY_PREFIX = "asapd"
 class KeyRing:
     """The keys in use, in memory; a key that was revoked is gone from the reply on."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Tenants | None = None) -> None:
+        self._tenants = tenants
         self._keys: dict[str, ApiKey] = {}
         self.changed = Wakeup()
         """Raised whenever keys came or went: who is served for long looks whether he may stay."""
@@ -48,7 +49,7 @@ class KeyRing:
             return None
         if prefix != KEY_PREFIX:
             return None
-        return Caller(f"key:{key.id}", Role(key.role), tuple(key.agents), key.tenant, key.may_sign)
+        return Caller(f"key:{key.id}", Role(key.role), tuple(key.agents), key.tenant, key.may_sign, self._tenants)
 
     def is_in_use(self, caller: Caller) -> bool:
         """Whether whoever came with a key may still stay: what lives longer than a request asks again."""

@@ -26,6 +26,7 @@ from asapd.actors.messages import (
 )
 from asapd.actors.probe_answers import MAX_DETAIL, disbelief, disturbed, judge, read_manifest
 from asapd.actors.unprobed import Unprobed
+from asapd.core.access import Tenants
 from asapd.core.agent_keys import AgentKey, signers
 from asapd.core.errors import Refusal
 from asapd.core.health import AgentState, ProbeResult, State, step
@@ -136,12 +137,14 @@ async def run_prober(
     directory_changed: Wakeup,
     beat: Callable[[], None],
     log: logging.Logger,
+    tenants: Tenants | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Probe every agent of the directory, and serve changes of it, until the mailbox is closed.
 
     `settings` is changed in place by a reconfiguration. `directory_changed` is notified after each commit that changed
-    an agent or stored a manifest. `random` gives 0 <= x < 1.
+    an agent or stored a manifest, and `tenants` holds what the directory says before a change is answered. `random`
+    gives 0 <= x < 1.
 
     Raises:
         DirectoryNotSyncedError: at the start.
@@ -151,7 +154,7 @@ async def run_prober(
         log.error("prober: %s failed", type(message).__name__, exc_info=error)
 
     async with trio.open_nursery() as nursery:
-        prober = _Prober(nursery, database, fetcher, clock, random, settings, directory_changed, log)
+        prober = _Prober(nursery, database, fetcher, clock, random, settings, directory_changed, log, tenants)
         outcome = await prober.sync(settings.agents, "asapd")
         if isinstance(outcome, Refusal):
             raise DirectoryNotSyncedError(outcome.detail)
@@ -171,7 +174,9 @@ class _Prober:
         settings: ProberSettings,
         directory_changed: Wakeup,
         log: logging.Logger,
+        tenants: Tenants | None,
     ) -> None:
+        self._tenants = tenants or Tenants()
         self._nursery = nursery
         self._database = database
         self._fetcher = fetcher
@@ -266,6 +271,10 @@ class _Prober:
     async def _follow(self, agent: str | None) -> None:
         """Start, replace and stop watches, so that they are those of the directory. Call with `_changing` held."""
         found = {row.id: row for row in await self._database.read(directory, EVERYTHING, agent)}
+        if agent is None:
+            self._tenants.replace({row.id: row.tenant for row in found.values()})
+        else:
+            self._tenants.put(agent, found[agent].tenant if agent in found else None)
         for gone in [known for known in self._watches if known not in found and agent in (None, known)]:
             self._watches.pop(gone).scope.cancel()
             self._settings.unprobed.clear(gone)

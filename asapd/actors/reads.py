@@ -244,11 +244,9 @@ class Reads:
 
         def query(connection: Any) -> dict[str, Any] | None:
             row = ledger_queries.get_delegation(connection, delegation)
-            if row is None or not caller.may_touch(row.delegator, row.delegate):
+            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
                 return None
-            if caller.tenant not in {None, row.tenant}:
-                return None
-            return self._public(connection, row)
+            return self._public(connection, caller, row)
 
         return await self._database.read(query)
 
@@ -259,18 +257,16 @@ class Reads:
 
         def query(connection: Any) -> SpendPage | None:
             row = ledger_queries.get_delegation(connection, delegation)
-            if row is None or not caller.may_touch(row.delegator, row.delegate):
-                return None
-            if caller.tenant not in {None, row.tenant}:
+            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
                 return None
             return spend_by_task(connection, row.account, limit=limit, after=after)
 
         return await self._database.read(query)
 
-    def _public(self, connection: Any, row: ledger_queries.DelegationRow) -> dict[str, Any]:
+    def _public(self, connection: Any, caller: Caller, row: ledger_queries.DelegationRow) -> dict[str, Any]:
         left = ledger_queries.remaining_of(connection, row.account)
-        children = ledger_queries.children_of(connection, row.account)
-        return ledger_queries.public_delegation(row, left, children, self._clock.now_us())
+        near = ledger_queries.neighbours(connection, row.account, caller.may_see)
+        return ledger_queries.public_delegation(row, left, near, self._clock.now_us())
 
     async def delegations(
         self,
@@ -295,7 +291,7 @@ class Reads:
                 after=after,
                 limit=limit,
             )
-            return [self._public(connection, row) for row in rows], rows[-1].account if rows else after
+            return [self._public(connection, caller, row) for row in rows], rows[-1].account if rows else after
 
         return await self._database.read(query)
 
@@ -311,9 +307,7 @@ class Reads:
 
         def query(connection: Any) -> dict[str, Any] | None:
             row = reservation_queries.get_reservation(connection, reservation)
-            if row is None or not caller.may_touch(row.delegator, row.delegate):
-                return None
-            if caller.tenant not in {None, row.tenant}:
+            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
                 return None
             delegation = ledger_queries.get_delegation(connection, row.delegation)
             assert delegation is not None
@@ -419,4 +413,4 @@ def _may_see(caller: Caller, breach: BreachRow) -> bool:
     """A budget's breach is of no agent and no tenant: only those whom nothing narrows see it."""
     if breach.agent_id is None:
         return caller.sees_everything
-    return caller.may_touch(breach.agent_id) and caller.tenant in {None, breach.tenant}
+    return caller.may_see(breach.tenant, breach.agent_id)

@@ -20,6 +20,7 @@ from asapd.actors.messages import (
     Attribution,
     Authorize,
     ChangeReservation,
+    Idempotency,
     ImportRevocationList,
     Issue,
     Issued,
@@ -42,6 +43,7 @@ from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store import agent_keys, chain_queries, ledger_queries, reservation_queries
 from asapd.store.database import Database, UnitFailedError
+from asapd.store.ledger import FOREIGN
 from asapd.store.units import (
     AuthorizationDenied,
     ExtendReservation,
@@ -63,6 +65,8 @@ from asapd.wire.token import TokenMalformed, decode, sign
 CONCURRENCY = 256
 # Authorisations on their way to their commit without a task: half a second of the most that was measured.
 DECISIONS_IN_FLIGHT = 1_024
+
+NOT_FOUND = "delegation_not_found"
 
 # Tokens under which usage came, and the ids of their delegations: a hundred bytes each.
 MAX_ATTRIBUTED = 10_000
@@ -143,7 +147,7 @@ class _Registry:
         self._keys = KeyDirectory()
         self.revoked = RevokedTokens(database, clock)
         self._chains = Chains(self._keys)
-        self._attributed: dict[tuple[bytes, str], str] = {}
+        self._attributed: dict[tuple[bytes, str | None], str] = {}
         self._in_flight = 0
 
     async def load(self) -> None:
@@ -236,7 +240,7 @@ class _Registry:
         max_depth = self._settings.delegation.max_depth
         chain = self._chains.open(text, max_depth=max_depth, now_us=self._clock.now_us())
         while isinstance(chain, Chain) and (parent := chain.tokens[0].parent_id) is not None:
-            found = await self._database.read(chain_queries.registered_token, parent, caller.tenant)
+            found = await self._parent(parent, chain.claims[0].delegator, caller)
             if found is None:
                 return parent_unknown(chain)
             above = self._chains.open(found, max_depth=max_depth, now_us=self._clock.now_us())
@@ -244,6 +248,10 @@ class _Registry:
                 return deeper(above, len(chain.tokens))
             chain = self._chains.extend(above, chain, max_depth=max_depth)
         return chain
+
+    async def _parent(self, parent: str, issuer: str, caller: Caller) -> str | None:
+        query = chain_queries.parent_token
+        return await self._database.read(query, parent, issuer, caller.tenant, caller.matches)
 
     def _judge(self, chain: Chain, *, action: str | None, delegate: str | None) -> Denied | None:
         settings = self._settings.delegation
@@ -264,7 +272,10 @@ class _Registry:
         if isinstance(chain, Denied):
             return Validity(chain, (), None)
         denied = self._judge(chain, action=message.action, delegate=message.delegate)
-        reused, left = await self._database.read(chain_queries.standing, chain.accounts)
+        known = await self._database.read(chain_queries.standing, chain.accounts, message.caller.tenant)
+        if known is None:
+            return Validity(denied, chain.claims, None)
+        reused, left = known
         denied = denied or (None if reused is None else _placed(reused, chain))
         return Validity(denied, chain.claims, _narrowed(left, chain.claims))
 
@@ -282,7 +293,7 @@ class _Registry:
         parent_text: str | None = None
         above = Chain((), (), ())
         if message.parent is not None:
-            found = await self._find_parent(message.parent, caller)
+            found = await self._find_parent(message.parent, message.delegator, caller)
             if not isinstance(found, Chain):
                 return found
             above, parent_text = found, found.tokens[-1].text
@@ -305,8 +316,8 @@ class _Registry:
         chain = Chain((*above.tokens, token), (*above.keys, public), (*above.claims, token.claims))
         return await self._enter(chain, caller, message)
 
-    async def _find_parent(self, parent: str, caller: Caller) -> Chain | Denied | Refusal:
-        text = await self._database.read(chain_queries.registered_token, parent, caller.tenant)
+    async def _find_parent(self, parent: str, issuer: str, caller: Caller) -> Chain | Denied | Refusal:
+        text = await self._parent(parent, issuer, caller)
         if text is None and not ("." in parent or "{" in parent):
             error = FieldError("parent", f"there is no delegation {parent}: send its token instead")
             return Refusal("invalid", "nothing was issued", (error,))
@@ -324,8 +335,7 @@ class _Registry:
         denied = self._judge(chain, action=None, delegate=None)
         if denied is not None:
             return denied
-        unit = RegisterDelegation(chain.links, caller.actor, caller.tenant or DEFAULT_TENANT, self._clock.now_us())
-        outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
+        outcome = await self._take_in(chain, caller, message.idempotency)
         if isinstance(outcome, Denied):
             return _placed(outcome, chain)
         if isinstance(outcome, Refusal):
@@ -333,6 +343,17 @@ class _Registry:
         # An Idempotency-Key may have brought back an earlier delegation: its own token goes with it.
         row = await self._database.read(ledger_queries.get_delegation, outcome.id)
         return Issued(outcome.id, chain.tokens[-1].text if row is None else row.token, outcome.created)
+
+    async def _take_in(
+        self, chain: Chain, caller: Caller, idempotency: Idempotency | None = None
+    ) -> Registered | Denied | Refusal:
+        """Register a chain for a caller; what was given to another tenant's agent is not theirs to take."""
+        foreign = _given_elsewhere(chain.claims, caller)
+        if foreign is not None:
+            return foreign
+        tenant, now_us = caller.tenant or DEFAULT_TENANT, self._clock.now_us()
+        unit = RegisterDelegation(chain.links, caller.actor, tenant, now_us, is_bound=caller.tenant is not None)
+        return await self._database.submit(unit, urgent=True, idempotency=idempotency)
 
     async def _authorize(self, message: Authorize) -> Reserved | AuthorizationDenied | Denied | Refusal:
         text, delegation = message.token, message.delegation or ""
@@ -348,8 +369,8 @@ class _Registry:
         if isinstance(unit, Refusal):
             return unit
         if isinstance(unit, Denied):
-            _, left = await self._database.read(chain_queries.standing, chain.accounts)
-            return AuthorizationDenied(unit, _narrowed(left, chain.claims))
+            known = await self._database.read(chain_queries.standing, chain.accounts, message.caller.tenant)
+            return FOREIGN if known is None else AuthorizationDenied(unit, _narrowed(known[1], chain.claims))
         outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
         return _placed(outcome, chain) if isinstance(outcome, Denied) else outcome
 
@@ -360,6 +381,9 @@ class _Registry:
             if message.token is None:
                 return _no_delegation(delegation)  # whoever holds no token learns nothing of it
             return _forbidden(f"this key may not act for {chain.leaf.delegate}")
+        foreign = _given_elsewhere(chain.claims, caller)
+        if foreign is not None:
+            return foreign
         denied = self._judge(chain, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
             return denied
@@ -376,6 +400,7 @@ class _Registry:
             delegate=chain.leaf.delegate,
             consumer=message.consumer,
             project=message.project,
+            is_bound=caller.tenant is not None,
         )
 
     async def pass_on(self, message: RegistryMessage) -> bool:
@@ -415,11 +440,7 @@ class _Registry:
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(reservation_queries.get_reservation, message.reservation)
         party = None if row is None else row.delegator if message.verb == "refund" else row.delegate
-        if (
-            row is None
-            or _is_foreign(message.caller, row.tenant)
-            or not message.caller.may_touch(row.delegate, row.delegator)
-        ):
+        if row is None or not message.caller.may_see(row.tenant, row.delegate, row.delegator):
             return Refusal("reservation_not_found", f"there is no reservation {message.reservation}: check the id")
         if not message.caller.may_touch(party):
             return _forbidden(f"only who may act for {party} can {message.verb} this reservation")
@@ -441,18 +462,17 @@ class _Registry:
 
     async def _revoke(self, message: RevokeDelegation) -> Revoked | Refusal:
         row = await self._database.read(ledger_queries.get_delegation, message.delegation)
-        if (
-            row is None
-            or _is_foreign(message.caller, row.tenant)
-            or not message.caller.may_touch(row.delegator, row.delegate)
-        ):
-            return Refusal("delegation_not_found", f"there is no delegation {message.delegation}: check the id")
+        if row is None or not message.caller.may_see(row.tenant, row.delegator, row.delegate):
+            return Refusal(NOT_FOUND, f"there is no delegation {message.delegation}: check the id")
         if not message.caller.may_touch(row.delegator):
             return _forbidden(f"only who may act for {row.delegator} can revoke this delegation")
         unit = Revoke(row.id, message.caller.actor, message.reason, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True)
         # In force before the reply; and after an unknown outcome the store alone knows.
         await self.revoked.refresh()
+        if isinstance(outcome, Revoked) and not message.caller.sees_everything:
+            seen = await self._database.read(ledger_queries.seen_among, outcome.ids, message.caller.may_see)
+            return Revoked(seen, outcome.newly, len(outcome.ids) - len(seen))
         return outcome
 
     async def _import_revocations(self, message: ImportRevocationList) -> Imported | Refusal:
@@ -483,21 +503,21 @@ class _Registry:
         if isinstance(chain, Denied):
             return _unattributed(chain)
         leaf = chain.tokens[-1]
-        tenant = caller.tenant or DEFAULT_TENANT
         denied = self._judge(chain, action=None, delegate=None)
         if denied is None:
-            known = self._attributed.get((leaf.digest, tenant))
+            known = self._attributed.get((leaf.digest, caller.tenant))
             if known is not None:
                 return Attribution(known, chain.leaf.id)
             if caller.may_touch(chain.leaf.delegate):
-                unit = RegisterDelegation(chain.links, caller.actor, tenant, self._clock.now_us())
-                outcome = await self._database.submit(unit, urgent=True)
+                outcome = await self._take_in(chain, caller)
                 if isinstance(outcome, Refusal):
-                    return outcome
+                    # Usage that happened is recorded, and debits nothing of another tenant.
+                    is_foreign = outcome.code == FOREIGN.code
+                    return Attribution(None, chain.leaf.id, NOT_FOUND, outcome.detail) if is_foreign else outcome
                 if isinstance(outcome, Registered):
                     if len(self._attributed) >= MAX_ATTRIBUTED:
                         self._attributed.pop(next(iter(self._attributed)))
-                    self._attributed[leaf.digest, tenant] = outcome.id
+                    self._attributed[leaf.digest, caller.tenant] = outcome.id
                     return Attribution(outcome.id, chain.leaf.id)
                 denied = outcome
             else:
@@ -511,6 +531,7 @@ class _Registry:
                     granted=chain.leaf.delegate,
                 )
         name = (chain.leaf.delegator, chain.leaf.id)
+        tenant = caller.tenant or DEFAULT_TENANT
         found = await self._database.read(ledger_queries.find_registered, *name, leaf.digest, tenant)
         return Attribution(found, chain.leaf.id, str(denied.reason), denied.detail)
 
@@ -544,7 +565,7 @@ def _placed(denied: Denied, chain: Chain) -> Denied:
 
 
 def _no_delegation(delegation: str) -> Refusal:
-    return Refusal("delegation_not_found", f"there is no delegation {delegation}: send its token instead")
+    return Refusal(NOT_FOUND, f"there is no delegation {delegation}: send its token instead")
 
 
 def _unattributed(denied: Denied) -> Attribution:
@@ -557,6 +578,14 @@ def _forbidden(detail: str) -> Refusal:
 
 def _is_foreign(caller: Caller, tenant: str) -> bool:
     return caller.tenant not in {None, tenant}
+
+
+def _given_elsewhere(chain: tuple[Claims, ...], caller: Caller) -> Refusal | None:
+    """The refusal of a chain through an agent of another tenant: to register it first would be to take it over."""
+    for link in chain:
+        if caller.keeps_off(link.delegate) and not caller.owns(link.delegator):
+            return FOREIGN
+    return None
 
 
 def _narrowed(left: Remaining, claims: tuple[Claims, ...]) -> Remaining:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 import msgspec
@@ -32,10 +33,33 @@ _GRANTS: dict[Role, frozenset[Permission]] = {
 }
 
 
+class Tenants:
+    """Which tenant each agent of the directory is of; whoever follows the directory keeps it, callers look it up."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, str] = {}
+
+    def of(self, agent: str) -> str | None:
+        """The tenant of an agent; None when the directory does not hold it."""
+        return self._of.get(agent)
+
+    def replace(self, tenants: Mapping[str, str]) -> None:
+        """Hold exactly these agents."""
+        self._of = dict(tenants)
+
+    def put(self, agent: str, tenant: str | None) -> None:
+        """Hold one agent; None forgets it."""
+        if tenant is None:
+            self._of.pop(agent, None)
+        else:
+            self._of[agent] = tenant
+
+
 class Caller(msgspec.Struct, frozen=True):
     """An authenticated caller. `actor` is its name in the audit log; `agents` are its name patterns.
 
-    `tenant` None sees every tenant and writes to the default one.
+    `tenant` None sees every tenant and writes to the default one. `tenants` is what tells a caller that is bound to a
+    tenant from which agents it has to keep off; an agent that is in no directory is open to all tenants.
     """
 
     actor: str
@@ -43,18 +67,40 @@ class Caller(msgspec.Struct, frozen=True):
     agents: tuple[str, ...] = ("*",)
     tenant: str | None = None
     may_sign: bool = False
+    tenants: Tenants | None = None
 
     def may(self, permission: Permission) -> bool:
         """Whether the role grants a permission."""
         return permission in _GRANTS[self.role]
 
-    def may_touch(self, *names: str | None) -> bool:
-        """Whether a pattern of the caller matches at least one of the names."""
+    def matches(self, *names: str | None) -> bool:
+        """Whether a pattern of the caller matches at least one of the names, whatever their tenants."""
         return any(pattern_matches(pattern, name) for pattern in self.agents for name in names if name is not None)
+
+    def may_touch(self, *names: str | None) -> bool:
+        """Whether the caller may act for at least one of the names: a pattern matches it, no other tenant has it."""
+        if self.tenant is None:
+            return self.matches(*names)
+        return any(self.matches(name) and not self.keeps_off(name) for name in names if name is not None)
+
+    def may_see(self, tenant: str, *names: str | None) -> bool:
+        """Whether a row of a tenant that belongs to these names is one the caller may know of."""
+        return self.tenant in {None, tenant} and self.matches(*names)
+
+    def keeps_off(self, agent: str) -> bool:
+        """Whether the directory says that an agent is of another tenant than the caller is bound to."""
+        return self.tenant is not None and self._tenant_of(agent) not in {None, self.tenant}
+
+    def owns(self, agent: str) -> bool:
+        """Whether the directory says that an agent is of the tenant that the caller is bound to."""
+        return self.tenant is not None and self._tenant_of(agent) == self.tenant
+
+    def _tenant_of(self, agent: str) -> str | None:
+        return None if self.tenants is None else self.tenants.of(agent)
 
     def may_read(self, *names: str | None) -> bool:
         """Whether the caller may see a row that belongs to these names."""
-        return self.may(Permission.READ) and self.may_touch(*names)
+        return self.may(Permission.READ) and self.matches(*names)
 
     @property
     def sees_everything(self) -> bool:

@@ -28,7 +28,7 @@ from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
 from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
-from asapd.core.access import Caller
+from asapd.core.access import Caller, Tenants
 from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.daemon import descriptors
@@ -111,7 +111,8 @@ class House:
         self._readers = ThreadReaders(premises.database)
         self._database = Database(self._runner, self._readers)
         self._reads = Reads(self._database, self._clock)
-        self._ring = KeyRing()
+        self._tenants = Tenants()
+        self._ring = KeyRing(self._tenants)
         self._feed: Feed[Alert] = Feed(FEED)
         self._fetcher = _SwappableFetcher(loaded.config.prober)
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
@@ -156,6 +157,7 @@ class House:
                 random=random.random,
                 settings=self._prober,
                 directory_changed=self._directory_changed,
+                tenants=self._tenants,
             ),
             self._actor(
                 "watcher",

@@ -231,7 +231,7 @@ def _check_agents(decoded: Events, caller: Caller) -> Refusal | None:
 
 def _own(decoded: Events, caller: Caller) -> tuple[list[UsageEvent], list[int], list[FieldError]]:
     """The events of agents that the caller may report for, their places, and errors for the others."""
-    if "*" in caller.agents:
+    if caller.sees_everything:
         return decoded.events, decoded.places, []
     events: list[UsageEvent] = []
     places: list[int] = []

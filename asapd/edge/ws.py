@@ -148,7 +148,7 @@ class _Session:
                 return False
             if caller.tenant is not None and alert.tenant != caller.tenant:
                 return False
-            return "*" in caller.agents or caller.may_touch(alert.agent_id)
+            return "*" in caller.agents or caller.matches(alert.agent_id)
 
         return accept
 
@@ -193,7 +193,7 @@ class _Session:
         def sees(agents: tuple[str | None, ...], tenant: str | None) -> bool:
             if caller.tenant not in {None, tenant} or (agent is not None and agent not in agents):
                 return False
-            return caller.may_touch(*agents)
+            return caller.matches(*agents)
 
         with scope:
             while True:

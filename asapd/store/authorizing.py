@@ -11,7 +11,7 @@ from asapd.core.ledger import Account, MissingEstimate, held, open_hold, remaini
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
-from asapd.store.ledger import PATH, register_chain
+from asapd.store.ledger import FOREIGN, PATH, register_chain
 from asapd.store.reservations import expire_lapsed, left
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -69,7 +69,7 @@ class _Path(NamedTuple):
 
 
 _PATH = f"""
-SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
+SELECT path.*, digest, tenant, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
 FROM ({PATH}) path JOIN delegation USING (account)
 """
 
@@ -81,23 +81,24 @@ def _find(tx: Tx, unit: Reserve) -> _Path | None:
         if row is None:
             detail = f"there is no delegation {unit.delegation}: send its token instead"
             raise RefuseError(Refusal("delegation_not_found", detail))
-        return _read(tx, row[0], unit.task_id)[0]
+        return _read(tx, row[0], unit)[0]
     claims = unit.chain[-1].claims
     row = tx.row("SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (claims.delegator, claims.id))
     if row is None:
         return None
-    path, digests = _read(tx, row[0], unit.task_id)
+    path, digests = _read(tx, row[0], unit)
     return path if digests == [link.digest for link in reversed(unit.chain)] else None
 
 
-def _read(tx: Tx, account: int, task_id: str) -> tuple[_Path, list[bytes]]:
-    rows = fetch(tx.connection, _PATH, (task_id, account))
-    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows]), [row[-2] for row in rows]
+def _read(tx: Tx, account: int, unit: Reserve) -> tuple[_Path, list[bytes]]:
+    rows = fetch(tx.connection, _PATH, (unit.task_id, account))
+    if unit.is_bound and any(row[-2] != unit.tenant for row in rows):
+        raise RefuseError(FOREIGN)
+    return _Path([Account(*row[:-3]) for row in rows], [bool(row[-1]) for row in rows]), [row[-3] for row in rows]
 
 
 def _register(tx: Tx, unit: Reserve) -> _Path:
-    account = register_chain(tx, unit.chain, unit.actor, unit.tenant, unit.now_us).account
-    return _read(tx, account, unit.task_id)[0]
+    return _read(tx, register_chain(tx, unit).account, unit)[0]
 
 
 def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:

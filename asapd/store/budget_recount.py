@@ -55,14 +55,15 @@ _TENANTS = (
 _PAYS = """
 EXISTS (
   SELECT 1 FROM reservation r JOIN delegation d USING (account)
-  JOIN name t ON t.id = usage.tenant AND t.name = r.tenant JOIN name a ON a.id = usage.agent AND a.name = d.delegate
+  JOIN name t ON t.id = usage.tenant AND t.name IN (r.tenant, d.tenant)
+  JOIN name a ON a.id = usage.agent AND a.name = d.delegate
   WHERE r.id = usage.reservation
 )
 """
 _ON_PATH = """
 coalesce(
   (SELECT CASE WHEN a.name = d.delegate THEN r.account ELSE 0 END FROM reservation r JOIN delegation d USING (account)
-   JOIN name t ON t.id = usage.tenant AND t.name = r.tenant JOIN name a ON a.id = usage.agent
+   JOIN name t ON t.id = usage.tenant AND t.name IN (r.tenant, d.tenant) JOIN name a ON a.id = usage.agent
    WHERE r.id = usage.reservation),
   (SELECT d.account FROM delegation d JOIN name t ON t.id = usage.tenant AND t.name = d.tenant
    JOIN name a ON a.id = usage.agent AND a.name = d.delegate WHERE d.id = usage.delegation)

@@ -232,7 +232,7 @@ class Book:
         """
         known = self._tx.row(
             "SELECT 1 FROM reservation r JOIN delegation d USING (account) "
-            "WHERE r.id = ? AND r.tenant = ? AND d.delegate = ?",
+            "WHERE r.id = ? AND ? IN (r.tenant, d.tenant) AND d.delegate = ?",
             (reservation, tenant, work.agent),
         )
         linked = [] if known is None or reservation is None else self.linked(reservation)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import apsw
 
 from asapd.core.denial import Denied
 from asapd.core.ledger import Remaining
-from asapd.store.ledger_queries import find_reused, get_delegation, remaining_under
+from asapd.store.ledger_queries import find_reused, get_delegation, remaining_under, tenant_of
 
 
-def registered_token(connection: apsw.Connection, delegation: str, tenant: str | None) -> str | None:
-    """The token registered under an id, for a caller of a tenant; None is a caller of all."""
+def parent_token(
+    connection: apsw.Connection, delegation: str, issuer: str, tenant: str | None, may_touch: Callable[..., bool]
+) -> str | None:
+    """The token registered under an id that somebody names as a parent; of any tenant where that is None.
+
+    To name an id is not to hold a token: what it names is there for the agent that it was given to, who is the issuer
+    of the token below, and for who may act for one of its parties.
+    """
     row = get_delegation(connection, delegation)
-    return None if row is None or tenant not in {None, row.tenant} else row.token
+    if row is None or tenant not in {None, row.tenant}:
+        return None
+    return row.token if row.delegate == issuer or may_touch(row.delegator, row.delegate) else None
 
 
-def standing(connection: apsw.Connection, accounts: list[tuple[str, str, bytes]]) -> tuple[Denied | None, Remaining]:
-    """Of a chain of (delegator, jti, digest): the denial of an id that belongs to another token, and what is left."""
+def standing(
+    connection: apsw.Connection, accounts: list[tuple[str, str, bytes]], tenant: str | None
+) -> tuple[Denied | None, Remaining] | None:
+    """Of a chain of (delegator, jti, digest): the denial of an id that belongs to another token, and what is left.
+
+    None when a token of it is registered for another tenant than the one given: what is known of it is not told.
+    """
+    if tenant is not None and any(
+        tenant_of(connection, delegator, jti) not in {None, tenant} for delegator, jti, _ in accounts
+    ):
+        return None
     left = remaining_under(connection, [(delegator, jti) for delegator, jti, _ in accounts])
     return find_reused(connection, accounts), left

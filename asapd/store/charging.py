@@ -26,8 +26,9 @@ def charge(
     """Debit what an event used to its reservation or delegation, and to budgets, whatever their state.
 
     Returns its flags, and what an open reservation paid for it where nobody knows its cost. Usage that happened is
-    always recorded: nothing here refuses. What belongs to another tenant is as unknown, and usage of an agent that is
-    not the delegate is flagged, never debited. The caller flushes the book.
+    always recorded: nothing here refuses. What belongs to another tenant is as unknown (a reservation belongs to the
+    tenant of its delegation and to that of who made it), and usage of an agent that is not the delegate is flagged,
+    never debited. The caller flushes the book.
     """
     charged = _Charged()
     if event.reservation is not None or event.delegation is not None:
@@ -50,7 +51,7 @@ class _Charged(msgspec.Struct, frozen=True):
 def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> _Charged:
     flags = 0
     found = None if event.reservation is None else load(tx, event.reservation)
-    if found is not None and found.tenant != tenant:
+    if found is not None and tenant not in {found.tenant, found.owner}:
         found = None
     if event.reservation is not None and (found is None or not found.is_open(now_us)):
         flags |= FLAG_CLOSED_RESERVATION

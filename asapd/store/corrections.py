@@ -171,7 +171,10 @@ def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us
 
 def _paying(tx: Tx, reservation: str | None, tenant: str) -> str | None:
     """The reservation an event was debited to, if it was one of its tenant."""
-    row = tx.row("SELECT id FROM reservation WHERE id = ? AND tenant = ?", (reservation, tenant))
+    row = tx.row(
+        "SELECT r.id FROM reservation r JOIN delegation d USING (account) WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
+        (reservation, tenant),
+    )
     return None if row is None else str(row[0])
 
 

@@ -11,12 +11,13 @@ import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked
 from asapd.core.denial import deny
+from asapd.core.errors import Refusal
 from asapd.core.ledger import Account
 from asapd.core.types import format_us
 from asapd.store import revocations
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import NewDelegation, RegisterDelegation, Registered
+from asapd.store.units import NewDelegation, RegisterDelegation, Registered, Reserve
 
 PATH = """
 WITH RECURSIVE path (account, depth) AS (
@@ -71,14 +72,19 @@ _ADDRESSABLE = re.compile(r"(?!(?:validate|authorize|revocations)\Z)[A-Za-z0-9_~
 
 def register(tx: Tx, unit: RegisterDelegation) -> Registered:
     """Register a chain; the tokens it holds that are known already stay as they are."""
-    return register_chain(tx, unit.chain, unit.actor, unit.tenant, unit.now_us)
+    return register_chain(tx, unit)
 
 
-def register_chain(tx: Tx, chain: list[NewDelegation], actor: str, tenant: str, now_us: int) -> Registered:
+def register_chain(tx: Tx, unit: RegisterDelegation | Reserve) -> Registered:
+    """Register the chain of a unit.
+
+    Raises:
+        RefuseError: a token of it may not be registered, or is another tenant's.
+    """
     parent: int | None = None
     registered: Registered | None = None
-    for link in chain:
-        registered = _register_one(tx, link, parent, actor, tenant, now_us)
+    for link in unit.chain:
+        registered = _register_one(tx, link, parent, unit)
         parent = registered.account
     assert registered is not None, "a chain has at least one token"
     return registered
@@ -96,13 +102,18 @@ def reused(jti: str, delegator: str) -> Denied:
     )
 
 
-def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, tenant: str, now_us: int) -> Registered:
-    claims = link.claims
+FOREIGN = Refusal("forbidden", "this delegation is another tenant's: use a key of that tenant, or one without a tenant")
+
+
+def _register_one(tx: Tx, link: NewDelegation, parent: int | None, unit: RegisterDelegation | Reserve) -> Registered:
+    claims, now_us = link.claims, unit.now_us
     known = tx.row(
-        "SELECT id, account, digest, revoked_us IS NOT NULL FROM delegation WHERE delegator = ? AND jti = ?",
+        "SELECT id, account, digest, revoked_us IS NOT NULL, tenant FROM delegation WHERE delegator = ? AND jti = ?",
         (claims.delegator, claims.id),
     )
     if known is not None:
+        if unit.is_bound and known[4] != unit.tenant:
+            raise RefuseError(FOREIGN)
         if known[2] != link.digest:
             raise RefuseError(reused(claims.id, claims.delegator))
         if known[3]:
@@ -117,7 +128,7 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
         "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             public_id,
-            tenant,
+            unit.tenant,
             claims.id,
             claims.delegator,
             claims.delegate,
@@ -145,5 +156,5 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, actor: str, t
         "parent": None if parent is None else path_of(tx, parent)[0].id,
         "scopes": list(claims.scopes),
     }
-    tx.audit("delegation.created", actor, public_id, details, now_us)
+    tx.audit("delegation.created", unit.actor, public_id, details, now_us)
     return Registered(public_id, account, created=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import apsw
@@ -62,6 +63,12 @@ def find_account(connection: apsw.Connection, delegator: str, jti: str) -> int |
     return None if row is None else int(row[0])
 
 
+def tenant_of(connection: apsw.Connection, delegator: str, jti: str) -> str | None:
+    """The tenant that a token is registered for, when it is."""
+    row = fetch_one(connection, "SELECT tenant FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
+    return None if row is None else str(row[0])
+
+
 def find_reused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
     """The denial of the first (delegator, jti, digest) whose id is registered for another token."""
     for delegator, jti, digest in tokens:
@@ -85,11 +92,40 @@ def remaining_under(connection: apsw.Connection, chain: list[tuple[str, str]]) -
     return Remaining(min(costs, default=None), min(tasks, default=None))
 
 
-def children_of(connection: apsw.Connection, account: int) -> list[str]:
-    """The ids of the direct children."""
-    return [
-        row[0] for row in fetch(connection, "SELECT id FROM delegation WHERE parent = ? ORDER BY account", (account,))
-    ]
+class Neighbours(msgspec.Struct, frozen=True):
+    """The ids of a delegation's parent and direct children that somebody may know of, and how many others there are."""
+
+    parent: str | None
+    children: list[str]
+    hidden: int
+
+
+def neighbours(connection: apsw.Connection, account: int, may_see: Callable[..., bool]) -> Neighbours:
+    """What stands around a delegation; `may_see` is asked with the tenant, delegator and delegate of each."""
+    above = fetch(
+        connection,
+        "SELECT id, tenant, delegator, delegate FROM delegation "
+        "WHERE account = (SELECT parent FROM delegation WHERE account = ?)",
+        (account,),
+    )
+    below = fetch(
+        connection,
+        "SELECT id, tenant, delegator, delegate FROM delegation WHERE parent = ? ORDER BY account",
+        (account,),
+    )
+    parents, children = ([row[0] for row in rows if may_see(*row[1:])] for rows in (above, below))
+    hidden = len(above) + len(below) - len(parents) - len(children)
+    return Neighbours(parents[0] if parents else None, children, hidden)
+
+
+def seen_among(connection: apsw.Connection, delegations: list[str], may_see: Callable[..., bool]) -> list[str]:
+    """Those of some delegations that somebody may know of, in their order."""
+    rows = fetch(
+        connection,
+        "SELECT d.id, tenant, delegator, delegate FROM json_each(?) JOIN delegation d ON d.id = value ORDER BY key",
+        (msgspec.json.encode(delegations).decode(),),
+    )
+    return [row[0] for row in rows if may_see(*row[1:])]
 
 
 def list_delegations(
@@ -160,7 +196,7 @@ def find_registered(connection: apsw.Connection, delegator: str, jti: str, diges
     return None if row is None else str(row[0])
 
 
-def public_delegation(row: DelegationRow, left: Remaining, children: list[str], now_us: int) -> dict[str, Any]:
+def public_delegation(row: DelegationRow, left: Remaining, near: Neighbours, now_us: int) -> dict[str, Any]:
     """A delegation as users see it."""
     if row.revoked_us is not None:
         state = "revoked"
@@ -184,8 +220,9 @@ def public_delegation(row: DelegationRow, left: Remaining, children: list[str], 
         },
         "state": state,
         "active": state == "active",
-        "parent": row.parent,
-        "children": children,
+        "parent": near.parent,
+        "children": near.children,
+        "hidden": near.hidden,
         "spent_usd": to_usd(row.spent_microusd),
         "reserved_usd": to_usd(row.reserved_microusd),
         "tasks_used": row.tasks_used,

@@ -19,7 +19,7 @@ STATES = ("open", "settled", "released", "expired")
 
 
 class ReservationRow(msgspec.Struct, frozen=True):
-    """A reservation, with the parties that may act on it."""
+    """A reservation, with the parties that may act on it; the tenant is that of its delegation, whoever made it."""
 
     id: str
     delegation: str
@@ -59,7 +59,7 @@ class ReservationFilter(msgspec.Struct, frozen=True):
 
 
 _SELECT = (
-    "SELECT r.id, d.id, d.delegator, d.delegate, r.tenant, r.task_id, r.action, r.consumer, r.project, "
+    "SELECT r.id, d.id, d.delegator, d.delegate, d.tenant, r.task_id, r.action, r.consumer, r.project, "
     "r.cost_microusd, r.tokens, r.tasks, r.held_microusd, r.used_microusd, r.refunded_microusd, r.state, r.reason, "
     "r.created_us, r.expires_us, r.closed_us FROM reservation r JOIN delegation d USING (account)"
 )
@@ -76,7 +76,7 @@ def list_reservations(
     connection: apsw.Connection, wanted: ReservationFilter, limit: int, before: str | None
 ) -> list[ReservationRow]:
     """Reservations, the newest first, from before the one named."""
-    where, values = visible_text(wanted.visible, ("d.delegator", "d.delegate"), "r.tenant")
+    where, values = visible_text(wanted.visible, ("d.delegator", "d.delegate"), "d.tenant")
     for condition, value in (
         ("r.id < ?", before),
         ("d.id = ?", wanted.delegation),

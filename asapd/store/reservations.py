@@ -47,6 +47,8 @@ class Reservation(msgspec.Struct):
     refunded_microusd: int
     expires_us: int
     held_tokens: int
+    owner: str
+    """The tenant of its delegation; `tenant` is that of whoever made it."""
 
     @property
     def hold(self) -> Hold:
@@ -62,7 +64,8 @@ def load(tx: Tx, reservation: str) -> Reservation | None:
     """A reservation by its id, in whatever state."""
     row = tx.row(
         "SELECT id, account, tenant, task_id, state, reason, cost_microusd, held_microusd, tasks_extra, "
-        "used_microusd, refunded_microusd, expires_us, held_tokens FROM reservation WHERE id = ?",
+        "used_microusd, refunded_microusd, expires_us, held_tokens, "
+        "(SELECT tenant FROM delegation d WHERE d.account = reservation.account) FROM reservation WHERE id = ?",
         (reservation,),
     )
     return None if row is None else Reservation(*row)

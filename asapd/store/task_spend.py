@@ -39,7 +39,10 @@ WITH RECURSIVE tree (account) AS (
   FROM tree JOIN delegation d USING (account) JOIN usage u ON u.delegation = d.id
   WHERE u.agent = (SELECT id FROM name WHERE name = d.delegate)
     AND u.tenant = (SELECT id FROM name WHERE name = d.tenant)
-    AND NOT EXISTS (SELECT 1 FROM reservation r WHERE r.id = u.reservation AND r.tenant = d.tenant)
+    AND NOT EXISTS (
+      SELECT 1 FROM reservation r JOIN delegation o ON o.account = r.account
+      WHERE r.id = u.reservation AND d.tenant IN (r.tenant, o.tenant)
+    )
 ), by_task (task_id, spent, reserved) AS (
   SELECT task_id, max(sum(spent), 0), sum(reserved) FROM spending GROUP BY task_id
 )

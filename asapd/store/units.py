@@ -237,13 +237,17 @@ class Registered(msgspec.Struct, frozen=True, tag=True):
     created: bool
 
 
-class RegisterDelegation(Unit[Registered | Denied], frozen=True):
-    """Register a verified chain, root first; those already known with the same bytes stay as they are."""
+class RegisterDelegation(Unit[Registered | Denied | Refusal], frozen=True):
+    """Register a verified chain, root first; those already known with the same bytes stay as they are.
+
+    With `is_bound` every account of the chain has to be of the tenant.
+    """
 
     chain: list[NewDelegation]
     actor: str
     tenant: str
     now_us: int
+    is_bound: bool = False
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
@@ -266,7 +270,8 @@ class AuthorizationDenied(msgspec.Struct, frozen=True, tag=True):
 class Reserve(Unit[Reserved | AuthorizationDenied | Denied | Refusal], frozen=True):
     """Hold an estimate on a delegation, all its ancestors and every matching budget, or on none.
 
-    Either `chain` (registered if new) or `delegation` names the account.
+    Either `chain` (registered if new) or `delegation` names the account. With `is_bound` every account of the path has
+    to be of the tenant.
     """
 
     task_id: str
@@ -281,6 +286,7 @@ class Reserve(Unit[Reserved | AuthorizationDenied | Denied | Refusal], frozen=Tr
     delegate: str | None = None
     consumer: str | None = None
     project: str | None = None
+    is_bound: bool = False
 
 
 class ReservationChanged(msgspec.Struct, frozen=True, tag=True):
@@ -349,10 +355,14 @@ class RecoverReservations(Unit[Recovered], frozen=True):
 
 
 class Revoked(msgspec.Struct, frozen=True, tag=True):
-    """Every delegation that is now revoked by this request or an earlier one: the root first."""
+    """Every delegation that is now revoked by this request or an earlier one: the root first.
+
+    `hidden` counts those that whoever asked may not know of.
+    """
 
     ids: list[str]
     newly: int
+    hidden: int = 0
 
 
 class Revoke(Unit[Revoked | Refusal], frozen=True):

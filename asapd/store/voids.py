@@ -183,7 +183,8 @@ def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[in
     if account is None:
         return amount, ()
     reservation = tx.row(
-        "SELECT used_microusd - refunded_microusd FROM reservation WHERE id = ? AND tenant = ?",
+        "SELECT used_microusd - refunded_microusd FROM reservation r JOIN delegation d USING (account) "
+        "WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
         (was["reservation"], tenant),
     )
     if reservation is not None:
@@ -216,7 +217,7 @@ def account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservat
     name = name_of(tx, tenant)
     row = tx.row(
         "SELECT account, d.delegate FROM reservation r JOIN delegation d USING (account) "
-        "WHERE r.id = ? AND r.tenant = ?",
+        "WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
         (reservation, name),
     )
     if row is not None and row[1] != agent:

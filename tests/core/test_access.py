@@ -2,7 +2,7 @@
 
 import pytest
 
-from asapd.core.access import Caller, Permission
+from asapd.core.access import Caller, Permission, Tenants
 from asapd.core.types import Role, may_match_an_agent
 
 GRANTED = {
@@ -81,3 +81,34 @@ def test_a_key_stands_for_an_agent_when_it_names_exactly_one(agents: tuple[str, 
 )
 def test_a_pattern_is_known_to_match_no_agent(pattern: str, may: bool) -> None:
     assert may_match_an_agent(pattern) is may
+
+
+def test_a_caller_of_a_tenant_keeps_off_agents_that_the_directory_gives_to_another() -> None:
+    tenants = Tenants()
+    tenants.replace({"x.own": "own", "x.other": "other"})
+    bound, free = Caller("k", Role.ADMIN, ("x.*",), "own", tenants=tenants), Caller("k", Role.ADMIN, ("x.*",))
+    names = ("x.own", "x.other", "x.nowhere", "y")
+    assert [bound.may_touch(name) for name in names] == [True, False, True, False]
+    assert [free.may_touch(name) for name in names] == [True, True, True, False]
+    assert [bound.keeps_off(name) for name in names] == [False, True, False, False]
+    assert [bound.owns(name) for name in names] == [True, False, False, False]
+    assert not free.keeps_off("x.other")
+    assert not free.owns("x.own")
+    assert bound.may_touch("x.other", None, "x.own")
+    tenants.put("x.other", None)
+    assert bound.may_touch("x.other")
+    tenants.put("x.other", "third")
+    assert not bound.may_touch("x.other")
+    assert Caller("k", Role.ADMIN, tenant="own").may_touch("x.other")
+
+
+def test_a_row_is_seen_by_its_own_tenant_whatever_became_of_its_agents() -> None:
+    tenants = Tenants()
+    tenants.put("x", "other")
+    caller = Caller("k", Role.READER, ("x",), "own", tenants=tenants)
+    assert [caller.may_see("own", "x"), caller.may_see("other", "x"), caller.may_see("own", "y")] == [
+        True,
+        False,
+        False,
+    ]
+    assert Caller("k", Role.READER).may_see("other", "x")

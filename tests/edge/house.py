@@ -34,7 +34,7 @@ from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
 from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
-from asapd.core.access import Caller
+from asapd.core.access import Caller, Tenants
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, SECOND_US, Role
@@ -239,7 +239,8 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
     database = Database(InlineRunner(Writer(connection), lambda _: committed.notify()), InlineReaders(connection))
     # As in the daemon: what was there before the start is read from the store.
     feed: Feed[Alert] = Feed(100, last=alert_bounds(connection)[1])
-    ring = KeyRing()
+    tenants = Tenants()
+    ring = KeyRing(tenants)
     entropy_numbers, ids = count(1), count(1)
     keys_dir = tmp_path / "keys"
     keys_dir.mkdir()
@@ -318,6 +319,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             random=lambda: 0.5,
             settings=ProberSettings(settings.prober, []),
             directory_changed=directory_changed,
+            tenants=tenants,
         ),
         "watcher": partial(
             run_watcher,

@@ -135,7 +135,8 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(registry, lambda to: RevokeDelegation(caller, delegation, reason, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        return reply({"id": delegation, "revoked": outcome.ids, "count": len(outcome.ids), "newly": outcome.newly})
+        count = len(outcome.ids) + outcome.hidden
+        return reply({"id": delegation, "revoked": outcome.ids, "count": count, "newly": outcome.newly})
 
     @app.post("/delegations/validate")
     async def validate() -> Response:

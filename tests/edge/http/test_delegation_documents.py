@@ -145,7 +145,9 @@ async def test_chains_of_named_parents_end_at_the_bound_of_depth(taught: Edge) -
     assert (await taught.post("/delegations/validate", {"token": tenth})).ok()["code"] == "chain_too_deep"
 
 
-async def test_another_tenants_parent_is_not_there(taught: Edge) -> None:
+async def test_another_tenants_parent_is_not_there(edge: Edge) -> None:
+    taught = edge
+    await teach(taught, tenant="own")
     await taught.new_key("own", "admin", tenant="own")
     await taught.new_key("other", "admin", tenant="other")
     await register(taught, document(), key="own")

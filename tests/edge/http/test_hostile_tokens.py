@@ -19,11 +19,12 @@ from tests.edge.house import Edge
 from tests.wire.hostile_tokens import CASES, HONEST, KEYS, LEARNED, Case
 
 
-async def teach(edge: Edge) -> None:
+async def teach(edge: Edge, tenant: str = "default") -> None:
     """Have the daemon know the keys that the table takes as known."""
     for agent in LEARNED:
         key = public_base64(bytes(KEYS[agent].verify_key))
-        assert (await edge.post("/agents", {"id": agent, "url": "http://127.0.0.1:9", "public_key": key})).ok(201)
+        sent = {"id": agent, "url": "http://127.0.0.1:9", "public_key": key, "tenant": tenant}
+        assert (await edge.post("/agents", sent)).ok(201)
     await wait_all_tasks_blocked()
 
 
