@@ -95,18 +95,25 @@ class Chains:
         is_revoked: Callable[[Claims], bool],
         action: str | None,
         delegate: str | None,
+        skew_us: int,
     ) -> Denied | None:
         """Hold a chain to the rules; `roots` are those listed, empty where none is."""
+        root = chain.claims[0]
+        is_listed = self._keys.is_root(root.delegator, roots)
+        founding = self._keys.founding_keys(root.delegator, issued_at_us=root.issued_at_us, now_us=now_us)
         denied = (check_standing if chain.narrows else check_chain)(
             chain.claims,
             now_us=now_us,
             max_depth=max_depth,
-            is_trusted_root=lambda agent: self._keys.is_root(agent, roots),
+            is_trusted_root=lambda _: is_listed and chain.keys[0] in founding,
             is_revoked=is_revoked,
             action=action,
             delegate=delegate,
+            skew_us=skew_us,
         )
         chain.narrows = chain.narrows or denied is None
+        if denied is not None and denied.reason is Reason.UNTRUSTED_ROOT and is_listed:
+            return _key_begins_nothing(root, len(chain.claims) - 1)
         return denied
 
     def _still_signed(self, chain: Chain, now_us: int) -> bool:
@@ -174,6 +181,19 @@ class Chains:
             position=position,
             granted=claims.delegator,
         )
+
+
+def _key_begins_nothing(root: Claims, position: int) -> Denied:
+    return deny(
+        Reason.UNTRUSTED_ROOT,
+        "trusted_root",
+        f"it is signed with a key of {root.delegator} that was learned from a manifest or came with the agent, "
+        "which begins no chain",
+        "pin that key in the configuration, or import it with `asapctl agents keys import`",
+        token=root.id,
+        position=position,
+        asked=root.delegator,
+    )
 
 
 def unreadable(error: TokenMalformed, max_depth: int) -> Denied:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from nacl.signing import SigningKey
 
-from asapd.core.agent_keys import AgentKey, verifying
+from asapd.core.agent_keys import FOUNDING, AgentKey, verifying
 from asapd.core.types import AGENT_URN
 from asapd.wire.keys import KeyFormatError, load_private_pem
 
@@ -24,7 +24,7 @@ class KeyDirectory:
     """Keys by agent.
 
     `held` are private keys from `keys_dir`. `pinned` come from the configuration. `known` are the public keys of the
-    store, from every source, with what was replaced. Only a held or a pinned key makes its agent a root.
+    store, from every source, with what was replaced. Only keys that are held, pinned or imported begin a chain.
     """
 
     def __init__(self) -> None:
@@ -46,6 +46,13 @@ class KeyDirectory:
 
     def public_keys(self, agent: str, *, issued_at_us: int | None, now_us: int) -> frozenset[bytes]:
         """The raw public keys that verify a token which the agent issued at a time, if it says when."""
+        return self._verifying(agent, issued_at_us, now_us).keys
+
+    def founding_keys(self, agent: str, *, issued_at_us: int | None, now_us: int) -> frozenset[bytes]:
+        """Those of the public keys that verify the first token of a chain as well."""
+        return self._verifying(agent, issued_at_us, now_us).founding
+
+    def _verifying(self, agent: str, issued_at_us: int | None, now_us: int) -> _Settled:
         held, pin, known = self.held.get(agent), self.pinned.get(agent), self._known.get(agent, ())
         settled = self._settled.get(agent)
         if (
@@ -55,7 +62,7 @@ class KeyDirectory:
             and settled.known is known
             and settled.manifest_keys == self.manifest_keys
         ):
-            return settled.keys
+            return settled
         keys = list(known)
         if held is not None:
             keys.append(AgentKey(agent, bytes(held.verify_key), "held", "active", 0))
@@ -63,12 +70,15 @@ class KeyDirectory:
             keys.append(AgentKey(agent, pin, "configuration", "active", 0))
         believe = self.manifest_keys == "tofu"
         found = verifying(keys, issued_at_us=issued_at_us, now_us=now_us, believe_manifests=believe)
+        given = (key for key in keys if key.source in FOUNDING)
+        founding = found & verifying(given, issued_at_us=issued_at_us, now_us=now_us, believe_manifests=False)
+        settled = _Settled(held, pin, known, self.manifest_keys, found, founding)
         if not any(key.is_retiring(now_us) for key in known):
-            self._settled[agent] = _Settled(held, pin, known, self.manifest_keys, found)
-        return found
+            self._settled[agent] = settled
+        return settled
 
     def is_root(self, agent: str, roots: tuple[str, ...]) -> bool:
-        """Whether a chain may begin with this agent."""
+        """Whether a chain may begin with this agent, by a key of `founding_keys`."""
         return agent in roots if roots else agent in self.held or agent in self.pinned
 
 
@@ -81,6 +91,7 @@ class _Settled:
     known: tuple[AgentKey, ...]
     manifest_keys: str
     keys: frozenset[bytes]
+    founding: frozenset[bytes]
 
 
 def load_held(keys_dir: Path) -> tuple[dict[str, SigningKey], list[str]]:

@@ -71,6 +71,9 @@ NOT_FOUND = "delegation_not_found"
 # Tokens under which usage came, and the ids of their delegations: a hundred bytes each.
 MAX_ATTRIBUTED = 10_000
 
+# The longest id that a delegation is registered under; a token is longer by its signature and claims.
+_MAX_ID_CHARS = 128
+
 
 @dataclass
 class RegistrySettings:
@@ -263,6 +266,7 @@ class _Registry:
             is_revoked=self.revoked.__contains__,
             action=action,
             delegate=delegate,
+            skew_us=self._settings.skew_us,
         )
 
     # --- messages
@@ -275,8 +279,8 @@ class _Registry:
         known = await self._database.read(chain_queries.standing, chain.accounts, message.caller.tenant)
         if known is None:
             return Validity(denied, chain.claims, None)
-        reused, left = known
-        denied = denied or (None if reused is None else _placed(reused, chain))
+        refused, left = known
+        denied = denied or (None if refused is None else _placed(refused, chain))
         return Validity(denied, chain.claims, _narrowed(left, chain.claims))
 
     async def _issue(self, message: Issue) -> Issued | Denied | Refusal:
@@ -318,7 +322,7 @@ class _Registry:
 
     async def _find_parent(self, parent: str, issuer: str, caller: Caller) -> Chain | Denied | Refusal:
         text = await self._parent(parent, issuer, caller)
-        if text is None and not ("." in parent or "{" in parent):
+        if text is None and len(parent) <= _MAX_ID_CHARS and "{" not in parent:
             error = FieldError("parent", f"there is no delegation {parent}: send its token instead")
             return Refusal("invalid", "nothing was issued", (error,))
         return await self._open(parent if text is None else text, caller)

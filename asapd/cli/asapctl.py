@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -168,3 +169,7 @@ for group in (agents, usage, prices, retention, delegation, budgets, sla, audit,
 def main() -> int:
     """The console script."""
     return run(asapctl, "asapctl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

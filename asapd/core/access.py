@@ -14,7 +14,7 @@ class Permission(StrEnum):
     """One thing a route needs."""
 
     INGEST = "ingest"
-    """Report usage and tasks, validate, authorize, settle."""
+    """Report usage and tasks, validate, authorize, settle, register a token."""
     READ = "read"
     """See rows that the key's patterns match."""
     READ_ALL = "read all"

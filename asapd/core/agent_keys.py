@@ -18,6 +18,10 @@ KeyState = Literal["active", "claimed", "retired"]
 # What stands higher rules out what stands lower: a pin would be none if anything else could add a key to it.
 _RANK: dict[Source, int] = {"held": 0, "configuration": 0, "api": 1, "import": 1, "manifest": 2}
 
+FOUNDING: frozenset[Source] = frozenset({"held", "configuration", "import"})
+"""Sources whose keys may begin a chain: who runs the host put them there as keys. What an agent says of itself, or
+whoever keeps the directory says of it, verifies its links alone."""
+
 
 class AgentKey(Struct, frozen=True):
     """One public key (32 raw bytes) of an agent from one source.

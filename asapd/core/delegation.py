@@ -138,13 +138,15 @@ def check_chain(
     action: str | None,
     delegate: str | None,
     leeway_us: int = 0,
+    skew_us: int | None = None,
 ) -> Denied | None:
     """The first rule a chain (root first) breaks, or None if it holds.
 
     The order is fixed: depth (a chain has at most `max_depth` tokens), cycle (one account twice),
     trusted root, then link by link from the root who may delegate, whether away from the root, and whether only less
     is given, then over the whole chain revocation, expiry, start, and last the delegate and the action of
-    the leaf. `delegate` or `action` None leaves that rule out.
+    the leaf, and that none was issued later than `skew_us` from now or after its own end. `delegate`, `action` or
+    `skew_us` None leaves that rule out.
 
     A link that says nothing about tasks, cost or start inherits; one that says more than it
     inherits is refused, even where the tighter ancestor would hold it back anyway. A chain that leads back to the agent
@@ -165,6 +167,7 @@ def check_chain(
         or _check_moment(
             chain, now_us=now_us, is_revoked=is_revoked, action=action, delegate=delegate, leeway_us=leeway_us
         )
+        or _check_issue(chain, now_us, skew_us)
     )
 
 
@@ -178,12 +181,17 @@ def check_standing(
     action: str | None,
     delegate: str | None,
     leeway_us: int = 0,
+    skew_us: int | None = None,
 ) -> Denied | None:
     """`check_chain` of a chain that passed it before: what follows from the claims alone is not asked again."""
     if len(chain) > max_depth:
         return too_deep(chain[-1].id, len(chain), max_depth)
-    return _check_root(chain, is_trusted_root) or _check_moment(
-        chain, now_us=now_us, is_revoked=is_revoked, action=action, delegate=delegate, leeway_us=leeway_us
+    return (
+        _check_root(chain, is_trusted_root)
+        or _check_moment(
+            chain, now_us=now_us, is_revoked=is_revoked, action=action, delegate=delegate, leeway_us=leeway_us
+        )
+        or _check_issue(chain, now_us, skew_us)
     )
 
 
@@ -393,6 +401,26 @@ def _why_not_now(chain: Sequence[Claims], now_us: int, is_revoked: Callable[[Cla
         if claims.not_before_us is not None and now_us + leeway_us < claims.not_before_us
     )
     return not_yet_valid(chain[index].id, start_us, now_us, position=last - index)
+
+
+def _check_issue(chain: Sequence[Claims], now_us: int, skew_us: int | None) -> Denied | None:
+    if skew_us is None:
+        return None
+    for index, claims in enumerate(chain):
+        issued_us = claims.issued_at_us
+        if issued_us is not None and (issued_us > now_us + skew_us or issued_us > claims.expires_at_us):
+            issued, now = format_us(issued_us), format_us(now_us)
+            return deny(
+                Reason.NOT_YET_VALID,
+                "issued_at",
+                f"says it was issued at {issued}, now is {now}",
+                f"have {claims.delegator} set its clock and issue it again",
+                token=claims.id,
+                position=len(chain) - 1 - index,
+                granted=now,
+                asked=issued,
+            )
+    return None
 
 
 def _check_leaf(leaf: Claims, action: str | None, delegate: str | None) -> Denied | None:

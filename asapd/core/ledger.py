@@ -118,6 +118,11 @@ def reserve(
     return _check_cost(path, estimate.cost_microusd)
 
 
+def lapses_us(path: Sequence[Account], *, now_us: int, ttl_us: int) -> int:
+    """When a reservation on the path lapses: with the first of its accounts to expire at the latest."""
+    return min(now_us + ttl_us, *(account.expires_at_us for account in path))
+
+
 def remaining(path: Sequence[Account]) -> Remaining:
     """What the whole path can still give: the least over its accounts."""
     costs = [left for account in path if (left := _cost_left(account)) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Final
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -15,8 +16,8 @@ from asapd.core.ledger import Estimate, Remaining
 from asapd.core.types import MAX_INT, SECOND_US, format_us
 from asapd.edge import idempotency
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.carried import token_in
-from asapd.edge.http.parameters import RefusedError, Usd, decode_body, usd_field
+from asapd.edge.http.carried import decode_carrying, token_in
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, usd_field
 from asapd.edge.services import Services
 from asapd.wire.problem import explained, problem, usd
 
@@ -62,6 +63,8 @@ async def authorize(
         detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
         return Refusal("forbidden", detail)
     try:
+        if query:
+            Parameters(parse_qsl(query.decode("latin1"), keep_blank_values=True)).done()
         sent, token = _read(body)
         cost = None if sent.estimate.cost_usd is None else usd_field(sent.estimate.cost_usd, "estimate.cost_usd")
     except RefusedError as error:
@@ -106,7 +109,7 @@ async def authorize(
 
 
 def _read(body: bytes) -> tuple[_Authorize, str | None]:
-    sent = decode_body(body, _Authorize)
+    sent = decode_carrying(body, _Authorize)
     token = token_in(sent.token, "token")
     if (token is None) == (sent.delegation is None):
         error = FieldError("token", "give either token or delegation")

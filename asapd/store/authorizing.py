@@ -7,7 +7,7 @@ from typing import NamedTuple, assert_never, cast
 from asapd.core.budgets import MissingUnits, OverBudget, Work, refuse
 from asapd.core.delegation import Denied, Reason
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.ledger import Account, MissingEstimate, held, open_hold, remaining, reserve
+from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_hold, remaining, reserve
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
@@ -119,7 +119,7 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
     _check_budgets(path, pages, unit)
     hold = open_hold(unit.estimate)
     reservation = tx.new_id("rsv", unit.now_us)
-    expires_us = unit.now_us + unit.ttl_us
+    expires_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
     tx.execute(
         "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
         "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by) "

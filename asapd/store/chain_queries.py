@@ -8,7 +8,7 @@ import apsw
 
 from asapd.core.denial import Denied
 from asapd.core.ledger import Remaining
-from asapd.store.ledger_queries import find_reused, get_delegation, remaining_under, tenant_of
+from asapd.store.ledger_queries import find_refused, get_delegation, remaining_under, tenant_of
 
 
 def parent_token(
@@ -28,7 +28,7 @@ def parent_token(
 def standing(
     connection: apsw.Connection, accounts: list[tuple[str, str, bytes]], tenant: str | None
 ) -> tuple[Denied | None, Remaining] | None:
-    """Of a chain of (delegator, jti, digest): the denial of an id that belongs to another token, and what is left.
+    """Of a chain of (delegator, jti, digest): what the store denies of it, and what is left.
 
     None when a token of it is registered for another tenant than the one given: what is known of it is not told.
     """
@@ -37,4 +37,4 @@ def standing(
     ):
         return None
     left = remaining_under(connection, [(delegator, jti) for delegator, jti, _ in accounts])
-    return find_reused(connection, accounts), left
+    return find_refused(connection, accounts), left

@@ -8,7 +8,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.delegation import Denied
+from asapd.core.delegation import Denied, revoked
 from asapd.core.ledger import Account, Remaining, remaining
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
@@ -69,12 +69,18 @@ def tenant_of(connection: apsw.Connection, delegator: str, jti: str) -> str | No
     return None if row is None else str(row[0])
 
 
-def find_reused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
-    """The denial of the first (delegator, jti, digest) whose id is registered for another token."""
+def find_refused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
+    """The denial of the first (delegator, jti, digest) whose id is registered for another token, or that is revoked."""
     for delegator, jti, digest in tokens:
-        row = fetch_one(connection, "SELECT digest FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
+        row = fetch_one(
+            connection,
+            "SELECT digest, revoked_us IS NOT NULL FROM delegation WHERE delegator = ? AND jti = ?",
+            (delegator, jti),
+        )
         if row is not None and row[0] != digest:
             return reused(jti, delegator)
+        if row is not None and row[1]:
+            return revoked(jti, delegator)
     return None
 
 

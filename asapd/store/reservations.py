@@ -12,7 +12,7 @@ import msgspec
 from asapd.core import ledger as rules
 from asapd.core.budgets import narrowed
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.ledger import Account, Hold, Remaining, Settlement
+from asapd.core.ledger import Account, Hold, Remaining, Settlement, lapses_us
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
@@ -147,13 +147,14 @@ def release(tx: Tx, unit: ReleaseReservation) -> ReservationChanged:
 def extend(tx: Tx, unit: ExtendReservation) -> ReservationChanged:
     """Prolong an open reservation, as long as every account of its path still stands."""
     found = _load_open(tx, unit.id, unit.now_us)
-    for on_path in path_of(tx, found.account):
+    path = path_of(tx, found.account)
+    for on_path in path:
         if on_path.revoked or on_path.expires_at_us <= unit.now_us:
             state = "revoked" if on_path.revoked else "expired"
             raise RefuseError(
                 Refusal("reservation_closed", f"delegation {on_path.id} is {state}: settle what was used")
             )
-    until_us = unit.now_us + unit.ttl_us
+    until_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
     if until_us > found.expires_us:
         found.expires_us = until_us
         tx.execute("UPDATE reservation SET expires_us = ? WHERE id = ?", (until_us, unit.id))

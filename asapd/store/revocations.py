@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import apsw
 import msgspec
@@ -47,6 +48,14 @@ class _Branch(msgspec.Struct, frozen=True):
     revoked_us: int | None
 
 
+class _Registered(NamedTuple):
+    """A token of a list that is registered here: account, public id, and when it expires by its own word."""
+
+    account: int
+    id: str
+    expires_us: int
+
+
 class _Act(msgspec.Struct, frozen=True):
     """What is the same for all that one request revokes; `source` is who signed the list that said so."""
 
@@ -78,11 +87,19 @@ def revoke(tx: Tx, unit: Revoke) -> Revoked:
 
 
 def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
-    """Merge a list: of each token the earliest revocation and the latest expiry count, so order and repeats do not."""
+    """Merge a list: of each token the earliest revocation and the latest expiry count, so order and repeats do not.
+
+    Of a registered token the expiry is known: a list that says an earlier one must not have it forgotten before.
+    """
     known = _known(tx, unit.entries)
+    registered = _accounts(tx, unit.entries)
     fresh: list[Revocation] = []
     merged: list[Revocation] = []
-    for entry in unit.entries:
+    for said in unit.entries:
+        ours = registered.get((said.issuer, said.jti))
+        entry = (
+            said if ours is None else msgspec.structs.replace(said, expires_us=max(said.expires_us, ours.expires_us))
+        )
         before = known.get((entry.issuer, entry.jti))
         after = entry if before is None else _merge(before, entry)
         if after == before:
@@ -92,7 +109,7 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
         if before is None:
             fresh.append(entry)
     act = _Act(unit.actor, f"revoked by {unit.signer}", unit.now_us, unit.signer)
-    roots = _accounts(tx, fresh)
+    roots = {name: registered[name] for one in fresh if (name := (one.issuer, one.jti)) in registered}
     ids: list[str] = []
     for cause, branches in _by_root(tx, roots):
         ids += [branch.id for branch in branches]
@@ -123,10 +140,10 @@ def _subtree(tx: Tx, account: int) -> list[_Branch]:
     return [_Branch(*row) for row in fetch(tx.connection, _TREE, (account,))]
 
 
-def _by_root(tx: Tx, roots: dict[tuple[str, str], tuple[int, str]]) -> Iterable[tuple[str, list[_Branch]]]:
+def _by_root(tx: Tx, roots: dict[tuple[str, str], _Registered]) -> Iterable[tuple[str, list[_Branch]]]:
     """What is newly revoked below each root, each branch under the first root that reaches it."""
     taken: set[int] = set()
-    for account, cause in roots.values():
+    for account, cause, _ in roots.values():
         if account in taken:
             continue
         subtree = _subtree(tx, account)
@@ -196,15 +213,15 @@ def _known(tx: Tx, entries: Sequence[Revocation]) -> dict[tuple[str, str], Revoc
     return {(row[0], row[1]): Revocation(*row) for row in rows}
 
 
-def _accounts(tx: Tx, entries: Sequence[Revocation]) -> dict[tuple[str, str], tuple[int, str]]:
-    """Which of the tokens are registered: account and public id."""
+def _accounts(tx: Tx, entries: Sequence[Revocation]) -> dict[tuple[str, str], _Registered]:
+    """Which of the tokens are registered."""
     rows = fetch(
         tx.connection,
-        "SELECT d.delegator, d.jti, d.account, d.id FROM json_each(?) "
+        "SELECT d.delegator, d.jti, d.account, d.id, d.expires_us FROM json_each(?) "
         "JOIN delegation d ON d.delegator = value->>0 AND d.jti = value->>1 ORDER BY d.account",
         (_json(entries),),
     )
-    return {(row[0], row[1]): (row[2], row[3]) for row in rows}
+    return {(row[0], row[1]): _Registered(*row[2:]) for row in rows}
 
 
 def _json(entries: Sequence[Revocation]) -> str:

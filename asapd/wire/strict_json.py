@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Container
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any
@@ -55,6 +56,28 @@ def parse_strict_json(raw: bytes, *, max_nesting: int = MAX_NESTING) -> Any:
     return _parse(raw, max_nesting)
 
 
+def repeated_key(raw: bytes, opaque: Container[str]) -> str | None:
+    """A key that an object of this JSON holds twice, as messages show it; None is none.
+
+    Values of `opaque` keys at the top are passed over.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or nests too deep to be read.
+    """
+    # Bytes that are no UTF-8 are for whoever reads the values.
+    text = raw.decode("utf-8", "replace")
+    pending: list[Any] = [(json.loads(text, object_pairs_hook=_Pairs, parse_int=str, parse_float=str), opaque)]
+    while pending:
+        value, passed_over = pending.pop()
+        if isinstance(value, _Pairs):
+            if (twice := _twice(value)) is not None:
+                return shown(twice)
+            pending += [(member, ()) for key, member in value if key not in passed_over]
+        elif isinstance(value, list):
+            pending += [(item, ()) for item in value]
+    return None
+
+
 def shown(value: Any) -> str:
     """A value of such JSON for a message: ASCII, at most 80 characters."""
     text = str(value) if isinstance(value, Decimal) else json.dumps(value, default=str)
@@ -94,9 +117,17 @@ def _check_nesting(text: str, max_nesting: int) -> None:
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise TokenMalformed(f"has the key {shown(twice)} twice")
+        raise TokenMalformed(f"has the key {shown(_twice(pairs))} twice")
     return values
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object as it was written."""
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str | None:
+    counted = Counter(key for key, _ in pairs).most_common(1)
+    return counted[0][0] if counted and counted[0][1] > 1 else None
 
 
 def _read_int(text: str) -> int:

@@ -63,6 +63,7 @@ class Judge:
             is_revoked=lambda claims: claims.id in self.revoked,
             action=action,
             delegate=delegate,
+            skew_us=300_000_000,
         )
 
     def code(self, text: str) -> str | None:

@@ -111,3 +111,21 @@ def test_a_learned_key_never_makes_a_root() -> None:
     keys.held, keys.pinned = {"held": ONE}, {"pinned": raw(TWO)}
     assert [keys.is_root(name, ()) for name in ("learned", "held", "pinned")] == [False, True, True]
     assert [keys.is_root(name, ("learned",)) for name in ("learned", "held", "pinned")] == [True, False, False]
+
+
+def test_what_an_agent_says_of_itself_verifies_links_and_begins_no_chain() -> None:
+    keys = KeyDirectory()
+    keys.learn(
+        [
+            AgentKey(A, raw(ONE), "api", "active", 1),
+            AgentKey(A, raw(TWO), "import", "active", 1),
+            AgentKey(B, raw(THREE), "manifest", "active", 1),
+        ]
+    )
+    assert keys_of(keys, A) == {raw(ONE), raw(TWO)}
+    assert keys.founding_keys(A, issued_at_us=19, now_us=29) == {raw(TWO)}
+    assert keys_of(keys, B) == {raw(THREE)}
+    assert keys.founding_keys(B, issued_at_us=19, now_us=29) == frozenset()
+    # A pin rules out what was imported, here as well.
+    keys.pinned = {A: raw(THREE)}
+    assert keys_of(keys, A) == keys.founding_keys(A, issued_at_us=19, now_us=29) == {raw(THREE)}

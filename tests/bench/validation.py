@@ -62,6 +62,7 @@ def measure(rounds: int) -> Times:
             is_revoked=lambda claims: (claims.delegator, claims.id) in revoked,
             action="task.execute",
             delegate=AGENTS[3],
+            skew_us=300_000_000,
         )
         assert denied is None
 

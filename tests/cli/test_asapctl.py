@@ -345,6 +345,12 @@ def test_a_quiet_agent_does_not_fail(daemon: Daemon, ctl: Program) -> None:
     assert ctl("sla", "breaches", agent, "--fail").code == Exit.DONE
 
 
+def test_the_module_is_the_program() -> None:
+    command = [sys.executable, "-m", "asapd.cli.asapctl"]
+    assert b"Usage" in subprocess.run([*command, "--help"], capture_output=True, check=True).stdout
+    assert subprocess.run([*command, "no-such-thing"], capture_output=True, check=False).returncode == Exit.USAGE
+
+
 def asapctl_process(*arguments: str) -> subprocess.Popen[bytes]:
     script = "import sys; from asapd.cli.asapctl import main; sys.exit(main())"
     return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE)

@@ -444,3 +444,15 @@ def test_rights_at_the_leaf_are_a_subset_of_those_of_every_ancestor(chain: list[
         if above.not_before_us is not None:
             assert leaf.not_before_us is not None
             assert leaf.not_before_us >= above.not_before_us
+
+
+def test_a_token_from_the_future_is_not_valid_yet() -> None:
+    ahead = replace(CHAIN[-1], issued_at_us=NOW_US + 6)
+    chain = (*CHAIN[:-1], ahead)
+    assert check(chain) is None
+    assert check(chain, skew_us=6) is None
+    denied = refusal(chain, skew_us=5)
+    assert (denied.reason, denied.token_id) == (Reason.NOT_YET_VALID, ahead.id)
+    assert check((*CHAIN[:-1], replace(ahead, issued_at_us=None)), skew_us=0) is None
+    late = replace(ahead, issued_at_us=ahead.expires_at_us + 1)
+    assert refusal((*CHAIN[:-1], late), skew_us=10**15).reason is Reason.NOT_YET_VALID

@@ -72,7 +72,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/delegations/none", None, READ, 404),
     ("GET", "/delegations/revocations", None, READ, 200),
     ("POST", "/delegations/revocations", {}, frozenset({"operator", "admin"}), 400),
-    ("POST", "/asap/delegations", {}, frozenset({"ingest", "operator", "admin"}), 422),
+    ("POST", "/asap/delegations", {}, frozenset({"operator", "admin"}), 422),
     ("GET", "/asap/delegations", None, READ, 200),
     ("GET", "/asap/delegations/none", None, READ, 404),
     ("DELETE", "/asap/delegations/none", None, frozenset({"operator", "admin"}), 404),

@@ -237,6 +237,17 @@ def test_a_reservation_cannot_be_extended_past_its_delegation(ledger: Ledger) ->
     assert "expired" in ledger.extend(reservation, 10).detail
 
 
+def test_a_reservation_lapses_with_the_first_delegation_of_its_path(ledger: Ledger) -> None:
+    root, child = link("short", expires_at_us=NOW_US + 20), link("long", B, C, expires_at_us=NOW_US + 50)
+    for chain in ((root,), (root, child)):
+        made = ledger.reserve(*chain, cost=None, ttl_us=HOUR_US)
+        assert made.expires_at_us == NOW_US + 20
+        assert ledger.extend(made.reservation, HOUR_US).expires_at_us == NOW_US + 20
+    brief = ledger.reserve(root, cost=None, ttl_us=5)
+    assert brief.expires_at_us == NOW_US + 5
+    assert ledger.extend(brief.reservation, 10).expires_at_us == NOW_US + 10
+
+
 def test_a_reservation_made_before_a_revocation_may_be_used_and_settled(ledger: Ledger) -> None:
     reservation = ledger.reserved(ROOT, CHILD)
     ledger.revoke("root")

@@ -121,6 +121,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def expired(self, node: Node) -> bool:
         return self.ledger.now_us >= node.claims.expires_at_us
 
+    def lapses_us(self, node: Node, ttl_us: int) -> int:
+        return min(self.ledger.now_us + ttl_us, *(above.claims.expires_at_us for above in node.path))
+
     def is_open(self, hold: Held) -> bool:
         return hold.open and self.ledger.now_us < hold.expires_us
 
@@ -211,7 +214,7 @@ class LedgerMachine(RuleBasedStateMachine):
         elif verdict is not None:
             assert code(result) == verdict
         else:
-            expires_us = self.ledger.now_us + ttl
+            expires_us = self.lapses_us(node, ttl)
             self.holds.append(Held(result.reservation, node, task, cost or 0, tasks - 1, expires_us))
 
     @precondition(lambda self: self.holds)
@@ -244,7 +247,7 @@ class LedgerMachine(RuleBasedStateMachine):
         hold = self.holds[at % len(self.holds)]
         result = self.ledger.extend(hold.id, ttl)
         if self.is_open(hold) and not any(node.revoked or self.expired(node) for node in hold.node.path):
-            hold.expires_us = max(hold.expires_us, self.ledger.now_us + ttl)
+            hold.expires_us = max(hold.expires_us, self.lapses_us(hold.node, ttl))
             assert result.expires_at_us == hold.expires_us
         else:
             assert code(result) == "reservation_closed"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asapd.core.delegation import Denied, Reason
-from asapd.store import delegation_news, migrations, revocations
+from asapd.store import chain_queries, delegation_news, migrations, revocations
 from asapd.store.rows import fetch
 from asapd.store.units import (
     AuthorizationDenied,
@@ -26,7 +26,7 @@ from asapd.store.units import (
     Sweep,
 )
 from asapd.store.writer import open_for_writing
-from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger, link
+from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger, link, reason
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 LATER_US = NOW_US + HOUR_US
@@ -106,6 +106,35 @@ def test_what_was_revoked_here_is_known_to_a_list(ledger: Ledger) -> None:
     outcome = take(ledger, of(A, "root"), of(B, "child"))
     assert (outcome.added, outcome.known, outcome.revoked) == (0, 2, [])
     assert revocations.newest_number(ledger.connection) == number
+
+
+def test_a_list_that_says_too_early_an_end_has_no_registered_token_forgotten(ledger: Ledger) -> None:
+    ledger.register(ROOT, CHILD)
+    for end_us in (NOW_US + 2, NOW_US + 1):
+        take(ledger, of(A, "root", expires_us=end_us))
+    ledger.submit(Sweep(NOW_US, 0, 0, revocations_before_us=NOW_US + 60_000_000))
+    assert listed(ledger) == {(A, "root"), (B, "child")}
+    assert {one.expires_us for one in revocations.standing(ledger.connection, 0).entries} == {
+        ROOT.claims.expires_at_us,
+        CHILD.claims.expires_at_us,
+    }
+    assert reason(ledger.reserve(ROOT)) is Reason.REVOKED
+
+
+def test_what_is_marked_revoked_is_refused_also_where_its_revocation_was_forgotten(ledger: Ledger) -> None:
+    ledger.register(ROOT, CHILD)
+    ledger.revoke("root")
+    ledger.connection.execute("DELETE FROM revocation")
+    fresh = link("fresh", C, D)
+    accounts = [(one.claims.delegator, one.claims.id, one.digest) for one in (ROOT, CHILD, fresh)]
+    known = chain_queries.standing(ledger.connection, accounts, None)
+    assert known is not None
+    denied, _ = known
+    assert denied is not None
+    assert (denied.reason, denied.token_id) == (Reason.REVOKED, "root")
+    rest = chain_queries.standing(ledger.connection, accounts[2:], None)
+    assert rest is not None
+    assert rest[0] is None
 
 
 @given(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapd.wire import strict_json
-from asapd.wire.strict_json import TokenMalformed, parse_strict_json
+from asapd.wire.strict_json import TokenMalformed, parse_strict_json, repeated_key
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -85,3 +85,20 @@ def test_the_bound_of_nesting_is_the_callers() -> None:
     raw = b"[" * 40 + b"]" * 40
     assert "nests deeper" in quick_way(raw)
     assert same(quick_way(raw, 40), json.loads(raw))
+
+
+@pytest.mark.parametrize(
+    ("raw", "opaque", "twice"),
+    [
+        (b'{"a":1,"b":[{"a":1e999,"c":-0}]}', (), None),
+        (b'{"a":1,"a":1}', (), '"a"'),
+        (b'{"a":1,"\\u0061":1}', ("a",), '"a"'),
+        (b'{"a":{"b":1,"b":2}}', (), '"b"'),
+        (b'{"a":{"b":1,"b":2}}', ("a",), None),
+        (b'{"c":[{"a":{"b":1,"b":2}}]}', ("a",), '"b"'),
+        (b'{"a":"\xff","b":1}', (), None),
+        (b"{}", (), None),
+    ],
+)
+def test_a_key_that_stands_twice_is_found(raw: bytes, opaque: tuple[str, ...], twice: str | None) -> None:
+    assert repeated_key(raw, opaque) == twice

@@ -78,6 +78,9 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(Refusal("forbidden", f"this key may not act for {agent}"))
         if caller.tenant is not None and await known(caller, agent) is None:
             return refuse(_unknown(agent))
+        if agent in services.settings().delegation.roots and not (caller.may_sign or caller.may(Permission.ADMINISTER)):
+            detail = f"{agent} begins chains, so its keys are imported by an admin, or by a key with the right to sign"
+            return refuse(Refusal("forbidden", detail))
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(prober, lambda to: ImportKeyRequest(agent, public_key, caller.actor, key, to))
         if isinstance(outcome, Refusal):

@@ -20,7 +20,7 @@ from asapd.core.errors import Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import MAX_INT, SECOND_US
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, require, require_any, sent_json
+from asapd.edge.http.context import idempotency, require, sent_json
 from asapd.edge.http.parameters import Parameters
 from asapd.edge.services import Services
 from asapd.wire.problem import encode_json, status_of
@@ -62,7 +62,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.post("/asap/delegations")
     async def post_asap_delegation() -> Response:
-        caller = require_any(Permission.INGEST, Permission.OPERATE)
+        caller = require(Permission.OPERATE)
         body = await sent_json()
         wanted = _read(body)
         if isinstance(wanted, list):

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, TypeVar, get_args
+
 import msgspec
 
 from asapd.core.errors import FieldError, Refusal
-from asapd.edge.http.parameters import RefusedError
+from asapd.edge.http.parameters import RefusedError, decode_body
+from asapd.wire.strict_json import repeated_key
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def decode_carrying(body: bytes, shape: type[S]) -> S:
+    """`decode_body` of a body with a token in it: a key twice is refused, as two readers would see two tokens.
+
+    What is in a token itself is left to whoever reads that.
+    """
+    sent = decode_body(body, shape)
+    names, opaque = _names(shape)
+    # A key can stand twice only if its name does, or one is spelled with an escape: few bodies are looked at again.
+    if b"\\" in body or any(body.count(name) > 1 for name in names):
+        try:
+            twice = repeated_key(body, opaque)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(Refusal("malformed", f"the body cannot be read: {error}")) from None
+        if twice is not None:
+            raise RefusedError(Refusal("malformed", f"the body cannot be read: it has the key {twice} twice"))
+    return sent
+
+
+@lru_cache
+def _names(shape: type[msgspec.Struct]) -> tuple[tuple[bytes, ...], frozenset[str]]:
+    """The quoted keys of a struct and those within it, and the keys whose values are tokens."""
+    fields = msgspec.structs.fields(shape)
+    names = [f'"{field.encode_name}"'.encode() for field in fields]
+    for field in fields:
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                names += _names(kind)[0]
+    raw: Any = msgspec.Raw
+    return tuple(dict.fromkeys(names)), frozenset(field.encode_name for field in fields if field.type is raw)
 
 
 def token_in(field: msgspec.Raw, name: str, *, wrap: bool = False, required: bool = False) -> str | None:

@@ -19,12 +19,12 @@ from asapd.core.access import Caller, Permission
 from asapd.core.delegation import Claims
 from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import MAX_INT, format_us
+from asapd.core.types import AGENT_URN, MAX_INT, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
-from asapd.edge.http.carried import token_in
+from asapd.edge.http.carried import decode_carrying, token_in
 from asapd.edge.http.context import idempotency, require, require_any, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, encode_cursor, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, encode_cursor, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import denied_as_refusal, explained, usd
@@ -63,14 +63,19 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/delegations")
     async def post_delegation() -> Response:
         caller = require_any(Permission.INGEST, Permission.OPERATE)
+        Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _NewDelegation)
+        sent = decode_carrying(body, _NewDelegation)
         key = idempotency(caller, body, services.clock.now_us())
-        given = token_in(sent.token, "token") or token_in(sent.delegation, "delegation", wrap=True)
+        # A token that is there and empty is somebody's mistake, and no wish to have one issued.
+        given = token_in(sent.token, "token", required=bool(bytes(sent.token)))
+        if given is None:
+            given = token_in(sent.delegation, "delegation", wrap=True, required=bool(bytes(sent.delegation)))
         if given is not None:
             _refuse_terms_beside_a_token(sent)
             outcome = await ask_actor(registry, lambda to: Register(caller, given, key, to))
         else:
+            require(Permission.OPERATE)
             wanted = _issue_terms(sent)
             outcome = await ask_actor(registry, lambda to: Issue(caller, *wanted, idempotency=key, reply=to))
         match outcome:
@@ -141,7 +146,8 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/delegations/validate")
     async def validate() -> Response:
         caller = require_any(Permission.INGEST, Permission.READ)
-        sent = decode_body(await sent_json(), _Validate)
+        Parameters().done()
+        sent = decode_carrying(await sent_json(), _Validate)
         token = token_in(sent.token, "token", required=True) or ""
         outcome = await ask_actor(registry, lambda to: Validate(caller, token, sent.action, sent.delegate, to))
         if isinstance(outcome, Refusal):
@@ -198,6 +204,11 @@ def _issue_terms(sent: _NewDelegation) -> tuple[str, str, tuple[str, ...], int |
         FieldError(name, "is missing")
         for name, value in (("delegator", sent.delegator), ("delegate", sent.delegate), ("scopes", sent.scopes))
         if not value
+    ]
+    errors += [
+        FieldError(name, "must be a URN of the form urn:asap:agent:<name>")
+        for name, value in (("delegator", sent.delegator), ("delegate", sent.delegate))
+        if value and AGENT_URN.match(value) is None
     ]
     expires_at_us = 0
     if constraints.expires_at is None:

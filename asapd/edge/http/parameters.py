@@ -136,7 +136,9 @@ class Parameters:
         """Refuse parameters that were not asked for: a typo must not silently widen a query."""
         for name in self._args:
             if name not in self._known:
-                raise bad_parameter(name, f"is not a parameter here; there are {', '.join(sorted(self._known))}")
+                raise bad_parameter(
+                    name, f"is not a parameter here; there are {', '.join(sorted(self._known)) or 'none'}"
+                )
 
 
 def _others(name: str, given: Mapping[str, str]) -> str:

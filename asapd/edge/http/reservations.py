@@ -62,6 +62,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/reservations/<reservation>")
     async def get_reservation(reservation: str) -> Response:
         caller = require_any(Permission.INGEST, Permission.READ)
+        Parameters().done()
         shown = await services.reads.reservation(caller, reservation)
         if shown is None:
             return refuse(Refusal("reservation_not_found", f"there is no reservation {reservation}: check the id"))
@@ -70,6 +71,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/reservations/<reservation>/<any(settle, extend, refund):verb>")
     async def change_reservation(reservation: str, verb: Any) -> Response:
         caller = require(Permission.OPERATE if verb == "refund" else Permission.INGEST)
+        Parameters().done()
         body = await sent_json()
         sent = decode_body(body, _Change) if body.strip() else _Change()
         cost = None if sent.cost_usd is None else usd_field(sent.cost_usd, "cost_usd", round_up=verb == "settle")
@@ -85,6 +87,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/reservations/<reservation>")
     async def delete_reservation(reservation: str) -> Response:
         caller = require(Permission.INGEST)
+        Parameters().done()
         return await change(lambda to: ChangeReservation(caller, "release", reservation, None, None, "", None, to))
 
     async def change(build: Any) -> Response:

@@ -56,6 +56,16 @@ async def test_what_is_no_key_or_no_agent_is_refused(edge: Edge) -> None:
         assert refused["code"] == "bad_parameter"
 
 
+async def test_the_key_of_a_listed_root_is_imported_by_whoever_may_sign(edge: Edge) -> None:
+    delegation = edge.settings.delegation.model_copy(update={"roots": (B,)})
+    edge.with_settings(delegation=delegation)
+    await edge.new_key("op", "operator")
+    await edge.new_key("signer", "operator", sign=True)
+    body = {"public_key": TEXTS[0]}
+    assert (await edge.post(f"/agents/{B}/keys", body, key="op")).refused(403)["code"] == "forbidden"
+    (await edge.post(f"/agents/{B}/keys", body, key="signer")).ok(201)
+
+
 async def test_a_held_key_is_shown_and_stays(edge: Edge) -> None:
     (held,) = (await edge.get(f"/agents/{A}/keys")).ok()["data"]
     kid = jwk_thumbprint(bytes(HELD.verify_key))

@@ -273,3 +273,40 @@ async def test_a_delegation_shows_what_each_task_spent_under_it(taught: Edge) ->
     assert (rest["spend_by_task_cursor"], rest["spend_unattributed_usd"]) == (None, Decimal("0.0"))
     assert (await taught.get("/delegations/a-b?cursor=nonsense")).refused(400)
     assert (await taught.get("/delegations/a-b?colour=red")).refused(400)
+
+
+def body(*members: tuple[str, Any]) -> bytes:
+    return ("{" + ",".join(f"{name}:{json.dumps(value)}" for name, value in members) + "}").encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        ("/delegations", [('"delegation"', document()["delegation"]), ('"delegation"', document()["delegation"])]),
+        ("/delegations", [('"token"', "x"), ('"token"', jws())]),
+        ("/delegations", [('"token"', jws()), ('"\\u0074oken"', jws())]),
+        ("/delegations", [('"delegate"', B), ('"delegate"', C)]),
+        ("/delegations/validate", [('"token"', "x"), ('"token"', jws())]),
+        ("/delegations/validate", [('"token"', jws()), ('"delegate"', C), ('"delegate"', B)]),
+        ("/delegations/authorize", [('"task_id"', "t"), ('"token"', "x"), ('"token"', jws())]),
+    ],
+)
+async def test_a_body_that_says_a_thing_twice_is_malformed(taught: Edge, path: str, members: list[Any]) -> None:
+    problem = (await taught.post(path, body(*members))).refused(400)
+    assert problem["code"] == "malformed"
+    assert "twice" in problem["detail"]
+    assert (await taught.get("/delegations")).ok()["count"] == 0
+
+
+async def test_an_estimate_that_stands_twice_is_malformed_and_words_that_repeat_are_not(taught: Edge) -> None:
+    sent = b'{"task_id":"action","action":"task.execute","token":%s,"estimate":{"cost_usd":0.1,"cost_usd":0.2}}'
+    text = json.dumps(document()).encode()
+    assert (await taught.post("/delegations/authorize", sent % text)).refused(400)["code"] == "malformed"
+    once = sent.replace(b',"cost_usd":0.2', b"")
+    assert (await taught.post("/delegations/authorize", once % text)).ok()["decision"] == "allow"
+
+
+async def test_a_key_twice_in_a_token_is_for_the_verdict(taught: Edge) -> None:
+    text = json.dumps(document()).replace('"id"', '"id":"other","id"', 1)
+    verdict = (await taught.post("/delegations/validate", f'{{"token":{text}}}'.encode())).ok()
+    assert (verdict["valid"], verdict["code"]) == (False, "malformed")

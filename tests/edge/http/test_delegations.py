@@ -71,9 +71,39 @@ async def test_a_token_signed_elsewhere_is_registered_once(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize(
+    ("beside", "status"), [({"token": ""}, 422), ({"token": None}, 422), ({"delegation": None}, 422)], ids=str
+)
+async def test_an_empty_token_beside_terms_issues_nothing(edge: Edge, beside: dict[str, Any], status: int) -> None:
+    (await edge.post("/delegations", {**TERMS, **beside})).refused(status)
+    assert (await edge.post("/delegations", {"token": ""})).refused(400)["code"] == "malformed"
+    assert (await edge.get("/delegations")).ok()["count"] == 0
+
+
+async def test_an_unknown_parent_is_said_to_be_unknown_whatever_its_name(edge: Edge) -> None:
+    for parent in ("none", "v1.2", "a.b.c"):
+        problem = (await edge.post("/delegations", {**TERMS, "parent": parent})).refused(422)
+        assert problem["errors"][0]["field"] == "parent"
+    assert (await edge.post("/delegations", {**TERMS, "parent": token() + "x"})).refused(400)["code"] == "malformed"
+
+
+async def test_to_issue_takes_an_operator_also_with_the_right_to_sign(edge: Edge) -> None:
+    await edge.new_key("reporter", "ingest", sign=True)
+    await edge.new_key("issuer", "operator", sign=True)
+    for path, body in (
+        ("/delegations", TERMS),
+        ("/asap/delegations", {"delegator": A, "delegate": B, "scopes": ["a"]}),
+    ):
+        problem = (await edge.post(path, body, key="reporter")).refused(403)
+        assert problem["code"] == "forbidden"
+        (await edge.post(path, body, key="issuer")).ok(201)
+
+
+@pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"delegator": None}, "delegator"),
+        ({"delegator": "nourn"}, "delegator"),
+        ({"delegate": "nourn"}, "delegate"),
         ({"scopes": []}, "scopes"),
         ({"constraints": None}, "constraints.expires_at"),
         ({"constraints": {"expires_at": "never"}}, "constraints.expires_at"),

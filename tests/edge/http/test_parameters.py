@@ -133,6 +133,25 @@ async def test_what_is_not_json_is_refused_where_json_is_taken(edge: Edge, path:
     assert (await edge.post(path, large, headers={"Content-Encoding": "gzip"})).refused(413)["code"] == "too_large"
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/delegations"),
+        ("POST", "/delegations/validate"),
+        ("POST", "/delegations/authorize"),
+        ("GET", "/reservations/r1"),
+        ("DELETE", "/reservations/r1"),
+        ("POST", "/reservations/r1/settle"),
+        ("POST", "/reservations/r1/extend"),
+        ("POST", "/reservations/r1/refund"),
+    ],
+)
+async def test_decisions_take_no_parameter(edge: Edge, method: str, path: str) -> None:
+    problem = (await edge.call(method, f"{path}?dry_run=true", b"{}" if method == "POST" else b"")).refused(400)
+    assert (problem["code"], problem["errors"][0]["field"]) == ("bad_parameter", "dry_run")
+    assert "there are none" in problem["detail"]
+
+
 async def test_a_packed_task_is_recorded_and_a_body_that_is_empty_needs_no_type(edge: Edge) -> None:
     step = {"task_id": "t", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
     packed = gzip.compress(msgspec.json.encode(step))
