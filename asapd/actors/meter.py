@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
+import msgspec
 import trio
 
 from asapd import config
@@ -26,7 +27,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
 from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
-from asapd.core.usage import Cost, UsageEvent
+from asapd.core.usage import Cost, UsageEvent, content_digest
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.store import horizon, usage_queries
@@ -164,7 +165,9 @@ def _times(settings: MeterSettings, now_us: int) -> Times:
 
 def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[UsageEvent]) -> RecordUsage:
     costs = price(events, settings.prices, settings.metering.pricing.prefer)
-    return RecordUsage(caller.tenant or DEFAULT_TENANT, caller.actor, now_us, events, costs)
+    contents = [content_digest(event) for event in events]
+    tenant = caller.tenant or DEFAULT_TENANT
+    return RecordUsage(tenant, caller.actor, now_us, events, costs, contents=contents)
 
 
 class _Reports:
@@ -207,16 +210,12 @@ class _Reports:
             left_out = {index for index, _ in found}
             events = [event for index, event in enumerate(events) if index not in left_out]
             places = [place for index, place in enumerate(places) if index not in left_out]
-        unit = RecordUsage(
-            message.caller.tenant or DEFAULT_TENANT,
-            message.caller.actor,
-            now_us,
-            events,
-            price(events, settings.prices, settings.metering.pricing.prefer),
-            message.partial,
-            message.attribution,
-            places if message.partial else None,
-            late,
+        unit = msgspec.structs.replace(
+            _unit(message.caller, settings, now_us, events),
+            partial=message.partial,
+            attribution=message.attribution,
+            places=places if message.partial else None,
+            late=late,
         )
         await self._post(message, unit)
 

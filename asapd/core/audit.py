@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -74,22 +74,12 @@ def entry_hash(seq: int, entry_id: str, timestamp_us: int, event_type: str, payl
     return sha256(text.encode()).digest()
 
 
-class Draft(NamedTuple):
-    """What an entry is to say; `details` is RFC 8785 text, `salt` 16 random bytes."""
+# Plain tuples: made for every event, they cost a tenth of what named ones do.
+Draft = tuple[str, str, bytes, bytes]
+"""What an entry is to say: its id, subject, details (RFC 8785 text) and salt (16 random bytes)."""
 
-    id: str
-    subject: str
-    details: bytes
-    salt: bytes
-
-
-class Link(NamedTuple):
-    """Where a draft stands in the chain."""
-
-    seq: int
-    payload_hash: bytes
-    previous_hash: bytes
-    hash: bytes
+Link = tuple[int, bytes, bytes, bytes]
+"""Where a draft stands in the chain: its number, payload hash, previous hash, and hash."""
 
 
 def chain(
@@ -110,7 +100,7 @@ def chain(
             f'"previous_hash":"{previous.hex()}","seq":{seq},"timestamp":"{timestamp}"}}'
         )
         digest = sha256(text.encode()).digest()
-        yield Link(seq, payload, previous, digest)
+        yield seq, payload, previous, digest
         previous = digest
 
 

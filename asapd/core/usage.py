@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -99,15 +100,48 @@ def content_digest(event: UsageEvent) -> bytes:
     return blake2b(whole, digest_size=16).digest()
 
 
-def identity_digest(tenant: str, event: UsageEvent) -> bytes:
-    """16 bytes over (tenant, agent, source, id): the identity under which an event counts once."""
-    parts = (
-        tenant,
-        event.agent,
-        event.source,
-        event.id,
-    )  # encoded with their lengths: no character joins or splits them
-    return blake2b(_encoder.encode(parts), digest_size=16).digest()
+Identity = tuple[str, str, str, str]
+"""Under which an event counts once: tenant, agent, source, id."""
+
+
+def identity_key(tenant: str, agent: str, source: str, event_id: str) -> bytes:
+    """An identity as a key that sorts as its ids do: what reports with ordered ids write lies in few pages.
+
+    Ten bytes for (tenant, agent, source); then the id: as text, as the 16 bytes of a UUID in its usual form, or, when
+    it is long, as its beginning and a digest. No two identities share a key but by a collision of BLAKE2b.
+    """
+    of = _origin(tenant, agent, source)
+    if len(event_id) == _UUID_CHARS and (uuid := _uuid(event_id)) is not None:
+        return of + b"u" + uuid
+    whole = event_id.encode()
+    if len(whole) <= _LONG_ID:
+        return of + b"t" + whole
+    return of + b"l" + whole[:_LONG_ID] + blake2b(whole, digest_size=16).digest()
+
+
+_UUID_CHARS = 36
+_LONG_ID = 32
+
+
+@lru_cache(maxsize=4_096)
+def _origin(tenant: str, agent: str, source: str) -> bytes:
+    # Encoded with their lengths: no character joins or splits them.
+    return blake2b(_encoder.encode((tenant, agent, source)), digest_size=10).digest()
+
+
+def _uuid(text: str) -> bytes | None:
+    try:
+        raw = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        return None
+    plain = raw.hex()
+    usual = f"{plain[:8]}-{plain[8:12]}-{plain[12:16]}-{plain[16:20]}-{plain[20:]}"
+    return raw if usual == text else None
+
+
+def identity_digest(identity: Identity) -> bytes:
+    """16 bytes over an identity: its key in files of schema version 7 and before."""
+    return blake2b(_encoder.encode(identity), digest_size=16).digest()
 
 
 class RollupKey(NamedTuple):

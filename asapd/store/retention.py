@@ -8,7 +8,7 @@ from typing import Any
 import apsw
 
 from asapd.core.types import format_us
-from asapd.core.usage import UsageEvent, identity_digest
+from asapd.store import identity
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units import RetireUsage, UsageRetired
@@ -65,11 +65,9 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
 
 
 def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
-    keys = sorted(
-        identity_digest(tenant, UsageEvent("", agent, "", 0, id=event_id, source=source))
-        for _, _, event_id, _, tenant, agent, source in rows
+    identity.give_up(
+        tx.connection, [(tenant, agent, source, event_id) for _, _, event_id, _, tenant, agent, source in rows]
     )
-    tx.insert_many("DELETE FROM usage_identity WHERE key = ?", ((key,) for key in keys))
     tx.execute("UPDATE retention_gate SET open = 1")
     tx.insert_many("DELETE FROM usage WHERE seq = ?", ((row[0],) for row in rows))
     # A void is as old as what it voids and goes after it, in this step or the next.

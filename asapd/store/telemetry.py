@@ -16,8 +16,8 @@ import apsw
 import msgspec
 
 from asapd.core.span_tree import SpanTree
-from asapd.core.usage import UsageEvent, identity_digest
-from asapd.store import usage, voids
+from asapd.core.usage import UsageEvent
+from asapd.store import identity, usage, voids
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -169,14 +169,9 @@ def _keep(
 
 def _rows_of(tx: Tx, tenant: str, events: Sequence[UsageEvent]) -> list[int]:
     """The rows of usage that have the identities of events."""
-    keys = [identity_digest(tenant, event) for event in events]
-    found = fetch(
-        tx.connection,
-        "SELECT key, seq FROM usage_identity WHERE key IN (SELECT unhex(value) FROM json_each(?))",
-        (_hex(keys),),
-    )
-    rows: dict[bytes, int] = dict(found)
-    return [rows[key] for key in keys]
+    identities = [(tenant, event.agent, event.source, event.id) for event in events]
+    rows = identity.holders(tx.connection, identities)
+    return [rows[its] for its in identities]
 
 
 # --- traces

@@ -10,6 +10,7 @@ import apsw
 from ulid import base32
 
 from asapd.core.audit import GENESIS, Draft, canonical_details, chain
+from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
 
 
@@ -46,6 +47,8 @@ class Tx:
         self._pending_audit: list[Row] = []
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
+        self.has_digests = has_digests(connection)
+        """Whether there are rows that are found by the digest of their identity only."""
         self._load_head()
 
     def _load_head(self) -> None:
@@ -118,18 +121,18 @@ class Tx:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""
         ids = self.new_ids("aud", now_us, len(notes))
         salts = self._entropy(16 * len(notes))
-        drafts = [
-            Draft(entry_id, subject, text, salts[at : at + 16])
+        drafts: list[Draft] = [
+            (entry_id, subject, text, salts[at : at + 16])
             for entry_id, (subject, text), at in zip(ids, notes, range(0, len(salts), 16), strict=True)
         ]
         head = self._audit_seq, self._audit_hash
-        for draft, link in zip(drafts, chain(head, event_type, actor, now_us, drafts), strict=True):
-            entry_id, subject, text, salt = draft
-            seq, payload, previous, digest = link
-            self._pending_audit.append(
-                (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
-            )
-            self._audit_seq, self._audit_hash = seq, digest
+        links = list(chain(head, event_type, actor, now_us, drafts))
+        self._pending_audit += [
+            (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
+            for (entry_id, subject, text, salt), (seq, payload, previous, digest) in zip(drafts, links, strict=True)
+        ]
+        if links:
+            self._audit_seq, _, _, self._audit_hash = links[-1]
 
     def flush_audit(self) -> None:
         """Write the entries of the unit at hand in one statement."""

@@ -68,7 +68,8 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     With `partial` the conflicting events are left out instead of refusing the whole. An `attribution` is no part of
     what the client says of an event, so a repeat under another token is still a repeat. `places` says where in the
     request each event stood, and `late` which others were left out for their time and why: both only come back, so that
-    a repeat of the request is answered alike when other events are late.
+    a repeat of the request is answered alike when other events are late. `contents` are the events' `content_digest`s,
+    made by who has time for it: in the daemon, beside the writer. Without them the writer makes them.
     """
 
     tenant: str
@@ -80,6 +81,7 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     attribution: Attribution | None = None
     places: list[int] | None = None
     late: list[tuple[int, str]] = []
+    contents: list[bytes] = []
 
 
 class Recall(Unit[Any], frozen=True):

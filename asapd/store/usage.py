@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -18,24 +18,61 @@ from asapd.core.usage import (
     UsageEvent,
     content_digest,
     identity_digest,
+    identity_key,
     rollup,
 )
-from asapd.store import charging, outcomes, sources, unauthorised
+from asapd.store import charging, identity, outcomes, sources, unauthorised
 from asapd.store.budgets import open_book
-from asapd.store.rows import Row, fetch
+from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Recall, Recorded, RecordUsage, UsageConflict
 
 # 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
 _MAX_SUM = 2**63 - 1
-_COLUMNS = (
-    "seq, id, tenant, source, source_seq, agent, consumer, task_id, timestamp_us, tokens_in, tokens_out, "
-    "cached_tokens_in, cache_write_tokens, reasoning_tokens, duration_ms, api_calls, outcome, partial, error, model, "
-    "provider, project, cost_microusd, cost_source, priced_microusd, reported_microusd, price_version, delegation, "
-    "reservation, action, flags, parent_task_id, labels, trace_id, content, committed_us, reported_by, "
-    "cache_write_1h_tokens"
+COLUMNS = (
+    "seq",
+    "id",
+    "tenant",
+    "source",
+    "source_seq",
+    "agent",
+    "consumer",
+    "task_id",
+    "timestamp_us",
+    "tokens_in",
+    "tokens_out",
+    "cached_tokens_in",
+    "cache_write_tokens",
+    "reasoning_tokens",
+    "duration_ms",
+    "api_calls",
+    "outcome",
+    "partial",
+    "error",
+    "model",
+    "provider",
+    "project",
+    "cost_microusd",
+    "cost_source",
+    "priced_microusd",
+    "reported_microusd",
+    "price_version",
+    "delegation",
+    "reservation",
+    "action",
+    "flags",
+    "parent_task_id",
+    "labels",
+    "trace_id",
+    "content",
+    "committed_us",
+    "reported_by",
+    "cache_write_1h_tokens",
 )
-_INSERT = f"INSERT INTO usage ({_COLUMNS}) VALUES ({','.join('?' * len(_COLUMNS.split(',')))})"
+"""What a row of usage is made of."""
+
+# The columns in their order, which a test holds: APSW looks at the whole text again for every row.
+_INSERT = f"INSERT INTO usage VALUES ({','.join('?' * len(COLUMNS))})"
 _HOUR = ("tenant", *RollupKey._fields, *RollupSums._fields)
 _UPSERT_HOUR = (
     f"INSERT INTO usage_hour ({', '.join(_HOUR)}) VALUES ({','.join('?' * len(_HOUR))}) ON CONFLICT DO UPDATE SET "
@@ -68,14 +105,8 @@ _note = msgspec.json.Encoder()
 _OUTCOMES = {outcome.value: outcome.name.lower() for outcome in Outcome}
 
 
-class _Fresh(NamedTuple):
-    """An event that is to be written."""
-
-    seq: int
-    event: UsageEvent
-    cost: Cost
-    id: str
-    content: bytes
+_Fresh = tuple[int, UsageEvent, Cost, str, bytes]
+"""An event that is to be written: its row, what was reported, its cost, id and content."""
 
 
 def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
@@ -116,13 +147,25 @@ class _Pass:
         self._tx = tx
         self._next = tx.next_seq("usage")
         self.keys = [
-            [identity_digest(unit.tenant, event) if event.id else None for event in unit.events] for unit in batch
+            [identity_key(unit.tenant, its.agent, its.source, its.id) if its.id else None for its in unit.events]
+            for unit in batch
         ]
-        self._known = _known(tx, [key for keys in self.keys for key in keys if key is not None])
+        self._known = identity.known(tx.connection, [key for keys in self.keys for key in keys if key is not None])
+        if tx.has_digests:
+            self._known |= self._known_by_digest(batch)
         self._claimed: list[Row] = []
         self._rows: list[Row] = []
         self._priced: dict[str, list[tuple[UsageEvent, Cost]]] = {}
         self._delivered: dict[sources.Key, sources.Delivered] = {}
+
+    def _known_by_digest(self, batch: Sequence[RecordUsage]) -> dict[bytes, tuple[int, bytes | None]]:
+        keys = {
+            identity_digest((unit.tenant, event.agent, event.source, event.id)): key
+            for unit, own in zip(batch, self.keys, strict=True)
+            for event, key in zip(unit.events, own, strict=True)
+            if key is not None
+        }
+        return {keys[digest]: holder for digest, holder in identity.known(self._tx.connection, list(keys)).items()}
 
     def record(self, unit: RecordUsage, keys: list[bytes | None]) -> Recorded:
         """Take in one unit."""
@@ -134,8 +177,8 @@ class _Pass:
         conflicts: list[tuple[int, int]] = []
         tenant = tx.intern(unit.tenant)
         duplicates = unprotected = 0
-        for index, (event, cost, key) in enumerate(zip(unit.events, unit.costs, keys, strict=True)):
-            content = content_digest(event)
+        contents = unit.contents or [content_digest(event) for event in unit.events]
+        for index, (event, cost, key, content) in enumerate(zip(unit.events, unit.costs, keys, contents, strict=True)):
             source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
             source = delivered.get(source_key)
             if source is None:
@@ -162,7 +205,7 @@ class _Pass:
                 source.seqs.append(event.source_seq)
             ids.append(event_id)
             taken.append(index)
-            fresh.append(_Fresh(self._next, event, cost, event_id, content))
+            fresh.append((self._next, event, cost, event_id, content))
             self._next += 1
         if conflicts and not unit.partial:
             raise RefuseError(UsageConflict(conflicts))
@@ -293,16 +336,3 @@ class _Pass:
         sources.deliver(tx, self._delivered)
         for tenant, priced in self._priced.items():
             outcomes.usage_came(tx, tx.intern(tenant), (event for event, _ in priced))
-
-
-def _known(tx: Tx, keys: list[bytes]) -> dict[bytes, tuple[int, bytes | None]]:
-    """Which identities are taken: the row that has each, and that row's content."""
-    if not keys:
-        return {}
-    rows = fetch(
-        tx.connection,
-        "SELECT key, i.seq, content FROM usage_identity i LEFT JOIN usage u ON u.seq = i.seq "
-        "WHERE key IN (SELECT unhex(value) FROM json_each(?))",
-        (msgspec.json.encode([key.hex() for key in keys]).decode(),),
-    )
-    return {key: (seq, content) for key, seq, content in rows}

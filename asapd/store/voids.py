@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import apsw
-import msgspec
 
 from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
-from asapd.core.usage import UsageEvent, identity_digest
-from asapd.store import budgets, ledger, outcomes
+from asapd.store import budgets, identity, ledger, outcomes
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
@@ -262,7 +260,7 @@ def find_event(
 ) -> list[int]:
     """The rows of events with an id that were reported by agents the caller may see; at most one unless ambiguous.
 
-    Ids are kept as digests with their agent and source, so every source that was ever met is tried; one that the
+    Ids are kept with their agent and source, so every source that was ever met is tried; one that the
     daemon gave is found by its time in the audit log.
     """
     where, values = visible_names(visible, ("agent",))
@@ -277,18 +275,10 @@ def find_event(
         f"(SELECT name FROM name WHERE id = source) FROM usage_source {condition}",
         values,
     )
-    keys = [
-        identity_digest(tenant, UsageEvent("", its_agent, "", 0, id=event_id, source=its_source)).hex()
-        for tenant, its_agent, its_source in sources
-    ]
-    found: list[Row] = fetch(
-        connection,
-        "SELECT seq FROM usage_identity WHERE key IN (SELECT unhex(value) FROM json_each(?)) ORDER BY seq LIMIT 2",
-        (msgspec.json.encode(keys).decode(),),
-    )
-    if not found and event_id.startswith("use_"):
-        found = _given_by_daemon(connection, event_id, condition, values)
-    return [seq for (seq,) in found]
+    held = identity.holders(connection, [(*origin, event_id) for origin in sources])
+    if not held and event_id.startswith("use_"):
+        return [seq for (seq,) in _given_by_daemon(connection, event_id, condition, values)]
+    return sorted(held.values())[:2]
 
 
 def _given_by_daemon(connection: apsw.Connection, event_id: str, condition: str, values: list[Any]) -> list[Row]:

@@ -1,7 +1,7 @@
 """The bare ceiling: what this machine does with nothing of asapd in the way.
 
 The same bodies come over a socket into one writer process, which decodes them with msgspec, refuses repeats by the same
-digest of their identity, keeps one row an event under two indexes and an hourly sum, and commits durably. No HTTP, no
+key of their identity, keeps one row an event under two indexes and an hourly sum, and commits durably. No HTTP, no
 validation beyond types, no price, no audit log, no ledger, no answer but a count.
 """
 
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from hashlib import blake2b
 from pathlib import Path
 
 import apsw
 import msgspec
 
+from asapd.core.usage import identity_key
 from tests.bench.workload import ARRAY, arrays
 
 HEADER = 4
@@ -68,7 +68,7 @@ def _open(path: Path) -> apsw.Connection:
 
 def _record(connection: apsw.Connection, bodies: list[bytes], decoder: msgspec.json.Decoder[list[Event]]) -> None:
     events = [event for body in bodies for event in decoder.decode(body)]
-    keys = [blake2b(f"{event.agent}\0{event.id}".encode(), digest_size=16).digest() for event in events]
+    keys = [identity_key("default", event.agent, "", event.id) for event in events]
     with connection:
         known = {
             row[0]

@@ -19,6 +19,7 @@ from asapd.core.usage import (
     UsageEvent,
     content_digest,
     identity_digest,
+    identity_key,
     rollup,
 )
 
@@ -67,7 +68,8 @@ def test_what_was_recorded_before_a_field_was_known_has_the_content_it_had() -> 
     )
     # As asapd 0.1.0 computed them.
     assert content_digest(event).hex() == "a9e1d7145d80b6f8564daec9a5ee5291"
-    assert identity_digest("default", event).hex() == "a15c6ae8fddfb989de4ace927786bff6"
+    identity = ("default", event.agent, event.source, event.id)
+    assert identity_digest(identity).hex() == "a15c6ae8fddfb989de4ace927786bff6"
 
 
 def test_content_does_not_depend_on_the_order_of_labels_or_on_the_journey() -> None:
@@ -81,24 +83,35 @@ parts = st.text("a\0|,", max_size=3)
 identities = st.tuples(parts, parts, parts, parts)
 
 
-def digest(identity: tuple[str, str, str, str]) -> bytes:
-    tenant, agent, source, event_id = identity
-    return identity_digest(tenant, replace(EVENT, agent=agent, source=source, id=event_id))
-
-
 @given(identities, identities)
 def test_identities_are_equal_only_when_all_four_parts_are(
     one: tuple[str, str, str, str], other: tuple[str, str, str, str]
 ) -> None:
-    assert (digest(one) == digest(other)) == (one == other)
+    assert (identity_key(*one) == identity_key(*other)) == (one == other)
+    assert (identity_digest(one) == identity_digest(other)) == (one == other)
 
 
-@given(identities)
-def test_nothing_else_belongs_to_the_identity(identity: tuple[str, str, str, str]) -> None:
-    tenant, agent, source, event_id = identity
-    other = UsageEvent("u", agent, "d", 0, tokens_in=9, id=event_id, source=source)
-    assert identity_digest(tenant, other) == digest(identity)
-    assert len(digest(identity)) == 16
+UUID = "0190a1b2-c3d4-7e5f-8a6b-0123456789ab"
+
+
+@given(st.data())
+def test_ids_of_every_kind_have_keys_of_their_own(data: st.DataObject) -> None:
+    near = st.sampled_from(
+        [UUID, UUID.upper(), UUID.replace("-", ""), f"{UUID[:-1]} ", UUID[:8] + UUID[9:13] + "-" + UUID[13:], "x" * 36]
+    )
+    ids = near | st.uuids().map(str) | st.text(max_size=40) | st.text("aé", min_size=14, max_size=36)
+    one, other = data.draw(ids), data.draw(ids)
+    assert (identity_key("t", "a", "s", one) == identity_key("t", "a", "s", other)) == (one == other)
+
+
+def test_keys_of_one_origin_sort_as_their_ids_and_are_short() -> None:
+    ordered = [f"{number:08d}" for number in range(50)]
+    keys = [identity_key("t", "a", "s", event_id) for event_id in ordered]
+    assert keys == sorted(keys)
+    uuids = sorted(f"0190a1b2-c3d4-7e5f-8a6b-{number:012x}" for number in range(50))
+    assert [identity_key("t", "a", "s", its) for its in uuids] == sorted(identity_key("t", "a", "s", i) for i in uuids)
+    assert len(identity_key("t", "a", "s", UUID)) == 27
+    assert len(identity_key("t", "a", "s", "x" * 128)) == 59
 
 
 def test_a_rollup_counts_in_its_hour_and_leaves_interim_reports_out_of_the_tasks() -> None:

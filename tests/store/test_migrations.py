@@ -140,7 +140,9 @@ def test_a_repeat_of_what_was_recorded_before_an_upgrade_is_still_a_repeat(path:
         row = (1, "e", tenant, 0, None, agent, consumer, "t", event.timestamp_us, 10, 0, 0, 5, 0, 0, 0, 1, 0, None)
         rest = (0, 0, 0, None, None, None, None, None, None, None, event.action, 0, None, None, None, content)
         old.execute(f"INSERT INTO usage VALUES ({','.join('?' * 37)})", (*row, *rest, NOTE.now_us, "key:x"))
-        old.execute("INSERT INTO usage_identity VALUES (?, 1)", (identity_digest("default", event),))
+        old.execute(
+            "INSERT INTO usage_identity VALUES (?, 1)", (identity_digest(("default", event.agent, "", event.id)),)
+        )
         hour = (tenant, event.timestamp_us // HOUR_US, agent, consumer, 0, 0, 1, 1, 1, 10, 0, 0, 5, 0, 0, 0, 0, 1)
         old.execute(f"INSERT INTO usage_hour VALUES ({','.join('?' * 18)})", hour)
     with closing(open_for_writing(path)) as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asapd.store.schema import agent_keys, arrival, horizon, prices, revocations, v1, v2
+from asapd.store.schema import agent_keys, arrival, horizon, identities, prices, revocations, v1, v2
 
 MIGRATIONS: tuple[str, ...] = (
     v1.SCRIPT,
@@ -12,4 +12,5 @@ MIGRATIONS: tuple[str, ...] = (
     revocations.SCRIPT,
     agent_keys.SCRIPT,
     horizon.SCRIPT,
+    identities.SCRIPT,
 )
