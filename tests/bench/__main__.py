@@ -71,12 +71,16 @@ def measure(daemon: Daemon, directory: Path, token: str, size: Size, number: int
     frames = {"kind": "frames", "socket": str(daemon.socket)}
     lane = {"kind": "requests", "socket": str(daemon.socket), "path": "/usage", "connections": 64}
     figures.add("ceiling", events_per_second(directory / "ceiling.db", size.arrays, f"{name}c"))
+    random = events_per_second(directory / "random.db", size.arrays, f"{name}q", random_ids=True)
+    figures.add("random ceiling", random)
     done = load(directory, **http, path="/usage", connections=8, arrays=size.arrays, name=f"{name}h")
     figures.add("http", size.arrays * 1000 / done["seconds"])
     before = daemon.lag()
     done = load(directory, **frames, connections=8, arrays=size.arrays, name=f"{name}f")
     figures.add("lag p99", lag_p99_ms(before, daemon.lag()))
     figures.add("frames", done["count"] / done["seconds"])
+    done = load(directory, **frames, connections=8, arrays=size.arrays, random_ids=True, name=f"{name}v")
+    figures.add("random", done["count"] / done["seconds"])
     done = load(directory, **frames, connections=64, singles=size.singles, name=f"{name}s")
     figures.add("singles", done["count"] / done["seconds"])
     done = load(directory, **lane, singles=size.singles, name=f"{name}l")
@@ -123,6 +127,7 @@ def table(figures: Figures) -> str:
     rows = [
         ("events/s over HTTP, arrays of 1000, 8 connections", "http", "ceiling"),
         ("events/s over the ingest socket, arrays of 1000, 8 connections", "frames", "ceiling"),
+        ("the same, random ids", "random", "random ceiling"),
         ("events/s over the ingest socket, single events as frames, 64 connections", "singles", "ceiling"),
         ("events/s over the fast lane, single events as requests, 64 connections", "lane", "bare lane"),
         ("the same: p99, ms", "lane p99", "commit"),
@@ -144,6 +149,7 @@ def table(figures: Figures) -> str:
         ("event loop lag while arrays are recorded: p99, ms, at most", "lag p99"),
         ("memory of the daemon after a round, MiB", "memory"),
         ("ceiling: events/s, bare writer", "ceiling"),
+        ("ceiling: events/s, bare writer, random ids", "random ceiling"),
         ("ceiling: requests/s, bare lane", "bare lane"),
         ("ceiling: one durable commit, ms", "commit"),
         ("ceiling: three bare signatures, us", "bare signatures"),

@@ -130,9 +130,9 @@ def _serve(descriptor: int, path: Path) -> None:
     connection.close()
 
 
-def events_per_second(path: Path, count: int, name: str) -> float:
+def events_per_second(path: Path, count: int, name: str, *, random_ids: bool = False) -> float:
     """Record `count` arrays in a writer process and return the rate; `path` is a database, made when missing."""
-    bodies = arrays(count, name)
+    bodies = arrays(count, name, random_ids=random_ids)
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "tests.bench.ceiling", str(theirs.fileno()), str(path)]

@@ -101,7 +101,10 @@ def over_http(job: dict[str, Any]) -> dict[str, Any]:
 def over_frames(job: dict[str, Any]) -> dict[str, Any]:
     """Frames over `connections` of the ingest socket, sent as fast as it takes them; the answers are counted."""
     connections = job["connections"]
-    bodies = arrays(job["arrays"], job["name"]) if "arrays" in job else singles(job["singles"], job["name"])
+    if "arrays" in job:
+        bodies = arrays(job["arrays"], job["name"], random_ids=job.get("random_ids", False))
+    else:
+        bodies = singles(job["singles"], job["name"])
     frames = [len(body).to_bytes(HEADER, "big") + body for body in bodies]
     selector = selectors.DefaultSelector()
     left = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 
 import msgspec
@@ -10,12 +11,15 @@ import msgspec
 ARRAY = 1_000
 
 
-def events(count: int, name: str) -> Iterator[dict[str, object]]:
-    """Events of the last minute, of ten agents, five consumers and four models; `name` keeps their ids apart."""
+def events(count: int, name: str, *, random_ids: bool = False) -> Iterator[dict[str, object]]:
+    """Events of the last minute, of ten agents, five consumers and four models; `name` keeps their ids apart.
+
+    Ids are ordered, as those of a source that counts or of UUIDv7 are, or random (UUIDv4).
+    """
     now_s = int(time.time())
     for number in range(count):
         yield {
-            "id": f"{name}-{number}",
+            "id": str(uuid.uuid4()) if random_ids else f"{name}-{number:06d}",
             "task_id": f"task-{name}-{number}",
             "agent": f"urn:asap:agent:worker-{number % 10}",
             "consumer": f"urn:asap:agent:client-{number % 5}",
@@ -31,9 +35,12 @@ def events(count: int, name: str) -> Iterator[dict[str, object]]:
         }
 
 
-def arrays(count: int, name: str) -> list[bytes]:
+def arrays(count: int, name: str, *, random_ids: bool = False) -> list[bytes]:
     """`count` bodies of a thousand events each."""
-    return [msgspec.json.encode(list(events(ARRAY, f"{name}-{number}"))) for number in range(count)]
+    return [
+        msgspec.json.encode(list(events(ARRAY, f"{name}-{number:04d}", random_ids=random_ids)))
+        for number in range(count)
+    ]
 
 
 def singles(count: int, name: str) -> list[bytes]:
