@@ -60,8 +60,8 @@ BUSY_GAP_US = 300
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
-FOLD_EVERY_S = 0.25
-"""Between two looks at the WAL: full ingest adds some 10 MiB to it in that time."""
+FOLD_EVERY_S = 0.1
+"""Between two looks at the WAL: full ingest adds some 5 MiB to it in that time."""
 
 RECEIVE_BYTES = 1 << 20
 """Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
@@ -384,7 +384,7 @@ def main(arguments: Sequence[str]) -> int:
         gc.set_threshold(200_000, 20, 20)
         _keep_arenas()
         done = threading.Event()
-        folding = threading.Thread(target=_fold_wal, args=(path, done))
+        folding = threading.Thread(target=fold_wal, args=(path, done))
         folding.start()
         try:
             rows, wait_us = int(arguments[4]), int(arguments[5])
@@ -410,13 +410,14 @@ def _keep_arenas() -> None:
     _kept.extend(filled[::1_024])
 
 
-def _fold_wal(path: Path, done: threading.Event) -> None:
+def fold_wal(path: Path, done: threading.Event) -> None:
     """Copy what was committed from the WAL into the database while commits go on.
 
     Done by a commit itself, every 64 MiB, it held up decisions for a quarter of a second. Here it holds up nobody; what
     is left for that commit is little.
     """
     connection = apsw.Connection(str(path))
+    connection.pragma("journal_mode")  # a connection that has read nothing knows of no WAL, and copies none of it
     wal, seen = path.with_name(f"{path.name}-wal"), 0
     while not done.wait(FOLD_EVERY_S):
         with contextlib.suppress(apsw.Error, FileNotFoundError):  # busy, full: the next time, or a commit, does it
