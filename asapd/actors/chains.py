@@ -41,9 +41,9 @@ class Chain:
         return [NewDelegation(token.claims, token.text, token.digest) for token in self.tokens]
 
     @property
-    def accounts(self) -> list[tuple[str, str, bytes]]:
-        """(delegator, id, digest) of each token."""
-        return [(token.claims.delegator, token.claims.id, token.digest) for token in self.tokens]
+    def accounts(self) -> list[tuple[Claims, bytes]]:
+        """What each token says, and its digest."""
+        return [(token.claims, token.digest) for token in self.tokens]
 
 
 class Chains:

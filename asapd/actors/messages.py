@@ -276,12 +276,13 @@ RegistryMessage = (
 
 @dataclass(frozen=True, slots=True)
 class PutAgentRequest:
-    """Add an agent through the API, or change one."""
+    """Add an agent through the API, or change one; with `is_bound` for its tenant, which has to be the first to."""
 
     agent: AgentRecord
     actor: str
     idempotency: Idempotency | None
     reply: Reply[AgentsChanged | Refusal]
+    is_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)

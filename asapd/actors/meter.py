@@ -167,7 +167,9 @@ def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[Usa
     costs = price(events, settings.prices, settings.metering.pricing.prefer)
     contents = [content_digest(event) for event in events]
     tenant = caller.tenant or DEFAULT_TENANT
-    return RecordUsage(tenant, caller.actor, now_us, events, costs, contents=contents)
+    return RecordUsage(
+        tenant, caller.actor, now_us, events, costs, contents=contents, is_bound=caller.tenant is not None
+    )
 
 
 class _Reports:
@@ -223,7 +225,11 @@ class _Reports:
         while self._in_flight >= REPORTS_IN_FLIGHT:
             await self._settled.park()
         self._in_flight += 1
-        await self._database.post(unit, partial(self._settle, message), idempotency=message.idempotency)
+        try:
+            await self._database.post(unit, partial(self._settle, message), idempotency=message.idempotency)
+        except BaseException:
+            self._in_flight -= 1  # it never got on its way, so nobody settles it
+            raise
 
     def _settle(self, message: Report, outcome: Recorded | UsageConflict | Refusal | UnitFailedError) -> None:
         self._in_flight -= 1

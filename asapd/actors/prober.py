@@ -198,7 +198,7 @@ class _Prober:
         now_us = self._clock.now_us()
         match message:
             case PutAgentRequest(agent=agent, actor=actor):
-                put = PutAgent(agent, actor, now_us, self._settings.key_overlap_us)
+                put = PutAgent(agent, actor, now_us, self._settings.key_overlap_us, message.is_bound)
                 message.reply.send(await self._change(put, agent.id, self._touched(agent.id), message.idempotency))
             case RemoveAgentRequest(id=agent_id, actor=actor):
                 remove = RemoveAgent(agent_id, actor, now_us)

@@ -10,7 +10,8 @@ import msgspec
 
 from asapd.core.access import Caller
 from asapd.core.agent_keys import AgentKey
-from asapd.core.types import format_us
+from asapd.core.types import DEFAULT_TENANT, format_us
+from asapd.core.usage import UsageEvent
 from asapd.runtime.clock import Clock
 from asapd.store import (
     agent_keys,
@@ -18,6 +19,7 @@ from asapd.store import (
     audit,
     breaches,
     budget_queries,
+    identity,
     keys,
     ledger_queries,
     reservation_queries,
@@ -233,6 +235,10 @@ class Reads:
         """How much there is and since when."""
         return await self._database.read(usage_queries.stats, visibility(caller))
 
+    async def repeats(self, caller: Caller, events: list[UsageEvent]) -> list[bool | None]:
+        """Of each event that the caller would report: True a repeat, False an id of other content, None neither."""
+        return await self._database.read(identity.repeats, caller.tenant or DEFAULT_TENANT, events)
+
     async def unpriced_events(self) -> int:
         """How many events there are whose cost nobody knows."""
         return await self._database.read(usage_queries.unpriced_events)
@@ -244,7 +250,7 @@ class Reads:
 
         def query(connection: Any) -> dict[str, Any] | None:
             row = ledger_queries.get_delegation(connection, delegation)
-            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
+            if row is None or not caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
                 return None
             return self._public(connection, caller, row)
 
@@ -257,7 +263,7 @@ class Reads:
 
         def query(connection: Any) -> SpendPage | None:
             row = ledger_queries.get_delegation(connection, delegation)
-            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
+            if row is None or not caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
                 return None
             return spend_by_task(connection, row.account, limit=limit, after=after)
 
@@ -265,7 +271,7 @@ class Reads:
 
     def _public(self, connection: Any, caller: Caller, row: ledger_queries.DelegationRow) -> dict[str, Any]:
         left = ledger_queries.remaining_of(connection, row.account)
-        near = ledger_queries.neighbours(connection, row.account, caller.may_see)
+        near = ledger_queries.neighbours(connection, row.account, caller.may_see_given)
         return ledger_queries.public_delegation(row, left, near, self._clock.now_us())
 
     async def delegations(
@@ -307,7 +313,7 @@ class Reads:
 
         def query(connection: Any) -> dict[str, Any] | None:
             row = reservation_queries.get_reservation(connection, reservation)
-            if row is None or not caller.may_see(row.tenant, row.delegator, row.delegate):
+            if row is None or not caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
                 return None
             delegation = ledger_queries.get_delegation(connection, row.delegation)
             assert delegation is not None

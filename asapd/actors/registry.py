@@ -32,7 +32,7 @@ from asapd.actors.messages import (
     Validity,
 )
 from asapd.actors.revocations import Imported, RevokedTokens, find_signer, imported, plan_import, read_list
-from asapd.core.access import Caller
+from asapd.core.access import Caller, Tenants
 from asapd.core.delegation import Claims
 from asapd.core.denial import Denied, Reason, deeper, deny, located
 from asapd.core.errors import FieldError, Refusal
@@ -43,7 +43,7 @@ from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store import agent_keys, chain_queries, ledger_queries, reservation_queries
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.ledger import FOREIGN
+from asapd.store.parties import FOREIGN
 from asapd.store.units import (
     AuthorizationDenied,
     ExtendReservation,
@@ -92,6 +92,8 @@ class RegistrySettings:
     """How long after its expiry a revoked token is remembered."""
     key_problems: list[str] = field(default_factory=list)
     """Which files of keys are not used, and why."""
+    tenants: Tenants = field(default_factory=Tenants)
+    """Told of the listed roots, off which callers of tenants keep."""
 
 
 class KeysNotSyncedError(Exception):
@@ -184,6 +186,7 @@ class _Registry:
             self._log.error("%s", problem)
         self._settings.key_problems = problems
         self._keys.held, self._keys.pinned, self._keys.manifest_keys = held, pinned, delegation.manifest_keys
+        self._settings.tenants.list_roots(delegation.roots)
         await self._load_keys()
         return None
 
@@ -351,10 +354,7 @@ class _Registry:
     async def _take_in(
         self, chain: Chain, caller: Caller, idempotency: Idempotency | None = None
     ) -> Registered | Denied | Refusal:
-        """Register a chain for a caller; what was given to another tenant's agent is not theirs to take."""
-        foreign = _given_elsewhere(chain.claims, caller)
-        if foreign is not None:
-            return foreign
+        """Register a chain for a caller; the store refuses one whose last token is of other tenants."""
         tenant, now_us = caller.tenant or DEFAULT_TENANT, self._clock.now_us()
         unit = RegisterDelegation(chain.links, caller.actor, tenant, now_us, is_bound=caller.tenant is not None)
         return await self._database.submit(unit, urgent=True, idempotency=idempotency)
@@ -363,7 +363,7 @@ class _Registry:
         text, delegation = message.token, message.delegation or ""
         if text is None:
             row = await self._database.read(ledger_queries.get_delegation, delegation)
-            if row is None or _is_foreign(message.caller, row.tenant):
+            if row is None or message.caller.tenant not in {None, row.owner, row.holder}:
                 return _no_delegation(delegation)
             text = row.token
         chain = await self._open(text, message.caller)
@@ -385,9 +385,6 @@ class _Registry:
             if message.token is None:
                 return _no_delegation(delegation)  # whoever holds no token learns nothing of it
             return _forbidden(f"this key may not act for {chain.leaf.delegate}")
-        foreign = _given_elsewhere(chain.claims, caller)
-        if foreign is not None:
-            return foreign
         denied = self._judge(chain, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
             return denied
@@ -425,7 +422,11 @@ class _Registry:
             return False
         self._in_flight += 1
         settle = partial(self._settle, message, chain)
-        await self._database.post(unit, settle, urgent=True, idempotency=message.idempotency)
+        try:
+            await self._database.post(unit, settle, urgent=True, idempotency=message.idempotency)
+        except BaseException:
+            self._in_flight -= 1  # it never got on its way, so nobody settles it
+            raise
         return True
 
     def _settle(
@@ -444,9 +445,10 @@ class _Registry:
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(reservation_queries.get_reservation, message.reservation)
         party = None if row is None else row.delegator if message.verb == "refund" else row.delegate
-        if row is None or not message.caller.may_see(row.tenant, row.delegate, row.delegator):
+        if row is None or not message.caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
             return Refusal("reservation_not_found", f"there is no reservation {message.reservation}: check the id")
-        if not message.caller.may_touch(party):
+        side = row.owner if message.verb == "refund" else row.holder
+        if not message.caller.may_touch(party) or message.caller.tenant not in {None, side}:
             return _forbidden(f"only who may act for {party} can {message.verb} this reservation")
         now_us, actor = self._clock.now_us(), message.caller.actor
         unit: SettleReservation | ReleaseReservation | ExtendReservation | RefundReservation
@@ -466,16 +468,16 @@ class _Registry:
 
     async def _revoke(self, message: RevokeDelegation) -> Revoked | Refusal:
         row = await self._database.read(ledger_queries.get_delegation, message.delegation)
-        if row is None or not message.caller.may_see(row.tenant, row.delegator, row.delegate):
+        if row is None or not message.caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
             return Refusal(NOT_FOUND, f"there is no delegation {message.delegation}: check the id")
-        if not message.caller.may_touch(row.delegator):
+        if not message.caller.may_touch(row.delegator) or message.caller.tenant not in {None, row.owner}:
             return _forbidden(f"only who may act for {row.delegator} can revoke this delegation")
         unit = Revoke(row.id, message.caller.actor, message.reason, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True)
         # In force before the reply; and after an unknown outcome the store alone knows.
         await self.revoked.refresh()
         if isinstance(outcome, Revoked) and not message.caller.sees_everything:
-            seen = await self._database.read(ledger_queries.seen_among, outcome.ids, message.caller.may_see)
+            seen = await self._database.read(ledger_queries.seen_among, outcome.ids, message.caller.may_see_given)
             return Revoked(seen, outcome.newly, len(outcome.ids) - len(seen))
         return outcome
 
@@ -535,8 +537,7 @@ class _Registry:
                     granted=chain.leaf.delegate,
                 )
         name = (chain.leaf.delegator, chain.leaf.id)
-        tenant = caller.tenant or DEFAULT_TENANT
-        found = await self._database.read(ledger_queries.find_registered, *name, leaf.digest, tenant)
+        found = await self._database.read(ledger_queries.find_registered, *name, leaf.digest, caller.tenant)
         return Attribution(found, chain.leaf.id, str(denied.reason), denied.detail)
 
 
@@ -578,18 +579,6 @@ def _unattributed(denied: Denied) -> Attribution:
 
 def _forbidden(detail: str) -> Refusal:
     return Refusal("forbidden", detail)
-
-
-def _is_foreign(caller: Caller, tenant: str) -> bool:
-    return caller.tenant not in {None, tenant}
-
-
-def _given_elsewhere(chain: tuple[Claims, ...], caller: Caller) -> Refusal | None:
-    """The refusal of a chain through an agent of another tenant: to register it first would be to take it over."""
-    for link in chain:
-        if caller.keeps_off(link.delegate) and not caller.owns(link.delegator):
-            return FOREIGN
-    return None
 
 
 def _narrowed(left: Remaining, claims: tuple[Claims, ...]) -> Remaining:

@@ -295,20 +295,22 @@ class Revocations:
         return Follower(self._database, self._changed, self._stopping, cursor), newest
 
 
-def public_news(news: News, sees: Callable[[tuple[str | None, ...], str | None], bool]) -> list[tuple[str, Any]]:
+def public_news(
+    news: News, sees: Callable[[tuple[str | None, ...], tuple[str | None, ...]], bool]
+) -> list[tuple[str, Any]]:
     """News as one follower receives it: (method, params), of what it may see alone; often nothing.
 
-    `sees` says of the agents concerned, and of a tenant, whether it may.
+    `sees` says of the agents concerned, and of their tenants, whether it may.
     """
     told: list[tuple[str, Any]] = []
-    tokens = [one for one in news.revoked if sees((one.issuer, one.delegate), one.tenant)]
+    tokens = [one for one in news.revoked if sees((one.issuer, one.delegate), (one.tenant, one.holder))]
     if tokens:
         shown = [
             {"id": one.id, "issuer": one.issuer, "jti": one.jti, "delegate": one.delegate, "expires_at": one.expires_at}
             for one in tokens
         ]
         told.append(("delegation.revoked", {"seq": news.seq, **news.params, "delegations": shown}))
-    events = [one for one in news.unauthorised if sees((one.agent, one.delegator), news.tenant)]
+    events = [one for one in news.unauthorised if sees((one.agent, one.delegator), (news.tenant,))]
     if events:
         shown = [msgspec.to_builtins(one) for one in events]
         told.append(("delegation.unauthorised", {"seq": news.seq, **news.params, "events": shown}))

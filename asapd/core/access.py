@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 import msgspec
 
-from asapd.core.types import Role, pattern_matches
+from asapd.core.types import DEFAULT_TENANT, Role, pattern_matches
 
 
 class Permission(StrEnum):
@@ -34,14 +34,22 @@ _GRANTS: dict[Role, frozenset[Permission]] = {
 
 
 class Tenants:
-    """Which tenant each agent of the directory is of; whoever follows the directory keeps it, callers look it up."""
+    """Which tenant each agent of the directory is of; whoever follows the directory keeps it, callers look it up.
+
+    Roots that the configuration lists and no directory holds are the host's, which is the default tenant.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, str] = {}
+        self._roots: frozenset[str] = frozenset()
 
     def of(self, agent: str) -> str | None:
-        """The tenant of an agent; None when the directory does not hold it."""
-        return self._of.get(agent)
+        """The tenant of an agent; None when the directory does not hold it, and it is no listed root."""
+        return self._of.get(agent) or (DEFAULT_TENANT if agent in self._roots else None)
+
+    def list_roots(self, roots: Iterable[str]) -> None:
+        """Take these for the listed roots."""
+        self._roots = frozenset(roots)
 
     def replace(self, tenants: Mapping[str, str]) -> None:
         """Hold exactly these agents."""
@@ -87,13 +95,13 @@ class Caller(msgspec.Struct, frozen=True):
         """Whether a row of a tenant that belongs to these names is one the caller may know of."""
         return self.tenant in {None, tenant} and self.matches(*names)
 
+    def may_see_given(self, owner: str, holder: str, delegator: str, delegate: str) -> bool:
+        """Whether the caller may know of a delegation by its delegator's tenant, its delegate's, and both of them."""
+        return self.tenant in {None, owner, holder} and self.matches(delegator, delegate)
+
     def keeps_off(self, agent: str) -> bool:
         """Whether the directory says that an agent is of another tenant than the caller is bound to."""
         return self.tenant is not None and self._tenant_of(agent) not in {None, self.tenant}
-
-    def owns(self, agent: str) -> bool:
-        """Whether the directory says that an agent is of the tenant that the caller is bound to."""
-        return self.tenant is not None and self._tenant_of(agent) == self.tenant
 
     def _tenant_of(self, agent: str) -> str | None:
         return None if self.tenants is None else self.tenants.of(agent)

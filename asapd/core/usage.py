@@ -23,6 +23,10 @@ FLAG_CLOSED_RESERVATION = 16
 """Names a reservation that is unknown or no longer open: debited without a hold."""
 FLAG_UNTIMED = 32
 """Nobody said how long it took: its duration of 0 is no latency. No flag of the ledger's, so it is shown by itself."""
+FLAG_ACROSS_RESERVATION = 64
+"""Debited to a reservation although its row is of another tenant. For the ledger alone, so it is not shown."""
+FLAG_ACROSS_DELEGATION = 128
+"""The same of a delegation."""
 
 FLAG_NAMES = {
     FLAG_UNRESERVED: "unreserved",

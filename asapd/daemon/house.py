@@ -124,6 +124,7 @@ class House:
             loaded.config.budgets,
             bytes(premises.identity.verify_key),
             loaded.config.metering.clock_skew_max_us,
+            tenants=self._tenants,
         )
         self._prober = ProberSettings(loaded.config.prober, loaded.agents, loaded.config.delegation.key_overlap_us)
         self._watcher = WatcherSettings(loaded.config.sla)

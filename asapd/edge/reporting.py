@@ -254,8 +254,8 @@ def _untimely(services: Services, events: list[UsageEvent], places: list[int]) -
     return [FieldError("timestamp", reason, places[index]) for index, reason in found]
 
 
-def validate(services: Services, caller: Caller, body: bytes, written: Written) -> dict[str, Any] | Refusal:
-    """Say what reporting a body would say of its form, recording nothing; always an answer, never a refusal of it."""
+async def validate(services: Services, caller: Caller, body: bytes, written: Written) -> dict[str, Any] | Refusal:
+    """Say what reporting a body would say, recording nothing; always an answer, never a refusal of it."""
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
     decoded = _decode(services, body, written)
@@ -276,7 +276,16 @@ def validate(services: Services, caller: Caller, body: bytes, written: Written) 
             "code": "forbidden" if foreign is not None and not decoded.errors else "invalid",
             "errors": errors[:MAX_ERRORS],
         }
-    reply: dict[str, Any] = {"valid": True, "count": len(decoded.events)}
+    repeats = await services.reads.repeats(caller, decoded.events)
+    conflicts = [
+        FieldError("id", f"{event.id} was reported before with other content", place if decoded.is_batch else None)
+        for event, place, repeat in zip(decoded.events, decoded.places, repeats, strict=True)
+        if repeat is False
+    ]
+    if conflicts:
+        error = f"id {conflicts[0].reason}; give a new event a new id"
+        return {"valid": False, "error": error, "code": "usage_conflict", "errors": conflicts[:MAX_ERRORS]}
+    reply: dict[str, Any] = {"valid": True, "count": len(decoded.events), "duplicates": repeats.count(True)}
     if not decoded.is_batch:
         event = decoded.events[0]
         reply |= {"task_id": event.task_id, "agent_id": event.agent, "consumer_id": event.consumer}

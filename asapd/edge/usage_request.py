@@ -84,7 +84,7 @@ async def answer(
     assert not isinstance(written, Refusal)
     assert not isinstance(body, Refusal)
     if only_validate:
-        found = validate(services, caller, body, written)
+        found = await validate(services, caller, body, written)
         return found if isinstance(found, Refusal) else (200, found)
     key = idempotency.bind(
         request.headers.get("idempotency-key"),

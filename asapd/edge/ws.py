@@ -190,8 +190,8 @@ class _Session:
     async def _follow_delegations(self, follower: Follower, agent: str | None, scope: trio.CancelScope) -> None:
         caller = self._caller
 
-        def sees(agents: tuple[str | None, ...], tenant: str | None) -> bool:
-            if caller.tenant not in {None, tenant} or (agent is not None and agent not in agents):
+        def sees(agents: tuple[str | None, ...], tenants: tuple[str | None, ...]) -> bool:
+            if caller.tenant not in {None, *tenants} or (agent is not None and agent not in agents):
                 return False
             return caller.matches(*agents)
 

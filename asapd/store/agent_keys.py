@@ -193,6 +193,12 @@ def forget(tx: Tx, agent: str, actor: str, now_us: int) -> None:
             )
 
 
+def is_retired(tx: Tx, agent: str, key: bytes | None) -> bool:
+    """Whether a key of the agent was retired and nothing has it in force: who posts it again may not know that."""
+    states = {row.state for row in keys_of(tx.connection, agent) if row.public_key == key}
+    return "retired" in states and "active" not in states
+
+
 def source_of(origin: str) -> Source:
     """The source of a key that stands with the agent itself."""
     return "configuration" if origin == "config" else "api"

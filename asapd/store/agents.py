@@ -8,7 +8,7 @@ import apsw
 import msgspec
 
 from asapd.core.agent_keys import AgentKey
-from asapd.core.errors import Refusal
+from asapd.core.errors import FieldError, Refusal
 from asapd.core.uptime import Segment, fold_probe
 from asapd.store import agent_keys
 from asapd.store.rows import fetch
@@ -79,14 +79,54 @@ def put(tx: Tx, unit: PutAgent) -> AgentsChanged:
     """Add or change an agent through the API.
 
     Raises:
-        RefuseError: the agent comes from the configuration, which then decides.
+        RefuseError: the agent comes from the configuration, which then decides; or it is not for its tenant to add; or
+            its key was retired.
     """
-    row = tx.row("SELECT origin FROM agent WHERE id = ?", (unit.agent.id,))
+    row = tx.row("SELECT origin, tenant FROM agent WHERE id = ?", (unit.agent.id,))
+    if unit.is_bound and (_is_claimed(tx, unit.agent) if row is None else row[1] != unit.agent.tenant):
+        detail = (
+            f"this key may not act for {unit.agent.id}, of which the host or another tenant knows: "
+            "have it added with a key without a tenant, or in the configuration"
+        )
+        raise RefuseError(Refusal("forbidden", detail))
     if row is not None and row[0] == "config":
         raise RefuseError(
             Refusal("agent_configured", f"{unit.agent.id} is set in the configuration file: change it there and reload")
         )
+    if agent_keys.is_retired(tx, unit.agent.id, agent_keys.read_key(unit.agent.public_key)):
+        reason = "was retired: if it is to count again, import it with `asapctl agents keys import`"
+        raise RefuseError(
+            Refusal("invalid", f"nothing was changed: public_key {reason}", (FieldError("public_key", reason),))
+        )
     return _write(tx, [unit.agent], "api", unit.actor, unit.now_us, unit.key_overlap_us)
+
+
+# Tasks are ordered by tenant first; there are few.
+_CLAIMED = """
+WITH RECURSIVE tenants (tenant) AS (
+  SELECT min(tenant) FROM task UNION ALL
+  SELECT (SELECT min(t.tenant) FROM task t WHERE t.tenant > tenants.tenant) FROM tenants WHERE tenant IS NOT NULL
+)
+SELECT EXISTS (SELECT 1 FROM agent_key WHERE agent = ?1 AND source IN ('held', 'import', 'identity'))
+  OR EXISTS (SELECT 1 FROM delegation WHERE ?1 IN (delegator, delegate) AND tenant <> ?2)
+  OR EXISTS (
+    SELECT 1 FROM usage_source JOIN name a ON a.id = agent JOIN name t ON t.id = tenant
+    WHERE a.name = ?1 AND t.name <> ?2
+  )
+  OR EXISTS (
+    SELECT 1 FROM tenants JOIN name n ON n.id = tenants.tenant
+    JOIN task s ON s.tenant = tenants.tenant AND s.agent = (SELECT id FROM name WHERE name = ?1) WHERE n.name <> ?2
+  )
+"""
+
+
+def _is_claimed(tx: Tx, agent: AgentRecord) -> bool:
+    """Whether an agent that is in no directory is known to others than its tenant.
+
+    To add it would give that tenant what was reported of the agent and what it was given, or a key of the host's.
+    """
+    row = tx.row(_CLAIMED, (agent.id, agent.tenant))
+    return row is not None and bool(row[0])
 
 
 def remove(tx: Tx, unit: RemoveAgent) -> AgentsChanged:
@@ -240,7 +280,7 @@ LEFT JOIN probe p ON p.seq = (
 
 def directory(connection: apsw.Connection, visible: Visibility, agent: str | None = None) -> list[DirectoryAgent]:
     """All agents that a caller may see, or one, in the order of their ids."""
-    where, values = visible_text(visible, ("a.id",), "a.tenant")
+    where, values = visible_text(visible, ("a.id",), ("a.tenant",))
     if agent is not None:
         where.append("a.id = ?")
         values.append(agent)

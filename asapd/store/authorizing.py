@@ -11,7 +11,8 @@ from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_ho
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
-from asapd.store.ledger import FOREIGN, PATH, register_chain
+from asapd.store.ledger import PATH, register_chain
+from asapd.store.parties import FOREIGN, is_party
 from asapd.store.reservations import expire_lapsed, left
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -69,7 +70,7 @@ class _Path(NamedTuple):
 
 
 _PATH = f"""
-SELECT path.*, digest, tenant, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
+SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
 FROM ({PATH}) path JOIN delegation USING (account)
 """
 
@@ -92,9 +93,9 @@ def _find(tx: Tx, unit: Reserve) -> _Path | None:
 
 def _read(tx: Tx, account: int, unit: Reserve) -> tuple[_Path, list[bytes]]:
     rows = fetch(tx.connection, _PATH, (unit.task_id, account))
-    if unit.is_bound and any(row[-2] != unit.tenant for row in rows):
+    if unit.is_bound and not is_party(tx.connection, account, unit.tenant):
         raise RefuseError(FOREIGN)
-    return _Path([Account(*row[:-3]) for row in rows], [bool(row[-1]) for row in rows]), [row[-3] for row in rows]
+    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows]), [row[-2] for row in rows]
 
 
 def _register(tx: Tx, unit: Reserve) -> _Path:
@@ -123,10 +124,12 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
     tx.execute(
         "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
         "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by) "
-        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,'open',?,?,?)",
+        "VALUES (?1,?2,iif(?3, ?4, (SELECT tenant FROM delegation WHERE account = ?2)),"
+        "?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,'open',?16,?17,?18)",
         (
             reservation,
             path[0].account,
+            unit.is_bound,
             unit.tenant,
             unit.task_id,
             unit.action,

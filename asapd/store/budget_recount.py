@@ -12,6 +12,7 @@ import msgspec
 
 from asapd.core.budgets import Match
 from asapd.core.types import HOUR_US
+from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
 
 
@@ -52,21 +53,19 @@ _TENANTS = (
 )
 # As the ledger does it: the account of the reservation, else of the delegation, but only when this agent is its
 # delegate.
-_PAYS = """
+_PAYS = f"""
 EXISTS (
   SELECT 1 FROM reservation r JOIN delegation d USING (account)
-  JOIN name t ON t.id = usage.tenant AND t.name IN (r.tenant, d.tenant)
   JOIN name a ON a.id = usage.agent AND a.name = d.delegate
-  WHERE r.id = usage.reservation
+  WHERE r.id = usage.reservation AND {paid()}
 )
 """
-_ON_PATH = """
+_ON_PATH = f"""
 coalesce(
   (SELECT CASE WHEN a.name = d.delegate THEN r.account ELSE 0 END FROM reservation r JOIN delegation d USING (account)
-   JOIN name t ON t.id = usage.tenant AND t.name IN (r.tenant, d.tenant) JOIN name a ON a.id = usage.agent
-   WHERE r.id = usage.reservation),
-  (SELECT d.account FROM delegation d JOIN name t ON t.id = usage.tenant AND t.name = d.tenant
-   JOIN name a ON a.id = usage.agent AND a.name = d.delegate WHERE d.id = usage.delegation)
+   JOIN name a ON a.id = usage.agent WHERE r.id = usage.reservation AND {paid()}),
+  (SELECT d.account FROM delegation d JOIN name a ON a.id = usage.agent AND a.name = d.delegate
+   WHERE d.id = usage.delegation AND {debited()})
 ) IN (
   WITH RECURSIVE tree (account) AS (
     SELECT account FROM delegation WHERE id = ? UNION ALL

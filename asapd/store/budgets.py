@@ -222,7 +222,6 @@ class Book:
         refunded_microusd: int,
         reservation: str | None,
         *,
-        tenant: str,
         task_id: str,
         seq: int,
     ) -> None:
@@ -231,9 +230,8 @@ class Book:
         What its reservation is held on gets back `refunded_microusd`, as the chain does, the rest what the event cost.
         """
         known = self._tx.row(
-            "SELECT 1 FROM reservation r JOIN delegation d USING (account) "
-            "WHERE r.id = ? AND ? IN (r.tenant, d.tenant) AND d.delegate = ?",
-            (reservation, tenant, work.agent),
+            "SELECT 1 FROM reservation r JOIN delegation d USING (account) WHERE r.id = ? AND d.delegate = ?",
+            (reservation, work.agent),
         )
         linked = [] if known is None or reservation is None else self.linked(reservation)
         for page in linked + self._others(work, at_us, linked):

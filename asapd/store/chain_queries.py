@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import apsw
 
+from asapd.core.delegation import Claims
 from asapd.core.denial import Denied
 from asapd.core.ledger import Remaining
-from asapd.store.ledger_queries import find_refused, get_delegation, remaining_under, tenant_of
+from asapd.store.ledger_queries import find_refused, get_delegation, remaining_under
+from asapd.store.parties import would_be_party
 
 
 def parent_token(
@@ -20,21 +22,19 @@ def parent_token(
     of the token below, and for who may act for one of its parties.
     """
     row = get_delegation(connection, delegation)
-    if row is None or tenant not in {None, row.tenant}:
+    if row is None or tenant not in {None, row.owner, row.holder}:
         return None
     return row.token if row.delegate == issuer or may_touch(row.delegator, row.delegate) else None
 
 
 def standing(
-    connection: apsw.Connection, accounts: list[tuple[str, str, bytes]], tenant: str | None
+    connection: apsw.Connection, chain: list[tuple[Claims, bytes]], tenant: str | None
 ) -> tuple[Denied | None, Remaining] | None:
-    """Of a chain of (delegator, jti, digest): what the store denies of it, and what is left.
+    """Of a chain of claims and digests: what the store denies of it, and what is left.
 
-    None when a token of it is registered for another tenant than the one given: what is known of it is not told.
+    None when its last token is of other tenants than the one given: what is known of it is not told.
     """
-    if tenant is not None and any(
-        tenant_of(connection, delegator, jti) not in {None, tenant} for delegator, jti, _ in accounts
-    ):
+    if tenant is not None and not would_be_party(connection, tuple(claims for claims, _ in chain), tenant):
         return None
-    left = remaining_under(connection, [(delegator, jti) for delegator, jti, _ in accounts])
-    return find_refused(connection, accounts), left
+    left = remaining_under(connection, [(claims.delegator, claims.id) for claims, _ in chain])
+    return find_refused(connection, [(claims.delegator, claims.id, digest) for claims, digest in chain]), left

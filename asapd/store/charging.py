@@ -7,6 +7,8 @@ import msgspec
 from asapd.core.delegation import scope_allows
 from asapd.core.ledger import Account, Settlement, settle
 from asapd.core.usage import (
+    FLAG_ACROSS_DELEGATION,
+    FLAG_ACROSS_RESERVATION,
     FLAG_CLOSED_RESERVATION,
     FLAG_OVERRUN,
     FLAG_UNAUTHORISED,
@@ -16,23 +18,25 @@ from asapd.core.usage import (
 )
 from asapd.store.budgets import Book
 from asapd.store.ledger import count_task, debit, knows_task, path_of
+from asapd.store.parties import is_party
 from asapd.store.reservations import load, spend
 from asapd.store.tx import Tx
+from asapd.store.units import RecordUsage
 
 
 def charge(
-    tx: Tx, book: Book | None, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int
+    tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost_microusd: int | None
 ) -> tuple[int, int | None]:
     """Debit what an event used to its reservation or delegation, and to budgets, whatever their state.
 
     Returns its flags, and what an open reservation paid for it where nobody knows its cost. Usage that happened is
-    always recorded: nothing here refuses. What belongs to another tenant is as unknown (a reservation belongs to the
-    tenant of its delegation and to that of who made it), and usage of an agent that is not the delegate is flagged,
-    never debited. The caller flushes the book.
+    always recorded: nothing here refuses. For a unit that is bound to a tenant, what other tenants have is as unknown
+    (a reservation is of both sides of its delegation and of who made it), and usage of an agent that is not the
+    delegate is flagged, never debited. The caller flushes the book.
     """
     charged = _Charged()
     if event.reservation is not None or event.delegation is not None:
-        charged = _charge(tx, tenant, event, cost_microusd, now_us)
+        charged = _charge(tx, unit, event, cost_microusd)
     settlement, flags = charged.settlement, charged.flags
     if book is not None:
         flags |= book.use(event, cost_microusd, charged.path, charged.reservation, settlement)
@@ -48,20 +52,23 @@ class _Charged(msgspec.Struct, frozen=True):
     settlement: Settlement | None = None
 
 
-def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, now_us: int) -> _Charged:
-    flags = 0
+def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | None) -> _Charged:
+    flags, across, now_us = 0, 0, unit.now_us
     found = None if event.reservation is None else load(tx, event.reservation)
-    if found is not None and tenant not in {found.tenant, found.owner}:
-        found = None
+    if found is not None and unit.tenant not in {found.tenant, found.owner}:
+        across = FLAG_ACROSS_RESERVATION
+        if unit.is_bound and not is_party(tx.connection, found.account, unit.tenant):
+            found, across = None, 0
     if event.reservation is not None and (found is None or not found.is_open(now_us)):
         flags |= FLAG_CLOSED_RESERVATION
     if found is not None:
         account = found.account
     else:
-        row = tx.row("SELECT account FROM delegation WHERE id = ? AND tenant = ?", (event.delegation, tenant))
-        if row is None:
+        reached = reach(tx, event.delegation, unit)
+        if reached is None:
             return _Charged(flags | FLAG_UNAUTHORISED)
-        account = row[0]
+        account, tenant = reached
+        across = 0 if tenant == unit.tenant else FLAG_ACROSS_DELEGATION
         flags |= FLAG_UNRESERVED if event.reservation is None else 0
     path = path_of(tx, account)
     under_hold = found is not None and found.is_open(now_us)
@@ -75,6 +82,7 @@ def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, n
     if path[0].delegate != event.agent:
         # Naming an id is not holding a token: nobody drains the budget of another.
         return _Charged(flags)
+    flags |= across
     settlement = None
     if found is not None and under_hold:
         another = event.task_id != found.task_id and not knows_task(tx, account, event.task_id)
@@ -97,6 +105,14 @@ def _charge(tx: Tx, tenant: str, event: UsageEvent, cost_microusd: int | None, n
         flags |= FLAG_OVERRUN
     ids = tuple(on_path.id for on_path in path)
     return _Charged(flags, ids, None if found is None else found.id, settlement)
+
+
+def reach(tx: Tx, delegation: str | None, unit: RecordUsage) -> tuple[int, str] | None:
+    """The account of a delegation that a unit may debit, and for which tenant that was registered."""
+    row = tx.row("SELECT account, tenant FROM delegation WHERE id = ?", (delegation,))
+    if row is None or (unit.is_bound and row[1] != unit.tenant and not is_party(tx.connection, row[0], unit.tenant)):
+        return None
+    return row[0], row[1]
 
 
 def _over(account: Account) -> bool:

@@ -11,13 +11,19 @@ from asapd.core.budgets import Work
 from asapd.core.ledger import Hold, Settlement, settle
 from asapd.core.repricing import Correction, CostedEvent
 from asapd.core.types import HOUR_US
-from asapd.core.usage import FLAG_CLOSED_RESERVATION, FLAG_OVERRUN, UsageEvent
+from asapd.core.usage import (
+    FLAG_ACROSS_DELEGATION,
+    FLAG_ACROSS_RESERVATION,
+    FLAG_CLOSED_RESERVATION,
+    FLAG_OVERRUN,
+    UsageEvent,
+)
 from asapd.store import budgets, ledger
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units import CorrectCosts, CostsCorrected
 from asapd.store.usage_queries import CORRECTION, LIVE
-from asapd.store.voids import account_of, at_current_cost, name_of
+from asapd.store.voids import account_of, at_current_cost, name_of, paying_for
 
 _COUNTS = (
     "tokens_in",
@@ -59,8 +65,8 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
     spent = _spent(tx, was, change)
     path: tuple[str, ...] = ()
     adjusted = Adjusted(0)
-    account = account_of(tx, was["tenant"], agent, was["delegation"], was["reservation"])
-    paying = _paying(tx, was["reservation"], tenant) if account is not None else None
+    account = account_of(tx, was["seq"], agent)
+    paying = paying_for(tx, was["seq"]) if account is not None else None
     if account is not None:
         path = tuple(on_path.id for on_path in ledger.path_of(tx, account))
         if spent is not None:
@@ -91,7 +97,7 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "priced_microusd": change.priced_more_microusd,
         "reported_microusd": None,
         "price_version": unit.price_version,
-        "flags": flags,
+        "flags": flags | was["flags"] & (FLAG_ACROSS_DELEGATION | FLAG_ACROSS_RESERVATION),
         "committed_us": unit.now_us,
         "reported_by": unit.actor,
     }
@@ -167,15 +173,6 @@ def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us
         for on_path in path
     )
     return Adjusted(microusd, settlement, is_over)
-
-
-def _paying(tx: Tx, reservation: str | None, tenant: str) -> str | None:
-    """The reservation an event was debited to, if it was one of its tenant."""
-    row = tx.row(
-        "SELECT r.id FROM reservation r JOIN delegation d USING (account) WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
-        (reservation, tenant),
-    )
-    return None if row is None else str(row[0])
 
 
 def _spent(tx: Tx, was: dict[str, Any], change: Correction) -> int | None:

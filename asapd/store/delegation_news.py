@@ -16,7 +16,10 @@ AT_ONCE = 500
 
 
 class Party(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One revoked token. `delegate`, `tenant` and `id` are None of one that was never seen here."""
+    """One revoked token, with the tenants of its issuer and its delegate.
+
+    `delegate`, the tenants and `id` are None of one that was never seen here.
+    """
 
     issuer: str
     delegate: str | None
@@ -24,6 +27,7 @@ class Party(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str | None
     jti: str
     expires_at: str
+    holder: str | None = None
 
 
 class Unauthorised(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import apsw
 import msgspec
 
-from asapd.core.usage import Identity, identity_digest, identity_key
+from asapd.core.usage import Identity, UsageEvent, content_digest, identity_digest, identity_key
 from asapd.store.rows import Row, fetch, fetch_one
 
 _KEYS = "SELECT unhex(value) FROM json_each(?)"
@@ -42,6 +42,25 @@ def known(connection: apsw.Connection, keys: Sequence[bytes]) -> dict[bytes, tup
         (_packed(keys),),
     )
     return {key: (seq, content) for key, seq, content in rows}
+
+
+def repeats(connection: apsw.Connection, tenant: str, events: Sequence[UsageEvent]) -> list[bool | None]:
+    """Of each event, what its identity says to who reports it: True a repeat, False other content, None neither."""
+    identities = [(tenant, event.agent, event.source, event.id) for event in events]
+    seqs = holders(connection, [identity for identity in identities if identity[3]])
+    rows = fetch(
+        connection,
+        "SELECT seq, content FROM usage WHERE seq IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(list(seqs.values())).decode(),),
+    )
+    contents: dict[int, bytes] = dict(rows)
+    taken = {identity: contents.get(seq) for identity, seq in seqs.items()}
+    found: list[bool | None] = []
+    for identity, event in zip(identities, events, strict=True):
+        content = content_digest(event)
+        found.append(taken[identity] == content if event.id and identity in taken else None)
+        taken.setdefault(identity, content)
+    return found
 
 
 def give_up(connection: apsw.Connection, identities: Sequence[Identity]) -> None:

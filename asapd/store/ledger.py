@@ -11,10 +11,10 @@ import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked
 from asapd.core.denial import deny
-from asapd.core.errors import Refusal
 from asapd.core.ledger import Account
 from asapd.core.types import format_us
-from asapd.store import revocations
+from asapd.store import parties, revocations
+from asapd.store.parties import FOREIGN
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import NewDelegation, RegisterDelegation, Registered, Reserve
@@ -81,11 +81,13 @@ def register_chain(tx: Tx, unit: RegisterDelegation | Reserve) -> Registered:
     Raises:
         RefuseError: a token of it may not be registered, or is another tenant's.
     """
-    parent: int | None = None
+    claims = tuple(link.claims for link in unit.chain)
+    if unit.is_bound and not parties.would_be_party(tx.connection, claims, unit.tenant):
+        raise RefuseError(FOREIGN)
     registered: Registered | None = None
+    tenant: str | None = None
     for link in unit.chain:
-        registered = _register_one(tx, link, parent, unit)
-        parent = registered.account
+        registered, tenant = _register_one(tx, link, None if registered is None else registered.account, tenant, unit)
     assert registered is not None, "a chain has at least one token"
     return registered
 
@@ -102,25 +104,24 @@ def reused(jti: str, delegator: str) -> Denied:
     )
 
 
-FOREIGN = Refusal("forbidden", "this delegation is another tenant's: use a key of that tenant, or one without a tenant")
-
-
-def _register_one(tx: Tx, link: NewDelegation, parent: int | None, unit: RegisterDelegation | Reserve) -> Registered:
+def _register_one(
+    tx: Tx, link: NewDelegation, parent: int | None, above: str | None, unit: RegisterDelegation | Reserve
+) -> tuple[Registered, str]:
+    """Register one token under a parent of the tenant `above`; also says for which tenant that is."""
     claims, now_us = link.claims, unit.now_us
     known = tx.row(
         "SELECT id, account, digest, revoked_us IS NOT NULL, tenant FROM delegation WHERE delegator = ? AND jti = ?",
         (claims.delegator, claims.id),
     )
     if known is not None:
-        if unit.is_bound and known[4] != unit.tenant:
-            raise RefuseError(FOREIGN)
         if known[2] != link.digest:
             raise RefuseError(reused(claims.id, claims.delegator))
         if known[3]:
             raise RefuseError(revoked(claims.id, claims.delegator))
-        return Registered(known[0], known[1], created=False)
+        return Registered(known[0], known[1], created=False), known[4]
     revocations.refuse_revoked(tx, claims.delegator, claims.id)
     taken = tx.row("SELECT 1 FROM delegation WHERE id = ?", (claims.id,)) is not None
+    tenant = parties.tenant_for(tx.connection, claims, above, unit.tenant)
     public_id = claims.id if _ADDRESSABLE.match(claims.id) and not taken else tx.new_id("del", now_us)
     tx.execute(
         "INSERT INTO delegation (id, tenant, jti, delegator, delegate, scopes, max_cost_microusd, max_tasks, "
@@ -128,7 +129,7 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, unit: Registe
         "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             public_id,
-            unit.tenant,
+            tenant,
             claims.id,
             claims.delegator,
             claims.delegate,
@@ -157,4 +158,4 @@ def _register_one(tx: Tx, link: NewDelegation, parent: int | None, unit: Registe
         "scopes": list(claims.scopes),
     }
     tx.audit("delegation.created", unit.actor, public_id, details, now_us)
-    return Registered(public_id, account, created=True)
+    return Registered(public_id, account, created=True), tenant

@@ -13,16 +13,18 @@ from asapd.core.ledger import Account, Remaining, remaining
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store.ledger import PATH, reused
+from asapd.store.parties import HOLDER, OWNER
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_text
 
 
 class DelegationRow(msgspec.Struct, frozen=True):
-    """A registered delegation with its counters."""
+    """A registered delegation with its counters; `owner` is the tenant of its delegator, `holder` of its delegate."""
 
     account: int
     id: str
-    tenant: str
+    owner: str
+    holder: str
     jti: str
     delegator: str
     delegate: str
@@ -44,11 +46,13 @@ class DelegationRow(msgspec.Struct, frozen=True):
 
 
 _COLUMNS = (
-    "d.account, d.id, d.tenant, d.jti, d.delegator, d.delegate, d.scopes, d.max_cost_microusd, d.max_tasks, "
+    f"d.account, d.id, {OWNER}, {HOLDER}, "
+    "d.jti, d.delegator, d.delegate, d.scopes, d.max_cost_microusd, d.max_tasks, "
     "d.issued_us, d.not_before_us, d.expires_us, (SELECT id FROM delegation WHERE account = d.parent), d.token, "
     "d.registered_us, d.spent_microusd, d.reserved_microusd, d.tasks_used, d.tasks_reserved, d.revoked_us, "
     "d.revoke_reason"
 )
+_ENDS = f"d.id, {OWNER}, {HOLDER}, d.delegator, d.delegate"
 
 
 def get_delegation(connection: apsw.Connection, delegation: str) -> DelegationRow | None:
@@ -61,12 +65,6 @@ def find_account(connection: apsw.Connection, delegator: str, jti: str) -> int |
     """The account of a token, when it is registered."""
     row = fetch_one(connection, "SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
     return None if row is None else int(row[0])
-
-
-def tenant_of(connection: apsw.Connection, delegator: str, jti: str) -> str | None:
-    """The tenant that a token is registered for, when it is."""
-    row = fetch_one(connection, "SELECT tenant FROM delegation WHERE delegator = ? AND jti = ?", (delegator, jti))
-    return None if row is None else str(row[0])
 
 
 def find_refused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
@@ -107,16 +105,15 @@ class Neighbours(msgspec.Struct, frozen=True):
 
 
 def neighbours(connection: apsw.Connection, account: int, may_see: Callable[..., bool]) -> Neighbours:
-    """What stands around a delegation; `may_see` is asked with the tenant, delegator and delegate of each."""
+    """What stands around a delegation; `may_see` is asked with the tenants of both ends of each, and the ends."""
     above = fetch(
         connection,
-        "SELECT id, tenant, delegator, delegate FROM delegation "
-        "WHERE account = (SELECT parent FROM delegation WHERE account = ?)",
+        f"SELECT {_ENDS} FROM delegation d WHERE account = (SELECT parent FROM delegation WHERE account = ?)",
         (account,),
     )
     below = fetch(
         connection,
-        "SELECT id, tenant, delegator, delegate FROM delegation WHERE parent = ? ORDER BY account",
+        f"SELECT {_ENDS} FROM delegation d WHERE parent = ? ORDER BY account",
         (account,),
     )
     parents, children = ([row[0] for row in rows if may_see(*row[1:])] for rows in (above, below))
@@ -128,7 +125,7 @@ def seen_among(connection: apsw.Connection, delegations: list[str], may_see: Cal
     """Those of some delegations that somebody may know of, in their order."""
     rows = fetch(
         connection,
-        "SELECT d.id, tenant, delegator, delegate FROM json_each(?) JOIN delegation d ON d.id = value ORDER BY key",
+        f"SELECT {_ENDS} FROM json_each(?) JOIN delegation d ON d.id = value ORDER BY key",
         (msgspec.json.encode(delegations).decode(),),
     )
     return [row[0] for row in rows if may_see(*row[1:])]
@@ -146,7 +143,7 @@ def list_delegations(
     limit: int = 100,
 ) -> list[DelegationRow]:
     """Delegations in the order of their registration."""
-    where, values = visible_text(visible, ("d.delegator", "d.delegate"), "d.tenant")
+    where, values = visible_text(visible, ("d.delegator", "d.delegate"), (OWNER, HOLDER))
     where.append("d.account > ?")
     values.append(after)
     for column, value in (("d.delegator", delegator), ("d.delegate", delegate)):
@@ -173,11 +170,11 @@ def list_issued(
     connection: apsw.Connection, visible: Visibility, now_us: int, only_active: bool
 ) -> list[dict[str, Any]]:
     """Delegations by their delegators, the newest first: all of them, so no more of each than names it."""
-    where, values = visible_text(visible, ("delegator",))
+    where, values = visible_text(visible, ("d.delegator",), (OWNER,))
     rows = fetch(
         connection,
         "SELECT id, delegator, delegate, registered_us, revoked_us IS NULL AND expires_us > ? AS active "
-        f"FROM delegation WHERE {' AND '.join([*where, 'active >= ?'])} ORDER BY account DESC",
+        f"FROM delegation d WHERE {' AND '.join([*where, 'active >= ?'])} ORDER BY account DESC",
         (now_us, *values, only_active),
     )
     return [
@@ -192,11 +189,14 @@ def list_issued(
     ]
 
 
-def find_registered(connection: apsw.Connection, delegator: str, jti: str, digest: bytes, tenant: str) -> str | None:
-    """The public id of exactly this token, when it is registered in a tenant."""
+def find_registered(
+    connection: apsw.Connection, delegator: str, jti: str, digest: bytes, tenant: str | None
+) -> str | None:
+    """The public id of exactly this token, when it is registered and one side of it is of a tenant; None is any."""
     row = fetch_one(
         connection,
-        "SELECT id FROM delegation WHERE delegator = ? AND jti = ? AND digest = ? AND tenant = ?",
+        "SELECT id FROM delegation d WHERE delegator = ?1 AND jti = ?2 AND digest = ?3 "
+        f"AND (?4 IS NULL OR ?4 IN ({OWNER}, {HOLDER}))",
         (delegator, jti, digest, tenant),
     )
     return None if row is None else str(row[0])

@@ -11,6 +11,7 @@ from asapd.core.ledger import Remaining, overrun
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store.ledger_queries import public_remaining
+from asapd.store.parties import HOLDER, OWNER
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_text
 
@@ -19,13 +20,14 @@ STATES = ("open", "settled", "released", "expired")
 
 
 class ReservationRow(msgspec.Struct, frozen=True):
-    """A reservation, with the parties that may act on it; the tenant is that of its delegation, whoever made it."""
+    """A reservation, with the parties of its delegation and their tenants, whoever made it."""
 
     id: str
     delegation: str
     delegator: str
     delegate: str
-    tenant: str
+    owner: str
+    holder: str
     task_id: str
     action: str
     consumer: str | None
@@ -59,7 +61,7 @@ class ReservationFilter(msgspec.Struct, frozen=True):
 
 
 _SELECT = (
-    "SELECT r.id, d.id, d.delegator, d.delegate, d.tenant, r.task_id, r.action, r.consumer, r.project, "
+    f"SELECT r.id, d.id, d.delegator, d.delegate, {OWNER}, {HOLDER}, r.task_id, r.action, r.consumer, r.project, "
     "r.cost_microusd, r.tokens, r.tasks, r.held_microusd, r.used_microusd, r.refunded_microusd, r.state, r.reason, "
     "r.created_us, r.expires_us, r.closed_us FROM reservation r JOIN delegation d USING (account)"
 )
@@ -76,7 +78,7 @@ def list_reservations(
     connection: apsw.Connection, wanted: ReservationFilter, limit: int, before: str | None
 ) -> list[ReservationRow]:
     """Reservations, the newest first, from before the one named."""
-    where, values = visible_text(wanted.visible, ("d.delegator", "d.delegate"), "d.tenant")
+    where, values = visible_text(wanted.visible, ("d.delegator", "d.delegate"), (OWNER, HOLDER))
     for condition, value in (
         ("r.id < ?", before),
         ("d.id = ?", wanted.delegation),

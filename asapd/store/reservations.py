@@ -48,7 +48,7 @@ class Reservation(msgspec.Struct):
     expires_us: int
     held_tokens: int
     owner: str
-    """The tenant of its delegation; `tenant` is that of whoever made it."""
+    """The tenant that its delegation was registered for; `tenant` is that of whoever made it."""
 
     @property
     def hold(self) -> Hold:

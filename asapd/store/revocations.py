@@ -12,17 +12,18 @@ from asapd.core.denial import revoked
 from asapd.core.errors import Refusal
 from asapd.core.types import format_us
 from asapd.store import delegation_news
+from asapd.store.parties import HOLDER, OWNER
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import ImportRevocations, Revocation, RevocationsImported, Revoke, Revoked
 
-_TREE = """
+_TREE = f"""
 WITH RECURSIVE tree (account, depth) AS (
   SELECT ?, 0 UNION ALL
   SELECT d.account, depth + 1 FROM delegation d JOIN tree ON d.parent = tree.account
 )
-SELECT account, id, delegator, jti, delegate, tenant, expires_us, revoked_us
-FROM tree JOIN delegation USING (account) ORDER BY depth, account
+SELECT account, id, delegator, jti, delegate, {OWNER}, {HOLDER}, expires_us, revoked_us
+FROM tree JOIN delegation d USING (account) ORDER BY depth, account
 """
 _REVOKE = """
 UPDATE delegation SET revoked_us = ?, revoked_by = ?, revoke_reason = ?
@@ -43,7 +44,8 @@ class _Branch(msgspec.Struct, frozen=True):
     delegator: str
     jti: str
     delegate: str
-    tenant: str
+    owner: str
+    holder: str
     expires_us: int
     revoked_us: int | None
 
@@ -170,7 +172,9 @@ def _revoke(tx: Tx, branches: Sequence[_Branch], cause: str, act: _Act) -> None:
         tx,
         {"cause": cause, "reason": act.reason, "revoked_at": format_us(act.now_us), "source": act.source},
         [
-            delegation_news.Party(one.delegator, one.delegate, one.tenant, one.id, one.jti, format_us(one.expires_us))
+            delegation_news.Party(
+                one.delegator, one.delegate, one.owner, one.id, one.jti, format_us(one.expires_us), one.holder
+            )
             for one in branches
         ],
         act.now_us,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import apsw
 import msgspec
 
+from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
 
 
@@ -29,7 +30,7 @@ class SpendPage(msgspec.Struct, frozen=True):
 
 # As `asapd.store.ledger.charge` debits: to the reservation an event names, else to the delegation, if the agent is its
 # delegate. What a reservation was settled at counts for the task it was made for, and refunds and voids are taken off.
-_SPENDING = """
+_SPENDING = f"""
 WITH RECURSIVE tree (account) AS (
   SELECT ?1 UNION ALL SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
 ), spending (task_id, spent, reserved) AS (
@@ -38,10 +39,9 @@ WITH RECURSIVE tree (account) AS (
   SELECT u.task_id, coalesce(u.cost_microusd, 0), 0
   FROM tree JOIN delegation d USING (account) JOIN usage u ON u.delegation = d.id
   WHERE u.agent = (SELECT id FROM name WHERE name = d.delegate)
-    AND u.tenant = (SELECT id FROM name WHERE name = d.tenant)
+    AND {debited("u")}
     AND NOT EXISTS (
-      SELECT 1 FROM reservation r JOIN delegation o ON o.account = r.account
-      WHERE r.id = u.reservation AND d.tenant IN (r.tenant, o.tenant)
+      SELECT 1 FROM reservation r JOIN delegation d USING (account) WHERE r.id = u.reservation AND {paid("u")}
     )
 ), by_task (task_id, spent, reserved) AS (
   SELECT task_id, max(sum(spent), 0), sum(reserved) FROM spending GROUP BY task_id

@@ -116,12 +116,13 @@ def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Record
     kept = [place for place in range(len(unit.usage.events)) if place not in left_out]
     events = [unit.usage.events[place] for place in kept]
     costs = [unit.usage.costs[place] for place in kept]
+    contents = [unit.usage.contents[place] for place in kept] if unit.usage.contents else []
 
     def placed(conflicts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return [(kept[index], seq) for index, seq in conflicts]
 
     try:
-        recorded = usage.record(tx, msgspec.structs.replace(unit.usage, events=events, costs=costs))
+        recorded = usage.record(tx, msgspec.structs.replace(unit.usage, events=events, costs=costs, contents=contents))
     except RefuseError as refused:
         if isinstance(refused.value, UsageConflict):
             raise RefuseError(UsageConflict(placed(refused.value.conflicts))) from None

@@ -9,7 +9,8 @@ import msgspec
 from asapd.core.delegation import Reason, scope_allows
 from asapd.core.ledger import Account
 from asapd.core.usage import UsageEvent
-from asapd.store import delegation_news, ledger
+from asapd.store import charging, delegation_news, ledger
+from asapd.store.parties import home
 from asapd.store.tx import Tx
 from asapd.store.units import Attribution, RecordUsage
 
@@ -27,7 +28,7 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class _Under(msgspec.Struct, frozen=True):
-    """The delegation that an event names, its path leaf first; an empty one is not known in this tenant."""
+    """The delegation that an event names, its path leaf first; an empty one is not known to the reporter."""
 
     path: list[Account]
     scopes: list[str]
@@ -43,7 +44,7 @@ def attribute(event: UsageEvent, attribution: Attribution) -> UsageEvent:
 def tell(tx: Tx, unit: RecordUsage, works: list[Work]) -> None:
     """Put events without permission into the audit log and into the news of delegations."""
     attribution = unit.attribution or Attribution(None, None)
-    known = {name: _under(tx, name, unit.tenant) for name in {work.event.delegation for work in works}}
+    known = {name: _under(tx, name, unit) for name in {work.event.delegation for work in works}}
     codes = [attribution.code or _why(known[work.event.delegation], work.event, unit.now_us) for work in works]
     delegations = sorted(name for name in known if name is not None)
     details: dict[str, Any] = {
@@ -73,12 +74,21 @@ def tell(tx: Tx, unit: RecordUsage, works: list[Work]) -> None:
         for work, code in zip(works, codes, strict=True)
     ]
     told = {"reason": attribution.detail, "token_id": attribution.token_id}
-    delegation_news.add_unauthorised(tx, told, events, unit.tenant, unit.now_us)
+    by_tenant: dict[str, list[delegation_news.Unauthorised]] = {}
+    for event in events:
+        # As rows are shown: what is reported without a tenant is that of its agent.
+        tenant = None if unit.is_bound else home(tx.connection, event.agent)
+        by_tenant.setdefault(tenant or unit.tenant, []).append(event)
+    for tenant, own in by_tenant.items():
+        delegation_news.add_unauthorised(tx, told, own, tenant, unit.now_us)
 
 
-def _under(tx: Tx, delegation: str | None, tenant: str) -> _Under:
-    row = tx.row("SELECT account, scopes FROM delegation WHERE id = ? AND tenant = ?", (delegation, tenant))
-    return _Under([], []) if row is None else _Under(ledger.path_of(tx, row[0]), msgspec.json.decode(row[1]))
+def _under(tx: Tx, delegation: str | None, unit: RecordUsage) -> _Under:
+    reached = charging.reach(tx, delegation, unit)
+    row = None if reached is None else tx.row("SELECT scopes FROM delegation WHERE account = ?", reached[:1])
+    if reached is None or row is None:
+        return _Under([], [])
+    return _Under(ledger.path_of(tx, reached[0]), msgspec.json.decode(row[0]))
 
 
 def _why(under: _Under, event: UsageEvent, now_us: int) -> str:

@@ -69,7 +69,8 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     what the client says of an event, so a repeat under another token is still a repeat. `places` says where in the
     request each event stood, and `late` which others were left out for their time and why: both only come back, so that
     a repeat of the request is answered alike when other events are late. `contents` are the events' `content_digest`s,
-    made by who has time for it: in the daemon, beside the writer. Without them the writer makes them.
+    made by who has time for it: in the daemon, beside the writer. Without them the writer makes them. With `is_bound`
+    events debit only delegations of which one side is of the tenant.
     """
 
     tenant: str
@@ -82,6 +83,7 @@ class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
     places: list[int] | None = None
     late: list[tuple[int, str]] = []
     contents: list[bytes] = []
+    is_bound: bool = False
 
 
 class Recall(Unit[Any], frozen=True):
@@ -242,7 +244,7 @@ class Registered(msgspec.Struct, frozen=True, tag=True):
 class RegisterDelegation(Unit[Registered | Denied | Refusal], frozen=True):
     """Register a verified chain, root first; those already known with the same bytes stay as they are.
 
-    With `is_bound` every account of the chain has to be of the tenant.
+    With `is_bound` one side of its last token has to be of the tenant.
     """
 
     chain: list[NewDelegation]
@@ -272,8 +274,8 @@ class AuthorizationDenied(msgspec.Struct, frozen=True, tag=True):
 class Reserve(Unit[Reserved | AuthorizationDenied | Denied | Refusal], frozen=True):
     """Hold an estimate on a delegation, all its ancestors and every matching budget, or on none.
 
-    Either `chain` (registered if new) or `delegation` names the account. With `is_bound` every account of the path has
-    to be of the tenant.
+    Either `chain` (registered if new) or `delegation` names the account. With `is_bound` one side of it has to be of
+    the tenant; what nobody is bound by belongs to the tenant of the delegation.
     """
 
     task_id: str
@@ -446,12 +448,16 @@ class AgentsChanged(msgspec.Struct, frozen=True, tag=True):
 
 
 class PutAgent(Unit[AgentsChanged | Refusal], frozen=True):
-    """Add an agent through the API, or change one that was added so; a key that it replaces keeps its overlap."""
+    """Add an agent through the API, or change one that was added so; a key that it replaces keeps its overlap.
+
+    With `is_bound` the agent's tenant asks for it, and must not take what the host or another tenant has.
+    """
 
     agent: AgentRecord
     actor: str
     now_us: int
     key_overlap_us: int = 0
+    is_bound: bool = False
 
 
 class RemoveAgent(Unit[AgentsChanged | Refusal], frozen=True):

@@ -233,7 +233,7 @@ class _Pass:
             event = reported if attribution is None else unauthorised.attribute(reported, attribution)
             flags = 0
             if book is not None or event.reservation is not None or event.delegation is not None:
-                flags, estimate = charging.charge(tx, book, unit.tenant, event, cost.microusd, unit.now_us)
+                flags, estimate = charging.charge(tx, book, unit, event, cost.microusd)
                 if estimate is not None:
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
             if event.duration_ms is None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from asapd.core.types import DEFAULT_TENANT
+
 
 class Visibility(msgspec.Struct, frozen=True):
     """`tenant` None is every tenant; `agents` are exact names or prefixes ending in `*`."""
@@ -16,6 +18,8 @@ class Visibility(msgspec.Struct, frozen=True):
 
 
 EVERYTHING = Visibility()
+_NUMBER = "(SELECT id FROM name WHERE name = ?)"
+_AGENTS = "SELECT n.id FROM agent a JOIN name n ON n.name = a.id"
 
 
 def _globs(agents: Sequence[str]) -> list[str]:
@@ -25,12 +29,21 @@ def _globs(agents: Sequence[str]) -> list[str]:
 
 
 def visible_names(visible: Visibility, columns: Sequence[str]) -> tuple[list[str], list[Any]]:
-    """Conditions over interned columns: any of them matches a pattern, and the tenant is the caller's."""
+    """Conditions over interned columns: any of them matches a pattern, and the tenant is the caller's.
+
+    What was reported without a tenant stands in the default one, and is that of its agent where the directory says one.
+    """
     where: list[str] = []
     values: list[Any] = []
-    if visible.tenant is not None:
-        where.append("tenant = (SELECT id FROM name WHERE name = ?)")
-        values.append(visible.tenant)
+    if visible.tenant == DEFAULT_TENANT:
+        where.append(f"tenant = {_NUMBER} AND agent NOT IN ({_AGENTS} WHERE a.tenant <> ?)")
+        values += [DEFAULT_TENANT, DEFAULT_TENANT]
+    elif visible.tenant is not None:
+        where += [
+            f"tenant IN ({_NUMBER}, {_NUMBER})",
+            f"(tenant = {_NUMBER} OR agent IN ({_AGENTS} WHERE a.tenant = ?))",
+        ]
+        values += [visible.tenant, DEFAULT_TENANT, visible.tenant, visible.tenant]
     if "*" not in visible.agents:
         globs = _globs(visible.agents)
         matched = f"(SELECT id FROM name WHERE {' OR '.join(['name GLOB ?'] * len(globs))})"
@@ -39,12 +52,14 @@ def visible_names(visible: Visibility, columns: Sequence[str]) -> tuple[list[str
     return where, values
 
 
-def visible_text(visible: Visibility, columns: Sequence[str], tenant: str = "tenant") -> tuple[list[str], list[Any]]:
-    """The same over columns that hold the names themselves."""
+def visible_text(
+    visible: Visibility, columns: Sequence[str], tenants: Sequence[str] = ("tenant",)
+) -> tuple[list[str], list[Any]]:
+    """The same over columns that hold the names themselves; of `tenants` one has to be the caller's."""
     where: list[str] = []
     values: list[Any] = []
     if visible.tenant is not None:
-        where.append(f"{tenant} = ?")
+        where.append(f"? IN ({', '.join(tenants)})")
         values.append(visible.tenant)
     if "*" not in visible.agents:
         globs = _globs(visible.agents)

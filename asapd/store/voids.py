@@ -10,6 +10,7 @@ from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.store import budgets, identity, ledger, outcomes
+from asapd.store.parties import debited, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
@@ -73,7 +74,7 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
     )
     void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
-    refunded, path = _give_back(tx, was, tenant, agent)
+    refunded, path = _give_back(tx, was, agent)
     book = budgets.open_book(tx, unit.actor, unit.now_us)
     if book is not None:
         tokens = was["tokens_in"] + was["tokens_out"]
@@ -84,8 +85,7 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
             tokens,
             was["cost_microusd"],
             refunded,
-            was["reservation"],
-            tenant=tenant,
+            paying_for(tx, unit.seq),
             task_id=was["task_id"],
             seq=unit.seq,
         )
@@ -170,20 +170,18 @@ def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
 # --- the ledger
 
 
-def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[int, tuple[str, ...]]:
+def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> tuple[int, tuple[str, ...]]:
     """Give what the event spent back to every account of its path; returns micro-USD and the path's delegations.
 
     What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
     estimate it was settled at: a refund of the reservation does that.
     """
-    account = account_of(tx, was["tenant"], agent, was["delegation"], was["reservation"])
+    account = account_of(tx, was["seq"], agent)
     amount: int = was["cost_microusd"] or 0
     if account is None:
         return amount, ()
     reservation = tx.row(
-        "SELECT used_microusd - refunded_microusd FROM reservation r JOIN delegation d USING (account) "
-        "WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
-        (was["reservation"], tenant),
+        "SELECT used_microusd - refunded_microusd FROM reservation WHERE id = ?", (paying_for(tx, was["seq"]),)
     )
     if reservation is not None:
         amount = max(0, min(amount, reservation[0]))
@@ -210,19 +208,28 @@ def _give_back(tx: Tx, was: dict[str, Any], tenant: str, agent: str) -> tuple[in
     return amount, tuple(on_path.id for on_path in accounts)
 
 
-def account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservation: str | None) -> int | None:
-    """The account that an event was debited to, by the rules of `charging.charge`."""
-    name = name_of(tx, tenant)
-    row = tx.row(
-        "SELECT account, d.delegate FROM reservation r JOIN delegation d USING (account) "
-        "WHERE r.id = ? AND ? IN (r.tenant, d.tenant)",
-        (reservation, name),
-    )
+_PAYING = f"""
+FROM usage JOIN reservation r ON r.id = usage.reservation JOIN delegation d USING (account)
+WHERE usage.seq = ? AND {paid()}
+"""
+
+
+def paying_for(tx: Tx, seq: int) -> str | None:
+    """The reservation that a row was debited to, if it was its delegate's."""
+    row = tx.row(f"SELECT r.id {_PAYING}", (seq,))
+    return None if row is None else str(row[0])
+
+
+def account_of(tx: Tx, seq: int, agent: str) -> int | None:
+    """The account that a row of an agent was debited to, by the rules of `charging.charge`."""
+    row = tx.row(f"SELECT account, d.delegate {_PAYING}", (seq,))
     if row is not None and row[1] != agent:
         return None
     if row is None:
         row = tx.row(
-            "SELECT account FROM delegation WHERE id = ? AND tenant = ? AND delegate = ?", (delegation, name, agent)
+            "SELECT account FROM usage JOIN delegation d ON d.id = usage.delegation "
+            f"WHERE usage.seq = ? AND {debited()} AND d.delegate = ?",
+            (seq, agent),
         )
     return None if row is None else int(row[0])
 
@@ -230,11 +237,12 @@ def account_of(tx: Tx, tenant: int, agent: str, delegation: str | None, reservat
 def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
     """Accounts on which the task still counts as used, by another event or by a reservation that was settled."""
     leaves = {
-        account_of(tx, tenant, name_of(tx, agent), delegation, reservation)
-        for tenant, agent, delegation, reservation in fetch(
+        account_of(tx, seq, name_of(tx, agent))
+        for seq, agent in fetch(
             tx.connection,
-            f"SELECT DISTINCT tenant, agent, delegation, reservation FROM usage WHERE {OF_TASK} AND seq <> ? "
-            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE} AND NOT ({CORRECTION})",
+            f"SELECT max(seq), agent FROM usage WHERE {OF_TASK} AND seq <> ? "
+            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE} AND NOT ({CORRECTION}) "
+            "GROUP BY tenant, agent, delegation, reservation, flags",
             (was["task_id"], was["task_id"], was["seq"]),
         )
     }

@@ -26,6 +26,7 @@ from asapd.wire.token_claims import (
     MAX_NUMERIC_DATE_S,
     SIGNATURE_BYTES,
     Level,
+    read_agent,
     read_constraints,
     read_max_cost,
     read_max_tasks,
@@ -66,8 +67,8 @@ def read_document(text: str) -> Level:
     constraints = read_constraints(inner, "constraints", _ENFORCED)
     claims = Claims(
         read_name(inner, "id"),
-        read_name(inner, "delegator"),
-        read_name(inner, "delegate"),
+        read_agent(inner, "delegator"),
+        read_agent(inner, "delegate"),
         read_scopes(inner, "scopes"),
         read_max_tasks(constraints),
         read_max_cost(constraints),

@@ -10,7 +10,7 @@ from nacl.signing import SigningKey
 
 from asapd.core.delegation import Claims
 from asapd.core.money import to_usd
-from asapd.core.types import MAX_INT, SECOND_US
+from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US
 from asapd.wire.strict_json import TokenMalformed, parse_strict_json, shown
 from asapd.wire.token_claims import (
     MAX_NAME_CHARS,
@@ -19,6 +19,7 @@ from asapd.wire.token_claims import (
     Level,
     check_max_cost,
     check_scopes,
+    read_agent,
     read_constraints,
     read_max_cost,
     read_max_tasks,
@@ -60,14 +61,15 @@ class _Constraints(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 _Name = Annotated[str, msgspec.Meta(pattern=rf"^[!-~]{{1,{MAX_NAME_CHARS}}}\Z")]
+_Agent = Annotated[str, msgspec.Meta(pattern=f"^{AGENT_URN.pattern}")]
 _Seconds = Annotated[int, msgspec.Meta(gt=0, le=MAX_NUMERIC_DATE_S)]
 
 
 class _Payload(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """A payload as the programs in use write it: these claims in this order."""
 
-    iss: _Name
-    aud: _Name
+    iss: _Agent
+    aud: _Agent
     jti: _Name
     iat: _Seconds
     exp: _Seconds
@@ -136,8 +138,8 @@ def _read_payload(raw: bytes) -> tuple[Claims, str | None]:
     constraints = read_constraints(payload, CONSTRAINTS, _ENFORCED)
     claims = Claims(
         read_name(payload, "jti"),
-        read_name(payload, "iss"),
-        read_name(payload, "aud"),
+        read_agent(payload, "iss"),
+        read_agent(payload, "aud"),
         read_scopes(payload, "scp"),
         read_max_tasks(constraints),
         read_max_cost(constraints),

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from asapd.core.delegation import MAX_SCOPES, Claims, is_scope
 from asapd.core.money import MICRO, MoneyError, parse_usd
-from asapd.core.types import MAX_INT, SECOND_US
+from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US
 from asapd.wire.strict_json import TokenMalformed, shown
 
 MAX_NAME_CHARS = 256
@@ -54,6 +54,14 @@ def read_name(values: dict[str, Any], key: str) -> str:
     raise TokenMalformed(
         f"{key}: must be a string of 1 to {MAX_NAME_CHARS} visible ASCII characters, not {shown(value)}"
     )
+
+
+def read_agent(values: dict[str, Any], key: str) -> str:
+    """A member that names an agent."""
+    name = read_name(values, key)
+    if AGENT_URN.match(name) is None:
+        raise TokenMalformed(f"{key}: must be a URN of the form urn:asap:agent:<name>, not {shown(name)}")
+    return name
 
 
 def read_seconds_us(values: dict[str, Any], key: str) -> int:

@@ -15,6 +15,7 @@ import trio
 from trio.testing import MockClock
 
 from asapd import config
+from asapd.actors import meter as meter_module
 from asapd.actors.messages import Idempotency, MeterMessage, ReconfigureMeter, Report, ReportTask
 from asapd.actors.meter import MeterSettings, refuse_untimely, run_meter, untimely
 from asapd.core.access import Caller
@@ -25,8 +26,10 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import HandlerFailed, Reply, ask
 from asapd.runtime.clock import TrioClock
-from asapd.store.database import Database
+from asapd.store.database import Database, InlineReaders
 from asapd.store.units import Recorded, RowWritten, TaskEvent
+from asapd.store.writer import Writer
+from tests.actors.choking import Choking
 
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"
 T0 = 1_800_000_000 * SECOND_US
@@ -295,6 +298,20 @@ async def test_an_event_that_breaks_the_handler_is_answered_and_stops_nobody(
             await meter.report(impossible)
         assert "a Report could not be handled" in caplog.text
         assert isinstance(await meter.report(event("e")), Recorded)
+
+
+async def test_a_report_that_cannot_be_sent_gives_its_place_back(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter_module, "REPORTS_IN_FLIGHT", 1)
+    connection = inline_database[1]
+    runner = Choking(Writer(connection))
+    async with Meter((Database(runner, InlineReaders(connection)), connection)).running() as meter:
+        with pytest.raises(HandlerFailed):
+            await meter.report(event("e"))
+        runner.chokes = False
+        for number in range(2):
+            assert isinstance(await meter.report(event(f"e{number}")), Recorded)
 
 
 async def test_the_meter_ends_when_its_mailbox_is_closed(inline_database: Inline, autojump_clock: MockClock) -> None:

@@ -205,6 +205,9 @@ def test_a_token_issued_offline_is_inspected_and_passed_on_without_a_daemon(
     ran = ctl(*issue, "7d", "--delegator", root, "--delegate", writer, "--scope", "task.*", "--scope", "a.b", *limits)
     assert (ran.code, ran.err, ran.out.count("\n")) == (Exit.DONE, "", 1)
     (tmp_path / "token").write_text(ran.out)
+    for names in (("--delegator", "root", "--delegate", writer), ("--delegator", root, "--delegate", "writer")):
+        refused = ctl(*issue, "7d", *names, "--scope", "task.*")
+        assert (refused.code, "must be a URN" in refused.err) == (Exit.USAGE, True)
     passed = ("--delegator", writer, "--delegate", helper, "--parent", f"@{tmp_path / 'token'}")
     ran = ctl(*issue, "6d", *passed, "--scope", "task.execute", "--json")
     assert (ran.code, ran.err) == (Exit.DONE, "")
@@ -255,7 +258,7 @@ def test_offline_issuing_refuses_what_cannot_be_signed(ctl: Program, host: Progr
     bad, good = tmp_path / "bad.pem", tmp_path / "good.pem"
     host("keygen", good)
     bad.write_text("x")
-    terms = ("--delegator", "a", "--delegate", "b", "--expires-in", "1h", "--scope")
+    terms = ("--delegator", urn(), "--delegate", urn(), "--expires-in", "1h", "--scope")
     for arguments in (
         ("--key", bad, *terms, "*"),
         ("--key", good, *terms, "not a scope"),

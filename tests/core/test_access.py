@@ -91,9 +91,7 @@ def test_a_caller_of_a_tenant_keeps_off_agents_that_the_directory_gives_to_anoth
     assert [bound.may_touch(name) for name in names] == [True, False, True, False]
     assert [free.may_touch(name) for name in names] == [True, True, True, False]
     assert [bound.keeps_off(name) for name in names] == [False, True, False, False]
-    assert [bound.owns(name) for name in names] == [True, False, False, False]
     assert not free.keeps_off("x.other")
-    assert not free.owns("x.own")
     assert bound.may_touch("x.other", None, "x.own")
     tenants.put("x.other", None)
     assert bound.may_touch("x.other")
@@ -112,3 +110,21 @@ def test_a_row_is_seen_by_its_own_tenant_whatever_became_of_its_agents() -> None
         False,
     ]
     assert Caller("k", Role.READER).may_see("other", "x")
+
+
+def test_a_listed_root_that_no_directory_holds_is_the_hosts() -> None:
+    tenants = Tenants()
+    tenants.list_roots(["root"])
+    bound, host = (Caller("k", Role.ADMIN, tenant=tenant, tenants=tenants) for tenant in ("own", "default"))
+    assert [bound.may_touch("root"), host.may_touch("root")] == [False, True]
+    tenants.put("root", "own")
+    assert [bound.may_touch("root"), host.may_touch("root")] == [True, False]
+    tenants.put("root", None)
+    tenants.list_roots([])
+    assert bound.may_touch("root")
+
+
+def test_a_delegation_is_known_to_the_tenants_of_both_its_sides() -> None:
+    callers = [Caller("k", Role.READER, ("x", "y"), tenant) for tenant in ("giving", "taking", "third", None)]
+    assert [one.may_see_given("giving", "taking", "x", "z") for one in callers] == [True, True, False, True]
+    assert [one.may_see_given("giving", "taking", "a", "z") for one in callers] == [False] * 4

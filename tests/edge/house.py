@@ -308,7 +308,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         "meter": partial(run_meter, settings=meter),
         "registry": partial(
             run_registry,
-            settings=RegistrySettings(settings.delegation, keys_dir, identity=bytes(IDENTITY.verify_key)),
+            settings=RegistrySettings(
+                settings.delegation, keys_dir, identity=bytes(IDENTITY.verify_key), tenants=tenants
+            ),
             directory_changed=directory_changed,
             revocations_changed=committed,
             new_id=lambda now_us: f"del_{next(ids)}",

@@ -135,7 +135,7 @@ async def test_in_part_nothing_but_mistakes_is_still_an_answer(edge: Edge) -> No
 
 
 async def test_validating_needs_a_role_that_may_report(edge: Edge) -> None:
-    refusal = validate(edge.services, Caller("x", Role.READER), b"{}", "json")
+    refusal = await validate(edge.services, Caller("x", Role.READER), b"{}", "json")
     assert isinstance(refusal, Refusal)
     assert refusal.code == "forbidden"
 
@@ -143,16 +143,16 @@ async def test_validating_needs_a_role_that_may_report(edge: Edge) -> None:
 async def test_validating_has_the_code_and_the_reason_that_reporting_would_have(edge: Edge) -> None:
     for sent in (event(agent=C), event(timestamp=1), event(timestamp=T0 // SECOND_US + 9_999), event(task_id=5)):
         posted = await frame(edge, sent, NARROW)
-        found: Any = validate(edge.services, NARROW, msgspec.json.encode(sent), "json")
+        found: Any = await validate(edge.services, NARROW, msgspec.json.encode(sent), "json")
         assert (found["valid"], found["code"]) == (False, posted["code"])
         assert found["errors"][0].reason == posted["errors"][0]["reason"]
 
 
 async def test_the_bounds_of_time_are_those_in_force_now(edge: Edge) -> None:
     body = msgspec.json.encode([event(timestamp=(T0 - 2 * HOUR_US) // SECOND_US)])
-    assert validate(edge.services, INGEST, body, "json") == {"valid": True, "count": 1}
+    assert await validate(edge.services, INGEST, body, "json") == {"valid": True, "count": 1, "duplicates": 0}
     edge.with_settings(metering=config.Metering(late_max="1h"))
-    verdict = validate(edge.services, INGEST, body, "json")
+    verdict = await validate(edge.services, INGEST, body, "json")
     assert isinstance(verdict, dict)
     assert not verdict["valid"]
 

@@ -157,10 +157,13 @@ class Ledger:
     def sweep(self, limit: int = 500) -> Any:
         return self.submit(Sweep(self.now_us, 0, 0, limit))
 
-    def use(self, cost: int | None, *, tenant: str = "default", **fields: Any) -> set[str]:
-        """Record one event and say how it was flagged."""
+    def use(
+        self, cost: int | None, *, tenant: str = "default", is_bound: bool | None = None, **fields: Any
+    ) -> set[str]:
+        """Record one event, of a caller that is bound to any tenant but the default one, and say how it was flagged."""
+        is_bound = tenant != "default" if is_bound is None else is_bound
         event = UsageEvent(**({"task_id": "t", "agent": B, "consumer": A, "timestamp_us": self.now_us} | fields))
-        result = self.submit(RecordUsage(tenant, "key:x", self.now_us, [event], [Cost(cost)]))
+        result = self.submit(RecordUsage(tenant, "key:x", self.now_us, [event], [Cost(cost)], is_bound=is_bound))
         assert result.recorded == 1
         flags = self.connection.execute("SELECT flags FROM usage ORDER BY seq DESC LIMIT 1").get
         return {name for bit, name in FLAG_NAMES.items() if flags & bit}

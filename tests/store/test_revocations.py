@@ -126,7 +126,7 @@ def test_what_is_marked_revoked_is_refused_also_where_its_revocation_was_forgott
     ledger.revoke("root")
     ledger.connection.execute("DELETE FROM revocation")
     fresh = link("fresh", C, D)
-    accounts = [(one.claims.delegator, one.claims.id, one.digest) for one in (ROOT, CHILD, fresh)]
+    accounts = [(one.claims, one.digest) for one in (ROOT, CHILD, fresh)]
     known = chain_queries.standing(ledger.connection, accounts, None)
     assert known is not None
     denied, _ = known

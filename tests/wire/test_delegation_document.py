@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from nacl.signing import SigningKey
 
 from asapd.core.delegation import Claims
+from asapd.core.types import AGENT_URN
 from asapd.wire.delegation_document import read_document
 from asapd.wire.token import SignedToken, TokenMalformed, decode, lineage, sign, sign_document, verify
 from tests.wire.hostile_tokens import KEYS, NOW_US, PARENT, A, B, C, doc, document
@@ -157,13 +158,14 @@ def test_a_fault_in_a_parent_says_which_parent() -> None:
     assert read(json.dumps(made)) == "parent 2: expires_at: is missing"
 
 
+agents = st.from_regex(AGENT_URN, fullmatch=True)
 names = st.text(alphabet=[chr(code) for code in range(0x21, 0x7F)], min_size=1, max_size=30)
 times = st.integers(1, 253_402_300_799_999_999)
 claims_values = st.builds(
     Claims,
     id=names,
-    delegator=names,
-    delegate=names,
+    delegator=agents,
+    delegate=agents,
     scopes=st.lists(st.sampled_from(["a", "a.*", "b.c", "*"]), min_size=1, unique=True).map(tuple),
     max_tasks=st.none() | st.integers(0, 2**53 - 1),
     max_cost_microusd=st.none() | st.integers(0, 9_007_199_254_000_000),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from asapd.core.delegation import MAX_SCOPES
+from asapd.core.types import AGENT_URN
 from asapd.wire.token import (
     MAX_NUMERIC_DATE_S,
     MAX_TOKEN_BYTES,
@@ -275,7 +276,7 @@ def test_the_bound_of_size_is_on_the_whole_text() -> None:
         with_constraints(max_tasks=2**53 - 1),
         with_constraints(max_cost_usd="0.000001"),
         with_payload(exp=MAX_NUMERIC_DATE_S),
-        with_payload(iss="x" * 256),
+        with_payload(iss="urn:asap:agent:" + "x" * 200),
         with_header(alg="Ed25519"),
         with_header(typ=...),
         with_header(typ="anything at all"),
@@ -395,6 +396,7 @@ MALFORMED: dict[str, str | bytes] = {
     **{f"{name} a number": with_payload(**{name: 7}) for name in ("iss", "aud", "jti")},
     **{f"{name} a list": with_payload(**{name: ["urn:asap:agent:b"]}) for name in ("iss", "aud", "jti")},
     **{f"{name} too long": with_payload(**{name: "x" * 257}) for name in ("iss", "aud", "jti")},
+    **{f"{name} no agent": with_payload(**{name: "urn:asap:agent:%61"}) for name in ("iss", "aud")},
     "iss with newline": with_payload(iss="urn:asap:agent:a\n"),
     "iss with carriage return": with_payload(iss="urn:asap:agent:a\rb"),
     "iss with null": with_payload(iss="urn:asap:agent:a\0"),
@@ -552,14 +554,15 @@ def test_a_signature_of_the_wrong_length_verifies_nothing() -> None:
     assert not verify(joined, PUBLIC)
 
 
+agents = st.from_regex(AGENT_URN, fullmatch=True)
 names = st.text(alphabet=[chr(code) for code in range(0x21, 0x7F)], min_size=1, max_size=40)
 scopes = st.from_regex(r"\A(\*|[a-z_]{1,6}(\.[a-z0-9]{1,6}){0,3}(\.\*)?)\Z")
 seconds = st.integers(1, MAX_NUMERIC_DATE_S).map(lambda value: value * 1_000_000)
 claims_values = st.builds(
     Claims,
     id=names,
-    delegator=names,
-    delegate=names,
+    delegator=agents,
+    delegate=agents,
     scopes=st.lists(scopes, min_size=1, max_size=4, unique=True).map(tuple),
     max_tasks=st.none() | st.integers(0, 2**53 - 1),
     max_cost_microusd=st.none() | st.integers(0, 9_007_199_254_000_000),

@@ -55,6 +55,14 @@ def register(app: QuartTrio, services: Services) -> None:
         rows = [_row(key, fresh, aged, now_us) for key in keys]
         return {"agent": agent, "data": rows, "count": len(rows), "next_cursor": None}
 
+    def keeps_root(caller: Caller, agent: str) -> Refusal | None:
+        """The refusal of a change of a listed root's keys by who may neither sign nor administer."""
+        is_root = agent in services.settings().delegation.roots
+        if not is_root or caller.may_sign or caller.may(Permission.ADMINISTER):
+            return None
+        detail = f"{agent} begins chains, so its keys are changed by an admin, or by a key with the right to sign"
+        return Refusal("forbidden", detail)
+
     @app.get("/agents/<agent>/keys")
     async def get_agent_keys(agent: str) -> Response:
         caller = require(Permission.READ)
@@ -66,6 +74,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/agents/<agent>/keys")
     async def post_agent_key(agent: str) -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         body = await sent_json()
         sent = decode_body(body, _NewKey)
         if AGENT_URN.match(agent) is None:
@@ -78,9 +87,8 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(Refusal("forbidden", f"this key may not act for {agent}"))
         if caller.tenant is not None and await known(caller, agent) is None:
             return refuse(_unknown(agent))
-        if agent in services.settings().delegation.roots and not (caller.may_sign or caller.may(Permission.ADMINISTER)):
-            detail = f"{agent} begins chains, so its keys are imported by an admin, or by a key with the right to sign"
-            return refuse(Refusal("forbidden", detail))
+        if (refusal := keeps_root(caller, agent)) is not None:
+            return refuse(refusal)
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(prober, lambda to: ImportKeyRequest(agent, public_key, caller.actor, key, to))
         if isinstance(outcome, Refusal):
@@ -95,6 +103,8 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         if await known(caller, agent) is None:
             return refuse(_unknown(agent))
+        if (refusal := keeps_root(caller, agent)) is not None:
+            return refuse(refusal)
         overlap_us = None if overlap is None else _overlap_us(overlap)
         outcome = await ask_actor(prober, lambda to: RetireKeyRequest(agent, kid, overlap_us, caller.actor, to))
         return reply(outcome if isinstance(outcome, Refusal) else await shown(caller, agent))

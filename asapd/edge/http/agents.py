@@ -85,13 +85,15 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/agents")
     async def post_agent() -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         body = await sent_json()
         sent = decode_body(body, _NewAgent)
         record = _record(sent, caller)
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
         key = idempotency(caller, body, services.clock.now_us())
-        outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to))
+        is_bound = caller.tenant is not None
+        outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to, is_bound))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         row = await rows_of(caller, record.id, services.settings().sla.breach_window_us)
@@ -109,6 +111,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/agents/<agent>")
     async def delete_agent(agent: str) -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         if not caller.may_touch(agent) or await is_foreign(caller, agent):
             return refuse(_unknown(agent))
         outcome = await ask_actor(prober, lambda to: RemoveAgentRequest(agent, caller.actor, to))

@@ -63,6 +63,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/asap/delegations")
     async def post_asap_delegation() -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         body = await sent_json()
         wanted = _read(body)
         if isinstance(wanted, list):
@@ -111,7 +112,9 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.get("/asap/delegations/<delegation>")
     async def get_asap_delegation(delegation: str) -> Response:
-        shown = await services.reads.delegation(require(Permission.READ), delegation)
+        caller = require(Permission.READ)
+        Parameters().done()
+        shown = await services.reads.delegation(caller, delegation)
         if shown is None:
             return plain({"detail": _NOT_FOUND}, 404)
         return plain({**_shown(shown), "revoked_at": shown["revoked_at"]})
@@ -119,6 +122,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/asap/delegations/<delegation>")
     async def delete_asap_delegation(delegation: str) -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         found = await services.reads.delegation(caller, delegation)
         if found is None:
             return plain({"detail": f"{_NOT_FOUND} or not issued via this server"}, 404)

@@ -113,7 +113,9 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.get("/asap/usage/stats")
     async def get_asap_stats() -> Response:
-        found = await services.reads.usage_stats(require(Permission.READ))
+        caller = require(Permission.READ)
+        Parameters().done()
+        found = await services.reads.usage_stats(caller)
         kept_s = services.settings().retention.usage_us // 1_000_000
         return plain({**picked(found, ("total_events", "oldest_timestamp")), "retention_ttl_seconds": kept_s})
 

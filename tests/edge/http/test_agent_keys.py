@@ -64,6 +64,33 @@ async def test_the_key_of_a_listed_root_is_imported_by_whoever_may_sign(edge: Ed
     body = {"public_key": TEXTS[0]}
     assert (await edge.post(f"/agents/{B}/keys", body, key="op")).refused(403)["code"] == "forbidden"
     (await edge.post(f"/agents/{B}/keys", body, key="signer")).ok(201)
+    retired = f"/agents/{B}/keys/{KIDS[0]}"
+    assert (await edge.delete(retired, key="op")).refused(403)["code"] == "forbidden"
+    (await edge.delete(retired, key="signer")).ok()
+
+
+async def test_a_retired_key_is_imported_again_and_not_posted(edge: Edge) -> None:
+    sent = {"id": B, "url": "http://127.0.0.1:9", "public_key": TEXTS[0]}
+    (await edge.post("/agents", sent)).ok(201)
+    (await edge.delete(f"/agents/{B}/keys/{KIDS[0]}?overlap=0s")).ok()
+    refused = (await edge.post("/agents", sent)).refused(422)
+    assert (refused["code"], refused["errors"][0]["field"]) == ("invalid", "public_key")
+    (await edge.post(f"/agents/{B}/keys", {"public_key": TEXTS[0]})).ok(201)
+    (await edge.post("/agents", sent)).ok()
+
+
+async def test_two_imported_keys_stand_side_by_side_until_one_is_retired(edge: Edge) -> None:
+    for text in TEXTS[:2]:
+        (await edge.post(f"/agents/{B}/keys", {"public_key": text})).ok(201)
+
+    async def verifies() -> dict[str, str]:
+        return {row["kid"]: row["verifies"] for row in (await edge.get(f"/agents/{B}/keys")).ok()["data"]}
+
+    assert await verifies() == {KIDS[0]: "all", KIDS[1]: "all"}
+    (await edge.delete(f"/agents/{B}/keys/{KIDS[0]}?overlap=1h")).ok()
+    assert await verifies() == {KIDS[0]: "older", KIDS[1]: "all"}
+    (await edge.delete(f"/agents/{B}/keys/{KIDS[0]}?overlap=0s")).ok()
+    assert await verifies() == {KIDS[0]: "none", KIDS[1]: "all"}
 
 
 async def test_a_held_key_is_shown_and_stays(edge: Edge) -> None:
@@ -88,7 +115,9 @@ async def test_a_pattern_and_a_tenant_narrow_keys(edge: Edge) -> None:
         await edge.post(f"/agents/{B}/keys", sent, key="red"),
     ):
         assert outcome.refused(404)["code"] == "agent_not_found"
-    await edge.post("/agents", {"id": B, "url": "http://127.0.0.1:9"}, key="red")
+    taking = {"id": B, "url": "http://127.0.0.1:9"}
+    assert (await edge.post("/agents", taking, key="red")).refused(403)["code"] == "forbidden"
+    (await edge.post("/agents", {**taking, "tenant": "red"})).ok(201)
     assert (await edge.post(f"/agents/{B}/keys", sent, key="red")).ok(201)["count"] == 2
 
 

@@ -124,14 +124,14 @@ async def test_the_directory_is_for_who_may_touch_it(edge: Edge) -> None:
 async def test_another_tenants_agent_is_not_there(edge: Edge) -> None:
     await edge.new_key("one", "operator", tenant="one")
     await edge.new_key("two", "operator", tenant="two")
-    sent = {"id": A, "url": "http://127.0.0.1:1"}
+    sent = {"id": C, "url": "http://127.0.0.1:1"}
     assert (await edge.post("/agents", sent, key="one")).ok(201)["tenant"] == "one"
-    assert (await edge.get(f"/agents/{A}", key="two")).refused(404)
+    assert (await edge.get(f"/agents/{C}", key="two")).refused(404)
     assert (await edge.post("/agents", sent, key="two")).refused(403)["code"] == "forbidden"
     assert (await edge.post("/agents", sent, key="one")).ok(200)["tenant"] == "one"
-    assert (await edge.delete(f"/agents/{A}", key="two")).refused(404)["code"] == "agent_not_found"
-    assert (await edge.get(f"/agents/{A}", key="one")).ok()["id"] == A
-    assert (await edge.delete(f"/agents/{A}", key="one")).ok() == {"removed": [A]}
+    assert (await edge.delete(f"/agents/{C}", key="two")).refused(404)["code"] == "agent_not_found"
+    assert (await edge.get(f"/agents/{C}", key="one")).ok()["id"] == C
+    assert (await edge.delete(f"/agents/{C}", key="one")).ok() == {"removed": [C]}
 
 
 async def test_agents_are_filtered_by_what_is_known_of_them(edge: Edge) -> None:

@@ -85,3 +85,17 @@ async def test_an_empty_watcher_is_an_empty_list(edge: Edge) -> None:
     answer = (await edge.get("/asap/sla?window=1h")).ok()
     assert (answer["data"], answer["window"]) == ([], "1h")
     assert answer["period_end"].startswith("2027-01-15T08:00:00")
+
+
+async def test_no_route_ignores_a_parameter_it_does_not_know(edge: Edge) -> None:
+    routes = {rule.rule: rule.methods & {"GET", "POST", "DELETE"} for rule in edge.app.url_map.iter_rules()}
+    asked = [(method, path) for path, methods in routes.items() if path.startswith("/asap/") for method in methods]
+    assert len(asked) > 12
+    for method, path in [*asked, ("POST", "/agents"), ("DELETE", f"/agents/{A}"), ("POST", f"/agents/{A}/keys")]:
+        if path in {"/asap/usage/validate", "/asap/ws"}:
+            continue  # a validation answers whatever is sent; a socket is no route of queries
+        query = "group_by=agent&stray=1" if "aggregate" in path else "stray=1"
+        sent = b"{}" if method == "POST" else None
+        headers = {"Content-Type": "application/json"} if method == "POST" else {}
+        answer = await edge.call(method, f"{path.replace('<delegation>', 'x')}?{query}", sent, headers=headers)
+        assert (answer.status, "stray" in answer.json["detail"]) == (400, True), (method, path, answer.body)

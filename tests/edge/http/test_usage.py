@@ -148,8 +148,8 @@ async def test_a_conflict_is_409_with_both_events(edge: Edge) -> None:
 
 async def test_validate_always_answers_and_records_nothing(edge: Edge) -> None:
     good = (await edge.post("/usage/validate", event("e1"))).ok()
-    assert good == {"valid": True, "count": 1, "task_id": "t1", "agent_id": A, "consumer_id": B}
-    assert (await edge.post("/usage/validate", [event()])).ok() == {"valid": True, "count": 1}
+    assert good == {"valid": True, "count": 1, "duplicates": 0, "task_id": "t1", "agent_id": A, "consumer_id": B}
+    assert (await edge.post("/usage/validate", [event()])).ok() == {"valid": True, "count": 1, "duplicates": 0}
     assert (await edge.post("/usage/validate", b"{")).ok()["code"] == "malformed"
     bad = (await edge.post("/usage/validate", [event(), event(agent="x")])).ok()
     assert (bad["valid"], bad["errors"][0]["index"]) == (False, 1)
@@ -159,6 +159,22 @@ async def test_validate_always_answers_and_records_nothing(edge: Edge) -> None:
     await edge.new_key("own", "ingest", B)
     assert (await edge.post("/usage/validate", event(), key="own")).ok()["errors"][0]["field"] == "agent"
     assert (await edge.get("/usage")).ok()["count"] == 0
+
+
+async def test_validate_says_what_is_a_repeat_and_what_a_conflict(edge: Edge) -> None:
+    await edge.new_key("elsewhere", "ingest", tenant="elsewhere")
+    (await edge.post("/usage", event("e1"))).ok(201)
+    sent = [event("e1"), event("e2"), event("e2"), event()]
+    assert (await edge.post("/usage/validate", sent)).ok()["duplicates"] == 2
+    assert (await edge.post("/usage", sent)).ok(201)["duplicates"] == 2
+    for clash in ([event("e3"), event("e1", task_id="t2")], [event("e3"), event("e3", task_id="t2")]):
+        verdict = (await edge.post("/usage/validate", clash)).ok()
+        assert (verdict["valid"], verdict["code"]) == (False, "usage_conflict")
+        assert [(one["field"], one["index"]) for one in verdict["errors"]] == [("id", 1)]
+        assert (await edge.post("/usage", clash)).refused(409)["code"] == verdict["code"]
+    # Another tenant's identities are its own.
+    fine = (await edge.post("/usage/validate", event("e1", task_id="t2"), key="elsewhere")).ok()
+    assert (fine["valid"], fine["duplicates"]) == (True, 0)
 
 
 async def test_rows_are_filtered_paged_and_ordered(edge: Edge) -> None:

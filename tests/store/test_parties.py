@@ -1,0 +1,112 @@
+"""What is debited across tenants is found again by whatever takes it back, corrects it or counts it anew."""
+
+from __future__ import annotations
+
+import pytest
+
+from asapd.core.budgets import Budget, Limits, Match
+from asapd.core.repricing import Correction
+from asapd.store import delegation_news, parties
+from asapd.store.agents import AgentRecord
+from asapd.store.budget_queries import get_budget
+from asapd.store.ledger_queries import find_account
+from asapd.store.task_spend import spend_by_task
+from asapd.store.units import CorrectCosts, RegisterDelegation, Reserve, SyncAgents, SyncBudgets
+from asapd.store.visibility import EVERYTHING
+from tests.store.ledger_desk import ROOT, USD, A, B, C, Ledger, code, link
+
+LIMITED = Budget("under", Match(delegation="root"), "day", "UTC", hard=Limits(microusd=100 * USD, tasks=9))
+
+
+@pytest.fixture
+def ledger(connection: object) -> Ledger:
+    """A of tenant ta gives to B of tenant tb."""
+    opened = Ledger(connection)  # type: ignore[arg-type]  # the fixture of tests/store
+    agents = [AgentRecord(agent, "http://127.0.0.1:1", tenant) for agent, tenant in ((A, "ta"), (B, "tb"))]
+    opened.submit(SyncAgents(agents, "asapd", opened.now_us))
+    return opened
+
+
+def counted(ledger: Ledger) -> tuple[int, int]:
+    """Spent and tasks of the budget."""
+    shown = get_budget(ledger.connection, EVERYTHING, "under", ledger.now_us)
+    assert shown is not None
+    return int(shown["spent"]["usd"] * USD), shown["spent"]["tasks"]
+
+
+@pytest.mark.parametrize("under", ["delegation", "reservation"])
+@pytest.mark.parametrize(("tenant", "is_bound"), [("default", False), ("tb", True)])
+def test_every_book_agrees_on_what_was_debited_across_tenants(
+    ledger: Ledger, under: str, tenant: str, *, is_bound: bool
+) -> None:
+    ledger.register(ROOT)
+    named = {"delegation": "root"} if under == "delegation" else {"reservation": ledger.reserved(ROOT)}
+    flags = ledger.use(USD, tenant=tenant, is_bound=is_bound, **named)
+    assert flags == ({"unreserved"} if under == "delegation" else set())
+    seq, account = ledger.newest(), find_account(ledger.connection, A, "root")
+    assert account is not None
+    ledger.submit(SyncBudgets([LIMITED], "key:x", ledger.now_us))
+    for cost in (USD, 3 * USD):
+        page = spend_by_task(ledger.connection, account, limit=9)
+        assert [(one.task_id, one.spent_microusd) for one in page.tasks] == [("t", cost)]
+        assert page.unattributed_microusd == 0
+        assert (ledger.counters("root")[0], ledger.counters("root")[2]) == (cost, 1)
+        assert counted(ledger) == (cost, 1)
+        if cost == USD:
+            change = Correction(seq, USD, 3 * USD, "priced", 2 * USD)
+            ledger.submit(CorrectCosts([change], "v2", "key:x", ledger.now_us))
+    ledger.void(seq)
+    assert ledger.counters("root")[0] == 0
+    assert counted(ledger)[0] == 0
+
+
+@pytest.mark.parametrize("under", ["delegation", "reservation"])
+def test_a_third_tenant_debits_nothing_and_is_told_what_an_unknown_id_says(ledger: Ledger, under: str) -> None:
+    ledger.register(ROOT)
+    held = ledger.reserved(ROOT)
+    flags = [
+        ledger.use(USD, tenant="tc", **{under: name}, task_id=name)
+        for name in ({"delegation": "root", "reservation": held}[under], "none")
+    ]
+    assert flags[0] == flags[1]
+    assert ledger.counters("root") == (0, USD, 1, 0)
+
+
+def test_a_token_is_registered_for_its_delegators_tenant_or_for_whom_it_came_down_to(ledger: Ledger) -> None:
+    def tenant_of(*chain: object, key: str) -> object:
+        outcome = ledger.submit(RegisterDelegation(list(chain), "key:x", key, ledger.now_us, is_bound=key != "default"))  # type: ignore[arg-type]  # links
+        return ledger.connection.execute("SELECT tenant FROM delegation WHERE account = ?", (outcome.account,)).get
+
+    assert tenant_of(ROOT, key="tb") == "ta"
+    assert tenant_of(link("r1", C, B), key="default") == "tb"
+    assert tenant_of(link("r2", C, C), key="default") == "default"
+    assert tenant_of(link("r3", C, C), key="tz") == "tz"
+    # An agent that nobody knows stands for whom it was given to.
+    given = link("g", A, C)
+    assert tenant_of(given, link("below", C, C), key="ta") == "ta"
+    refused = ledger.submit(
+        RegisterDelegation([given, link("other", C, C)], "key:x", "tz", ledger.now_us, is_bound=True)
+    )
+    assert code(refused) == "forbidden"
+
+
+def test_a_reservation_of_nobodys_key_is_the_delegations(ledger: Ledger) -> None:
+    ledger.register(ROOT)
+    ledger.reserved(ROOT)
+    assert ledger.connection.execute("SELECT tenant FROM reservation").get == "ta"
+    wish = ledger.wish(ROOT, task="t2", tenant="tb")
+    bound = Reserve(**{name: getattr(wish, name) for name in wish.__struct_fields__} | {"is_bound": True})
+    ledger.submit(bound)
+    assert ledger.connection.execute("SELECT tenant FROM reservation WHERE task_id = 't2'").get == "tb"
+
+
+def test_work_without_permission_is_told_to_its_agents_tenant(ledger: Ledger) -> None:
+    ledger.use(USD, delegation="none")
+    ledger.use(USD, delegation="none", tenant="tz", agent=C)
+    ledger.use(USD, delegation="none", agent=C)
+    told = delegation_news.news_after(ledger.connection, 0, 9)
+    assert [one.tenant for one in told] == ["tb", "tz", "default"]
+
+
+def test_the_directory_says_whose_an_agent_is(ledger: Ledger) -> None:
+    assert [parties.home(ledger.connection, agent) for agent in (A, B, C)] == ["ta", "tb", None]
