@@ -11,6 +11,7 @@ from asapd.core.access import Caller
 from asapd.core.audit import Walk
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
+from asapd.core.health import AgentStatus, Status
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.pricing import PriceTable
 from asapd.core.sla import Metrics, Promise, TermVerdict
@@ -333,7 +334,45 @@ class ReconfigureProber:
     key_overlap_us: int | None = None
 
 
-ProberMessage = PutAgentRequest | RemoveAgentRequest | ImportKeyRequest | RetireKeyRequest | ReconfigureProber
+@dataclass(frozen=True, slots=True)
+class SetPausedRequest:
+    """Pause an agent, which is then neither asked nor judged, or resume it."""
+
+    agent: str
+    paused: bool
+    reason: str | None
+    actor: str
+    reply: Reply[AgentsChanged | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatRequest:
+    """What an agent that is not probed says of itself, and for how long that holds."""
+
+    agent: str
+    status: Status
+    agent_status: AgentStatus | None
+    ttl_s: int | None
+    reply: Reply[Heard | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Where an agent stands after its heartbeat; the next one is due at `holds_until_us`, None while it is paused."""
+
+    state: str
+    holds_until_us: int | None
+
+
+ProberMessage = (
+    PutAgentRequest
+    | RemoveAgentRequest
+    | ImportKeyRequest
+    | RetireKeyRequest
+    | SetPausedRequest
+    | HeartbeatRequest
+    | ReconfigureProber
+)
 
 # --- watcher
 
@@ -349,7 +388,7 @@ class FiguresRequest:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What an agent promised in a window and what it kept. `promise_source` is `config`, `manifest`, `tier` or None."""
+    """What an agent promised in a window and what it kept. `promise_source` is as in `HeldTo`."""
 
     metrics: Metrics
     promise: Promise

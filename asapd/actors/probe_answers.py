@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from asapd.core.agent_keys import AgentKey, Signers, signers
-from asapd.core.health import ProbeResult
+from asapd.core.health import AgentStatus, ProbeResult
 from asapd.runtime.fetch import Fetched, FetchFailed
 from asapd.store.units import RecordManifest
 from asapd.wire.keys import KeyFormatError, load_public, public_base64
@@ -32,11 +32,18 @@ def judge(answer: Fetched | FetchFailed, agent: str, ts_us: int, latency_ms: flo
             return wrong_status, None
         return ProbeResult(ts_us, False, None, latency_ms, problem.reason, str(problem)[:MAX_DETAIL]), None
     if health.status == "unhealthy":
-        detail = "the agent calls itself unhealthy"
-        return ProbeResult(ts_us, False, "unhealthy", latency_ms, "reports_unhealthy", detail), health.ttl_seconds
-    if answer.status != 200:
+        result = reported_unhealthy(ts_us, latency_ms, health.agent_status)
+    elif answer.status != 200:
         return wrong_status, None
-    return ProbeResult(ts_us, True, health.status, latency_ms), health.ttl_seconds
+    else:
+        result = ProbeResult(ts_us, True, health.status, latency_ms, agent_status=health.agent_status)
+    return result, health.ttl_seconds
+
+
+def reported_unhealthy(ts_us: int, latency_ms: float | None, agent_status: AgentStatus | None) -> ProbeResult:
+    """The result of an agent that says of itself that it is unhealthy."""
+    detail = "the agent calls itself unhealthy"
+    return ProbeResult(ts_us, False, "unhealthy", latency_ms, "reports_unhealthy", detail, agent_status)
 
 
 def disturbed(elapsed_s: float, wall_s: float, timeout_s: float) -> bool:

@@ -16,36 +16,39 @@ import msgspec
 import trio
 
 from asapd import config
+from asapd.actors.agent_watch import AgentWatch, watch_of
+from asapd.actors.heartbeats import Heartbeats
 from asapd.actors.messages import (
+    HeartbeatRequest,
     ImportKeyRequest,
     ProberMessage,
     PutAgentRequest,
     ReconfigureProber,
     RemoveAgentRequest,
     RetireKeyRequest,
+    SetPausedRequest,
 )
-from asapd.actors.probe_answers import MAX_DETAIL, disbelief, disturbed, judge, read_manifest
+from asapd.actors.probe_answers import MAX_DETAIL, disturbed, judge, read_manifest
 from asapd.actors.unprobed import Unprobed
 from asapd.core.access import Tenants
-from asapd.core.agent_keys import AgentKey, signers
 from asapd.core.errors import Refusal
-from asapd.core.health import AgentState, ProbeResult, State, step
+from asapd.core.health import ProbeResult
 from asapd.core.types import SECOND_US
-from asapd.core.uptime import hold_us
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.fetch import Fetched, FetchFailed
-from asapd.store.agents import DirectoryAgent, StoredManifest, directory, probes
+from asapd.store.agents import directory, probes
 from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
+from asapd.store.manifests import StoredManifest
 from asapd.store.units import (
     AgentRecord,
     AgentsChanged,
+    ChangeAgentState,
     Idempotency,
     ImportAgentKey,
     PutAgent,
     RecordManifest,
-    RecordProbe,
     RemoveAgent,
     RetireAgentKey,
     RowWritten,
@@ -60,8 +63,8 @@ MANIFEST_PATH = "/.well-known/asap/manifest.json"
 HEALTH_MAX_BYTES = 64 << 10
 MANIFEST_MAX_BYTES = 256 << 10
 
-# With all of 64 agents silent for the default 5 s there is still room for 12 probes a second: 384 agents at 30 s.
-PROBES_AT_ONCE = 64
+# When none of 2000 agents answers within the default 5 s of every 30, 334 probes are under way.
+PROBES_AT_ONCE = 384
 # Apart from the probes, so that large manifests never hold these up; 16 of the largest are 4 MiB.
 MANIFESTS_AT_ONCE = 16
 # A new agent is known within this time, and a start does not ask everybody in the same moment.
@@ -96,34 +99,8 @@ class ProberSettings:
     key_overlap_us: int = 0
     unprobed: Unprobed = field(default_factory=Unprobed)
     """Agents that cannot be probed, for whoever asks why nothing is known of them."""
-
-
-@dataclass(slots=True, eq=False)
-class _Watch:
-    """One agent under probe. `recording` is held for each write, so that a change of the agent falls between two."""
-
-    id: str
-    url: str
-    public_key: str | None
-    origin: str
-    state: AgentState
-    manifest: StoredManifest | None
-    keys: tuple[AgentKey, ...]
-    health_ttl_s: int | None = None
-    manifest_unanswered: bool = False
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    recording: trio.Lock = field(default_factory=trio.Lock)
-    said: dict[str, str] = field(default_factory=dict)
-
-    def ttl_us(self, now_us: int) -> int | None:
-        """How long the agent says its word holds: in its last health document, else in a manifest to be believed."""
-        ttl_s = self.health_ttl_s
-        if ttl_s is None and self.manifest is not None:
-            known = signers(self.keys, now_us)
-            pinned = self.public_key is not None or bool(known.given)
-            believed = disbelief(self.manifest.verification, pinned=pinned, seen=bool(known.seen)) is None
-            ttl_s = self.manifest.ttl_seconds if believed else None
-        return None if ttl_s is None else ttl_s * SECOND_US
+    without_manifest: Unprobed = field(default_factory=Unprobed)
+    """Agents whose manifest could not be taken when it was last fetched."""
 
 
 async def run_prober(
@@ -185,7 +162,8 @@ class _Prober:
         self._settings = settings
         self._directory_changed = directory_changed
         self._log = log
-        self._watches: dict[str, _Watch] = {}
+        self._watches: dict[str, AgentWatch] = {}
+        self._beats = Heartbeats(database, clock, lambda: settings.prober, self._guard, log)
         self._changing = trio.Lock()
         self._reconfigured = Wakeup()
         self._probing = trio.CapacityLimiter(PROBES_AT_ONCE)
@@ -210,6 +188,14 @@ class _Prober:
                 wanted_us = self._settings.key_overlap_us if overlap_us is None else overlap_us
                 retire = RetireAgentKey(agent_id, kid, actor, now_us, wanted_us)
                 message.reply.send(await self._change(retire, agent_id, self._touched(agent_id)))
+            case SetPausedRequest(agent=agent_id, paused=paused, reason=reason, actor=actor):
+                change = ChangeAgentState(agent_id, "pause" if paused else "resume", actor, now_us, reason)
+                message.reply.send(await self._change(change, agent_id, self._touched(agent_id)))
+            case HeartbeatRequest():
+                watch = self._watches.get(message.agent)
+                missing = f"there is no agent {message.agent} in the directory: add it, or check the id"
+                heard = Refusal("agent_not_found", missing) if watch is None else await self._beats.hear(watch, message)
+                message.reply.send(heard)
             case ReconfigureProber(settings=settings, agents=agents, actor=actor):
                 if message.key_overlap_us is not None:
                     self._settings.key_overlap_us = message.key_overlap_us
@@ -238,7 +224,7 @@ class _Prober:
                 break
         return outcome
 
-    def _touched(self, agent: str) -> list[_Watch]:
+    def _touched(self, agent: str) -> list[AgentWatch]:
         watch = self._watches.get(agent)
         return [] if watch is None else [watch]
 
@@ -246,7 +232,7 @@ class _Prober:
         self,
         unit: Unit[AgentsChanged | Refusal] | Unit[AgentsChanged],
         agent: str | None,
-        touched: Iterable[_Watch],
+        touched: Iterable[AgentWatch],
         idempotency: Idempotency | None = None,
         committed: Callable[[], None] = lambda: None,
     ) -> _Outcome:
@@ -277,17 +263,21 @@ class _Prober:
             self._tenants.put(agent, found[agent].tenant if agent in found else None)
         for gone in [known for known in self._watches if known not in found and agent in (None, known)]:
             self._watches.pop(gone).scope.cancel()
-            self._settings.unprobed.clear(gone)
+            self._forget_troubles(gone)
         for row in found.values():
             watch = self._watches.get(row.id)
             if watch is not None:
                 watch.origin = row.origin
-                if (watch.url, watch.public_key, watch.keys) == (row.url, row.public_key, row.keys):
+                if watch.fits(row):
                     continue
                 watch.scope.cancel()
-                self._settings.unprobed.clear(row.id)
-            self._watches[row.id] = fresh = _watch(row)
+                self._forget_troubles(row.id)
+            self._watches[row.id] = fresh = watch_of(row)
             self._nursery.start_soon(self._keep, fresh)
+
+    def _forget_troubles(self, agent: str) -> None:
+        self._settings.unprobed.clear(agent)
+        self._settings.without_manifest.clear(agent)
 
     def _look_again_for_a_while(self) -> None:
         started = self._look_again_until_s is not None
@@ -309,17 +299,25 @@ class _Prober:
 
     # --- turns
 
-    async def _keep(self, watch: _Watch) -> None:
+    async def _keep(self, watch: AgentWatch) -> None:
         with watch.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_fetching_manifests, watch)
-                await self._spread(self._settings.prober.interval_us)
-                while True:
-                    started_s = trio.current_time()
-                    await self._guard(watch, "probe", self._probe)
-                    await self._wait_turn(started_s, lambda prober: prober.interval_us)
+            if watch.is_paused:
+                await trio.sleep_forever()
+            elif watch.health == "heartbeat":
+                await self._beats.keep_listening(watch)
+            else:
+                await self._keep_asking(watch)
 
-    async def _keep_fetching_manifests(self, watch: _Watch) -> None:
+    async def _keep_asking(self, watch: AgentWatch) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_fetching_manifests, watch)
+            await self._spread(self._settings.prober.interval_us)
+            while True:
+                started_s = trio.current_time()
+                await self._guard(watch, "probe", self._probe)
+                await self._wait_turn(started_s, lambda prober: prober.interval_us)
+
+    async def _keep_fetching_manifests(self, watch: AgentWatch) -> None:
         def interval_us(prober: config.Prober) -> int:
             # An agent that was not there at all is likely to come back, and its promise is wanted then.
             soon = watch.manifest_unanswered
@@ -346,7 +344,7 @@ class _Prober:
                 continue
             return
 
-    async def _guard(self, watch: _Watch, what: str, work: Callable[[_Watch], Awaitable[None]]) -> None:
+    async def _guard(self, watch: AgentWatch, what: str, work: Callable[[AgentWatch], Awaitable[None]]) -> None:
         """One turn; whatever it meets ends it alone."""
         try:
             await work(watch)
@@ -354,55 +352,32 @@ class _Prober:
         except* OSError as group:
             if what == "probe":
                 self._settings.unprobed.note(watch.id, "host_failed", _named(group), self._clock.now_us())
-            self._say(watch, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}")
+            watch.say(
+                self._log, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}"
+            )
         except* Exception as group:  # noqa: BLE001 -- a bug met with one agent must not end the watch over the others
-            self._say(watch, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
-
-    def _say(self, watch: _Watch, topic: str, level: int, text: str, *, error: BaseException | None = None) -> None:
-        """Log something about an agent, once until it changes or its topic is forgotten."""
-        if watch.said.get(topic) != text:
-            watch.said[topic] = text
-            self._log.log(level, "agent %s: %s", watch.id, text, exc_info=error)
+            watch.say(self._log, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
 
     # --- probes
 
-    async def _probe(self, watch: _Watch) -> None:
+    async def _probe(self, watch: AgentWatch) -> None:
         found = await self._ask_health(watch)
-        if found is None:
-            return
-        result, ttl_s = found
-        if ttl_s is not None or result.up:
-            watch.health_ttl_s = ttl_s
-        prober = self._settings.prober
-        state, transition = step(
-            watch.state, result, healthy_after=prober.healthy_after, unhealthy_after=prober.unhealthy_after
-        )
-        unit = RecordProbe(
-            agent=watch.id,
-            ts_us=result.ts_us,
-            up=result.up,
-            status=result.status,
-            latency_us=None if result.latency_ms is None else round(result.latency_ms * 1000),
-            reason=result.reason,
-            detail=result.detail,
-            hold_us=hold_us(watch.ttl_us(result.ts_us), prober.interval_us),
-            state=state.state,
-            since_us=state.since_us,
-            ok_streak=state.ok_streak,
-            fail_streak=state.fail_streak,
-            transition_from=None if transition is None else transition.old,
-        )
+        if found is not None:
+            result, ttl_s = found
+            await self._weigh(watch, result, ttl_s)
+
+    async def _weigh(self, watch: AgentWatch, result: ProbeResult, ttl_s: int | None) -> None:
+        """Store a probe's result, and go on from it."""
+        weighed = watch.weigh(result, ttl_s, self._settings.prober, pushed=False)
 
         async def stored() -> bool:
+            unit = weighed.unit
             return bool(await self._database.read(probes, watch.id, unit.ts_us, unit.ts_us + 1, 1, None))
 
-        if await self._record(watch, unit, stored):
-            watch.state = state
-            if transition is not None:
-                why = "" if result.reason is None else f" ({result.reason}: {result.detail})"
-                self._log.info("agent %s: %s -> %s%s", watch.id, transition.old, transition.new, why)
+        if await self._record(watch, weighed.unit, stored):
+            watch.take(weighed, self._log)
 
-    async def _ask_health(self, watch: _Watch) -> tuple[ProbeResult, int | None] | None:
+    async def _ask_health(self, watch: AgentWatch) -> tuple[ProbeResult, int | None] | None:
         """One probe's result and the ttl in its answer; None when it says nothing of the agent."""
         for _ in range(2):
             async with self._probing:
@@ -416,7 +391,7 @@ class _Prober:
             if isinstance(answer, FetchFailed):
                 if answer.reason == "not_allowed":
                     self._settings.unprobed.note(watch.id, answer.reason, answer.detail[:MAX_DETAIL], ts_us)
-                    self._say(watch, "probe", logging.WARNING, f"not probed: {answer.detail}")
+                    watch.say(self._log, "probe", logging.WARNING, f"not probed: {answer.detail}")
                     return None
                 if disturbed(elapsed_s, wall_s, timeout_s):
                     continue
@@ -425,10 +400,10 @@ class _Prober:
             return judge(answer, watch.id, ts_us, elapsed_s * 1000)
         reason = "asapd itself was held up, or the clock was set"
         self._settings.unprobed.note(watch.id, "disturbed", reason, self._clock.now_us())
-        self._say(watch, "probe", logging.WARNING, f"probe not counted: {reason}")
+        watch.say(self._log, "probe", logging.WARNING, f"probe not counted: {reason}")
         return None
 
-    async def _record(self, watch: _Watch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:
+    async def _record(self, watch: AgentWatch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:
         """Write a unit, in several tries; whether it is in the store. `stored` looks, once that is uncertain."""
         outcome: RowWritten | Refusal = OUTCOME_UNKNOWN
         uncertain = False
@@ -443,7 +418,9 @@ class _Prober:
                 return True
             uncertain = uncertain or outcome.code == OUTCOME_UNKNOWN.code
         assert isinstance(outcome, Refusal)
-        self._say(watch, "store", logging.WARNING, f"a result was dropped, the store did not take it: {outcome.detail}")
+        watch.say(
+            self._log, "store", logging.WARNING, f"a result was dropped, the store did not take it: {outcome.detail}"
+        )
         return False
 
     async def _back_off(self, tried: int) -> None:
@@ -452,7 +429,7 @@ class _Prober:
 
     # --- manifests
 
-    async def _fetch_manifest(self, watch: _Watch) -> None:
+    async def _fetch_manifest(self, watch: AgentWatch) -> None:
         async with self._fetching_manifests:
             timeout_s = self._settings.prober.timeout_us / SECOND_US
             answer = await self._fetcher.get(
@@ -461,8 +438,10 @@ class _Prober:
         watch.manifest_unanswered = isinstance(answer, FetchFailed)
         unit = read_manifest(answer, watch.id, watch.public_key, self._clock.now_us(), watch.keys)
         if isinstance(unit, str):
-            self._say(watch, "manifest", logging.INFO, f"no manifest taken: {unit}")
+            self._settings.without_manifest.note(watch.id, "not_taken", unit, self._clock.now_us())
+            watch.say(self._log, "manifest", logging.INFO, f"no manifest taken: {unit}")
             return
+        self._settings.without_manifest.clear(watch.id)
         watch.said.pop("manifest", None)
         newest = _as_stored(unit)
         old = watch.manifest
@@ -499,21 +478,10 @@ class _Prober:
 _Outcome = AgentsChanged | Refusal
 
 
-def _watch(row: DirectoryAgent) -> _Watch:
-    state = AgentState(
-        state=msgspec.convert(row.state, State),
-        since_us=row.since_us,
-        ok_streak=row.ok_streak,
-        fail_streak=row.fail_streak,
-        last_probe_us=None if row.last_probe is None else row.last_probe.ts_us,
-    )
-    return _Watch(row.id, row.url, row.public_key, row.origin, state, row.manifest, row.keys)
-
-
-def _is_touched(watch: _Watch, wanted: AgentRecord | None) -> bool:
+def _is_touched(watch: AgentWatch, wanted: AgentRecord | None) -> bool:
     if wanted is None:
         return watch.origin == "config"
-    return (watch.url, watch.public_key) != (wanted.url, wanted.public_key)
+    return (watch.url, watch.public_key, watch.health) != (wanted.url, wanted.public_key, wanted.health)
 
 
 def _join(url: str, path: str) -> str:

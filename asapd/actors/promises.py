@@ -11,11 +11,15 @@ from asapd.core.sla import Promise
 from asapd.store.agents import DirectoryAgent
 from asapd.wire.manifest import ManifestError, parse_sla
 
+DEFAULT_TIER = "default"
+"""The tier with this name is that of agents that have no SLA, unless the settings name another."""
+
 
 class HeldTo(Struct, frozen=True):
-    """A promise and where it is from (`config`, `manifest`, `tier`; None without one).
+    """A promise and where it is from (`config`, `manifest`, `tier`, `default`; None without one).
 
-    `error` says what is wrong with a source that therefore does not count.
+    `config` is the operator's own block, `default` the tier of agents that have no SLA. `error` says what is wrong with
+    a source that therefore does not count.
     """
 
     promise: Promise = Promise()
@@ -43,11 +47,12 @@ def held_to(agent: DirectoryAgent, sla: config.Sla) -> HeldTo:
         declared = _parsed(agent.manifest.sla, "manifest: ", errors)
         if declared is not None:
             return HeldTo(declared, "manifest", _joined(errors))
-    if tier is None and sla.default_tier is not None:
-        tier = _tier(tiers.get(sla.default_tier))
-    if tier is None:
+    if tier is not None:
+        return HeldTo(tier, "tier", _joined(errors))
+    fallback = _tier(tiers.get(sla.default_tier or DEFAULT_TIER))
+    if fallback is None:
         return HeldTo(error=_joined(errors))
-    return HeldTo(tier, "tier", _joined(errors))
+    return HeldTo(fallback, "default", _joined(errors))
 
 
 def _parsed(block: dict[str, Any] | None, place: str, errors: list[str]) -> Promise | None:

@@ -14,6 +14,7 @@ from asapd.core.types import DEFAULT_TENANT, format_us
 from asapd.core.usage import UsageEvent
 from asapd.runtime.clock import Clock
 from asapd.store import (
+    agent_history,
     agent_keys,
     agents,
     audit,
@@ -22,6 +23,7 @@ from asapd.store import (
     identity,
     keys,
     ledger_queries,
+    manifests,
     reservation_queries,
     retention,
     sources,
@@ -29,9 +31,11 @@ from asapd.store import (
     usage_queries,
     voids,
 )
+from asapd.store.agent_history import AgentEvent
 from asapd.store.agents import DirectoryAgent, StoredProbe
 from asapd.store.audit import AuditFilter
 from asapd.store.database import Database
+from asapd.store.manifests import StoredManifest
 from asapd.store.reservation_queries import STATES as RESERVATION_STATES
 from asapd.store.sources import SourceFilter
 from asapd.store.task_spend import SpendPage, spend_by_task
@@ -46,10 +50,12 @@ __all__ = [
     "RESERVATION_STATES",
     "STATES",
     "TIME_GROUPS",
+    "AgentEvent",
     "AuditFilter",
     "BreachRow",
     "DirectoryAgent",
     "Reads",
+    "StoredManifest",
     "StoredProbe",
 ]
 
@@ -353,6 +359,16 @@ class Reads:
         """The public keys of an agent from every source, replaced and claimed ones too, the oldest first."""
         return await self._database.read(agent_keys.keys_of, agent)
 
+    async def agents_standing(self) -> dict[str, Any]:
+        """How many agents there are, and which of them need a look: at most a hundred of each kind."""
+
+        def query(connection: Any) -> dict[str, Any]:
+            total, paused, flapping = agents.standing(connection)
+            rejected = [{"agent": agent, "error": error} for agent, error in manifests.rejected(connection)]
+            return {"total": total, "paused": paused, "flapping": flapping, "sla_errors": rejected}
+
+        return await self._database.read(query)
+
     async def unconfirmed_keys(self) -> list[dict[str, str]]:
         """Keys that manifests were signed with and nobody confirmed, by agent."""
         return [
@@ -368,7 +384,19 @@ class Reads:
 
     async def transitions(self, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
         """Changes of an agent's state, the newest first."""
-        return await self._database.read(agents.transitions, agent, limit)
+        return await self._database.read(agent_history.transitions, agent, limit)
+
+    async def agent_events(self, caller: Caller, agent: str, *, limit: int, before: int | None) -> list[AgentEvent]:
+        """What happened to an agent, the newest first; one that left the directory has its history still."""
+        return await self._database.read(agent_history.events, visibility(caller), agent, limit, before)
+
+    async def manifests(self, agent: str, *, limit: int, before: int | None) -> list[tuple[int, StoredManifest]]:
+        """The versions of an agent's manifest, the newest first, each with its row number."""
+        return await self._database.read(manifests.versions, agent, limit, before)
+
+    async def manifest_body(self, agent: str, digest: str) -> tuple[StoredManifest, bytes] | None:
+        """One version of an agent's manifest and what the agent served."""
+        return await self._database.read(manifests.body_of, agent, digest)
 
     async def breaches(
         self, caller: Caller, filters: dict[str, Any], *, limit: int, before: tuple[int, str] | None = None

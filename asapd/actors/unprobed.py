@@ -27,6 +27,10 @@ class Unprobed:
         """Why an agent is not probed; None when it is, or was not tried yet."""
         return self._noted.get(agent)
 
+    def noted(self) -> dict[str, NotProbed]:
+        """All agents that are not probed."""
+        return dict(self._noted)
+
     def note(self, agent: str, reason: str, detail: str, now_us: int) -> None:
         """A probe says nothing of the agent; the time is kept while the reason is the same."""
         known = self._noted.get(agent)

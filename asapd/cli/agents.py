@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from asapd.cli.agent_keys import agent_keys
+from asapd.cli.agent_life import LIFE
 from asapd.cli.door import segment
 from asapd.cli.options import Session, asks_daemon, text_or_file
 from asapd.cli.show import cell, show_json, show_pairs, show_table
 
 _STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
+_STATUSES = ("READY", "BUSY", "PAUSE", "DRAINING")
 
 
 @click.group()
@@ -20,39 +22,57 @@ def agents() -> None:
 
 
 agents.add_command(agent_keys)
+for command in LIFE:
+    agents.add_command(command)
 
 
 @agents.command("list")
 @click.option("--state", type=click.Choice(_STATES), help="Only agents in this state.")
+@click.option("--status", type=click.Choice(_STATUSES, case_sensitive=False), help="Only agents that say so.")
+@click.option("--flapping", is_flag=True, help="Only agents that flap.")
+@click.option("--min-availability", metavar="PERCENT", help="Only agents that were up so much, such as 99.5%.")
+@click.option("--max-latency-p95-ms", type=click.IntRange(min=1), metavar="MS", help="Only agents as fast as that.")
 @click.option("--window", metavar="WINDOW", help="The window of the figures, such as 1h or 7d.")
 @click.option("--sort", type=click.Choice(("id", "sla_score")), default="id", show_default=True)
 @asks_daemon
-def list_agents(session: Session, **filters: Any) -> None:
-    """List all agents.
+def list_agents(session: Session, flapping: bool, **filters: Any) -> None:
+    """List all agents, or those that keep what you need.
 
     \b
-    Example:
+    Examples:
       asapctl agents list --state unhealthy
+      asapctl agents list --min-availability 99.5% --max-latency-p95-ms 500 --status READY --sort sla_score
     """
-    rows = list(session.door.rows("/agents", **filters))
+    rows = list(session.door.rows("/agents", flapping="true" if flapping else None, **filters))
     if session.as_json:
         show_json({"data": rows, "count": len(rows), "next_cursor": None})
         return
     show_table(
-        ("id", "state", "since", "uptime %", "p95 ms", "errors %", "score", "sla", "url"),
+        ("id", "state", "since", "status", "uptime %", "p95 ms", "errors %", "score", "sla", "url"),
         [
             (
-                *(row["id"], row["state"], row["since"], row["uptime_percent"], row["latency_p95_ms"]),
-                *(row["error_rate_percent"], row["sla_score"], row["sla_source"], row["url"]),
+                *(row["id"], _state(row), row["since"], row["agent_status"], row["uptime_percent"]),
+                *(row["latency_p95_ms"], row["error_rate_percent"], row["sla_score"], _promise(row), row["url"]),
             )
             for row in rows
         ],
     )
 
 
+def _state(row: dict[str, Any]) -> str:
+    return f"{row['state']}, flapping" if row["flapping"] else str(row["state"])
+
+
+def _promise(row: dict[str, Any]) -> str | None:
+    """Where the promise is from; an error of one that does not count must catch the eye."""
+    source: str | None = row["sla_source"]
+    return source if row["sla_error"] is None else f"{source or 'none'}, ERROR"
+
+
 @agents.command()
 @click.argument("urn")
-@click.argument("url")
+@click.argument("url", required=False)
+@click.option("--heartbeat", is_flag=True, help="It cannot be probed and reports by itself; it needs no URL.")
 @click.option("--public-key", type=text_or_file, metavar="KEY", help="Its Ed25519 key: base64, or @FILE with a PEM.")
 @click.option("--tier", help="A tier of the configuration that it is held to.")
 @click.option("--availability", metavar="PERCENT", help="Its promise, such as 99.9%.")
@@ -63,7 +83,8 @@ def list_agents(session: Session, **filters: Any) -> None:
 def add(
     session: Session,
     urn: str,
-    url: str,
+    url: str | None,
+    heartbeat: bool,
     public_key: str | None,
     tier: str | None,
     tenant: str | None,
@@ -76,14 +97,16 @@ def add(
       asapctl agents add urn:asap:agent:writer http://127.0.0.1:9000
       asapctl agents add urn:asap:agent:writer http://127.0.0.1:9000 \\
           --availability 99.9% --max-latency-p95-ms 500 --max-error-rate 1%
+      asapctl agents add urn:asap:agent:roamer --heartbeat
     """
     promise = {name: value for name, value in terms.items() if value is not None}
     body = {"id": urn, "url": url, "public_key": public_key, "tier": tier, "sla": promise or None, "tenant": tenant}
+    body["health"] = "heartbeat" if heartbeat else "probe"
     row = session.door.post("/agents", body)
     if session.as_json:
         show_json(row)
     else:
-        click.echo(f"{row['id']} {row['url']}")
+        click.echo(f"{row['id']} {row['url'] or 'reports by itself'}")
 
 
 @agents.command()
@@ -141,8 +164,11 @@ def health(session: Session, urn: str, window: str | None, limit: int) -> None:
     if session.as_json:
         show_json(found)
         return
-    facts = ("state", "since", "uptime_percent")
+    facts = ("state", "since", "flapping_since", "agent_status", "uptime_percent")
     pairs = [("agent", found["agent_id"]), *((name.replace("_", " "), found[name]) for name in facts)]
+    uptime = found["uptime"]
+    if uptime is not None:
+        pairs += [(f"{name} s", uptime[f"{name}_seconds"]) for name in ("up", "down", "unknown")]
     unprobed = found["not_probed"]
     if unprobed is not None:
         pairs.append(("not probed", f"{unprobed['reason']}: {unprobed['detail']} (since {unprobed['since']})"))

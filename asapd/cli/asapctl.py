@@ -82,8 +82,12 @@ def status(session: Session) -> None:
             ("store", store["path"]),
             *((f"  {name.replace('_', ' ')}", value) for name, value in store.items() if name != "path"),
             ("events of unknown cost", state["usage"]["unpriced_events"]),
+            ("agents", state["agents"]["total"]),
+            *((f"  {name.replace('_', ' ')}", state["agents"][name]) for name in ("paused", "flapping", "not_probed")),
         ]
     )
+    for error in state["agents"]["sla_errors"]:
+        click.echo(f"SLA not used: the manifest of {error['agent']}: {error['error']}", err=True)
     keys = state.get("keys") or {}
     for problem in keys.get("problems", []):
         click.echo(f"key not used: {problem}", err=True)

@@ -137,4 +137,7 @@ def _agents(config: Config) -> Iterator[Finding]:
         if agent.id in seen:
             yield Finding(("agents", i, "id"), f"{agent.id} is already listed")
         seen.add(agent.id)
+        if agent.url is None and agent.health == "probe":
+            reason = 'is missing: give the address to probe, or set health = "heartbeat" if it reports by itself'
+            yield Finding(("agents", i, "url"), reason)
         yield from _tier_known(config, agent.tier, ("agents", i, "tier"))

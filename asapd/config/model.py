@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from asapd.config import values
 from asapd.config.values import MILLISECOND_US, Bind
+from asapd.core.flapping import MEMORY
 from asapd.core.rates import Rate
 from asapd.core.types import DAY_US, DEFAULT_TENANT, HOUR_US, MAX_INT, MINUTE_US, SECOND_US
 
@@ -162,13 +163,18 @@ class Metering(_Section):
 
 
 class Prober(_Section):
-    """How agents are probed. `jitter_percent` spreads each interval by up to that share either way."""
+    """How agents are probed. `jitter_percent` spreads each interval by up to that share either way.
+
+    `flapping_after` 0: no agent is ever called flapping.
+    """
 
     interval_us: Tick = Field(default=30 * SECOND_US, alias="interval")
     timeout_us: Tick = Field(default=5 * SECOND_US, alias="timeout")
     jitter_percent: Percent = Field(default=Decimal(10), alias="jitter")
     healthy_after: int = Field(default=1, ge=1, le=1_000)
     unhealthy_after: int = Field(default=2, ge=1, le=1_000)
+    flapping_after: int = Field(default=6, ge=0, le=MEMORY)
+    settled_after: int = Field(default=12, ge=1, le=MEMORY)
     manifest_interval_us: Tick = Field(default=5 * MINUTE_US, alias="manifest_interval")
     allow: Many[Network] = ("host",)
 
@@ -295,10 +301,14 @@ class Retention(_Section):
 
 
 class Agent(_Section):
-    """An agent of the directory. Terms in `sla` win over those of `tier`."""
+    """An agent of the directory. Terms in `sla` win over those of `tier`.
+
+    `health`: it is probed, or reports by itself; then it needs no `url`.
+    """
 
     id: Urn
-    url: AgentUrl
+    url: AgentUrl | None = None
+    health: Literal["probe", "heartbeat"] = "probe"
     public_key: PublicKey | None = None
     sla: SlaTerms | None = None
     tier: Name | None = None

@@ -7,10 +7,15 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from asapd.core.flapping import Flaps, Verdict, fold
+
 State = Literal["healthy", "degraded", "unhealthy", "stale", "unknown", "paused"]
 Status = Literal["healthy", "degraded", "unhealthy"]
+AgentStatus = Literal["READY", "BUSY", "PAUSE", "DRAINING"]
+"""Whether an agent takes work, by its own word; it says nothing of its health."""
 FailReason = Literal[
     "timeout",
+    "slow_body",
     "refused",
     "dns",
     "not_allowed",
@@ -37,6 +42,7 @@ class ProbeResult(Struct, frozen=True):
     latency_ms: float | None = None
     reason: FailReason | None = None
     detail: str | None = None
+    agent_status: AgentStatus | None = None
 
 
 class AgentState(Struct, frozen=True):
@@ -47,10 +53,11 @@ class AgentState(Struct, frozen=True):
     ok_streak: int = 0
     fail_streak: int = 0
     last_probe_us: int | None = None
+    flaps: Flaps = Flaps()
 
 
 class Transition(Struct, frozen=True):
-    """A change of state; `reason` is the failed probe's, or what the operator did."""
+    """A change of state; `reason` is the failed probe's, `flapping` or `settled`, or what the operator did."""
 
     old: State
     new: State
@@ -59,13 +66,19 @@ class Transition(Struct, frozen=True):
 
 
 def step(
-    state: AgentState, result: ProbeResult, *, healthy_after: int, unhealthy_after: int
+    state: AgentState,
+    result: ProbeResult,
+    *,
+    healthy_after: int,
+    unhealthy_after: int,
+    flapping_after: int = 0,
+    settled_after: int = 1,
 ) -> tuple[AgentState, Transition | None]:
     """Fold a probe's result in.
 
     `healthy_after` results in a row bring an agent up, `unhealthy_after` failures in a row bring it down, from whatever
-    state. Healthy and degraded follow the agent's word at once. A paused agent stays so: a probe
-    that was under way tells only when it was.
+    state. Healthy and degraded follow the agent's word at once. One that flaps (`asapd.core.flapping`) is degraded
+    until it has settled. A paused agent stays so: a probe that was under way tells only when it was.
     """
     if state.state == "paused":
         return replace(state, last_probe_us=result.ts_us), None
@@ -78,9 +91,24 @@ def step(
         ok_streak, fail_streak = 0, state.fail_streak + 1
         if fail_streak >= unhealthy_after:
             new = "unhealthy"
+    flaps = fold(
+        state.flaps, _verdict(result), result.ts_us, flapping_after=flapping_after, settled_after=settled_after
+    )
+    reason: str | None = result.reason
+    if flaps.since_us is not None:
+        new, reason = "degraded", "flapping"
+    elif state.flaps.since_us is not None:
+        reason = reason or "settled"
     changed = new != state.state
-    after = AgentState(new, result.ts_us if changed else state.since_us, ok_streak, fail_streak, result.ts_us)
-    return after, Transition(state.state, new, result.ts_us, result.reason) if changed else None
+    since_us = result.ts_us if changed else state.since_us
+    after = AgentState(new, since_us, ok_streak, fail_streak, result.ts_us, flaps)
+    return after, Transition(state.state, new, result.ts_us, reason) if changed else None
+
+
+def _verdict(result: ProbeResult) -> Verdict:
+    if not result.up:
+        return "down"
+    return "degraded" if result.status == "degraded" else "healthy"
 
 
 def pause(state: AgentState, now_us: int) -> tuple[AgentState, Transition | None]:
@@ -98,8 +126,16 @@ def resume(state: AgentState, now_us: int) -> tuple[AgentState, Transition | Non
     return AgentState("unknown", now_us), Transition("paused", "unknown", now_us, "resumed")
 
 
+def fall_silent(state: AgentState, now_us: int) -> tuple[AgentState, Transition | None]:
+    """An agent that reports by itself did not, for as long as its last word held; what it is now nobody knows."""
+    if state.state in ("paused", "stale", "unknown"):
+        return state, None
+    silent = AgentState("stale", now_us, last_probe_us=state.last_probe_us, flaps=state.flaps)
+    return silent, Transition(state.state, "stale", now_us, "no_heartbeat")
+
+
 def shown_state(state: AgentState, now_us: int, hold_us: int) -> State:
-    """The state to show: stale once the last probe is older than its word holds."""
+    """The state to show: stale once the last probe, or report, is older than its word holds."""
     if state.state != "paused" and state.last_probe_us is not None and now_us - state.last_probe_us > hold_us:
         return "stale"
     return state.state

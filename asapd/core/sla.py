@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import Struct
@@ -95,7 +96,7 @@ def measure(
 ) -> Metrics:
     """Put a period's counts together; `max_latency_p95_ms` is the promise that `over_promise` was counted against."""
     known_us, tasks = uptime.up_us + uptime.down_us, completed + failed
-    p95 = latency.quantile(0.95)
+    p95 = latency.quantile(0.95) if latency.total else None
     return Metrics(
         agent_id=agent_id,
         window_us=window_us,
@@ -173,6 +174,7 @@ def burn_rate(metrics: Metrics, promise: Promise, term: Literal["availability", 
     return None if burn is None else round(float(burn), 6)
 
 
+@lru_cache(maxsize=1024)
 def percent_text(percent: Decimal) -> str:
     """A percentage in the reference's shape, with at least one decimal: "99.5%", "1.0%"."""
     digits = f"{percent:f}"
@@ -182,7 +184,7 @@ def percent_text(percent: Decimal) -> str:
 
 def _availability(metrics: Metrics, promised: Decimal) -> TermVerdict:
     known_us = metrics.up_us + metrics.down_us
-    allowed = 100 - Fraction(promised)
+    allowed = _complement(promised)
     return _share_verdict("availability", promised, metrics.up_us, metrics.down_us, known_us, allowed, metrics.probes)
 
 
@@ -200,10 +202,10 @@ def _share_verdict(
         return TermVerdict(breach_type, promised, text, None, None, None, False, samples)
     spent, allowed = 100 * bad * allowed_percent.denominator, allowed_percent.numerator * total
     met = spent <= allowed
-    actual = _shown_percent(Fraction(100 * shown, total), promised)
-    return TermVerdict(
-        breach_type, promised, text, actual, percent_text(actual), met, not met and spent >= 2 * allowed, samples
-    )
+    # All and nothing are the same of any total, and what is most often asked for.
+    part, whole = (shown, total) if 0 < shown < total else (shown // total, 1)
+    actual, actual_text = _shown_share(part, whole, promised)
+    return TermVerdict(breach_type, promised, text, actual, actual_text, met, not met and spent >= 2 * allowed, samples)
 
 
 def _latency(metrics: Metrics, promised_ms: int) -> TermVerdict:
@@ -229,6 +231,17 @@ def _shown_p95(p95_ms: float, over_promise: int, samples: int, promised_ms: int 
     if promised_ms is None:
         return shown
     return min(shown, promised_ms) if _latency_met(over_promise, samples) else max(shown, promised_ms + 1)
+
+
+@lru_cache(maxsize=1024)
+def _complement(percent: Decimal) -> Fraction:
+    return 100 - Fraction(percent)
+
+
+@lru_cache(maxsize=1024)
+def _shown_share(part: int, whole: int, promised: Decimal) -> tuple[Decimal, str]:
+    actual = _shown_percent(Fraction(100 * part, whole), promised)
+    return actual, percent_text(actual)
 
 
 def _shown_percent(exact: Fraction, promised: Decimal) -> Decimal:

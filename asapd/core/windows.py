@@ -151,6 +151,9 @@ class TaskWindow:
         """
         newest = now_us // self.step_us
         before = self._newest
+        if newest == before and now_us > self._now_us:  # within a step nothing moves but the end of the bounds
+            self._now_us = now_us
+            return True
         if before is not None and newest < before - self.span:
             self._newest, self._now_us = newest, now_us
             self._cells.clear()

@@ -94,7 +94,8 @@ def _record(agent: config.Agent) -> AgentRecord:
             "max_error_rate": _percent(terms.max_error_rate_percent),
             "support_hours": terms.support_hours,
         }
-    return AgentRecord(agent.id, agent.url, agent.tenant, agent.public_key, agent.tier, sla)
+    url = "" if agent.url is None else agent.url
+    return AgentRecord(agent.id, url, agent.tenant, agent.public_key, agent.tier, sla, agent.health)
 
 
 def _percent(value: object) -> str | None:

@@ -8,9 +8,18 @@ import resource
 
 from asapd import config
 
-# 80 probes and fetches of manifests at once, 64 refused connections that linger, 4 readers of the store with 3 files
+# 400 probes and fetches of manifests at once, 64 refused connections that linger, 4 readers of the store with 3 files
 # and what they sort into; listeners, the writer, the loop and the log are some thirty. The rest is slack.
-RESERVE = 320
+RESERVE = 640
+
+# Kept connections to agents, where the limit has room for them: as many agents as one host is expected to have.
+KEPT = 2048
+
+
+def kept_connections(settings: config.Config, connections: int) -> int:
+    """To how many agents connections may stay open, when each door takes so many."""
+    limit = _raised_to(_doors(settings) * connections + RESERVE + KEPT)
+    return max(0, min(KEPT, limit - _doors(settings) * connections - RESERVE))
 
 
 def max_connections(settings: config.Config, log: logging.Logger) -> int:
@@ -19,8 +28,7 @@ def max_connections(settings: config.Config, log: logging.Logger) -> int:
     Raises the process's soft limit as far as needed and allowed (RLIMIT_NOFILE, getrlimit(2)).
     """
     wanted = settings.limits.max_connections
-    # The HTTP door with the admin socket, the ingest socket, and the lane on TCP each have as many.
-    doors = 2 + bool(settings.ingest.bind)
+    doors = _doors(settings)
     limit = _raised_to(doors * wanted + RESERVE)
     if limit >= doors * wanted + RESERVE:
         return wanted
@@ -35,6 +43,11 @@ def max_connections(settings: config.Config, log: logging.Logger) -> int:
         doors * wanted + RESERVE,
     )
     return possible
+
+
+def _doors(settings: config.Config) -> int:
+    """The HTTP door with the admin socket, the ingest socket, and the lane on TCP: each has as many connections."""
+    return 2 + bool(settings.ingest.bind)
 
 
 def _raised_to(needed: int) -> int:

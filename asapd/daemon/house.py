@@ -114,7 +114,9 @@ class House:
         self._tenants = Tenants()
         self._ring = KeyRing(self._tenants)
         self._feed: Feed[Alert] = Feed(FEED)
-        self._fetcher = _SwappableFetcher(loaded.config.prober)
+        self._fetcher = _SwappableFetcher(
+            loaded.config.prober, descriptors.kept_connections(loaded.config, self._max_connections)
+        )
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
         self._meter = MeterSettings(loaded.config.metering, loaded.prices)
         self._registry = RegistrySettings(
@@ -254,6 +256,7 @@ class House:
             ),
             throttle=throttle,
             unprobed=self._prober.unprobed,
+            without_manifest=self._prober.without_manifest,
         )
 
     def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
@@ -479,7 +482,9 @@ class House:
         head, digest = await self._reads.audit_head()
         keys = {"problems": self._registry.key_problems, "unconfirmed": await self._reads.unconfirmed_keys()}
         usage = {"unpriced_events": await self._reads.unpriced_events()}
-        return {**showing.status(), "audit": {"seq": head, "hash": digest}, "keys": keys, "usage": usage}
+        agents = {**await self._reads.agents_standing(), "not_probed": sorted(self._prober.unprobed.noted())[:100]}
+        found = {"agents": agents, "keys": keys, "usage": usage}
+        return {**showing.status(), "audit": {"seq": head, "hash": digest}, **found}
 
     async def _metrics(self, showing: Showing) -> bytes:
         return showing.metrics(await self._status(showing))
@@ -527,7 +532,8 @@ async def _serve_http(server: HttpServer, doors: list[Door], *, task_status: tri
 class _SwappableFetcher:
     """A fetcher whose allowed networks a reload may change."""
 
-    def __init__(self, prober: config.Prober) -> None:
+    def __init__(self, prober: config.Prober, max_idle: int) -> None:
+        self._max_idle = max_idle
         self._networks: list[Any] = []
         self._fetcher: Fetcher | None = None
         self.allow(prober)
@@ -536,7 +542,7 @@ class _SwappableFetcher:
         networks = [*prober.allow_networks, *(own_networks() if prober.allow_host else [])]
         if networks != self._networks or self._fetcher is None:
             self._networks = networks
-            self._fetcher = Fetcher(networks)
+            self._fetcher = Fetcher(networks, max_idle=self._max_idle)
 
     async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> Fetched | FetchFailed:
         assert self._fetcher is not None

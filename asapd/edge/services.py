@@ -94,3 +94,5 @@ class Services:
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)
     """Why agents are not probed, where they are not."""
+    without_manifest: Unprobed = field(default_factory=Unprobed)
+    """Why the manifests of agents could not be taken, where they could not."""

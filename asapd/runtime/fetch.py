@@ -23,13 +23,16 @@ import httpcore2
 import msgspec
 import trio
 
+from asapd.runtime.idle import IdleConnections
+
 Network = IPv4Network | IPv6Network
-Reason = Literal["timeout", "refused", "dns", "not_allowed", "too_large", "tls", "redirect", "protocol"]
+Reason = Literal["timeout", "slow_body", "refused", "dns", "not_allowed", "too_large", "tls", "redirect", "protocol"]
 
 LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 _KEPT_HEADERS = frozenset({b"content-type", b"date", b"etag", b"retry-after"})
 _RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200  # linux/route.h
+_BODY = "reading the body"
 _URL_CHARACTERS = re.compile(r"[!-~]+\Z")
 
 
@@ -65,8 +68,8 @@ class Fetcher:
     """GETs with kept-alive connections; use as an async context manager, or call `aclose`.
 
     Redirects are not followed, cookies not kept, proxy settings not looked at, and certificates
-    verified by `ssl_context` (default: the authorities OpenSSL finds on the host). Up to `max_idle`
-    connections stay open, each for `keepalive_s` at most.
+    verified by `ssl_context` (default: the authorities OpenSSL finds on the host). Connections to up to
+    `max_idle` servers stay open, each for `keepalive_s` at most.
     """
 
     def __init__(
@@ -79,14 +82,20 @@ class Fetcher:
         keepalive_s: float = 75.0,
     ) -> None:
         self._user_agent = user_agent
-        self._pool = httpcore2.AsyncConnectionPool(
-            # Made once: the pool would load all authorities again for each connection.
-            ssl_context=ssl.create_default_context() if ssl_context is None else ssl_context,
-            max_connections=None,  # the caller bounds how many run at once; a queue here would eat their deadlines
-            max_keepalive_connections=max_idle,
-            keepalive_expiry=keepalive_s,
-            network_backend=_GuardedNetwork(tuple(allowed_networks)),
-        )
+        # Made once: a pool would load all authorities again for each connection.
+        context = ssl.create_default_context() if ssl_context is None else ssl_context
+        network = _GuardedNetwork(tuple(allowed_networks))
+
+        def pool(idle: int) -> httpcore2.AsyncConnectionPool:
+            return httpcore2.AsyncConnectionPool(
+                ssl_context=context,
+                max_connections=None,  # the caller bounds how many run at once; a queue here would eat their deadlines
+                max_keepalive_connections=idle,
+                keepalive_expiry=keepalive_s,
+                network_backend=network,
+            )
+
+        self._idle = IdleConnections(pool, max_origins=max_idle, keepalive_s=keepalive_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,7 +105,7 @@ class Fetcher:
 
     async def aclose(self) -> None:
         """Close the idle connections."""
-        await self._pool.aclose()
+        await self._idle.aclose()
 
     async def get(
         self, url: str, *, deadline_s: float, max_bytes: int, accept: str = "application/json"
@@ -121,9 +130,12 @@ class Fetcher:
             while True:
                 attempt = _Attempt()
                 try:
-                    async with self._pool.stream(
-                        b"GET", url.partition("#")[0], headers=headers, extensions={"trace": attempt.trace}
-                    ) as response:
+                    async with (
+                        self._idle.using(f"{target.scheme}://{target.netloc}") as pool,
+                        pool.stream(
+                            b"GET", url.partition("#")[0], headers=headers, extensions={"trace": attempt.trace}
+                        ) as response,
+                    ):
                         return await _read(response, max_bytes, started_s)
                 except _UnreachableError as error:
                     return error.failed
@@ -131,7 +143,9 @@ class Fetcher:
                     if attempt.may_repeat:
                         continue
                     return FetchFailed("protocol", f"{attempt.phase} failed: {str(error) or type(error).__name__}")
-        return FetchFailed("timeout", f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long")
+        # A server that answers and then drips is another trouble than one that does not answer.
+        reason: Reason = "slow_body" if attempt.phase == _BODY else "timeout"
+        return FetchFailed(reason, f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long")
 
 
 class _Attempt:
@@ -159,7 +173,7 @@ class _Attempt:
                 self.phase = "waiting for the answer"
             case "http11.receive_response_headers.complete":
                 self.answered = True
-                self.phase = "reading the body"
+                self.phase = _BODY
 
 
 class _GuardedNetwork(httpcore2.AsyncNetworkBackend):

@@ -1,4 +1,4 @@
-"""The directory of agents, their manifests, probes and uptime."""
+"""The directory of agents, their probes and uptime."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import msgspec
 
 from asapd.core.agent_keys import AgentKey
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.flapping import Flaps
 from asapd.core.uptime import Segment, fold_probe
-from asapd.store import agent_keys
+from asapd.store import agent_history, agent_keys
+from asapd.store.manifests import StoredManifest, read_manifest
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
     AgentRecord,
     AgentsChanged,
     PutAgent,
-    RecordManifest,
     RecordProbe,
     RemoveAgent,
     RowWritten,
@@ -25,7 +26,7 @@ from asapd.store.units import (
 )
 from asapd.store.visibility import Visibility, visible_text
 
-_COLUMNS = "url, tenant, public_key, tier, sla"
+_COLUMNS = "url, tenant, public_key, tier, sla, health"
 
 
 class DirectoryAgent(msgspec.Struct, frozen=True):
@@ -46,22 +47,12 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     manifest: StoredManifest | None
     last_probe: StoredProbe | None
     keys: tuple[AgentKey, ...] = ()
-
-
-class StoredManifest(msgspec.Struct, frozen=True):
-    """The newest manifest of an agent, without its body."""
-
-    fetched_us: int
-    digest: str
-    verification: str
-    sla: dict[str, Any] | None
-    sla_error: str | None
-    ttl_seconds: int | None
-    public_key: str | None
+    health: str = "probe"
+    flaps: Flaps = Flaps()
 
 
 class StoredProbe(msgspec.Struct, frozen=True):
-    """One probe: `up` is what counts for uptime, `reason` why it failed."""
+    """One probe: `up` is what counts for uptime, `reason` why it failed. `pushed`: the agent's own report."""
 
     ts_us: int
     up: bool
@@ -70,6 +61,8 @@ class StoredProbe(msgspec.Struct, frozen=True):
     reason: str | None
     detail: str | None
     hold_us: int
+    pushed: bool = False
+    agent_status: str | None = None
 
 
 # --- units
@@ -161,18 +154,18 @@ def _write(
     changed: list[str] = []
     for agent in agents:
         sla = None if agent.sla is None else msgspec.json.encode(agent.sla, order="sorted").decode()
-        values = (agent.url, agent.tenant, agent.public_key, agent.tier, sla)
+        values = (agent.url, agent.tenant, agent.public_key, agent.tier, sla, agent.health)
         known = tx.row(f"SELECT origin, {_COLUMNS} FROM agent WHERE id = ?", (agent.id,))
         if known is None:
             tx.execute(
-                "INSERT INTO agent (id, origin, url, tenant, public_key, tier, sla, added_us, since_us) "
-                "VALUES (?,?,?,?,?,?,?,?,?)",
+                f"INSERT INTO agent (id, origin, {_COLUMNS}, added_us, since_us) VALUES (?,?,?,?,?,?,?,?,?,?)",
                 (agent.id, origin, *values, now_us, now_us),
             )
             added.append(agent.id)
         elif known != (origin, *values):
             tx.execute(
-                "UPDATE agent SET origin = ?, url = ?, tenant = ?, public_key = ?, tier = ?, sla = ? WHERE id = ?",
+                "UPDATE agent SET origin = ?, url = ?, tenant = ?, public_key = ?, tier = ?, sla = ?, health = ? "
+                "WHERE id = ?",
                 (origin, *values, agent.id),
             )
             changed.append(agent.id)
@@ -180,6 +173,7 @@ def _write(
             continue
         event = "agent.added" if known is None else "agent.changed"
         details = {
+            "health": agent.health,
             "id": agent.id,
             "origin": origin,
             "public_key": agent.public_key,
@@ -188,6 +182,7 @@ def _write(
             "url": agent.url,
         }
         tx.audit(event, actor, agent.id, details, now_us)
+        _note_written(tx, agent.id, known, (origin, *values), actor, now_us)
         source = agent_keys.source_of(origin)
         agent_keys.place(tx, agent.id, source, agent_keys.read_key(agent.public_key), actor, now_us, key_overlap_us)
         if origin == "config":
@@ -196,8 +191,26 @@ def _write(
     return AgentsChanged(added, changed)
 
 
+def _note_written(
+    tx: Tx, agent: str, known: tuple[Any, ...] | None, new: tuple[Any, ...], actor: str, now_us: int
+) -> None:
+    """Keep what an agent was added as, or which of it changed from what to what."""
+    names = ("origin", *_COLUMNS.split(", "))
+    if known is None:
+        reason = "stands in the configuration" if new[0] == "config" else "added by hand"
+        agent_history.note(tx, agent, "added", actor, now_us, reason=reason, details=dict(zip(names, new, strict=True)))
+        return
+    differ = {name: [old, now] for name, old, now in zip(names, known, new, strict=True) if old != now}
+    reason = f"{', '.join(differ)} changed"
+    agent_history.note(tx, agent, "changed", actor, now_us, reason=reason, details=differ)
+
+
 def _delete(tx: Tx, agents: list[str], actor: str, now_us: int) -> AgentsChanged:
     for agent in agents:
+        known = tx.row("SELECT origin, state FROM agent WHERE id = ?", (agent,))
+        assert known is not None
+        reason = "stands in the configuration no more" if known[0] == "config" else "removed by hand"
+        agent_history.note(tx, agent, "removed", actor, now_us, reason=reason, details={"state": known[1]})
         tx.execute("DELETE FROM agent WHERE id = ?", (agent,))
         tx.audit("agent.removed", actor, agent, {"id": agent}, now_us)
         agent_keys.forget(tx, agent, actor, now_us)
@@ -223,46 +236,36 @@ def record_probe(tx: Tx, unit: RecordProbe) -> RowWritten:
     if new is not None:
         tx.execute("INSERT INTO uptime_segment VALUES (?,?,?,?)", (agent, new.start_us, new.end_us, new.up))
     tx.execute(
-        "INSERT INTO probe (agent, ts_us, up, status, latency_us, reason, detail, hold_us) VALUES (?,?,?,?,?,?,?,?)",
-        (agent, unit.ts_us, unit.up, unit.status, unit.latency_us, unit.reason, unit.detail, unit.hold_us),
-    )
-    seq = tx.connection.last_insert_rowid()
-    tx.execute(
-        "UPDATE agent SET state = ?, since_us = ?, ok_streak = ?, fail_streak = ? WHERE id = ?",
-        (unit.state, unit.since_us, unit.ok_streak, unit.fail_streak, unit.agent),
-    )
-    if unit.transition_from is not None:
-        tx.execute(
-            "INSERT INTO agent_transition (agent, ts_us, old_state, new_state, reason) VALUES (?,?,?,?,?)",
-            (unit.agent, unit.ts_us, unit.transition_from, unit.state, unit.reason),
-        )
-        details = {"from": unit.transition_from, "id": unit.agent, "reason": unit.reason, "to": unit.state}
-        tx.audit("agent.state", "asapd", unit.agent, details, unit.ts_us)
-    return RowWritten(seq)
-
-
-def record_manifest(tx: Tx, unit: RecordManifest) -> RowWritten:
-    """Keep a version of an agent's manifest."""
-    tx.execute(
-        "INSERT INTO manifest (agent, fetched_us, digest, body, verification, sla, sla_error, ttl_seconds, public_key) "
-        "VALUES (?,?,?,?,?,?,?,?,?)",
+        "INSERT INTO probe (agent, ts_us, up, status, latency_us, reason, detail, hold_us, pushed, agent_status) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?)",
         (
-            unit.agent,
-            unit.fetched_us,
-            unit.digest,
-            unit.body,
-            unit.verification,
-            None if unit.sla is None else msgspec.json.encode(unit.sla, order="sorted").decode(),
-            unit.sla_error,
-            unit.ttl_seconds,
-            unit.public_key,
+            *(agent, unit.ts_us, unit.up, unit.status, unit.latency_us, unit.reason, unit.detail, unit.hold_us),
+            *(unit.pushed, unit.agent_status),
         ),
     )
     seq = tx.connection.last_insert_rowid()
-    details = {"digest": unit.digest, "id": unit.agent, "sla_error": unit.sla_error, "verification": unit.verification}
-    tx.audit("agent.manifest", "asapd", unit.agent, details, unit.fetched_us)
-    agent_keys.see_manifest(tx, unit.agent, unit.verification, unit.public_key, unit.fetched_us)
+    tx.execute(
+        "UPDATE agent SET state = ?, since_us = ?, ok_streak = ?, fail_streak = ?, changed = ?, verdict = ?, "
+        "flapping_since_us = ? WHERE id = ?",
+        (
+            *(unit.state, unit.since_us, unit.ok_streak, unit.fail_streak, unit.changed, unit.verdict),
+            *(unit.flapping_since_us, unit.agent),
+        ),
+    )
+    if unit.transition_from is not None or unit.flap is not None:
+        _note_health(tx, unit)
     return RowWritten(seq)
+
+
+def _note_health(tx: Tx, unit: RecordProbe) -> None:
+    if unit.flap is not None:
+        agent_history.note(tx, unit.agent, unit.flap, "asapd", unit.ts_us)
+        tx.audit(f"agent.{unit.flap}", "asapd", unit.agent, {"id": unit.agent, "state": unit.state}, unit.ts_us)
+    if unit.transition_from is not None:
+        reason, states = unit.transition_reason or unit.reason, (unit.transition_from, unit.state)
+        agent_history.note(tx, unit.agent, "state", "asapd", unit.ts_us, states=states, reason=reason)
+        details = {"from": unit.transition_from, "id": unit.agent, "reason": reason, "to": unit.state}
+        tx.audit("agent.state", "asapd", unit.agent, details, unit.ts_us)
 
 
 # --- reading
@@ -270,7 +273,8 @@ def record_manifest(tx: Tx, unit: RecordManifest) -> RowWritten:
 _DIRECTORY = """
 SELECT a.id, a.url, a.tenant, a.origin, a.public_key, a.tier, a.sla, a.added_us, a.state, a.since_us, a.ok_streak,
        a.fail_streak, m.fetched_us, m.digest, m.verification, m.sla, m.sla_error, m.ttl_seconds, m.public_key,
-       p.ts_us, p.up, p.status, p.latency_us, p.reason, p.detail, p.hold_us
+       p.ts_us, p.up, p.status, p.latency_us, p.reason, p.detail, p.hold_us, p.pushed, p.agent_status, a.health,
+       a.changed, a.verdict, a.flapping_since_us
 FROM agent a
 LEFT JOIN manifest m ON m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
 LEFT JOIN probe p ON p.seq = (
@@ -293,18 +297,26 @@ def directory(connection: apsw.Connection, visible: Visibility, agent: str | Non
     return [_directory_agent(*row, tuple(keys.get(row[0], ()))) for row in rows]
 
 
+def standing(connection: apsw.Connection) -> tuple[int, list[str], list[str]]:
+    """How many agents there are, which of them are paused, and which flap."""
+    total = fetch(connection, "SELECT count(*) FROM agent")[0][0]
+    paused = fetch(connection, "SELECT id FROM agent WHERE state = 'paused' ORDER BY id LIMIT 100")
+    flapping = fetch(connection, "SELECT id FROM agent WHERE flapping_since_us IS NOT NULL ORDER BY id LIMIT 100")
+    return total, [row[0] for row in paused], [row[0] for row in flapping]
+
+
 def _directory_agent(*row: Any) -> DirectoryAgent:
     fetched_us, probed_us = row[12], row[19]
-    manifest = [*row[12:15], _json(row[15]), *row[16:19]]
     newest = (
-        None if fetched_us is None else StoredManifest(*manifest),
-        None if probed_us is None else _probe(*row[19:26]),
+        None if fetched_us is None else read_manifest(row[12:19]),
+        None if probed_us is None else _probe(*row[19:28]),
     )
-    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[26]])
+    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[32], row[28], Flaps(*row[29:32])])
 
 
 def _probe(ts_us: int, up: int, *rest: Any) -> StoredProbe:
-    return StoredProbe(ts_us, bool(up), *rest)
+    status, latency_us, reason, detail, hold_us, pushed, agent_status = rest
+    return StoredProbe(ts_us, bool(up), status, latency_us, reason, detail, hold_us, bool(pushed), agent_status)
 
 
 def _json(text: str | None) -> dict[str, Any] | None:
@@ -317,21 +329,12 @@ def probes(
     """Probes of an agent, the newest first, each with its row number."""
     rows = fetch(
         connection,
-        "SELECT seq, ts_us, up, status, latency_us, reason, detail, hold_us FROM probe "
+        "SELECT seq, ts_us, up, status, latency_us, reason, detail, hold_us, pushed, agent_status FROM probe "
         "WHERE agent = (SELECT id FROM name WHERE name = ?) AND ts_us >= ? AND ts_us < ? AND seq < ? "
         "ORDER BY ts_us DESC, seq DESC LIMIT ?",
         (agent, start_us or 0, end_us or 2**62, before or 2**62, limit),
     )
     return [(row[0], _probe(*row[1:])) for row in rows]
-
-
-def transitions(connection: apsw.Connection, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
-    """Changes of an agent's state, the newest first: (time, from, to, reason)."""
-    return fetch(
-        connection,
-        "SELECT ts_us, old_state, new_state, reason FROM agent_transition WHERE agent = ? ORDER BY seq DESC LIMIT ?",
-        (agent, limit),
-    )
 
 
 def segments_since(connection: apsw.Connection, since_us: int) -> list[tuple[str, Segment]]:

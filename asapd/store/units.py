@@ -6,7 +6,7 @@ One writer runs them, each in a savepoint of a shared transaction. A unit that i
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -429,7 +429,11 @@ class SyncBudgets(Unit[BudgetsSynced], frozen=True):
 
 
 class AgentRecord(msgspec.Struct, frozen=True):
-    """An agent of the directory. `sla` is the operator's own block, which goes before the manifest's."""
+    """An agent of the directory. `sla` is the operator's own block, which goes before the manifest's.
+
+    `health` is how its health is learned: `probe`, or `heartbeat` for one that reports by itself, whose `url` may be
+    empty.
+    """
 
     id: str
     url: str
@@ -437,6 +441,7 @@ class AgentRecord(msgspec.Struct, frozen=True):
     public_key: str | None = None
     tier: str | None = None
     sla: dict[str, Any] | None = None
+    health: str = "probe"
 
 
 class AgentsChanged(msgspec.Struct, frozen=True, tag=True):
@@ -475,6 +480,16 @@ class SyncAgents(Unit[AgentsChanged], frozen=True):
     actor: str
     now_us: int
     key_overlap_us: int = 0
+
+
+class ChangeAgentState(Unit[AgentsChanged | Refusal], frozen=True):
+    """Pause an agent, resume it, or note that it fell silent; `reason` is the operator's, where one gave it."""
+
+    agent: str
+    verb: Literal["pause", "resume", "silence"]
+    actor: str
+    now_us: int
+    reason: str | None = None
 
 
 class ImportAgentKey(Unit[AgentsChanged | Refusal], frozen=True):
@@ -516,7 +531,9 @@ class RowWritten(msgspec.Struct, frozen=True, tag=True):
 class RecordProbe(Unit[RowWritten], frozen=True):
     """A probe's result, what it makes of the agent's state, and the uptime it adds.
 
-    The probe's word holds for `hold_us` unless a newer one replaces it.
+    The probe's word holds for `hold_us` unless a newer one replaces it. `pushed`: the agent reported it by itself.
+    `reason` is why it is not up, `transition_reason` why the state changed. `changed`, `verdict` and
+    `flapping_since_us` are what `asapd.core.flapping` remembers, and `flap` is whether that just began or ended.
     """
 
     agent: str
@@ -532,6 +549,13 @@ class RecordProbe(Unit[RowWritten], frozen=True):
     ok_streak: int
     fail_streak: int
     transition_from: str | None = None
+    transition_reason: str | None = None
+    pushed: bool = False
+    agent_status: str | None = None
+    changed: int = 0
+    verdict: str | None = None
+    flapping_since_us: int | None = None
+    flap: Literal["flapping", "settled"] | None = None
 
 
 class RecordManifest(Unit[RowWritten], frozen=True):
@@ -717,6 +741,7 @@ AnyUnit = (
     | PutAgent
     | RemoveAgent
     | SyncAgents
+    | ChangeAgentState
     | ImportAgentKey
     | RetireAgentKey
     | SyncKeys

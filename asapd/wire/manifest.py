@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import re
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -15,7 +15,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
 from asapd.core.canonical import CanonicalError, canonical
-from asapd.core.health import FailReason, Status
+from asapd.core.health import AgentStatus, FailReason, Status
 from asapd.core.sla import Promise
 from asapd.core.types import AGENT_URN, MAX_INT
 from asapd.wire.keys import KeyFormatError, load_public
@@ -27,6 +27,7 @@ MAX_TTL_S = 366 * 86_400
 
 _PERCENT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?%\Z")
 _SLA_FIELDS = ("availability", "max_latency_p95_ms", "max_error_rate", "support_hours")
+_AGENT_STATUSES: tuple[AgentStatus, ...] = get_args(AgentStatus)
 _MAX_TEXT = 200
 
 
@@ -69,6 +70,7 @@ class Health(Struct, frozen=True):
     uptime_seconds: float | None = None
     ttl_seconds: int | None = None
     load: Any = None
+    agent_status: AgentStatus | None = None
 
 
 def parse_sla(block: object) -> Promise:
@@ -183,6 +185,7 @@ def decode_health(body: bytes, expected_id: str | None) -> Health:
         uptime_seconds=_seconds(uptime),
         ttl_seconds=min(ttl, MAX_TTL_S) if type(ttl) is int and ttl > 0 else None,
         load=document.get("load"),
+        agent_status=_agent_status(document.get("agent_status")),
     )
 
 
@@ -216,6 +219,11 @@ def _percent(field: str, value: object) -> Decimal | None:
             f"not {_shown(value)}"
         )
     return percent
+
+
+def _agent_status(value: object) -> AgentStatus | None:
+    known = value.upper() if isinstance(value, str) else None
+    return next((status for status in _AGENT_STATUSES if status == known), None)
 
 
 def _seconds(value: object) -> float | None:

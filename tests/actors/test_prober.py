@@ -39,6 +39,7 @@ from asapd.runtime.ask import Reply, ask
 from asapd.runtime.clock import Clock, SystemClock, TrioClock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.fetch import LOOPBACK, Fetched, Fetcher, FetchFailed
+from asapd.store import agent_history
 from asapd.store import agents as stored
 from asapd.store.database import OUTCOME_UNKNOWN, WRITER_AWAY, Database, InlineReaders, InlineRunner, ReadTooLongError
 from asapd.store.units import (
@@ -220,7 +221,7 @@ class Rig:
         return [segment for owner, segment in stored.segments_since(self.connection, 0) if owner == name]
 
     def transitions(self, name: str = A) -> list[tuple[float, str, str, str | None]]:
-        rows = stored.transitions(self.connection, name, 100)
+        rows = agent_history.transitions(self.connection, name, 100)
         return [(at(ts_us), old, new, reason) for ts_us, old, new, reason in reversed(rows)]
 
     def manifests(self, name: str = A) -> list[tuple[str, bool]]:

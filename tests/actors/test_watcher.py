@@ -35,9 +35,10 @@ from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.core.windows import window_bounds
 from asapd.runtime.ask import ask
 from asapd.runtime.fanout import Wakeup
-from asapd.store.agents import DirectoryAgent, StoredManifest
+from asapd.store.agents import DirectoryAgent
 from asapd.store.breaches import Alert, alerts_after, list_breaches
 from asapd.store.database import OUTCOME_UNKNOWN, Database, InlineReaders, InlineRunner
+from asapd.store.manifests import StoredManifest
 from asapd.store.sla_queries import open_breaches
 from asapd.store.units import (
     AgentRecord,
@@ -798,7 +799,7 @@ def listed(
 @pytest.mark.parametrize(
     ("agent", "expected"),
     [
-        (listed(without_manifest=True), HeldTo(Promise(max_error_rate_percent=Decimal(5)), "tier")),
+        (listed(without_manifest=True), HeldTo(Promise(max_error_rate_percent=Decimal(5)), "default")),
         (listed(tier="gold"), HeldTo(Promise(Decimal(99), 100), "tier")),
         (listed(tier="gold", declared={"max_latency_p95_ms": 7}), HeldTo(Promise(None, 7), "manifest")),
         (
@@ -820,7 +821,7 @@ def listed(
             listed(sla_error="sla: must be an object", tier="lost"),
             HeldTo(
                 Promise(max_error_rate_percent=Decimal(5)),
-                "tier",
+                "default",
                 "tier: no [[sla.tier]] is named lost; manifest: sla: must be an object",
             ),
         ),
@@ -842,6 +843,15 @@ def test_the_first_promise_that_applies_is_held(agent: DirectoryAgent, expected:
 
 def test_without_any_promise_nothing_is_held() -> None:
     assert held_to(listed(), sla_of(tier=[GOLD])) == HeldTo()
+
+
+def test_the_tier_called_default_is_that_of_agents_without_an_sla_unless_another_is_named() -> None:
+    plain = {**BASIC, "name": "default"}
+    promise = Promise(max_error_rate_percent=Decimal(5))
+    assert held_to(listed(), sla_of(tier=[GOLD, plain])) == HeldTo(promise, "default")
+    assert held_to(listed(tier="default"), sla_of(tier=[GOLD, plain])) == HeldTo(promise, "tier")
+    named = held_to(listed(), sla_of(tier=[GOLD, plain], default_tier="gold"))
+    assert named == HeldTo(Promise(Decimal(99), 100), "default")
 
 
 def test_evidence_stays_small_for_an_agent_that_flaps() -> None:

@@ -70,7 +70,8 @@ def lag_p99_ms(before: Counter[float], after: Counter[float]) -> float:
     return next(bound * 1000 for bound in sorted(after) if after[bound] - before[bound] >= 0.99 * looks)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -80,7 +81,7 @@ def _free_port() -> int:
 @contextmanager
 def running(directory: Path) -> Iterator[Daemon]:
     """A daemon with durable commits in a directory of its own."""
-    port = _free_port()
+    port = free_port()
     public = {agent: base64.b64encode(bytes(key.verify_key)).decode() for agent, key in KEYS.items()}
     (directory / "asapd.toml").write_text(
         f'[http]\nbind = ["127.0.0.1:{port}"]\n[store]\nsynchronous = "full"\n'
@@ -103,14 +104,15 @@ def running(directory: Path) -> Iterator[Daemon]:
             stderr=log,
         )
     try:
-        _wait_ready(process, directory)
+        wait_ready(process, directory)
         yield Daemon(port, directory / "run" / "ingest.sock", (state / "admin.key").read_text().strip(), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], directory: Path) -> None:
+def wait_ready(process: subprocess.Popen[bytes], directory: Path) -> None:
+    """Return once the daemon serves; its log is in the directory."""
     for _ in range(600):
         if b"serving on" in (directory / "log").read_bytes():
             return

@@ -158,6 +158,34 @@ def test_an_agent_that_may_not_be_probed_says_why(daemon: Daemon, ctl: Program) 
     ctl("agents", "remove", agent)
 
 
+def test_an_agent_that_reports_by_itself_is_added_paused_and_its_life_is_shown(daemon: Daemon, ctl: Program) -> None:
+    agent = urn()
+    assert ctl("agents", "add", agent, "--heartbeat").out == f"{agent} reports by itself\n"
+    assert ctl("agents", "add", urn()).code == Exit.USAGE
+    assert ctl("agents", "pause", agent, "--reason", "new disk").out == f"{agent}: paused\n"
+    assert ctl("agents", "pause", agent).out == f"{agent}: paused, as before\n"
+    assert agent in ctl("status", "--json").json["agents"]["paused"]
+    assert re.search(rf"^ +paused: +.*{agent}", ctl("status").out, re.MULTILINE)
+    assert ctl("agents", "resume", agent, "--json").json["state"] == "unknown"
+    events = ctl("agents", "history", agent, "--json").json["data"]
+    assert [(event["event"], event["reason"]) for event in events] == [
+        ("resumed", "resumed"),
+        ("paused", "new disk"),
+        ("added", "added by hand"),
+    ]
+    shown = ctl("agents", "history", agent).out
+    assert re.search(r"^\S+Z +paused +unknown +paused +uid:\d+ pid:\d+ +new disk$", shown, re.MULTILINE)
+    assert ctl("agents", "manifests", agent, "--json").json["data"] == []
+    assert ctl("agents", "manifests", agent).code == Exit.DONE
+    assert ctl("agents", "manifests", agent, "0" * 64).code == Exit.USAGE
+    for filters in (("--status", "ready"), ("--flapping",), ("--min-availability", "99%"), ("--state", "paused")):
+        assert agent not in [row["id"] for row in ctl("agents", "list", *filters, "--json").json["data"]]
+    ctl("agents", "remove", agent)
+    for arguments in (("pause", agent), ("resume", agent), ("manifests", agent)):
+        assert ctl("agents", *arguments).code == Exit.USAGE
+    assert ctl("agents", "history", agent, "--json").json["data"][0]["event"] == "removed"
+
+
 # --- usage
 
 

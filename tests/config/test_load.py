@@ -438,3 +438,13 @@ def outcome(text: str) -> list[Problem]:
 def test_a_duration_is_its_number_times_its_unit(number: int, unit: tuple[str, int]) -> None:
     config = parse(f'[sla]\nhold = "{number}{unit[0]}"')
     assert config.sla.hold_us == number * unit[1]
+
+
+def test_an_agent_that_is_probed_needs_an_address_and_one_that_reports_by_itself_none() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse('[[agents]]\nid = "urn:asap:agent:a"\n')
+    (problem,) = caught.value.problems
+    assert problem.field == "agents[0].url"
+    assert 'health = "heartbeat"' in problem.reason
+    silent = parse('[[agents]]\nid = "urn:asap:agent:a"\nhealth = "heartbeat"\n').agents[0]
+    assert (silent.url, silent.health) == (None, "heartbeat")

@@ -2,7 +2,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.health import AgentState, ProbeResult, Status, Transition, pause, resume, shown_state, step
+from asapd.core.flapping import Flaps
+from asapd.core.health import (
+    AgentState,
+    ProbeResult,
+    State,
+    Status,
+    Transition,
+    fall_silent,
+    pause,
+    resume,
+    shown_state,
+    step,
+)
 
 
 def good(ts_us: int, status: Status | None = "healthy") -> ProbeResult:
@@ -54,10 +66,11 @@ def test_a_recovery_takes_as_many_results_as_asked_for() -> None:
 
 def test_the_state_keeps_since_when_it_holds() -> None:
     state = AgentState("healthy", 5, 3)
+    down = Flaps(verdict="down")
     state, _ = step(state, bad(9), healthy_after=1, unhealthy_after=2)
-    assert state == AgentState("healthy", 5, 0, 1, 9)
+    assert state == AgentState("healthy", 5, 0, 1, 9, down)
     state, _ = step(state, bad(10), healthy_after=1, unhealthy_after=2)
-    assert state == AgentState("unhealthy", 10, 0, 2, 10)
+    assert state == AgentState("unhealthy", 10, 0, 2, 10, down)
 
 
 @given(st.lists(st.booleans()), st.integers(1, 4), st.integers(1, 4))
@@ -91,6 +104,21 @@ def test_a_paused_agent_stays_paused_until_resumed() -> None:
 
 def test_only_what_is_paused_can_be_resumed() -> None:
     assert resume(AgentState("healthy"), 5) == (AgentState("healthy"), None)
+
+
+def test_an_agent_that_falls_silent_is_stale_until_it_is_heard_again() -> None:
+    state, transition = fall_silent(AgentState("unhealthy", 1, 0, 4, 8), 50)
+    assert (state, transition) == (
+        AgentState("stale", 50, last_probe_us=8),
+        Transition("unhealthy", "stale", 50, "no_heartbeat"),
+    )
+    _, transition = step(state, good(60), healthy_after=1, unhealthy_after=2)
+    assert transition == Transition("stale", "healthy", 60)
+
+
+@pytest.mark.parametrize("state", ["paused", "stale", "unknown"])
+def test_of_whom_nothing_is_known_silence_tells_nothing(state: State) -> None:
+    assert fall_silent(AgentState(state, 5), 50) == (AgentState(state, 5), None)
 
 
 @pytest.mark.parametrize(

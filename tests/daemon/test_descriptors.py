@@ -9,7 +9,7 @@ import pytest
 
 from asapd import config
 from asapd.daemon import descriptors
-from asapd.daemon.descriptors import RESERVE, max_connections
+from asapd.daemon.descriptors import KEPT, RESERVE, kept_connections, max_connections
 
 LOG = logging.getLogger("test.descriptors")
 
@@ -59,7 +59,7 @@ def test_an_unlimited_hard_limit_is_not_reached_for(limits: list[int]) -> None:
     assert limits[0] == 2 * 4096 + RESERVE
 
 
-@pytest.mark.parametrize(("hard", "most"), [(1024, 352), (4096, 1888), (400, 100), (3, 1)])
+@pytest.mark.parametrize(("hard", "most"), [(1024, 256), (4096, 1728), (400, 100), (3, 1)])
 def test_under_a_low_hard_limit_doors_take_fewer_and_the_operator_is_told(
     limits: list[int], caplog: pytest.LogCaptureFixture, hard: int, most: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_sandbox_that_forbids_raising_is_lived_with(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(descriptors.resource, "setrlimit", forbidden)
-    assert max_connections(settings(), LOG) == (1024 - RESERVE) // 2
+    assert max_connections(settings(), LOG) == 1024 // 4
     assert "only 1024 open files" in caplog.text
 
 
@@ -86,3 +86,12 @@ def test_the_limits_of_this_process_are_read() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert max_connections(settings("[limits]\nmax_connections = 1"), LOG) == 1
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before or before[0] < 2 + RESERVE
+
+
+def test_connections_to_agents_are_kept_where_the_limit_has_room(limits: list[int]) -> None:
+    assert kept_connections(settings(), 4096) == KEPT
+    assert limits[0] == 2 * 4096 + RESERVE + KEPT
+    limits[:] = [1024, 2 * 4096 + RESERVE + 100]
+    assert kept_connections(settings(), 4096) == 100
+    limits[:] = [1024, 1024]
+    assert kept_connections(settings(), 256) == 0

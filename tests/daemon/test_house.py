@@ -218,7 +218,7 @@ async def test_a_door_that_cannot_be_opened_ends_the_daemon_cleanly(tmp_path: Pa
 
 async def test_networks_that_a_reload_allows_are_allowed_at_once() -> None:
     loaded = load(None)
-    fetcher = house_module._SwappableFetcher(loaded.config.prober)
+    fetcher = house_module._SwappableFetcher(loaded.config.prober, 64)
     before = fetcher._fetcher
     fetcher.allow(loaded.config.prober)
     assert fetcher._fetcher is before

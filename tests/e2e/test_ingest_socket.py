@@ -177,6 +177,9 @@ async def test_the_same_socket_speaks_http(daemon: Daemon) -> None:
         validity = await client.post("/delegations/validate", json={"token": "x"})
         assert validity.json()["code"] == "malformed"
         check_problem(await client.post("/reservations/none/settle"), 404, "reservation_not_found")
+        beat = await client.post("/agents/urn:asap:agent:none/heartbeat", json={"status": "healthy"})
+        check_problem(beat, 404, "agent_not_found")
+        check_problem(await client.post("/agents/urn:asap:agent:none/pause"), 404, "not_found")
         check_problem(await client.get("/keys"), 404, "not_found")
         check_problem(await client.get("/usage"), 404, "not_found")
         answer = await client.post("/usage", content=b"x" * (MAX_BODY + 1))

@@ -179,7 +179,7 @@ async def test_a_body_that_drips_meets_the_deadline(autojump_clock: MockClock) -
 
     started_s = trio.current_time()
     outcome = await get(dripping, deadline_s=5)
-    assert outcome == FetchFailed("timeout", "no whole answer within 5 s: reading the body took too long")
+    assert outcome == FetchFailed("slow_body", "no whole answer within 5 s: reading the body took too long")
     assert trio.current_time() - started_s == pytest.approx(5)
 
 

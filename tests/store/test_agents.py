@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
 from asapd.core.uptime import Segment, UptimeTimeline
-from asapd.store import agents, audit
+from asapd.store import agent_history, agents, audit
 from asapd.store.units import (
     AgentRecord,
     AgentsChanged,
@@ -169,7 +169,7 @@ def test_a_change_of_state_is_kept_with_its_reason(
     submit(put(AGENT))
     submit(replace(PROBE, transition_from="unknown"))
     submit(replace(PROBE, ts_us=NOW_US + 1, state="unhealthy", transition_from="healthy", reason="timeout"))
-    assert agents.transitions(connection, A, 10) == [
+    assert agent_history.transitions(connection, A, 10) == [
         (NOW_US + 1, "healthy", "unhealthy", "timeout"),
         (NOW_US, "unknown", "healthy", None),
     ]

@@ -10,9 +10,10 @@ import apsw
 import pytest
 from msgspec.structs import replace
 
+from asapd.core.flapping import Flaps
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent, identity_digest
-from asapd.store import migrations
+from asapd.store import agent_history, agents, migrations
 from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDatabaseError
 from asapd.store.units import Envelope, Note, Recorded, RecordUsage, UsageConflict
 from asapd.store.usage_queries import UsageFilter, summary
@@ -184,3 +185,28 @@ def test_sources_and_open_tasks_of_an_older_file_are_known(path: Path) -> None:
         source = "SELECT events, seen, repeated, first_seq, last_seq, ranges FROM usage_source"
         assert connection.execute(source).fetchall() == [(5, 3, 1, 1, 4, 2)]
         assert connection.execute("SELECT task_id FROM task_open").fetchall() == [("open",)]
+
+
+def test_the_history_of_an_older_file_is_kept_and_cannot_be_changed(path: Path) -> None:
+    with closing(apsw.Connection(str(path))) as old:
+        for script in migrations.MIGRATIONS[:2]:
+            old.execute(script)
+        old.pragma("application_id", APPLICATION_ID)
+        old.pragma("user_version", 2)
+        old.execute(
+            "INSERT INTO agent (id, url, tenant, origin, added_us, since_us) "
+            "VALUES ('a', 'http://a', 'acme', 'api', 1, 1)"
+        )
+        for row in (("a", 5, "unknown", "healthy", None), ("gone", 6, "healthy", "unhealthy", "timeout")):
+            old.execute(
+                "INSERT INTO agent_transition (agent, ts_us, old_state, new_state, reason) VALUES (?,?,?,?,?)", row
+            )
+    with closing(open_for_writing(path)) as connection:
+        assert agent_history.transitions(connection, "a", 10) == [(5, "unknown", "healthy", None)]
+        tenants = connection.execute("SELECT agent, tenant FROM agent_event ORDER BY seq").fetchall()
+        assert tenants == [("a", "acme"), ("gone", "default")]
+        (agent,) = agents.directory(connection, EVERYTHING)
+        assert (agent.health, agent.flaps) == ("probe", Flaps())
+        for change in ("UPDATE agent_event SET reason = 'x'", "DELETE FROM agent_event"):
+            with pytest.raises(apsw.ConstraintError, match="append-only"):
+                connection.execute(change)

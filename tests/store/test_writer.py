@@ -31,6 +31,7 @@ from asapd.store.units import (
     AnyUnit,
     ApiKey,
     BreachRow,
+    ChangeAgentState,
     CorrectCosts,
     CreateKey,
     Envelope,
@@ -312,6 +313,9 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
             st.none(),
             st.none(),
             st.none() | st.sampled_from(PUBLIC_KEYS).map(public_base64),
+        ),
+        ChangeAgentState: st.builds(
+            ChangeAgentState, agents, st.sampled_from(("pause", "resume", "silence")), actor, at, st.none()
         ),
         ImportAgentKey: st.builds(ImportAgentKey, agents, st.sampled_from(PUBLIC_KEYS), actor, at, st.just(5000)),
         RetireAgentKey: st.builds(

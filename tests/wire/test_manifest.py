@@ -356,3 +356,21 @@ def test_an_sla_block_of_anything_is_a_promise_or_an_error(block: object) -> Non
     except ManifestError as problem:
         found = str(problem)
     assert isinstance(found, Promise) or found.startswith("sla")
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ("READY", "READY"),
+        ("draining", "DRAINING"),
+        ("Busy", "BUSY"),
+        ("PAUSE", "PAUSE"),
+        ("ASLEEP", None),
+        (1, None),
+        (None, None),
+        (["READY"], None),
+    ],
+)
+def test_whether_an_agent_takes_work_is_its_own_word_and_never_its_health(said: Any, known: str | None) -> None:
+    health = decode_health(json.dumps({"status": "healthy", "agent_status": said}).encode(), None)
+    assert (health.status, health.agent_status) == ("healthy", known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -10,27 +10,30 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import AgentRecord, Figures, FiguresRequest, PutAgentRequest, RemoveAgentRequest
-from asapd.actors.reads import DirectoryAgent, StoredProbe
-from asapd.actors.unprobed import NotProbed
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.health import AgentState, shown_state
 from asapd.core.types import AGENT_URN, DEFAULT_TENANT, format_us
 from asapd.edge.asking import ask_actor
+from asapd.edge.http.agent_rows import agent_row, probe_row, uptime_row
+from asapd.edge.http.agent_search import read_wanted, search
 from asapd.edge.http.context import idempotency, require, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
-from asapd.edge.http.sla import promise_block, window_parameter
+from asapd.edge.http.sla import window_parameter
 from asapd.edge.services import Services
-from asapd.wire.keys import KeyFormatError, jwk_thumbprint, load_public, public_base64
+from asapd.wire.keys import KeyFormatError, load_public
 from asapd.wire.manifest import ManifestError, parse_sla
 
-_STATES = ("healthy", "degraded", "unhealthy", "stale", "unknown", "paused")
+_HEALTH_FACTS = (
+    *("state", "since", "health", "flapping", "flapping_since"),
+    *("agent_status", "not_probed", "uptime_percent"),
+)
 
 
 class _NewAgent(msgspec.Struct, forbid_unknown_fields=True):
     id: str
-    url: Annotated[str, msgspec.Meta(max_length=2048)]
+    url: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
+    health: Literal["probe", "heartbeat"] = "probe"
     public_key: str | None = None
     sla: dict[str, Any] | None = None
     tier: str | None = None
@@ -46,34 +49,23 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         parameters = Parameters()
         window_us = window_parameter(parameters, services)
-        min_availability, max_p95 = parameters.decimal("min_availability"), parameters.decimal("max_latency_p95_ms")
-        state = parameters.choice("state", _STATES)
-        sort = parameters.choice("sort", ("id", "sla_score"), "id")
-        limit = parameters.limit()
-        after = parameters.cursor(int) or parameters.offset()
+        wanted = read_wanted(parameters)
         parameters.done()
-        rows = await rows_of(caller, None, window_us)
-        if min_availability is not None:
-            rows = [
-                row for row in rows if row["uptime_percent"] is not None and row["uptime_percent"] >= min_availability
-            ]
-        if max_p95 is not None:
-            rows = [row for row in rows if row["latency_p95_ms"] is not None and row["latency_p95_ms"] <= max_p95]
-        if state is not None:
-            rows = [row for row in rows if row["state"] == state]
-        if sort == "sla_score":
-            rows.sort(key=lambda row: -1 if row["sla_score"] is None else row["sla_score"], reverse=True)
-        shown = rows[after : after + limit]
-        return reply(page(shown, limit, after + limit if len(rows) > after + limit else None))
+        return reply(search([row for row, _ in await rows_of(caller, None, window_us)], wanted))
 
-    async def rows_of(caller: Caller, agent: str | None, window_us: int) -> list[dict[str, Any]]:
+    async def rows_of(caller: Caller, agent: str | None, window_us: int) -> list[tuple[dict[str, Any], Figures | None]]:
         known = await services.reads.agents(caller, agent)
         figures = await ask_actor(services.mailboxes.watcher, lambda to: FiguresRequest(agent, window_us, to))
         by_id: dict[str, Figures] = {}
         if not isinstance(figures, Refusal):
             by_id = {one.metrics.agent_id: one for one in figures}
         now_us = services.clock.now_us()
-        return [_row(one, by_id.get(one.id), services.unprobed.get(one.id), now_us) for one in known]
+        found = []
+        for one in known:
+            troubles = services.unprobed.get(one.id), services.without_manifest.get(one.id)
+            mine = by_id.get(one.id)
+            found.append((agent_row(one, mine, *troubles, now_us), mine))
+        return found
 
     async def is_foreign(caller: Caller, agent: str) -> bool:
         """Whether the agent is another tenant's."""
@@ -88,7 +80,7 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         body = await sent_json()
         sent = decode_body(body, _NewAgent)
-        record = _record(sent, caller)
+        record = _record(sent, caller, [tier.name for tier in services.settings().sla.tiers])
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
         key = idempotency(caller, body, services.clock.now_us())
@@ -96,8 +88,8 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to, is_bound))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        row = await rows_of(caller, record.id, services.settings().sla.breach_window_us)
-        return reply(row[0] if row else {"id": record.id, "url": record.url}, 201 if outcome.added else 200)
+        rows = await rows_of(caller, record.id, services.settings().sla.breach_window_us)
+        return reply(rows[0][0] if rows else {"id": record.id, "url": record.url}, 201 if outcome.added else 200)
 
     @app.get("/agents/<agent>")
     async def get_agent(agent: str) -> Response:
@@ -106,14 +98,14 @@ def register(app: QuartTrio, services: Services) -> None:
         window_us = window_parameter(parameters, services)
         parameters.done()
         found = await rows_of(caller, agent, window_us)
-        return reply(found[0] if found else _unknown(agent))
+        return reply(found[0][0] if found else unknown_agent(agent))
 
     @app.delete("/agents/<agent>")
     async def delete_agent(agent: str) -> Response:
         caller = require(Permission.OPERATE)
         Parameters().done()
         if not caller.may_touch(agent) or await is_foreign(caller, agent):
-            return refuse(_unknown(agent))
+            return refuse(unknown_agent(agent))
         outcome = await ask_actor(prober, lambda to: RemoveAgentRequest(agent, caller.actor, to))
         return reply(outcome if isinstance(outcome, Refusal) else {"removed": outcome.removed})
 
@@ -128,17 +120,16 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         rows = await rows_of(caller, agent, window_us)
         if not rows:
-            return refuse(_unknown(agent))
+            return refuse(unknown_agent(agent))
+        row, figures = rows[0]
         probes = await services.reads.probes(agent, start_us=start_us, end_us=end_us, limit=limit, before=before)
         changes = await services.reads.transitions(agent, 100)
-        shown = [_probe(probe) for _, probe in probes]
+        shown = [probe_row(probe) for _, probe in probes]
         return reply(
             {
                 "agent_id": agent,
-                "state": rows[0]["state"],
-                "since": rows[0]["since"],
-                "uptime_percent": rows[0]["uptime_percent"],
-                "not_probed": rows[0]["not_probed"],
+                **{name: row[name] for name in _HEALTH_FACTS},
+                "uptime": None if figures is None else uptime_row(figures),
                 "transitions": [
                     {"at": format_us(at_us), "from": old, "to": new, "reason": reason}
                     for at_us, old, new, reason in changes
@@ -148,87 +139,19 @@ def register(app: QuartTrio, services: Services) -> None:
         )
 
 
-def _unknown(agent: str) -> Refusal:
+def unknown_agent(agent: str) -> Refusal:
     return Refusal("agent_not_found", f"there is no agent {agent} in the directory: add it, or check the id")
 
 
-def _probe(probe: StoredProbe | None) -> dict[str, Any] | None:
-    if probe is None:
-        return None
-    return {
-        "at": format_us(probe.ts_us),
-        "up": probe.up,
-        "status": probe.status,
-        "latency_ms": None if probe.latency_us is None else probe.latency_us / 1000,
-        "reason": probe.reason,
-        "detail": probe.detail,
-        "holds_until": format_us(probe.ts_us + probe.hold_us),
-    }
-
-
-def _row(agent: DirectoryAgent, figures: Figures | None, unprobed: NotProbed | None, now_us: int) -> dict[str, Any]:
-    probe = agent.last_probe
-    state = AgentState(
-        agent.state,  # type: ignore[arg-type]  # written from a State
-        agent.since_us,
-        agent.ok_streak,
-        agent.fail_streak,
-        None if probe is None else probe.ts_us,
-    )
-    manifest = agent.manifest
-    claim = next((key for key in agent.keys if key.state == "claimed"), None)
-    return {
-        "id": agent.id,
-        "url": agent.url,
-        "tenant": agent.tenant,
-        "origin": agent.origin,
-        "state": shown_state(state, now_us, 0 if probe is None else probe.hold_us),
-        "since": format_us(agent.since_us),
-        "sla": None if figures is None or figures.promise_source is None else promise_block(figures.promise),
-        "sla_source": None if figures is None else figures.promise_source,
-        "sla_error": None if figures is None else figures.sla_error,
-        "tier": agent.tier,
-        "uptime_percent": None if figures is None else figures.metrics.uptime_percent,
-        "latency_p95_ms": None if figures is None else figures.metrics.latency_p95_ms,
-        "error_rate_percent": None if figures is None else figures.metrics.error_rate_percent,
-        "sla_score": None if figures is None else figures.sla_score,
-        "last_probe": _probe(probe),
-        "not_probed": None
-        if unprobed is None
-        else {"reason": unprobed.reason, "detail": unprobed.detail, "since": format_us(unprobed.since_us)},
-        "public_key": agent.public_key,
-        "key_alert": None
-        if claim is None
-        else {
-            "kid": jwk_thumbprint(claim.public_key),
-            "public_key": public_base64(claim.public_key),
-            "since": format_us(claim.since_us),
-        },
-        "manifest": None
-        if manifest is None
-        else {
-            "digest": manifest.digest,
-            "verification": manifest.verification,
-            "fetched_at": format_us(manifest.fetched_us),
-            "public_key": manifest.public_key,
-            "ttl_seconds": manifest.ttl_seconds,
-        },
-        "added_at": format_us(agent.added_us),
-    }
-
-
-def _record(sent: _NewAgent, caller: Caller) -> AgentRecord:
+def _record(sent: _NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
     errors: list[FieldError] = []
     if not AGENT_URN.match(sent.id):
         errors.append(FieldError("id", "must be a URN of the form urn:asap:agent:<name>"))
-    try:
-        parts = urlsplit(sent.url)
-        is_url = (
-            parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
-        )
-    except ValueError:
-        is_url = False
-    if not is_url or not sent.url.isprintable() or " " in sent.url:
+    if sent.url is None:
+        if sent.health == "probe":
+            reason = 'is missing: give the address to probe, or set health to "heartbeat" if it reports by itself'
+            errors.append(FieldError("url", reason))
+    elif not _is_agent_url(sent.url):
         errors.append(FieldError("url", "must be an http or https URL without credentials"))
     if sent.public_key is not None:
         try:
@@ -240,8 +163,22 @@ def _record(sent: _NewAgent, caller: Caller) -> AgentRecord:
             parse_sla(sent.sla)
         except ManifestError as error:
             errors.append(FieldError("sla", str(error)))
+    if sent.tier is not None and sent.tier not in tiers:
+        known = f"there are {', '.join(tiers)}" if tiers else "the configuration declares none"
+        errors.append(FieldError("tier", f"must be the name of a [[sla.tier]]: {known}"))
     if errors:
         detail = f"the agent was not added: {errors[0].field} {errors[0].reason}"
         raise RefusedError(Refusal("invalid", detail, tuple(errors)))
     tenant = caller.tenant or sent.tenant or DEFAULT_TENANT
-    return AgentRecord(sent.id, sent.url, tenant, sent.public_key, sent.tier, sent.sla)
+    return AgentRecord(sent.id, sent.url or "", tenant, sent.public_key, sent.tier, sent.sla, sent.health)
+
+
+def _is_agent_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_url = (
+            parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        )
+    except ValueError:
+        return False
+    return is_url and url.isprintable() and " " not in url

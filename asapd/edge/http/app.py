@@ -15,6 +15,7 @@ from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http import (
     admin,
     agent_keys,
+    agent_life,
     agents,
     asap,
     asap_usage,
@@ -56,14 +57,14 @@ _TAKES = frozenset(
         *("/delegations/validate", "/delegations/authorize"),
     }
 )
-"""What is POSTed to the doors of ingest; they serve /reservations/ besides, and nothing else."""
+"""What is POSTed to the doors of ingest; they serve /reservations/ and heartbeats besides, and nothing else."""
 
 _STATUS_CODES = {400: "malformed", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 _STATUS_CODES |= {408: "request_timeout", 413: "too_large", 415: "unsupported_media_type"}
 
 
 def _is_for_ingest(method: str, path: str) -> bool:
-    if path.startswith("/reservations/"):
+    if path.startswith("/reservations/") or (path.startswith("/agents/") and path.endswith("/heartbeat")):
         return True
     return method == "POST" and path.rstrip("/") in _TAKES
 
@@ -145,6 +146,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         prices,
         agents,
         agent_keys,
+        agent_life,
         sla,
         audit,
         operations,

@@ -48,11 +48,16 @@ async def raw_body() -> bytes:
     return body
 
 
-async def sent_json() -> bytes:
-    """The body of a route that takes JSON, without its content encoding; a 415 for what is something else."""
+async def sent_json(*, optional: bool = False) -> bytes:
+    """The body of a route that takes JSON, without its content encoding; a 415 for what is something else.
+
+    With `optional` no body at all is an empty object.
+    """
     limit: int = current_app.config["MAX_CONTENT_LENGTH"]
-    headers = request.headers
-    body = json_body(headers.get("Content-Type"), headers.get("Content-Encoding"), await raw_body(), limit)
+    headers, sent = request.headers, await raw_body()
+    if optional and not sent:
+        return b"{}"
+    body = json_body(headers.get("Content-Type"), headers.get("Content-Encoding"), sent, limit)
     if isinstance(body, Refusal):
         raise RefusedError(body)
     return body

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asapd.store.schema import agent_keys, arrival, horizon, identities, prices, revocations, v1, v2
+from asapd.store.schema import agent_keys, arrival, directory, horizon, identities, prices, revocations, v1, v2
 
 MIGRATIONS: tuple[str, ...] = (
     v1.SCRIPT,
@@ -13,4 +13,5 @@ MIGRATIONS: tuple[str, ...] = (
     agent_keys.SCRIPT,
     horizon.SCRIPT,
     identities.SCRIPT,
+    directory.SCRIPT,
 )

@@ -11,6 +11,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
+from asapd.edge.http.agent_search import read_wanted, search
+from asapd.edge.http.parameters import Parameters
 from asapd.store.units import AgentRecord, RecordManifest, RecordProbe, SyncAgents
 from asapd.wire.keys import public_base64
 from tests.edge.house import NOW, T0, A, B, C, Edge
@@ -96,6 +98,11 @@ async def test_an_agent_is_added_changed_shown_and_removed(edge: Edge) -> None:
         ({"public_key": "x"}, "public_key"),
         ({"sla": {"availability": "101%"}}, "sla"),
         ({"tiers": "gold"}, "tiers"),
+        ({"tier": "gold"}, "tier"),
+        ({"url": None}, "url"),
+        ({"health": "guess"}, "health"),
+        ({"sla": {"availability": "99.5.5%"}}, "sla"),
+        ({"sla": {"max_error_rate": "-5%"}}, "sla"),
     ],
 )
 async def test_a_wrong_agent_names_its_field(edge: Edge, changes: dict[str, Any], field: str) -> None:
@@ -180,3 +187,213 @@ async def test_a_manifest_is_shown_by_its_digest(edge: Edge) -> None:
     assert not isinstance(await edge.database.submit(unit), Refusal)
     manifest = (await edge.get(f"/agents/{A}")).ok()["manifest"]
     assert (manifest["digest"], manifest["verification"], manifest["ttl_seconds"]) == ("abc", "self_signed", 60)
+
+
+# --- search
+
+
+def row(agent: str, **known: Any) -> dict[str, Any]:
+    figures = {"uptime_percent": None, "latency_p95_ms": None, "sla_score": None}
+    return {"id": agent, "state": "healthy", "agent_status": None, "flapping": False, **figures, **known}
+
+
+ROWS = [
+    row("a", uptime_percent=99.5, latency_p95_ms=100, sla_score=80.0, agent_status="READY"),
+    row("b", uptime_percent=99.4, latency_p95_ms=50, sla_score=100.0, agent_status="BUSY", flapping=True),
+    row("c", state="unknown"),
+    row("d", uptime_percent=100.0, state="degraded", sla_score=80.0),
+    row("e", latency_p95_ms=101, state="stale", agent_status="DRAINING"),
+    row("f", uptime_percent=0.0, latency_p95_ms=100, sla_score=0.0, state="unhealthy"),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", "abcdef"),
+        ("min_availability=99.5", "ad"),
+        ("min_availability=99.5%", "ad"),
+        ("min_availability=99.4", "abd"),
+        ("min_availability=0", "abdf"),
+        ("min_availability=100", "d"),
+        ("max_latency_p95_ms=100", "abf"),
+        ("max_latency_p95_ms=100.5", "abf"),
+        ("max_latency_p95_ms=0", ""),
+        ("min_availability=99&max_latency_p95_ms=60", "b"),
+        ("state=unknown", "c"),
+        ("state=stale", "e"),
+        ("state=paused", ""),
+        ("status=READY", "a"),
+        ("status=DRAINING", "e"),
+        ("flapping=true", "b"),
+        ("flapping=false", "acdef"),
+        ("sort=sla_score", "badfce"),
+        ("sort=id", "abcdef"),
+        ("sort=sla_score&min_availability=1", "bad"),
+        ("sort=sla_score&offset=2", "dfce"),
+    ],
+)
+@pytest.mark.parametrize("limit", [1, 2, 5, 100])
+def test_a_search_finds_the_same_agents_in_the_same_order_whatever_the_pages(
+    query: str, expected: str, limit: int
+) -> None:
+    """A figure that is not known keeps nothing, and comes last."""
+    given = [tuple(part.split("=")) for part in query.split("&") if part]
+    found, cursor = "", None
+    while True:
+        more = [] if cursor is None else [("cursor", cursor)]
+        asked = [pair for pair in given if cursor is None or pair[0] != "offset"]
+        parameters = Parameters([*asked, ("limit", str(limit)), *more])  # type: ignore[list-item]  # pairs, by the =
+        wanted = read_wanted(parameters)
+        parameters.done()
+        page = search(ROWS, wanted)
+        assert page["count"] == len(page["data"]) <= limit
+        found += "".join(one["id"] for one in page["data"])
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("min_availability=99.5.5%25", "min_availability=-5", "min_availability=1000", "min_availability=nan"),
+        *("max_latency_p95_ms=fast", "state=up", "status=ready", "sort=name", "flapping=maybe", "limit=0", "cursor=x"),
+    ],
+)
+async def test_a_search_that_cannot_be_read_is_refused_by_name(edge: Edge, wrong: str) -> None:
+    refused = (await edge.get(f"/agents?{wrong}")).refused(400)
+    assert refused["errors"][0]["field"] == wrong.split("=")[0]
+
+
+# --- life
+
+
+async def test_an_agent_that_reports_by_itself_needs_no_url_and_shows_what_it_said(edge: Edge) -> None:
+    await edge.new_key("own", "ingest", A)
+    added = (await edge.post("/agents", {"id": A, "health": "heartbeat"})).ok(201)
+    assert (added["url"], added["health"], added["state"]) == (None, "heartbeat", "unknown")
+    sent = {"status": "degraded", "agent_status": "BUSY", "ttl_seconds": 20}
+    assert (await edge.post(f"/agents/{A}/heartbeat", sent, key="own")).ok() == {
+        "agent_id": A,
+        "state": "degraded",
+        "agent_status": "BUSY",
+        "holds_until": "2027-01-15T08:00:20.000000Z",
+    }
+    (shown,) = (await edge.get("/agents?status=BUSY")).ok()["data"]
+    assert (shown["state"], shown["last_probe"]["source"]) == ("degraded", "heartbeat")
+    edge.clock.us += 21 * SECOND_US
+    shown = (await edge.get(f"/agents/{A}")).ok()
+    assert (shown["state"], shown["agent_status"]) == ("stale", None)
+    assert (await edge.get("/agents?status=BUSY")).ok()["count"] == 0
+
+
+async def test_a_heartbeat_is_of_the_agent_that_the_key_may_report_for(edge: Edge) -> None:
+    await edge.new_key("own", "ingest", A)
+    await edge.new_key("foreign", "ingest", tenant="other")
+    for agent in (A, B):
+        await edge.post("/agents", {"id": agent, "health": "heartbeat"})
+    await add(edge, C)
+    assert (await edge.call("POST", f"/agents/{A}/heartbeat", key="own")).ok()["state"] == "healthy"
+    assert (await edge.post(f"/agents/{B}/heartbeat", {}, key="own")).refused(403)["code"] == "forbidden"
+    assert (await edge.post(f"/agents/{A}/heartbeat", {}, key="foreign")).refused(403)["code"] == "forbidden"
+    assert (await edge.post(f"/agents/{A}/heartbeat", {}, key="operator")).refused(403)["code"] == "forbidden"
+    assert (await edge.post(f"/agents/{C}/heartbeat", {})).refused(409)["code"] == "agent_is_probed"
+    assert (await edge.post("/agents/urn:asap:agent:x/heartbeat", {})).refused(404)["code"] == "agent_not_found"
+
+
+@pytest.mark.parametrize(
+    ("sent", "field"),
+    [
+        ({"status": "fine"}, "status"),
+        ({"agent_status": "ASLEEP"}, "agent_status"),
+        ({"ttl_seconds": 0}, "ttl_seconds"),
+        ({"ttl_seconds": "20"}, "ttl_seconds"),
+        ({"agent_id": B}, "agent_id"),
+        ({"load": 1}, "load"),
+    ],
+)
+async def test_a_wrong_heartbeat_names_its_field(edge: Edge, sent: dict[str, Any], field: str) -> None:
+    await edge.post("/agents", {"id": A, "health": "heartbeat"})
+    assert (await edge.post(f"/agents/{A}/heartbeat", sent)).refused(422)["errors"][0]["field"] == field
+
+
+async def test_an_agent_is_paused_and_resumed_with_a_reason_in_its_history(edge: Edge) -> None:
+    await add(edge)
+    paused = (await edge.post(f"/agents/{A}/pause", {"reason": "new disk"})).ok()
+    assert (paused["state"], paused["changed"]) == ("paused", True)
+    assert (await edge.call("POST", f"/agents/{A}/pause")).ok()["changed"] is False
+    assert (await edge.get("/agents?state=paused")).ok()["count"] == 1
+    assert (await edge.call("POST", f"/agents/{A}/resume")).ok()["state"] == "unknown"
+    history = (await edge.get(f"/agents/{A}/history")).ok()["data"]
+    assert [(event["event"], event["from"], event["to"], event["reason"]) for event in history] == [
+        ("resumed", "paused", "unknown", "resumed"),
+        ("paused", "unknown", "paused", "new disk"),
+        ("added", None, None, "added by hand"),
+    ]
+    assert all(event["actor"].startswith("key:") for event in history)
+    refused = (await edge.post(f"/agents/{A}/pause", {"why": "x"})).refused(422)
+    assert refused["errors"][0]["field"] == "why"
+
+
+async def test_only_who_may_change_an_agent_pauses_it(edge: Edge) -> None:
+    await edge.new_key("one", "operator", tenant="one")
+    await edge.new_key("two", "operator", tenant="two")
+    await edge.new_key("narrow", "operator", B)
+    (await edge.post("/agents", {"id": C, "url": "http://127.0.0.1:1"}, key="one")).ok(201)
+    for key in ("two", "narrow"):
+        for verb in ("pause", "resume"):
+            assert (await edge.post(f"/agents/{C}/{verb}", {}, key=key)).refused(404)["code"] == "agent_not_found"
+        for part in ("history", "manifests", "manifests/x"):
+            assert (await edge.get(f"/agents/{C}/{part}", key=key)).refused(404)["code"] == "agent_not_found"
+    assert (await edge.post(f"/agents/{C}/pause", {}, key="one")).ok()["state"] == "paused"
+
+
+async def test_the_history_is_paged_and_outlives_the_agent(edge: Edge) -> None:
+    await add(edge)
+    await add(edge, url="http://127.0.0.1:2")
+    await edge.delete(f"/agents/{A}")
+    first = (await edge.get(f"/agents/{A}/history?limit=2")).ok()
+    assert [event["event"] for event in first["data"]] == ["removed", "changed"]
+    assert first["data"][1]["details"] == {"url": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}
+    rest = (await edge.get(f"/agents/{A}/history?cursor={first['next_cursor']}")).ok()
+    assert ([event["event"] for event in rest["data"]], rest["next_cursor"]) == (["added"], None)
+    assert (await edge.get("/agents/urn:asap:agent:never/history")).refused(404)["code"] == "agent_not_found"
+
+
+async def test_every_version_of_a_manifest_can_be_read_by_its_digest(edge: Edge) -> None:
+    await add(edge)
+    for number in range(3):
+        body = b'{"id": "%s", "version": "%d"}' % (A.encode(), number)
+        unit = RecordManifest(A, T0 + number, f"digest{number}", body, "unsigned", None, "sla: bad", None, None)
+        assert not isinstance(await edge.database.submit(unit), Refusal)
+    first = (await edge.get(f"/agents/{A}/manifests?limit=2")).ok()
+    assert [one["digest"] for one in first["data"]] == ["digest2", "digest1"]
+    assert first["data"][0]["sla_error"] == "sla: bad"
+    rest = (await edge.get(f"/agents/{A}/manifests?limit=2&cursor={first['next_cursor']}")).ok()
+    assert [one["digest"] for one in rest["data"]] == ["digest0"]
+    one = (await edge.get(f"/agents/{A}/manifests/digest1")).ok()
+    assert (one["digest"], one["document"]) == ("digest1", {"id": A, "version": "1"})
+    assert (await edge.get(f"/agents/{A}/manifests/other")).refused(404)["code"] == "manifest_not_found"
+
+
+async def test_why_a_manifest_was_not_taken_is_in_the_row(edge: Edge) -> None:
+    await add(edge)
+    edge.services.without_manifest.note(A, "not_taken", "it is the manifest of somebody else", T0)
+    assert (await edge.get(f"/agents/{A}")).ok()["manifest_problem"] == {
+        "reason": "not_taken",
+        "detail": "it is the manifest of somebody else",
+        "since": "2027-01-15T08:00:00.000000Z",
+    }
+
+
+async def test_health_says_how_much_of_the_time_is_known(edge: Edge) -> None:
+    await add(edge)
+    await probe(edge, A, up=True, ago_s=20)
+    await probe(edge, A, up=False, ago_s=5)
+    edge.committed.notify()
+    await wait_all_tasks_blocked()
+    uptime = (await edge.get(f"/agents/{A}/health?window=1h")).ok()["uptime"]
+    assert (uptime["up_seconds"], uptime["down_seconds"], uptime["percent"]) == (15, 5, 75)
+    assert uptime["unknown_seconds"] > 3500

@@ -1,0 +1,86 @@
+"""The life of agents, append-only: added, changed, removed, paused, resumed, every change of state, every manifest.
+
+What happened to an agent is kept when it leaves the directory, of the tenant that it had then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.types import DEFAULT_TENANT
+from asapd.store.rows import fetch
+from asapd.store.tx import Tx
+from asapd.store.visibility import Visibility, visible_text
+
+
+class AgentEvent(msgspec.Struct, frozen=True):
+    """Something that happened to an agent, by whom and why.
+
+    `event` is `added`, `changed`, `removed`, `paused`, `resumed`, `state`, `flapping`, `settled`, `manifest` or
+    `sla_rejected`.
+    """
+
+    seq: int
+    ts_us: int
+    event: str
+    actor: str
+    old_state: str | None
+    new_state: str | None
+    reason: str | None
+    details: dict[str, Any] | None
+
+
+def note(
+    tx: Tx,
+    agent: str,
+    event: str,
+    actor: str,
+    now_us: int,
+    *,
+    states: tuple[str | None, str | None] = (None, None),
+    reason: str | None = None,
+    details: dict[str, Any] | None = None,
+) -> None:
+    """Keep an event of an agent, in the commit of what happened."""
+    row = tx.row("SELECT tenant FROM agent WHERE id = ?", (agent,))
+    tenant = DEFAULT_TENANT if row is None else row[0]
+    written = None if details is None else msgspec.json.encode(details, order="sorted").decode()
+    tx.execute(
+        "INSERT INTO agent_event (agent, tenant, ts_us, event, actor, old_state, new_state, reason, details) "
+        "VALUES (?,?,?,?,?,?,?,?,?)",
+        (agent, tenant, now_us, event, actor, *states, reason, written),
+    )
+
+
+def events(
+    connection: apsw.Connection, visible: Visibility, agent: str, limit: int, before: int | None
+) -> list[AgentEvent]:
+    """What happened to an agent, the newest first, as far as a caller may see it."""
+    where, values = visible_text(visible, ("agent",))
+    condition = " AND ".join(["agent = ?", "seq < ?", *where])
+    rows = fetch(
+        connection,
+        "SELECT seq, ts_us, event, actor, old_state, new_state, reason, details FROM agent_event "
+        f"WHERE {condition} ORDER BY seq DESC LIMIT ?",
+        (agent, before or 2**62, *values, limit),
+    )
+    return [_event(*row) for row in rows]
+
+
+def _event(*row: Any) -> AgentEvent:
+    seq, ts_us, event, actor, old_state, new_state, reason, details = row
+    decoded = None if details is None else msgspec.json.decode(details, type=dict[str, Any])
+    return AgentEvent(seq, ts_us, event, actor, old_state, new_state, reason, decoded)
+
+
+def transitions(connection: apsw.Connection, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
+    """Changes of an agent's state, the newest first: (time, from, to, reason)."""
+    return fetch(
+        connection,
+        "SELECT ts_us, old_state, new_state, reason FROM agent_event WHERE agent = ? AND new_state IS NOT NULL "
+        "ORDER BY seq DESC LIMIT ?",
+        (agent, limit),
+    )
