@@ -449,7 +449,7 @@ def _refused() -> list[Case]:
         Case("key of nobody in the parent", jws(B, C, prf=jws(STRANGER, B)), "unknown_key", position=1),
         Case("issuer in capitals", jws("urn:asap:agent:A", key=KEYS[A]), "unknown_key", position=0),
         Case("issuer with a trailing dot", jws(A + ".", key=KEYS[A]), "unknown_key", position=0),
-        Case("issuer percent-encoded", jws("urn:asap:agent:%61", key=KEYS[A]), "malformed", position=0),
+        Case("issuer percent-encoded", jws("urn:asap:agent:%61", key=KEYS[A]), "malformed"),
         Case("a root that is none", jws(B, C), "untrusted_root", position=0),
         Case("a chain from a root that is none", jws(C, D, prf=jws(B, C)), "untrusted_root", position=1),
         Case("a document of a root that is none", doc(issuer=B, to=C), "untrusted_root", position=0),
@@ -516,7 +516,7 @@ def _refused() -> list[Case]:
             position=0,
         ),
         Case("a child of somebody else's token", jws(C, D, prf=PARENT), "chain_broken", position=0),
-        Case("a child whose issuer differs in case", jws(B, C, prf=jws(A, B.upper())), "malformed", position=1),
+        Case("a child whose issuer differs in case", jws(B, C, prf=jws(A, B.upper())), "malformed"),
         Case("a child of its parent's issuer", jws(A, C, prf=PARENT), "chain_broken", position=0),
         Case(
             "a document under an id nobody registered",
