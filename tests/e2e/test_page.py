@@ -136,9 +136,10 @@ async def chromium_page() -> AsyncIterator[Page]:
                 for domain in ("Page", "Runtime", "Log"):
                     await page.call(f"{domain}.enable")
                 yield page
-                # Asked to, it takes its helper processes along, which would write into the profile after a kill.
-                await page.call("Browser.close")
                 nursery.cancel_scope.cancel()
+            # The tab's connection is closed by now, from this side: from the other one, its socket would be left open.
+            # Asked to end, the browser takes its helpers along, which would write into the profile after a kill.
+            process.terminate()
             with trio.move_on_after(10):
                 await process.wait()
         finally:
