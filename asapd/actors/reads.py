@@ -26,6 +26,7 @@ from asapd.store import (
     manifests,
     reservation_queries,
     retention,
+    silences,
     sources,
     tasks,
     usage_queries,
@@ -405,7 +406,8 @@ class Reads:
 
         def query(connection: Any) -> list[tuple[BreachRow, dict[str, Any]]]:
             rows = breaches.list_breaches(connection, visibility(caller), limit=limit, before=before, **filters)
-            return [(row, {**breaches.public(row), "seq": seq}) for row, seq in rows]
+            known = silences.acknowledgements(connection, [row.id for row, _ in rows])
+            return [(row, {**breaches.public(row), "seq": seq, "acknowledged": known.get(row.id)}) for row, seq in rows]
 
         return await self._database.read(query)
 
@@ -416,7 +418,7 @@ class Reads:
             found = breaches.get_breach(connection, breach)
             if found is None or not _may_see(caller, found[0]):
                 return None
-            return found[0], {**breaches.public(found[0]), "seq": found[1]}
+            return found[0], breaches.shown(connection, *found)
 
         return await self._database.read(query)
 

@@ -19,7 +19,9 @@ from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.store import delegation_news, revocations
 from asapd.store.database import Database
-from asapd.store.delegation_news import News
+from asapd.store.delegation_news import (
+    News as News,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
 from asapd.store.units import ImportRevocations, Revocation, RevocationsImported
 from asapd.wire.keys import key_id, load_public
 from asapd.wire.revocations import (

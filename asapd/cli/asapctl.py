@@ -9,6 +9,7 @@ import click
 
 from asapd import __version__
 from asapd.cli.agents import agents
+from asapd.cli.alerts import alerts, breaches, silences
 from asapd.cli.audit import audit
 from asapd.cli.budgets import budgets
 from asapd.cli.conformance import conformance
@@ -93,6 +94,10 @@ def status(session: Session) -> None:
         click.echo(f"key not used: {problem}", err=True)
     for claim in keys.get("unconfirmed", []):
         click.echo(f"key not confirmed: {claim['agent']} signs with {claim['kid']} since {claim['since']}", err=True)
+    for target in (state.get("alerts") or {}).get("targets", []):
+        if target["state"] == "failing":
+            waiting = f"{target['name']} fails since {target['failing_since']}, {target['backlog']} wait"
+            click.echo(f"alerts not taken: {waiting}: {target['last_error']}", err=True)
     click.echo()
     columns = ("actor", "state", "restarts", "mailbox", "last error")
     fields = ("state", "restarts", "mailbox", "last_error")
@@ -166,7 +171,7 @@ def restart(session: Session, name: str) -> None:
 
 
 asapctl.add_command(conformance)
-for group in (agents, usage, prices, retention, delegation, budgets, sla, audit, keys):
+for group in (agents, usage, prices, retention, delegation, budgets, sla, breaches, silences, alerts, audit, keys):
     asapctl.add_command(group)
 
 

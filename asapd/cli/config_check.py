@@ -10,6 +10,7 @@ from asapd.config import Config, ConfigError, diff, load, settings_without_effec
 from asapd.config.positions import Place, lines_of
 from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
 from asapd.wire.keys import KeyFormatError, load_public
+from asapd.wire.webhook import SecretError, read_secret
 
 _SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 _PARTS = ("prober", "sla", "delegation", "metering", "budgets", "alerts", "audit", "retention")
@@ -21,7 +22,7 @@ def check(path: Path) -> tuple[Config | None, list[str]]:
         config = load(path)
     except ConfigError as error:
         return None, str(error).splitlines()
-    problems = list(_key_problems(config, path))
+    problems = [*_key_problems(config, path), *_secret_problems(config, path)]
     prices = config.metering.pricing.file
     if prices is not None:
         problems += price_problems(prices)
@@ -42,6 +43,17 @@ def _key_problems(config: Config, path: Path) -> Iterator[str]:
             except KeyFormatError as error:
                 field = f"agents[{index}].public_key"
                 yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {error}"
+
+
+def _secret_problems(config: Config, path: Path) -> Iterator[str]:
+    for index, hook in enumerate(config.alerts.webhooks):
+        if hook.secret_file is not None:
+            try:
+                read_secret(hook.secret_file.read_bytes())
+            except (OSError, SecretError) as error:
+                reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+                field = f"alerts.webhook[{index}].secret_file"
+                yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {hook.secret_file}: {reason}"
 
 
 def price_problems(path: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from asapd.config.model import (
     Budget,
     BudgetMatch,
     CloudEvents,
+    Command,
     Config,
     Delegation,
     Http,
@@ -30,7 +31,7 @@ from asapd.config.model import (
     Webhook,
 )
 from asapd.config.places import default_runtime_dir, default_state_dir
-from asapd.config.values import Bind, duration_text
+from asapd.config.values import Bind, duration_text, read_duration
 from asapd.config.without_effect import settings_without_effect
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "BudgetMatch",
     "Changes",
     "CloudEvents",
+    "Command",
     "Config",
     "ConfigError",
     "Delegation",
@@ -69,6 +71,7 @@ __all__ = [
     "duration_text",
     "load",
     "parse",
+    "read_duration",
     "resolve",
     "settings_without_effect",
 ]

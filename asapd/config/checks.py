@@ -28,6 +28,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield from _sla(config)
     yield from _budgets(config)
     yield from _agents(config)
+    yield from _alerts(config)
 
 
 def _doors(config: Config) -> Iterator[Finding]:
@@ -141,3 +142,13 @@ def _agents(config: Config) -> Iterator[Finding]:
             reason = 'is missing: give the address to probe, or set health = "heartbeat" if it reports by itself'
             yield Finding(("agents", i, "url"), reason)
         yield from _tier_known(config, agent.tier, ("agents", i, "tier"))
+
+
+def _alerts(config: Config) -> Iterator[Finding]:
+    seen: set[str] = set()
+    hooks = [("webhook", i, hook.target) for i, hook in enumerate(config.alerts.webhooks)]
+    for kind, i, name in [*hooks, *(("command", i, one.target) for i, one in enumerate(config.alerts.commands))]:
+        if name in seen:
+            place: Place = ("alerts", kind, i, "name")
+            yield Finding(place, f'another target is already named "{name}": give each a name of its own')
+        seen.add(name)

@@ -6,10 +6,12 @@ A field is named after its unit (`interval_us`) and carries the name it has in t
 
 from __future__ import annotations
 
+import hashlib
 from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -266,21 +268,47 @@ class Budget(_Section):
     hard_tasks: Count | None = None
 
 
-class Webhook(_Section):
-    """Where breach alerts are posted; with `secret_file` they are signed."""
-
-    url: WebhookUrl
-    secret_file: Path | None = None
+class _PushTarget(_Section):
+    name: Name | None = None
     events: Many[Literal["opened", "escalated", "resolved"]] = Field(
         default=("opened", "escalated", "resolved"), min_length=1
     )
     min_severity: Severity = "warning"
+    retry_for_us: Kept = Field(default=DAY_US, alias="retry_for")
+
+
+class Webhook(_PushTarget):
+    """Where breach alerts are posted; with `secret_file` they are signed."""
+
+    url: WebhookUrl
+    secret_file: Path | None = None
+    format: Literal["asapd", "alertmanager"] = "asapd"
+
+    @property
+    def target(self) -> str:
+        """What it is called: its name, else one that shows the host alone, for the path may be a secret."""
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+        return self.name or f"{urlsplit(self.url).hostname}-{digest}"
+
+
+class Command(_PushTarget):
+    """A program that is run for each alert, with the alert on its standard input."""
+
+    argv: Many[Text] = Field(min_length=1)
+    timeout_us: Tick = Field(default=10 * SECOND_US, alias="timeout")
+
+    @property
+    def target(self) -> str:
+        """What it is called: its name, else the program's."""
+        return self.name or FilePath(self.argv[0]).name
 
 
 class Alerts(_Section):
-    """Who is told of breaches, besides live subscribers and the log."""
+    """Who is told of breaches, besides live subscribers and the log; `allow` None is as the prober's."""
 
+    allow: Many[Network] | None = None
     webhooks: Many[Webhook] = Field(default=(), alias="webhook")
+    commands: Many[Command] = Field(default=(), alias="command")
 
 
 class Audit(_Section):

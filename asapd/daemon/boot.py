@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nacl.signing import SigningKey
@@ -16,6 +16,7 @@ from asapd import config
 from asapd.config import Config, ConfigError, Problem
 from asapd.core.price_table import PriceTableError, parse_price_table
 from asapd.core.pricing import PriceTable
+from asapd.daemon.targets import read_secrets
 from asapd.store import lock
 from asapd.store.database import prepare
 from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
@@ -38,6 +39,7 @@ class Loaded:
     prices: PriceTable
     pinned: dict[str, bytes]
     agents: list[AgentRecord]
+    secrets: dict[Path, bytes] = field(default_factory=dict)
 
 
 def load(path: Path | None) -> Loaded:
@@ -66,7 +68,8 @@ def load(path: Path | None) -> Loaded:
         raise ConfigError(problems, name)
     for setting in config.settings_without_effect(loaded):
         _log.warning("%s: %s is not acted on by this version", name, setting)
-    return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents])
+    secrets = read_secrets(loaded.alerts, name)
+    return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents], secrets)
 
 
 def _prices(path: Path | None) -> PriceTable:

@@ -17,7 +17,9 @@ from ulid import ULID
 
 import asapd
 from asapd import config
+from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.auditor import run_auditor
+from asapd.actors.dispatcher import Dispatch, run_dispatcher
 from asapd.actors.gatekeeper import KEY_PREFIX, KeyRing, digest_of, run_gatekeeper
 from asapd.actors.janitor import JanitorSettings, apply_retention, recover_reservations, run_janitor
 from asapd.actors.meter import MeterSettings, run_meter
@@ -36,6 +38,7 @@ from asapd.daemon.boot import BootError, Loaded, Premises, write_private
 from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
 from asapd.daemon.showing import Showing
+from asapd.daemon.targets import SwappableFetcher, Targets
 from asapd.edge.auth import ingest_socket_caller
 from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.fastlane import FastLane
@@ -48,7 +51,6 @@ from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import SystemClock
 from asapd.runtime.fanout import Feed, Wakeup
-from asapd.runtime.fetch import Fetched, Fetcher, FetchFailed, own_networks
 from asapd.runtime.lag import LoopLag
 from asapd.runtime.room import Room
 from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
@@ -58,7 +60,7 @@ from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
 from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey, Recorded, RevocationsImported, Revoked
 from asapd.wire.frames import MAX_FRAME_BYTES
-from asapd.wire.keys import public_base64
+from asapd.wire.keys import key_id, public_base64
 
 M = TypeVar("M")
 
@@ -114,9 +116,12 @@ class House:
         self._tenants = Tenants()
         self._ring = KeyRing(self._tenants)
         self._feed: Feed[Alert] = Feed(FEED)
-        self._fetcher = _SwappableFetcher(
-            loaded.config.prober, descriptors.kept_connections(loaded.config, self._max_connections)
-        )
+        self._fetcher = SwappableFetcher(descriptors.kept_connections(loaded.config, self._max_connections))
+        self._fetcher.allow(loaded.config.prober.allow)
+        self._secrets = loaded.secrets
+        self._targets = Targets(f"asapd-{key_id(bytes(premises.identity.verify_key))}")
+        self._dispatch = Dispatch()
+        self._desk = AlertDesk(self._database, self._clock, self._dispatch, lambda: self._feed.last)
         self._channels: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]] = {}
         self._meter = MeterSettings(loaded.config.metering, loaded.prices)
         self._registry = RegistrySettings(
@@ -214,7 +219,19 @@ class House:
                 task_status=task_status,
             )
 
-        return [Actor("notifier", notifier), Actor("janitor", janitor)]
+        async def dispatcher(*, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128 -- the actor calls it
+            await run_dispatcher(
+                database=self._database,
+                clock=self._clock,
+                dispatch=self._dispatch,
+                subscribe=partial(Subscription, self._database, self._feed),
+                random=random.random,
+                beat=self._loops.beater("dispatcher"),
+                log=self._log.getChild("alerts"),
+                task_status=task_status,
+            )
+
+        return [Actor("notifier", notifier), Actor("dispatcher", dispatcher), Actor("janitor", janitor)]
 
     def _services(self) -> Services:
         showing = self._showing()
@@ -254,6 +271,7 @@ class House:
                 changed=self._delegation_news,
                 stopping=self._stop,
             ),
+            desk=self._desk,
             throttle=throttle,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
@@ -292,6 +310,7 @@ class House:
     async def _prepare_store(self) -> None:
         _, newest = await self._database.read(breaches.alert_bounds)
         self._feed = Feed(FEED, last=newest)
+        self._dispatch.replace(self._targets.of(self._settings, self._secrets))
         if not await self._database.read(keys.list_keys):
             await self._make_first_key()
         recovered = await recover_reservations(self._database, self._clock)
@@ -302,10 +321,10 @@ class House:
 
     async def _make_first_key(self) -> None:
         """The key that lets the operator in over HTTP: written to a file before it counts, its path logged."""
-        secret, key_id, now_us = os.urandom(32).hex(), os.urandom(5).hex(), self._clock.now_us()
+        secret, name, now_us = os.urandom(32).hex(), os.urandom(5).hex(), self._clock.now_us()
         path = self._premises.admin_key
-        write_private(path, f"{KEY_PREFIX}_{key_id}_{secret}\n".encode())
-        key = ApiKey(key_id, "admin", Role.ADMIN, ["*"], None, True, digest_of(secret), now_us)
+        write_private(path, f"{KEY_PREFIX}_{name}_{secret}\n".encode())
+        key = ApiKey(name, "admin", Role.ADMIN, ["*"], None, True, digest_of(secret), now_us)
         made = await self._database.submit(CreateKey(key, "asapd", now_us))
         if isinstance(made, Refusal):
             raise BootError(f"the first API key could not be stored: {made.detail}")
@@ -459,7 +478,11 @@ class House:
         names_of.cache_clear()
         self._janitor.retention, self._janitor.metering = settings.retention, settings.metering
         self._registry.skew_us = settings.metering.clock_skew_max_us
-        self._fetcher.allow(settings.prober)
+        self._fetcher.allow(settings.prober.allow)
+
+    def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
+        """Push alerts to the targets of a configuration."""
+        self._dispatch.replace(self._targets.of(settings, secrets))
 
     @property
     def clock(self) -> SystemClock:
@@ -483,7 +506,8 @@ class House:
         keys = {"problems": self._registry.key_problems, "unconfirmed": await self._reads.unconfirmed_keys()}
         usage = {"unpriced_events": await self._reads.unpriced_events()}
         agents = {**await self._reads.agents_standing(), "not_probed": sorted(self._prober.unprobed.noted())[:100]}
-        found = {"agents": agents, "keys": keys, "usage": usage}
+        alerts = {"last": self._feed.last, "targets": await self._desk.targets()}
+        found = {"agents": agents, "keys": keys, "usage": usage, "alerts": alerts}
         return {**showing.status(), "audit": {"seq": head, "hash": digest}, **found}
 
     async def _metrics(self, showing: Showing) -> bytes:
@@ -527,26 +551,6 @@ async def _serve_http(server: HttpServer, doors: list[Door], *, task_status: tri
         await nursery.start(server.run, doors)
         task_status.started(served)
     served.set()
-
-
-class _SwappableFetcher:
-    """A fetcher whose allowed networks a reload may change."""
-
-    def __init__(self, prober: config.Prober, max_idle: int) -> None:
-        self._max_idle = max_idle
-        self._networks: list[Any] = []
-        self._fetcher: Fetcher | None = None
-        self.allow(prober)
-
-    def allow(self, prober: config.Prober) -> None:
-        networks = [*prober.allow_networks, *(own_networks() if prober.allow_host else [])]
-        if networks != self._networks or self._fetcher is None:
-            self._networks = networks
-            self._fetcher = Fetcher(networks, max_idle=self._max_idle)
-
-    async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> Fetched | FetchFailed:
-        assert self._fetcher is not None
-        return await self._fetcher.get(url, deadline_s=deadline_s, max_bytes=max_bytes)
 
 
 def _is_news(result: AnyResult) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,10 @@ class Target(Protocol):
 
     def adopt(self, settings: config.Config) -> None:
         """Make a configuration the one in force."""
+        ...
+
+    def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
+        """Push alerts to the targets of a configuration."""
         ...
 
 
@@ -91,7 +96,7 @@ class Reloader:
         applied = _summary(changes)
         if fresh.prices != self._loaded.prices:
             applied["prices"] = fresh.prices.version
-        self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents)
+        self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents, fresh.secrets)
         self._errors = []
         self._loaded_us = self._target.clock.now_us()
         details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
@@ -122,6 +127,7 @@ class Reloader:
         if isinstance(changed, Refusal):
             return changed
         self._target.adopt(effective)
+        self._target.retarget(effective, fresh.secrets)
         for outcome in (
             await ask_actor(boxes["meter"], lambda to: ReconfigureMeter(effective.metering, fresh.prices, to)),
             await ask_actor(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import trio
 
 from asapd import config
+from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.gatekeeper import KeyRing
 from asapd.actors.messages import (
     AuditorMessage,
@@ -90,6 +91,8 @@ class Services:
     """Set when the daemon begins to stop: whoever streams says goodbye."""
     revocations: Revocations
     """The signed list of revoked tokens, and the news of delegations."""
+    desk: AlertDesk
+    """Acknowledgements, silences, named cursors, push targets."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

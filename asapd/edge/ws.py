@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 from quart import Response, websocket
 from quart_trio import QuartTrio
 
-from asapd.actors.notifier import Gap, Subscription
-from asapd.actors.revocations import Follower, public_news
+from asapd.actors.notifier import Alert, Gap
+from asapd.actors.revocations import News, public_news
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
+from asapd.edge.alert_stream import Frames, alert_filter, known_to_reference, own_shape, reference_shape
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
 from asapd.runtime.fanout import FeedClosed
 from asapd.wire import jsonrpc
-from asapd.wire.jsonrpc import Fault, Request, Subscribe
+from asapd.wire.jsonrpc import Fault, Request
+from asapd.wire.problem import status_of
+
+T = TypeVar("T")
 
 SUBPROTOCOL = "asapd.v1"
 _BEARER = "asapd.bearer."
@@ -42,8 +48,17 @@ def register(app: QuartTrio, services: Services) -> None:
         foreign = check_host(websocket.headers, services.settings().http)
         return None if foreign is None else refuse(foreign)
 
+    frames, reference_frames = Frames(own_shape), Frames(reference_shape)
+
     @app.websocket("/ws")
     async def live() -> Response | None:
+        return await serve(frames, is_reference=False)
+
+    @app.websocket("/asap/ws")
+    async def live_for_reference() -> Response | None:
+        return await serve(reference_frames, is_reference=True)
+
+    async def serve(frames: Frames, *, is_reference: bool) -> Response | None:
         caller = _caller(services)
         if isinstance(caller, Refusal):
             return refuse(caller)
@@ -54,7 +69,7 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(too_many)
         offered = websocket.requested_subprotocols
         await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await _Session(services, caller).run()
+        await _Session(services, caller, frames, is_reference=is_reference).run()
         return None
 
 
@@ -71,14 +86,15 @@ def _caller(services: Services) -> Caller | Refusal:
 
 
 class _Session:
-    """One connection: a task reads requests, another sends alerts, and only one of them writes at a time."""
+    """One connection: a task reads requests, others send what is followed, and only one of them writes at a time."""
 
-    def __init__(self, services: Services, caller: Caller) -> None:
+    def __init__(self, services: Services, caller: Caller, frames: Frames, *, is_reference: bool) -> None:
         self._services = services
         self._caller = caller
+        self._frames = frames
+        self._is_reference = is_reference
         self._sending = trio.Lock()
-        self._following: trio.CancelScope | None = None
-        self._following_delegations: trio.CancelScope | None = None
+        self._following: dict[str, trio.CancelScope] = {}
         self._sent_seq = 0
 
     async def run(self) -> None:
@@ -91,41 +107,32 @@ class _Session:
             nursery.cancel_scope.cancel()
 
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
+        if self._is_reference and (beat := jsonrpc.heartbeat(message)) is not None:
+            if beat == "ping":
+                await self._send('{"type":"pong"}')
+            return
         request = jsonrpc.decode_request(message)
         if isinstance(request, Fault):
             await self._send(jsonrpc.fault(request))
             return
+        answer: dict[str, Any]
         match request.method:
             case "sla.subscribe":
-                wanted = jsonrpc.decode_subscribe(request.params)
-                if isinstance(wanted, str):
-                    await self._send(
-                        jsonrpc.fault(Fault(jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}", request.id))
-                    )
-                    return
-                self._stop_following()
-                subscription = self._services.subscribe(resume_after=wanted.resume_after, wanted=self._filter(wanted))
-                answer: dict[str, Any] = {"subscribed": True, "seq": self._services.last_alert()}
-                # Answered before the first alert can go out: the lock is fair.
-                await self._send(jsonrpc.result(request.id, answer))
-                self._following = trio.CancelScope()
-                nursery.start_soon(self._follow, subscription, self._following)
+                await self._subscribe(request, nursery)
                 return
-            case "sla.unsubscribe":
-                self._stop_following()
+            case "sla.unsubscribe" | "delegation.unsubscribe" as method:
+                self._stop_following(method.partition(".")[0])
                 answer = {"unsubscribed": True}
+            case "sla.ack":
+                await self._acknowledge(request)
+                return
             case "delegation.subscribe":
                 await self._subscribe_delegations(request, nursery)
                 return
-            case "delegation.unsubscribe":
-                self._stop_following_delegations()
-                answer = {"unsubscribed": True}
             case "ping":
                 answer = {"pong": True}
             case other:
-                await self._send(
-                    jsonrpc.fault(Fault(jsonrpc.METHOD_NOT_FOUND, f"Method not found: {other[:100]}", request.id))
-                )
+                await self._fail(request, jsonrpc.METHOD_NOT_FOUND, f"Method not found: {other[:100]}")
                 return
         if request.wants_answer:
             await self._send(jsonrpc.result(request.id, answer))
@@ -133,61 +140,68 @@ class _Session:
     def _may_stay(self) -> bool:
         return self._services.ring.is_in_use(self._caller)
 
-    def _stop_following(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            self._following = None
+    # --- alerts
 
-    def _filter(self, wanted: Subscribe) -> Any:
-        caller = self._caller
+    async def _subscribe(self, request: Request, nursery: trio.Nursery) -> None:
+        wanted = jsonrpc.decode_subscribe(request.params)
+        if isinstance(wanted, str):
+            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
+            return
+        resume_after = wanted.resume_after
+        answer: dict[str, Any] = {"subscribed": True}
+        if wanted.cursor is not None:
+            place = await self._services.desk.open_cursor(self._caller, wanted.cursor, resume_after)
+            if isinstance(place, Refusal):
+                await self._refuse(request, place)
+                return
+            resume_after = place
+            answer |= {"cursor": wanted.cursor, "acknowledged": place}
+        self._stop_following("sla")
+        accept = alert_filter(self._caller, wanted.agent_id, wanted.min_severity)
+        if not (wanted.all if wanted.all is not None else not self._is_reference):
+            accepts_any = accept
 
-        def accept(alert: Any) -> bool:
-            if wanted.agent_id is not None and alert.agent_id != wanted.agent_id:
-                return False
-            if wanted.min_severity == "critical" and alert.severity != "critical":
-                return False
-            if caller.tenant is not None and alert.tenant != caller.tenant:
-                return False
-            return "*" in caller.agents or caller.matches(alert.agent_id)
+            def accept(alert: Alert) -> bool:
+                return known_to_reference(alert) and accepts_any(alert)
 
-        return accept
+        subscription = self._services.subscribe(resume_after=resume_after, wanted=accept)
+        self._sent_seq = subscription.cursor
+        # Answered before the first alert can go out: the lock is fair.
+        await self._send(jsonrpc.result(request.id, {**answer, "seq": self._services.last_alert()}))
+        self._follow(nursery, "sla", subscription.next_alerts, self._told_of_alert)
 
-    async def _follow(self, subscription: Subscription, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                try:
-                    alerts = await subscription.next_alerts()
-                except FeedClosed:
-                    await self._close(GOING_AWAY, "asapd is shutting down")
-                    return
-                if not self._may_stay():
-                    await self._close(POLICY_VIOLATION, "the key was revoked")
-                    return
-                for alert in alerts:
-                    if isinstance(alert, Gap):
-                        gap = {"first_missing": alert.first_missing, "last_missing": alert.last_missing}
-                        await self._send(jsonrpc.notification("gap", gap))
-                        continue
-                    await self._send(jsonrpc.notification("sla.breach", alert.params))
-                    self._sent_seq = alert.seq
+    def _told_of_alert(self, found: Alert | Gap) -> Iterator[tuple[str, str | None]]:
+        if isinstance(found, Gap):
+            yield _gap("gap", found)
+            return
+        yield self._frames.of(found), None
+        # Only once it was sent is the next one asked for.
+        self._sent_seq = found.seq
+
+    async def _acknowledge(self, request: Request) -> None:
+        given = jsonrpc.decode_ack(request.params)
+        if isinstance(given, str):
+            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {given}")
+            return
+        place = await self._services.desk.acknowledge_through(self._caller, given.cursor, given.seq)
+        if isinstance(place, Refusal):
+            await self._refuse(request, place)
+        elif request.wants_answer:
+            await self._send(jsonrpc.result(request.id, {"cursor": given.cursor, "acknowledged": place}))
+
+    # --- delegations
 
     async def _subscribe_delegations(self, request: Request, nursery: trio.Nursery) -> None:
         wanted = jsonrpc.decode_subscribe_delegations(request.params)
         if isinstance(wanted, str):
-            await self._send(jsonrpc.fault(Fault(jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}", request.id)))
+            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
             return
-        self._stop_following_delegations()
+        self._stop_following("delegation")
         follower, newest = await self._services.revocations.follow(wanted.resume_after)
         await self._send(jsonrpc.result(request.id, {"subscribed": True, "seq": newest}))
-        self._following_delegations = trio.CancelScope()
-        nursery.start_soon(self._follow_delegations, follower, wanted.agent_id, self._following_delegations)
+        self._follow(nursery, "delegation", follower.next_news, partial(self._told_of_news, wanted.agent_id))
 
-    def _stop_following_delegations(self) -> None:
-        if self._following_delegations is not None:
-            self._following_delegations.cancel()
-            self._following_delegations = None
-
-    async def _follow_delegations(self, follower: Follower, agent: str | None, scope: trio.CancelScope) -> None:
+    def _told_of_news(self, agent: str | None, found: News | Gap) -> Iterator[tuple[str, str | None]]:
         caller = self._caller
 
         def sees(agents: tuple[str | None, ...], tenants: tuple[str | None, ...]) -> bool:
@@ -195,24 +209,53 @@ class _Session:
                 return False
             return caller.matches(*agents)
 
-        with scope:
-            while True:
-                try:
-                    found = await follower.next_news()
-                except FeedClosed:
-                    await self._close(GOING_AWAY, "asapd is shutting down")
-                    return
-                if not self._may_stay():
-                    await self._close(POLICY_VIOLATION, "the key was revoked")
-                    return
-                for news in found:
-                    if isinstance(news, Gap):
-                        gap = {"first_missing": news.first_missing, "last_missing": news.last_missing}
-                        await self._send(jsonrpc.notification("delegation.gap", gap))
-                        continue
-                    for method, params in public_news(news, sees):
-                        late = f"too slow: delegation.subscribe resume_after {news.seq - 1}"
-                        await self._send(jsonrpc.notification(method, params), late)
+        if isinstance(found, Gap):
+            yield _gap("delegation.gap", found)
+            return
+        for method, params in public_news(found, sees):
+            late = f"too slow: delegation.subscribe resume_after {found.seq - 1}"
+            yield jsonrpc.notification(method, params), late
+
+    # --- following and sending
+
+    def _follow(
+        self,
+        nursery: trio.Nursery,
+        what: str,
+        next_found: Callable[[], Awaitable[list[T]]],
+        told: Callable[[T], Iterator[tuple[str, str | None]]],
+    ) -> None:
+        """Send what comes, each piece as the texts that `told` makes of it, with what is said when one is not taken."""
+
+        async def follow(scope: trio.CancelScope) -> None:
+            with scope:
+                while True:
+                    try:
+                        found = await next_found()
+                    except FeedClosed:
+                        await self._close(GOING_AWAY, "asapd is shutting down")
+                        return
+                    if not self._may_stay():
+                        await self._close(POLICY_VIOLATION, "the key was revoked")
+                        return
+                    for one in found:
+                        for text, late in told(one):
+                            await self._send(text, late)
+
+        self._following[what] = scope = trio.CancelScope()
+        nursery.start_soon(follow, scope)
+
+    def _stop_following(self, what: str) -> None:
+        scope = self._following.pop(what, None)
+        if scope is not None:
+            scope.cancel()
+
+    async def _refuse(self, request: Request, refusal: Refusal) -> None:
+        is_theirs = status_of(refusal.code) < 500
+        await self._fail(request, jsonrpc.INVALID_PARAMS if is_theirs else jsonrpc.INTERNAL_ERROR, refusal.detail)
+
+    async def _fail(self, request: Request, code: int, message: str) -> None:
+        await self._send(jsonrpc.fault(Fault(code, message, request.id)))
 
     async def _send(self, text: str, late: str | None = None) -> None:
         with trio.move_on_after(SEND_S) as patience:
@@ -224,3 +267,8 @@ class _Session:
     async def _close(self, code: int, reason: str) -> None:
         with trio.move_on_after(1):
             await websocket.close(code, reason)
+
+
+def _gap(method: str, gap: Gap) -> tuple[str, str | None]:
+    missing = {"first_missing": gap.first_missing, "last_missing": gap.last_missing}
+    return jsonrpc.notification(method, missing), None

@@ -1,4 +1,4 @@
-"""Outbound GET with every bound that a hostile or broken server makes necessary.
+"""Outbound GET and POST with every bound that a hostile or broken server makes necessary.
 
 A name is resolved here, its addresses are held against the allowed networks, and exactly a checked
 address is connected to: a name that answers differently the second time gains nothing. TLS and the
@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -30,6 +30,8 @@ Reason = Literal["timeout", "slow_body", "refused", "dns", "not_allowed", "too_l
 
 LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
+_DRAIN_BYTES = 4096
+_DRAIN_S = 1.0
 _KEPT_HEADERS = frozenset({b"content-type", b"date", b"etag", b"retry-after"})
 _RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200  # linux/route.h
 _BODY = "reading the body"
@@ -65,7 +67,7 @@ class _UnreachableError(Exception):
 
 
 class Fetcher:
-    """GETs with kept-alive connections; use as an async context manager, or call `aclose`.
+    """GETs and POSTs with kept-alive connections; use as an async context manager, or call `aclose`.
 
     Redirects are not followed, cookies not kept, proxy settings not looked at, and certificates
     verified by `ssl_context` (default: the authorities OpenSSL finds on the host). Connections to up to
@@ -114,15 +116,41 @@ class Fetcher:
 
         Cancellation passes through and closes the connection.
         """
+        headers = [(b"Accept", accept.encode())]
+        return await self._exchange(
+            b"GET", url, headers, None, deadline_s, lambda response, started_s: _read(response, max_bytes, started_s)
+        )
+
+    async def post(
+        self, url: str, body: bytes, *, headers: Mapping[str, str], deadline_s: float
+    ) -> Fetched | FetchFailed:
+        """POST `body` within `deadline_s` seconds; the answer counts by its status, and its body is not kept.
+
+        On a kept-alive connection that the server closed unanswered it is sent once more, so a receiver tells repeats
+        by an id. Cancellation passes through and closes the connection.
+        """
+        given = [(name.encode(), value.encode()) for name, value in headers.items()]
+        length = [(b"Content-Length", str(len(body)).encode())]
+        return await self._exchange(b"POST", url, given + length, body, deadline_s, _read_status)
+
+    async def _exchange(
+        self,
+        method: bytes,
+        url: str,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes | None,
+        deadline_s: float,
+        read: Callable[[httpcore2.Response, float], Awaitable[Fetched | FetchFailed]],
+    ) -> Fetched | FetchFailed:
         target = _target(url)
         if isinstance(target, FetchFailed):
             return target
-        headers = [
+        sent = [
             (b"Host", target.netloc.encode()),
             (b"User-Agent", self._user_agent.encode()),
-            (b"Accept", accept.encode()),
             # Without it a few compressed bytes could stand for gigabytes.
             (b"Accept-Encoding", b"identity"),
+            *headers,
         ]
         started_s = trio.current_time()
         attempt = _Attempt()
@@ -133,10 +161,14 @@ class Fetcher:
                     async with (
                         self._idle.using(f"{target.scheme}://{target.netloc}") as pool,
                         pool.stream(
-                            b"GET", url.partition("#")[0], headers=headers, extensions={"trace": attempt.trace}
+                            method,
+                            url.partition("#")[0],
+                            headers=sent,
+                            content=body,
+                            extensions={"trace": attempt.trace},
                         ) as response,
                     ):
-                        return await _read(response, max_bytes, started_s)
+                        return await read(response, started_s)
                 except _UnreachableError as error:
                     return error.failed
                 except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
@@ -158,8 +190,9 @@ class _Attempt:
 
     @property
     def may_repeat(self) -> bool:
-        # RFC 9112 9.3.1: a server may close an idle connection in the moment it is used again, and a GET may then
-        # be repeated. Each failure takes one idle connection away and a fresh one is not repeated, so this ends.
+        # RFC 9112 9.3.1: a server may close an idle connection in the moment it is used again. A GET may then be
+        # repeated, and a POST whose receiver knows it by its id. Each failure takes one idle connection away and a
+        # fresh one is not repeated, so this ends.
         return self.reused and not self.answered
 
     async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002 -- the library's signature
@@ -293,13 +326,34 @@ async def _read(response: httpcore2.Response, max_bytes: int, started_s: float) 
             if size > max_bytes:
                 return FetchFailed("too_large", f"the body is larger than {max_bytes} bytes")
             parts.append(chunk)
+    return _fetched(response, b"".join(parts), started_s)
+
+
+async def _read_status(response: httpcore2.Response, started_s: float) -> Fetched | FetchFailed:
+    """The answer without its body: a short one is read, so that the connection can be kept, and any other let go."""
+    if 300 <= response.status < 400:
+        return FetchFailed("redirect", f"answered with status {response.status}; redirects are not followed")
+    answer = _fetched(response, b"", started_s)
+    size = 0
+    with trio.move_on_after(_DRAIN_S):
+        try:
+            async with aclosing(response.aiter_stream()) as chunks:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > _DRAIN_BYTES:
+                        break
+        except (httpcore2.NetworkError, httpcore2.ProtocolError):
+            pass  # it has said what it had to say
+    return answer
+
+
+def _fetched(response: httpcore2.Response, body: bytes, started_s: float) -> Fetched:
     headers = {
         name.lower().decode("ascii"): value.decode("latin-1")
         for name, value in response.headers
         if name.lower() in _KEPT_HEADERS
     }
-    elapsed_ms = math.ceil((trio.current_time() - started_s) * 1000)
-    return Fetched(response.status, b"".join(parts), elapsed_ms, headers)
+    return Fetched(response.status, body, math.ceil((trio.current_time() - started_s) * 1000), headers)
 
 
 def host_networks(

@@ -9,6 +9,7 @@ import msgspec
 
 from asapd.core.types import SECOND_US, format_us
 from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.silences import acknowledgement, mark
 from asapd.store.tx import Tx
 from asapd.store.units import AlertWritten, BreachRow, WriteBreach
 from asapd.store.visibility import Visibility, visible_text
@@ -20,7 +21,10 @@ _COLUMNS = (
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """One numbered transition. `params` is what subscribers receive; `severity` is the breach's highest so far."""
+    """One numbered transition. `params` is what subscribers receive; `severity` is the breach's highest so far.
+
+    `held` says why it is not pushed to webhooks and commands: `silenced` or `acknowledged`. `at_us` is its commit's.
+    """
 
     seq: int
     event: str
@@ -28,6 +32,8 @@ class Alert(msgspec.Struct, frozen=True):
     severity: str
     tenant: str
     params: dict[str, Any]
+    held: str | None = None
+    at_us: int = 0
 
 
 def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
@@ -54,8 +60,15 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         "resolve_reason = excluded.resolve_reason, evidence = excluded.evidence, seq = excluded.seq",
         (*msgspec.structs.astuple(breach)[:-2], msgspec.json.encode(breach.evidence).decode(), breach.budget, seq),
     )
-    params = {"event": unit.event, "seq": seq, "breach": {**public(breach), "seq": seq}}
-    alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params)
+    marked = mark(tx, breach, unit.event, unit.now_us)
+    params = {
+        "event": unit.event,
+        "seq": seq,
+        "breach": {**public(breach), "seq": seq},
+        "silence": marked.silence,
+        "acknowledged": marked.acknowledged,
+    }
+    alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params, marked.held, unit.now_us)
     tx.execute(
         "INSERT INTO alert VALUES (?,?,?,?,?)",
         (seq, unit.now_us, breach.id, unit.event, msgspec.json.encode(alert)),
@@ -98,6 +111,11 @@ def public(breach: BreachRow) -> dict[str, Any]:
         "duration_seconds": None if ended is None else (ended - breach.detected_at_us) / SECOND_US,
         "samples": breach.samples,
     }
+
+
+def shown(connection: apsw.Connection, breach: BreachRow, seq: int) -> dict[str, Any]:
+    """A stored breach as users see it, with the number of its last transition and who acknowledged it."""
+    return {**public(breach), "seq": seq, "acknowledged": acknowledgement(connection, breach.id)}
 
 
 def _window(window_us: int) -> str:
@@ -167,13 +185,14 @@ def _breach(row: Row) -> BreachRow:
     return BreachRow(*[*plain, msgspec.json.decode(evidence), budget])
 
 
-_alert = msgspec.json.Decoder(Alert)
+decode_alert = msgspec.json.Decoder(Alert).decode
+"""An alert from its stored body."""
 
 
 def alerts_after(connection: apsw.Connection, seq: int, limit: int) -> list[Alert]:
     """Transitions in order behind a number."""
     rows = fetch(connection, "SELECT body FROM alert WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
-    return [_alert.decode(body) for (body,) in rows]
+    return [decode_alert(body) for (body,) in rows]
 
 
 def alert_bounds(connection: apsw.Connection) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from asapd.core.ledger import Remaining
 from asapd.core.pace import MAX_SAMPLES, Forecast, Spike, burn_rate_per_hour, forecast, spike
 from asapd.core.periods import period_bounds
 from asapd.core.types import HOUR_US, format_us
-from asapd.store.breaches import get_breach, public
+from asapd.store.breaches import get_breach, shown
 from asapd.store.budget_page import COLUMNS, Rule
 from asapd.store.budgets import read_rules
 from asapd.store.rows import fetch, fetch_one
@@ -100,7 +100,7 @@ def _public(connection: apsw.Connection, rule: Rule, now_us: int) -> dict[str, A
             for unit in _UNITS
         },
         "spike": _spikes(connection, rule, now_us),
-        "open_breach": None if found is None else {**public(found[0]), "seq": found[1]},
+        "open_breach": None if found is None else shown(connection, *found),
     }
 
 

@@ -611,6 +611,103 @@ class WriteBreach(Unit[AlertWritten], frozen=True):
     now_us: int
 
 
+# --- delivery of alerts
+
+
+class CursorMoved(msgspec.Struct, frozen=True, tag=True):
+    """Where a named cursor stands."""
+
+    seq: int
+
+
+class MoveCursor(Unit[CursorMoved | Refusal], frozen=True):
+    """Acknowledge alerts up to `seq` under a name; with `is_open` only make the cursor, where there is none."""
+
+    owner: str
+    name: str
+    seq: int
+    is_open: bool
+    now_us: int
+
+
+class SyncTargets(Unit[RowWritten], frozen=True):
+    """Keep a place for exactly these push targets."""
+
+    names: list[str]
+
+
+class MoveTarget(Unit[RowWritten], frozen=True):
+    """A push target has come through `seq`; `error` is of the last attempt, `dead` are the numbers it gave up."""
+
+    name: str
+    seq: int
+    now_us: int
+    error: str | None = None
+    dead: tuple[int, ...] = ()
+
+
+class Redeliver(Unit[RowWritten | Refusal], frozen=True):
+    """Have a dead letter delivered again."""
+
+    id: int
+    actor: str
+    now_us: int
+
+
+class EndRedelivery(Unit[RowWritten], frozen=True):
+    """A dead letter was delivered, or met another error."""
+
+    id: int
+    error: str | None
+
+
+class BreachAcked(msgspec.Struct, frozen=True, tag=True):
+    """Who acknowledged a breach, as users see it; `created` is whether nobody had before."""
+
+    acknowledged: dict[str, Any]
+    created: bool
+
+
+class AckBreach(Unit[BreachAcked | Refusal], frozen=True):
+    """Acknowledge an open breach."""
+
+    breach: str
+    comment: str
+    actor: str
+    now_us: int
+
+
+class Silence(msgspec.Struct, frozen=True, tag=True):
+    """What is not pushed until `ends_us`; None in `agent`, `breach_type`, `severity` or `tenant` fits any."""
+
+    id: str
+    agent: str | None
+    breach_type: str | None
+    severity: str | None
+    tenant: str | None
+    created_us: int
+    ends_us: int
+    author: str
+    comment: str
+
+
+class AddSilence(Unit[Silence | Refusal], frozen=True):
+    """Put a silence in force; its id and time of creation are given by the store."""
+
+    silence: Silence
+    actor: str
+    now_us: int
+    forget_before_us: int
+
+
+class RemoveSilence(Unit[Silence | Refusal], frozen=True):
+    """End a silence."""
+
+    id: str
+    actor: str
+    now_us: int
+
+
 # --- keys, tasks, the daemon's own affairs
 
 
@@ -748,6 +845,14 @@ AnyUnit = (
     | RecordProbe
     | RecordManifest
     | WriteBreach
+    | MoveCursor
+    | SyncTargets
+    | MoveTarget
+    | Redeliver
+    | EndRedelivery
+    | AckBreach
+    | AddSilence
+    | RemoveSilence
     | CreateKey
     | RevokeKey
     | RecordTask
@@ -774,6 +879,9 @@ AnyResult = (
     | AgentsChanged
     | RowWritten
     | AlertWritten
+    | CursorMoved
+    | BreachAcked
+    | Silence
     | ApiKey
     | Swept
     | Failed

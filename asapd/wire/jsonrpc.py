@@ -32,12 +32,25 @@ class Fault(msgspec.Struct, frozen=True):
     id: Id = None
 
 
+_CursorName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+
 class Subscribe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `sla.subscribe`."""
 
     agent_id: str | None = None
     min_severity: Literal["warning", "critical"] | None = None
     resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
+    cursor: _CursorName | None = None
+    all: bool | None = None
+    """Every transition, or only what a client of the reference implementation knows; None is by the address."""
+
+
+class Ack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of `sla.ack`."""
+
+    cursor: _CursorName
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class SubscribeDelegations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +60,24 @@ class SubscribeDelegations(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
 
 
+_LONGEST_BEAT = 100
+
+
+class _Heartbeat(msgspec.Struct, frozen=True):
+    type: Literal["ping", "pong"]
+
+
 S = TypeVar("S", bound=msgspec.Struct)
+
+
+def heartbeat(text: str | bytes) -> str | None:
+    """`ping` or `pong` of a message that is nothing but that, as clients of the reference implementation beat."""
+    if len(text) > _LONGEST_BEAT:
+        return None
+    try:
+        return msgspec.json.decode(text, type=_Heartbeat).type
+    except (msgspec.DecodeError, UnicodeError):
+        return None
 
 
 def decode_request(text: str | bytes) -> Request | Fault:
@@ -72,6 +102,11 @@ def decode_request(text: str | bytes) -> Request | Fault:
 def decode_subscribe(params: dict[str, Any]) -> Subscribe | str:
     """The parameters of a subscription to alerts, or what is wrong with them."""
     return _convert(params, Subscribe)
+
+
+def decode_ack(params: dict[str, Any]) -> Ack | str:
+    """The parameters of an acknowledgement, or what is wrong with them."""
+    return _convert(params, Ack)
 
 
 def decode_subscribe_delegations(params: dict[str, Any]) -> SubscribeDelegations | str:

@@ -53,6 +53,18 @@ def test_a_public_key_that_is_no_safe_key_is_named_by_line(host: Program, tmp_pa
     assert ran.err == f"{file}:4: agents[0].public_key: is not a safe Ed25519 public key\n"
 
 
+def test_a_webhooks_secret_that_cannot_be_used_is_named_by_line(host: Program, tmp_path: Path) -> None:
+    file, secret = tmp_path / "a.toml", tmp_path / "hook.secret"
+    file.write_text('[[alerts.webhook]]\nurl = "http://127.0.0.1:1"\nsecret_file = "hook.secret"\n')
+    where = f"{file}:3: alerts.webhook[0].secret_file: {secret}: "
+    ran = host("check-config", file)
+    assert (ran.code, ran.err) == (Exit.USAGE, f"{where}cannot be read: No such file or directory\n")
+    secret.write_text("short")
+    assert host("check-config", file).err.startswith(f"{where}holds 5 bytes")
+    secret.write_text("sixteen characters")
+    assert host("check-config", file).code == Exit.DONE
+
+
 @pytest.mark.parametrize(
     ("table", "problem"),
     [

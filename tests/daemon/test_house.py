@@ -19,6 +19,7 @@ import trio
 from asapd.daemon import house as house_module
 from asapd.daemon.boot import load, occupy
 from asapd.daemon.house import House
+from asapd.daemon.targets import SwappableFetcher
 from asapd.edge.sockets import CannotListen
 from asapd.wire.frames import FrameDecoder, encode
 
@@ -218,10 +219,11 @@ async def test_a_door_that_cannot_be_opened_ends_the_daemon_cleanly(tmp_path: Pa
 
 async def test_networks_that_a_reload_allows_are_allowed_at_once() -> None:
     loaded = load(None)
-    fetcher = house_module._SwappableFetcher(loaded.config.prober, 64)
+    fetcher = SwappableFetcher(64)
+    fetcher.allow(loaded.config.prober.allow)
     before = fetcher._fetcher
-    fetcher.allow(loaded.config.prober)
+    fetcher.allow(loaded.config.prober.allow)
     assert fetcher._fetcher is before
-    fetcher.allow(loaded.config.prober.model_copy(update={"allow": ()}))
+    fetcher.allow(())
     assert fetcher._fetcher is not before
     assert not isinstance(await fetcher.get("http://127.0.0.1:1", deadline_s=1, max_bytes=1), bytes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class House:
     file: Path
     reloader: Reloader = None  # type: ignore[assignment]  # made from this
     adopted: int = 0
+    hooks: list[str] = field(default_factory=list)
 
     @property
     def mailboxes(self) -> dict[str, trio.MemorySendChannel[Any]]:
@@ -38,6 +39,9 @@ class House:
     @property
     def clock(self) -> Clock:
         return self.edge.clock
+
+    def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
+        self.hooks = [hook.target for hook in settings.alerts.webhooks]
 
     def adopt(self, settings: config.Config) -> None:
         self.edge.settings = settings

@@ -102,6 +102,13 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/sla", None, READ, 200),
     ("GET", "/sla/breaches", None, READ, 200),
     ("GET", "/breaches/none/evidence", None, READ, 404),
+    ("POST", "/breaches/none/ack", {}, frozenset({"operator", "admin"}), 404),
+    ("GET", "/silences", None, READ, 200),
+    ("POST", "/silences", {}, frozenset({"operator", "admin"}), 422),
+    ("DELETE", "/silences/none", None, frozenset({"operator", "admin"}), 404),
+    ("GET", "/alerts/targets", None, READ, 200),
+    ("GET", "/alerts/dead-letters", None, READ, 200),
+    ("POST", "/alerts/dead-letters/1/redeliver", {}, frozenset({"operator", "admin"}), 404),
     ("GET", "/audit/logs", None, READ, 200),
     ("GET", "/audit/logs/1", None, READ, 200),
     ("GET", "/audit/verify", None, READ, 200),
@@ -145,11 +152,18 @@ async def test_every_route_there_is_was_tried(daemon: Daemon) -> None:
 
     app = create_app(_NoServices(), None)  # type: ignore[arg-type]  # only its routes are looked at
     tried = {(method, _shape(path)) for method, path, *_ in ROUTES} | {("GET", path) for path in OPEN}
-    tried |= {("GET", "/"), ("GET", "/web/*"), ("GET", "/ws"), ("GET", "/reservations/*"), ("POST", "/delegations")}
+    tried |= {
+        ("GET", "/"),
+        ("GET", "/web/*"),
+        ("GET", "/ws"),
+        ("GET", "/asap/ws"),
+        ("GET", "/reservations/*"),
+        ("POST", "/delegations"),
+    }
     # Their refusals are no problem documents: tests/e2e/test_ways_in.py
     tried |= {("POST", "/v1/traces"), ("POST", "/v1/metrics")}
-    # A stream does not end: tests/edge/http/test_usage_more.py
-    tried.add(("GET", "/usage/stream"))
+    # A stream does not end: tests/edge/http/test_usage_more.py, tests/edge/http/test_events.py
+    tried |= {("GET", "/usage/stream"), ("GET", "/events")}
     there = {
         (method, _shape(rule.rule))
         for rule in app.url_map.iter_rules()

@@ -22,7 +22,9 @@ from nacl.signing import SigningKey
 from quart_trio import QuartTrio
 
 from asapd import config
+from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.auditor import run_auditor
+from asapd.actors.dispatcher import Dispatch, run_dispatcher
 from asapd.actors.gatekeeper import KeyRing, run_gatekeeper
 from asapd.actors.janitor import JanitorSettings, apply_retention
 from asapd.actors.messages import CreateKeyRequest
@@ -120,6 +122,7 @@ class Edge:
     clock: SetClock
     services: Services
     mailboxes: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]]
+    dispatch: Dispatch
     keys: dict[str, str] = field(default_factory=dict)
     settings: config.Config = field(default_factory=config.Config)
     calls: list[tuple[str, ...]] = field(default_factory=list)
@@ -267,7 +270,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         holder[0].calls.append(("restart", name, actor))
         return name in names
 
-    meter = MeterSettings(settings.metering, PriceTable())
+    meter, dispatch = MeterSettings(settings.metering, PriceTable()), Dispatch()
     services = Services(
         decoding=trio.Lock(),
         mailboxes=Mailboxes(**{name: send for name, (send, _) in boxes.items()}),
@@ -300,8 +303,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             changed=committed,
             stopping=stopping,
         ),
+        desk=AlertDesk(database, clock, dispatch, lambda: feed.last),
     )
-    edge = Edge(database, connection, feed, committed, clock, services, boxes, settings=settings)
+    edge = Edge(database, connection, feed, committed, clock, services, boxes, dispatch, settings=settings)
     holder.append(edge)
     common = {"database": database, "clock": clock, "beat": lambda: None, "log": LOG}
     runs: dict[str, Callable[..., Awaitable[None]]] = {
@@ -341,6 +345,18 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
                 await nursery.start(partial(run, boxes[name][1].clone(), **common))
         await nursery.start(
             partial(run_notifier, database=database, feed=feed, committed=committed, beat=lambda: None, log=LOG)
+        )
+        await nursery.start(
+            partial(
+                run_dispatcher,
+                database=database,
+                clock=clock,
+                dispatch=dispatch,
+                subscribe=partial(Subscription, database, feed),
+                random=lambda: 1.0,
+                beat=lambda: None,
+                log=LOG,
+            )
         )
         for role in Role:
             await edge.new_key(str(role), role, sign=role is Role.ADMIN)

@@ -95,6 +95,7 @@ async def listening(
     offered: list[str] | None = None,
     host: str = "localhost",
     path: Path | None = None,
+    target: str = "/ws",
     receive_bytes: int | None = None,
 ) -> AsyncIterator[Listener]:
     family = socket.AF_INET if path is None else socket.AF_UNIX
@@ -105,7 +106,7 @@ async def listening(
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     async with trio.SocketStream(sock) as stream:
         client = Listener(stream)
-        request = Request(host=host, target="/ws", extra_headers=headers, subprotocols=offered or [])
+        request = Request(host=host, target=target, extra_headers=headers, subprotocols=offered or [])
         await stream.send_all(client.ws.send(request))
         yield client
 

@@ -116,6 +116,8 @@ def test_alerts_are_read_on_from_a_number_as_subscribers_receive_them(store: Sto
             "samples": 25,
             "seq": 2,
         },
+        "silence": None,
+        "acknowledged": None,
     }
 
 

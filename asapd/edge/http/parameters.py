@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from quart import request
+from quart import Response, request
 
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
@@ -159,6 +159,28 @@ def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:
     more = position is not None and len(rows) == limit
     return {"data": rows, "count": len(rows), "next_cursor": encode_cursor(position) if more else None}
 
+
+def last_event_id(parameters: Parameters) -> int | None:
+    """Where a stream of server-sent events is to go on: `Last-Event-ID`, or the parameter of that name."""
+    given = parameters.text("last_event_id")
+    last = request.headers.get("Last-Event-ID", given)
+    if last is None:
+        return None
+    if not _is_digits(last) or len(last) > _MAX_DIGITS:
+        raise bad_parameter("Last-Event-ID", "must be the id of an event of this stream")
+    return int(last)
+
+
+def event_stream(parts: AsyncIterator[bytes]) -> Response:
+    """A reply of server-sent events, which does not end by itself."""
+    response = Response(parts, content_type="text/event-stream")
+    response.headers["X-Accel-Buffering"] = "no"
+    response.timeout = None
+    return response
+
+
+BREACH_TYPES = ("availability", "latency", "error_rate", "burn_rate", "budget")
+SEVERITIES = ("warning", "critical")
 
 Usd = int | float | str
 """An amount of money in a body. Not `Decimal`, which would read `"1_000"` and digits of other scripts as numbers."""

@@ -15,11 +15,9 @@ from asapd.core.sla import Metrics, Promise, percent_text
 from asapd.core.types import SECOND_US, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import require
-from asapd.edge.http.parameters import Parameters, bad_parameter, page
+from asapd.edge.http.parameters import BREACH_TYPES, SEVERITIES, Parameters, bad_parameter, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
-
-_BREACH_TYPES = ("availability", "latency", "error_rate", "burn_rate", "budget")
 
 
 def window_parameter(parameters: Parameters, services: Services) -> int:
@@ -110,8 +108,8 @@ def register(app: QuartTrio, services: Services) -> None:
     async def breaches(parameters: Parameters, agent: str | None, caller: Caller) -> Response:
         filters = {
             "agent": agent,
-            "severity": parameters.choice("severity", ("warning", "critical")),
-            "breach_type": parameters.choice("type", _BREACH_TYPES) or parameters.choice("breach_type", _BREACH_TYPES),
+            "severity": parameters.choice("severity", SEVERITIES),
+            "breach_type": parameters.choice("type", BREACH_TYPES) or parameters.choice("breach_type", BREACH_TYPES),
             "state": parameters.choice("state", ("open", "resolved")),
             "start_us": parameters.time_us("start"),
             "end_us": parameters.time_us("end"),

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import trio
-from quart import Response, request
+from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.reads import StreamStart
 from asapd.core.access import Caller, Permission
 from asapd.edge.http.context import require
-from asapd.edge.http.parameters import Parameters, bad_parameter
+from asapd.edge.http.parameters import Parameters, event_stream, last_event_id
 from asapd.edge.http.usage import usage_filters
 from asapd.edge.services import Services
 from asapd.wire.problem import encode_json
@@ -26,7 +26,6 @@ MOST_BYTES = 32_768
 """What one read ends with. Two or three copies of it are all that a subscriber holds in memory, however slow it is."""
 
 HEARTBEAT_S = 15.0
-_DIGITS = 18
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -37,27 +36,21 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         parameters = Parameters()
         filters = usage_filters(parameters)
-        given = parameters.text("last_event_id")
+        last = last_event_id(parameters)
         parameters.done()
-        last = request.headers.get("Last-Event-ID", given)
-        if last is not None and not (last.isascii() and last.isdecimal() and len(last) <= _DIGITS):
-            raise bad_parameter("Last-Event-ID", "must be the id of an event of this stream")
-        start = await services.reads.stream_start(caller, None if last is None else int(last))
-        response = Response(_events(services, caller, filters, start, last), content_type="text/event-stream")
-        response.headers["X-Accel-Buffering"] = "no"
-        response.timeout = None
-        return response
+        start = await services.reads.stream_start(caller, last)
+        return event_stream(_events(services, caller, filters, start, last))
 
 
 async def _events(
-    services: Services, caller: Caller, filters: dict[str, Any], start: StreamStart, given: str | None
+    services: Services, caller: Caller, filters: dict[str, Any], start: StreamStart, given: int | None
 ) -> AsyncIterator[bytes]:
     seen = _Seen(services)
     seq = resumed_at = start.seq
     shown = start.shown
     yield b"retry: 2000\n\n"
     if start.is_reset:
-        yield b"event: reset\ndata: " + encode_json({"after": int(given or 0)}) + b"\n\n"
+        yield b"event: reset\ndata: " + encode_json({"after": given or 0}) + b"\n\n"
     while not services.stopping.is_set():
         part = await services.reads.usage_after(
             caller, filters, seq, window=WINDOW, limit=MOST_ROWS, most_bytes=MOST_BYTES, encode=_event

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from asapd.store.schema import agent_keys, arrival, directory, horizon, identities, prices, revocations, v1, v2
+from asapd.store.schema import (
+    agent_keys,
+    arrival,
+    delivery,
+    directory,
+    horizon,
+    identities,
+    prices,
+    revocations,
+    v1,
+    v2,
+)
 
 MIGRATIONS: tuple[str, ...] = (
     v1.SCRIPT,
@@ -14,4 +25,5 @@ MIGRATIONS: tuple[str, ...] = (
     horizon.SCRIPT,
     identities.SCRIPT,
     directory.SCRIPT,
+    delivery.SCRIPT,
 )

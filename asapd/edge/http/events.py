@@ -1,0 +1,59 @@
+"""Live alerts as server-sent events: the stream of the WebSocket, for whoever only listens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import trio
+from quart import Response
+from quart_trio import QuartTrio
+
+from asapd.actors.notifier import Alert, Gap, Subscription
+from asapd.core.access import Caller, Permission
+from asapd.edge.alert_stream import alert_filter
+from asapd.edge.http.context import require
+from asapd.edge.http.parameters import SEVERITIES, Parameters, event_stream, last_event_id
+from asapd.edge.services import Services
+from asapd.runtime.fanout import FeedClosed
+from asapd.wire.problem import encode_json
+
+HEARTBEAT_S = 15.0
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the route."""
+
+    @app.get("/events")
+    async def get_events() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        agent = parameters.text("agent_id", "agent")
+        min_severity = parameters.choice("min_severity", SEVERITIES)
+        last = last_event_id(parameters)
+        parameters.done()
+        subscription = services.subscribe(resume_after=last, wanted=alert_filter(caller, agent, min_severity))
+        return event_stream(_events(services, caller, subscription))
+
+
+async def _events(services: Services, caller: Caller, subscription: Subscription) -> AsyncIterator[bytes]:
+    yield b"retry: 2000\n\n"
+    while True:
+        found: list[Alert | Gap] = []
+        try:
+            with trio.move_on_after(HEARTBEAT_S):
+                found = await subscription.next_alerts()
+        except FeedClosed:
+            yield b"event: goodbye\ndata: {}\n\n"
+            return
+        if not services.ring.is_in_use(caller):
+            yield b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n'
+            return
+        for one in found:
+            if isinstance(one, Gap):
+                gap = {"first_missing": one.first_missing, "last_missing": one.last_missing}
+                yield b"event: gap\ndata: " + encode_json(gap) + b"\n\n"
+            else:
+                yield b"id: %d\nevent: sla.breach\ndata: %b\n\n" % (one.seq, encode_json(one.params))
+        if not found:
+            # The id lets a subscriber whose filter passes nothing resume from here.
+            yield b": alive\nid: %d\n\n" % subscription.cursor
