@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from asapd.actors.promises import HeldTo
-from asapd.core.sla import Metrics, measure
+from asapd.actors.unseen import Unseen
+from asapd.core.exclusions import observe
+from asapd.core.intervals import Interval, cut, holds
+from asapd.core.quantiles import Histogram
+from asapd.core.sla import Metrics, Promise, measure
+from asapd.core.types import HOUR_US
 from asapd.core.uptime import UptimeTimeline
 from asapd.core.windows import TaskWindow, window_bounds
 from asapd.store.agents import DirectoryAgent, ProbeFact
@@ -15,19 +20,44 @@ from asapd.store.sla_queries import Followed, Position, ProbeHistory, Slots, Tas
 # Evidence is kept for good: an agent that flaps at every probe of a long window must not bloat it. The sums are
 # there in any case.
 _MOST_SEGMENTS = 1_000
+_NO_LATENCY = Histogram()
 
 
 class AgentBook:
     """Counts of one agent, filled from its history and then followed row by row.
 
-    `through` and `probe_seq` are the last rows that the history holds; only later ones may be added.
+    `through` and `probe_seq` are the last rows that the history holds; only later ones may be added. `unseen` is the
+    time that may not count, which all books share.
     """
 
-    __slots__ = ("_probes", "_tasks", "_timeline", "agent", "held_to", "probe_seq", "stale", "through")
+    __slots__ = (
+        "_newest_us",
+        "_probes",
+        "_tasks",
+        "_timeline",
+        "agent",
+        "excluded",
+        "exclusions",
+        "held_to",
+        "probe_seq",
+        "stale",
+        "through",
+        "unseen",
+    )
 
-    def __init__(self, agent: DirectoryAgent, held_to: HeldTo, windows_us: Sequence[int], now_us: int) -> None:
+    def __init__(
+        self,
+        agent: DirectoryAgent,
+        held_to: HeldTo,
+        windows_us: Sequence[int],
+        now_us: int,
+        unseen: Unseen | None = None,
+    ) -> None:
         self.agent = agent
         self.held_to = held_to
+        self.unseen = Unseen() if unseen is None else unseen
+        self.exclusions = self.unseen.exclusions_of(agent.id, held_to)
+        self.excluded: list[Interval] = self.unseen.excluded(self.exclusions)
         self.through = Position()
         self.probe_seq = 0
         self.stale = False
@@ -36,16 +66,23 @@ class AgentBook:
         # Probes roll through windows as tasks do: each counts as one completed.
         self._probes = {window_us: TaskWindow(window_us) for window_us in windows_us}
         self._timeline = UptimeTimeline()
+        self._newest_us = now_us
         self.advance(now_us)
 
     @property
     def followed(self) -> Followed:
         """What the store needs to know to count this agent's further tasks."""
-        return Followed(self.agent.id, self.agent.tenant, self.held_to.promise.max_latency_p95_ms, self.through)
+        latency_ms = self.held_to.promise.max_latency_p95_ms
+        return Followed(self.agent.id, self.agent.tenant, latency_ms, self.through, self.excluded)
 
     def slots(self) -> list[Slots]:
         """The part of the past that each window needs, in the order of the windows."""
         return [Slots(window.bounds[0], window.step_us) for window in self._tasks.values()]
+
+    def look_with(self, unseen: Unseen) -> None:
+        """Go on with a later layout of the same exclusions."""
+        self.unseen = unseen
+        self.excluded = unseen.excluded(self.exclusions)
 
     # --- filling
 
@@ -80,13 +117,18 @@ class AgentBook:
     def add_probe(self, probe: ProbeFact) -> None:
         """Count a probe that was committed behind `probe_seq`."""
         self._timeline.extend(probe.ts_us, probe.ts_us + probe.hold_us, probe.up)
+        if holds(self.excluded, probe.ts_us):
+            return
         for window in self._probes.values():
             window.add(probe.ts_us, completed=1, failed=0)
 
     def advance(self, now_us: int) -> bool:
         """Move every window up to a time; False when the book has become stale."""
+        # The shortest windows of burn rates stand still when the clock went back: to start them afresh would be to
+        # start all of them.
+        self._newest_us = max(self._newest_us, now_us)
         for window in (*self._tasks.values(), *self._probes.values()):
-            if not window.advance(now_us):
+            if not window.advance(self._newest_us if window.window_us < HOUR_US else now_us):
                 self.stale = True
         self._timeline.forget_before(min(window.bounds[0] for window in self._tasks.values()))
         return not self.stale
@@ -104,25 +146,42 @@ class AgentBook:
             failed=tasks.failed,
             latency=tasks.latency,
             over_promise=tasks.over_promise,
-            uptime=self._timeline.uptime(*tasks.bounds),
+            uptime=observe(self._timeline, *tasks.bounds, self.excluded, self.unseen.blind),
             probes=self._probes[window_us].completed,
             max_latency_p95_ms=self.held_to.promise.max_latency_p95_ms,
+        )
+
+    def has_spent(self, window_us: int) -> bool:
+        """Whether anything failed in a window, or was down, counting or not."""
+        tasks = self._tasks[window_us]
+        return tasks.failed > 0 or self._timeline.uptime(*tasks.bounds).down_us > 0
+
+    def counts(self, window_us: int) -> Metrics:
+        """The same without latencies, which cost most to sum up."""
+        tasks = self._tasks[window_us]
+        return measure(
+            self.agent.id,
+            window_us=window_us,
+            period=tasks.bounds,
+            completed=tasks.completed,
+            failed=tasks.failed,
+            latency=_NO_LATENCY,
+            over_promise=0,
+            uptime=observe(self._timeline, *tasks.bounds, self.excluded, self.unseen.blind),
+            probes=self._probes[window_us].completed,
         )
 
     def evidence(self, window_us: int) -> dict[str, Any]:
         """All that the figures of a window were made of: integers, text, lists; times in microseconds."""
         metrics, promise, manifest = self.metrics(window_us), self.held_to.promise, self.agent.manifest
-        segments = self._timeline.segments(metrics.period_start_us, metrics.period_end_us)
+        period = (metrics.period_start_us, metrics.period_end_us)
+        segments = self._timeline.segments(*period)
         return {
             "agent_id": self.agent.id,
             "window_us": window_us,
             "period_start_us": metrics.period_start_us,
             "period_end_us": metrics.period_end_us,
-            "promise": {
-                "availability_percent": _text(promise.availability_percent),
-                "max_latency_p95_ms": promise.max_latency_p95_ms,
-                "max_error_rate_percent": _text(promise.max_error_rate_percent),
-            },
+            "promise": promise_terms(promise),
             "promise_source": self.held_to.source,
             "manifest_digest": None if manifest is None else manifest.digest,
             "tasks_completed": metrics.tasks_completed,
@@ -135,10 +194,24 @@ class AgentBook:
             "up_us": metrics.up_us,
             "down_us": metrics.down_us,
             "unknown_us": metrics.unknown_us,
+            "excluded_us": metrics.excluded_us,
+            "blind_us": metrics.blind_us,
+            "excluded": cut(self.excluded, *period),
+            "blind": cut(self.unseen.blind, *period),
+            "support_hours": promise.support_hours,
             "probes": metrics.probes,
             "segments": [[part.start_us, part.end_us, part.up] for part in segments[-_MOST_SEGMENTS:]],
             "segments_left_out": max(0, len(segments) - _MOST_SEGMENTS),
         }
+
+
+def promise_terms(promise: Promise) -> dict[str, Any]:
+    """The terms that breaches are judged by, as evidence keeps them."""
+    return {
+        "availability_percent": _text(promise.availability_percent),
+        "max_latency_p95_ms": promise.max_latency_p95_ms,
+        "max_error_rate_percent": _text(promise.max_error_rate_percent),
+    }
 
 
 def horizon_us(windows_us: Sequence[int], now_us: int) -> int:

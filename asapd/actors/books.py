@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
 from asapd import config
 from asapd.actors.agent_book import AgentBook, horizon_us
 from asapd.actors.promises import HeldTo, held_to
+from asapd.actors.unseen import AHEAD_US, Unseen
+from asapd.core import burnrate
 from asapd.core.windows import step_us
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
-from asapd.store import sla_queries
+from asapd.store import maintenance, sla_queries, watching
 from asapd.store.agents import DirectoryAgent, directory, probes_after
 from asapd.store.database import Database
 from asapd.store.sla_queries import Position
@@ -32,6 +34,8 @@ class WatcherSettings:
     """What the watcher goes by. It outlives an incarnation, so that a restarted one uses the newest."""
 
     sla: config.Sla
+    is_watching: bool = field(default=False)
+    """Whether an incarnation has watched since the daemon started."""
 
 
 class Books:
@@ -63,6 +67,7 @@ class Books:
         """The last rows that were counted; a book that was read since may hold more."""
         self._windows_us: tuple[int, ...] = ()
         self._followed = ""
+        self._unseen = Unseen()
         self._touched: set[str] = set()
         self.sla = settings.sla
         self.by_agent: dict[str, AgentBook] = {}
@@ -88,7 +93,8 @@ class Books:
     async def catch_up(self) -> None:
         """Count everything that was committed before this call."""
         async with self._lock:
-            if self._directory_changed.count != self._seen_directory:
+            worn = self._clock.now_us() > self._unseen.end_us - AHEAD_US // 2
+            if worn or self._directory_changed.count != self._seen_directory:
                 await self._refresh()
             seen_commits = self._committed.count
             target: Position | None = None
@@ -125,7 +131,8 @@ class Books:
     async def _refresh(self) -> None:
         # Only what has to be is read again: a latency promise is counted exactly, so another one needs the raw rows.
         seen, sla = self._directory_changed.count, self._settings.sla
-        windows_us = tuple(sorted({*sla.windows_us, sla.breach_window_us}))
+        windows_us = tuple(sorted({*sla.windows_us, sla.breach_window_us, *burnrate.WINDOWS_US}))
+        unseen = await self._read_unseen(windows_us)
         books: dict[str, AgentBook] = {}
         for agent in await self._database.read(directory, EVERYTHING):
             held = held_to(agent, sla)
@@ -136,19 +143,33 @@ class Books:
                 or windows_us != self._windows_us
                 or agent.tenant != book.agent.tenant
                 or held.promise.max_latency_p95_ms != book.held_to.promise.max_latency_p95_ms
+                or unseen.exclusions_of(agent.id, held) != book.exclusions
             ):
-                book = await self._load(agent, held, windows_us)
+                book = await self._load(agent, held, windows_us, unseen)
             else:
                 book.agent, book.held_to = agent, held
+                book.look_with(unseen)
             books[agent.id] = book
-        self.sla, self._windows_us, self.by_agent = sla, windows_us, books
+        self.sla, self._windows_us, self.by_agent, self._unseen = sla, windows_us, books, unseen
         self._followed = sla_queries.followed_json([book.followed for book in books.values()])
         self._touched.update(books)
         self._seen_directory = seen
 
-    async def _load(self, agent: DirectoryAgent, held: HeldTo, windows_us: tuple[int, ...]) -> AgentBook:
+    async def _read_unseen(self, windows_us: tuple[int, ...]) -> Unseen:
         now_us = self._clock.now_us()
-        book = AgentBook(agent, held, windows_us, now_us)
+        since_us = horizon_us(windows_us, now_us)
+        return Unseen(
+            since_us,
+            now_us + AHEAD_US,
+            await self._database.read(watching.blind_intervals, since_us, now_us + AHEAD_US),
+            await self._database.read(maintenance.windows_between, since_us, 2**62),
+        )
+
+    async def _load(
+        self, agent: DirectoryAgent, held: HeldTo, windows_us: tuple[int, ...], unseen: Unseen
+    ) -> AgentBook:
+        now_us = self._clock.now_us()
+        book = AgentBook(agent, held, windows_us, now_us, unseen)
         slots, since_us = book.slots(), horizon_us(windows_us, now_us)
         start_us: int | None = since_us
         through: Position | None = None
@@ -161,7 +182,9 @@ class Books:
             self._beat()
         assert through is not None
         book.through = through
-        book.add_probe_history(await self._database.read(sla_queries.probe_history, agent.id, slots, since_us))
+        book.add_probe_history(
+            await self._database.read(sla_queries.probe_history, agent.id, slots, since_us, book.excluded)
+        )
         return book
 
     async def advance(self, agents: Iterable[str]) -> None:

@@ -90,6 +90,8 @@ async def _sweep(
             usage_before_us=now_us - settings.metering.late_max_us,
             tasks_before_us=now_us - settings.metering.task_timeout_us,
             revocations_before_us=now_us - settings.metering.clock_skew_max_us,
+            # A few stretches a day: kept as long as what they are billed with.
+            uptime_before_us=now_us - max(settings.retention.usage_us, settings.retention.probes_us),
         )
         swept = await database.submit(unit)
         beat()

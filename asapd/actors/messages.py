@@ -9,11 +9,13 @@ from asapd import config
 from asapd.actors.revocations import Imported
 from asapd.core.access import Caller
 from asapd.core.audit import Walk
+from asapd.core.burnrate import BudgetForecast, Burning
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
 from asapd.core.health import AgentStatus, Status
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.pricing import PriceTable
+from asapd.core.reputation import Reputation
 from asapd.core.sla import Metrics, Promise, TermVerdict
 from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import Reply
@@ -23,6 +25,7 @@ from asapd.store.units import (
 from asapd.store.units import (
     AgentsChanged,
     ApiKey,
+    Maintenance,
     ReservationChanged,
     Reserved,
     Revoked,
@@ -379,11 +382,16 @@ ProberMessage = (
 
 @dataclass(frozen=True, slots=True)
 class FiguresRequest:
-    """The figures of one agent, or of all in the directory, in one of the configured windows."""
+    """The figures of one agent, of some, or of all in the directory, in one of the configured windows.
+
+    `in_full` asks for burn rates, forecast and reputation as well, which look at every window.
+    """
 
     agent: str | None
     window_us: int
     reply: Reply[list[Figures] | Refusal]
+    some: frozenset[str] | None = None
+    in_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +407,12 @@ class Figures:
     sla_score: float | None
     error_budget_left_percent: float | None
     burn_rates: dict[str, float | None]
+    burning: list[Burning] = field(default_factory=list)
+    """The burn-rate rules held to each promised budget."""
+    forecasts: list[BudgetForecast] = field(default_factory=list)
+    """The budgets of the longest window at the pace of the last hour."""
+    budget_window_us: int = 0
+    reputation: Reputation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +423,29 @@ class ReconfigureWatcher:
     reply: Reply[None]
 
 
-WatcherMessage = FiguresRequest | ReconfigureWatcher
+@dataclass(frozen=True, slots=True)
+class MaintenanceRequest:
+    """Take a stretch of time out of an agent's figures, or with None of everybody's."""
+
+    caller: Caller
+    agent: str | None
+    start_us: int
+    end_us: int
+    reason: str
+    idempotency: Idempotency | None
+    reply: Reply[Maintenance | Refusal]
+
+
+@dataclass(frozen=True, slots=True)
+class EndMaintenanceRequest:
+    """End a maintenance window now, or call it off."""
+
+    caller: Caller
+    id: str
+    reply: Reply[Maintenance | Refusal]
+
+
+WatcherMessage = FiguresRequest | ReconfigureWatcher | MaintenanceRequest | EndMaintenanceRequest
 
 # --- gatekeeper, which owns the API keys
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, tzinfo
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from msgspec import Struct
 
 from asapd import config
 from asapd.core.sla import Promise
+from asapd.core.support_hours import HoursError, SupportHours, parse_hours
 from asapd.store.agents import DirectoryAgent
 from asapd.wire.manifest import ManifestError, parse_sla
 
@@ -63,6 +66,8 @@ def _parsed(block: dict[str, Any] | None, place: str, errors: list[str]) -> Prom
     except ManifestError as problem:
         errors.append(f"{place}{problem}")
         return None
+    if promise.support_hours is not None and read_support_hours(promise.support_hours) is None:
+        errors.append(f"{place}sla.support_hours: cannot be understood, so every hour counts: {promise.support_hours}")
     return None if promise == Promise() else promise
 
 
@@ -85,3 +90,14 @@ def _over(own: Promise, tier: Promise | None) -> Promise:
 
 def _joined(errors: list[str]) -> str | None:
     return "; ".join(errors) or None
+
+
+def read_support_hours(text: str | None) -> tuple[SupportHours, tzinfo] | None:
+    """Support hours and their zone; None when there are none, or they cannot be understood."""
+    if text is None:
+        return None
+    try:
+        hours = parse_hours(text)
+        return hours, UTC if hours.zone == "UTC" else ZoneInfo(hours.zone)
+    except (HoursError, KeyError, ValueError, OSError):
+        return None

@@ -8,8 +8,11 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
+from asapd import config
+from asapd.actors.sla_history import Past, read_past, read_uptime
 from asapd.core.access import Caller
 from asapd.core.agent_keys import AgentKey
+from asapd.core.sla import Metrics
 from asapd.core.types import DEFAULT_TENANT, format_us
 from asapd.core.usage import UsageEvent
 from asapd.runtime.clock import Clock
@@ -23,10 +26,12 @@ from asapd.store import (
     identity,
     keys,
     ledger_queries,
+    maintenance,
     manifests,
     reservation_queries,
     retention,
     silences,
+    sla_queries,
     sources,
     tasks,
     usage_queries,
@@ -41,7 +46,7 @@ from asapd.store.reservation_queries import STATES as RESERVATION_STATES
 from asapd.store.sources import SourceFilter
 from asapd.store.task_spend import SpendPage, spend_by_task
 from asapd.store.tasks import STATES, TaskFilter
-from asapd.store.units import ApiKey, BreachRow
+from asapd.store.units import ApiKey, BreachRow, Maintenance
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint
@@ -88,6 +93,11 @@ class StreamPart(msgspec.Struct, frozen=True):
     last: int
     through: int
     retired_through: int
+
+
+def public_maintenance(window: Maintenance, now_us: int) -> dict[str, Any]:
+    """A maintenance window as users see it."""
+    return maintenance.public(window, now_us)
 
 
 def visibility(caller: Caller) -> Visibility:
@@ -421,6 +431,46 @@ class Reads:
             return found[0], breaches.shown(connection, *found)
 
         return await self._database.read(query)
+
+    async def sla_past(
+        self, agent: DirectoryAgent, sla: config.Sla, start_us: int, end_us: int, step_us: int, limit: int
+    ) -> Past:
+        """Figures of an agent in consecutive periods between two times."""
+
+        def query(connection: Any) -> Past:
+            return read_past(connection, agent, sla, start_us, end_us, step_us, limit)
+
+        return await self._database.read(query)
+
+    async def uptime_past(self, agent: DirectoryAgent, sla: config.Sla, start_us: int, end_us: int) -> Metrics:
+        """Uptime of an agent between two times."""
+
+        def query(connection: Any) -> Metrics:
+            return read_uptime(connection, agent, sla, start_us, end_us)
+
+        return await self._database.read(query)
+
+    async def cost_of(self, agent: DirectoryAgent, start_us: int, end_us: int) -> tuple[int, int]:
+        """What an agent's usage cost between two whole hours, in micro-USD, and how many events nobody knows it of."""
+        return await self._database.read(sla_queries.cost_between, agent.id, agent.tenant, start_us, end_us)
+
+    async def maintenance(
+        self, caller: Caller, *, agent: str | None, state: str | None, limit: int, before: str | None
+    ) -> list[dict[str, Any]]:
+        """Maintenance windows of agents that the caller may see, and of all agents, the newest first."""
+        now_us = self._clock.now_us()
+
+        def query(connection: Any) -> list[dict[str, Any]]:
+            rows = maintenance.list_windows(
+                connection, visibility(caller), now_us, agent=agent, state=state, limit=limit, before=before
+            )
+            return [maintenance.public(row, now_us) for row in rows]
+
+        return await self._database.read(query)
+
+    async def maintenance_window(self, window: str) -> Maintenance | None:
+        """One maintenance window."""
+        return await self._database.read(maintenance.get_window, window)
 
     # --- audit and keys
 

@@ -5,23 +5,34 @@ The store is the truth. What is in memory can be read from it again at any time,
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import assert_never, get_args
+from functools import partial
+from typing import Any, assert_never, get_args
 
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
 
 from asapd import config
-from asapd.actors.agent_book import AgentBook
+from asapd.actors.agent_book import AgentBook, promise_terms
 from asapd.actors.books import Books, WatcherSettings
-from asapd.actors.messages import Figures, FiguresRequest, ReconfigureWatcher, WatcherMessage
-from asapd.core import breach
+from asapd.actors.messages import (
+    EndMaintenanceRequest,
+    Figures,
+    FiguresRequest,
+    MaintenanceRequest,
+    ReconfigureWatcher,
+    WatcherMessage,
+)
+from asapd.actors.vigil import keep_vigil, last_sign, notice_stop
+from asapd.core import breach, burnrate
 from asapd.core.breach import BreachState, Escalated, Opened, Resolved, Transition
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.reputation import SPAN_US, PastBreach, reputation
 from asapd.core.sla import (
     TermType,
     TermVerdict,
@@ -31,13 +42,13 @@ from asapd.core.sla import (
     evaluate,
     sla_score,
 )
-from asapd.core.types import SECOND_US
+from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.mailbox import serve
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.sla_queries import open_breaches
-from asapd.store.units import BreachRow, WriteBreach
+from asapd.store.sla_queries import open_breaches, past_breaches
+from asapd.store.units import BreachRow, DeclareMaintenance, EndMaintenance, Maintenance, WriteBreach
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
@@ -45,6 +56,13 @@ __all__ = ["WatcherSettings", "run_watcher"]
 _PAUSE_S = 0.05
 _BEAT_EVERY_S = 1.0
 _TERMS: tuple[TermType, ...] = get_args(TermType)
+# The windows of burn rates move by ten seconds; at each event they are looked at once a second at most.
+_BURN_EVERY_S = 10.0
+_BURN_PAUSE_S = 1.0
+# The shortest window of a burn rate: an agent that flaps faster makes one breach of it, not many.
+_BURN_RESOLVE_US = 5 * MINUTE_US
+# Rules differ in their factors, and one may follow another while a breach is open: none of them is the promise.
+_ANY_FACTOR = Decimal(1)
 
 
 class _Breach(Struct, frozen=True):
@@ -52,6 +70,14 @@ class _Breach(Struct, frozen=True):
 
     state: BreachState = breach.NONE
     row: BreachRow | None = None
+
+
+class _Found(Struct, frozen=True):
+    """A term's verdict, the window it was judged on, and for burn rates the rule that was nearest."""
+
+    verdict: TermVerdict
+    window_us: int
+    burning: burnrate.Burning | None = None
 
 
 _UNBROKEN = _Breach()
@@ -80,13 +106,18 @@ async def run_watcher(
     def failed(message: WatcherMessage, error: Exception) -> None:
         log.error("%s met a bug", type(message).__name__, exc_info=error)
 
+    if not settings.is_watching:
+        await notice_stop(database, clock, log)
+        settings.is_watching = True
     await watch.start()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_forward, committed, watch.doorbell)
         nursery.start_soon(_forward, directory_changed, watch.doorbell)
         nursery.start_soon(watch.follow)
+        nursery.start_soon(partial(keep_vigil, database, clock, noticed=watch.look_anew, log=log))
         task_status.started()
         await serve(mailbox, watch.handle, failed=failed)
+        await last_sign(database, clock)
         nursery.cancel_scope.cancel()
 
 
@@ -122,6 +153,7 @@ class _Watch:
         self._unsure: set[str] = set()
         """Agents with a transition that the store may or may not have taken."""
         self._complained: set[tuple[str, str]] = set()
+        self._burn_seen_s: dict[str, float] = {}
 
     async def start(self) -> None:
         """Read all that is needed from the store."""
@@ -129,6 +161,11 @@ class _Watch:
         for row in await self._database.read(open_breaches):
             assert row.agent_id is not None
             self._breaches[row.agent_id, row.breach_type] = _reopened(row)
+
+    async def look_anew(self) -> None:
+        """Take over what the store now holds of time that does not count."""
+        await self._books.refresh()
+        self.doorbell.notify()
 
     # --- following
 
@@ -139,46 +176,81 @@ class _Watch:
             self._beat()
             rung = self.doorbell.count
             await self._books.catch_up()
-            touched = self._books.take_touched()
+            touched = news = self._books.take_touched()
             if self._clock.monotonic_s() >= due_s:
                 touched = {*self._books.by_agent, *(agent for agent, _ in self._breaches), *self._unsure}
                 due_s = self._clock.monotonic_s() + self._books.sla.evaluate_every_us / SECOND_US
             await self._books.advance(touched)
             for agent in sorted(touched):
-                await self._judge(agent)
+                await self._judge(agent, is_news=agent in news)
             await trio.sleep(_PAUSE_S)
             with trio.move_on_after(max(0.0, min(due_s - self._clock.monotonic_s(), _BEAT_EVERY_S))):
                 await self.doorbell.wait(rung)
 
-    async def _judge(self, agent: str) -> None:
+    async def _judge(self, agent: str, *, is_news: bool) -> None:
         """Let each term of an agent take at most one step, and write the transitions."""
         await trio.lowlevel.checkpoint()
         if agent in self._unsure:
             await self._reconcile(agent)
         sla, book, now_us = self._books.sla, self._books.by_agent.get(agent), self._clock.now_us()
-        verdicts: dict[str, TermVerdict] = {}
+        found: dict[str, _Found] = {}
+        terms: tuple[TermType, ...] = _TERMS
         if book is not None:
             if book.stale:
                 return
-            found = evaluate(book.metrics(sla.breach_window_us), book.held_to.promise)
-            verdicts = {verdict.breach_type: verdict for verdict in found}
-        for term in _TERMS:
-            known, verdict = self._breaches.get((agent, term), _UNBROKEN), verdicts.get(term)
+            for verdict in evaluate(book.metrics(sla.breach_window_us), book.held_to.promise):
+                found[verdict.breach_type] = _Found(verdict, sla.breach_window_us)
+            if self._burn_is_due(book, is_news=is_news):
+                burning = self._burning(book)
+                if burning is not None:
+                    found["burn_rate"] = burning
+            else:
+                terms = tuple(term for term in _TERMS if term != "burn_rate")
+        for term in terms:
+            known, judged = self._breaches.get((agent, term), _UNBROKEN), found.get(term)
+            hold_us = sla.hold_us
+            verdict_of = None if judged is None else judged.verdict
+            changed = False
+            if term == "burn_rate":
+                verdict_of = None if verdict_of is None else replace(verdict_of, threshold=_ANY_FACTOR)
+                hold_us = max(hold_us, _BURN_RESOLVE_US) if known.state.is_open else hold_us
+                changed = book is not None and known.row is not None and _is_promise_changed(known.row, book)
             state, transition = breach.step(
-                known.state, verdict, now_us=now_us, hold_us=sla.hold_us, min_samples=sla.min_samples
+                known.state,
+                verdict_of,
+                now_us=now_us,
+                hold_us=hold_us,
+                min_samples=sla.min_samples,
+                promise_changed=changed,
             )
             if transition is None:
                 self._keep(agent, term, _Breach(state, known.row))
             else:
-                row = self._row(sla, book, known.row, verdict, transition, now_us)
+                row = self._row(sla, book, known.row, judged, transition, now_us)
                 await self._write(transition, row, state, now_us)
+
+    def _burn_is_due(self, book: AgentBook, *, is_news: bool) -> bool:
+        agent = book.agent.id
+        if (agent, "burn_rate") not in self._breaches and not book.has_spent(burnrate.WINDOWS_US[-1]):
+            return False
+        now_s = self._clock.monotonic_s()
+        if now_s - self._burn_seen_s.get(agent, -math.inf) < (_BURN_PAUSE_S if is_news else _BURN_EVERY_S):
+            return False
+        self._burn_seen_s[agent] = now_s
+        return True
+
+    def _burning(self, book: AgentBook) -> _Found | None:
+        by_window = {window_us: book.counts(window_us) for window_us in burnrate.WINDOWS_US}
+        burning = burnrate.burning(by_window, book.held_to.promise, self._books.sla.min_samples)
+        found = burnrate.verdict(burning)
+        return None if found is None else _Found(found[0], found[1].rule.long_us, found[1])
 
     def _row(
         self,
         sla: config.Sla,
         book: AgentBook | None,
         known: BreachRow | None,
-        verdict: TermVerdict | None,
+        found: _Found | None,
         transition: Transition,
         now_us: int,
     ) -> BreachRow:
@@ -186,41 +258,37 @@ class _Watch:
         match transition:
             case Opened(severity=severity):
                 assert book is not None
-                assert verdict is not None
+                assert found is not None
                 return BreachRow(
                     id=self._new_breach_id(now_us),
                     agent_id=book.agent.id,
-                    breach_type=verdict.breach_type,
-                    window_us=sla.breach_window_us,
-                    threshold=verdict.threshold_text,
-                    threshold_value=float(verdict.threshold),
-                    actual=verdict.actual_text,
-                    actual_value=_number(verdict.actual),
+                    breach_type=found.verdict.breach_type,
+                    window_us=found.window_us,
+                    threshold=found.verdict.threshold_text,
+                    threshold_value=float(found.verdict.threshold),
+                    actual=found.verdict.actual_text,
+                    actual_value=_number(found.verdict.actual),
                     severity=severity,
                     state="open",
                     detected_at_us=now_us,
-                    samples=verdict.samples,
+                    samples=found.verdict.samples,
                     tenant=book.agent.tenant,
-                    evidence={
-                        "breach_type": verdict.breach_type,
-                        "min_samples": sla.min_samples,
-                        "hold_us": sla.hold_us,
-                        # The rows that had been counted by then are those up to here.
-                        "usage_seq": max(self._books.through.usage, book.through.usage),
-                        "task_outcome_seq": max(self._books.through.outcomes, book.through.outcomes),
-                        "probe_seq": max(self._books.probe_seq, book.probe_seq),
-                        **book.evidence(sla.breach_window_us),
-                    },
+                    evidence=self._evidence(sla, book, found),
                 )
             case Escalated():
+                assert book is not None
                 assert known is not None
-                assert verdict is not None
+                assert found is not None
                 return replace(
                     known,
+                    window_us=found.window_us,
+                    threshold=found.verdict.threshold_text,
+                    threshold_value=float(found.verdict.threshold),
                     severity="critical",
-                    actual=verdict.actual_text,
-                    actual_value=_number(verdict.actual),
-                    samples=verdict.samples,
+                    actual=found.verdict.actual_text,
+                    actual_value=_number(found.verdict.actual),
+                    samples=found.verdict.samples,
+                    evidence={**self._evidence(sla, book, found), "opened_with": known.evidence},
                 )
             case Resolved(reason=reason):
                 assert known is not None
@@ -228,6 +296,27 @@ class _Watch:
                 return replace(known, state="resolved", resolved_at_us=ended_us, resolve_reason=reason)
             case _:
                 assert_never(transition)
+
+    def _evidence(self, sla: config.Sla, book: AgentBook, found: _Found) -> dict[str, Any]:
+        evidence = {
+            "breach_type": found.verdict.breach_type,
+            "min_samples": sla.min_samples,
+            "hold_us": sla.hold_us,
+            # The rows that had been counted by then are those up to here.
+            "usage_seq": max(self._books.through.usage, book.through.usage),
+            "task_outcome_seq": max(self._books.through.outcomes, book.through.outcomes),
+            "probe_seq": max(self._books.probe_seq, book.probe_seq),
+            **book.evidence(found.window_us),
+        }
+        if found.burning is not None:
+            rule = found.burning.rule
+            evidence["burn"] = {
+                "term": found.burning.term,
+                "factor": str(rule.factor),
+                "severity": rule.severity,
+                "short": book.evidence(rule.short_us),
+            }
+        return evidence
 
     async def _write(self, transition: Transition, row: BreachRow, state: BreachState, now_us: int) -> None:
         """Commit a transition; only then does the state advance. Otherwise the next tick decides anew."""
@@ -285,11 +374,31 @@ class _Watch:
                 message.reply.send(await self._figures(message))
             case ReconfigureWatcher():
                 self._settings.sla = message.sla
-                await self._books.refresh()
-                self.doorbell.notify()
+                await self.look_anew()
                 message.reply.send(None)
+            case MaintenanceRequest():
+                message.reply.send(await self._declare(message))
+            case EndMaintenanceRequest():
+                unit = EndMaintenance(message.id, message.caller.actor, self._clock.now_us())
+                ended = await self._database.submit(unit, urgent=True)
+                await self.look_anew()
+                message.reply.send(ended)
             case _:
                 assert_never(message)
+
+    async def _declare(self, request: MaintenanceRequest) -> Maintenance | Refusal:
+        unit = DeclareMaintenance(
+            request.agent,
+            request.start_us,
+            request.end_us,
+            request.reason,
+            request.caller.actor,
+            self._clock.now_us(),
+        )
+        declared = await self._database.submit(unit, urgent=True, idempotency=request.idempotency)
+        # Also when the answer is unknown: it may have been committed.
+        await self.look_anew()
+        return declared
 
     async def _figures(self, request: FiguresRequest) -> list[Figures] | Refusal:
         sla = self._books.sla
@@ -300,12 +409,24 @@ class _Watch:
         # Whoever asks after a commit was acknowledged finds it counted.
         if self._books.behind:
             await self._books.catch_up()
-        await self._books.advance(self._books.by_agent if request.agent is None else [request.agent])
-        asked = sorted(self._books.by_agent) if request.agent is None else [request.agent]
+        known = self._books.by_agent
+        everybody = sorted(known if request.some is None else request.some & known.keys())
+        asked = everybody if request.agent is None else [request.agent]
         books = [book for agent in asked if (book := self._books.by_agent.get(agent)) is not None]
         if request.agent is not None and not books:
             return Refusal("agent_not_found", f"there is no agent {request.agent} in the directory: check the id")
-        return [_figures(book, request.window_us) for book in books]
+        await self._books.advance(asked)
+        if not request.in_full:
+            return [_figures(book, request.window_us) for book in books]
+        now_us = self._clock.now_us()
+        past: dict[str, list[PastBreach]] = {}
+        for agent, severity, ended_us in await self._database.read(past_breaches, now_us - SPAN_US):
+            past.setdefault(agent, []).append(PastBreach("critical" if severity == "critical" else "warning", ended_us))
+        found = []
+        for book in books:
+            await trio.lowlevel.checkpoint()
+            found.append(_in_full(book, request.window_us, sla, past.get(book.agent.id, []), now_us))
+        return found
 
 
 def _figures(book: AgentBook, window_us: int) -> Figures:
@@ -328,13 +449,37 @@ def _figures(book: AgentBook, window_us: int) -> Figures:
     )
 
 
+def _in_full(book: AgentBook, window_us: int, sla: config.Sla, past: list[PastBreach], now_us: int) -> Figures:
+    promise = book.held_to.promise
+    all_windows = sorted({*sla.windows_us, sla.breach_window_us, *burnrate.WINDOWS_US})
+    by_window = {window: book.metrics(window) for window in all_windows}
+    longest_us = all_windows[-1]
+    return dataclasses.replace(
+        _figures(book, window_us),
+        burning=burnrate.burning(by_window, promise, sla.min_samples),
+        forecasts=burnrate.forecast(by_window[longest_us], by_window[HOUR_US], promise),
+        budget_window_us=longest_us,
+        reputation=reputation(
+            [by_window[window] for window in all_windows],
+            past,
+            now_us,
+            is_latency_promised=promise.max_latency_p95_ms is not None,
+        ),
+    )
+
+
+def _is_promise_changed(row: BreachRow, book: AgentBook) -> bool:
+    pinned = row.evidence.get("promise")
+    return pinned is not None and pinned != promise_terms(book.held_to.promise)
+
+
 def _reopened(row: BreachRow) -> _Breach:
     state = breach.reopened(
         row.id,
         opened_at_us=row.detected_at_us,
         severity="critical" if row.severity == "critical" else "warning",
         # Six decimals at most, or an integer below 2**53: the shortest repr is the number that was written.
-        threshold=Decimal(repr(row.threshold_value)),
+        threshold=None if row.breach_type == "burn_rate" else Decimal(repr(row.threshold_value)),
     )
     return _Breach(state, row)
 

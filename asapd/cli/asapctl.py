@@ -16,6 +16,7 @@ from asapd.cli.conformance import conformance
 from asapd.cli.delegation import delegation
 from asapd.cli.door import RefusedError, segment
 from asapd.cli.keys import keys
+from asapd.cli.maintenance import maintenance
 from asapd.cli.options import SETTINGS, Session, asks_daemon
 from asapd.cli.outcome import Exit, run
 from asapd.cli.prices import prices
@@ -171,7 +172,21 @@ def restart(session: Session, name: str) -> None:
 
 
 asapctl.add_command(conformance)
-for group in (agents, usage, prices, retention, delegation, budgets, sla, breaches, silences, alerts, audit, keys):
+for group in (
+    agents,
+    usage,
+    prices,
+    retention,
+    delegation,
+    budgets,
+    sla,
+    maintenance,
+    breaches,
+    silences,
+    alerts,
+    audit,
+    keys,
+):
     asapctl.add_command(group)
 
 

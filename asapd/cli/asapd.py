@@ -151,15 +151,25 @@ def keygen(out: Path) -> None:
 @click.argument("file", type=_FILE)
 @click.option("--public-key", metavar="KEY", help="The key that has to have signed it; audit exports are not signed.")
 def verify(file: Path, public_key: str | None) -> int:
-    """Check an export of the audit log.
+    """Check an export of the audit log, or evidence.
 
     Needs no daemon; the exit code is 1 when an entry is bad. FILE holds entries as `asapctl audit export` or
-    GET /audit/logs give them.
+    GET /audit/logs give them, or the evidence of a breach, from which the verdict is computed anew.
 
     \b
-    Example:
+    Examples:
       asapctl audit export audit.ndjson && asapd verify audit.ndjson
+      asapctl sla evidence brc_01JD0000000000000000000000 > breach.json && asapd verify breach.json
     """
+    from asapd.cli.verify_evidence import MAX_BYTES, holds_statement
+
+    try:
+        with file.open("rb") as start:
+            head = start.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
+    if len(head) <= MAX_BYTES and holds_statement(head):
+        return _verify_evidence(file, head, public_key)
     from asapd.cli.verify import verify_export
     from asapd.wire.export import NotAnExportError
 
@@ -185,6 +195,24 @@ def verify(file: Path, public_key: str | None) -> int:
     click.echo(f"ok: {walk.verified} entries{erased}, {span}, the last with hash {walk.hash.hex()}")
     if verdict.first_seq > 1:
         click.echo(f"the entries before {verdict.first_seq} are not in this file", err=True)
+    return Exit.DONE
+
+
+def _verify_evidence(file: Path, raw: bytes, public_key: str | None) -> int:
+    from asapd.cli.verify_evidence import verify_evidence
+    from asapd.wire.keys import KeyFormatError
+
+    try:
+        verdict = verify_evidence(raw, public_key)
+    except KeyFormatError as error:
+        raise Failure(Exit.USAGE, f"--public-key: {error}") from None
+    for fault in verdict.faults:
+        click.echo(f"bad: {fault}")
+    if verdict.faults:
+        return Exit.NO
+    click.echo(f"ok: {verdict.summary}")
+    if public_key is None:
+        click.echo(f"{file}: the key is the one in the file: compare it, or name it with --public-key", err=True)
     return Exit.DONE
 
 

@@ -11,7 +11,7 @@ import click
 from asapd.cli.door import segment
 from asapd.cli.options import Session, asks_daemon, moment
 from asapd.cli.outcome import Exit
-from asapd.cli.show import show_json, show_json_line, show_pairs, show_table
+from asapd.cli.show import cell, show_json, show_json_line, show_pairs, show_table
 
 WATCH_S = 1.0
 """Between two looks of `sla show --watch`; figures change with every tick of the daemon, a second by default."""
@@ -109,6 +109,9 @@ def _show_one(report: dict[str, Any]) -> None:
             ("sla from", report["sla_source"]),
             *((("sla error", report["sla_error"]),) if report["sla_error"] else ()),
             *((name.replace("_", " "), report[name]) for name in figures),
+            ("reputation", _reputation(report["reputation"])),
+            *((f"{name.replace('_', ' ')} budget", _budget(budget)) for name, budget in report["error_budget"].items()),
+            *((name.replace("_", " "), metrics[name]) for name in ("unknown_seconds", "excluded_seconds")),
         ]
     )
     if report["compliance"]:
@@ -125,8 +128,115 @@ def _show_one(report: dict[str, Any]) -> None:
         _show_breaches(report["open_breaches"])
 
 
+def _reputation(found: dict[str, Any]) -> str:
+    if found["score"] is None:
+        return "-"
+    return f"{cell(found['score'])}{' (provisional)' if found['provisional'] else ''}"
+
+
+def _budget(found: dict[str, Any]) -> str:
+    gone = "not at this pace" if found["exhausted_at"] is None else found["exhausted_at"]
+    return f"{cell(found['left_percent'])} % of {found['window']} left, used up: {gone}"
+
+
 def _verdict(met: bool | None) -> str | None:
     return None if met is None else "met" if met else "broken"
+
+
+@sla.command()
+@click.argument("urn", required=False)
+@click.option(
+    "--resolution", type=click.Choice(("minute", "hour", "day")), default="hour", show_default=True, help="The periods."
+)
+@click.option("--since", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d.")
+@click.option("--until", type=moment, metavar="TIME", help="Until then; now unless given.")
+@click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="At most so many periods.")
+@click.option("--watch", is_flag=True, help="Go on, and print again whenever something changed.")
+@asks_daemon
+def history(
+    session: Session, urn: str | None, resolution: str, since: str | None, until: str | None, limit: int, watch: bool
+) -> int:
+    """Show figures of the past, period by period.
+
+    \b
+    Examples:
+      asapctl sla history urn:asap:agent:writer
+      asapctl sla history urn:asap:agent:writer --resolution day --since 30d
+    """
+    seen: Any = None
+    try:
+        while True:
+            filters = {"agent_id": urn, "resolution": resolution, "start": since, "end": until}
+            rows = list(session.door.rows("/sla/history", limit=limit, **filters))
+            news = [{**_without_time(row), "start": row["period_start"]} for row in rows]
+            if news != seen:
+                _show_history(session, rows, is_stream=watch)
+                seen = news
+            if not watch:
+                return Exit.DONE
+            time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        if watch:
+            return Exit.DONE
+        raise
+
+
+def _show_history(session: Session, rows: list[dict[str, Any]], *, is_stream: bool) -> None:
+    if session.as_json:
+        (show_json_line if is_stream else show_json)({"data": rows, "count": len(rows), "next_cursor": None})
+        return
+    if is_stream and sys.stdout.isatty():
+        click.clear()
+    fields = ("agent_id", "period_start", "uptime_percent", "latency_p95_ms", "error_rate_percent")
+    more = ("tasks_completed", "tasks_failed", "unknown_seconds", "excluded_seconds", "compliance_percent")
+    names = (
+        "agent",
+        "from",
+        "uptime %",
+        "p95 ms",
+        "errors %",
+        "completed",
+        "failed",
+        "unknown s",
+        "excluded s",
+        "kept %",
+    )
+    show_table(names, [tuple(row[name] for name in (*fields, *more)) for row in rows])
+
+
+@sla.command()
+@click.argument("id")
+@asks_daemon
+def evidence(session: Session, id: str) -> None:  # noqa: A002 -- the argument's name in the usage text
+    """Print the signed evidence of a breach.
+
+    `asapd verify` computes the verdict anew from it, without a daemon.
+
+    \b
+    Example:
+      asapctl sla evidence brc_01JD0000000000000000000000 > breach.json
+    """
+    show_json(session.door.get(f"/breaches/{segment(id)}/evidence"))
+
+
+@sla.command()
+@click.argument("urn")
+@click.option("--period", metavar="MONTH", help="A month such as 2026-11; the one that is running unless given.")
+@asks_daemon
+def penalty(session: Session, urn: str, period: str | None) -> None:
+    """Show what a missed availability costs.
+
+    \b
+    Example:
+      asapctl sla penalty urn:asap:agent:writer --period 2026-11
+    """
+    found = session.door.get(f"/agents/{segment(urn)}/sla/penalty", period=period)
+    if session.as_json:
+        show_json(found)
+        return
+    names = ("agent_id", "period", "complete", "availability_percent", "unknown_seconds", "excluded_seconds")
+    amounts = ("cost_usd", "credit_percent", "credit_usd")
+    show_pairs([(name.replace("_", " "), found[name]) for name in (*names, *amounts)])
 
 
 @sla.command()

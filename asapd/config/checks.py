@@ -94,6 +94,10 @@ def _sla(config: Config) -> Iterator[Finding]:
         if tier.name in names:
             yield Finding(("sla", "tier", i, "name"), f'another tier is already named "{tier.name}"')
         names.add(tier.name)
+    below = [credit.below_percent for credit in config.sla.credits]
+    for i, percent in enumerate(below):
+        if percent in below[:i]:
+            yield Finding(("sla", "credit", i, "below"), f"another credit is already for less than {percent}%")
     windows = config.sla.windows_us
     for i, window_us in enumerate(windows):
         if window_us in windows[:i]:

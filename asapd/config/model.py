@@ -53,6 +53,7 @@ Origin = Annotated[str, AfterValidator(values.check_origin)]
 AgentUrl = Annotated[str, AfterValidator(values.check_agent_url)]
 WebhookUrl = Annotated[str, AfterValidator(values.check_webhook_url)]
 PublicKey = Annotated[str, AfterValidator(values.check_public_key)]
+Hours = Annotated[str, AfterValidator(values.check_support_hours)]
 TimeZone = Annotated[str, AfterValidator(values.check_timezone)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Severity = Literal["warning", "critical"]
@@ -197,13 +198,20 @@ class SlaTerms(_Section):
     availability_percent: Percent | None = Field(default=None, alias="availability")
     max_latency_p95_ms: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     max_error_rate_percent: Percent | None = Field(default=None, alias="max_error_rate")
-    support_hours: Text | None = None
+    support_hours: Hours | None = None
 
 
 class SlaTier(SlaTerms):
     """A promise with a name, for agents to refer to."""
 
     name: Name
+
+
+class SlaCredit(_Section):
+    """What is given back of a period's cost when availability was below a percentage."""
+
+    below_percent: Percent = Field(alias="below")
+    credit_percent: Percent = Field(alias="credit")
 
 
 class Sla(_Section):
@@ -216,6 +224,7 @@ class Sla(_Section):
     evaluate_every_us: Tick = Field(default=SECOND_US, alias="evaluate_every")
     default_tier: Name | None = None
     tiers: Many[SlaTier] = Field(default=(), alias="tier")
+    credits: Many[SlaCredit] = Field(default=(), alias="credit")
 
 
 class RevocationSource(_Section):

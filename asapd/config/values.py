@@ -21,6 +21,7 @@ import msgspec
 
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.rates import Rate
+from asapd.core.support_hours import HoursError, parse_hours
 from asapd.core.types import AGENT_URN, DAY_US, HOUR_US, MINUTE_US, SECOND_US
 
 MILLISECOND_US = 1_000
@@ -322,6 +323,15 @@ def check_timezone(value: str) -> str:
         ZoneInfo(value)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise ValueError(f'must be a time zone this host knows, such as "Europe/Berlin", not {shown(value)}') from None
+    return value
+
+
+def check_support_hours(value: str) -> str:
+    """Support hours with a zone that this host knows."""
+    try:
+        check_timezone(parse_hours(value).zone)
+    except HoursError as error:
+        raise ValueError(str(error)) from None
     return value
 
 

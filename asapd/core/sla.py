@@ -14,10 +14,10 @@ from typing import Literal
 
 from msgspec import Struct
 
+from asapd.core.exclusions import Observed
 from asapd.core.quantiles import Histogram
-from asapd.core.uptime import Uptime
 
-TermType = Literal["availability", "latency", "error_rate"]
+TermType = Literal["availability", "latency", "error_rate", "burn_rate"]
 
 LATENCY_OVER_PERCENT = 5
 """A p95 promise is broken when more than this share of the samples exceeds it."""
@@ -39,7 +39,8 @@ class Promise(Struct, frozen=True):
 class Metrics(Struct, frozen=True):
     """One agent in one window. Percentages are rounded to six decimals; None means no data.
 
-    `probes` started within the period; `samples` are latencies, of which `over_promise` exceed the promise.
+    `probes` started within the period; `samples` are latencies, of which `over_promise` exceed the promise. Up, down,
+    unknown and excluded time are the whole period; `blind_us` is that part of the unknown in which asapd did not look.
     """
 
     agent_id: str
@@ -57,6 +58,8 @@ class Metrics(Struct, frozen=True):
     probes: int
     samples: int
     over_promise: int
+    excluded_us: int = 0
+    blind_us: int = 0
 
     @property
     def tasks(self) -> int:
@@ -90,7 +93,7 @@ def measure(
     failed: int,
     latency: Histogram,
     over_promise: int,
-    uptime: Uptime,
+    uptime: Observed,
     probes: int,
     max_latency_p95_ms: int | None = None,
 ) -> Metrics:
@@ -113,6 +116,8 @@ def measure(
         probes=probes,
         samples=latency.total,
         over_promise=over_promise,
+        excluded_us=uptime.excluded_us,
+        blind_us=uptime.blind_us,
     )
 
 
@@ -144,7 +149,7 @@ def sla_score(metrics: Metrics, promise: Promise) -> float | None:
     The mean over the promised terms with data of 100 while actual / allowed is at most 1, then falling in a straight
     line to 0 at 2, which is where a breach is critical. The ratio is of downtime, of latency, of error rate.
     """
-    ratios: list[Fraction | None] = [*_burns(metrics, promise).values()]
+    ratios: list[Fraction | None] = [*burns(metrics, promise).values()]
     if promise.max_latency_p95_ms is not None and metrics.samples:
         shown = _latency(metrics, promise.max_latency_p95_ms).actual
         ratios.append(None if shown is None else Fraction(shown) / promise.max_latency_p95_ms)
@@ -159,10 +164,10 @@ def error_budget_left_percent(metrics: Metrics, promise: Promise) -> float | Non
 
     None when neither is promised or neither has data. How far a budget is overspent is what the burn rates say.
     """
-    burns = _burns(metrics, promise)
-    if not burns:
+    spent = burns(metrics, promise)
+    if not spent:
         return None
-    return round(min(0.0 if burn is None else max(0.0, float(100 - 100 * burn)) for burn in burns.values()), 6)
+    return round(min(0.0 if burn is None else max(0.0, float(100 - 100 * burn)) for burn in spent.values()), 6)
 
 
 def burn_rate(metrics: Metrics, promise: Promise, term: Literal["availability", "error_rate"]) -> float | None:
@@ -170,8 +175,34 @@ def burn_rate(metrics: Metrics, promise: Promise, term: Literal["availability", 
 
     None without promise or data, and where nothing is allowed but something happened, which no number can say.
     """
-    burn = _burns(metrics, promise).get(term)
+    burn = burns(metrics, promise).get(term)
     return None if burn is None else round(float(burn), 6)
+
+
+def burns(metrics: Metrics, promise: Promise) -> dict[str, Fraction | None]:
+    """Spent over allowed share of each promised budget with data; None where something was spent of nothing allowed."""
+    found: dict[str, Fraction | None] = {}
+    for term, allowed_percent, bad, total in (
+        (
+            "availability",
+            None if promise.availability_percent is None else 100 - Fraction(promise.availability_percent),
+            metrics.down_us,
+            metrics.up_us + metrics.down_us,
+        ),
+        (
+            "error_rate",
+            None if promise.max_error_rate_percent is None else Fraction(promise.max_error_rate_percent),
+            metrics.tasks_failed,
+            metrics.tasks,
+        ),
+    ):
+        if allowed_percent is None or total == 0:
+            continue
+        if allowed_percent:
+            found[term] = Fraction(100 * bad, total) / allowed_percent
+        else:
+            found[term] = None if bad else Fraction(0)
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -253,29 +284,3 @@ def _shown_percent(exact: Fraction, promised: Decimal) -> Decimal:
     elif scaled > limit >= shown:
         shown = math.ceil(scaled)
     return Decimal(shown) / _SHOWN
-
-
-def _burns(metrics: Metrics, promise: Promise) -> dict[str, Fraction | None]:
-    """Spent over allowed share of each promised budget with data; None where something was spent of nothing allowed."""
-    burns: dict[str, Fraction | None] = {}
-    for term, allowed_percent, bad, total in (
-        (
-            "availability",
-            None if promise.availability_percent is None else 100 - Fraction(promise.availability_percent),
-            metrics.down_us,
-            metrics.up_us + metrics.down_us,
-        ),
-        (
-            "error_rate",
-            None if promise.max_error_rate_percent is None else Fraction(promise.max_error_rate_percent),
-            metrics.tasks_failed,
-            metrics.tasks,
-        ),
-    ):
-        if allowed_percent is None or total == 0:
-            continue
-        if allowed_percent:
-            burns[term] = Fraction(100 * bad, total) / allowed_percent
-        else:
-            burns[term] = None if bad else Fraction(0)
-    return burns

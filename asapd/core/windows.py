@@ -7,13 +7,18 @@ from collections.abc import Iterable
 from asapd.core.quantiles import Histogram
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
 
-_STEPS_US = {HOUR_US: 10 * SECOND_US, DAY_US: MINUTE_US, 7 * DAY_US: 10 * MINUTE_US, 30 * DAY_US: HOUR_US}
+_STEPS_US = {
+    **dict.fromkeys((5 * MINUTE_US, 30 * MINUTE_US, HOUR_US), 10 * SECOND_US),
+    **dict.fromkeys((6 * HOUR_US, DAY_US), MINUTE_US),
+    **dict.fromkeys((3 * DAY_US, 7 * DAY_US), 10 * MINUTE_US),
+    30 * DAY_US: HOUR_US,
+}
 # 360 steps: what the shortest of the standard windows has (1 h in steps of 10 s).
 _STEPS_OTHERWISE = 360
 
 
 def step_us(window_us: int) -> int:
-    """By how much a window's edge moves: 10 s (1h), 1 min (24h), 10 min (7d), 1 h (30d), else a 360th.
+    """By how much a window's edge moves: 10 s (5m, 30m, 1h), 1 min (6h, 24h), 10 min (3d, 7d), 1 h (30d), else a 360th.
 
     A 360th is rounded half up to whole seconds and is at least one second.
     """

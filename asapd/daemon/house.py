@@ -61,6 +61,7 @@ from asapd.store.database import Database, ProcessRunner, ThreadReaders
 from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey, Recorded, RevocationsImported, Revoked
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import key_id, public_base64
+from asapd.wire.statement import sign_evidence
 
 M = TypeVar("M")
 
@@ -272,6 +273,9 @@ class House:
                 stopping=self._stop,
             ),
             desk=self._desk,
+            sign_evidence=lambda breach, evidence: sign_evidence(
+                breach, evidence, self._premises.identity, self._clock.now_us()
+            ),
             throttle=throttle,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,

@@ -93,6 +93,8 @@ class Services:
     """The signed list of revoked tokens, and the news of delegations."""
     desk: AlertDesk
     """Acknowledgements, silences, named cursors, push targets."""
+    sign_evidence: Callable[[dict[str, Any], dict[str, Any]], bytes]
+    """Makes a breach as users see it, and its evidence, a statement signed by the daemon."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

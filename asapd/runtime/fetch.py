@@ -7,6 +7,7 @@ Host header keep the name.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import socket
@@ -66,6 +67,10 @@ class _UnreachableError(Exception):
         self.failed = failed
 
 
+# What the kernel says before a packet has left the host.
+_OWN_FAILURES = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENOBUFS})
+
+
 class Fetcher:
     """GETs and POSTs with kept-alive connections; use as an async context manager, or call `aclose`.
 
@@ -115,6 +120,9 @@ class Fetcher:
         """GET `url` within `deadline_s` seconds, everything included, and at most `max_bytes` of body.
 
         Cancellation passes through and closes the connection.
+
+        Raises:
+            OSError: this host failed, not the other: it has no descriptor left, or no route or interface to anywhere.
         """
         headers = [(b"Accept", accept.encode())]
         return await self._exchange(
@@ -231,6 +239,7 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
             detail = f"{host} is at {addresses}, outside the allowed networks"
             raise _UnreachableError(FetchFailed("not_allowed", detail))
         failure = ""
+        own_failures: list[OSError] = []
         for tried, (family, where) in enumerate(usable):
             # An address that swallows packets must leave time for those behind it; the last may use it all.
             left = len(usable) - tried
@@ -242,9 +251,13 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
                 except OSError as error:
                     connection.close()
                     failure = f"{where[0]} port {port}: {error.strerror or error}"
+                    if error.errno in _OWN_FAILURES:
+                        own_failures.append(error)
                     continue
                 return _Stream(trio.SocketStream(connection))
             failure = f"{where[0]} port {port}: no answer"
+        if len(own_failures) == len(usable):
+            raise own_failures[0]
         raise _UnreachableError(FetchFailed("refused", failure))
 
     def _is_allowed(self, address: str) -> bool:

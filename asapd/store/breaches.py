@@ -54,7 +54,8 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
     seq = tx.next_seq("alert")
     tx.execute(
         f"INSERT INTO breach ({_COLUMNS}, seq) VALUES ({','.join('?' * 18)}) "
-        "ON CONFLICT (id) DO UPDATE SET threshold = excluded.threshold, threshold_value = excluded.threshold_value, "
+        "ON CONFLICT (id) DO UPDATE SET window_us = excluded.window_us, threshold = excluded.threshold, "
+        "threshold_value = excluded.threshold_value, "
         "actual = excluded.actual, actual_value = excluded.actual_value, severity = excluded.severity, "
         "state = excluded.state, samples = excluded.samples, resolved_at_us = excluded.resolved_at_us, "
         "resolve_reason = excluded.resolve_reason, evidence = excluded.evidence, seq = excluded.seq",

@@ -18,6 +18,7 @@ from asapd.store import (
     horizon,
     keys,
     ledger,
+    maintenance,
     manifests,
     reservations,
     retention,
@@ -29,6 +30,7 @@ from asapd.store import (
     units,
     usage,
     voids,
+    watching,
 )
 from asapd.store.tx import Tx
 
@@ -69,6 +71,10 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.AckBreach: silences.acknowledge,
     units.AddSilence: silences.add,
     units.RemoveSilence: silences.remove,
+    units.DeclareMaintenance: maintenance.declare,
+    units.EndMaintenance: maintenance.end,
+    units.KeepAlive: watching.keep_alive,
+    units.RecordBlind: watching.record_blind,
     units.CreateKey: keys.create,
     units.RevokeKey: keys.revoke,
     units.Note: audit.note,

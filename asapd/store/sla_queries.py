@@ -14,8 +14,9 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.intervals import Interval
 from asapd.core.quantiles import SUB_BITS
-from asapd.core.types import DEFAULT_TENANT, MAX_INT, Outcome
+from asapd.core.types import DEFAULT_TENANT, HOUR_US, MAX_INT, Outcome
 from asapd.core.uptime import Segment
 from asapd.core.usage import FLAG_UNTIMED
 from asapd.store.breaches import list_breaches
@@ -59,12 +60,16 @@ class Position(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Followed(msgspec.Struct, frozen=True, array_like=True):
-    """An agent whose tasks are counted: those behind `through`, held to a latency of `max_latency_ms`."""
+    """An agent whose tasks are counted: those behind `through`, held to a latency of `max_latency_ms`.
+
+    What ended within `excluded`, which is joined, does not count.
+    """
 
     agent: str
     tenant: str
     max_latency_ms: int | None
     through: Position
+    excluded: list[Interval] = []
 
 
 class TaskPage(msgspec.Struct, frozen=True):
@@ -140,6 +145,14 @@ def _counted(max_latency_ms: str) -> str:
     return f"completed, {_bucket('latency_ms')} AS bucket, sum(sign) AS tasks, {slower} AS slower"
 
 
+def _not_in(excluded: str, column: str) -> str:
+    """Whether a time lies in none of the intervals of a JSON array, which for most agents is empty."""
+    return (
+        f"({excluded} = '[]' OR NOT EXISTS (SELECT 1 FROM json_each({excluded}) x "
+        f"WHERE {column} >= x.value ->> 0 AND {column} < x.value ->> 1))"
+    )
+
+
 # What comes and goes within one slot is no news.
 _GROUPED = "slot, completed, bucket HAVING tasks <> 0 OR slower <> 0"
 
@@ -147,12 +160,13 @@ _TASKS_AFTER = {
     table: f"""
 WITH followed AS MATERIALIZED (
   SELECT n.id AS agent, f.value ->> 0 AS name, (SELECT id FROM name WHERE name = f.value ->> 1) AS tenant,
-         f.value ->> 2 AS max_latency_ms, f.value ->> 3 ->> {place} AS through_seq
+         f.value ->> 2 AS max_latency_ms, f.value ->> 3 ->> {place} AS through_seq,
+         f.value ->> 4 AS excluded
   FROM json_each(?1) f JOIN name n ON n.name = f.value ->> 0
 )
 SELECT f.name, timestamp_us / ?2 * ?2 AS slot, {_counted("max_latency_ms")}
 FROM ({_judged(table, "seq > ?3 AND seq <= ?4")}) u CROSS JOIN followed f ON f.agent = u.agent
-WHERE u.seq > f.through_seq
+WHERE u.seq > f.through_seq AND {_not_in("f.excluded", "u.timestamp_us")}
   AND (u.tenant = f.tenant OR u.tenant = (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))
 GROUP BY f.name, {_GROUPED}
 """
@@ -163,7 +177,7 @@ _TASKS_OF = {
     table: f"""
 SELECT ?1, timestamp_us / ?2 * ?2 AS slot, {_counted("?3")}
 FROM ({_judged(table, "agent = (SELECT id FROM name WHERE name = ?1) AND timestamp_us >= ?4 AND timestamp_us < ?5")})
-WHERE seq <= ?6 AND tenant IN ({_TENANTS.format("?7")})
+WHERE seq <= ?6 AND tenant IN ({_TENANTS.format("?7")}) AND {_not_in("?8", "timestamp_us")}
 GROUP BY {_GROUPED}
 """
     for table in _TABLES
@@ -183,6 +197,11 @@ def newest_probe_seq(connection: apsw.Connection) -> int:
 def _newest(connection: apsw.Connection, table: str) -> int:
     newest: int = fetch(connection, f"SELECT coalesce(max(seq), 0) FROM {table}")[0][0]
     return newest
+
+
+def excluded_json(excluded: Sequence[Interval]) -> str:
+    """The form in which statements take excluded time."""
+    return msgspec.json.encode(excluded).decode()
 
 
 def followed_json(followed: Sequence[Followed]) -> str:
@@ -254,25 +273,33 @@ def task_history(
                 2**62 if next_us is None else next_us,
                 newest,
                 followed.tenant,
+                excluded_json(followed.excluded),
             )
             counts[-1] += [_count(row) for row in fetch(connection, _TASKS_OF[table], values)]
     return TaskHistory(counts, through, next_us)
 
 
-def probe_history(connection: apsw.Connection, agent: str, slots: Sequence[Slots], since_us: int) -> ProbeHistory:
-    """Uptime of one agent that reaches past a time, and its probes."""
-    whose = "agent = (SELECT id FROM name WHERE name = ?)"
+def probe_history(
+    connection: apsw.Connection,
+    agent: str,
+    slots: Sequence[Slots],
+    since_us: int,
+    excluded: Sequence[Interval] = (),
+) -> ProbeHistory:
+    """Uptime of one agent that reaches past a time, and its probes but for those in what is `excluded`."""
+    whose = "agent = (SELECT id FROM name WHERE name = ?1)"
     segments = fetch(
         connection,
-        f"SELECT start_us, end_us, up FROM uptime_segment WHERE {whose} AND end_us > ? ORDER BY start_us",
+        f"SELECT start_us, end_us, up FROM uptime_segment WHERE {whose} AND end_us > ?2 ORDER BY start_us",
         (agent, since_us),
     )
     newest = fetch(connection, f"SELECT max(ts_us) FROM probe WHERE {whose}", (agent,))
     counts = [
         fetch(
             connection,
-            f"SELECT ts_us / ? * ? AS slot, count(*) FROM probe WHERE {whose} AND ts_us >= ? GROUP BY slot",
-            (part.step_us, part.step_us, agent, part.start_us),
+            f"SELECT ts_us / ?2 * ?2 AS slot, count(*) FROM probe WHERE {whose} AND ts_us >= ?3 "
+            f"AND {_not_in('?4', 'ts_us')} GROUP BY slot",
+            (agent, part.step_us, part.start_us, excluded_json(excluded)),
         )
         for part in slots
     ]
@@ -281,6 +308,83 @@ def probe_history(connection: apsw.Connection, agent: str, slots: Sequence[Slots
         newest[0][0],
         [[(slot, count) for slot, count in part] for part in counts],
         newest_probe_seq(connection),
+    )
+
+
+class PastTasks(msgspec.Struct, frozen=True):
+    """Tasks of one agent between two times, by slots, as far as `end_us`."""
+
+    counts: list[TaskCount]
+    end_us: int
+
+
+def tasks_between(
+    connection: apsw.Connection, followed: Followed, start_us: int, end_us: int, step_us: int, most_rows: int
+) -> PastTasks:
+    """Tasks that ended within a period, in slots of `step_us` from multiples of it on.
+
+    With more than about `most_rows` rows it ends earlier, at the end of a slot. Of `followed`, `through` is not looked
+    at: every row that is there counts.
+    """
+    for table in _TABLES:
+        row = fetch_one(
+            connection,
+            f"SELECT timestamp_us FROM {table} WHERE agent = (SELECT id FROM name WHERE name = ?) "
+            "AND timestamp_us >= ? AND timestamp_us < ? ORDER BY timestamp_us LIMIT 1 OFFSET ?",
+            (followed.agent, start_us, end_us, most_rows),
+        )
+        if row is not None:
+            end_us = min(end_us, max(row[0] // step_us, start_us // step_us + 1) * step_us)
+    values = (followed.agent, step_us, followed.max_latency_ms, start_us, end_us, 2**62, followed.tenant)
+    counts = [
+        _count(row)
+        for table in _TABLES
+        for row in fetch(connection, _TASKS_OF[table], (*values, excluded_json(followed.excluded)))
+    ]
+    return PastTasks(counts, end_us)
+
+
+def segments_between(connection: apsw.Connection, agent: str, start_us: int, end_us: int) -> list[Segment]:
+    """Known uptime of one agent that reaches into a period, in order."""
+    rows = fetch(
+        connection,
+        "SELECT start_us, end_us, up FROM uptime_segment WHERE agent = (SELECT id FROM name WHERE name = ?) "
+        "AND end_us > ? AND start_us < ? ORDER BY start_us",
+        (agent, start_us, end_us),
+    )
+    return [Segment(start, end, bool(up)) for start, end, up in rows]
+
+
+def probe_times(connection: apsw.Connection, agent: str, start_us: int, end_us: int) -> list[int]:
+    """When one agent was probed within a period."""
+    rows = fetch(
+        connection,
+        "SELECT ts_us FROM probe WHERE agent = (SELECT id FROM name WHERE name = ?) AND ts_us >= ? AND ts_us < ?",
+        (agent, start_us, end_us),
+    )
+    return [ts_us for (ts_us,) in rows]
+
+
+def cost_between(connection: apsw.Connection, agent: str, tenant: str, start_us: int, end_us: int) -> tuple[int, int]:
+    """What an agent's usage between two whole hours cost in micro-USD, and how many events nobody knows it of."""
+    row = fetch_one(
+        connection,
+        "SELECT coalesce(sum(cost_microusd), 0), coalesce(sum(unpriced), 0) FROM usage_hour "
+        "WHERE agent = (SELECT id FROM name WHERE name = ?1) AND hour >= ?2 AND hour < ?3 "
+        f"AND tenant IN ({_TENANTS.format('?4')})",
+        (agent, start_us // HOUR_US, end_us // HOUR_US, tenant),
+    )
+    assert row is not None
+    return row[0], row[1]
+
+
+def past_breaches(connection: apsw.Connection, since_us: int) -> list[tuple[str, str, int | None]]:
+    """(agent, highest severity, end) of breaches that are open or ended after a time, those of budgets left out."""
+    return fetch(
+        connection,
+        "SELECT agent_id, severity, resolved_at_us FROM breach WHERE agent_id IS NOT NULL "
+        "AND (state = 'open' OR resolved_at_us > ?)",
+        (since_us,),
     )
 
 

@@ -6,6 +6,8 @@ from asapd.store import budgets, delegation_news, reservations, revocations, tas
 from asapd.store.tx import Tx
 from asapd.store.units import Sweep, Swept
 
+_KEYS = {"idempotency": "key", "probe": "seq", "uptime_segment": "(agent, start_us)", "blind": "start_us"}
+
 
 def sweep(tx: Tx, unit: Sweep) -> Swept:
     """Expire lapsed reservations; give up overdue tasks; end the alerts of past budgets; drop what is old."""
@@ -17,9 +19,10 @@ def sweep(tx: Tx, unit: Sweep) -> Swept:
     for table, column, before_us in (
         ("idempotency", "created_us", unit.idempotency_before_us),
         ("probe", "ts_us", unit.probes_before_us),
-        ("uptime_segment", "end_us", unit.probes_before_us),
+        ("uptime_segment", "end_us", unit.uptime_before_us),
+        ("blind", "end_us", unit.uptime_before_us),
     ):
-        key = "seq" if table == "probe" else "key" if table == "idempotency" else "(agent, start_us)"
+        key = _KEYS[table]
         columns = key.strip("()")
         tx.execute(
             f"DELETE FROM {table} WHERE {key} IN (SELECT {columns} FROM {table} WHERE {column} < ? LIMIT ?)",

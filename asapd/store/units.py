@@ -708,6 +708,56 @@ class RemoveSilence(Unit[Silence | Refusal], frozen=True):
     now_us: int
 
 
+# --- time that does not count
+
+
+class Maintenance(msgspec.Struct, frozen=True, tag=True):
+    """Time that does not count, of an agent or with None of all; `ended_us` when it was ended before `end_us`."""
+
+    id: str
+    agent: str | None
+    start_us: int
+    end_us: int
+    reason: str
+    declared_us: int
+    declared_by: str
+    ended_us: int | None = None
+    ended_by: str | None = None
+
+
+class DeclareMaintenance(Unit[Maintenance | Refusal], frozen=True):
+    """Take a stretch of time out of an agent's figures, or with None of everybody's."""
+
+    agent: str | None
+    start_us: int
+    end_us: int
+    reason: str
+    actor: str
+    now_us: int
+
+
+class EndMaintenance(Unit[Maintenance | Refusal], frozen=True):
+    """End a maintenance window now, or call it off."""
+
+    id: str
+    actor: str
+    now_us: int
+
+
+class KeepAlive(Unit[RowWritten], frozen=True):
+    """A sign that the daemon was running."""
+
+    now_us: int
+
+
+class RecordBlind(Unit[RowWritten], frozen=True):
+    """The daemon did not look in a stretch of time; `cause` is `stopped`, `held_up` or `clock_set`."""
+
+    start_us: int
+    end_us: int
+    cause: str
+
+
 # --- keys, tasks, the daemon's own affairs
 
 
@@ -785,7 +835,8 @@ class Sweep(Unit[Swept], frozen=True):
     """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step.
 
     No usage from before `usage_before_us` can come any more. A task that began before `tasks_before_us` is overdue.
-    Tokens that expired before `revocations_before_us` are refused for that alone.
+    Tokens that expired before `revocations_before_us` are refused for that alone. Uptime from before `uptime_before_us`
+    is old.
     """
 
     now_us: int
@@ -795,6 +846,7 @@ class Sweep(Unit[Swept], frozen=True):
     usage_before_us: int = 0
     tasks_before_us: int = 0
     revocations_before_us: int = 0
+    uptime_before_us: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -853,6 +905,10 @@ AnyUnit = (
     | AckBreach
     | AddSilence
     | RemoveSilence
+    | DeclareMaintenance
+    | EndMaintenance
+    | KeepAlive
+    | RecordBlind
     | CreateKey
     | RevokeKey
     | RecordTask
@@ -882,6 +938,7 @@ AnyResult = (
     | CursorMoved
     | BreachAcked
     | Silence
+    | Maintenance
     | ApiKey
     | Swept
     | Failed

@@ -99,6 +99,7 @@ async def test_a_sweep_that_found_more_goes_on_at_once_and_the_others_wait(
         T0 - IDEMPOTENCY_US,
         usage_before_us=T0 - 7 * DAY_US,
         tasks_before_us=T0 - DAY_US,
+        uptime_before_us=T0 - 400 * DAY_US,
         revocations_before_us=T0 - 5 * MINUTE_US,
     )
     assert "3 reservations expired" in caplog.text

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asapd.core.exclusions import Observed
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import (
     Metrics,
@@ -19,7 +20,6 @@ from asapd.core.sla import (
     sla_score,
 )
 from asapd.core.types import HOUR_US
-from asapd.core.uptime import Uptime
 
 NOTHING = Promise()
 ALL = Promise(Decimal("99.5"), 500, Decimal(1), "24/7")
@@ -47,7 +47,7 @@ def metrics(
         failed=failed,
         latency=latency,
         over_promise=0 if limit_ms is None else sum(value > limit_ms for value in latencies),
-        uptime=Uptime(up, down, max(0, HOUR_US - up - down)),
+        uptime=Observed(up, down, max(0, HOUR_US - up - down)),
         probes=probes,
         max_latency_p95_ms=limit_ms,
     )

@@ -18,7 +18,7 @@ SHORT_US = 5 * SECOND_US
         (7 * DAY_US, 10 * MINUTE_US),
         (30 * DAY_US, HOUR_US),
         (SECOND_US // 2, SECOND_US),
-        (5 * MINUTE_US, SECOND_US),
+        (5 * MINUTE_US, 10 * SECOND_US),
         (15 * MINUTE_US, 3 * SECOND_US),
         (2 * HOUR_US, 20 * SECOND_US),
     ],

@@ -263,7 +263,8 @@ async def test_validate_records_nothing_and_is_always_200(daemon: Daemon) -> Non
     async with daemon.client() as client:
         before = (await client.get("/usage/stats")).json()["total_events"]
         good = (await client.post("/usage/validate", json=flat(task_id="v"))).json()
-        assert good == {"valid": True, "count": 1, "task_id": "v", "agent_id": AGENT, "consumer_id": DESK}
+        event = {"task_id": "v", "agent_id": AGENT, "consumer_id": DESK}
+        assert good == {"valid": True, "count": 1, "duplicates": 0, **event}
         sent: list[Any] = [{"x": 1}, [], {"events": [{}]}, "text"]
         for bad in sent:
             answer = await client.post("/usage/validate", json=bad)

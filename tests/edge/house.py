@@ -52,6 +52,7 @@ from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units import BreachRow, WriteBreach
 from asapd.store.writer import Writer
 from asapd.wire.keys import private_pem
+from asapd.wire.statement import sign_evidence
 
 A, B, C = (f"urn:asap:agent:{letter}" for letter in "abc")
 T0 = 1_800_000_000 * SECOND_US
@@ -290,6 +291,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         ingest_caller=lambda peer: Caller(f"uid:{peer.uid}", Role.INGEST) if peer.pid else None,
         daemon_uid=os.geteuid(),
         version="0",
+        sign_evidence=lambda breach, evidence: sign_evidence(breach, evidence, IDENTITY, clock.now_us()),
         retain=partial(apply_retention, database, clock, JanitorSettings(settings.retention, settings.metering)),
         prices=lambda: meter.prices,
         reprice=partial(reprice, database, clock, meter),

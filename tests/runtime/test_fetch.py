@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -532,3 +533,28 @@ def test_own_networks_reads_this_host(tmp_path: Path) -> None:
     (tmp_path / "if_inet6").write_text(ADDRESSES)
     assert own_networks(tmp_path) == [*LOOPBACK, ip_network("fd00::/64")]
     assert set(LOOPBACK) <= set(own_networks())
+
+
+class NoRoute:
+    """Sockets of a host whose network is down, but for loopback over IPv4."""
+
+    def socket(self, family: int = -1, kind: int = -1, proto: int = -1) -> Any:
+        class Unconnectable:
+            async def connect(self, where: tuple[Any, ...]) -> None:
+                raise OSError(errno.ECONNREFUSED if "." in where[0] else errno.ENETUNREACH, "no way")
+
+            def close(self) -> None:
+                pass
+
+        return Unconnectable()
+
+
+async def test_a_host_without_a_way_out_says_nothing_of_the_other() -> None:
+    trio.socket.set_custom_socket_factory(NoRoute())  # type: ignore[arg-type]  # as much of one as is used
+    trio.socket.set_custom_hostname_resolver(Resolver(["::1"], ["::1", "127.0.0.1"]))
+    async with Fetcher(LOOPBACK) as fetcher:
+        with pytest.raises(OSError, match="no way"):
+            await fetcher.get("http://agent.test:80/", deadline_s=1, max_bytes=9)
+        answer = await fetcher.get("http://agent.test:80/", deadline_s=1, max_bytes=9)
+    assert isinstance(answer, FetchFailed)
+    assert answer.reason == "refused"

@@ -42,7 +42,9 @@ def test_old_probes_uptime_and_idempotency_keys_go_and_newer_ones_stay(connectio
 
     steps = []
     while not steps or steps[-1].more:
-        (answer,) = writer.run([Envelope(1, Sweep(NOW_US, NOW_US + 30, NOW_US + 40, limit=2), True)])
+        (answer,) = writer.run(
+            [Envelope(1, Sweep(NOW_US, NOW_US + 30, NOW_US + 40, limit=2, uptime_before_us=NOW_US + 30), True)]
+        )
         assert isinstance(answer.result, Swept)
         steps.append(answer.result)
     assert left() == [[30, 40, 50], [30, 40, 50], [40, 50]]

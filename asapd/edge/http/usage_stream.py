@@ -51,6 +51,8 @@ async def _events(
     yield b"retry: 2000\n\n"
     if start.is_reset:
         yield b"event: reset\ndata: " + encode_json({"after": given or 0}) + b"\n\n"
+    # Commits that show this reader nothing are no sign of life.
+    beat_at_s = trio.current_time() + HEARTBEAT_S
     while not services.stopping.is_set():
         part = await services.reads.usage_after(
             caller, filters, seq, window=WINDOW, limit=MOST_ROWS, most_bytes=MOST_BYTES, encode=_event
@@ -68,10 +70,12 @@ async def _events(
         if part.data:
             shown = part.last
             yield part.data
+            beat_at_s = trio.current_time() + HEARTBEAT_S
         if part.through > seq:
             seq = part.through
             continue
-        if not await seen.wait_for_more():
+        if not await seen.wait_for_more(beat_at_s):
+            beat_at_s = trio.current_time() + HEARTBEAT_S
             # The id lets a subscriber whose filter passes nothing resume from here. To one who does not see every row,
             # the numbers of others' rows would tell how much they report.
             yield b": alive\nid: %d\n\n" % (seq if caller.sees_everything else shown)
@@ -89,10 +93,10 @@ class _Seen:
         self._stopping = services.stopping
         self._counts = {wakeup: wakeup.count for wakeup in (services.committed, services.ring.changed)}
 
-    async def wait_for_more(self) -> bool:
+    async def wait_for_more(self, beat_at_s: float) -> bool:
         """Wait for a commit, a change of keys or the daemon's stop; False when it is time for a heartbeat."""
         woken = False
-        with trio.move_on_after(HEARTBEAT_S):
+        with trio.move_on_at(beat_at_s):
             async with trio.open_nursery() as nursery:
 
                 async def until(wait: Callable[[], Awaitable[object]]) -> None:

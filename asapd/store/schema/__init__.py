@@ -10,6 +10,7 @@ from asapd.store.schema import (
     horizon,
     identities,
     prices,
+    promises,
     revocations,
     v1,
     v2,
@@ -26,4 +27,5 @@ MIGRATIONS: tuple[str, ...] = (
     identities.SCRIPT,
     directory.SCRIPT,
     delivery.SCRIPT,
+    promises.SCRIPT,
 )

@@ -1,0 +1,67 @@
+"""The offline check of a breach's evidence: who signed it, and whether it makes the verdict that it states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from asapd.core.evidence import EvidenceError, differences
+from asapd.wire.keys import key_id, load_public
+from asapd.wire.statement import StatementMalformed, decode_statement, is_statement
+from asapd.wire.strict_json import TokenMalformed, parse_strict_json
+
+MAX_BYTES = 4 << 20
+"""Evidence has a thousand stretches of uptime and two histograms at most: a few hundred kilobytes."""
+
+
+class EvidenceVerdict(Struct, frozen=True):
+    """What is wrong with a statement, nothing when all of it holds; and a line that says what was verified."""
+
+    faults: list[str]
+    summary: str
+
+
+def holds_statement(raw: bytes) -> bool:
+    """Whether a file says that it is evidence."""
+    try:
+        return is_statement(parse_strict_json(raw))
+    except TokenMalformed:
+        return False
+
+
+def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
+    """Check a statement's signature, by the key given or else the one in it, and recompute the breach.
+
+    Raises:
+        KeyFormatError: the key given is none.
+    """
+    try:
+        statement = decode_statement(raw)
+    except StatementMalformed as problem:
+        return EvidenceVerdict([str(problem)], "")
+    key = statement.public_key if public_key is None else load_public(public_key)
+    faults: list[str] = []
+    if not statement.signed_by(key):
+        whose = "in the statement" if public_key is None else "given"
+        faults.append(f"signature: is not of the key {whose} ({key_id(key)}), or the statement was changed")
+    breach = statement.breach
+    if breach.get("agent_id") is None:
+        faults += _budget_differences(breach, statement.evidence)
+    else:
+        try:
+            faults += differences(breach, statement.evidence)
+        except EvidenceError as problem:
+            faults.append(f"evidence: {problem}")
+    said = f"{breach.get('breach_type')} breach {breach.get('id')} of {breach.get('agent_id') or breach.get('budget')}"
+    measured = f"promised {breach.get('threshold')}, measured {breach.get('actual')}"
+    return EvidenceVerdict(faults, f"{said}: {measured}, signed by asapd/{key_id(key)}")
+
+
+def _budget_differences(breach: dict[str, Any], evidence: dict[str, Any]) -> list[str]:
+    limit, unit, balance = evidence.get("limit"), evidence.get("unit"), evidence.get("balance")
+    if not isinstance(limit, int) or not isinstance(balance, dict) or not isinstance(unit, str):
+        return ["evidence: it has not the form of a budget's evidence"]
+    if breach.get("samples") != balance.get("events"):
+        return [f"breach.samples: is {breach.get('samples')}, and the evidence has {balance.get('events')} events"]
+    return []

@@ -1,0 +1,59 @@
+"""What of an agent's time does not count: outside its support hours, and while it is under maintenance."""
+
+from __future__ import annotations
+
+from datetime import UTC, tzinfo
+
+from msgspec import Struct
+
+from asapd.core.intervals import Interval, cut, joined, total_us, without
+from asapd.core.support_hours import ALWAYS, SupportHours, supported
+from asapd.core.uptime import Uptime, UptimeTimeline
+
+
+class Exclusions(Struct, frozen=True):
+    """Support hours with their zone, and maintenance as joined intervals."""
+
+    hours: SupportHours = ALWAYS
+    zone: tzinfo = UTC
+    maintenance: tuple[Interval, ...] = ()
+
+    def between(self, start_us: int, end_us: int) -> list[Interval]:
+        """What does not count between two times, joined."""
+        closed: list[Interval] = []
+        if self.hours.ranges:
+            closed = without(start_us, end_us, supported(self.hours, self.zone, start_us, end_us))
+        return joined([*closed, *cut(self.maintenance, start_us, end_us)])
+
+
+NOTHING = Exclusions()
+
+
+class Observed(Struct, frozen=True):
+    """How the time of a period was; up, down, unknown and excluded are together the whole of it.
+
+    `blind_us` is that part of the unknown in which asapd did not look.
+    """
+
+    up_us: int
+    down_us: int
+    unknown_us: int
+    excluded_us: int = 0
+    blind_us: int = 0
+
+
+def observe(
+    timeline: UptimeTimeline, start_us: int, end_us: int, excluded: list[Interval], blind: list[Interval]
+) -> Observed:
+    """Uptime of a period in the time that counts; both lists are joined."""
+    up_us = down_us = unknown_us = blind_us = 0
+    for first_us, last_us in without(start_us, end_us, excluded):
+        unseen_us = total_us(cut(blind, first_us, last_us))
+        blind_us += unseen_us
+        unknown_us += unseen_us
+        for seen_us, until_us in without(first_us, last_us, blind):
+            part: Uptime = timeline.uptime(seen_us, until_us)
+            up_us += part.up_us
+            down_us += part.down_us
+            unknown_us += part.unknown_us
+    return Observed(up_us, down_us, unknown_us, total_us(cut(excluded, start_us, end_us)), blind_us)

@@ -1,0 +1,117 @@
+"""Evidence of a breach as a statement: its `signature` is Ed25519 over the RFC 8785 form of all the rest."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+from nacl.bindings import crypto_sign_open
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey
+
+from asapd.core.canonical import CanonicalError, canonical
+from asapd.core.evidence import EvidenceError, arithmetic
+from asapd.core.types import format_us
+from asapd.wire.keys import KeyFormatError, key_id, load_public, public_base64
+from asapd.wire.strict_json import TokenMalformed, parse_strict_json
+
+KIND: Final = "asapd.breach-evidence"
+VERSION: Final = 1
+
+
+class StatementMalformed(ValueError):  # noqa: N818 -- says what the text is
+    """The text is not a statement of evidence; whoever made it has to correct what the message names."""
+
+
+class Statement(msgspec.Struct, frozen=True):
+    """A statement as it was received. Decoding says nothing about its signature, only `signed_by` does."""
+
+    key_id: str
+    public_key: bytes
+    breach: dict[str, Any]
+    evidence: dict[str, Any]
+    signed: bytes
+    signature: bytes
+
+    def signed_by(self, public_key: bytes) -> bool:
+        """Whether a key (32 raw bytes) signed it."""
+        try:
+            crypto_sign_open(self.signature + self.signed, public_key)
+        except BadSignatureError:
+            return False
+        return True
+
+
+def sign_evidence(breach: dict[str, Any], evidence: dict[str, Any], key: SigningKey, now_us: int) -> bytes:
+    """A breach with its evidence as a signed statement, in its canonical form."""
+    public_key = bytes(key.verify_key)
+    try:
+        worked_out = arithmetic(evidence) if breach.get("agent_id") is not None else {}
+    except EvidenceError:
+        worked_out = {}  # evidence of before this form is signed as it was kept
+    document = {
+        "statement": KIND,
+        "version": VERSION,
+        "issuer": f"asapd/{key_id(public_key)}",
+        "key_id": key_id(public_key),
+        "public_key": public_base64(public_key),
+        "issued_at": format_us(now_us),
+        "breach": breach,
+        "evidence": evidence,
+        "arithmetic": worked_out,
+    }
+    signature = key.sign(canonical(document)).signature
+    return canonical({**document, "signature": base64.b64encode(signature).decode("ascii")})
+
+
+def is_statement(document: object) -> bool:
+    """Whether a JSON value says that it is a statement of evidence."""
+    return isinstance(document, dict) and document.get("statement") == KIND
+
+
+def decode_statement(raw: bytes) -> Statement:
+    """The statement in a JSON text, read strictly.
+
+    Raises:
+        StatementMalformed: anything else, and nothing else is raised.
+    """
+    try:
+        document = _floats(parse_strict_json(raw))
+    except TokenMalformed as error:
+        raise StatementMalformed(f"the statement {error.reason}") from None
+    if not is_statement(document) or document.get("version") != VERSION:
+        raise StatementMalformed(f"it is not a statement of kind {KIND}, version {VERSION}")
+    signature = _signature(document.pop("signature", None))
+    try:
+        signed = canonical(document)
+        public_key = load_public(str(document.get("public_key")))
+    except CanonicalError as error:
+        raise StatementMalformed(f"the statement has no canonical form: {error}") from None
+    except KeyFormatError as error:
+        raise StatementMalformed(f"public_key: {error}") from None
+    breach, evidence = document.get("breach"), document.get("evidence")
+    if not isinstance(breach, dict) or not isinstance(evidence, dict):
+        raise StatementMalformed("breach and evidence: must be objects")
+    return Statement(str(document.get("key_id")), public_key, breach, evidence, signed, signature)
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, dict):
+        return {name: _floats(member) for name, member in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _signature(value: Any) -> bytes:
+    if isinstance(value, str):
+        try:
+            raw = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            raw = b""
+        if len(raw) == 64 and base64.b64encode(raw).decode("ascii") == value:
+            return raw
+    raise StatementMalformed("signature: must be the 64 bytes of an Ed25519 signature in base64")

@@ -1,0 +1,231 @@
+"""The past, evidence and penalties by HTTP, and maintenance."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from asapd import config
+from asapd.cli.verify_evidence import verify_evidence
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, format_us
+from asapd.store.units import RecordProbe
+from tests.edge.house import T0, A, B, C, Edge
+
+SLA = {"availability": "99%", "max_error_rate": "5%"}
+
+
+async def prepare(edge: Edge, **more: Any) -> None:
+    """Two agents; one worked for three hours, and was down in the second."""
+    for agent in (A, C):
+        assert (await edge.post("/agents", {"id": agent, "url": "http://127.0.0.1:1", "sla": SLA})).ok(201)
+    events = [
+        {
+            "task_id": f"t{minute}",
+            "agent": A,
+            "consumer": B,
+            "metrics": {"duration_ms": 100},
+            "timestamp": format_us(T0 - minute * MINUTE_US),
+            "outcome": "failed" if minute <= 60 and minute % 2 else "completed",
+            "cost_usd": "0.01",
+            **more,
+        }
+        for minute in range(1, 181)
+    ]
+    assert (await edge.post("/usage", events)).ok(201)
+    for minute in range(180, 0, -1):
+        up = not 60 < minute <= 120
+        probe = RecordProbe(A, T0 - minute * MINUTE_US, up, None, None, None, None, 90 * SECOND_US, "healthy", T0, 0, 0)
+        await edge.database.submit(probe)
+    edge.committed.notify()
+    await wait_all_tasks_blocked()
+
+
+async def test_figures_of_the_past_come_by_minute_hour_or_day(edge: Edge) -> None:
+    await prepare(edge)
+    found = (await edge.get(f"/agents/{A}/sla/history?start={format_us(T0 - 3 * HOUR_US)}&end={format_us(T0)}")).ok()
+    assert (found["resolution"], found["count"], found["next_cursor"]) == ("hour", 3, None)
+    rows = found["data"]
+    assert [row["period_start"] for row in rows] == [format_us(T0 - hours * HOUR_US) for hours in (3, 2, 1)]
+    assert [row["uptime_percent"] for row in rows] == [100, 0, 100]
+    assert [(row["tasks_completed"], row["tasks_failed"]) for row in rows] == [(60, 0), (60, 0), (30, 30)]
+    assert [row["compliance_percent"] for row in rows] == [100, 50, 50]
+    assert rows[0]["compliance"]["availability"]["met"] is True
+    for resolution, count in (("minute", 60), ("hour", 24), ("day", 31)):
+        assert (await edge.get(f"/agents/{A}/sla/history?resolution={resolution}&limit=1000")).ok()["count"] == count
+    short = (await edge.get(f"/agents/{A}/sla/history?resolution=day&start={format_us(T0 - 150 * MINUTE_US)}")).ok()
+    assert [row["tasks_completed"] for row in short["data"]] == [120]
+
+
+async def test_a_history_is_paged_agent_by_agent_and_gives_each_period_once(edge: Edge) -> None:
+    await prepare(edge)
+    span = f"start={format_us(T0 - 3 * HOUR_US)}&resolution=hour"
+    for limit in (1, 2, 3, 4, 6, 7):
+        seen, cursor = [], ""
+        while True:
+            page = (await edge.get(f"/sla/history?{span}&limit={limit}{cursor}")).ok()
+            assert page["count"] <= limit
+            seen += [(row["agent_id"], row["period_start"]) for row in page["data"]]
+            if page["next_cursor"] is None:
+                break
+            edge.clock.us += 1  # time goes on from page to page
+            cursor = f"&cursor={page['next_cursor']}"
+        edge.clock.us = T0
+        assert seen == [(agent, format_us(T0 - hours * HOUR_US)) for agent in (A, C) for hours in (3, 2, 1)]
+    # Without a start the first page says where it is.
+    first = (await edge.get("/sla/history?limit=24")).ok()
+    edge.clock.us += HOUR_US
+    rest = (await edge.get(f"/sla/history?limit=24&cursor={first['next_cursor']}")).ok()
+    edge.clock.us = T0
+    assert (rest["start"], rest["end"], rest["count"]) == (first["start"], first["end"], 24)
+    assert [row["period_start"] for row in rest["data"]] == [row["period_start"] for row in first["data"]]
+    skipped = (await edge.get(f"/sla/history?{span}&limit=2&offset=2")).ok()
+    assert [row["agent_id"] for row in skipped["data"]] == [A, C]
+    assert (await edge.get(f"/sla/history?{span}&agent_id={C}")).ok()["count"] == 3
+    await edge.new_key("nobody", "reader", B)
+    assert (await edge.get(f"/sla/history?{span}", key="nobody")).ok()["count"] == 0
+    assert (await edge.get(f"/agents/{A}/sla/history", key="nobody")).refused(404)["code"] == "agent_not_found"
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("resolution=week", "resolution"),
+        ("start=2030-01-01T00:00:00Z", "start"),
+        ("start=2020-01-02T00:00:00Z&end=2020-01-01T00:00:00Z", "start"),
+        ("cursor=x", "cursor"),
+        ("window=1h", "window"),
+    ],
+)
+async def test_a_wrong_parameter_is_named(edge: Edge, query: str, field: str) -> None:
+    assert (await edge.get(f"/sla/history?{query}")).refused(400)["errors"][0]["field"] == field
+
+
+async def test_a_report_can_be_explained_in_full(edge: Edge) -> None:
+    await prepare(edge)
+    plain = (await edge.get(f"/agents/{A}/sla?window=1h")).ok()
+    assert "explain" not in plain
+    assert plain["reputation"]["provisional"] is False
+    assert plain["error_budget"]["error_rate"]["window"] == "30d"
+    assert plain["error_budget"]["error_rate"]["exhausted_at"] is not None
+    assert {(alert["term"], alert["long_window"]) for alert in plain["burn_alerts"]} >= {("availability", "1h")}
+    explained = (await edge.get(f"/agents/{A}/sla?window=1h&explain=true")).ok()
+    assert set(explained["explain"]) >= {"uptime_percent", "sla_score", "reputation", "burn_rates"}
+    assert all("explain" in row for row in (await edge.get("/sla?explain=true")).ok()["data"])
+
+
+async def test_evidence_is_a_signed_statement_that_can_be_verified(edge: Edge) -> None:
+    await prepare(edge)
+    rows: list[Any] = []
+    with trio.fail_after(5):
+        while not rows:
+            await trio.sleep(0.01)
+            rows = (await edge.get(f"/agents/{A}/sla/breaches")).ok()["data"]
+    for row in rows:
+        answer = await edge.get(f"/breaches/{row['id']}/evidence")
+        assert answer.ok()["breach"]["id"] == row["id"]
+        assert verify_evidence(answer.body, None).faults == []
+    assert (await edge.get("/breaches/brc_0/evidence")).refused(404)["code"] == "breach_not_found"
+
+
+async def test_a_penalty_is_the_highest_credit_that_was_missed(edge: Edge) -> None:
+    await prepare(edge)
+    route = f"/agents/{A}/sla/penalty"
+    bare = (await edge.get(route)).ok()
+    assert (bare["period"], bare["complete"], bare["credit_usd"]) == ("2027-01", False, None)
+    tiers = [{"below": "99.9%", "credit": "10%"}, {"below": "99%", "credit": "33.3333%"}]
+    edge.with_settings(sla=config.Sla.model_validate({"credit": tiers}))
+    found = (await edge.get(f"{route}?period=2027-01")).ok()
+    assert found["cost_usd"] == Decimal("1.8")
+    # Two hours of three, and what the last probe still holds.
+    assert found["availability_percent"] == pytest.approx(Decimal("66.67"), abs=Decimal("0.3"))
+    assert (found["credit_percent"], found["credit_usd"]) == (Decimal("33.3333"), Decimal("0.599999"))
+    assert found["explain"]["inputs"]["below_percent"] == "99.0%"
+    unknown = (await edge.get(f"{route}?period=2026-12")).ok()
+    assert (unknown["complete"], unknown["availability_percent"], unknown["credit_usd"]) == (True, None, None)
+    for period in ("2027-02", "2027", "2027-13", "0000-01"):
+        assert (await edge.get(f"{route}?period={period}")).refused(400)["errors"][0]["field"] == "period"
+    assert (await edge.get("/agents/urn:asap:agent:none/sla/penalty")).refused(404)
+
+
+async def test_a_cost_that_nobody_knows_has_no_credit(edge: Edge) -> None:
+    await prepare(edge, cost_usd=None)
+    edge.with_settings(sla=config.Sla.model_validate({"credit": [{"below": "99%", "credit": "10%"}]}))
+    found = (await edge.get(f"/agents/{A}/sla/penalty")).ok()
+    assert (found["unpriced_events"], found["cost_usd"], found["credit_usd"]) == (180, None, None)
+    assert found["credit_percent"] == 10
+
+
+# --- maintenance
+
+
+async def test_maintenance_is_declared_listed_ended_and_audited(edge: Edge) -> None:
+    await prepare(edge)
+    sent = {"agent_id": A, "start": format_us(T0 - 2 * HOUR_US), "duration": "90m", "reason": "new disk"}
+    made = (await edge.post("/maintenance", sent, key="operator", headers={"Idempotency-Key": "k"})).ok(201)
+    again = (await edge.post("/maintenance", sent, key="operator", headers={"Idempotency-Key": "k"})).ok(201)
+    assert again == made
+    assert (made["state"], made["agent_id"], made["end"]) == ("over", A, format_us(T0 - 30 * MINUTE_US))
+    metrics = (await edge.get(f"/agents/{A}/sla?window=24h")).ok()["metrics"]
+    assert (metrics["excluded_seconds"], metrics["down_seconds"]) == (5400, 0)
+    assert metrics["tasks_completed"] + metrics["tasks_failed"] == 90
+    ahead = {"start": format_us(T0 + HOUR_US), "end": format_us(T0 + DAY_US), "reason": "move"}
+    planned = (await edge.post("/maintenance", ahead)).ok(201)
+    assert (planned["state"], planned["agent_id"]) == ("planned", None)
+    running = (await edge.post("/maintenance", {"agent": C, "duration": "1h", "reason": "x"})).ok(201)
+    listed = (await edge.get("/maintenance?limit=2")).ok()
+    rest = (await edge.get(f"/maintenance?limit=2&cursor={listed['next_cursor']}")).ok()
+    assert {row["id"] for row in listed["data"] + rest["data"]} == {made["id"], planned["id"], running["id"]}
+    assert [row["id"] for row in (await edge.get("/maintenance?state=running")).ok()["data"]] == [running["id"]]
+    assert (await edge.get(f"/maintenance?agent_id={A}")).ok()["count"] == 2
+    log_name = planned["declared_by"]
+    for one in (planned, running):
+        ended = (await edge.delete(f"/maintenance/{one['id']}")).ok()
+        assert (ended["state"], ended["ended_by"]) == ("over", log_name)
+    assert (await edge.delete(f"/maintenance/{made['id']}")).refused(409)["code"] == "maintenance_over"
+    assert (await edge.delete("/maintenance/mnt_0")).refused(404)["code"] == "maintenance_not_found"
+    log = (await edge.get("/audit/logs?event_type=maintenance.declared")).ok()["data"]
+    assert {entry["subject"] for entry in log} == {A, C, "*"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"reason": ""}, "reason"),
+        ({"duration": None}, "end"),
+        ({"end": "2027-01-16T00:00:00Z"}, "end"),
+        ({"duration": "soon"}, "duration"),
+        ({"duration": "0s"}, "end"),
+        ({"duration": "400d"}, "end"),
+        ({"duration": None, "end": "tomorrow"}, "end"),
+        ({"start": "1960-01-01T00:00:00Z"}, "start"),
+        ({"agent_id": "nobody"}, "agent_id"),
+        ({"agent": C}, "agent"),
+        ({"for": "1h"}, "for"),
+    ],
+)
+async def test_maintenance_that_cannot_be_is_refused_by_field(edge: Edge, change: dict[str, Any], field: str) -> None:
+    await prepare(edge)
+    sent = {"agent_id": A, "duration": "1h", "reason": "x", **change}
+    given = {name: value for name, value in sent.items() if value is not None}
+    assert (await edge.post("/maintenance", given)).refused(422)["errors"][0]["field"] == field
+
+
+async def test_maintenance_is_for_those_who_may_act_for_the_agent(edge: Edge) -> None:
+    await prepare(edge)
+    await edge.new_key("mine", "operator", A)
+    sent = {"duration": "1h", "reason": "x"}
+    assert (await edge.post("/maintenance", sent, key="mine")).refused(403)
+    assert (await edge.post("/maintenance", {**sent, "agent_id": C}, key="mine")).refused(404)
+    assert (await edge.post("/maintenance", {**sent, "agent_id": B})).refused(404)["code"] == "agent_not_found"
+    assert (await edge.post("/maintenance", {**sent, "agent_id": A}, key="mine")).ok(201)
+    theirs = (await edge.post("/maintenance", {**sent, "agent_id": C})).ok(201)
+    everybody = (await edge.post("/maintenance", sent)).ok(201)
+    assert (await edge.delete(f"/maintenance/{theirs['id']}", key="mine")).refused(404)
+    assert (await edge.delete(f"/maintenance/{everybody['id']}", key="mine")).refused(403)
+    seen = (await edge.get("/maintenance", key="mine")).ok()["data"]
+    assert theirs["id"] not in {row["id"] for row in seen}
+    assert everybody["id"] in {row["id"] for row in seen}
