@@ -52,8 +52,10 @@ from asapd.store.units import BreachRow, DeclareMaintenance, EndMaintenance, Mai
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
-# At most twenty reads a second, however fast commits come: each costs the loop a thread hop and a share of the GIL.
-_PAUSE_S = 0.05
+# Following costs the loop a thread hop a turn and a share of the GIL: at most a fifth of the time, however fast commits
+# come. After a single event the next turn is milliseconds away; under full ingest there are some twenty a second.
+_PAUSE_FOR_WORK = 4
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.002, 0.05
 _BEAT_EVERY_S = 1.0
 _TERMS: tuple[TermType, ...] = get_args(TermType)
 # The windows of burn rates move by ten seconds; at each event they are looked at once a second at most.
@@ -174,7 +176,7 @@ class _Watch:
         due_s = -math.inf
         while True:
             self._beat()
-            rung = self.doorbell.count
+            rung, began_s = self.doorbell.count, self._clock.monotonic_s()
             await self._books.catch_up()
             touched = news = self._books.take_touched()
             if self._clock.monotonic_s() >= due_s:
@@ -183,7 +185,8 @@ class _Watch:
             await self._books.advance(touched)
             for agent in sorted(touched):
                 await self._judge(agent, is_news=agent in news)
-            await trio.sleep(_PAUSE_S)
+            worked_s = self._clock.monotonic_s() - began_s
+            await trio.sleep(min(max(_LEAST_PAUSE_S, worked_s * _PAUSE_FOR_WORK), _MOST_PAUSE_S))
             with trio.move_on_after(max(0.0, min(due_s - self._clock.monotonic_s(), _BEAT_EVERY_S))):
                 await self.doorbell.wait(rung)
 
