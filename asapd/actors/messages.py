@@ -8,7 +8,6 @@ from typing import Any, Literal
 from asapd import config
 from asapd.actors.revocations import Imported
 from asapd.core.access import Caller
-from asapd.core.audit import Walk
 from asapd.core.burnrate import BudgetForecast, Burning
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
@@ -496,11 +495,4 @@ class Remark:
     reply: Reply[RowWritten | Refusal]
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyLog:
-    """Walk the whole audit log."""
-
-    reply: Reply[Walk]
-
-
-AuditorMessage = Remark | VerifyLog
+AuditorMessage = Remark

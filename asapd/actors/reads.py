@@ -78,6 +78,13 @@ class ExportPage(msgspec.Struct, frozen=True):
     retired_before_us: int
 
 
+class AuditPage(msgspec.Struct, frozen=True):
+    """Entries of an export as bytes, and up to which number they were looked for."""
+
+    data: bytes
+    last: int
+
+
 class StreamStart(msgspec.Struct, frozen=True):
     """Behind which row a stream begins, what its reader may be told of that, and whether the row given cannot be."""
 
@@ -481,6 +488,23 @@ class Reads:
         return await self._database.read(
             lambda connection: audit.list_entries(connection, filters, limit, after, descending=descending)
         )
+
+    async def audit_page(
+        self,
+        filters: AuditFilter,
+        after: int,
+        through: int,
+        limit: int,
+        encode: Callable[[list[dict[str, Any]]], bytes],
+    ) -> AuditPage:
+        """Up to `limit` entries from behind `after`, none behind `through`, written out in the reader's thread."""
+
+        def read(connection: Any) -> AuditPage:
+            rows = audit.list_entries(connection, filters, limit, after, descending=False)
+            last = rows[-1]["seq"] if len(rows) == limit else through
+            return AuditPage(encode([row for row in rows if row["seq"] <= through]), min(last, through))
+
+        return await self._database.read(read)
 
     async def audit_entry(self, entry: str) -> dict[str, Any] | None:
         """One entry of the audit log."""

@@ -149,71 +149,42 @@ def keygen(out: Path) -> None:
 
 @asapd.command()
 @click.argument("file", type=_FILE)
-@click.option("--public-key", metavar="KEY", help="The key that has to have signed it; audit exports are not signed.")
+@click.option(
+    "--public-key",
+    metavar="KEY",
+    help="The key that has to have signed it: base64, PEM or @FILE; exports are the one kind without a signature.",
+)
 def verify(file: Path, public_key: str | None) -> int:
-    """Check an export of the audit log, or evidence.
+    """Check an export, a checkpoint or a proof of the audit log, or what the daemon signed.
 
-    Needs no daemon; the exit code is 1 when an entry is bad. FILE holds entries as `asapctl audit export` or
-    GET /audit/logs give them, or the evidence of a breach, from which the verdict is computed anew.
+    Needs no daemon and no network; the exit code is 1 when something is wrong, and the first bad place is named. FILE
+    is what `asapctl audit export`, `checkpoint`, `proof` and `receipt` write, checkpoints.log, or the evidence of a
+    breach, from which the verdict is computed anew.
 
     \b
     Examples:
       asapctl audit export audit.ndjson && asapd verify audit.ndjson
+      asapd verify entry.tlog-proof --public-key "$KEY"
       asapctl sla evidence brc_01JD0000000000000000000000 > breach.json && asapd verify breach.json
     """
-    from asapd.cli.verify_evidence import MAX_BYTES, holds_statement
+    from asapd.cli.options import text_or_file
+    from asapd.cli.verified import CannotVerifyError
+    from asapd.cli.verify import verify_file
+    from asapd.wire.keys import KeyFormatError, load_public
 
     try:
-        with file.open("rb") as start:
-            head = start.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
-    if len(head) <= MAX_BYTES and holds_statement(head):
-        return _verify_evidence(file, head, public_key)
-    from asapd.cli.verify import verify_export
-    from asapd.wire.export import NotAnExportError
-
-    try:
-        with file.open("rb") as lines:
-            verdict = verify_export(lines)
-    except OSError as error:
-        raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
-    except NotAnExportError as error:
-        message = f"{file}: {error}; an export of the audit log, as JSON or one entry a line, can be verified"
-        raise Failure(Exit.USAGE, message) from None
-    if public_key is not None:
-        raise Failure(Exit.USAGE, f"{file}: is an export of the audit log, which carries no signature to check")
-    walk = verdict.walk
-    if walk.fault is not None:
-        click.echo(f"bad: entry {walk.fault.seq} ({walk.fault.id or 'no id'}): {walk.fault.reason}")
-        return Exit.NO
-    if verdict.first_seq is None:
-        click.echo("ok: no entries")
-        return Exit.DONE
-    erased = f" ({walk.erased} of them with their content erased)" if walk.erased else ""
-    span = f"{verdict.first_seq} to {walk.seq}"
-    click.echo(f"ok: {walk.verified} entries{erased}, {span}, the last with hash {walk.hash.hex()}")
-    if verdict.first_seq > 1:
-        click.echo(f"the entries before {verdict.first_seq} are not in this file", err=True)
-    return Exit.DONE
-
-
-def _verify_evidence(file: Path, raw: bytes, public_key: str | None) -> int:
-    from asapd.cli.verify_evidence import verify_evidence
-    from asapd.wire.keys import KeyFormatError
-
-    try:
-        verdict = verify_evidence(raw, public_key)
+        key = None if public_key is None else load_public(text_or_file(public_key))
+        verified = verify_file(file, key)
     except KeyFormatError as error:
-        raise Failure(Exit.USAGE, f"--public-key: {error}") from None
-    for fault in verdict.faults:
-        click.echo(f"bad: {fault}")
-    if verdict.faults:
-        return Exit.NO
-    click.echo(f"ok: {verdict.summary}")
-    if public_key is None:
-        click.echo(f"{file}: the key is the one in the file: compare it, or name it with --public-key", err=True)
-    return Exit.DONE
+        raise Failure(Exit.USAGE, f"--public-key {error}") from None
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"{file}: cannot be read: {error.strerror}") from None
+    except CannotVerifyError as error:
+        raise Failure(Exit.USAGE, f"{file}: {error}") from None
+    click.echo(verified.verdict)
+    for remark in verified.remarks:
+        click.echo(remark, err=True)
+    return Exit.DONE if verified.is_good else Exit.NO
 
 
 def main() -> int:

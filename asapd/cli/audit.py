@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
+from asapd.cli.door import segment
 from asapd.cli.options import Session, asks_daemon, moment
-from asapd.cli.outcome import Exit
+from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import encode, show_json, show_table
 from asapd.cli.written import written
+
+_OUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 
 @click.group()
@@ -22,41 +28,81 @@ def _erased(count: int) -> str:
     return f" ({count} of them with their content erased)" if count else ""
 
 
+def _entry_or_moment(text: str) -> str:
+    return text if text.isascii() and text.isdecimal() else moment(text)
+
+
 @audit.command()
+@click.option(
+    "--since", type=_entry_or_moment, metavar="SEQ|TIME", help="Only what is behind this entry, or from this time on."
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="Hold the log to the checkpoints in this file as well: what `audit checkpoint` wrote, or a checkpoints.log.",
+)
 @asks_daemon
-def verify(session: Session) -> int:
+def verify(session: Session, since: str | None, against: Path | None) -> int:
     """Check the whole log.
 
-    The daemon walks all entries; the exit code is 1 when one is bad.
+    The daemon walks all entries, holds them to every checkpoint it has signed, and compares them with what they record;
+    the exit code is 1 when anything is wrong, and the first bad place is named.
 
     \b
-    Example:
+    Examples:
       asapctl audit verify
+      asapctl audit verify --against checkpoint.txt
+      asapctl audit verify --since 24h
     """
-    verdict = session.door.get("/audit/verify")
-    bad = verdict["first_bad"]
+    kept = None if against is None else against.read_bytes()
+    verdict: dict[str, Any] = {}
+    for step in session.door.lines("/audit/verify", kept, since=since, format="ndjson"):
+        verdict = step
+        if "entries" in step and sys.stderr.isatty():
+            click.echo(f"\r{step['verified']:,} of {step['entries']:,} entries", err=True, nl=False)
+    if "valid" not in verdict:
+        raise Failure(Exit.UNREACHABLE, str(verdict.get("detail", "the walk ended before it was done: ask again")))
     if session.as_json:
         show_json(verdict)
-    elif bad is None:
+        return Exit.DONE if verdict["valid"] else Exit.NO
+    bad, reconciled = verdict["first_bad"], verdict["reconciled"] or {}
+    findings = [named for table in reconciled.values() for named in table["named"]]
+    if bad is not None:
+        click.echo(f"bad: entry {bad['seq']} ({bad['id'] or 'no id'}): {bad['reason']}")
+    elif findings:
+        click.echo(f"bad: {sum(table['findings'] for table in reconciled.values())} records and entries do not agree")
+    else:
+        held = verdict["checkpoints"]
         click.echo(
             f"ok: {verdict['verified']} entries{_erased(verdict['erased'])}, "
-            f"the last is {verdict['last_seq']} with hash {verdict['last_hash']}"
+            f"the last is {verdict['last_seq']} with hash {verdict['last_hash']}; "
+            f"{held['held']} checkpoints agree{', those of the file too' if held['remembered'] else ''}"
         )
-    else:
-        click.echo(f"bad: entry {bad['seq']} ({bad['id'] or 'no id'}): {bad['reason']}")
-    if not session.as_json:
-        click.echo(verdict["note"], err=True)
+    for finding in findings:
+        click.echo(f"  {finding}")
+    click.echo(verdict["note"], err=True)
     return Exit.DONE if verdict["valid"] else Exit.NO
 
 
+_FILTERS = (
+    click.option("--actor", help="Only what this one caused."),
+    click.option("--subject", help="Only what is about this."),
+    click.option("--event-type", metavar="TYPE", help="Only this type, such as usage.recorded."),
+    click.option("--task", metavar="ID", help="Only what is about this task."),
+    click.option("--agent", metavar="URN", help="Only what is about this agent."),
+    click.option("--since", "start", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 24h."),
+    click.option("--until", "end", type=moment, metavar="TIME", help="Before then."),
+)
+
+
+def _filtered(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the filters of the log."""
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_FILTERS), command)
+
+
 @audit.command()
-@click.option("--actor", help="Only what this one caused.")
-@click.option("--subject", help="Only what is about this.")
-@click.option("--event-type", metavar="TYPE", help="Only this type, such as usage.recorded.")
-@click.option("--task", metavar="ID", help="Only what is about this task.")
-@click.option("--agent", metavar="URN", help="Only what is about this agent.")
-@click.option("--since", "start", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 24h.")
-@click.option("--until", "end", type=moment, metavar="TIME", help="Before then.")
+@_filtered
 @click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many, the newest."
 )
@@ -90,32 +136,132 @@ def log(session: Session, limit: int, **filters: str | None) -> None:
 
 
 @audit.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-")
-@click.option("--format", "form", type=click.Choice(("ndjson", "json")), help="ndjson unless --json is given.")
+@click.argument("file", type=_OUT, default="-")
+@click.option(
+    "--format", "form", type=click.Choice(("ndjson", "json", "csv", "syslog")), help="ndjson unless --json is given."
+)
+@_filtered
 @asks_daemon
-def export(session: Session, file: Path, form: str | None) -> None:
-    """Write out the whole log.
+def export(session: Session, file: Path, form: str | None, **filters: str | None) -> None:
+    """Write out the log, all of it unless filtered.
 
-    To FILE or to stdout; `asapd verify FILE` checks it anywhere, without a daemon.
+    To FILE or to stdout; a whole export as json or ndjson is checked by `asapd verify FILE` anywhere, without a daemon.
+    csv is safe to open in a spreadsheet; syslog has lines of RFC 5424.
 
     \b
     Examples:
       asapctl audit export audit.ndjson
-      asapctl audit export --format json > audit.json
+      asapctl audit export --format csv --since 30d > audit.csv
     """
-    entries = session.door.rows("/audit/logs")
-    # The first page is asked for before the file is touched, so that a daemon that is away costs nobody a file.
-    first = list(islice(entries, 1))
-    count = 0
-    is_json = (form or ("json" if session.as_json else "ndjson")) == "json"
+    chosen = form or ("json" if session.as_json else "ndjson")
     with written(file) as out:
-        if is_json:
-            out.write(b'{"data":[')
-        for part in (first, entries):
-            for entry in part:
-                out.write((b",\n" if count else b"\n") * is_json + encode(entry) + b"\n" * (not is_json))
-                count += 1
-        if is_json:
-            out.write(b'\n],"count":%d,"next_cursor":null}\n' % count)
+        headers, parts = session.door.download("/audit/export", format=chosen, **filters)
+        for part in parts:
+            out.write(part)
     if str(file) != "-":
-        click.echo(f"{file}: {count} entries", err=True)
+        click.echo(f"{file}: entries up to {headers['asapd-snapshot']}", err=True)
+
+
+def _write(file: Path, content: bytes) -> None:
+    with written(file) as out:
+        out.write(content)
+
+
+@audit.command()
+@click.argument("file", type=_OUT, default="-")
+@asks_daemon
+def checkpoint(session: Session, file: Path) -> None:
+    """Write out a signed checkpoint of the log as it is now.
+
+    To FILE or to stdout. Keep it where this host cannot change it: `audit verify --against FILE` later holds the log to
+    it, and `asapd verify FILE --public-key KEY` checks the signature.
+
+    \b
+    Examples:
+      asapctl audit checkpoint checkpoint.txt
+      asapctl audit checkpoint --json
+    """
+    sealed = session.door.get("/audit/checkpoint", format="json")
+    _write(file, encode(sealed) + b"\n" if session.as_json else sealed["note"].encode())
+
+
+@audit.command()
+@click.argument("entry", required=False)
+@click.argument("file", type=_OUT, default="-")
+@click.option(
+    "--from", "first", type=click.IntRange(min=0), metavar="SIZE", help="Prove that the log went on from there."
+)
+@click.option(
+    "--to", "second", type=click.IntRange(min=0), metavar="SIZE", help="With --from: up to there, not to now."
+)
+@asks_daemon
+def proof(session: Session, entry: str | None, file: Path, first: int | None, second: int | None) -> None:
+    """Write out what proves that ENTRY (an id or a number) is in the log.
+
+    To FILE or to stdout, as a tlog-proof, or as JSON with --json. With --from instead of ENTRY: what proves that the
+    log of so many entries is the beginning of the log as it is now. Both are checked with `asapd verify`.
+
+    \b
+    Examples:
+      asapctl audit proof aud_01JD8Z4M7Q0000000000000000 entry.tlog-proof
+      asapctl audit proof --from 1000
+    """
+    if (entry is None) == (first is None):
+        raise click.UsageError("give an ENTRY or --from, one of them")
+    if first is not None:
+        _write(file, encode(session.door.get("/audit/proof/consistency", **{"from": first, "to": second})) + b"\n")
+        return
+    if session.as_json:
+        _write(file, encode(session.door.get("/audit/proof/inclusion", id=entry)) + b"\n")
+        return
+    _, parts = session.door.download("/audit/proof/inclusion", id=entry, format="tlog-proof")
+    _write(file, b"".join(parts))
+
+
+@audit.command()
+@click.argument("task")
+@click.argument("file", type=_OUT, default="-")
+@asks_daemon
+def receipt(session: Session, task: str, file: Path) -> None:
+    """Write out a signed receipt of what TASK used and cost.
+
+    To FILE or to stdout, as JSON: the sums, every entry behind them with what proves it to be in the log, and the
+    delegations it was done under. `asapd verify FILE --public-key KEY` checks all of it.
+
+    \b
+    Example:
+      asapctl audit receipt task-7f3a receipt.json
+    """
+    with written(file) as out:
+        _, parts = session.door.download(f"/tasks/{segment(task)}/receipt")
+        out.writelines(parts)
+        out.write(b"\n")
+
+
+@audit.command()
+@click.argument("consumer")
+@click.option("--reason", required=True, help="Why, such as the number of the request; it is entered into the log.")
+@click.option("--dry-run", is_flag=True, help="Only say how much there is.")
+@asks_daemon
+def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
+    """Erase what is kept of CONSUMER, which cannot be undone.
+
+    Its rows get a pseudonym instead of its name, and keep counting; its entries in the log lose their content, and keep
+    their place: the log and all proofs still verify.
+
+    \b
+    Examples:
+      asapctl audit erase urn:asap:agent:desk --reason "request 17" --dry-run
+    """
+    path = "/audit/erase?dry_run=true" if dry_run else "/audit/erase"
+    body = {"consumer": consumer, "reason": reason}
+    first = done = session.door.post(path, body)
+    while done["more"]:
+        done = session.door.post(path, body)
+    if session.as_json:
+        show_json({**first, "more": False})
+        return
+    would = "would be erased" if dry_run else f"erased, now {first['pseudonym']}"
+    click.echo(
+        f"{consumer}: {first['entries']} entries, {first['usage']} events, {first['task']} steps of tasks {would}"
+    )

@@ -1,43 +1,94 @@
-"""The offline check behind `asapd verify`: an export of the audit log, without a daemon."""
+"""The offline check behind `asapd verify`: looks what kind of file it is, and has the module of that kind check it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from msgspec import Struct
-from msgspec.structs import replace
+from asapd.cli import verify_checkpoint, verify_evidence, verify_export, verify_proof, verify_receipt
+from asapd.cli.verified import CannotVerifyError, Verified
+from asapd.wire.export import NotAnExportError
+from asapd.wire.keys import public_base64
+from asapd.wire.signed_note import SIGNATURE_MARK, NoteMalformedError
+from asapd.wire.statement import is_statement
+from asapd.wire.strict_json import TokenMalformed, parse_strict_json
+from asapd.wire.tlog_proof import HEADER
 
-from asapd.core.audit import Fault, Walk, verify
-from asapd.wire.export import BadEntryError, read_entry, read_rows
+MAX_BYTES = 256 << 20
+"""Of what is read as a whole; an export of one entry a line may be of any length."""
+
+DOCUMENTS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any], bytes | None], Verified]], ...] = (
+    (verify_proof.is_inclusion, verify_proof.verify_inclusion),
+    (verify_proof.is_consistency, verify_proof.verify_consistency),
+    (verify_receipt.is_receipt, verify_receipt.verify_receipt),
+    (verify_checkpoint.is_wrapped, verify_checkpoint.verify_wrapped),
+)
+"""JSON documents by what they hold: whether one is of a kind, and what verifies it."""
 
 
-class Verdict(Struct, frozen=True):
-    """What a walk of an export found. `first_seq` is the number of the first entry, None when there is none."""
-
-    first_seq: int | None
-    walk: Walk
-
-
-def verify_export(lines: Iterable[bytes]) -> Verdict:
-    """Check payloads, hashes and the chain of an export. It may start at any entry, and has no holes from there.
+def verify_file(path: Path, public_key: bytes | None) -> Verified:
+    """Check a file with the signer's raw public key, where the kind has a signature.
 
     Raises:
-        NotAnExportError: the file holds no audit entries.
+        CannotVerifyError: it is of no kind that can be checked, or needs a key.
+        OSError: it cannot be read.
     """
-    first_seq: int | None = None
-    walk = Walk()
+    with path.open("rb") as file:
+        start = file.read(1 << 12)
+    first = start.lstrip()[:1]
+    if first not in {b"{", b"["}:
+        return _verify_text(path, start, public_key)
+    if (document := _document(path)) is not None:
+        if is_statement(document):
+            return _verify_evidence(path.read_bytes(), public_key)
+        for is_kind, verify in DOCUMENTS:
+            if is_kind(document):
+                return verify(document, public_key)
+    if public_key is not None:
+        raise CannotVerifyError("is an export of the audit log, which carries no signature to check")
     try:
-        for row in read_rows(lines):
-            entry = read_entry(row)
-            if first_seq is None:
-                first_seq = entry.seq
-                if entry.seq > 1:
-                    # What came before is not here: the chain is judged from this entry on.
-                    walk = Walk(entry.seq - 1, entry.previous_hash)
-            walk = verify((entry,), walk)
-            if walk.fault is not None:
-                break
-    except BadEntryError as error:
-        fault = Fault(walk.seq + 1 if error.seq is None else error.seq, error.id, error.reason)
-        walk = replace(walk, fault=fault)
-    return Verdict(first_seq, walk)
+        with path.open("rb") as lines:
+            return verify_export.verify(lines)
+    except NotAnExportError as error:
+        raise CannotVerifyError(f"{error}; {KINDS} can be verified") from None
+
+
+def _verify_evidence(raw: bytes, public_key: bytes | None) -> Verified:
+    found = verify_evidence.verify_evidence(raw, None if public_key is None else public_base64(public_key))
+    if found.faults:
+        return Verified(False, "\n".join(f"bad: {fault}" for fault in found.faults))
+    remark = "the key is the one in the file: compare it, or name it with --public-key"
+    return Verified(True, f"ok: {found.summary}", () if public_key is not None else (remark,))
+
+
+KINDS = "an export of the audit log, a checkpoint, a proof or a signed statement"
+
+
+def _verify_text(path: Path, start: bytes, public_key: bytes | None) -> Verified:
+    if path.stat().st_size > MAX_BYTES:
+        raise CannotVerifyError(f"is larger than {MAX_BYTES >> 20} MiB; {KINDS} can be verified")
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise CannotVerifyError(f"is not text; {KINDS} can be verified") from None
+    try:
+        if start.startswith(HEADER.encode()):
+            return verify_proof.verify_text(text, public_key)
+        if f"\n{SIGNATURE_MARK}" in text:
+            return verify_checkpoint.verify(text, public_key)
+    except NoteMalformedError as error:
+        raise CannotVerifyError(f"{error}; {KINDS} can be verified") from None
+    raise CannotVerifyError(f"{'holds something else' if text.strip() else 'is empty'}; {KINDS} can be verified")
+
+
+def _document(path: Path) -> dict[str, Any] | None:
+    """The file as one JSON object; None when it is a list, lines, too long or no JSON, as an export may be."""
+    if path.stat().st_size > MAX_BYTES:
+        return None
+    try:
+        document = parse_strict_json(path.read_bytes())
+    except TokenMalformed:
+        return None
+    return document if isinstance(document, dict) else None

@@ -8,11 +8,7 @@ from msgspec import Struct
 
 from asapd.core.evidence import EvidenceError, differences
 from asapd.wire.keys import key_id, load_public
-from asapd.wire.statement import StatementMalformed, decode_statement, is_statement
-from asapd.wire.strict_json import TokenMalformed, parse_strict_json
-
-MAX_BYTES = 4 << 20
-"""Evidence has a thousand stretches of uptime and two histograms at most: a few hundred kilobytes."""
+from asapd.wire.statement import StatementMalformed, decode_statement
 
 
 class EvidenceVerdict(Struct, frozen=True):
@@ -20,14 +16,6 @@ class EvidenceVerdict(Struct, frozen=True):
 
     faults: list[str]
     summary: str
-
-
-def holds_statement(raw: bytes) -> bool:
-    """Whether a file says that it is evidence."""
-    try:
-        return is_statement(parse_strict_json(raw))
-    except TokenMalformed:
-        return False
 
 
 def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:

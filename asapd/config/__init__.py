@@ -30,6 +30,8 @@ from asapd.config.model import (
     Store,
     Tls,
     Webhook,
+    Witness,
+    WitnessedLog,
 )
 from asapd.config.places import default_runtime_dir, default_state_dir
 from asapd.config.values import Bind, duration_text, read_duration
@@ -67,6 +69,8 @@ __all__ = [
     "Store",
     "Tls",
     "Webhook",
+    "Witness",
+    "WitnessedLog",
     "default_runtime_dir",
     "default_state_dir",
     "diff",

@@ -320,6 +320,19 @@ class Alerts(_Section):
     commands: Many[Command] = Field(default=(), alias="command")
 
 
+class Witness(_Section):
+    """Another daemon that is shown every checkpoint, at the URL before `/add-checkpoint`, and signs it with its key."""
+
+    url: WebhookUrl
+    public_key: PublicKey
+
+
+class WitnessedLog(_Section):
+    """Another daemon whose checkpoints are signed here."""
+
+    public_key: PublicKey
+
+
 class Audit(_Section):
     """The audit log."""
 
@@ -327,6 +340,13 @@ class Audit(_Section):
     checkpoint_every_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, DAY_US))] = Field(
         default=60 * SECOND_US, alias="checkpoint_every"
     )
+    verify_every_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
+        default=HOUR_US, alias="verify_every"
+    )
+    witnesses: Many[Witness] = Field(default=(), alias="witness")
+    witness_for: Many[WitnessedLog] = ()
+    witness_file: Path | None = None
+    witness_command: Many[Text] = ()
 
 
 class Retention(_Section):

@@ -7,10 +7,8 @@ from asapd.config.model import Config
 
 def settings_without_effect(config: Config) -> tuple[str, ...]:
     """The settings of a file that ask for something this version does not do, by their names in the file."""
-    defaults = Config()
     found = {
         "audit.enabled": not config.audit.enabled,
-        "audit.checkpoint_every": config.audit.checkpoint_every_us != defaults.audit.checkpoint_every_us,
         "retention.audit": config.retention.audit_us is not None,
     }
     return tuple(name for name, asked in found.items() if asked)

@@ -8,6 +8,7 @@ keys, so that sorted compact JSON is the RFC 8785 form.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -126,6 +127,58 @@ def verify(entries: Iterable[Entry], start: Walk = Walk()) -> Walk:  # noqa: B00
             return Walk(seq, previous, verified, Fault(entry.seq, entry.id, reason), erased)
         seq, previous, verified, erased = entry.seq, entry.hash, verified + 1, erased + (entry.salt is None)
     return Walk(seq, previous, verified, None, erased)
+
+
+RawEntry = tuple[int, bytes, int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, bytes, bytes, bytes]
+"""The columns of an entry in the order of `Entry`, all text as the bytes it is stored as."""
+
+
+def verify_raw(rows: Iterable[RawEntry], start: Walk = Walk()) -> Walk:  # noqa: B008 -- frozen, so sharing is safe
+    """Like `verify`, for rows as stored: a third of its time, because what entries have in common is made once."""
+    seq, previous, verified, erased = start.seq, start.hash, start.verified, start.erased
+    actors: dict[bytes, bytes] = {}
+    for row in rows:
+        number, entry_id, timestamp_us, kind, actor, subject, details, salt, payload, before, digest = row
+        try:
+            if salt is None or actor is None or subject is None or details is None:
+                fits = salt is actor is subject is details is None
+            else:
+                head = actors.get(actor)
+                if head is None:
+                    # A stored actor is text of a user's; few of them share a log, and a bound keeps it so.
+                    head = actors[actor] = b'{"actor":%b,"details":' % _text.encode(actor.decode())
+                    if len(actors) > _MAX_ACTORS:
+                        actors.clear()
+                if not subject.translate(None, _PLAIN):
+                    text = b'%b%b%b,"subject":"%b"}' % (salt, head, details, subject)
+                else:
+                    text = b'%b%b%b,"subject":%b}' % (salt, head, details, _text.encode(subject.decode()))
+                fits = sha256(text).digest() == payload
+            own = sha256(
+                b'{"event_type":"%b","id":"%b","payload_hash":"%b","previous_hash":"%b","seq":%d,"timestamp":"%b"}'
+                % (kind, entry_id, payload.hex().encode(), before.hex().encode(), number, _time(timestamp_us))
+            ).digest()
+        except (UnicodeDecodeError, OverflowError, ValueError):
+            fits = False
+        if not fits or own != digest or before != previous or number != seq + 1:
+            shown = (entry_id.decode("utf-8", "replace"), kind.decode("utf-8", "replace"))
+            entry = Entry(
+                number, shown[0], timestamp_us, shown[1], actor, subject, details, salt, payload, before, digest
+            )
+            reason = _fault(entry, seq + 1, previous) or "id or event_type is not UTF-8"
+            return Walk(seq, previous, verified, Fault(number, entry.id, reason), erased)
+        seq, previous, verified, erased = number, digest, verified + 1, erased + (salt is None)
+    return Walk(seq, previous, verified, None, erased)
+
+
+_MAX_ACTORS = 1_000
+_PLAIN = bytes(code for code in range(0x20, 0x7F) if code not in b'"\\')
+"""What stands in JSON text as it is."""
+
+
+@lru_cache(maxsize=64)
+def _time(timestamp_us: int) -> bytes:
+    return format_us(timestamp_us).encode()
 
 
 def _fault(entry: Entry, seq: int, previous: bytes) -> str | None:

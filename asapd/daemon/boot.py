@@ -59,11 +59,19 @@ def load(path: Path | None) -> Loaded:
                 pinned[agent.id] = load_public(agent.public_key)
             except KeyFormatError as error:
                 problems.append(Problem(None, f"agents[{index}].public_key", str(error)))
-    for index, source in enumerate(loaded.delegation.revocation_sources):
+    others = [
+        *(
+            (f"delegation.revocation_source[{n}]", one.public_key)
+            for n, one in enumerate(loaded.delegation.revocation_sources)
+        ),
+        *((f"audit.witness[{n}]", one.public_key) for n, one in enumerate(loaded.audit.witnesses)),
+        *((f"audit.witness_for[{n}]", one.public_key) for n, one in enumerate(loaded.audit.witness_for)),
+    ]
+    for place, key in others:
         try:
-            load_public(source.public_key)
+            load_public(key)
         except KeyFormatError as error:
-            problems.append(Problem(None, f"delegation.revocation_source[{index}].public_key", str(error)))
+            problems.append(Problem(None, f"{place}.public_key", str(error)))
     if problems:
         raise ConfigError(problems, name)
     for setting in config.settings_without_effect(loaded):
@@ -118,6 +126,11 @@ class Premises:
     def database(self) -> Path:
         """The one file that holds everything."""
         return self.state_dir / "asapd.db"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints of the audit log stand as text."""
+        return self.state_dir / "checkpoints.log"
 
     @property
     def admin_key(self) -> Path:

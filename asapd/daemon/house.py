@@ -34,6 +34,7 @@ from asapd.core.access import Caller, Tenants
 from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.daemon import descriptors
+from asapd.daemon.auditing import Auditing
 from asapd.daemon.boot import BootError, Loaded, Premises, write_private
 from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
@@ -137,6 +138,9 @@ class House:
         self._prober = ProberSettings(loaded.config.prober, loaded.agents, loaded.config.delegation.key_overlap_us)
         self._watcher = WatcherSettings(loaded.config.sla)
         self._janitor = JanitorSettings(loaded.config.retention, loaded.config.metering)
+        self._auditing = Auditing(
+            self._database, self._clock, premises, loaded.config.audit, self._log.getChild("audit"), _new_id
+        )
         self._writer_supervisor = self._supervise([Actor("writer", self._runner.run, lambda: self._runner.pending)])
         self._actors = self._supervise(self._make_actors())
         self._loops = self._supervise(self._make_loops())
@@ -232,7 +236,12 @@ class House:
                 task_status=task_status,
             )
 
-        return [Actor("notifier", notifier), Actor("dispatcher", dispatcher), Actor("janitor", janitor)]
+        return [
+            Actor("notifier", notifier),
+            Actor("dispatcher", dispatcher),
+            Actor("janitor", janitor),
+            *self._auditing.loops(lambda name: self._loops.beater(name)),  # noqa: PLW0108 -- it is not made yet
+        ]
 
     def _services(self) -> Services:
         showing = self._showing()
@@ -277,6 +286,11 @@ class House:
                 breach, evidence, self._premises.identity, self._clock.now_us()
             ),
             throttle=throttle,
+            sealer=self._auditing.sealer,
+            verifier=self._auditing.verifier,
+            erase=self._auditing.erase,
+            witnesses=self._auditing.witnesses,
+            receipts=self._auditing.receipts,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
         )
@@ -304,6 +318,7 @@ class House:
                 try:
                     await self._prepare_store()
                     await self._run_actors()
+                    await self._auditing.seal_last(GRACE_S)
                 finally:
                     # First, so that the writer is the last to close the file: that one folds the WAL into it.
                     self._readers.close()
@@ -312,6 +327,7 @@ class House:
             house.cancel_scope.cancel()
 
     async def _prepare_store(self) -> None:
+        await self._auditing.sealer.check()
         _, newest = await self._database.read(breaches.alert_bounds)
         self._feed = Feed(FEED, last=newest)
         self._dispatch.replace(self._targets.of(self._settings, self._secrets))
@@ -481,6 +497,7 @@ class House:
         # Users and groups may have been renamed: a reload is when the operator wants that seen.
         names_of.cache_clear()
         self._janitor.retention, self._janitor.metering = settings.retention, settings.metering
+        self._auditing.adopt(settings.audit)
         self._registry.skew_us = settings.metering.clock_skew_max_us
         self._fetcher.allow(settings.prober.allow)
 
@@ -509,10 +526,11 @@ class House:
         head, digest = await self._reads.audit_head()
         keys = {"problems": self._registry.key_problems, "unconfirmed": await self._reads.unconfirmed_keys()}
         usage = {"unpriced_events": await self._reads.unpriced_events()}
+        audit = {"seq": head, "hash": digest, **await self._auditing.status()}
         agents = {**await self._reads.agents_standing(), "not_probed": sorted(self._prober.unprobed.noted())[:100]}
         alerts = {"last": self._feed.last, "targets": await self._desk.targets()}
         found = {"agents": agents, "keys": keys, "usage": usage, "alerts": alerts}
-        return {**showing.status(), "audit": {"seq": head, "hash": digest}, **found}
+        return {**showing.status(), "audit": audit, **found}
 
     async def _metrics(self, showing: Showing) -> bytes:
         return showing.metrics(await self._status(showing))

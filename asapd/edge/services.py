@@ -21,9 +21,13 @@ from asapd.actors.messages import (
 )
 from asapd.actors.notifier import Subscription
 from asapd.actors.reads import Reads
+from asapd.actors.receipts import Receipts
 from asapd.actors.repricer import Progress, RepriceRequest
 from asapd.actors.revocations import Revocations
+from asapd.actors.sealer import Sealer
 from asapd.actors.unprobed import Unprobed
+from asapd.actors.verifier import Verifier
+from asapd.actors.witnesses import Witnesses
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
@@ -95,6 +99,16 @@ class Services:
     """Acknowledgements, silences, named cursors, push targets."""
     sign_evidence: Callable[[dict[str, Any], dict[str, Any]], bytes]
     """Makes a breach as users see it, and its evidence, a statement signed by the daemon."""
+    sealer: Sealer
+    """Checkpoints of the audit log."""
+    verifier: Verifier
+    """Walks over the audit log."""
+    witnesses: Witnesses
+    """Signs checkpoints of other logs."""
+    erase: Callable[[str, str, str, bool], Awaitable[dict[str, Any] | Refusal]]
+    """Erases a consumer, for a reason and an actor, or with True says how much there is of it."""
+    receipts: Receipts
+    """Signed statements about tasks."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import apsw
 import msgspec
 
-from asapd.core.audit import Entry, Fault, Walk, verify
 from asapd.core.types import format_us
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
@@ -100,25 +98,3 @@ def head(connection: apsw.Connection) -> tuple[int, str]:
     """The number and hash of the newest entry; (0, 64 zeros) when there is none."""
     row = fetch_one(connection, "SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
     return (0, "0" * 64) if row is None else (row[0], row[1].hex())
-
-
-# Text is read as bytes: a flipped byte may have made it anything but UTF-8.
-_RAW = (
-    "SELECT seq, CAST(id AS BLOB), timestamp_us, CAST(event_type AS BLOB), CAST(actor AS BLOB), CAST(subject AS BLOB), "
-    "CAST(details AS BLOB), salt, payload_hash, previous_hash, hash FROM audit WHERE seq >= ? ORDER BY seq LIMIT ?"
-)
-
-
-def _entries(connection: apsw.Connection, first: int, limit: int) -> Iterator[Entry]:
-    for row in fetch(connection, _RAW, (first, limit)):
-        entry_id, event_type = (row[index].decode("utf-8", "replace") for index in (1, 3))
-        yield Entry(row[0], entry_id, row[2], event_type, *row[4:])
-
-
-def verify_step(connection: apsw.Connection, walk: Walk, limit: int) -> Walk:
-    """Verify up to `limit` entries on from where a walk stands."""
-    first = walk.seq + 1 if walk.seq else -(2**63)  # a forged entry may stand before the first
-    try:
-        return verify(_entries(connection, first, limit), walk)
-    except apsw.CorruptError as error:
-        return msgspec.structs.replace(walk, fault=Fault(walk.seq + 1, None, f"the database file is damaged: {error}"))

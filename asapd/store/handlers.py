@@ -15,6 +15,7 @@ from asapd.store import (
     budgets,
     corrections,
     delivery,
+    erasure,
     horizon,
     keys,
     ledger,
@@ -23,6 +24,7 @@ from asapd.store import (
     reservations,
     retention,
     revocations,
+    seals,
     silences,
     sweep,
     tasks,
@@ -31,6 +33,7 @@ from asapd.store import (
     usage,
     voids,
     watching,
+    witnessing,
 )
 from asapd.store.tx import Tx
 
@@ -78,6 +81,10 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], units.AnyResult]] = {
     units.CreateKey: keys.create,
     units.RevokeKey: keys.revoke,
     units.Note: audit.note,
+    units.Seal: seals.seal,
+    units.EraseConsumer: erasure.erase,
+    units.Witness: witnessing.witness,
+    units.KeepCosignature: witnessing.keep,
     units.Sweep: sweep.sweep,
 }
 

@@ -10,6 +10,7 @@ import apsw
 from ulid import base32
 
 from asapd.core.audit import GENESIS, Draft, canonical_details, chain
+from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
 
@@ -94,6 +95,11 @@ class Tx:
             self._names[name] = number
         return number
 
+    def rename(self, name: str, to: str) -> None:
+        """Have a number stand for another name from now on; without a number for it, nothing happens."""
+        self.execute("UPDATE name SET name = ? WHERE name = ?", (to, name))
+        self._names.pop(name, None)
+
     def new_id(self, prefix: str, now_us: int) -> str:
         """A ULID with a type prefix, its time taken from the unit: `use_01J...`."""
         return self.new_ids(prefix, now_us, 1)[0]
@@ -115,7 +121,7 @@ class Tx:
 
     def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
         """Chain one entry to the log; it is written with its unit or not at all."""
-        self.audit_all(event_type, actor, [(subject, canonical_details(details))], now_us)
+        self.audit_all(event_type, actor, [(subject, canonical_details(masked_details(details)))], now_us)
 
     def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""

@@ -862,6 +862,64 @@ class NotWritten(msgspec.Struct, frozen=True, tag=True):
     full: bool
 
 
+class Sealed(msgspec.Struct, frozen=True, tag=True):
+    """Nodes of the log's tree are kept, up to this size."""
+
+    size: int
+
+
+class Seal(Unit[Sealed], frozen=True):
+    """Keep nodes of the tree over the audit log (level, index, hash), and a checkpoint of it unless `note` is None."""
+
+    size: int
+    root: bytes
+    nodes: list[tuple[int, int, bytes]]
+    note: str | None
+    now_us: int
+
+
+class Witnessed(msgspec.Struct, frozen=True, tag=True):
+    """The size of a log that was seen last, and whether it is the one that was just shown."""
+
+    size: int
+    is_taken: bool
+
+
+class Witness(Unit[Witnessed | Refusal], frozen=True):
+    """Take a checkpoint of another log for its newest, if the proof leads there from the size that was seen last."""
+
+    origin: str
+    old_size: int
+    size: int
+    root: bytes
+    proof: list[bytes]
+
+
+class KeepCosignature(Unit[RowWritten], frozen=True):
+    """Keep what a witness signed of a checkpoint."""
+
+    size: int
+    witness: str
+    line: str
+
+
+class Erased(msgspec.Struct, frozen=True, tag=True):
+    """So many entries have no payload any more."""
+
+    entries: int
+
+
+class EraseConsumer(Unit[Erased | Refusal], frozen=True):
+    """Give a consumer a pseudonym wherever it is named, and erase the payloads of these entries."""
+
+    consumer: str
+    pseudonym: str
+    seqs: list[int]
+    reason: str
+    actor: str
+    now_us: int
+
+
 class KeepHorizon(Unit[RowWritten], frozen=True):
     """Take no events from before `edge_us` any more, nor from longer than `late_max_us` before the newest commit."""
 
@@ -913,6 +971,10 @@ AnyUnit = (
     | RevokeKey
     | RecordTask
     | Note
+    | Seal
+    | EraseConsumer
+    | Witness
+    | KeepCosignature
     | Sweep
 )
 AnyResult = (
@@ -940,6 +1002,9 @@ AnyResult = (
     | Silence
     | Maintenance
     | ApiKey
+    | Sealed
+    | Erased
+    | Witnessed
     | Swept
     | Failed
     | NotWritten

@@ -156,18 +156,19 @@ class Csv:
 
     def begin(self) -> bytes:
         """The header."""
-        return _csv([COLUMNS])
+        return csv_records([COLUMNS])
 
     def rows(self, rows: Rows) -> bytes:
         """A record for each."""
-        return _csv([csv_cell(row[name]) for name in COLUMNS] for row in rows)
+        return csv_records([csv_cell(row[name]) for name in COLUMNS] for row in rows)
 
     def end(self) -> bytes:
         """Nothing."""
         return b""
 
 
-def _csv(records: Any) -> bytes:
+def csv_records(records: Any) -> bytes:
+    """Records of RFC 4180."""
     out = io.StringIO(newline="")
     csv.writer(out, lineterminator="\r\n").writerows(records)
     return out.getvalue().encode()

@@ -20,9 +20,11 @@ from uuid import uuid4
 import apsw
 import msgspec
 import pytest
+from nacl.signing import SigningKey
 
 from asapd.cli.door import Door
 from asapd.cli.outcome import Exit
+from asapd.wire.keys import public_base64
 from tests.cli.programs import CONFIG, Daemon, Program
 
 PATIENCE_S = 20.0
@@ -445,6 +447,40 @@ def test_the_log_is_filtered_and_shown_with_the_newest_last(daemon: Daemon, ctl:
     assert ctl("audit", "log", "--agent", agent).out.count("usage.recorded") == 3
 
 
+def test_checkpoints_and_proofs_verify_offline_with_the_key_alone(
+    daemon: Daemon, ctl: Program, host: Program, tmp_path: Path
+) -> None:
+    report(daemon, urn(), count=3)
+    shown = ctl("audit", "checkpoint", "--json").json
+    entry = ctl("audit", "log", "--limit", "1", "--json").json["data"][0]["id"]
+    key = shown["public_key"]
+    report(daemon, urn(), count=2)
+    files = [tmp_path / name for name in ("note", "note.json", "proof", "proof.json", "consistency")]
+    for file, command in zip(
+        files,
+        (
+            ("checkpoint", files[0]),
+            ("checkpoint", files[1], "--json"),
+            ("proof", entry, files[2]),
+            ("proof", entry, files[3], "--json"),
+        ),
+        strict=False,
+    ):
+        assert ctl("audit", *command).code == Exit.DONE, file
+    files[4].write_text(ctl("audit", "proof", "--from", shown["size"]).out)
+    for file in files:
+        ran = host("verify", file, "--public-key", key)
+        assert (ran.code, ran.out[:4]) == (Exit.DONE, "ok: "), (file, ran)
+        ran = host("verify", file)
+        assert (ran.code, "--public-key" in ran.err) == (Exit.USAGE, True)
+        ran = host("verify", file, "--public-key", public_base64(bytes(SigningKey.generate().verify_key)))
+        assert (ran.code, ran.out[:4]) == (Exit.NO, "bad:"), (file, ran)
+    assert files[2].read_text().startswith("c2sp.org/tlog-proof@v1\nextra ")
+    for wrong in ((), (entry, "--from", "1")):
+        assert ctl("audit", "proof", *wrong).code == Exit.USAGE
+    assert ctl("audit", "proof", "none").code == Exit.USAGE
+
+
 def test_the_export_of_a_verified_log_verifies_offline(
     daemon: Daemon, ctl: Program, host: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,13 +511,18 @@ def test_an_export_that_fails_leaves_the_file_as_it_was(
     file = tmp_path / "log"
     file.write_text("old")
     assert ctl("audit", "export", file, "--socket", "/nowhere").code == Exit.UNREACHABLE
-    whole = Door.rows
+    whole = Door.download
 
-    def broken(door: Door, path: str, **parameters: Any) -> Iterator[dict[str, Any]]:
-        yield next(whole(door, path, **parameters))
-        raise OSError(28, "No space left on device")
+    def broken(door: Door, path: str, **parameters: Any) -> tuple[dict[str, str], Iterator[bytes]]:
+        headers, parts = whole(door, path, **parameters)
 
-    monkeypatch.setattr(Door, "rows", broken)
+        def broken_parts() -> Iterator[bytes]:
+            yield from list(parts)[:1]
+            raise OSError(28, "No space left on device")
+
+        return headers, broken_parts()
+
+    monkeypatch.setattr(Door, "download", broken)
     ran = ctl("audit", "export", file)
     assert (ran.code, "No space left" in ran.err) == (Exit.USAGE, True)
     assert [path.name for path in tmp_path.iterdir()] == ["log"]

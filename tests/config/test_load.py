@@ -178,7 +178,7 @@ def test_the_message_has_path_line_field_and_reason() -> None:
         ("[htpp]\nbind = []", "htpp", 'did you mean "http"?'),
         ("[http]\nstate_dir = '/x'", "http.state_dir", "it belongs at the top of the file"),
         ("[sla]\nhealthy_after = 1", "sla.healthy_after", "it belongs in [prober]"),
-        ("[audit]\nzzz = 1", "audit.zzz", "known here are: enabled, checkpoint_every"),
+        ("[audit]\nzzz = 1", "audit.zzz", "known here are: enabled, checkpoint_every, verify_every, witness"),
         ('"a\\nb" = 1', '"a\\nb"', "unknown setting"),
         ("[store]\nsynchronous = 'off'", "store.synchronous", 'must be "full" or "normal"'),
         ("[audit]\nenabled = 'yes'", "audit.enabled", "true or false"),

@@ -103,6 +103,12 @@ def test_a_public_key_that_is_no_point_of_the_curve_is_named(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as refused:
         load(path)
     assert "delegation.revocation_source[0].public_key" in str(refused.value)
+    bad = f'public_key = "{public_base64(bytes(32))}"\n'
+    path.write_text(f'[[audit.witness]]\nurl = "http://127.0.0.1:1"\n{bad}[[audit.witness_for]]\n{bad}')
+    with pytest.raises(ConfigError) as refused:
+        load(path)
+    for place in ("audit.witness[0].public_key", "audit.witness_for[0].public_key"):
+        assert place in str(refused.value)
 
 
 # --- occupying

@@ -62,6 +62,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("POST", "/usage/none/void", {"reason": "x"}, frozenset({"operator", "admin"}), 404),
     ("GET", "/tasks", None, READ, 200),
     ("GET", "/tasks/none", None, READ, 404),
+    ("GET", "/tasks/none/receipt", None, READ, 404),
     ("GET", "/budgets", None, READ, 200),
     ("GET", "/budgets/none", None, READ, 404),
     ("POST", "/retention?dry_run=true", None, READ, 200),
@@ -118,6 +119,12 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/audit/logs", None, READ, 200),
     ("GET", "/audit/logs/1", None, READ, 200),
     ("GET", "/audit/verify", None, READ, 200),
+    ("POST", "/audit/verify", {}, READ, 422),
+    ("POST", "/audit/erase", {}, frozenset({"admin"}), 422),
+    ("GET", "/audit/export?format=csv", None, READ, 200),
+    ("GET", "/audit/checkpoint", None, READ, 200),
+    ("GET", "/audit/proof/inclusion?id=1", None, READ, 200),
+    ("GET", "/audit/proof/consistency?from=1", None, READ, 200),
     ("GET", "/status", None, READ, 200),
     ("GET", "/metrics", None, READ, 200),
     ("POST", "/agents", {}, frozenset({"operator", "admin"}), 422),
@@ -170,6 +177,10 @@ async def test_every_route_there_is_was_tried(daemon: Daemon) -> None:
     tried |= {("POST", "/v1/traces"), ("POST", "/v1/metrics")}
     # A stream does not end: tests/edge/http/test_usage_more.py, tests/edge/http/test_events.py
     tried |= {("GET", "/usage/stream"), ("GET", "/events")}
+    # It takes no key, only what a log that is witnessed has signed: tests/edge/http/test_audit.py
+    tried.add(("POST", "/witness/add-checkpoint"))
+    # A stream does not end: tests/edge/http/test_usage_more.py
+    tried.add(("GET", "/usage/stream"))
     there = {
         (method, _shape(rule.rule))
         for rule in app.url_map.iter_rules()

@@ -279,5 +279,6 @@ def test_after_a_stop_the_one_file_holds_everything(daemon: Daemon) -> None:
         "admin.key",
         "asapd.db",
         "asapd.lock",
+        "checkpoints.log",
         "identity.pem",
     ]

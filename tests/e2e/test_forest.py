@@ -17,10 +17,9 @@ import apsw
 import pytest
 import trio
 
-from asapd.core.audit import Walk
 from asapd.core.ledger import Estimate
 from asapd.core.types import SECOND_US
-from asapd.store import audit
+from asapd.store import audit, verifying
 from asapd.store.units import (
     AnyUnit,
     Envelope,
@@ -252,7 +251,7 @@ def check_denials(wishes: list[Wish], found: dict[str, tuple[int, ...]]) -> None
 def replay(daemon: Daemon, path: Path) -> dict[str, tuple[int, ...]]:
     """Run the units that the audit log tells of on an empty store, one by one in their order; its counters."""
     with read_only(daemon) as source:
-        assert audit.verify_step(source, Walk(), 100_000).fault is None
+        assert verifying.report(source, verifying.Request()).is_valid
         tokens = dict(source.execute("SELECT id, token FROM delegation").fetchall())
         entries = audit.list_entries(source, audit.AuditFilter(), 100_000, 0, descending=False)
     connection = open_for_writing(path, synchronous="off")

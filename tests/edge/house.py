@@ -25,6 +25,7 @@ from asapd import config
 from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.auditor import run_auditor
 from asapd.actors.dispatcher import Dispatch, run_dispatcher
+from asapd.actors.eraser import erase_consumer
 from asapd.actors.gatekeeper import KeyRing, run_gatekeeper
 from asapd.actors.janitor import JanitorSettings, apply_retention
 from asapd.actors.messages import CreateKeyRequest
@@ -32,10 +33,14 @@ from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
 from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
+from asapd.actors.receipts import Receipts
 from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
 from asapd.actors.revocations import Revocations
+from asapd.actors.sealer import Sealer
+from asapd.actors.verifier import Verifier
 from asapd.actors.watcher import WatcherSettings, run_watcher
+from asapd.actors.witnesses import Witnesses
 from asapd.core.access import Caller, Tenants
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
@@ -47,6 +52,7 @@ from asapd.edge.sockets import Peer, open_tcp, open_unix, peer_credentials
 from asapd.runtime.ask import ask
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import FetchFailed
+from asapd.runtime.posting import post_text
 from asapd.store.breaches import Alert, alert_bounds
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units import BreachRow, WriteBreach
@@ -272,6 +278,19 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         return name in names
 
     meter, dispatch = MeterSettings(settings.metering, PriceTable()), Dispatch()
+
+    async def erase(consumer: str, reason: str, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
+        return await erase_consumer(
+            database,
+            clock,
+            consumer=consumer,
+            pseudonym=f"ers_{next(ids)}",
+            reason=reason,
+            actor=actor,
+            dry_run=dry_run,
+        )
+
+    sealer = Sealer(database, clock, IDENTITY, tmp_path / "checkpoints.log", settings.audit, LOG)
     services = Services(
         decoding=trio.Lock(),
         mailboxes=Mailboxes(**{name: send for name, (send, _) in boxes.items()}),
@@ -306,6 +325,19 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             stopping=stopping,
         ),
         desk=AlertDesk(database, clock, dispatch, lambda: feed.last),
+        sealer=sealer,
+        erase=erase,
+        witnesses=Witnesses(database, clock, IDENTITY, settings.audit, LOG, post_text),
+        receipts=Receipts(database, clock, sealer),
+        verifier=Verifier(
+            database,
+            clock,
+            tmp_path / "asapd.db",
+            tmp_path / "checkpoints.log",
+            bytes(IDENTITY.verify_key),
+            settings.audit,
+            LOG,
+        ),
     )
     edge = Edge(database, connection, feed, committed, clock, services, boxes, dispatch, settings=settings)
     holder.append(edge)

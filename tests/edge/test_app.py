@@ -114,7 +114,6 @@ async def test_an_actor_that_does_not_answer_is_503_in_the_end(
         ("DELETE", "/agents/" + A, "prober"),
         ("POST", "/keys", "gatekeeper"),
         ("DELETE", "/keys/x", "gatekeeper"),
-        ("GET", "/audit/verify", "auditor"),
         ("DELETE", "/delegations/x", "registry"),
         ("POST", "/delegations/validate", "registry"),
         ("POST", "/delegations/authorize", "registry"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asapd.core.audit import GENESIS, Walk
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit
+from asapd.store import audit, verifying
 from asapd.store.units import (
     AgentRecord,
     AnyUnit,
@@ -77,8 +77,12 @@ def unguarded(connection: apsw.Connection) -> apsw.Connection:
     return copy
 
 
+def walked(connection: apsw.Connection) -> Walk:
+    return verifying.report(connection, verifying.Request(reconcile=False)).walk
+
+
 def found(connection: apsw.Connection) -> tuple[int, str | None, str]:
-    fault = audit.verify_step(connection, Walk(), 1000).fault
+    fault = walked(connection).fault
     assert fault is not None
     return fault.seq, fault.id, fault.reason
 
@@ -137,7 +141,7 @@ def test_one_flipped_bit_in_any_column_of_any_entry_is_found_and_named(
 
 
 def test_untouched_the_log_verifies(tampered: apsw.Connection) -> None:
-    walk = audit.verify_step(tampered, Walk(), 1000)
+    walk = walked(tampered)
     assert (walk.fault, walk.verified, walk.seq) == (None, 6, 6)
 
 
@@ -186,7 +190,7 @@ def test_swapped_payloads_are_found(copy: apsw.Connection) -> None:
 
 def test_an_entry_that_was_erased_still_verifies(copy: apsw.Connection) -> None:
     copy.execute("UPDATE audit SET actor = NULL, subject = NULL, details = NULL, salt = NULL WHERE seq = 2")
-    assert audit.verify_step(copy, Walk(), 1000).verified == 6
+    assert walked(copy).verified == 6
     entry = audit.get_entry(copy, "2")
     assert entry is not None
     assert entry["actor"] is entry["subject"] is entry["details"] is entry["salt"] is None
@@ -209,12 +213,20 @@ def test_an_entry_before_the_first_is_found(copy: apsw.Connection) -> None:
     assert found(copy)[::2] == (-5, "sequence goes back to -5")
 
 
-def test_a_walk_in_steps_ends_where_one_walk_does(copy: apsw.Connection) -> None:
-    walk = Walk()
-    for done in (2, 4, 6, 6):
-        walk = audit.verify_step(copy, walk, 2)
-        assert walk.verified == walk.seq == done
-    assert walk == audit.verify_step(copy, Walk(), 1000)
+def test_a_log_of_more_actors_than_are_remembered_verifies(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.core.audit._MAX_ACTORS", 2)
+    write(connection, *(note("s", actor=f"key:{number % 5}") for number in range(20)))
+    assert (walked(connection).fault, walked(connection).verified) == (None, 20)
+
+
+def test_a_walk_in_steps_ends_where_one_walk_does(copy: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = walked(copy)
+    monkeypatch.setattr(verifying, "STEP", 2)
+    assert walked(copy) == whole
+    steps = list(verifying.verification(copy, verifying.Request(reconcile=False)))
+    assert [step.verified for step in steps if isinstance(step, verifying.Progress)] == [2, 4, 6, 6]
 
 
 def test_a_damaged_file_is_a_fault_of_the_log_and_not_a_crash(tmp_path: Path, open_store: OpenStore) -> None:

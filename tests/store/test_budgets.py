@@ -23,7 +23,6 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from asapd.core.audit import Walk
 from asapd.core.budgets import Budget, Limits, Match, Work, limit_of, matches
 from asapd.core.delegation import Claims, Reason
 from asapd.core.errors import Refusal
@@ -31,7 +30,7 @@ from asapd.core.ledger import Estimate, Remaining
 from asapd.core.periods import period_bounds
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import FLAG_NAMES, Cost, UsageEvent
-from asapd.store import audit, breaches, budget_queries
+from asapd.store import audit, breaches, budget_queries, verifying
 from asapd.store.units import (
     AnyUnit,
     AuthorizationDenied,
@@ -697,7 +696,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.holds: list[Held] = []
 
     def teardown(self) -> None:
-        assert audit.verify_step(self.desk.connection, Walk(), 10_000).fault is None
+        assert verifying.report(self.desk.connection, verifying.Request()).is_valid
         self.store.__exit__(None, None, None)
 
     # sums

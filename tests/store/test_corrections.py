@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asapd.core.audit import Walk
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.delegation import Claims
 from asapd.core.ledger import Estimate
@@ -20,7 +19,7 @@ from asapd.core.money import to_usd
 from asapd.core.repricing import Correction
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit
+from asapd.store import audit, verifying
 from asapd.store import usage_queries as q
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
@@ -89,7 +88,7 @@ def test_a_correction_is_a_row_of_its_own_with_the_difference(writer: Writer, co
     details = entry["details"]
     assert (entry["subject"], entry["actor"], details["reprices"]) == (made["id"], "key:o", "e")
     assert (details["was_microusd"], details["now_microusd"], details["cost_microusd"]) == (3, 10, 7)
-    assert audit.verify_step(connection, Walk(), 100).fault is None
+    assert verifying.report(connection, verifying.Request()).is_valid
 
 
 def test_a_first_price_makes_an_event_known_even_when_it_is_nothing(

@@ -20,10 +20,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from asapd.core.audit import Walk
 from asapd.core.errors import Refusal
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store import audit, database
+from asapd.store import database, verifying
 from asapd.store.database import (
     Database,
     InlineReaders,
@@ -51,7 +50,7 @@ def stored(path: Path) -> list[str]:
     """The ids in the file, once its log has been found whole."""
     connection = apsw.Connection(str(path))
     with contextlib.closing(connection):
-        walk = audit.verify_step(connection, Walk(), 1_000_000)
+        walk = verifying.report(connection, verifying.Request()).walk
         assert walk.fault is None
         ids = [name for (name,) in connection.execute("SELECT id FROM usage ORDER BY seq").fetchall()]
         assert connection.execute("SELECT count(*) FROM audit WHERE event_type = 'usage.recorded'").get == len(ids)

@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asapd.core.audit import Walk
 from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit
 from asapd.store import usage_queries as q
+from asapd.store import verifying
 from asapd.store.sources import SourceFilter, list_sources
 from asapd.store.units import AnyUnit, Envelope, Recorded, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING
@@ -178,7 +177,7 @@ def check(connection: apsw.Connection, model: Model, zone: ZoneInfo) -> None:
         found = q.aggregate(connection, everything, groups, 1000, 0, zone)
         assert found == recount.aggregate(live, groups, zone), groups
     assert q.newest_seq(connection) == len(model.rows)
-    assert audit.verify_step(connection, Walk(), 1000).fault is None
+    assert verifying.report(connection, verifying.Request()).is_valid
     delivered = [row for _, row in list_sources(connection, SourceFilter(EVERYTHING), 100, None)]
     assert sum(row["events"] for row in delivered) == sum(row is not None for row in model.rows)
 

@@ -8,11 +8,10 @@ import apsw
 import pytest
 from msgspec.structs import replace
 
-from asapd.core.audit import Walk
 from asapd.core.delegation import Reason
 from asapd.core.ledger import Remaining
 from asapd.core.types import format_us
-from asapd.store import audit
+from asapd.store import audit, verifying
 from asapd.store.units import Envelope, Registered, Reserved, Revoked
 from tests.store.ledger_desk import (
     CHILD,
@@ -181,7 +180,7 @@ def test_nobody_is_refused_for_what_a_lapsed_reservation_holds(ledger: Ledger) -
     ledger.now_us += 10
     assert isinstance(ledger.reserve(ROOT, CHILD, cost=8 * USD, task="t2"), Reserved)
     assert ledger.sweep().reservations_expired == 0
-    assert audit.verify_step(ledger.connection, Walk(), 10_000).fault is None
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
 
 
 # --- verbs

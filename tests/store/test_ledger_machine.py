@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from asapd.core.audit import Walk
 from asapd.core.delegation import Reason
 from asapd.core.usage import (
     FLAG_CLOSED_RESERVATION,
@@ -25,7 +24,7 @@ from asapd.core.usage import (
     FLAG_UNPRICED,
     FLAG_UNRESERVED,
 )
-from asapd.store import audit
+from asapd.store import verifying
 from asapd.store.units import NewDelegation, Registered, ReleaseReservation, Voided
 from tests.store.ledger_desk import Ledger, OpenStore, code, link, reason
 
@@ -87,7 +86,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.events: list[Event] = []
 
     def teardown(self) -> None:
-        assert audit.verify_step(self.ledger.connection, Walk(), 10_000).fault is None
+        assert verifying.report(self.ledger.connection, verifying.Request()).is_valid
         with type(self).open_store() as connection:
             again = Ledger(connection)
             for unit in self.ledger.log:

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 from ulid import base32
 
-from asapd.core.audit import Walk
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.delegation import Claims, Denied
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, handlers
+from asapd.store import handlers, verifying
 from asapd.store.units import (
     AckBreach,
     AddSilence,
@@ -40,12 +39,14 @@ from asapd.store.units import (
     EndMaintenance,
     EndRedelivery,
     Envelope,
+    EraseConsumer,
     ExtendReservation,
     Failed,
     Idempotency,
     ImportAgentKey,
     ImportRevocations,
     KeepAlive,
+    KeepCosignature,
     KeepHorizon,
     MoveCursor,
     MoveTarget,
@@ -75,6 +76,7 @@ from asapd.store.units import (
     Revoke,
     RevokeKey,
     RowWritten,
+    Seal,
     SettleReservation,
     Silence,
     StreamChanged,
@@ -88,6 +90,7 @@ from asapd.store.units import (
     TaskEvent,
     UsageConflict,
     VoidUsage,
+    Witness,
     WriteBreach,
 )
 from asapd.store.writer import HEADER, Writer, replay, serve
@@ -162,7 +165,7 @@ def contents(connection: apsw.Connection) -> dict[str, list[Any]]:
 
 
 def assert_log_is_whole(connection: apsw.Connection) -> None:
-    walk = audit.verify_step(connection, Walk(), 100_000)
+    walk = verifying.report(connection, verifying.Request()).walk
     assert walk.fault is None
     assert walk.verified == connection.execute("SELECT count(*) FROM audit").get
 
@@ -384,6 +387,12 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         CreateKey: st.builds(CreateKey, key, actor, at),
         RevokeKey: st.builds(RevokeKey, st.sampled_from(("key_1", "two")), actor, at),
         Note: st.builds(Note, st.just("config.reloaded"), actor, st.just("asapd"), st.just({"n": 1}), at),
+        EraseConsumer: st.builds(
+            EraseConsumer, st.sampled_from(("c", "none")), st.just("ers_1"), st.just([]), st.just("asked"), actor, at
+        ),
+        Witness: st.builds(Witness, st.just("o"), st.integers(0, 1), st.just(1), st.just(bytes(32)), st.just([])),
+        KeepCosignature: st.builds(KeepCosignature, st.just(1), st.just("w"), st.sampled_from(("a", "b"))),
+        Seal: st.builds(Seal, st.just(1), st.just(b""), st.just([(8, 0, bytes(32))]), st.none(), at),
         Sweep: st.builds(Sweep, at, at, at, st.integers(1, 3), tasks_before_us=at),
     }
     of_kind[ImportRevocations] = st.builds(

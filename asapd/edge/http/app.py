@@ -21,6 +21,7 @@ from asapd.edge.http import (
     asap,
     asap_usage,
     audit,
+    audit_verify,
     budgets,
     delegations,
     events,
@@ -49,6 +50,7 @@ OPEN_PATHS = frozenset(
         "/readyz",
         "/openapi.json",
         "/.well-known/jwks.json",
+        "/witness/add-checkpoint",
         "/.well-known/asap/health",
         "/.well-known/asap/manifest.json",
     }
@@ -157,6 +159,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         sla_history,
         maintenance,
         audit,
+        audit_verify,
         operations,
         admin,
         asap,

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
-from asapd.actors.messages import VerifyLog
 from asapd.actors.reads import AuditFilter
 from asapd.core.access import Permission
+from asapd.core.canonical import canonical
 from asapd.core.errors import Refusal
-from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import require_everything
-from asapd.edge.http.parameters import Parameters, page
+from asapd.core.types import MAX_INT, format_us
+from asapd.edge.http.context import raw_body, require_everything, sent_json
+from asapd.edge.http.parameters import Parameters, bad_parameter, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
+from asapd.wire.audit_export import FORMATS
+from asapd.wire.keys import public_base64
+from asapd.wire.signed_note import NoteMalformedError
+from asapd.wire.tlog_proof import write_proof
+from asapd.wire.witness import SIZE_TYPE, read_request
+
+EXPORT_PAGE = 500
+"""Entries in memory of one export; reading and writing them out takes some milliseconds."""
+
+_PLAIN = "text/plain; charset=utf-8"
+
+
+class _Erasure(msgspec.Struct, forbid_unknown_fields=True):
+    consumer: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -25,15 +44,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         limit = parameters.limit()
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
-        filters = AuditFilter(
-            actor=parameters.text("actor"),
-            subject=parameters.text("subject"),
-            event_type=parameters.text("event_type"),
-            task=parameters.text("task", "task_id"),
-            agent=parameters.text("agent", "agent_id"),
-            start_us=parameters.time_us("start"),
-            end_us=parameters.time_us("end"),
-        )
+        filters = _filters(parameters)
         after = parameters.cursor(int)
         parameters.done()
         first = 2**62 if descending else 0
@@ -41,6 +52,40 @@ def register(app: QuartTrio, services: Services) -> None:
             filters, limit=limit, after=first if after is None else after, descending=descending
         )
         return reply(page(rows, limit, rows[-1]["seq"] if rows else None))
+
+    @app.get("/audit/export")
+    async def get_audit_export() -> Response:
+        require_everything(Permission.READ_ALL)
+        parameters = Parameters()
+        name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
+        filters = _filters(parameters)
+        parameters.done()
+        through, _ = await services.reads.audit_head()
+        form = FORMATS[name]()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield form.begin()
+            after = 0
+            while after < through:
+                page = await services.reads.audit_page(filters, after, through, EXPORT_PAGE, form.rows)
+                yield page.data
+                after = page.last
+            yield form.end()
+
+        response = Response(parts(), content_type=form.content_type)
+        response.headers["Asapd-Snapshot"] = str(through)
+        response.headers["Content-Disposition"] = f'attachment; filename="audit.{name}"'
+        response.timeout = None
+        return response
+
+    @app.post("/audit/erase")
+    async def post_erase() -> Response:
+        caller = require_everything(Permission.ADMINISTER)
+        parameters = Parameters()
+        dry_run = parameters.flag("dry_run")
+        parameters.done()
+        body = decode_body(await sent_json(), _Erasure)
+        return reply(await services.erase(body.consumer, body.reason, caller.actor, dry_run))
 
     @app.get("/audit/logs/<entry>")
     async def get_entry(entry: str) -> Response:
@@ -50,22 +95,79 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(Refusal("entry_not_found", f"there is no audit entry {entry}: check the id"))
         return reply(found)
 
-    @app.get("/audit/verify")
-    async def get_verify() -> Response:
+    @app.get("/audit/checkpoint")
+    async def get_checkpoint() -> Response:
         require_everything(Permission.READ_ALL)
-        walk = await ask_actor(services.mailboxes.auditor, VerifyLog)
-        if isinstance(walk, Refusal):
-            return refuse(walk)
-        fault = walk.fault
+        parameters = Parameters()
+        size = parameters.number("size", 0, 1, MAX_INT) if parameters.text("size") else None
+        form = parameters.choice("format", ("note", "json"), "note")
+        parameters.done()
+        sealed = await services.sealer.seal() if size is None else await services.sealer.sealed_at(size)
+        if isinstance(sealed, Refusal):
+            return refuse(sealed)
+        if form == "note":
+            return Response(await services.sealer.noted(sealed), content_type=_PLAIN)
         return reply(
             {
-                "valid": fault is None,
-                "verified": walk.verified,
-                "erased": walk.erased,
-                "last_seq": walk.seq,
-                "last_hash": walk.hash.hex(),
-                "first_bad": None if fault is None else {"seq": fault.seq, "id": fault.id, "reason": fault.reason},
-                "note": "entries cut off the end can only be seen by comparing last_seq and last_hash with a copy "
-                "kept elsewhere",
+                "origin": services.sealer.origin,
+                "size": sealed.size,
+                "root_hash": sealed.root.hex(),
+                "sealed_at": format_us(sealed.sealed_us),
+                "public_key": public_base64(services.sealer.public_key),
+                "note": await services.sealer.noted(sealed),
             }
         )
+
+    @app.post("/witness/add-checkpoint")
+    async def post_add_checkpoint() -> Response:
+        try:
+            asked = read_request(await raw_body())
+        except NoteMalformedError as error:
+            return refuse(Refusal("malformed", f"the body {error}"))
+        answer = await services.witnesses.add(asked)
+        if isinstance(answer, Refusal):
+            return refuse(answer)
+        if isinstance(answer, str):
+            return Response(answer, content_type=_PLAIN)
+        return Response(f"{answer.size}\n", 409, content_type=SIZE_TYPE)
+
+    @app.get("/audit/proof/inclusion")
+    async def get_inclusion() -> Response:
+        require_everything(Permission.READ_ALL)
+        parameters = Parameters()
+        entry = parameters.text("id")
+        form = parameters.choice("format", ("json", "tlog-proof"), "json")
+        parameters.done()
+        if entry is None:
+            raise bad_parameter("id", "must be the id or the number of an entry")
+        proof = await services.sealer.inclusion(entry)
+        if isinstance(proof, Refusal):
+            return refuse(proof)
+        if form == "json":
+            return reply(proof)
+        hashes = [bytes.fromhex(node) for node in proof["hashes"]]
+        text = write_proof(proof["leaf_index"], hashes, proof["checkpoint"], canonical(proof["entry"]))
+        return Response(text, content_type=_PLAIN)
+
+    @app.get("/audit/proof/consistency")
+    async def get_consistency() -> Response:
+        require_everything(Permission.READ_ALL)
+        parameters = Parameters()
+        if parameters.text("from") is None:
+            raise bad_parameter("from", "must be the size that the log had")
+        first = parameters.number("from", 0, 0, MAX_INT)
+        second = parameters.number("to", 0, 0, MAX_INT) if parameters.text("to") else None
+        parameters.done()
+        return reply(await services.sealer.consistency(first, second))
+
+
+def _filters(parameters: Parameters) -> AuditFilter:
+    return AuditFilter(
+        actor=parameters.text("actor"),
+        subject=parameters.text("subject"),
+        event_type=parameters.text("event_type"),
+        task=parameters.text("task", "task_id"),
+        agent=parameters.text("agent", "agent_id"),
+        start_us=parameters.time_us("start"),
+        end_us=parameters.time_us("end"),
+    )

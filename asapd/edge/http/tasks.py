@@ -40,3 +40,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if found is None:
             return refuse(Refusal("task_not_found", f"nothing is known of task {task}: check the id"))
         return reply(found)
+
+    @app.get("/tasks/<path:task>/receipt")
+    async def get_receipt(task: str) -> Response:
+        caller = require(Permission.READ)
+        Parameters().done()
+        found = await services.receipts.receipt(caller, task)
+        return refuse(found) if isinstance(found, Refusal) else Response(found, content_type="application/json")

@@ -12,6 +12,7 @@ from asapd.store.schema import (
     prices,
     promises,
     revocations,
+    seals,
     v1,
     v2,
 )
@@ -28,4 +29,5 @@ MIGRATIONS: tuple[str, ...] = (
     directory.SCRIPT,
     delivery.SCRIPT,
     promises.SCRIPT,
+    seals.SCRIPT,
 )

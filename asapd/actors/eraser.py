@@ -1,0 +1,45 @@
+"""Erasure of one consumer, step by step, so that ingest goes on beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from asapd.core.errors import Refusal
+from asapd.runtime.clock import Clock
+from asapd.store import erasure
+from asapd.store.database import Database
+from asapd.store.units import EraseConsumer
+
+STEP = 500
+"""Entries of one unit: some ten milliseconds of the writer."""
+
+APPLY_S = 20.0
+"""How long one request erases before it answers that there is more."""
+
+
+async def erase_consumer(
+    database: Database, clock: Clock, *, consumer: str, pseudonym: str, reason: str, actor: str, dry_run: bool
+) -> dict[str, Any] | Refusal:
+    """Erase what is kept of a consumer, or say how much that is; `more` is true when it did not end in time.
+
+    Asked again, it goes on; the rows keep the pseudonym they got first.
+    """
+    found = await database.read(erasure.count_of, consumer)
+    if dry_run:
+        return {"dry_run": True, **found, "pseudonym": None, "more": False}
+    after, more = 0, False
+    deadline = trio.current_time() + APPLY_S
+    while True:
+        seqs = await database.read(erasure.entries_of, consumer, after, STEP)
+        done = await database.submit(EraseConsumer(consumer, pseudonym, seqs, reason, actor, clock.now_us()))
+        if isinstance(done, Refusal):
+            return done
+        if len(seqs) < STEP:
+            break
+        after = seqs[-1]
+        if trio.current_time() > deadline:
+            more = True
+            break
+    return {"dry_run": False, **found, "pseudonym": pseudonym, "more": more}

@@ -1,0 +1,232 @@
+"""The sealer: grows the tree over the audit log behind the commits, signs checkpoints, and holds the log to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+from nacl.signing import SigningKey
+
+from asapd import config
+from asapd.core import merkle
+from asapd.core.errors import Refusal
+from asapd.core.merkle import MadeNode, Tree
+from asapd.core.types import SECOND_US
+from asapd.runtime.beating import beating
+from asapd.runtime.clock import Clock
+from asapd.store import audit, checkpoint_log, seals, witnessing
+from asapd.store.database import Database
+from asapd.store.seals import HoleInLogError, SealedAt
+from asapd.store.units import Note, Seal
+from asapd.wire.checkpoint import is_signed_by, origin_of, sign_checkpoint
+from asapd.wire.receipt import sign_document
+
+STEP = 4_096
+"""Entries that the tree grows by in one go: about five milliseconds in a reader's thread."""
+
+KEEP = 512
+"""Nodes that are kept in one unit of bulk: two for each 256 entries."""
+
+
+class Sealer:
+    """Makes checkpoints, one at a time. `alarms` says in what way the log is not the one that was sealed before."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        identity: SigningKey,
+        path: Path,
+        settings: config.Audit,
+        log: logging.Logger,
+        off_loop: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
+    ) -> None:
+        self.settings = settings
+        self.alarms: list[str] = []
+        self.public_key = bytes(identity.verify_key)
+        self.origin = origin_of(self.public_key)
+        self.path = path
+        self._database = database
+        self._clock = clock
+        self._identity = identity
+        self._log = log
+        self._off_loop = off_loop
+        self._tree: Tree | None = None
+        self._lock = trio.Lock()
+
+    async def check(self) -> None:
+        """Hold the log to the newest checkpoints of the database and of the file; to be called before it grows.
+
+        What is wrong is logged, entered into the log, and stays in `alarms`: the daemon goes on, because what is
+        recorded from here on has to be kept all the same.
+        """
+        remembered = await self._off_loop(checkpoint_log.largest, self.path, self.origin)
+        stored = await self._database.read(seals.newest)
+        held = [] if stored is None else [("the database", stored.size, stored.root)]
+        if remembered is not None:
+            if not is_signed_by(remembered, self.public_key):
+                await self._alarm(
+                    f"{self.path.name} holds a checkpoint of {remembered.size} entries with a false signature"
+                )
+            elif stored is None or (remembered.size, remembered.root) != (stored.size, stored.root):
+                held.append((self.path.name, remembered.size, remembered.root))
+        for place, size, root in held:
+            reason = await self._database.read(seals.differs, size, root)
+            if reason is not None:
+                await self._alarm(f"held to the newest checkpoint in {place}: {reason}")
+        if stored is not None and not self.alarms and (remembered is None or remembered.size < stored.size):
+            # The daemon ended between the commit and the file, or the file was taken away.
+            await self._remember(stored.note)
+
+    async def _alarm(self, reason: str) -> None:
+        self.alarms.append(reason)
+        self._log.error("the audit log is not the one that was sealed: %s", reason)
+        note = Note("log.alarm", "asapd", "audit", {"reason": reason}, self._clock.now_us())
+        written = await self._database.submit(note, urgent=True)
+        if isinstance(written, Refusal):
+            self._log.error("the alarm is not in the audit log: %s", written.detail)
+
+    async def newest(self) -> SealedAt | None:
+        """The newest checkpoint there is."""
+        return await self._database.read(seals.newest)
+
+    async def covering(self, size: int) -> SealedAt | Refusal:
+        """The newest checkpoint, or a new one if it has fewer entries than `size`."""
+        sealed = await self.newest()
+        return await self.seal() if sealed is None or sealed.size < size else sealed
+
+    def sign(self, document: dict[str, Any]) -> bytes:
+        """A statement of the daemon with its signature, in canonical form."""
+        return sign_document(document, self._identity)
+
+    def altered(self, size: int) -> Refusal:
+        """The refusal of what cannot be proved, the log not being the one that was sealed."""
+        return Refusal(
+            "log_broken",
+            f"the log is not the one a checkpoint of {size} entries was signed over: run asapctl audit verify",
+        )
+
+    async def sealed_at(self, size: int) -> SealedAt | Refusal:
+        """The checkpoint of a size."""
+        found = await self._database.read(seals.checkpoint_at, size)
+        return found or Refusal("no_such_size", f"there is no checkpoint of {size} entries")
+
+    async def seal(self) -> SealedAt | Refusal:
+        """A checkpoint of the log as it is now: the newest, if nothing was entered since, else a new one."""
+        async with self._lock:
+            try:
+                return await self._seal()
+            except HoleInLogError as error:
+                return Refusal("log_broken", f"the log cannot be sealed, {error}: run asapctl audit verify")
+
+    async def _seal(self) -> SealedAt | Refusal:
+        head, _ = await self._database.read(audit.head)
+        newest = await self._database.read(seals.newest)
+        if newest is not None and newest.size == head:
+            return newest
+        tree: Tree = await self._database.read(seals.grown) if self._tree is None else self._tree
+        nodes: list[MadeNode] = []
+        while tree.size < head:
+            tree, made = await self._database.read(seals.grow_step, tree, min(STEP, head - tree.size))
+            nodes += made
+            if len(nodes) >= KEEP:
+                kept = await self._database.submit(Seal(tree.size, b"", nodes, None, self._clock.now_us()))
+                if isinstance(kept, Refusal):
+                    return kept
+                self._tree, nodes = tree, []
+        checkpoint = sign_checkpoint(tree.size, tree.root(), self._identity)
+        sealed = SealedAt(tree.size, tree.root(), checkpoint.note.encode(), self._clock.now_us())
+        unit = Seal(sealed.size, sealed.root, nodes, sealed.note, sealed.sealed_us)
+        written = await self._database.submit(unit, urgent=True)
+        if isinstance(written, Refusal):
+            return written
+        self._tree = tree
+        await self._remember(sealed.note)
+        return sealed
+
+    async def noted(self, sealed: SealedAt) -> str:
+        """A checkpoint with the signatures of all witnesses that have seen it."""
+        return sealed.note + "".join(await self._database.read(witnessing.cosignatures, sealed.size))
+
+    async def inclusion(self, entry: str) -> dict[str, Any] | Refusal:
+        """An entry, by id or number, with what proves that it is in the log of the newest checkpoint."""
+        found = await self._database.read(audit.get_entry, entry)
+        if found is None:
+            return Refusal("entry_not_found", f"there is no audit entry {entry}: check the id")
+        sealed = await self.covering(found["seq"])
+        if isinstance(sealed, Refusal):
+            return sealed
+        proof = await self._database.read(seals.inclusion, found["seq"], sealed.size)
+        leaf, index = merkle.leaf_hash(bytes.fromhex(found["hash"])), found["seq"] - 1
+        if proof is None or not merkle.includes(leaf, index, sealed.size, proof.hashes, sealed.root):
+            return self.altered(sealed.size)
+        return {
+            "entry": found,
+            "leaf_index": index,
+            "leaf_hash": leaf.hex(),
+            "tree_size": sealed.size,
+            "root_hash": sealed.root.hex(),
+            "hashes": [node.hex() for node in proof.hashes],
+            "checkpoint": sealed.note,
+        }
+
+    async def consistency(self, first: int, second: int | None) -> dict[str, Any] | Refusal:
+        """What proves that the log of `second` entries (now, when None) is that of `first` with more behind it."""
+        sealed = await self.seal() if second is None else await self.covering(second)
+        if isinstance(sealed, Refusal):
+            return sealed
+        size = sealed.size if second is None else second
+        if not 0 <= first <= size <= sealed.size:
+            detail = f"no proof leads from {first} to {size}: the log has {sealed.size} entries, and only grows"
+            return Refusal("no_such_size", detail)
+        proved = await self._database.read(seals.consistency, first, size)
+        if proved is None:
+            return self.altered(size)
+        root, proof = proved
+        at = sealed if sealed.size == size else await self._database.read(seals.checkpoint_at, size)
+        if at is not None and at.root != proof.root:
+            return self.altered(size)
+        return {
+            "first_size": first,
+            "first_root": root.hex(),
+            "second_size": size,
+            "second_root": proof.root.hex(),
+            "hashes": [node.hex() for node in proof.hashes],
+            "checkpoint": None if at is None else at.note,
+        }
+
+    async def _remember(self, note: str) -> None:
+        try:
+            await self._off_loop(checkpoint_log.append, self.path, note)
+        except OSError as error:
+            self._log.error("%s cannot be written: %s; checkpoints are in the database only", self.path, error)
+
+
+async def run_sealer(
+    sealer: Sealer,
+    *,
+    tell: Callable[[SealedAt], Awaitable[None]],
+    beat: Callable[[], None],
+    log: logging.Logger,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Seal at intervals, and tell the witnesses, until cancelled."""
+    task_status.started()
+    told = -1
+    while True:
+        async with beating(beat):
+            sealed = await sealer.seal()
+            if isinstance(sealed, Refusal):
+                log.warning("no checkpoint was made: %s", sealed.detail)
+            elif sealed.size != told:
+                await tell(sealed)
+                told = sealed.size
+        waited_us = 0
+        # In seconds, so that a changed setting counts at once and the actor is seen to live.
+        while waited_us < sealer.settings.checkpoint_every_us:
+            beat()
+            await trio.sleep(min(1.0, (sealer.settings.checkpoint_every_us - waited_us) / SECOND_US))
+            waited_us += SECOND_US

@@ -1,0 +1,155 @@
+"""The verifier: walks the log when it is asked to, and by itself at intervals, beside the work of everybody else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from asapd import config
+from asapd.core.errors import Refusal
+from asapd.core.types import DAY_US, SECOND_US, format_us
+from asapd.runtime.beating import beating
+from asapd.runtime.clock import Clock
+from asapd.store import audit, verifying
+from asapd.store.database import Database
+from asapd.store.units import Note
+from asapd.store.verifying import Progress, Report, Request
+from asapd.store.verifying_process import VerifierDiedError, verify_apart
+
+SHORT = 20_000
+"""Entries that a thread of a reader walks in a tenth of a second; a longer walk has a process of its own."""
+
+AT_ONCE = 2
+"""Walks under way: each may take a core for minutes."""
+
+FIRST_AFTER_S = 5.0
+"""The first walk by itself begins when the start is over."""
+
+__all__ = ["Progress", "Report", "Verifier", "run_verifier"]
+
+
+class Verifier:
+    """Verifies the log of a database file, of the daemon with this public key."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        path: Path,
+        checkpoints: Path,
+        public_key: bytes,
+        settings: config.Audit,
+        log: logging.Logger,
+    ) -> None:
+        self.settings = settings
+        self.last: tuple[int, Report] | None = None
+        """When the newest walk over everything, or on from it, ended, and what it found."""
+        self._database = database
+        self._clock = clock
+        self._path = path
+        self._checkpoints = checkpoints
+        self._public_key = public_key
+        self._log = log
+        self._limiter = trio.CapacityLimiter(AT_ONCE)
+
+    async def verify(
+        self, since: int = 0, remembered: tuple[tuple[int, bytes], ...] = (), *, reconcile: bool = True
+    ) -> Report | Refusal:
+        """Walk the log behind an entry and hold it to every checkpoint, the remembered ones (size, root) too."""
+        async with aclosing(self.steps(since, remembered, reconcile=reconcile)) as steps:
+            async for step in steps:
+                if not isinstance(step, Progress):
+                    return step
+        raise AssertionError("a walk ends with a report")
+
+    async def steps(
+        self, since: int, remembered: tuple[tuple[int, bytes], ...], *, reconcile: bool
+    ) -> AsyncGenerator[Progress | Report | Refusal, None]:
+        """Like `verify`, with the progress of a long walk before its outcome."""
+        request = Request(since, remembered, str(self._checkpoints), self._public_key, reconcile)
+        await self._limiter.acquire_on_behalf_of(request)
+        try:
+            head, _ = await self._database.read(audit.head)
+            if head - since <= SHORT:
+                yield await self._database.read(verifying.report, request)
+                return
+            async with aclosing(verify_apart(self._path, request)) as steps:
+                async for step in steps:
+                    yield step  # noqa: ASYNC119 -- Trio ends a generator that is left, and the process with it
+        except VerifierDiedError as error:
+            self._log.error("%s", error)
+            yield Refusal("verifying_failed", f"{error}: ask again", retry_after_s=5)
+        finally:
+            self._limiter.release_on_behalf_of(request)
+
+    async def entry_before(self, time_us: int) -> int:
+        """The number of the last entry before a time."""
+        return await self._database.read(verifying.entry_at, time_us)
+
+    async def watch(self, since: int) -> int:
+        """Verify what came since a walk that was good; up to which entry all is good now (0 when it is not)."""
+        found = await self.verify(since, reconcile=not since)
+        if isinstance(found, Refusal):
+            return since
+        was_good = self.last is None or self.last[1].is_valid
+        self.last = (self._clock.now_us(), found)
+        if found.is_valid:
+            return found.walk.seq
+        reason = why(found)
+        self._log.error("the audit log does not verify: %s", reason)
+        if was_good:
+            note = Note("log.alarm", "asapd", "audit", {"reason": reason}, self._clock.now_us())
+            await self._database.submit(note, urgent=True)
+        return 0
+
+    def status(self) -> dict[str, Any] | None:
+        """The newest walk, for the daemon's status."""
+        if self.last is None:
+            return None
+        at_us, found = self.last
+        return {
+            "at": format_us(at_us),
+            "seq": found.walk.seq,
+            "valid": found.is_valid,
+            "reason": None if found.is_valid else why(found),
+        }
+
+
+def why(report: Report) -> str:
+    """The first thing that is wrong."""
+    fault = report.walk.fault
+    if fault is not None:
+        return f"entry {fault.seq} ({fault.id or 'no id'}): {fault.reason}"
+    return next((tally.named[0] for tally in report.tallies or () if tally.named), "")
+
+
+async def run_verifier(
+    verifier: Verifier,
+    *,
+    clock: Clock,
+    beat: Callable[[], None],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Verify everything once a day and what is new at every interval, until cancelled."""
+    task_status.started()
+    good, whole_us = 0, clock.now_us()
+    wait_us = int(FIRST_AFTER_S * SECOND_US)
+    while True:
+        waited_us = 0
+        # In seconds, so that a changed setting counts at once and the actor is seen to live.
+        while waited_us < min(wait_us, verifier.settings.verify_every_us):
+            beat()
+            await trio.sleep(1.0)
+            waited_us += SECOND_US
+        wait_us = verifier.settings.verify_every_us
+        if clock.now_us() - whole_us >= DAY_US:
+            good = 0
+        if not good:
+            whole_us = clock.now_us()
+        async with beating(beat):
+            good = await verifier.watch(good)

@@ -1,0 +1,146 @@
+"""Witnesses: other daemons and programs are told of our checkpoints, and we sign what others show us of theirs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Awaitable, Callable
+
+import trio
+from nacl.signing import SigningKey
+
+from asapd import config
+from asapd.core.errors import Refusal
+from asapd.runtime.clock import Clock
+from asapd.runtime.posting import Posted, PostFailed
+from asapd.store import checkpoint_log, seals, witnessing
+from asapd.store.database import Database
+from asapd.store.seals import SealedAt
+from asapd.store.units import KeepCosignature, Witness, Witnessed
+from asapd.wire.checkpoint import is_signed_by, origin_of
+from asapd.wire.keys import load_public
+from asapd.wire.signed_note import NoteMalformedError, Signature, cosign, cosigned_us, read_signature
+from asapd.wire.witness import MAX_BYTES, AddCheckpoint, write_request
+
+ANSWER_S = 10.0
+Post = Callable[..., Awaitable[Posted | PostFailed]]
+
+
+class Witnesses:
+    """Both sides of witnessing. `alarms` says which witness has seen another log of ours than this one."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        identity: SigningKey,
+        settings: config.Audit,
+        log: logging.Logger,
+        post: Post,
+    ) -> None:
+        self.settings = settings
+        self.alarms: dict[str, str] = {}
+        self._database = database
+        self._clock = clock
+        self._identity = identity
+        self._log = log
+        self._post = post
+
+    # --- others' checkpoints
+
+    async def add(self, asked: AddCheckpoint) -> str | Witnessed | Refusal:
+        """The signature line for a checkpoint of a log we witness; `Witnessed` has the size it has to go on from."""
+        keys = [load_public(one.public_key) for one in self.settings.witness_for]
+        checkpoint = asked.checkpoint
+        known = [key for key in keys if origin_of(key) == checkpoint.origin]
+        if not known:
+            return Refusal("witness_unknown_log", f"{checkpoint.origin} is no log in audit.witness_for")
+        if not is_signed_by(checkpoint, known[0]):
+            return Refusal("witness_bad_signature", f"the checkpoint was not signed by the key of {checkpoint.origin}")
+        if asked.old_size > checkpoint.size:
+            return Refusal("malformed", f"a log of {checkpoint.size} entries does not go on from {asked.old_size}")
+        unit = Witness(checkpoint.origin, asked.old_size, checkpoint.size, checkpoint.root, list(asked.proof))
+        taken = await self._database.submit(unit, urgent=True)
+        if isinstance(taken, Refusal) or not taken.is_taken:
+            return taken
+        name = origin_of(bytes(self._identity.verify_key))
+        return cosign(checkpoint.note.text, name, self._identity, self._clock.now_us()).line()
+
+    # --- our own checkpoints
+
+    async def tell(self, sealed: SealedAt) -> None:
+        """Tell every witness of a checkpoint; what fails is logged, and tried again with the next one."""
+        if self.settings.witness_file is not None:
+            try:
+                await trio.to_thread.run_sync(checkpoint_log.append, self.settings.witness_file, sealed.note)
+            except OSError as error:
+                self._log.warning("the witness %s did not get a checkpoint: %s", self.settings.witness_file, error)
+        if self.settings.witness_command:
+            await self._run(self.settings.witness_command, sealed.note)
+        async with trio.open_nursery() as nursery:
+            for witness in self.settings.witnesses:
+                nursery.start_soon(self._tell, witness, sealed)
+
+    async def _tell(self, witness: config.Witness, sealed: SealedAt) -> None:
+        problem = await self._show(witness, sealed)
+        if problem is not None:
+            self._log.warning("the witness %s did not sign a checkpoint: %s", witness.url, problem)
+
+    async def _run(self, command: tuple[str, ...], note: str) -> None:
+        try:
+            with trio.fail_after(ANSWER_S):
+                done = await trio.run_process(
+                    list(command),
+                    stdin=note.encode(),
+                    stdout=subprocess.DEVNULL,
+                    check=False,
+                    env={"PATH": os.defpath},
+                )
+            if done.returncode:
+                self._log.warning("the witness %s ended with code %d", command[0], done.returncode)
+        except trio.TooSlowError:
+            self._log.warning("the witness %s took longer than %g s", command[0], ANSWER_S)
+        except OSError as error:
+            self._log.warning("the witness %s cannot be run: %s", command[0], error)
+
+    async def _show(self, witness: config.Witness, sealed: SealedAt) -> str | None:
+        """Show a checkpoint to a witness, twice if it has seen another size than we know; what went wrong."""
+        key = load_public(witness.public_key)
+        name = origin_of(key)
+        old = await self._database.read(witnessing.cosigned, name)
+        for _ in range(2):
+            if old > sealed.size:
+                self.alarms[name] = f"{name} has seen {old} entries of this log, which has {sealed.size}"
+                return self.alarms[name]
+            proved = await self._database.read(seals.consistency, old, sealed.size) if old else None
+            body = write_request(old, proved[1].hashes if proved else [], sealed.note)
+            answer = await self._post(
+                f"{witness.url.rstrip('/')}/add-checkpoint", body, deadline_s=ANSWER_S, max_bytes=MAX_BYTES
+            )
+            if isinstance(answer, PostFailed):
+                return answer.detail
+            text = answer.body.decode("utf-8", "replace")
+            if answer.status == 200:
+                return await self._keep(text, name, key, sealed)
+            if answer.status == 409 and text.strip().isdecimal() and int(text) != old:
+                old = int(text)
+                continue
+            if answer.status in {409, 422}:
+                self.alarms[name] = f"{name} has seen another log of this daemon than this one"
+                return self.alarms[name]
+            return f"it answered with status {answer.status}"
+        return "it has seen yet another size by now"
+
+    async def _keep(self, text: str, name: str, key: bytes, sealed: SealedAt) -> str | None:
+        body = sealed.note.rpartition("\n\n")[0] + "\n"
+        for line in text.splitlines():
+            try:
+                signature: Signature = read_signature(line)
+            except NoteMalformedError:
+                continue
+            if cosigned_us(body, signature, name, key) is not None:
+                await self._database.submit(KeepCosignature(sealed.size, name, signature.line()), urgent=True)
+                self.alarms.pop(name, None)
+                return None
+        return "it answered with no valid signature of its key"

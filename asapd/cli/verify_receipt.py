@@ -1,0 +1,75 @@
+"""The offline check of a task's receipt: who signed it, that every entry is in the log, that the sums are theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asapd.cli.verified import Verified
+from asapd.cli.verify_checkpoint import signed
+from asapd.cli.verify_proof import read_hashes, sound_entry
+from asapd.core import merkle
+from asapd.core.receipt import ReceiptError, totals
+from asapd.wire.checkpoint import Checkpoint
+from asapd.wire.keys import KeyFormatError, key_id, load_public
+from asapd.wire.receipt import KIND, VERSION, is_signed_document
+
+
+def is_receipt(document: dict[str, Any]) -> bool:
+    """Whether a document says that it is a receipt."""
+    return document.get("statement") == KIND
+
+
+def verify_receipt(document: dict[str, Any], public_key: bytes | None) -> Verified:
+    """The verdict over a receipt, by the key given or else the one in it, which only says that it fits itself."""
+    try:
+        own = load_public(str(document.get("public_key")))
+    except KeyFormatError as error:
+        return Verified(False, f"bad: public_key {error}")
+    key = own if public_key is None else public_key
+    if document.get("version") != VERSION:
+        return Verified(False, f"bad: it is a receipt of version {document.get('version')}, not {VERSION}")
+    if not is_signed_document(document, key):
+        return Verified(False, f"bad: it was not signed by the key {key_id(key)}, or was changed since")
+    checkpoint = signed(str(document.get("checkpoint")), key)
+    if isinstance(checkpoint, str):
+        return Verified(False, f"bad: the checkpoint in it {checkpoint}")
+    wrong = _wrong(document, checkpoint)
+    if wrong is not None:
+        return Verified(False, f"bad: {wrong}")
+    sums = document["totals"]
+    erased = f", {sums['erased']} entries with their content erased" if sums["erased"] else ""
+    unknown = f", {sums['unpriced']} of them of unknown cost" if sums["unpriced"] else ""
+    cost = f"{sums['cost_microusd'] / 1_000_000:.6f} USD"
+    remarks = () if public_key is not None else (f"the key is the one in the receipt: compare its id, {key_id(key)}",)
+    return Verified(
+        True,
+        f"ok: task {document['task_id']}: {sums['events']} events{unknown}, {sums['tokens_in']} tokens in, "
+        f"{sums['tokens_out']} out, {cost}{erased}; each is in the log of {checkpoint.origin}",
+        remarks,
+    )
+
+
+def _wrong(document: dict[str, Any], checkpoint: Checkpoint) -> str | None:
+    items, task = document.get("entries"), document.get("task_id")
+    if not isinstance(items, list) or not isinstance(task, str):
+        return "entries or task_id is not of its form"
+    for item in items:
+        hashes = read_hashes(item.get("hashes")) if isinstance(item, dict) else None
+        if hashes is None:
+            return "an entry in it has no proof"
+        entry = sound_entry(item.get("entry"))
+        if isinstance(entry, str):
+            return f"an entry in it: {entry}"
+        leaf = merkle.leaf_hash(entry.hash)
+        if not merkle.includes(leaf, entry.seq - 1, checkpoint.size, hashes, checkpoint.root):
+            return f"entry {entry.seq} ({entry.id}) is not in the log of this checkpoint"
+    seqs = [item["entry"]["seq"] for item in items]
+    if seqs != sorted(set(seqs)):
+        return "its entries are not in their order, or twice the same"
+    try:
+        sums = totals(task, (item["entry"] for item in items))
+    except (ReceiptError, KeyError, TypeError) as error:
+        return f"its entries are not those of the task: {error}"
+    if sums != document.get("totals"):
+        return "totals are not the sums of its entries"
+    return None

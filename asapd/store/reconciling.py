@@ -1,0 +1,373 @@
+"""Whether everything that was recorded has its entry in the log, says the same as it, and the reverse.
+
+Rows that retention took are told from others by its own entries; an entry whose content was erased answers for one row
+of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.types import Outcome, format_us
+from asapd.core.usage import UsageEvent, content_digest
+from asapd.store.rows import Row, fetch, fetch_one
+
+STEP = 2_000
+NAMED = 20
+"""Findings that are named; the rest are counted."""
+
+
+class Tally(msgspec.Struct, frozen=True):
+    """What was compared of one table; `findings` counts what is wrong, `named` says it of the first."""
+
+    table: str
+    rows: int
+    entries: int
+    retired: int = 0
+    erased: int = 0
+    findings: int = 0
+    named: tuple[str, ...] = ()
+
+
+class _Findings:
+    """Counts, and keeps the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.named: list[str] = []
+
+    def add(self, finding: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(finding)
+
+
+def reconcile(connection: apsw.Connection) -> tuple[Tally, ...]:
+    """Compare usage, tasks, delegations and breaches with the log."""
+    # What only grows is read step by step, up to where it ends now; what changes has to be seen at one moment.
+    usage, tasks = _usage(connection), _tasks(connection)
+    connection.execute("SAVEPOINT reconciling")
+    try:
+        return (usage, tasks, _delegations(connection), _breaches(connection))
+    finally:
+        connection.execute("RELEASE reconciling")
+
+
+# --- usage
+
+
+class _Says(msgspec.Struct, frozen=True):
+    """What an entry says of a row of usage; what it does not say is UNSET."""
+
+    row: int
+    agent: Any = msgspec.UNSET
+    api_calls: Any = msgspec.UNSET
+    consumer: Any = msgspec.UNSET
+    content: Any = msgspec.UNSET
+    cost_microusd: Any = msgspec.UNSET
+    delegation: Any = msgspec.UNSET
+    duration_ms: Any = msgspec.UNSET
+    flags: Any = msgspec.UNSET
+    outcome: Any = msgspec.UNSET
+    reservation: Any = msgspec.UNSET
+    task_id: Any = msgspec.UNSET
+    tenant: Any = msgspec.UNSET
+    timestamp_us: Any = msgspec.UNSET
+    tokens_in: Any = msgspec.UNSET
+    tokens_out: Any = msgspec.UNSET
+
+
+_read_says = msgspec.json.Decoder(_Says)
+_FIELDS = _Says.__struct_fields__[1:]
+_KINDS = "('usage.recorded', 'usage.voided', 'usage.repriced')"
+_COLUMNS = (
+    "seq, id, tenant, source, source_seq, agent, consumer, task_id, timestamp_us, tokens_in, tokens_out, "
+    "cached_tokens_in, cache_write_tokens, reasoning_tokens, duration_ms, api_calls, outcome, partial, error, model, "
+    "provider, project, cost_microusd, reported_microusd, delegation, reservation, action, flags, parent_task_id, "
+    "labels, trace_id, content, committed_us, reported_by, cache_write_1h_tokens"
+)
+_NAMES = _COLUMNS.split(", ")
+_OUTCOMES = {outcome.value: outcome.name.lower() for outcome in Outcome}
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    seq: int
+    kind: str
+    subject: str
+    actor: str
+    timestamp_us: int
+    says: _Says
+
+
+class _Interned:
+    """The names behind the numbers of a wide table."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+        self._names: dict[int, str | None] = {}
+
+    def __getitem__(self, number: int) -> str | None:
+        if number not in self._names:
+            row = fetch_one(self._connection, "SELECT name FROM name WHERE id = ?", (number,))
+            self._names[number] = None if row is None else row[0]
+        return self._names[number]
+
+
+def _usage(connection: apsw.Connection) -> Tally:
+    findings, names = _Findings(), _Interned(connection)
+    # In one statement, so that rows and entries are those of one moment.
+    entries_through, rows_through = fetch(
+        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)"
+    )[0]
+    entries = erased = rows = at_entry = at_row = 0
+    without_row: dict[int, _Entry] = {}
+    without_entry: dict[int, str] = {}
+    while at_entry < (entries_through or 0):
+        found = fetch(
+            connection,
+            "SELECT seq, event_type, subject, actor, timestamp_us, details FROM audit "
+            f"WHERE seq > ? AND seq <= ? AND event_type IN {_KINDS} ORDER BY seq LIMIT ?",
+            (at_entry, entries_through, STEP),
+        )
+        for seq, kind, subject, actor, timestamp_us, details in found:
+            if details is None:
+                erased += 1
+                continue
+            entries += 1
+            says = _read_says.decode(details)
+            if says.row in without_row:
+                findings.add(f"entry {seq} ({kind}) is of usage row {says.row}, and so is another")
+            without_row[says.row] = _Entry(seq, kind, subject, actor, timestamp_us, says)
+        at_entry = found[-1][0] if len(found) == STEP else entries_through
+        through = max(without_row, default=at_row) if len(found) == STEP else (rows_through or 0)
+        for row in _rows(connection, "usage", _COLUMNS, at_row, through):
+            rows += 1
+            entry = without_row.pop(row[0], None)
+            if entry is None:
+                without_entry[row[0]] = row[1]
+            else:
+                _compare(entry, dict(zip(_NAMES, row, strict=True)), names, findings)
+        at_row = max(at_row, through)
+        for number in without_entry.keys() & without_row.keys():
+            del without_entry[number], without_row[number]
+    retired = _retired(connection, without_row)
+    for number, entry in sorted(without_row.items()):
+        findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there")
+    for number, event_id in sorted(without_entry.items())[: max(len(without_entry) - erased, 0)]:
+        findings.add(f"usage row {number} ({event_id}) has no entry in the log")
+    return Tally("usage", rows, entries, retired, erased, findings.count, tuple(findings.named))
+
+
+def _rows(connection: apsw.Connection, table: str, columns: str, after: int, through: int) -> Iterator[Row]:
+    while after < through:
+        found = fetch(
+            connection,
+            f"SELECT {columns} FROM {table} WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+            (after, through, STEP),
+        )
+        yield from found
+        after = found[-1][0] if len(found) == STEP else through
+
+
+def _retired(connection: apsw.Connection, without_row: dict[int, _Entry]) -> int:
+    """Take out the entries whose rows retention says it took, as many as it says; how many."""
+    before_us = taken = 0
+    for (details,) in fetch(
+        connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'usage'"
+    ):
+        if details is not None:
+            applied = msgspec.json.decode(details)
+            before_us, taken = max(before_us, applied["before_us"]), taken + applied["count"]
+    due = [number for number, entry in without_row.items() if _time_of(entry) < before_us][:taken]
+    for number in due:
+        del without_row[number]
+    return len(due)
+
+
+def _time_of(entry: _Entry) -> int:
+    said = entry.says.timestamp_us
+    return said if isinstance(said, int) else entry.timestamp_us
+
+
+def _compare(entry: _Entry, row: dict[str, Any], names: _Interned, findings: _Findings) -> None:
+    where = f"usage row {row['seq']} ({row['id']})"
+    for name in ("tenant", "source", "agent", "consumer", "model", "provider", "project"):
+        row[name] = names[row[name]]
+    shown = {**row, "content": row["content"].hex(), "outcome": _OUTCOMES.get(row["outcome"])}
+    for field in _FIELDS:
+        said = getattr(entry.says, field)
+        if field == "cost_microusd" and entry.kind == "usage.voided" and isinstance(said, int):
+            said = -said  # the entry says what the event had cost
+        if said is not msgspec.UNSET and said != shown[field]:
+            findings.add(f"{where}: {field} is {shown[field]!r}, and entry {entry.seq} says {said!r}")
+            return
+    if (row["id"], row["reported_by"], row["committed_us"]) != (entry.subject, entry.actor, entry.timestamp_us):
+        findings.add(f"{where}: id, reporter or time of the commit is not what entry {entry.seq} says")
+    elif entry.kind == "usage.recorded" and not _is_content(row):
+        findings.add(f"{where}: is not what was reported, by the digest that entry {entry.seq} has of it")
+
+
+def _is_content(row: dict[str, Any]) -> bool:
+    """Whether a row holds what its digest was made of, before the daemon named the event or attributed it."""
+    fields: dict[str, Any] = {
+        name: row[name] for name in UsageEvent.__struct_fields__ if name not in {"partial", "labels"}
+    }
+    labels = None if row["labels"] is None else msgspec.json.decode(row["labels"])
+    ids = {row["id"], ""} if row["id"].startswith("use_") else {row["id"]}
+    return any(
+        content_digest(
+            UsageEvent(**{**fields, "id": event_id, "delegation": given}, partial=bool(row["partial"]), labels=labels)
+        )
+        == row["content"]
+        for event_id in ids
+        for given in {row["delegation"], None}
+    )
+
+
+# --- tasks
+
+
+def _tasks(connection: apsw.Connection) -> Tally:
+    findings, names = _Findings(), _Interned(connection)
+    entries_through, rows_through = fetch(
+        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM task)"
+    )[0]
+    said: dict[tuple[Any, ...], int] = {}
+    entries = erased = rows = 0
+    for seq, kind, subject, details in fetch(
+        connection,
+        "SELECT seq, event_type, subject, details FROM audit WHERE seq <= ? AND event_type IN "
+        "('task.started', 'task.completed', 'task.failed', 'task.abandoned') ORDER BY seq",
+        (entries_through or 0,),
+    ):
+        if details is None:
+            erased += 1
+            continue
+        entries += 1
+        told = msgspec.json.decode(details)
+        key = (
+            told["tenant"],
+            told["agent"],
+            told["consumer"],
+            subject,
+            kind.removeprefix("task."),
+            told["timestamp_us"],
+        )
+        said[key] = seq
+    missing: list[str] = []
+    for seq, tenant, agent, consumer, task_id, state, timestamp_us in _rows(
+        connection, "task", "seq, tenant, agent, consumer, task_id, state, timestamp_us", 0, rows_through or 0
+    ):
+        rows += 1
+        key = (names[tenant], names[agent], names[consumer], task_id, state, timestamp_us)
+        if said.pop(key, None) is None:
+            missing.append(f"task row {seq} ({task_id}, {state}) has no entry in the log that says the same")
+    for finding in missing[: max(len(missing) - erased, 0)]:
+        findings.add(finding)
+    for key, seq in said.items():
+        findings.add(f"entry {seq} (task.{key[4]} {key[3]}): there is no such row in task")
+    return Tally("task", rows, entries, 0, erased, findings.count, tuple(findings.named))
+
+
+# --- delegations
+
+
+def _delegations(connection: apsw.Connection) -> Tally:
+    findings = _Findings()
+    created: dict[str, tuple[int, dict[str, Any]]] = {}
+    revoked: set[str] = set()
+    entries = erased = rows = 0
+    delegations = fetch(
+        connection,
+        "SELECT id, delegator, delegate, scopes, max_cost_microusd, max_tasks, expires_us, digest, revoked_us "
+        "FROM delegation ORDER BY account",
+    )
+    for seq, kind, subject, details in fetch(
+        connection,
+        "SELECT seq, event_type, subject, details FROM audit "
+        "WHERE event_type IN ('delegation.created', 'delegation.revoked') ORDER BY seq",
+    ):
+        if details is None:
+            erased += 1
+        elif kind == "delegation.created":
+            entries += 1
+            created[subject] = (seq, msgspec.json.decode(details))
+        elif msgspec.json.decode(details)["id"] is not None:  # None: of a token that nobody had shown here
+            revoked.add(subject)
+    unexplained = 0
+    for public_id, delegator, delegate, scopes, cost, tasks, expires_us, digest, revoked_us in delegations:
+        rows += 1
+        found = created.pop(public_id, None)
+        if found is None:
+            unexplained += 1
+            if unexplained > erased:
+                findings.add(f"delegation {public_id} has no entry in the log")
+            continue
+        seq, told = found
+        is_row = {
+            "delegator": delegator,
+            "delegate": delegate,
+            "scopes": msgspec.json.decode(scopes),
+            "max_cost_microusd": cost,
+            "max_tasks": tasks,
+            "expires_at": format_us(expires_us),
+            "digest": digest.hex(),
+        }
+        for field, value in is_row.items():
+            if told.get(field) != value:
+                findings.add(f"delegation {public_id}: {field} is {value!r}, and entry {seq} says {told.get(field)!r}")
+        if (revoked_us is not None) != (public_id in revoked) and not erased:
+            state = "revoked" if revoked_us is not None else "not revoked"
+            findings.add(f"delegation {public_id} is {state}, and the log says otherwise")
+    for public_id, (seq, _) in created.items():
+        # Written while this ran, or gone: which of them, a second look says.
+        if fetch_one(connection, "SELECT 1 FROM delegation WHERE id = ?", (public_id,)) is None:
+            findings.add(f"entry {seq} (delegation.created {public_id}): there is no such delegation")
+    return Tally("delegation", rows, entries, 0, erased, findings.count, tuple(findings.named))
+
+
+# --- breaches
+
+
+def _breaches(connection: apsw.Connection) -> Tally:
+    findings = _Findings()
+    alerts = fetch(
+        connection,
+        "SELECT seq, breach, event FROM alert WHERE event IN ('opened', 'escalated', 'resolved') ORDER BY seq",
+    )
+    told: dict[int, tuple[int, dict[str, Any]]] = {}
+    entries = erased = 0
+    for seq, details in fetch(
+        connection, "SELECT seq, details FROM audit WHERE event_type = 'sla.breach' ORDER BY seq"
+    ):
+        if details is None:
+            erased += 1
+            continue
+        entries += 1
+        said = msgspec.json.decode(details)
+        told[said["seq"]] = (seq, said)
+    last: dict[str, dict[str, Any]] = {said["id"]: said for _, said in told.values()}
+    unexplained = 0
+    for number, breach, event in alerts:
+        found = told.pop(number, None)
+        if found is None:
+            unexplained += 1
+            if unexplained > erased:
+                findings.add(f"alert {number} ({event} {breach}) has no entry in the log")
+        elif (found[1]["id"], found[1]["event"]) != (breach, event):
+            findings.add(f"alert {number} is {event} {breach}, and entry {found[0]} says otherwise")
+    for number, (seq, said) in told.items():
+        if fetch_one(connection, "SELECT 1 FROM alert WHERE seq = ?", (number,)) is None:
+            findings.add(f"entry {seq} (sla.breach {said['id']}): alert {number} is not there")
+    for breach, state, severity in fetch(connection, "SELECT id, state, severity FROM breach"):
+        said_last = last.get(breach)
+        if said_last is None:
+            if not erased:
+                findings.add(f"breach {breach} has no entry in the log")
+        elif (said_last["event"] == "resolved", said_last["severity"]) != (state == "resolved", severity):
+            findings.add(f"breach {breach} is {state} and {severity}, and the log says {said_last['event']}")
+    return Tally("breach", len(alerts), entries, 0, erased, findings.count, tuple(findings.named))

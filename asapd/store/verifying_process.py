@@ -1,0 +1,80 @@
+"""A verification in a process of its own, so that a long log is walked beside the daemon and not in its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+
+import apsw
+import msgspec
+import trio
+
+from asapd.store.verifying import Progress, Report, Request, verification
+
+_NICE = 10
+_END_S = 5.0
+_TOLD_EVERY = 10
+_said = msgspec.json.Decoder(Progress | Report)
+
+
+class VerifierDiedError(Exception):
+    """The process that verified ended by itself; its traceback is on stderr. Ask again."""
+
+
+async def verify_apart(path: Path, request: Request) -> AsyncGenerator[Progress | Report, None]:
+    """Verify a database in another process, which ends with this; the last that comes is the report.
+
+    Raises:
+        VerifierDiedError: it ended without a report.
+    """
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "asapd.store.verifying_process", str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    is_whole = False
+    try:
+        async with process.stdin:
+            await process.stdin.send_all(msgspec.json.encode(request))
+        rest = b""
+        async for part in process.stdout:
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                said = _said.decode(line)
+                is_whole = isinstance(said, Report)
+                yield said
+    except trio.BrokenResourceError:
+        pass
+    finally:
+        if not is_whole:
+            process.kill()
+        with trio.move_on_after(_END_S, shield=True):  # it was killed, or has said all it had to say
+            await process.wait()
+        await process.stdout.aclose()
+    if not is_whole:
+        raise VerifierDiedError(f"the verifying process ended with code {process.returncode}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m asapd.store.verifying_process DATABASE`, the request on stdin; for the daemon only."""
+    os.nice(_NICE)
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    connection = apsw.Connection(arguments[0], flags=apsw.SQLITE_OPEN_READONLY)
+    connection.set_busy_timeout(5_000)
+    with contextlib.closing(connection):
+        for number, said in enumerate(verification(connection, request)):
+            if isinstance(said, Progress) and number % _TOLD_EVERY:
+                continue
+            sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
+            sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""What was seen of other daemons' logs, and what others saw of ours."""
+
+from __future__ import annotations
+
+import apsw
+
+from asapd.core.errors import Refusal
+from asapd.core.merkle import EMPTY_ROOT, is_consistent
+from asapd.store.rows import fetch, fetch_one
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import KeepCosignature, RowWritten, Witness, Witnessed
+
+
+def witness(tx: Tx, unit: Witness) -> Witnessed:
+    """Take a checkpoint for the newest of its log, if it is that log going on; looking and storing are one.
+
+    Raises:
+        RefuseError: with `Witnessed` of the size that was seen, when the request begins at another; with
+            `witness_inconsistent`, when the log is not the one that was seen.
+    """
+    row = tx.row("SELECT size, root FROM audit_witnessed WHERE origin = ?", (unit.origin,))
+    size, root = (0, EMPTY_ROOT) if row is None else (row[0], row[1])
+    if unit.old_size != size or (unit.size == size and unit.root != root and row is not None):
+        raise RefuseError(Witnessed(size, is_taken=False))
+    if not is_consistent(size, unit.size, unit.proof, root, unit.root):
+        detail = f"the log of {unit.size} entries is not the one of {size} that this witness has seen"
+        raise RefuseError(Refusal("witness_inconsistent", detail))
+    tx.execute(
+        "INSERT INTO audit_witnessed VALUES (?,?,?) ON CONFLICT DO UPDATE SET size = excluded.size, "
+        "root = excluded.root",
+        (unit.origin, unit.size, unit.root),
+    )
+    return Witnessed(unit.size, is_taken=True)
+
+
+def keep(tx: Tx, unit: KeepCosignature) -> RowWritten:
+    """Keep what a witness signed of one of our checkpoints."""
+    tx.execute(
+        "INSERT INTO audit_cosignature VALUES (?,?,?) ON CONFLICT DO NOTHING", (unit.size, unit.witness, unit.line)
+    )
+    return RowWritten(unit.size)
+
+
+def cosignatures(connection: apsw.Connection, size: int) -> list[str]:
+    """The signature lines of witnesses below a checkpoint."""
+    rows = fetch(connection, "SELECT line FROM audit_cosignature WHERE size = ? ORDER BY witness", (size,))
+    return [line for (line,) in rows]
+
+
+def cosigned(connection: apsw.Connection, witness: str) -> int:
+    """The largest size that a witness signed; 0 when it signed none."""
+    row = fetch_one(connection, "SELECT max(size) FROM audit_cosignature WHERE witness = ?", (witness,))
+    return 0 if row is None or row[0] is None else int(row[0])

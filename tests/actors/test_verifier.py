@@ -1,0 +1,188 @@
+"""The verifier: by itself at intervals, on from where all was good, and in a process of its own for a long log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+from nacl.signing import SigningKey
+from trio.testing import MockClock
+
+from asapd import config
+from asapd.actors import verifier as verifier_module
+from asapd.actors.verifier import Progress, Report, Verifier, run_verifier
+from asapd.core.errors import Refusal
+from asapd.runtime.clock import TrioClock
+from asapd.store import verifying
+from asapd.store.database import Database
+from asapd.store.units import Note
+from asapd.store.verifying_process import VerifierDiedError, verify_apart
+
+Inline = tuple[Database, apsw.Connection]
+NOW_US = 1_800_000_000_000_000
+PUBLIC = bytes(SigningKey(bytes(range(32))).verify_key)
+LOG = logging.getLogger("test.verifier")
+
+
+def make(database: Database, tmp_path: Path) -> Verifier:
+    clock = TrioClock(NOW_US)
+    file = tmp_path / "asapd.db"
+    return Verifier(database, clock, file, tmp_path / "checkpoints.log", PUBLIC, config.Audit(), LOG)
+
+
+async def enter(database: Database, count: int) -> None:
+    for number in range(count):
+        await database.submit(Note("test", "asapd", f"s{number}", {}, NOW_US + number))
+
+
+def alter(connection: apsw.Connection, seq: int) -> None:
+    connection.execute("DROP TRIGGER IF EXISTS audit_no_update")
+    connection.execute("UPDATE audit SET actor = 'x' WHERE seq = ?", (seq,))
+
+
+async def verified(verifier: Verifier, since: int = 0) -> Report:
+    found = await verifier.verify(since)
+    assert isinstance(found, Report)
+    return found
+
+
+async def test_a_short_log_is_walked_at_once(inline_database: Inline, tmp_path: Path) -> None:
+    database, connection = inline_database
+    verifier = make(database, tmp_path)
+    assert (await verified(verifier)).walk.verified == 0
+    await enter(database, 5)
+    assert (await verified(verifier)).walk.verified == 5
+    assert (await verified(verifier, since=3)).walk.verified == 2
+    assert await verifier.entry_before(NOW_US + 3) == 3
+    alter(connection, 4)
+    found = (await verified(verifier)).walk.fault
+    assert found is not None
+    assert found.seq == 4
+
+
+async def test_a_long_log_is_walked_in_a_process_that_says_how_far_it_is(
+    inline_database: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    await enter(database, 40)
+    monkeypatch.setattr(verifier_module, "SHORT", 10)
+    verifier = make(database, tmp_path)
+    async with aclosing(verifier.steps(0, (), reconcile=True)) as steps:
+        said = [step async for step in steps]
+    assert said[0] == Progress(40, 40)
+    assert isinstance(said[-1], Report)
+    assert said[-1] == verifying.report(connection, verifying.Request())
+    alter(connection, 30)
+    found = (await verified(verifier)).walk.fault
+    assert found is not None
+    assert (found.seq, found.reason) == (30, "payload_hash does not match actor, subject, details and salt")
+
+
+async def test_a_process_that_ends_early_is_a_refusal(
+    inline_database: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    database, _ = inline_database
+    await enter(database, 2)
+    monkeypatch.setattr(verifier_module, "SHORT", 1)
+    verifier = make(database, tmp_path / "none")
+    refused = await verifier.verify()
+    assert isinstance(refused, Refusal)
+    assert refused.code == "verifying_failed"
+    assert await verifier.watch(0) == 0
+    assert verifier.last is None
+    assert "CantOpen" in capfd.readouterr().err
+
+
+async def test_whoever_leaves_a_walk_ends_its_process(inline_database: Inline, tmp_path: Path) -> None:
+    database, _ = inline_database
+    await enter(database, 2)
+    file, request = tmp_path / "asapd.db", verifying.Request()
+    async with aclosing(verify_apart(file, request)) as steps:
+        assert isinstance(await anext(steps), Progress)
+    with trio.move_on_after(0):
+        async with aclosing(verify_apart(file, request)) as steps:
+            await anext(steps)
+    with pytest.raises(VerifierDiedError):
+        async with aclosing(verify_apart(tmp_path / "none", request)) as steps:
+            await anext(steps)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Behind which entry each walk began."""
+    begun: list[int] = []
+    real: Callable[..., Report] = verifying.report
+
+    def report(connection: apsw.Connection, request: verifying.Request) -> Report:
+        begun.append(request.since)
+        return real(connection, request)
+
+    monkeypatch.setattr(verifying, "report", report)
+    return begun
+
+
+async def test_it_goes_on_from_where_all_was_good_and_once_a_day_from_the_start(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, walks: list[int]
+) -> None:
+    database, _ = inline_database
+    await enter(database, 3)
+    verifier = make(database, tmp_path)
+    verifier.settings = config.Audit(verify_every="6h")
+    beats: list[float] = []
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        await run_verifier(
+            verifier, clock=TrioClock(NOW_US), beat=lambda: beats.append(trio.current_time()), task_status=task_status
+        )
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        await trio.sleep(10)
+        assert walks == [0]
+        status = verifier.status()
+        assert status is not None
+        assert (status["seq"], status["valid"], status["reason"]) == (3, True, None)
+        await enter(database, 2)
+        await trio.sleep(6.1 * 3600)
+        assert walks == [0, 3]
+        await trio.sleep(18.5 * 3600)
+        assert walks == [0, 3, 5, 5, 0]
+        assert len(beats) > 80_000
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_it_finds_is_logged_each_time_and_entered_once(
+    inline_database: Inline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database, connection = inline_database
+    await enter(database, 3)
+    verifier = make(database, tmp_path)
+    assert verifier.status() is None
+    assert await verifier.watch(0) == 3
+    alter(connection, 2)
+    assert await verifier.watch(0) == 0
+    assert await verifier.watch(0) == 0
+    assert caplog.text.count("does not verify: entry 2") == 2
+    assert connection.execute("SELECT count(*) FROM audit WHERE event_type = 'log.alarm'").get == 1
+    status = verifier.status()
+    assert status is not None
+    assert (status["valid"], status["reason"][:7]) == (False, "entry 2")
+
+
+async def test_what_does_not_agree_with_the_log_is_an_alarm_as_well(inline_database: Inline, tmp_path: Path) -> None:
+    database, connection = inline_database
+    await enter(database, 1)
+    connection.execute(
+        "INSERT INTO task (tenant, agent, consumer, task_id, state, timestamp_us, committed_us) "
+        "VALUES (0, 0, 0, 't', 'started', 1, 1)"
+    )
+    verifier = make(database, tmp_path)
+    assert await verifier.watch(0) == 0
+    status = verifier.status()
+    assert status is not None
+    assert status["reason"] == "task row 1 (t, started) has no entry in the log that says the same"

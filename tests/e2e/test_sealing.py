@@ -1,0 +1,103 @@
+"""Two daemons: what one sealed holds it to its word, whatever becomes of its files; the other signs what it saw."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.e2e.daemon import QUICK, Daemon, running, until
+from tests.e2e.test_tampering import asapctl
+
+
+def report(daemon: Daemon, count: int) -> None:
+    """Events that no other request has."""
+    event = {"task_id": "t", "agent": "urn:asap:agent:a", "consumer": "desk", "timestamp": time.time()}
+    assert daemon.admin_request("POST", "/usage", json=[event] * count).status_code == 201
+
+
+def asapd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from asapd.cli.asapd import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def verify(daemon: Daemon) -> dict[str, Any]:
+    found: dict[str, Any] = daemon.admin_get("/audit/verify").json()
+    return found
+
+
+async def test_an_older_copy_of_the_database_is_found_at_the_start_and_by_what_was_kept(tmp_path: Path) -> None:
+    with running() as daemon:
+        database = daemon.state_dir / "asapd.db"
+        report(daemon, 5)
+        await trio.to_thread.run_sync(daemon.stop)
+        shutil.copy(database, tmp_path / "old.db")
+        await trio.to_thread.run_sync(daemon.start)
+        report(daemon, 5)
+        kept = tmp_path / "checkpoint"
+        kept.write_text(daemon.admin_get("/audit/checkpoint").text)
+        key = daemon.admin_get("/audit/checkpoint?format=json").json()["public_key"]
+        good = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify", "--against", str(kept))
+        assert good.returncode == 0, good.stdout
+        assert "those of the file too" in good.stdout
+        await trio.to_thread.run_sync(daemon.stop)
+        assert (await trio.to_thread.run_sync(asapd, "verify", str(kept), "--public-key", key)).returncode == 0
+        log = daemon.state_dir / "checkpoints.log"
+        whole = await trio.to_thread.run_sync(asapd, "verify", str(log), "--public-key", key)
+        assert whole.returncode == 0, whole
+        shutil.copy(tmp_path / "old.db", database)
+        await trio.to_thread.run_sync(daemon.start)
+        (alarm,) = daemon.status()["audit"]["alarms"]
+        assert "an older copy of the database was put in its place" in alarm
+        found = verify(daemon)
+        assert (found["valid"], "were cut off" in found["first_bad"]["reason"]) == (False, True)
+        await trio.to_thread.run_sync(daemon.stop)
+        log.unlink()  # who rolls back the one can take away the other
+        await trio.to_thread.run_sync(daemon.start)
+        assert daemon.status()["audit"]["alarms"] == []
+        assert verify(daemon)["valid"] is True
+        bad = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify", "--against", str(kept))
+        assert bad.returncode == 1
+        assert bad.stdout.startswith("bad: entry ")
+
+
+@pytest.mark.parametrize("rounds", [3])
+async def test_a_kill_at_any_point_leaves_a_log_that_verifies_and_seals_on(rounds: int) -> None:
+    with running(QUICK + '[audit]\ncheckpoint_every = "1s"\n') as daemon:
+        for _ in range(rounds):
+            report(daemon, 50)
+            daemon.admin_get("/audit/checkpoint")
+            report(daemon, 50)
+            daemon.kill()
+            await trio.to_thread.run_sync(daemon.start)
+            assert daemon.status()["audit"]["alarms"] == []
+            found = verify(daemon)
+            assert found["valid"] is True, found
+        assert verify(daemon)["reconciled"]["usage"]["rows"] == 100 * rounds
+
+
+async def test_one_daemon_witnesses_the_other() -> None:
+    with running() as witness:
+        their_key = witness.admin_get("/audit/checkpoint?format=json").json()["public_key"]
+        port = witness.port
+        shown = f'[[audit.witness]]\nurl = "http://127.0.0.1:{port}/witness"\npublic_key = "{their_key}"\n'
+        with running(f'{QUICK}[audit]\ncheckpoint_every = "1s"\n{shown}') as daemon:
+            our_key = daemon.admin_get("/audit/checkpoint?format=json").json()["public_key"]
+            config = witness.config
+            config.write_text(f'{config.read_text()}\n[[audit.witness_for]]\npublic_key = "{our_key}"\n')
+            assert witness.admin_request("POST", "/reload").status_code == 200
+
+            async def signatures() -> bool:
+                report(daemon, 1)
+                size = daemon.status()["audit"]["checkpoint"]
+                text: str = daemon.admin_get(f"/audit/checkpoint?size={size}").text
+                return text.count("\n— asapd/") == 2
+
+            await until(signatures)

@@ -1,0 +1,130 @@
+"""Erasing a consumer: its name is nowhere any more, every sum and every proof stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import pytest
+
+from asapd.core.errors import Refusal
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import audit, erasure, verifying
+from asapd.store import usage_queries as q
+from asapd.store.units import (
+    AgentRecord,
+    AnyUnit,
+    Envelope,
+    EraseConsumer,
+    Erased,
+    PutAgent,
+    RecordTask,
+    RecordUsage,
+    TaskEvent,
+)
+from asapd.store.verifying import Request
+from asapd.store.visibility import EVERYTHING
+from asapd.store.writer import Writer
+
+NOW_US = 1_795_169_203_000_000
+A, MAX, EVE = "urn:asap:agent:a", "mailto:max", "mailto:eve"
+
+
+@pytest.fixture
+def writer(connection: apsw.Connection) -> Writer:
+    made = Writer(connection)
+    for consumer in (MAX, EVE):
+        events = [UsageEvent("t", A, consumer, NOW_US, 5, 5, id=f"{consumer}{number}") for number in range(3)]
+        submit(made, RecordUsage("t", "key:x", NOW_US, events, [Cost(7)] * 3))
+        submit(made, RecordTask(TaskEvent("t" + consumer[-3:], A, consumer, "started", NOW_US), "key:x", "t", NOW_US))
+    return made
+
+
+def submit(writer: Writer, unit: AnyUnit) -> Any:
+    return writer.run([Envelope(1, unit, False)])[0].result
+
+
+def erase(writer: Writer, seqs: list[int], consumer: str = MAX) -> Any:
+    return submit(writer, EraseConsumer(consumer, "ers_1", seqs, "request 17", "key:admin", NOW_US))
+
+
+def test_what_is_kept_is_counted_and_found(connection: apsw.Connection, writer: Writer) -> None:
+    assert erasure.count_of(connection, MAX) == {"entries": 4, "usage": 3, "task": 1}
+    assert erasure.entries_of(connection, MAX, 0, 10) == [1, 2, 3, 4]
+    assert erasure.entries_of(connection, MAX, 2, 1) == [3]
+    assert erasure.count_of(connection, "nobody") == {"entries": 0, "usage": 0, "task": 0}
+
+
+def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connection, writer: Writer) -> None:
+    before = q.summary(connection, q.UsageFilter(EVERYTHING))
+    head = audit.head(connection)
+    assert erase(writer, [1, 2, 3, 4]) == Erased(4)
+    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0}
+    assert erasure.count_of(connection, "ers_1")["usage"] == 3
+    assert q.summary(connection, q.UsageFilter(EVERYTHING)) == before
+    entry = audit.get_entry(connection, "2")
+    assert entry is not None
+    assert entry["actor"] is entry["subject"] is entry["details"] is entry["salt"] is None
+    told = audit.get_entry(connection, "9")
+    assert told is not None
+    assert (told["event_type"], told["subject"], told["previous_hash"]) == ("erasure.applied", "ers_1", head[1])
+    assert told["details"] == {"count": 4, "first_seq": 1, "last_seq": 4, "reason": "request 17"}
+    report = verifying.report(connection, Request())
+    assert (report.is_valid, report.walk.erased, report.walk.verified) == (True, 4, 9)
+    assert report.tallies is not None
+    assert [(tally.table, tally.rows, tally.entries, tally.erased) for tally in report.tallies[:2]] == [
+        ("usage", 6, 3, 3),
+        ("task", 2, 1, 1),
+    ]
+    dump = " ".join(
+        str(row) for table in ("audit", "usage", "task", "name") for row in connection.execute(f"SELECT * FROM {table}")
+    )
+    assert MAX not in dump.replace(f"{MAX}0", "").replace(f"{MAX}1", "").replace(
+        f"{MAX}2", ""
+    )  # ids are the reporter's
+
+
+def test_an_erased_entry_answers_for_one_row_and_no_more(connection: apsw.Connection, writer: Writer) -> None:
+    erase(writer, [1, 2, 3, 4])
+    connection.execute("DROP TRIGGER audit_no_delete; DROP TRIGGER usage_no_delete")
+    names = [row[0] for row in connection.execute("SELECT name FROM pragma_table_info('usage')") if row[0] != "seq"]
+    columns = ", ".join(names)
+    connection.execute(f"INSERT INTO usage (seq, {columns}) SELECT 50, {columns} FROM usage WHERE seq = 1")
+    report = verifying.report(connection, Request())
+    assert report.tallies is not None
+    assert report.tallies[0].findings == 1
+
+
+def test_the_consumer_can_come_again_as_somebody_new(connection: apsw.Connection, writer: Writer) -> None:
+    erase(writer, [1, 2, 3, 4])
+    submit(writer, RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, MAX, NOW_US)], [Cost(7)]))
+    assert erasure.count_of(connection, MAX) == {"entries": 1, "usage": 1, "task": 0}
+    assert verifying.report(connection, Request()).is_valid
+
+
+@pytest.mark.parametrize("consumer", [A, "urn:asap:agent:listed"])
+def test_an_agent_is_refused_and_nothing_is_erased(connection: apsw.Connection, writer: Writer, consumer: str) -> None:
+    submit(writer, PutAgent(AgentRecord("urn:asap:agent:listed", "http://x", "t"), "key:x", NOW_US))
+    refused = erase(writer, [1], consumer)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "consumer_is_agent"
+    assert verifying.report(connection, Request()).walk.erased == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "actor = 'x'",
+        "actor = NULL",
+        "hash = x'00', actor = NULL, subject = NULL, details = NULL, salt = NULL",
+        "seq = 99, actor = NULL, subject = NULL, details = NULL, salt = NULL",
+        "event_type = 'x', actor = NULL, subject = NULL, details = NULL, salt = NULL",
+    ],
+)
+def test_through_the_open_gate_an_entry_can_be_erased_and_nothing_else_changed(
+    connection: apsw.Connection, writer: Writer, change: str
+) -> None:
+    connection.execute("UPDATE retention_gate SET open = 1")
+    with pytest.raises(apsw.ConstraintError, match="append-only"):
+        connection.execute(f"UPDATE audit SET {change} WHERE seq = 1")
+    assert verifying.report(connection, Request()).is_valid

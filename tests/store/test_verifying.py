@@ -1,0 +1,389 @@
+"""Whoever has the file and its tools: what is changed in the log, in what it records or what seals it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+
+import apsw
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from nacl.signing import SigningKey
+
+from asapd.core import audit
+from asapd.core.audit import GENESIS
+from asapd.core.delegation import Claims
+from asapd.core.merkle import Tree
+from asapd.core.types import DAY_US
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import checkpoint_log, seals, verifying
+from asapd.store.units import (
+    AnyUnit,
+    BreachRow,
+    Envelope,
+    NewDelegation,
+    RecordTask,
+    RecordUsage,
+    RegisterDelegation,
+    RetireUsage,
+    Revoke,
+    Seal,
+    TaskEvent,
+    VoidUsage,
+    WriteBreach,
+)
+from asapd.store.verifying import Report, Request
+from asapd.store.writer import Writer
+from asapd.wire.checkpoint import origin_of, sign_checkpoint
+from asapd.wire.signed_note import read_note, sign_note
+
+NOW_US = 1_795_169_203_000_000
+A, B = "urn:asap:agent:a", "urn:asap:agent:b"
+KEY = SigningKey(bytes(range(32)))
+PUBLIC = bytes(KEY.verify_key)
+OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
+CLAIMS = Claims("d", A, B, ("*",), None, 10, NOW_US, NOW_US + DAY_US)
+BREACH = BreachRow("brc_1", A, "latency", 60_000_000, "1", 1.0, "2", 2.0, "warning", "open", NOW_US, 20, "default")
+
+
+def event(number: int) -> UsageEvent:
+    return UsageEvent(
+        f"t{number}",
+        A,
+        B,
+        NOW_US + number,
+        tokens_in=number,
+        duration_ms=7,
+        id=f"e{number}" if number % 2 else "",
+        source="s",
+        model="m",
+        labels={"b": "2", "a": "1"},
+        trace_id="x",
+    )
+
+
+def sealed(connection: apsw.Connection, tree: Tree) -> Tree:
+    tree, made = seals.grow_step(connection, tree, 10_000)
+    note = sign_checkpoint(tree.size, tree.root(), KEY).note.encode()
+    Writer(connection).run([Envelope(0, Seal(tree.size, tree.root(), made, note, NOW_US), False)])
+    return tree
+
+
+def fill(connection: apsw.Connection) -> None:
+    """300 entries of every kind that has a thing, sealed after each part."""
+    tree = Tree()
+    parts: list[list[AnyUnit]] = [
+        [
+            RecordUsage("t", "key:x", NOW_US, [event(number)], [Cost(number, "priced", number, "v")])
+            for number in range(280)
+        ],
+        [
+            RecordTask(TaskEvent("t", A, B, "started", NOW_US), "key:x", "t", NOW_US),
+            RecordTask(TaskEvent("t", A, B, "failed", NOW_US + 1, "broke"), "key:x", "t", NOW_US),
+            RegisterDelegation([NewDelegation(CLAIMS, "token", b"d" * 16)], "key:x", "t", NOW_US),
+            WriteBreach("opened", BREACH, NOW_US),
+            WriteBreach("resolved", replace(BREACH, state="resolved", resolved_at_us=NOW_US), NOW_US),
+            VoidUsage(3, "a test", "key:o", NOW_US + 9),
+        ],
+        [RecordUsage("t", "key:x", NOW_US, [event(number) for number in range(300, 310)], [Cost()] * 10)],
+    ]
+    for units in parts:
+        answers = Writer(connection).run([Envelope(number, unit, False) for number, unit in enumerate(units)])
+        assert not any(type(answer.result).__name__ in {"Failed", "Refusal"} for answer in answers), answers
+        tree = sealed(connection, tree)
+
+
+@pytest.fixture(scope="module")
+def log(open_store: OpenStore) -> Iterator[apsw.Connection]:
+    with open_store() as connection:
+        fill(connection)
+        with closing(copied(connection)) as copy:
+            yield copy
+
+
+def copied(connection: apsw.Connection) -> apsw.Connection:
+    copy = apsw.Connection(":memory:")
+    with copy.backup("main", connection, "main") as backup:
+        backup.step(-1)
+    for (trigger,) in copy.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+        copy.execute(f"DROP TRIGGER {trigger}")
+    return copy
+
+
+@pytest.fixture
+def altered(log: apsw.Connection) -> Iterator[apsw.Connection]:
+    log.execute("SAVEPOINT tampering")
+    yield log
+    log.execute("ROLLBACK TO tampering; RELEASE tampering")
+
+
+def report(connection: apsw.Connection, request: Request | None = None) -> Report:
+    return verifying.report(connection, request or Request(public_key=PUBLIC))
+
+
+def fault(connection: apsw.Connection) -> tuple[int, str]:
+    found = report(connection).walk.fault
+    assert found is not None
+    return found.seq, found.reason
+
+
+def findings(connection: apsw.Connection, table: str) -> list[str]:
+    found = report(connection)
+    assert found.walk.fault is None
+    assert found.tallies is not None
+    (named,) = [list(tally.named) for tally in found.tallies if tally.table == table]
+    assert not found.is_valid or not named
+    return named
+
+
+def test_untouched_everything_agrees(log: apsw.Connection) -> None:
+    found = report(log)
+    assert (found.is_valid, found.walk.verified, found.held) == (True, 296, 3)
+    assert found.tallies is not None
+    assert [(tally.table, tally.rows, tally.entries) for tally in found.tallies] == [
+        ("usage", 291, 291),
+        ("task", 2, 2),
+        ("delegation", 1, 1),
+        ("breach", 2, 2),
+    ]
+
+
+# --- the log as a whole
+
+
+@pytest.mark.parametrize("seq", [1, 2, 100, 256, 257, 280, 281, 290, 296])
+def test_a_log_that_was_chained_again_is_found_by_what_seals_it(altered: apsw.Connection, seq: int) -> None:
+    chain_again_any(altered, seq)
+    first, reason = fault(altered)
+    # The first that can be wrong: behind the last checkpoint that still fits.
+    expected = 1 if seq <= 280 else 281 if seq <= 286 else 287
+    assert first == expected
+    assert "are not those that were sealed" in reason
+
+
+def chain_again_any(connection: apsw.Connection, first: int) -> None:
+    """Have another actor in an entry and chain it and all behind it anew, as anybody who knows the format can."""
+    rows = connection.execute(
+        "SELECT seq, id, timestamp_us, event_type, actor, subject, details, salt FROM audit ORDER BY seq"
+    ).fetchall()
+    head = connection.execute("SELECT hash FROM audit WHERE seq = ?", (first - 1,)).get or GENESIS
+    for seq, entry_id, time_us, kind, actor, subject, details, salt in rows[first - 1 :]:
+        by = "mallory" if seq == first else actor
+        draft = (entry_id, subject, details.encode(), salt)
+        ((_, payload, previous, digest),) = audit.chain((seq - 1, head), kind, by, time_us, [draft])
+        connection.execute(
+            "UPDATE audit SET actor = ?, payload_hash = ?, previous_hash = ?, hash = ? WHERE seq = ?",
+            (by, payload, previous, digest, seq),
+        )
+        head = digest
+
+
+@pytest.mark.parametrize("kept", [0, 100, 280, 295])
+def test_a_tail_that_was_cut_off_is_found_and_named(altered: apsw.Connection, kept: int) -> None:
+    altered.execute("DELETE FROM audit WHERE seq > ?", (kept,))
+    first, reason = fault(altered)
+    assert first == kept + 1
+    assert reason.startswith(
+        f"the log ends at entry {kept}, and a checkpoint of 296 entries was signed: {296 - kept} were cut off"
+    )
+
+
+def test_an_older_copy_of_the_file_is_found_by_checkpoints_kept_beside_or_elsewhere(
+    open_store: OpenStore, log: apsw.Connection, tmp_path: Path
+) -> None:
+    newest = seals.newest(log)
+    assert newest is not None
+    file = tmp_path / "checkpoints.log"
+    checkpoint_log.append(file, newest.note)
+    with closing(copied(log)) as old:
+        old.execute("DELETE FROM audit WHERE seq > 280; DELETE FROM audit_checkpoint WHERE size > 280")
+        old.execute("DELETE FROM usage WHERE seq > 280; DELETE FROM task; DELETE FROM delegation")
+        old.execute("DELETE FROM alert; DELETE FROM breach")
+        assert report(old).is_valid  # by itself it is a good log
+        for request in (
+            Request(checkpoints=str(file), public_key=PUBLIC),
+            Request(remembered=((newest.size, newest.root),)),
+        ):
+            found = report(old, request).walk.fault
+            assert found is not None
+            assert (found.seq, "16 were cut off" in found.reason) == (281, True)
+
+
+def test_another_history_of_the_same_length_is_found_by_a_checkpoint_kept_elsewhere(
+    log: apsw.Connection, tmp_path: Path
+) -> None:
+    newest = seals.newest(log)
+    assert newest is not None
+    checkpoint_log.append(tmp_path / "kept", newest.note)
+    with closing(copied(log)) as forged:
+        chain_again_any(forged, 290)
+        forged.execute("DELETE FROM audit_checkpoint; DELETE FROM audit_node")
+        sealed(forged, Tree())
+        assert report(forged, Request(public_key=PUBLIC, reconcile=False)).is_valid  # who has the key can do that
+        for request in (
+            Request(checkpoints=str(tmp_path / "kept"), public_key=PUBLIC),
+            Request(remembered=((newest.size, newest.root),)),
+        ):
+            found = report(forged, request).walk.fault
+            assert found is not None
+            assert "are not those that were sealed" in found.reason
+
+
+def test_a_checkpoint_that_was_remembered_and_fits_is_held(log: apsw.Connection) -> None:
+    at = seals.checkpoint_at(log, 280)
+    assert at is not None
+    assert report(log, Request(remembered=((280, at.root),), reconcile=False)).held == 4
+    found = report(log, Request(remembered=((150, at.root),), reconcile=False)).walk.fault
+    assert found is not None
+    assert found.reason.endswith("their root is not that of a checkpoint that was remembered of 150 entries")
+
+
+def test_a_walk_can_begin_behind_any_entry(altered: apsw.Connection) -> None:
+    found = report(altered, Request(since=100, public_key=PUBLIC))
+    assert (found.is_valid, found.walk.verified, found.held, found.tallies) == (True, 196, 3, None)
+    chain_again_any(altered, 290)
+    found = report(altered, Request(since=285))
+    assert found.walk.fault is not None
+    assert found.walk.fault.seq == 287
+    assert report(altered, Request(since=9_999)).walk.fault is not None
+    assert verifying.entry_at(altered, NOW_US) == 0
+    assert verifying.entry_at(altered, NOW_US + 9) == 285
+    assert verifying.entry_at(altered, NOW_US + DAY_US) == 296
+    altered.execute("DELETE FROM audit_node")
+    found = report(altered, Request(since=285))
+    assert found.walk.fault is not None
+    assert "node" in found.walk.fault.reason
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("UPDATE audit_checkpoint SET root = zeroblob(32) WHERE size = 280", "says another size or root"),
+        ("UPDATE audit_checkpoint SET size = 279 WHERE size = 280", "says another size or root"),
+        ("UPDATE audit_checkpoint SET note = replace(note, '280', '281') WHERE size = 280", "another size or root"),
+        ("UPDATE audit_checkpoint SET note = 'x' WHERE size = 280", "has no signature lines"),
+        ("UPDATE audit_checkpoint SET note = substr(note, 1, 90) || 'AAAA' || substr(note, 95)", "entries"),
+        ("UPDATE audit_node SET hash = zeroblob(32)", "the kept node 8/0 of the tree"),
+        ("DELETE FROM audit_checkpoint WHERE size = 296; DELETE FROM audit WHERE seq > 290", "ok"),
+    ],
+)
+def test_what_seals_the_log_is_verified_too(altered: apsw.Connection, sql: str, said: str) -> None:
+    altered.execute(sql)
+    found = report(altered, Request(public_key=PUBLIC, reconcile=False)).walk.fault
+    if said == "ok":
+        assert found is None  # entered after the last checkpoint there is: nobody can see it
+    else:
+        assert found is not None
+        assert said in found.reason
+
+
+def test_a_checkpoint_that_another_key_signed_is_found(altered: apsw.Connection) -> None:
+    at = seals.checkpoint_at(altered, 280)
+    assert at is not None
+    own = read_note(at.note)
+    forged = sign_note(own.text, origin_of(PUBLIC), SigningKey(bytes(32))).encode()
+    altered.execute("UPDATE audit_checkpoint SET note = ? WHERE size = 280", (forged,))
+    assert fault(altered) == (280, "the stored checkpoint of 280 entries was not signed by this daemon's key")
+
+
+def test_checkpoints_of_a_key_from_before_are_held_by_their_root(altered: apsw.Connection) -> None:
+    found = report(altered, Request(public_key=bytes(SigningKey(bytes(32)).verify_key)))
+    assert (found.is_valid, found.held) == (True, 3)
+    chain_again_any(altered, 290)
+    assert not report(altered, Request(public_key=bytes(SigningKey(bytes(32)).verify_key))).is_valid
+
+
+# --- what the log records
+
+# What no entry says: how the cost came about. It stands in the row alone.
+_UNSAID = {"cost_source", "priced_microusd", "price_version"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_changed_column_of_a_row_of_usage_is_found_and_named(log: apsw.Connection, data: st.DataObject) -> None:
+    columns = [row[0] for row in log.execute("SELECT name FROM pragma_table_info('usage')") if row[0] not in _UNSAID]
+    column = data.draw(st.sampled_from([name for name in columns if name != "seq"]), "column")
+    seq = data.draw(st.sampled_from([1, 2, 57, 290]), "seq")
+    (value,) = log.execute(f"SELECT {column} FROM usage WHERE seq = ?", (seq,)).fetchone() or ()
+    if isinstance(value, int):
+        changed: object = value ^ (1 << data.draw(st.integers(0, 30), "bit"))
+    elif isinstance(value, bytes):
+        changed = bytes([value[0] ^ 1]) + value[1:]
+    else:
+        kind = log.execute("SELECT type FROM pragma_table_info('usage') WHERE name = ?", (column,)).get
+        changed = 1 if kind == "INTEGER" else f"{value or 'x'}1" if column != "labels" else '{"a":"1"}'
+    log.execute("SAVEPOINT tampering")
+    try:
+        log.execute(f"UPDATE usage SET {column} = ? WHERE seq = ?", (changed, seq))
+        assert findings(log, "usage")[0].startswith(f"usage row {seq} (")
+    finally:
+        log.execute("ROLLBACK TO tampering; RELEASE tampering")
+
+
+def test_a_row_of_usage_that_is_gone_was_put_in_or_changed_places_is_found(altered: apsw.Connection) -> None:
+    altered.execute("DELETE FROM usage WHERE seq IN (5, 290)")
+    gone = findings(altered, "usage")
+    assert [finding.partition("): ")[2] for finding in gone] == [
+        "usage row 5 is not there",
+        "usage row 290 is not there",
+    ]
+    names = [row[0] for row in altered.execute("SELECT name FROM pragma_table_info('usage')") if row[0] != "seq"]
+    columns = ", ".join(names)
+    altered.execute(f"INSERT INTO usage (seq, {columns}) SELECT 5, {columns} FROM usage WHERE seq = 7")
+    assert any("usage row 5" in finding for finding in findings(altered, "usage"))
+    altered.execute(f"INSERT INTO usage (seq, {columns}) SELECT 900, {columns} FROM usage WHERE seq = 7")
+    assert any("usage row 900" in finding and "no entry" in finding for finding in findings(altered, "usage"))
+
+
+@pytest.mark.parametrize(
+    ("table", "sql", "said"),
+    [
+        ("task", "UPDATE task SET state = 'completed' WHERE seq = 2", "task row 2 (t, completed) has no entry"),
+        ("task", "UPDATE task SET timestamp_us = 5 WHERE seq = 1", "task row 1 (t, started) has no entry"),
+        ("task", "UPDATE task SET agent = consumer", "task row 1"),
+        ("task", "DELETE FROM task WHERE seq = 1", "(task.started t): there is no such row in task"),
+        ("delegation", "UPDATE delegation SET max_cost_microusd = 99", "max_cost_microusd is 99"),
+        ("delegation", "UPDATE delegation SET delegate = 'x'", "delegate is 'x'"),
+        ("delegation", "UPDATE delegation SET expires_us = 5", "expires_at is"),
+        ("delegation", "UPDATE delegation SET revoked_us = 5", "is revoked, and the log says otherwise"),
+        ("delegation", "UPDATE delegation SET id = 'del_x'", "delegation del_x has no entry in the log"),
+        ("delegation", "DELETE FROM delegation", "there is no such delegation"),
+        ("breach", "UPDATE breach SET state = 'open'", "breach brc_1 is open and warning, and the log says resolved"),
+        ("breach", "UPDATE breach SET severity = 'critical'", "breach brc_1 is resolved and critical"),
+        ("breach", "UPDATE breach SET id = 'brc_2'", "breach brc_2 has no entry in the log"),
+        ("breach", "DELETE FROM alert WHERE seq = 1", "alert 1 is not there"),
+        ("breach", "UPDATE alert SET event = 'resolved' WHERE seq = 1", "alert 1 is resolved brc_1, and entry"),
+        ("breach", "UPDATE alert SET seq = 7 WHERE seq = 1", "alert 7 (opened brc_1) has no entry in the log"),
+    ],
+)
+def test_what_was_changed_in_other_tables_is_named(altered: apsw.Connection, table: str, sql: str, said: str) -> None:
+    altered.execute("PRAGMA foreign_keys = OFF")
+    altered.execute(sql)
+    found = findings(altered, table)
+    assert any(said in finding for finding in found), found
+
+
+def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: apsw.Connection) -> None:
+    fill(connection)
+    writer = Writer(connection)
+    writer.run([Envelope(0, RetireUsage(NOW_US + 100, "key:o", NOW_US + DAY_US), False)])
+    found = report(connection)
+    assert found.tallies is not None
+    usage = found.tallies[0]
+    assert (found.is_valid, usage.retired, usage.rows, usage.entries) == (True, 101, 190, 291)
+    connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM usage WHERE seq = 150")
+    named = findings(connection, "usage")
+    assert len(named) == 1
+    assert "usage row 150 is not there" in named[0]
+
+
+def test_a_revoked_delegation_agrees(connection: apsw.Connection) -> None:
+    fill(connection)
+    public_id = connection.execute("SELECT id FROM delegation").get
+    Writer(connection).run([Envelope(0, Revoke(str(public_id), "key:o", "gone", NOW_US), False)])
+    assert connection.execute("SELECT revoked_us IS NOT NULL FROM delegation").get
+    assert report(connection).is_valid
