@@ -8,14 +8,17 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpcore2
 import trio
 
 from asapd.wire import conformance as rules
-from asapd.wire.conformance import FORGED, Answer, Asked, Finding
-from asapd.wire.manifest import Manifest
+from asapd.wire import conformance_delegations as delegations
+from asapd.wire.conformance import Answer, Finding
+from asapd.wire.conformance_delegations import FORGED, Asked
+from asapd.wire.manifest import Health, Manifest
+from asapd.wire.token import SignedToken
 
 HEALTH = "/.well-known/asap/health"
 MANIFEST = "/.well-known/asap/manifest.json"
@@ -29,11 +32,17 @@ _ASKED = Asked("urn:asap:agent:asapd-conformance", ("task.execute",), 1, 60)
 
 @dataclass(frozen=True)
 class Expectations:
-    """What is known of the agent beforehand. With `bearer`, a delegation is issued and revoked in that name."""
+    """What is known of the agent beforehand. With `bearer`, a delegation is issued and revoked in that name.
+
+    `delegator` is whom the bearer stands for, unless that is the agent itself, and `delegator_key` their key; keys have
+    32 raw bytes.
+    """
 
     agent: str | None = None
     public_key: bytes | None = None
     bearer: str | None = None
+    delegator: str | None = None
+    delegator_key: bytes | None = None
 
 
 @dataclass
@@ -59,6 +68,10 @@ class Report:
             self.checks[check] = "failed" if failed else "warned" if listed else self.checks.get(check, "passed")
         self.findings += listed
 
+    def skip(self, check: str, why: str) -> None:
+        """Enter that a check was not made; what it found already stays."""
+        self.checks.setdefault(check, f"skipped: {why}")
+
 
 async def visit(url: str, expected: Expectations, *, timeout_s: float) -> Report:
     """Ask an agent all that can be asked without harm, each request within `timeout_s` seconds and bounded in size.
@@ -81,54 +94,111 @@ async def visit(url: str, expected: Expectations, *, timeout_s: float) -> Report
         manifest, found = rules.judge_manifest(second)
         report.add("manifest", found)
         report.agent = manifest.id if manifest is not None else None if health is None else health.agent_id
-        report.add("identity", rules.judge_identity(manifest, health, expected.agent))
+        _check_identity(report, manifest, health, expected.agent)
         if manifest is None:
             for check in ("signature", "sla", "ttl"):
-                report.checks[check] = "skipped: there is no manifest to judge"
+                report.skip(check, "there is no manifest to judge")
         else:
-            report.add("manifest", rules.judge_stability(manifest, await door.ask("GET", MANIFEST)))
+            report.add("manifest", rules.judge_stability(manifest, found, await door.ask("GET", MANIFEST)))
             report.add("signature", rules.judge_signature(manifest, second.body, expected.public_key))
             report.add("sla", rules.judge_sla(manifest))
             report.add("ttl", rules.judge_ttl(manifest))
         await _check_key_set(door, report, manifest)
-        await _check_delegation(door, report, manifest, expected.bearer)
+        await _check_guard(door, report)
+        if expected.bearer is None:
+            for check in ("issuing", "token", "revocation"):
+                report.skip(check, "--bearer is not given")
+        else:
+            await _round_trip(door, report, manifest, expected, expected.bearer)
     return report
+
+
+def _check_identity(report: Report, manifest: Manifest | None, health: Health | None, expected: str | None) -> None:
+    found = list(rules.judge_identity(manifest, health, expected))
+    if not found and expected is None and (manifest is None or health is None or health.agent_id is None):
+        report.skip("identity", "there are no two that name the agent, and --agent is not given")
+    else:
+        report.add("identity", found)
 
 
 async def _check_key_set(door: _Door, report: Report, manifest: Manifest | None) -> None:
     answer = await door.ask("GET", KEY_SET)
-    if answer.status == 200:
-        report.add("keys", rules.judge_key_set(answer, manifest))
-    else:
-        report.checks["keys"] = "skipped: no key set is served"
-
-
-async def _check_delegation(door: _Door, report: Report, manifest: Manifest | None, bearer: str | None) -> None:
-    listing = await door.ask("GET", DELEGATIONS)
-    if listing.status in (404, 405, 501):
-        report.checks["delegation"] = f"skipped: {DELEGATIONS} is not offered"
+    if answer.status in (404, 405, 410, 501):
+        report.skip("keys", "no key set is served")
         return
-    found = list(rules.judge_refusal(listing, "GET without credentials", "delegation_open"))
-    forged = await door.ask("GET", DELEGATIONS, bearer=FORGED)
-    found += rules.judge_refusal(forged, "GET with a token of alg none", "delegation_forged_accepted")
-    broken = await door.ask("POST", DELEGATIONS, body=b'{"delegate": ')
-    found += rules.judge_refusal(broken, "POST of broken JSON without credentials", "delegation_open")
-    if bearer is not None:
-        found += await _round_trip(door, manifest, bearer)
-    report.add("delegation", found)
+    found = list(rules.judge_key_set(answer, manifest))
+    if found or (manifest is not None and manifest.public_key is not None):
+        report.add("keys", found)
+    else:
+        report.skip("keys", "the manifest names no key to look for")
 
 
-async def _round_trip(door: _Door, manifest: Manifest | None, bearer: str) -> list[Finding]:
-    """Issue, list, revoke."""
+async def _check_guard(door: _Door, report: Report) -> None:
+    """Ask for what nobody may have without credentials, the last two times for what the agent would issue."""
+    found: list[Finding] = []
+    offered = False
+    for method, bearer, body, judge, what in (
+        ("GET", None, None, delegations.judge_refusal, "GET without credentials"),
+        ("GET", FORGED, None, delegations.judge_refusal, "GET with a token of alg none"),
+        ("POST", None, b'{"delegate": ', delegations.judge_refusal, "POST of broken JSON without credentials"),
+        ("POST", None, _ASKED.body(), delegations.judge_closed, "POST without credentials"),
+        ("POST", FORGED, _ASKED.body(), delegations.judge_closed, "POST with a token of alg none"),
+    ):
+        answer = await door.ask(method, DELEGATIONS, bearer=bearer, body=body)
+        offered = offered or delegations.is_offered(answer)
+        found += judge(answer, what, "delegation_open" if bearer is None else "delegation_forged_accepted")
+    if offered:
+        report.add("delegation", found)
+    else:
+        report.skip("delegation", f"{DELEGATIONS} is not offered")
+
+
+async def _round_trip(
+    door: _Door, report: Report, manifest: Manifest | None, expected: Expectations, bearer: str
+) -> None:
+    """Issue, look up, revoke, the latter two as a stranger first."""
     made = await door.ask("POST", DELEGATIONS, bearer=bearer, body=_ASKED.body())
-    issued, found = rules.judge_issued(made, _ASKED, manifest, time.time_ns() // 1000)
-    if issued is None:
-        return found
-    where = f"{DELEGATIONS}/{issued}"
-    found += rules.judge_listed(await door.ask("GET", DELEGATIONS, bearer=bearer), issued)
+    token, found = delegations.judge_issued(made, _ASKED, time.time_ns() // 1000)
+    report.add("issuing", found)
+    if token is None:
+        report.skip("token", "none was issued")
+        report.skip("revocation", "there is nothing to revoke")
+        return
+    _check_token(report, token, manifest, expected)
+    issued = token.claims.id
+    if not delegations.is_plain_id(issued):
+        # What an agent calls a token must not lead the operator's credentials to another of its addresses.
+        report.skip("revocation", "its id is none to put into a path")
+        return
+    where = f"{DELEGATIONS}/{quote(issued, safe='')}"
+    report.add("issuing", delegations.judge_listed(await door.ask("GET", DELEGATIONS, bearer=bearer), issued))
+    for method in ("GET", "DELETE"):
+        stranger, what = await door.ask(method, where), f"{method} of {issued} without credentials"
+        report.add("delegation", delegations.judge_refusal(stranger, what, "delegation_open"))
+    unseen = list(delegations.judge_shown(await door.ask("GET", where, bearer=bearer), issued))
+    report.add("issuing", unseen)
     revoked = await door.ask("DELETE", where, bearer=bearer)
-    found += rules.judge_revoked(revoked, await door.ask("GET", where, bearer=bearer))
-    return found
+    found = list(delegations.judge_revoked(revoked, await door.ask("GET", where, bearer=bearer), issued))
+    if unseen and not found:
+        report.skip("revocation", "it was not shown as active before, so that it is not now shows nothing")
+    else:
+        report.add("revocation", found)
+
+
+def _check_token(report: Report, token: SignedToken, manifest: Manifest | None, expected: Expectations) -> None:
+    agent = expected.agent if manifest is None else manifest.id
+    delegator = expected.delegator or agent
+    key = expected.delegator_key
+    if key is None and delegator == agent:
+        key = expected.public_key if manifest is None else manifest.public_key
+    if delegator is None:
+        report.skip("token", "nothing says whom it should be from; give --delegator")
+        return
+    found = list(delegations.judge_signer(token, delegator, key))
+    if key is None and not found:
+        report.skip("token", f"no key of {delegator} is known, so its signature is not checked; give --delegator-key")
+    else:
+        report.add("token", found)
 
 
 class _Door:

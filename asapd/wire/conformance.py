@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
-from asapd.core.types import SECOND_US
 from asapd.wire.keys import jwk_thumbprint, public_jwk
 from asapd.wire.manifest import Health, Manifest, ManifestError, decode_health, decode_manifest, verify_manifest
-from asapd.wire.token import TokenMalformed, decode, verify
 
 Severity = Literal["failure", "warning"]
 
 # Fields that the protocol's own implementation writes into every manifest.
 _FIELDS = ("name", "version", "description", "capabilities", "endpoints")
+# RFC 7518 section 6 and RFC 8037 section 2: what only the owner of a key may have.
+_PRIVATE_MEMBERS = ("d", "p", "q", "dp", "dq", "qi", "oth", "k")
 _TTL_LEAST_S, _TTL_MOST_S = 10, 86_400
-# Clocks of two hosts may differ by this much before an expiry counts as another than was asked for.
-_SKEW_US = 300 * SECOND_US
 
 FINDINGS: dict[str, tuple[Severity, str]] = {
     "health_no_answer": ("failure", "answer GET /.well-known/asap/health in whole and in time"),
@@ -40,10 +38,11 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "manifest_malformed": ("failure", "send a manifest, plain or as {manifest, signature, public_key}"),
     "manifest_duplicate_keys": ("failure", "write each key once: readers differ in which of two they take"),
     "manifest_fields_missing": ("warning", f"add them; usual are {', '.join(_FIELDS)}"),
-    "manifest_unstable": ("failure", "serve one identity, signed by one key, from every instance behind this address"),
+    "manifest_unstable": ("failure", "serve one manifest, signed by one key, from every instance behind this address"),
     "endpoint_malformed": ("failure", "endpoints are absolute URLs: http or https, for events also ws or wss"),
     "id_mismatch": ("failure", "name the same agent in the health document and in the manifest"),
     "id_unexpected": ("failure", "this address is another agent's: correct the address or the name"),
+    "id_unproven": ("failure", "serve a manifest with an id, or a health document with an agent_id"),
     "signature_missing": ("warning", "sign the manifest: without it nobody can tell a forged one"),
     "signature_required": ("failure", "sign the manifest with the agent's key"),
     "signature_algorithm": ("failure", 'sign with Ed25519, and say "alg": "ed25519"'),
@@ -60,17 +59,41 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "sla_empty": ("warning", "promise at least one of availability, max_latency_p95_ms and max_error_rate"),
     "ttl_missing": ("warning", "add ttl_seconds, so that readers know when to ask again"),
     "ttl_extreme": ("warning", f"keep ttl_seconds between {_TTL_LEAST_S} and {_TTL_MOST_S}"),
+    "jwks_no_answer": ("failure", "answer GET /.well-known/jwks.json in whole and in time"),
+    "jwks_redirect": ("failure", "answer there itself: a redirected key set is not taken"),
+    "jwks_too_large": ("failure", "keep the key set below 256 KiB"),
+    "jwks_status": ("failure", "answer 200, or 404 where there is no key set"),
+    "jwks_content_type": ("warning", "send Content-Type: application/jwk-set+json"),
+    "jwks_private_key": ("failure", "take the private members out now and replace the key: everybody can sign with it"),
     "jwks_malformed": ("warning", "serve a JSON Web Key Set (RFC 7517), or nothing, at /.well-known/jwks.json"),
     "jwks_lacks_key": ("warning", "list the key that signs the manifest in the key set"),
     "delegation_no_answer": ("failure", "answer requests for /asap/delegations in whole and in time"),
     "delegation_error": ("failure", "answer what is wrong with a 4xx status: a 5xx is a bug that anybody can call up"),
-    "delegation_open": ("failure", "ask for credentials before showing or issuing delegations"),
+    "delegation_open": ("failure", "ask for credentials before showing, issuing or revoking delegations"),
     "delegation_forged_accepted": ("failure", "check the signature: this token says alg none and bears none"),
+    "delegation_refusal_unclear": (
+        "failure",
+        "answer 401 or 403 to whoever has no credentials, before anything else is looked at",
+    ),
     "delegation_not_issued": ("failure", "issue to the bearer, with 201 and the token"),
     "delegation_token_malformed": ("failure", "issue a JWS with alg EdDSA and iss, aud, jti, iat, exp and scp"),
+    "delegation_token_form": ("failure", "issue a JWS here: clients of /asap/delegations read no document"),
     "delegation_token_differs": ("failure", "issue what was asked for and no more"),
-    "delegation_token_signature": ("failure", "sign tokens with the key of the manifest"),
+    "delegation_token_expired": (
+        "failure",
+        "issue tokens that are valid from now on, and set the clocks of both hosts",
+    ),
+    "delegation_token_foreign": (
+        "failure",
+        "issue in the agent's own name; where the bearer stands for another agent, name it: --delegator",
+    ),
+    "delegation_token_signature": ("failure", "sign tokens with the key of the agent that they are from"),
+    "delegation_id_unsafe": (
+        "failure",
+        "give tokens a jti of letters, digits and . _ ~ : -, which stands in a path as it is",
+    ),
     "delegation_not_listed": ("failure", "list an issued delegation to its delegator until it expires"),
+    "delegation_not_shown": ("failure", "answer GET of an issued delegation with its id and whether it is active"),
     "delegation_not_revoked": ("failure", "answer DELETE with 204, and show the delegation as not active from then on"),
 }
 """Every code a finding can have, with how bad it is and what would mend it."""
@@ -100,30 +123,6 @@ def finding(check: str, code: str, detail: str) -> Finding:
     """A finding with the severity and remedy of its code."""
     severity, remedy = FINDINGS[code]
     return Finding(check, code, severity, detail, remedy)
-
-
-class Asked(Struct, frozen=True):
-    """The delegation that is asked of an agent."""
-
-    delegate: str
-    scopes: tuple[str, ...]
-    max_tasks: int
-    expires_in_s: int
-
-    def body(self) -> bytes:
-        """As the reference implementation's clients send it."""
-        return msgspec.json.encode(
-            {
-                "delegate": self.delegate,
-                "scopes": self.scopes,
-                "max_tasks": self.max_tasks,
-                "expires_in_seconds": self.expires_in_s,
-            }
-        )
-
-
-FORGED = "eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJpc3MiOiJ1cm46YXNhcDphZ2VudDpyb290Iiwic3ViIjoicm9vdCJ9."
-"""A token that nobody signed: its header says `alg` `none`."""
 
 
 def judge_health(answer: Answer) -> tuple[Health | None, list[Finding]]:
@@ -165,27 +164,44 @@ def judge_manifest(answer: Answer) -> tuple[Manifest | None, list[Finding]]:
     return manifest, found
 
 
-def judge_stability(first: Manifest, again: Answer) -> Iterator[Finding]:
-    """Whether a second reading gives the same agent by the same key."""
-    try:
-        second = decode_manifest(again.body) if again.trouble is None and again.status == 200 else None
-    except ManifestError:
-        second = None
+def judge_stability(first: Manifest, seen: Iterable[Finding], again: Answer) -> Iterator[Finding]:
+    """Whether a second reading gives the same manifest by the same key, as soundly signed as the first.
+
+    `seen` is what the first reading showed, which is not told twice.
+    """
+    second, found = judge_manifest(again)
+    known = {one.code for one in seen}
+    fresh = [one.detail for one in found if one.severity == "failure" and one.code not in known]
     if second is None:
-        yield finding("manifest", "manifest_unstable", "read a second time, there was no manifest")
-    elif (first.id, first.signed, first.public_key) != (second.id, second.signed, second.public_key):
-        what = "its id" if first.id != second.id else "its signer"
-        yield finding("manifest", "manifest_unstable", f"read a second time, {what} was another")
+        what = f"there was no manifest: {', '.join(fresh)}"
+    elif first.id != second.id:
+        what = "its id was another"
+    elif (first.signed, first.public_key) != (second.signed, second.public_key):
+        what = "its signer was another"
+    elif first.digest != second.digest:
+        names = sorted(name for name in {*first.raw, *second.raw} if first.raw.get(name) != second.raw.get(name))
+        what = f"it said something else: {ascii(', '.join(names))[1:-1][:120]}"
+    elif verify_manifest(first, None) != verify_manifest(second, None):
+        what = "its signature was another, and only one of the two verifies"
+    elif fresh:
+        what = fresh[0]
+    else:
+        return
+    yield finding("manifest", "manifest_unstable", f"read a second time, {what}")
 
 
 def judge_identity(manifest: Manifest | None, health: Health | None, expected: str | None) -> Iterator[Finding]:
-    """Whether all that names the agent names the same one."""
+    """Whether all that names the agent names the same one, and with `expected`, whether anything names it."""
     named = None if health is None else health.agent_id
     if manifest is not None and named is not None and manifest.id != named:
         yield finding("identity", "id_mismatch", f"the manifest is of {manifest.id}, the health document of {named}")
     for where, name in (("manifest", None if manifest is None else manifest.id), ("health document", named)):
         if expected is not None and name not in (None, expected):
             yield finding("identity", "id_unexpected", f"the {where} is of {name}, not of {expected}")
+    if expected is not None and manifest is None and named is None:
+        yield finding(
+            "identity", "id_unproven", f"nothing that is served here names an agent, so nothing shows {expected}"
+        )
 
 
 def judge_signature(manifest: Manifest, body: bytes, expected_key: bytes | None) -> Iterator[Finding]:
@@ -243,102 +259,38 @@ def judge_ttl(manifest: Manifest) -> Iterator[Finding]:
 
 
 def judge_key_set(answer: Answer, manifest: Manifest | None) -> Iterator[Finding]:
-    """Whether a key set, where one is served, has the key of the manifest."""
+    """Whether a key set, where one is served, has the key of the manifest and no private one."""
+    found = list(_transport("keys", answer, (200,), "jwks"))
+    yield from found
+    if any(one.severity == "failure" for one in found):
+        return
     try:
         keys = msgspec.json.decode(answer.body)["keys"]
-        named = [key["x"] for key in keys if key.get("kty") == "OKP"]
+        private = sorted({name for key in keys for name in _PRIVATE_MEMBERS if key.get(name) is not None})
     except (msgspec.DecodeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         yield finding("keys", "jwks_malformed", "what is served there is not a key set")
         return
+    if private:
+        yield finding("keys", "jwks_private_key", f"it publishes private members of keys: {', '.join(private)}")
+    named = [key.get("x") for key in keys if key.get("kty") == "OKP"]
     signer = None if manifest is None else manifest.public_key
     if signer is not None and public_jwk(signer)["x"] not in named:
         yield finding("keys", "jwks_lacks_key", f"the key {jwk_thumbprint(signer)} signs the manifest and is not in it")
 
 
-def judge_refusal(answer: Answer, what: str, accepted: str) -> Iterator[Finding]:
-    """Whether a request about delegations that must be refused was; `accepted` is the code if it was not."""
-    if answer.trouble is not None:
-        yield finding("delegation", "delegation_no_answer", f"{what}: {answer.detail}")
-    elif answer.status >= 500:
-        yield finding("delegation", "delegation_error", f"{what} was answered {answer.status}")
-    elif answer.status < 400:
-        yield finding("delegation", accepted, f"{what} was answered {answer.status}")
-
-
-def judge_issued(
-    answer: Answer, asked: Asked, manifest: Manifest | None, now_us: int
-) -> tuple[str | None, list[Finding]]:
-    """Whether an agent issued what it was asked for; the id of what it issued."""
-    if answer.trouble is not None or answer.status != 201:
-        seen = answer.detail if answer.trouble is not None else f"POST was answered {answer.status}"
-        return None, [finding("delegation", "delegation_not_issued", seen)]
-    try:
-        text = msgspec.json.decode(answer.body)["token"]
-        token = decode(text if isinstance(text, str) else "")
-    except (msgspec.DecodeError, ValueError, TypeError, KeyError, RecursionError) as problem:
-        reason = problem.reason if isinstance(problem, TokenMalformed) else "the reply has no token"
-        return None, [finding("delegation", "delegation_token_malformed", reason)]
-    claims = token.claims
-    wider = [
-        name
-        for name, holds in (
-            ("delegate", claims.delegate == asked.delegate),
-            ("scopes", set(claims.scopes) == set(asked.scopes)),
-            ("max_tasks", claims.max_tasks == asked.max_tasks),
-            ("exp", claims.expires_at_us <= now_us + asked.expires_in_s * SECOND_US + _SKEW_US),
-        )
-        if not holds
-    ]
-    found = []
-    if wider:
-        found.append(finding("delegation", "delegation_token_differs", f"not as asked for: {', '.join(wider)}"))
-    signer = None if manifest is None or claims.delegator != manifest.id else manifest.public_key
-    if signer is not None and not verify(token, signer):
-        detail = "the token in the agent's own name is not signed with the key of its manifest"
-        found.append(finding("delegation", "delegation_token_signature", detail))
-    return claims.id, found
-
-
-def judge_listed(answer: Answer, issued: str) -> Iterator[Finding]:
-    """Whether an issued delegation is in the list, a bare array."""
-    if issued not in _ids(answer):
-        yield finding("delegation", "delegation_not_listed", f"{issued} is not in the list")
-
-
-def judge_revoked(revoked: Answer, shown: Answer) -> Iterator[Finding]:
-    """Whether a revocation was answered and took effect."""
-    if revoked.status != 204:
-        seen = revoked.detail if revoked.trouble is not None else f"DELETE was answered {revoked.status}"
-        yield finding("delegation", "delegation_not_revoked", seen)
-        return
-    try:
-        active = shown.status == 200 and msgspec.json.decode(shown.body)["active"] is not False
-    except (msgspec.DecodeError, ValueError, TypeError, KeyError, RecursionError):
-        active = True
-    if active:
-        yield finding("delegation", "delegation_not_revoked", "it is shown as active after its revocation")
-
-
-def _ids(answer: Answer) -> list[Any]:
-    try:
-        rows = msgspec.json.decode(answer.body)
-        return [row["id"] for row in rows] if answer.status == 200 else []
-    except (msgspec.DecodeError, ValueError, TypeError, KeyError, RecursionError):
-        return []
-
-
-def _transport(check: str, answer: Answer, statuses: tuple[int, ...]) -> Iterator[Finding]:
+def _transport(check: str, answer: Answer, statuses: tuple[int, ...], codes: str | None = None) -> Iterator[Finding]:
+    codes = check if codes is None else codes
     match answer.trouble:
         case "unreachable" | "no_answer":
-            yield finding(check, f"{check}_no_answer", answer.detail)
+            yield finding(check, f"{codes}_no_answer", answer.detail)
         case "redirect" | "too_large":
-            yield finding(check, f"{check}_{answer.trouble}", answer.detail)
+            yield finding(check, f"{codes}_{answer.trouble}", answer.detail)
         case None:
             if answer.status not in statuses:
-                yield finding(check, f"{check}_status", f"answered {answer.status}")
+                yield finding(check, f"{codes}_status", f"answered {answer.status}")
             elif not _is_json(answer.content_type):
                 shown = ascii(answer.content_type)[:80]
-                yield finding(check, f"{check}_content_type", f"Content-Type is {shown}")
+                yield finding(check, f"{codes}_content_type", f"Content-Type is {shown}")
 
 
 def _is_json(content_type: str) -> bool:

@@ -24,8 +24,8 @@ from asapd.cli.conformance_visit import Expectations, visit
 from asapd.cli.demo_agent import DemoAgent, Part
 from asapd.core.delegation import Claims
 from asapd.core.types import SECOND_US
-from asapd.wire.keys import public_base64
-from asapd.wire.token import sign
+from asapd.wire.keys import public_base64, public_jwk
+from asapd.wire.token import sign, sign_document
 from tests.cli.programs import Program
 
 A = "urn:asap:agent:a"
@@ -128,9 +128,10 @@ def test_an_agent_that_is_right_conforms_and_nothing_is_changed_there(ctl: Progr
         **dict.fromkeys(("health", "manifest", "identity", "signature", "sla", "ttl"), "passed"),
         "keys": "skipped: no key set is served",
         "delegation": "skipped: /asap/delegations is not offered",
+        **dict.fromkeys(("issuing", "token", "revocation"), "skipped: --bearer is not given"),
     }
     assert (shown.code, shown.out.splitlines()[-1]) == (0, "conforms")
-    assert {method for method, _ in seen} == {"GET"}
+    assert {path for method, path in seen if method != "GET"} == {"/asap/delegations"}
 
 
 def drip(request: Request) -> None:
@@ -150,13 +151,47 @@ def flood(request: Request) -> None:
         request.wfile.write(b" " * 65_536)
 
 
-def two_faced() -> Behave:
-    answers = iter([signed(KEY), signed(OTHER)])
+def in_turn(*values: Any) -> Behave:
+    answers = iter(values)
     return lambda request: request.json(200, next(answers))
+
+
+def badly_signed() -> dict[str, Any]:
+    return {**signed(), "signature": {"alg": "ed25519", "signature": base64.b64encode(bytes([1]) * 64).decode()}}
+
+
+def hang(request: Request) -> None:
+    time.sleep(2)
+    request.close_connection = True
+
+
+def reset(request: Request) -> None:
+    request.connection.shutdown(socket.SHUT_RDWR)
 
 
 def open_delegations(request: Request) -> None:
     request.json(200, [])
+
+
+def issues_to_anybody(request: Request) -> None:
+    try:
+        json.loads(request.body())
+    except ValueError:
+        request.json(422, {"detail": "no JSON"})
+    else:
+        request.json(201, {"token": "for anybody"})
+
+
+def takes_any_token(request: Request) -> None:
+    request.json(201 if request.headers.get("Authorization") and request.body() else 401, {"token": "for any token"})
+
+
+def answers_valid_ones(status: int) -> Behave:
+    return lambda request: request.json(status if b"}" in request.body() else 422, {})
+
+
+LISTED, KEYS = ("GET", "/asap/delegations"), ("GET", "/.well-known/jwks.json")
+ISSUED = ("POST", "/asap/delegations")
 
 
 LIARS: list[tuple[dict[tuple[str, str], Behave], str]] = [
@@ -171,7 +206,20 @@ LIARS: list[tuple[dict[tuple[str, str], Behave], str]] = [
     ({("GET", MANIFEST): flood}, "manifest_too_large"),
     ({("GET", MANIFEST): drip}, "manifest_no_answer"),
     ({("GET", MANIFEST): says(["no"])}, "manifest_malformed"),
-    ({("GET", MANIFEST): two_faced()}, "manifest_unstable"),
+    ({("GET", MANIFEST): in_turn(signed(KEY), signed(OTHER))}, "manifest_unstable"),
+    ({("GET", MANIFEST): in_turn(signed(), signed(sla={"availability": "1%"}))}, "manifest_unstable"),
+    ({("GET", MANIFEST): in_turn(signed(), badly_signed())}, "manifest_unstable"),
+    ({KEYS: says({}, 500)}, "jwks_status"),
+    ({KEYS: hang}, "jwks_no_answer"),
+    ({KEYS: reset}, "jwks_no_answer"),
+    ({KEYS: says({"keys": [{**public_jwk(bytes(KEY.verify_key)), "d": "AAAA"}]})}, "jwks_private_key"),
+    ({LISTED: says({}, 401), ISSUED: issues_to_anybody}, "delegation_open"),
+    ({LISTED: says({}, 401), ISSUED: takes_any_token}, "delegation_forged_accepted"),
+    ({ISSUED: says({"token": "for anybody"}, 201)}, "delegation_open"),
+    ({LISTED: says({}, 401), ISSUED: answers_valid_ones(422)}, "delegation_refusal_unclear"),
+    ({LISTED: says({}, 401), ISSUED: answers_valid_ones(500)}, "delegation_error"),
+    ({LISTED: says({}, 401), ISSUED: hang}, "delegation_no_answer"),
+    ({LISTED: reset}, "delegation_no_answer"),
     ({("GET", MANIFEST): says({**signed(), "manifest": document(name="b")})}, "signature_bad"),
     ({("GET", MANIFEST): says({**signed(), "public_key": public_base64(bytes(32))})}, "signature_key_unusable"),
     ({("GET", MANIFEST): says(signed(sla={"availability": "99.5.5%"}))}, "sla_malformed"),
@@ -239,27 +287,111 @@ def test_where_nobody_answers_the_code_is_3(ctl: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["agent", "ftp://x", "http://", "http://u:p@x", "http://x:0", "http://x?a=1", "http://[x"]
+    ("url", "said"),
+    [
+        *(
+            (url, "must be the base URL")
+            for url in ("agent", "ftp://x", "http://", "http://u:p@x", "http://x:0", "http://x?a=1", "http://[x")
+        ),
+        ("http://x:99999", "must be the base URL"),
+        ("http://a..b/", "a name of labels"),
+        ("http://../", "a name of labels"),
+        (f"http://{'a' * 70}/", "1 to 63 letters"),
+        (f"http://{'a.' * 130}b/", "a name of labels"),
+        ("http://a!b/", "a name of labels"),
+        ("http://[::x]/", "must be"),
+        ("http://[v1.a:b]/", "must be an IP address"),
+        ("http://b\xfccher.example/", "xn--"),
+        ("http://127.0.0.1:1/\xfc", "holds a character that no URL has"),
+        ("http://127.0.0.1:1/\n", "holds a character that no URL has"),
+        ("http://127.0.0.1:1/a b", "holds a character that no URL has"),
+        ("http://127.0.0.1:1/a\\b", "holds a character that no URL has"),
+    ],
 )
-def test_what_is_no_address_of_an_agent_is_wrong_usage(ctl: Program, url: str) -> None:
+def test_what_is_no_address_of_an_agent_is_wrong_usage(ctl: Program, url: str, said: str) -> None:
     ran = ctl("conformance", url)
-    assert (ran.code, "must be the base URL" in ran.err) == (2, True)
+    assert (ran.code, said in ran.err) == (2, True), ran
 
 
-def test_a_key_that_is_none_is_wrong_usage(ctl: Program) -> None:
-    assert ctl("conformance", "http://127.0.0.1:1", "--public-key", "AAAA").code == 2
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:1", "http://localhost.:1", "http://127.0.0.1:1/a%20b", "http://a_b.invalid"]
+)
+def test_an_unusual_address_is_one_as_well(ctl: Program, url: str) -> None:
+    assert ctl("conformance", url).code == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bearer", "secr\xe9t"], "--bearer: holds a character"),
+        (["--bearer", "secret\nsecret"], "--bearer: holds a character"),
+        (["--bearer", "two words"], "--bearer: holds a character"),
+        (["--bearer", ""], "--bearer: is empty"),
+        (["--bearer", "\n"], "--bearer: is empty"),
+        (["--agent", "writer"], "--agent: 'writer': must be an agent's name"),
+        (["--bearer", "x", "--delegator", "\udcff"], "--delegator: '\\udcff': must be an agent's name"),
+        (["--bearer", "x", "--delegator-key", "AAAA"], "--delegator-key: must be 32 bytes"),
+        (["--delegator", A], "of the token that --bearer asks for"),
+        (["--delegator-key", public_base64(bytes(KEY.verify_key))], "of the token that --bearer asks for"),
+        (["--public-key", "AAAA"], "--public-key: must be 32 bytes"),
+    ],
+)
+def test_options_that_cannot_be_used_are_wrong_usage(ctl: Program, options: list[str], said: str) -> None:
+    ran = ctl("conformance", "http://127.0.0.1:1", *options)
+    assert (ran.code, said in ran.err) == (2, True), ran
+    assert "secr" not in ran.err
+
+
+def test_an_agent_that_names_nobody_is_nobody_in_particular(ctl: Program) -> None:
+    nobody = {("GET", HEALTH): says({"status": "healthy"}), ("GET", MANIFEST): says({"name": "a"})}
+    with serving(nobody) as (url, _):
+        ran = ctl("conformance", url, "--agent", A, "--json")
+        unasked = ctl("conformance", url, "--json")
+    assert ran.json["checks"]["identity"] == "failed"
+    assert "id_unproven" in [one["code"] for one in ran.json["findings"]]
+    assert unasked.json["checks"]["identity"].startswith("skipped: there are no two that name the agent")
+
+
+def test_what_cannot_be_compared_is_skipped(ctl: Program) -> None:
+    unsigned = {("GET", MANIFEST): says(document()), ("GET", HEALTH): says({"status": "healthy"})}
+    with serving({**unsigned, KEYS: says({"keys": []})}) as (url, _):
+        ran = ctl("conformance", url, "--json")
+        named = ctl("conformance", url, "--agent", A, "--json")
+    assert ran.code == 0
+    assert ran.json["checks"]["keys"] == "skipped: the manifest names no key to look for"
+    assert ran.json["checks"]["identity"].startswith("skipped: ")
+    assert named.json["checks"]["identity"] == "passed"
 
 
 # --- delegations, with credentials
 
 
 class Issuer:
-    """Delegations as the reference implementation serves them."""
+    """Delegations as the reference implementation serves them, by default without a fault."""
 
-    def __init__(self, *, keeps_revoked: bool = False, widens: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        id_: str = "del_1",
+        delegator: str = A,
+        key: SigningKey = KEY,
+        scopes: tuple[str, ...] = ("task.execute",),
+        age_s: int = 0,
+        write: Callable[[Claims, SigningKey], str] = sign,
+        shows: Behave | None = None,
+        shows_revoked: Behave | None = None,
+        keeps_revoked: bool = False,
+    ) -> None:
         self.rows: dict[str, bool] = {}
+        self.id = id_
+        self.delegator = delegator
+        self.key = key
+        self.scopes = scopes
+        self.age_s = age_s
+        self.write = write
+        self.shows = shows
+        self.shows_revoked = shows_revoked
         self.keeps_revoked = keeps_revoked
-        self.widens = widens
 
     def behave(self) -> dict[tuple[str, str], Behave]:
         return {
@@ -283,37 +415,134 @@ class Issuer:
 
     def issue(self, request: Request) -> None:
         asked = json.loads(request.body())
-        now_us = time.time_ns() // 1000
-        scopes = ("*",) if self.widens else tuple(asked["scopes"])
+        now_us = time.time_ns() // 1000 - self.age_s * SECOND_US
         expires_us = now_us + asked["expires_in_seconds"] * SECOND_US
-        claims = Claims("del_1", A, asked["delegate"], scopes, asked["max_tasks"], None, now_us, expires_us)
-        self.rows["del_1"] = True
-        request.json(201, {"token": sign(claims, KEY)})
+        claims = Claims(
+            self.id, self.delegator, asked["delegate"], self.scopes, asked["max_tasks"], None, now_us, expires_us
+        )
+        self.rows[self.id] = True
+        request.json(201, {"token": self.write(claims, self.key)})
 
     def show(self, request: Request) -> None:
-        request.json(200, {"id": "del_1", "active": self.rows["del_1"]})
+        special = self.shows if self.rows[self.id] else self.shows_revoked
+        if special is None:
+            request.json(200, {"id": self.id, "active": self.rows[self.id]})
+        else:
+            special(request)
 
     def revoke(self, request: Request) -> None:
-        self.rows["del_1"] = self.keeps_revoked
+        self.rows[self.id] = self.keeps_revoked
         request.json(204, None)
 
 
+WHOLE = {"delegation": "passed", "issuing": "passed", "token": "passed", "revocation": "passed"}
+
+
 @pytest.mark.parametrize(
-    ("issuer", "expected"),
+    ("issuer", "expected", "checks"),
     [
-        (Issuer(), []),
-        (Issuer(keeps_revoked=True), ["delegation_not_revoked"]),
-        (Issuer(widens=True), ["delegation_token_differs"]),
+        (Issuer(), [], {}),
+        (Issuer(id_="urn:asap:1"), [], {}),
+        (Issuer(shows_revoked=says({}, 404)), [], {}),
+        (Issuer(keeps_revoked=True), ["delegation_not_revoked"], {"revocation": "failed"}),
+        (Issuer(shows_revoked=says({}, 500)), ["delegation_not_revoked"], {"revocation": "failed"}),
+        (Issuer(shows_revoked=hang), ["delegation_not_revoked"], {"revocation": "failed"}),
+        (Issuer(shows_revoked=reset), ["delegation_not_revoked"], {"revocation": "failed"}),
+        (
+            Issuer(shows=says({}, 404), shows_revoked=says({}, 404)),
+            ["delegation_not_shown"],
+            {
+                "issuing": "failed",
+                "revocation": "skipped: it was not shown as active before, so that it is not now shows nothing",
+            },
+        ),
+        (Issuer(scopes=("*",)), ["delegation_token_differs"], {"issuing": "failed"}),
+        (Issuer(age_s=120), ["delegation_token_expired"], {"issuing": "failed"}),
+        (Issuer(write=sign_document), ["delegation_token_form"], {"issuing": "failed"}),
+        (Issuer(key=OTHER), ["delegation_token_signature"], {"token": "failed"}),
+        (
+            Issuer(key=OTHER, write=sign_document),
+            ["delegation_token_form", "delegation_token_signature"],
+            {"issuing": "failed", "token": "failed"},
+        ),
+        (
+            Issuer(delegator="urn:asap:agent:b", key=OTHER),
+            ["delegation_token_foreign", "delegation_token_signature"],
+            {"token": "failed"},
+        ),
     ],
 )
-def test_with_credentials_a_delegation_is_issued_and_revoked(ctl: Program, issuer: Issuer, expected: list[str]) -> None:
+def test_with_credentials_a_delegation_is_issued_and_revoked(
+    ctl: Program, issuer: Issuer, expected: list[str], checks: dict[str, str]
+) -> None:
     with serving({**GOOD, **issuer.behave()}) as (url, seen):
         assert ctl("conformance", url, "--json").json["checks"]["delegation"] == "passed"
         assert issuer.rows == {}
-        ran = ctl("conformance", url, "--bearer", "secret", "--json")
+        ran = ctl("conformance", url, "--bearer", "secret", "--timeout", "1", "--json")
     assert [one["code"] for one in ran.json["findings"]] == expected
+    assert {name: ran.json["checks"][name] for name in WHOLE} == {**WHOLE, **checks}
     assert ran.code == (1 if expected else 0)
-    assert ("DELETE", "/asap/delegations/del_1") in seen
+    assert [method for method, path in seen if path.startswith("/asap/delegations/")] == [
+        *("GET", "DELETE"),
+        *("GET", "DELETE", "GET"),
+    ]
+
+
+@pytest.mark.parametrize(("method", "codes"), [("GET", []), ("DELETE", ["delegation_not_shown"])])
+def test_what_strangers_may_see_or_revoke_is_not_guarded(ctl: Program, method: str, codes: list[str]) -> None:
+    issuer = Issuer()
+    open_ = {(method, "/asap/delegations/*"): issuer.show if method == "GET" else issuer.revoke}
+    with serving({**GOOD, **issuer.behave(), **open_}) as (url, _):
+        ran = ctl("conformance", url, "--bearer", "secret", "--json")
+    assert [one["code"] for one in ran.json["findings"]] == ["delegation_open", *codes]
+    assert f"{method} of del_1 without credentials" in ran.json["findings"][0]["detail"]
+    assert ran.json["checks"]["delegation"] == "failed"
+
+
+@pytest.mark.parametrize("id_", ["../../admin/erase?all=1", "#x", "%2e%2e", "/", ".."])
+def test_an_id_does_not_lead_the_bearer_elsewhere(ctl: Program, id_: str) -> None:
+    with serving({**GOOD, **Issuer(id_=id_).behave()}) as (url, seen):
+        ran = ctl("conformance", url, "--bearer", "secret", "--json")
+    assert ran.code == 1
+    assert [one["code"] for one in ran.json["findings"]] == ["delegation_id_unsafe"]
+    assert ran.json["checks"]["revocation"] == "skipped: its id is none to put into a path"
+    assert {path for _, path in seen} == {HEALTH, MANIFEST, KEYS[1], "/asap/delegations"}
+    assert "DELETE" not in {method for method, _ in seen}
+
+
+def test_a_token_of_whom_the_bearer_stands_for_is_checked_with_their_key(ctl: Program) -> None:
+    other, key = "urn:asap:agent:b", public_base64(bytes(OTHER.verify_key))
+    with serving({**GOOD, **Issuer(delegator=other, key=OTHER).behave()}) as (url, _):
+        base = ("conformance", url, "--bearer", "secret", "--json", "--delegator", other)
+        checked = ctl(*base, "--delegator-key", key)
+        unchecked = ctl(*base)
+        wrong = ctl(*base, "--delegator-key", public_base64(bytes(KEY.verify_key)))
+    assert (checked.code, checked.json["checks"]["token"]) == (0, "passed")
+    assert (unchecked.code, unchecked.json["checks"]["token"].partition(":")[0]) == (0, "skipped")
+    assert "no key of urn:asap:agent:b is known" in unchecked.json["checks"]["token"]
+    assert (wrong.code, [one["code"] for one in wrong.json["findings"]]) == (1, ["delegation_token_signature"])
+
+
+def test_without_a_manifest_nothing_says_whose_token_it_should_be(ctl: Program) -> None:
+    with serving({**GOOD, **Issuer().behave(), ("GET", MANIFEST): says({}, 404)}) as (url, _):
+        ran = ctl("conformance", url, "--bearer", "secret", "--json")
+        named = ctl("conformance", url, "--bearer", "secret", "--agent", A, "--json")
+        keyed = ctl(
+            *("conformance", url, "--bearer", "secret", "--agent", A, "--json"),
+            *("--public-key", public_base64(bytes(KEY.verify_key))),
+        )
+    assert ran.json["checks"]["token"] == "skipped: nothing says whom it should be from; give --delegator"
+    assert named.json["checks"]["token"].startswith("skipped: no key of urn:asap:agent:a is known")
+    assert keyed.json["checks"]["token"] == "passed"
+
+
+def test_credentials_where_nothing_is_issued_are_told(ctl: Program) -> None:
+    with serving(GOOD) as (url, _):
+        ran = ctl("conformance", url, "--bearer", "secret", "--json")
+    assert ran.code == 1
+    assert [one["code"] for one in ran.json["findings"]] == ["delegation_not_issued"]
+    assert ran.json["checks"]["delegation"] == "skipped: /asap/delegations is not offered"
+    assert ran.json["checks"]["revocation"] == "skipped: there is nothing to revoke"
 
 
 def test_credentials_that_are_not_taken_are_told(ctl: Program) -> None:

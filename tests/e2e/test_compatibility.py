@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from nacl.signing import SigningKey
 
-from asapd.wire.keys import private_pem
+from asapd.cli.conformance_visit import Expectations, visit
+from asapd.wire.keys import load_private_pem, private_pem
 from tests.e2e.daemon import QUICK, Daemon
 
 PEER, TAKER, DESK = "urn:asap:agent:peer-a", "urn:asap:agent:peer-b", "urn:asap:agent:c1"
@@ -52,6 +53,15 @@ def wanted(**more: Any) -> dict[str, Any]:
 
 
 # --- delegations
+
+
+async def test_a_visit_finds_nothing_amiss_about_them(daemon: Daemon, key: str) -> None:
+    signs = load_private_pem((daemon.state_dir / "keys" / "peer-a.pem").read_bytes())
+    expected = Expectations(bearer=key, delegator=PEER, delegator_key=bytes(signs.verify_key))
+    report = await visit(daemon.url, expected, timeout_s=10)
+    assert report.conforms, report.findings
+    checks = ("health", "manifest", "identity", "ttl", "delegation", "issuing", "token", "revocation")
+    assert {check: report.checks[check] for check in checks} == dict.fromkeys(checks, "passed")
 
 
 async def test_a_delegation_lives_as_it_does_there(daemon: Daemon, key: str) -> None:
