@@ -15,14 +15,14 @@ from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, SECOND_US, format_us
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
-from asapd.store import audit, verifying
+from asapd.store import verifying
 from asapd.store.database import Database
 from asapd.store.units import Note
 from asapd.store.verifying import Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
 
 SHORT = 20_000
-"""Entries that a thread of a reader walks in a tenth of a second; a longer walk has a process of its own."""
+"""Entries, or rows, that a thread of a reader walks in a tenth of a second; a longer walk has a process of its own."""
 
 AT_ONCE = 2
 """Walks under way: each may take a core for minutes."""
@@ -74,8 +74,7 @@ class Verifier:
         request = Request(since, remembered, str(self._checkpoints), self._public_key, reconcile)
         await self._limiter.acquire_on_behalf_of(request)
         try:
-            head, _ = await self._database.read(audit.head)
-            if head - since <= SHORT:
+            if await self._database.read(verifying.length, request) <= SHORT:
                 yield await self._database.read(verifying.report, request)
                 return
             async with aclosing(verify_apart(self._path, request)) as steps:

@@ -17,6 +17,8 @@ from asapd.core.usage import UsageEvent, content_digest
 from asapd.store.rows import Row, fetch, fetch_one
 
 STEP = 2_000
+WAITING = 20_000
+"""Rows and entries that wait for their other half, which was written in the same commit."""
 NAMED = 20
 """Findings that are named; the rest are counted."""
 
@@ -123,9 +125,11 @@ def _usage(connection: apsw.Connection) -> Tally:
     entries_through, rows_through = fetch(
         connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)"
     )[0]
+    retention = _Retention(connection)
     entries = erased = rows = at_entry = at_row = 0
     without_row: dict[int, _Entry] = {}
     without_entry: dict[int, str] = {}
+    unexplained = _Findings()
     while at_entry < (entries_through or 0):
         found = fetch(
             connection,
@@ -142,24 +146,59 @@ def _usage(connection: apsw.Connection) -> Tally:
             if says.row in without_row:
                 findings.add(f"entry {seq} ({kind}) is of usage row {says.row}, and so is another")
             without_row[says.row] = _Entry(seq, kind, subject, actor, timestamp_us, says)
-        at_entry = found[-1][0] if len(found) == STEP else entries_through
-        through = max(without_row, default=at_row) if len(found) == STEP else (rows_through or 0)
+        is_last = len(found) < STEP
+        at_entry = entries_through if is_last else found[-1][0]
+        through = (rows_through or 0) if is_last else max(without_row, default=at_row)
         for row in _rows(connection, "usage", _COLUMNS, at_row, through):
             rows += 1
             entry = without_row.pop(row[0], None)
-            if entry is None:
-                without_entry[row[0]] = row[1]
-            else:
+            if entry is not None:
                 _compare(entry, dict(zip(_NAMES, row, strict=True)), names, findings)
+            else:
+                without_entry[row[0]] = row[1]
+            if len(without_entry) > WAITING:
+                _settle_rows(without_entry, WAITING // 2, unexplained)
         at_row = max(at_row, through)
         for number in without_entry.keys() & without_row.keys():
             del without_entry[number], without_row[number]
-    retired = _retired(connection, without_row)
-    for number, entry in sorted(without_row.items()):
-        findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there")
-    for number, event_id in sorted(without_entry.items())[: max(len(without_entry) - erased, 0)]:
-        findings.add(f"usage row {number} ({event_id}) has no entry in the log")
-    return Tally("usage", rows, entries, retired, erased, findings.count, tuple(findings.named))
+        # A row and its entry are written together: what is so far behind has no other half.
+        retention.settle(without_row, at_row - WAITING, findings)
+    retention.settle(without_row, None, findings)
+    _settle_rows(without_entry, 0, unexplained)
+    missing = max(unexplained.count - erased, 0)
+    for finding in unexplained.named[:missing]:
+        findings.add(finding)
+    findings.count += missing - min(missing, len(unexplained.named))
+    return Tally("usage", rows, entries, retention.count, erased, findings.count, tuple(findings.named))
+
+
+def _settle_rows(without_entry: dict[int, str], keep: int, unexplained: _Findings) -> None:
+    """Give up on the oldest rows without an entry, all but some."""
+    for number in sorted(without_entry)[: len(without_entry) - keep]:
+        unexplained.add(f"usage row {number} ({without_entry.pop(number)}) has no entry in the log")
+
+
+class _Retention:
+    """What retention says it took: so many rows, from before a time. `count` entries are of rows that it took."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self.count = self._taken = self._before_us = 0
+        for (details,) in fetch(
+            connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'usage'"
+        ):
+            if details is not None:
+                applied = msgspec.json.decode(details)
+                self._before_us = max(self._before_us, applied["before_us"])
+                self._taken += applied["count"]
+
+    def settle(self, without_row: dict[int, _Entry], before_row: int | None, findings: _Findings) -> None:
+        """Give up on entries of rows from before one, or with None on all: retention took them, or they are missing."""
+        for number in sorted(number for number in without_row if before_row is None or number < before_row):
+            entry = without_row.pop(number)
+            if _time_of(entry) < self._before_us and self.count < self._taken:
+                self.count += 1
+            else:
+                findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there")
 
 
 def _rows(connection: apsw.Connection, table: str, columns: str, after: int, through: int) -> Iterator[Row]:
@@ -171,21 +210,6 @@ def _rows(connection: apsw.Connection, table: str, columns: str, after: int, thr
         )
         yield from found
         after = found[-1][0] if len(found) == STEP else through
-
-
-def _retired(connection: apsw.Connection, without_row: dict[int, _Entry]) -> int:
-    """Take out the entries whose rows retention says it took, as many as it says; how many."""
-    before_us = taken = 0
-    for (details,) in fetch(
-        connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'usage'"
-    ):
-        if details is not None:
-            applied = msgspec.json.decode(details)
-            before_us, taken = max(before_us, applied["before_us"]), taken + applied["count"]
-    due = [number for number, entry in without_row.items() if _time_of(entry) < before_us][:taken]
-    for number in due:
-        del without_row[number]
-    return len(due)
 
 
 def _time_of(entry: _Entry) -> int:

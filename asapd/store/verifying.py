@@ -237,6 +237,12 @@ def _beyond(connection: apsw.Connection, stand: _Stand, others: Mapping[int, lis
     return _faulty(stand, stand.walk, Fault(head + 1, None, reason))
 
 
+def length(connection: apsw.Connection, request: Request) -> int:
+    """How much there is to walk, roughly: entries, and rows that are held to them, each as it is numbered."""
+    entries, rows = fetch(connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)")[0]
+    return max((entries or 0) - request.since, (rows or 0) if request.reconcile and not request.since else 0)
+
+
 def entry_at(connection: apsw.Connection, time_us: int) -> int:
     """The number of the last entry before a time; 0 when there is none."""
     row: Any = fetch_one(connection, "SELECT min(seq) - 1 FROM audit WHERE timestamp_us >= ?", (time_us,))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,8 @@ from asapd.core.delegation import Claims
 from asapd.core.merkle import Tree
 from asapd.core.types import DAY_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import checkpoint_log, seals, verifying
+from asapd.store import checkpoint_log, reconciling, seals, verifying
+from asapd.store.reconciling import reconcile
 from asapd.store.units import (
     AnyUnit,
     BreachRow,
@@ -379,6 +381,21 @@ def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: 
     named = findings(connection, "usage")
     assert len(named) == 1
     assert "usage row 150 is not there" in named[0]
+
+
+def test_a_log_of_many_steps_comes_to_the_same(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(connection)
+    Writer(connection).run([Envelope(0, RetireUsage(NOW_US + 100, "key:o", NOW_US + DAY_US), False)])
+    connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM usage WHERE seq IN (150, 151, 290)")
+    connection.execute("DROP TRIGGER audit_no_delete")
+    connection.execute("DELETE FROM audit WHERE details ->> 'row' BETWEEN 200 AND 260")
+    whole = reconcile(connection)
+    assert whole[0].findings == 64
+    monkeypatch.setattr(reconciling, "STEP", 10)
+    monkeypatch.setattr(reconciling, "WAITING", 20)
+    assert [msgspec.structs.replace(tally, named=()) for tally in reconcile(connection)] == [
+        msgspec.structs.replace(tally, named=()) for tally in whole
+    ]
 
 
 def test_a_revoked_delegation_agrees(connection: apsw.Connection) -> None:
