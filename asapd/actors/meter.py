@@ -42,6 +42,7 @@ from asapd.store.units import (
     UsageConflict,
     VoidUsage,
 )
+from asapd.store.visibility import Visibility
 
 # Messages other than plain reports in hand at once, each with a task of its own.
 CONCURRENCY = 256
@@ -114,7 +115,9 @@ async def run_meter(
             case ReportTask():
                 message.reply.send(await _record_task(message, database, settings, clock.now_us()))
             case VoidRequest():
-                unit = VoidUsage(message.seq, message.reason, message.caller.actor, clock.now_us())
+                caller = message.caller
+                by = Visibility(caller.tenant, caller.agents)
+                unit = VoidUsage(message.seq, message.reason, caller.actor, clock.now_us(), by)
                 message.reply.send(await database.submit(unit, idempotency=message.idempotency))
             case ReconfigureMeter():
                 _move_horizon(settings, clock.now_us())

@@ -12,6 +12,7 @@ from asapd import config
 from asapd.actors.sla_history import Past, read_past, read_uptime
 from asapd.core.access import Caller
 from asapd.core.agent_keys import AgentKey
+from asapd.core.denial import ANCESTOR_REVOKED
 from asapd.core.sla import Metrics
 from asapd.core.types import DEFAULT_TENANT, format_us
 from asapd.core.usage import UsageEvent
@@ -294,6 +295,8 @@ class Reads:
         return await self._database.read(query)
 
     def _public(self, connection: Any, caller: Caller, row: ledger_queries.DelegationRow) -> dict[str, Any]:
+        if row.revoke_reason and not ledger_queries.is_cause_seen(connection, row.account, caller.may_see_given):
+            row = msgspec.structs.replace(row, revoke_reason=ANCESTOR_REVOKED)
         left = ledger_queries.remaining_of(connection, row.account)
         near = ledger_queries.neighbours(connection, row.account, caller.may_see_given)
         return ledger_queries.public_delegation(row, left, near, self._clock.now_us())

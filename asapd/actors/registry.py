@@ -32,7 +32,8 @@ from asapd.actors.messages import (
     Validity,
 )
 from asapd.actors.revocations import Imported, RevokedTokens, find_signer, imported, plan_import, read_list
-from asapd.core.access import Caller, Tenants
+from asapd.core.access import Caller, Permission, Tenants
+from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
 from asapd.core.denial import Denied, Reason, deeper, deny, located
 from asapd.core.errors import FieldError, Refusal
@@ -59,6 +60,7 @@ from asapd.store.units import (
     SettleReservation,
     SyncKeys,
 )
+from asapd.store.visibility import Visibility
 from asapd.wire.token import TokenMalformed, decode, sign
 
 # Verifying is 54 us of arithmetic; what bounds us is the group commit, which gathers what is in hand.
@@ -93,7 +95,7 @@ class RegistrySettings:
     key_problems: list[str] = field(default_factory=list)
     """Which files of keys are not used, and why."""
     tenants: Tenants = field(default_factory=Tenants)
-    """Told of the listed roots, off which callers of tenants keep."""
+    """Told of the host's own agents, off which callers of tenants keep: listed roots, and whose keys it has."""
 
 
 class KeysNotSyncedError(Exception):
@@ -186,13 +188,15 @@ class _Registry:
             self._log.error("%s", problem)
         self._settings.key_problems = problems
         self._keys.held, self._keys.pinned, self._keys.manifest_keys = held, pinned, delegation.manifest_keys
-        self._settings.tenants.list_roots(delegation.roots)
-        await self._load_keys()
+        await self._load_keys(delegation.roots)
         return None
 
-    async def _load_keys(self) -> None:
+    async def _load_keys(self, roots: tuple[str, ...] | None = None) -> None:
         seen = self._directory_changed.count
-        self._keys.learn(await self._database.read(agent_keys.keys_of))
+        known = await self._database.read(agent_keys.keys_of)
+        self._keys.learn(known)
+        roots = self._settings.delegation.roots if roots is None else roots
+        self._settings.tenants.take_own({*roots, *(key.agent for key in known if key.source in OF_THE_HOST)})
         self._directory_seen = seen
 
     async def follow_directory(self) -> None:
@@ -242,13 +246,22 @@ class _Registry:
     # --- judging a chain
 
     async def _open(self, text: str, caller: Caller) -> Chain | Denied:
-        """Decode a token, check the signature of every token in its chain, and find ancestors that are only named."""
+        """Decode a token, check the signature of every token in its chain, and find ancestors that are only named.
+
+        What a registered token was registered under is settled, whosever that is; the rest is looked for by its name.
+        """
         max_depth = self._settings.delegation.max_depth
         chain = self._chains.open(text, max_depth=max_depth, now_us=self._clock.now_us())
+        may_see_given: Callable[..., bool] | None = caller.may_see_given
         while isinstance(chain, Chain) and (parent := chain.tokens[0].parent_id) is not None:
-            found = await self._parent(parent, chain.claims[0].delegator, caller)
+            first = chain.tokens[0]
+            child = (first.claims.delegator, first.claims.id, first.digest)
+            found = await self._database.read(chain_queries.registered_parent, child, may_see_given)
+            if found is None:
+                found = await self._parent(parent, first.claims.delegator, caller)
             if found is None:
                 return parent_unknown(chain)
+            may_see_given = None
             above = self._chains.open(found, max_depth=max_depth, now_us=self._clock.now_us())
             if isinstance(above, Denied):
                 return deeper(above, len(chain.tokens))
@@ -388,11 +401,14 @@ class _Registry:
         denied = self._judge(chain, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
             return denied
+        ttl_us = self._ttl_us(message.ttl_us)
+        if isinstance(ttl_us, Refusal):
+            return ttl_us
         return Reserve(
             message.task_id,
             message.action,
             message.estimate,
-            message.ttl_us or self._settings.delegation.reservation_ttl_us,
+            ttl_us,
             caller.actor,
             caller.tenant or DEFAULT_TENANT,
             self._clock.now_us(),
@@ -403,6 +419,15 @@ class _Registry:
             project=message.project,
             is_bound=caller.tenant is not None,
         )
+
+    def _ttl_us(self, wanted_us: int | None) -> int | Refusal:
+        """How long a reservation stands: a delegate that was revoked holds what is everybody's no longer than that."""
+        settings = self._settings.delegation
+        longest_us = max(settings.max_reservation_ttl_us, settings.reservation_ttl_us)
+        if wanted_us is not None and wanted_us > longest_us:
+            reason = f"must be at most {longest_us // SECOND_US} here: extend it while the work goes on"
+            return Refusal("invalid", f"ttl_seconds {reason}", (FieldError("ttl_seconds", reason),))
+        return settings.reservation_ttl_us if wanted_us is None else wanted_us
 
     async def pass_on(self, message: RegistryMessage) -> bool:
         """Send an authorisation to the store from the loop itself, if all that it is judged by is in memory.
@@ -445,11 +470,25 @@ class _Registry:
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(reservation_queries.get_reservation, message.reservation)
         party = None if row is None else row.delegator if message.verb == "refund" else row.delegate
-        if row is None or not message.caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
+        by = Visibility(message.caller.tenant, message.caller.agents)
+        is_issuers = (
+            row is not None
+            and message.verb == "release"
+            and message.caller.may(Permission.OPERATE)
+            and await self._database.read(reservation_queries.is_left_behind, row.id, by)
+        )
+        if row is None or not (
+            is_issuers or message.caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate)
+        ):
             return Refusal("reservation_not_found", f"there is no reservation {message.reservation}: check the id")
         side = row.owner if message.verb == "refund" else row.holder
-        if not message.caller.may_touch(party) or message.caller.tenant not in {None, side}:
+        acts_for = message.caller.may_touch(party) and message.caller.tenant in {None, side}
+        if not acts_for and not is_issuers:
             return _forbidden(f"only who may act for {party} can {message.verb} this reservation")
+        if message.verb == "refund":
+            withheld = await self._database.read(reservation_queries.refund_withheld, row.id, by)
+            if withheld is not None:
+                return withheld
         now_us, actor = self._clock.now_us(), message.caller.actor
         unit: SettleReservation | ReleaseReservation | ExtendReservation | RefundReservation
         match message.verb:
@@ -458,7 +497,9 @@ class _Registry:
             case "release":
                 unit = ReleaseReservation(row.id, actor, now_us)
             case "extend":
-                ttl_us = message.ttl_us or self._settings.delegation.reservation_ttl_us
+                ttl_us = self._ttl_us(message.ttl_us)
+                if isinstance(ttl_us, Refusal):
+                    return ttl_us
                 unit = ExtendReservation(row.id, ttl_us, actor, now_us)
             case "refund":
                 unit = RefundReservation(row.id, message.cost_microusd or 0, message.reason, actor, now_us)

@@ -13,6 +13,7 @@ from nacl.signing import SigningKey
 from asapd import config
 from asapd.actors.notifier import Gap
 from asapd.core.delegation import Claims
+from asapd.core.denial import ANCESTOR_REVOKED
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, pattern_matches
 from asapd.runtime.clock import Clock
@@ -22,6 +23,7 @@ from asapd.store.database import Database
 from asapd.store.delegation_news import (
     News as News,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
+from asapd.store.delegation_news import Party
 from asapd.store.units import ImportRevocations, Revocation, RevocationsImported
 from asapd.wire.keys import key_id, load_public
 from asapd.wire.revocations import (
@@ -157,12 +159,9 @@ def plan_import(
     """
     entries: list[Revocation] = []
     foreign: list[tuple[str, str]] = []
-    expired = 0
     for entry in found.entries:
         if not signer.may_revoke(entry.issuer):
             foreign.append((entry.issuer, entry.id))
-        elif entry.expires_us + skew_us <= now_us:
-            expired += 1
         else:
             entries.append(Revocation(entry.issuer, entry.id, min(entry.revoked_us, now_us), entry.expires_us))
     unit = ImportRevocations(
@@ -171,10 +170,10 @@ def plan_import(
         key_id(signer.public_key),
         found.number,
         sha256(raw).digest(),
-        expired,
         len(foreign),
         actor,
         now_us,
+        now_us - skew_us,
     )
     return unit, foreign
 
@@ -185,10 +184,10 @@ def imported(unit: ImportRevocations, outcome: RevocationsImported, foreign: lis
         unit.signer,
         unit.key_id,
         unit.number,
-        len(unit.entries) + unit.expired + unit.not_allowed,
+        len(unit.entries) + unit.not_allowed,
         outcome.added,
         outcome.known,
-        unit.expired,
+        outcome.expired,
         outcome.revoked,
         foreign,
     )
@@ -298,22 +297,37 @@ class Revocations:
 
 
 def public_news(
-    news: News, sees: Callable[[tuple[str | None, ...], tuple[str | None, ...]], bool]
+    news: News,
+    may_know: Callable[[tuple[str | None, ...], tuple[str | None, ...]], bool],
+    wants: Callable[[tuple[str | None, ...]], bool],
 ) -> list[tuple[str, Any]]:
     """News as one follower receives it: (method, params), of what it may see alone; often nothing.
 
-    `sees` says of the agents concerned, and of their tenants, whether it may.
+    `may_know` says of the agents concerned, and of their tenants, whether it may; `wants` whether it asked for them.
     """
     told: list[tuple[str, Any]] = []
-    tokens = [one for one in news.revoked if sees((one.issuer, one.delegate), (one.tenant, one.holder))]
+    tokens = [one for one in news.revoked if may_know(*_concerned(one)) and wants((one.issuer, one.delegate))]
     if tokens:
         shown = [
             {"id": one.id, "issuer": one.issuer, "jti": one.jti, "delegate": one.delegate, "expires_at": one.expires_at}
             for one in tokens
         ]
-        told.append(("delegation.revoked", {"seq": news.seq, **news.params, "delegations": shown}))
-    events = [one for one in news.unauthorised if sees((one.agent, one.delegator), (news.tenant,))]
+        params = news.params
+        if news.cause is not None and not may_know(*_concerned(news.cause)):
+            # Who may not know of an ancestor is not told what its issuer wrote.
+            params = {**params, "cause": None, "reason": ANCESTOR_REVOKED, "source": None}
+        told.append(("delegation.revoked", {"seq": news.seq, **params, "delegations": shown}))
+    events = [
+        one
+        for one in news.unauthorised
+        if may_know((one.agent, one.delegator), (news.tenant,)) and wants((one.agent, one.delegator))
+    ]
     if events:
         shown = [msgspec.to_builtins(one) for one in events]
         told.append(("delegation.unauthorised", {"seq": news.seq, **news.params, "events": shown}))
     return told
+
+
+def _concerned(one: Party) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The agents that a token concerns, and their tenants."""
+    return (one.issuer, one.delegate), (one.tenant, one.holder)

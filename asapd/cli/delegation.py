@@ -63,6 +63,10 @@ def issue(key_file: Path | None, form: str, socket: Path | None, as_json: bool, 
       asapctl delegation issue --key writer.pem --delegator urn:asap:agent:writer \\
           --delegate urn:asap:agent:helper --scope task.execute --expires-in 1h --parent @root.token
     """
+    from asapd.core.types import SECOND_US
+
+    if terms["expires_in_us"] < SECOND_US:
+        raise Failure(Exit.USAGE, "--expires-in: a token holds for at least 1s")
     if key_file is None and form != "jws":
         raise Failure(Exit.USAGE, f"the daemon signs compact tokens only: for a {form} give --key")
     made = _signed_by_daemon(socket, terms) if key_file is None else _signed_here(key_file, form, terms)

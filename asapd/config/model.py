@@ -250,6 +250,9 @@ class Delegation(_Section):
     reservation_ttl_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
         default=60 * SECOND_US, alias="reservation_ttl"
     )
+    max_reservation_ttl_us: Annotated[int, PlainValidator(values.duration_between(_TICK_US, 30 * DAY_US))] = Field(
+        default=HOUR_US, alias="max_reservation_ttl"
+    )
     revocation_sources: Many[RevocationSource] = Field(default=(), alias="revocation_source")
 
 

@@ -36,20 +36,21 @@ _GRANTS: dict[Role, frozenset[Permission]] = {
 class Tenants:
     """Which tenant each agent of the directory is of; whoever follows the directory keeps it, callers look it up.
 
-    Roots that the configuration lists and no directory holds are the host's, which is the default tenant.
+    Agents of which the host has a key or that it lists as roots are, when no directory holds them, the host's, which is
+    the default tenant.
     """
 
     def __init__(self) -> None:
         self._of: dict[str, str] = {}
-        self._roots: frozenset[str] = frozenset()
+        self._own: frozenset[str] = frozenset()
 
     def of(self, agent: str) -> str | None:
-        """The tenant of an agent; None when the directory does not hold it, and it is no listed root."""
-        return self._of.get(agent) or (DEFAULT_TENANT if agent in self._roots else None)
+        """The tenant of an agent; None when the directory does not hold it, and it is not the host's own."""
+        return self._of.get(agent) or (DEFAULT_TENANT if agent in self._own else None)
 
-    def list_roots(self, roots: Iterable[str]) -> None:
-        """Take these for the listed roots."""
-        self._roots = frozenset(roots)
+    def take_own(self, agents: Iterable[str]) -> None:
+        """Take these for the host's own."""
+        self._own = frozenset(agents)
 
     def replace(self, tenants: Mapping[str, str]) -> None:
         """Hold exactly these agents."""

@@ -22,6 +22,9 @@ FOUNDING: frozenset[Source] = frozenset({"held", "configuration", "import"})
 """Sources whose keys may begin a chain: who runs the host put them there as keys. What an agent says of itself, or
 whoever keeps the directory says of it, verifies its links alone."""
 
+OF_THE_HOST: tuple[Source, ...] = ("held", "identity", "import")
+"""Sources whose keys, also retired ones, make an agent that no directory holds the host's own."""
+
 
 class AgentKey(Struct, frozen=True):
     """One public key (32 raw bytes) of an agent from one source.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -113,6 +114,10 @@ def deeper(denied: Denied, below: int) -> Denied:
     parts = explanation(denied)
     position = None if parts.position is None else parts.position + below
     return replace(denied, explain=replace(parts, position=position))
+
+
+ANCESTOR_REVOKED: Final = "an ancestor was revoked"
+"""The reason of a revocation for those who may not know of the delegation that was revoked."""
 
 
 def revoked(token_id: str, delegator: str, *, position: int | None = None) -> Denied:

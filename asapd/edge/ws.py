@@ -204,15 +204,16 @@ class _Session:
     def _told_of_news(self, agent: str | None, found: News | Gap) -> Iterator[tuple[str, str | None]]:
         caller = self._caller
 
-        def sees(agents: tuple[str | None, ...], tenants: tuple[str | None, ...]) -> bool:
-            if caller.tenant not in {None, *tenants} or (agent is not None and agent not in agents):
-                return False
-            return caller.matches(*agents)
+        def may_know(agents: tuple[str | None, ...], tenants: tuple[str | None, ...]) -> bool:
+            return caller.tenant in {None, *tenants} and caller.matches(*agents)
+
+        def wants(agents: tuple[str | None, ...]) -> bool:
+            return agent is None or agent in agents
 
         if isinstance(found, Gap):
             yield _gap("delegation.gap", found)
             return
-        for method, params in public_news(found, sees):
+        for method, params in public_news(found, may_know, wants):
             late = f"too slow: delegation.subscribe resume_after {found.seq - 1}"
             yield jsonrpc.notification(method, params), late
 

@@ -89,6 +89,11 @@ class Book:
             self._linked[reservation] = found
         return found
 
+    def is_limited(self, work: Work, reservation: str | None) -> bool:
+        """Whether a hard limit counts this work, whenever it was, or holds its reservation."""
+        rules = [*self._match(work), *(page.rule for page in ([] if reservation is None else self.linked(reservation)))]
+        return any(rule.budget.hard != Limits() for rule in rules)
+
     def _match(self, work: Work) -> list[Rule]:
         found = self._matching.get(work)
         if found is None:

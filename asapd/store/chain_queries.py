@@ -10,7 +10,8 @@ from asapd.core.delegation import Claims
 from asapd.core.denial import Denied
 from asapd.core.ledger import Remaining
 from asapd.store.ledger_queries import find_refused, get_delegation, remaining_under
-from asapd.store.parties import would_be_party
+from asapd.store.parties import HOLDER, OWNER, would_be_party
+from asapd.store.rows import fetch_one
 
 
 def parent_token(
@@ -25,6 +26,22 @@ def parent_token(
     if row is None or tenant not in {None, row.owner, row.holder}:
         return None
     return row.token if row.delegate == issuer or may_touch(row.delegator, row.delegate) else None
+
+
+def registered_parent(
+    connection: apsw.Connection, child: tuple[str, str, bytes], may_see_given: Callable[..., bool] | None
+) -> str | None:
+    """The token that a registered one, by (delegator, jti, digest), was registered under.
+
+    None too where somebody may not know of that one; what stands above a token that was found here is asked by nobody.
+    """
+    row = fetch_one(
+        connection,
+        f"SELECT {OWNER}, {HOLDER}, d.delegator, d.delegate, p.token FROM delegation d "
+        "JOIN delegation p ON p.account = d.parent WHERE d.delegator = ? AND d.jti = ? AND d.digest = ?",
+        child,
+    )
+    return None if row is None or not (may_see_given is None or may_see_given(*row[:4])) else str(row[4])
 
 
 def standing(

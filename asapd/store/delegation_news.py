@@ -45,13 +45,17 @@ class Unauthorised(msgspec.Struct, frozen=True):
 
 
 class News(msgspec.Struct, frozen=True):
-    """News of revoked tokens, or of unauthorised events of one tenant. `params` is what all of it shares."""
+    """News of revoked tokens, or of unauthorised events of one tenant. `params` is what all of it shares.
+
+    `cause` is the token whose revocation took the others along, where one is registered.
+    """
 
     seq: int
     params: dict[str, Any]
     revoked: list[Party] = []
     unauthorised: list[Unauthorised] = []
     tenant: str | None = None
+    cause: Party | None = None
 
 
 class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -59,16 +63,19 @@ class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
     revoked: list[Party] = []
     unauthorised: list[Unauthorised] = []
     tenant: str | None = None
+    cause: Party | None = None
 
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(_Body)
 
 
-def add_revoked(tx: Tx, params: dict[str, Any], tokens: Sequence[Party], now_us: int) -> None:
+def add_revoked(
+    tx: Tx, params: dict[str, Any], tokens: Sequence[Party], now_us: int, cause: Party | None = None
+) -> None:
     """Tell of revoked tokens, so many at once."""
     for start in range(0, len(tokens), AT_ONCE):
-        _add(tx, _Body(params, revoked=list(tokens[start : start + AT_ONCE])), now_us)
+        _add(tx, _Body(params, revoked=list(tokens[start : start + AT_ONCE]), cause=cause), now_us)
 
 
 def add_unauthorised(tx: Tx, params: dict[str, Any], events: Sequence[Unauthorised], tenant: str, now_us: int) -> None:
@@ -97,7 +104,7 @@ def news_after(connection: apsw.Connection, seq: int, limit: int) -> list[News]:
     found = []
     for number, raw in rows:
         body = _decoder.decode(raw)
-        found.append(News(number, body.params, body.revoked, body.unauthorised, body.tenant))
+        found.append(News(number, body.params, body.revoked, body.unauthorised, body.tenant, body.cause))
     return found
 
 

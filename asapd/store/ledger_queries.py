@@ -121,6 +121,23 @@ def neighbours(connection: apsw.Connection, account: int, may_see: Callable[...,
     return Neighbours(parents[0] if parents else None, children, hidden)
 
 
+_CAUSE = f"""
+WITH RECURSIVE path (account, revoked_us, depth) AS (
+  SELECT account, revoked_us, 0 FROM delegation WHERE account = ? UNION ALL
+  SELECT p.account, p.revoked_us, depth + 1 FROM path JOIN delegation c ON c.account = path.account
+  JOIN delegation p ON p.account = c.parent AND p.revoked_us = path.revoked_us
+)
+SELECT {OWNER}, {HOLDER}, d.delegator, d.delegate FROM path JOIN delegation d USING (account)
+ORDER BY depth DESC LIMIT 1
+"""
+
+
+def is_cause_seen(connection: apsw.Connection, account: int, may_see: Callable[..., bool]) -> bool:
+    """Whether somebody may know of the delegation whose revocation took this one along, which may be itself."""
+    row = fetch_one(connection, _CAUSE, (account,))
+    return row is not None and may_see(*row)
+
+
 def seen_among(connection: apsw.Connection, delegations: list[str], may_see: Callable[..., bool]) -> list[str]:
     """Those of some delegations that somebody may know of, in their order."""
     rows = fetch(

@@ -7,11 +7,12 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.errors import Refusal
 from asapd.core.ledger import Remaining, overrun
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store.ledger_queries import public_remaining
-from asapd.store.parties import HOLDER, OWNER
+from asapd.store.parties import HOLDER, OWNER, UNLIMITED, acts_for_an_issuer, may_give_back
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_text
 
@@ -72,6 +73,37 @@ def get_reservation(connection: apsw.Connection, reservation: str) -> Reservatio
     """One reservation by its id."""
     row = fetch_one(connection, f"{_SELECT} WHERE r.id = ?", (reservation,))
     return None if row is None else ReservationRow(*row)
+
+
+_HARD = """
+SELECT 1 FROM reservation_budget b JOIN budget_period p ON p.id = b.period JOIN budget ON budget.id = p.budget
+WHERE reservation = ? AND coalesce(hard_microusd, hard_tokens, hard_tasks) IS NOT NULL
+"""
+
+
+def refund_withheld(connection: apsw.Connection, reservation: str, by: Visibility) -> Refusal | None:
+    """Why what was spent under a reservation is not somebody's to give back, to its whole path and its budgets."""
+    if by.is_everything:
+        return None
+    row = fetch_one(connection, "SELECT account FROM reservation WHERE id = ?", (reservation,))
+    if row is not None and not may_give_back(connection, row[0], by):
+        detail = "only who may act for every delegator above as well can refund this: they get it back too"
+    elif fetch_one(connection, _HARD, (reservation,)) is not None:
+        detail = f"this is held on a hard limit of a budget of this host: {UNLIMITED} can refund it"
+    else:
+        return None
+    return Refusal("forbidden", detail)
+
+
+def is_left_behind(connection: apsw.Connection, reservation: str, by: Visibility) -> bool:
+    """Whether a reservation is under a revoked delegation, so that whoever issued part of its path may release it."""
+    row = fetch_one(
+        connection,
+        "SELECT account FROM reservation JOIN delegation USING (account) "
+        "WHERE reservation.id = ? AND revoked_us IS NOT NULL",
+        (reservation,),
+    )
+    return row is not None and acts_for_an_issuer(connection, row[0], by)
 
 
 def list_reservations(

@@ -97,11 +97,15 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
     registered = _accounts(tx, unit.entries)
     fresh: list[Revocation] = []
     merged: list[Revocation] = []
+    expired = 0
     for said in unit.entries:
         ours = registered.get((said.issuer, said.jti))
         entry = (
             said if ours is None else msgspec.structs.replace(said, expires_us=max(said.expires_us, ours.expires_us))
         )
+        if entry.expires_us <= unit.lapsed_us:
+            expired += 1
+            continue
         before = known.get((entry.issuer, entry.jti))
         after = entry if before is None else _merge(before, entry)
         if after == before:
@@ -121,8 +125,8 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
     details = {
         "added": len(fresh),
         "digest": unit.digest.hex(),
-        "entries": len(unit.entries),
-        "expired": unit.expired,
+        "entries": len(unit.entries) - expired,
+        "expired": expired,
         "key_id": unit.key_id,
         "not_allowed": unit.not_allowed,
         "number": unit.number,
@@ -130,7 +134,7 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
         "signer": unit.signer,
     }
     tx.audit("revocations.imported", unit.actor, unit.signer, details, unit.now_us)
-    return RevocationsImported(len(fresh), len(unit.entries) - len(fresh), ids)
+    return RevocationsImported(len(fresh), len(unit.entries) - expired - len(fresh), ids, expired)
 
 
 def _merge(one: Revocation, other: Revocation) -> Revocation:
@@ -168,17 +172,14 @@ def _revoke(tx: Tx, branches: Sequence[_Branch], cause: str, act: _Act) -> None:
         if act.source is not None:
             details["source"] = act.source
         tx.audit("delegation.revoked", act.actor, branch.id, details, act.now_us)
-    delegation_news.add_revoked(
-        tx,
-        {"cause": cause, "reason": act.reason, "revoked_at": format_us(act.now_us), "source": act.source},
-        [
-            delegation_news.Party(
-                one.delegator, one.delegate, one.owner, one.id, one.jti, format_us(one.expires_us), one.holder
-            )
-            for one in branches
-        ],
-        act.now_us,
-    )
+    told = [
+        delegation_news.Party(
+            one.delegator, one.delegate, one.owner, one.id, one.jti, format_us(one.expires_us), one.holder
+        )
+        for one in branches
+    ]
+    params = {"cause": cause, "reason": act.reason, "revoked_at": format_us(act.now_us), "source": act.source}
+    delegation_news.add_revoked(tx, params, told, act.now_us, next((one for one in told if one.id == cause), None))
 
 
 def _record_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:

@@ -28,13 +28,27 @@ class SpendPage(msgspec.Struct, frozen=True):
     after: tuple[int, str] | None
 
 
-# As `asapd.store.ledger.charge` debits: to the reservation an event names, else to the delegation, if the agent is its
-# delegate. What a reservation was settled at counts for the task it was made for, and refunds and voids are taken off.
+# As `asapd.store.charging.charge` debits: to the reservation an event names, else to the delegation, if the agent is
+# its delegate. What usage of other tasks spent under a reservation counts for them; the rest, such as what it was
+# settled at, for the task it was made for. Refunds are taken off that first, then off the others in reverse order.
 _SPENDING = f"""
 WITH RECURSIVE tree (account) AS (
   SELECT ?1 UNION ALL SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
+), named (reservation, task_id, cost, standing) AS (
+  SELECT r.id, u.task_id, sum(u.cost_microusd), r.used_microusd - r.refunded_microusd
+  FROM tree JOIN delegation d USING (account) JOIN reservation r USING (account) JOIN usage u ON u.reservation = r.id
+  WHERE u.task_id <> r.task_id AND u.agent = (SELECT id FROM name WHERE name = d.delegate) AND {paid("u")}
+  GROUP BY r.id, u.task_id HAVING sum(u.cost_microusd) > 0
+), others (reservation, task_id, spent) AS (
+  SELECT reservation, task_id, max(0, min(cost, standing + cost - sum(cost) OVER (
+    PARTITION BY reservation ORDER BY task_id ROWS UNBOUNDED PRECEDING
+  ))) FROM named
 ), spending (task_id, spent, reserved) AS (
   SELECT task_id, used_microusd - refunded_microusd, held_microusd FROM tree JOIN reservation USING (account)
+  UNION ALL
+  SELECT r.task_id, -others.spent, 0 FROM others JOIN reservation r ON r.id = others.reservation
+  UNION ALL
+  SELECT task_id, spent, 0 FROM others
   UNION ALL
   SELECT u.task_id, coalesce(u.cost_microusd, 0), 0
   FROM tree JOIN delegation d USING (account) JOIN usage u ON u.delegation = d.id

@@ -16,6 +16,7 @@ from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
+from asapd.store.visibility import EVERYTHING, Visibility
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -178,12 +179,16 @@ class Voided(msgspec.Struct, frozen=True, tag=True):
 
 
 class VoidUsage(Unit[Voided | Refusal], frozen=True):
-    """Take row `seq` out of all sums by a row with its negative, once; what it spent is given back."""
+    """Take row `seq` out of all sums by a row with its negative, once; what it spent is given back.
+
+    What delegations and hard-limited budgets counted is not `by` anybody's to give back: see `asapd.store.voids`.
+    """
 
     seq: int
     reason: str
     actor: str
     now_us: int
+    by: Visibility = EVERYTHING
 
 
 class CostsCorrected(msgspec.Struct, frozen=True, tag=True):
@@ -388,25 +393,29 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RevocationsImported(msgspec.Struct, frozen=True, tag=True):
-    """How many entries were new and how many known, and the delegations that are revoked by them, descendants too."""
+    """How many entries were new, known and expired, and the delegations that they revoked, descendants too."""
 
     added: int
     known: int
     revoked: list[str]
+    expired: int = 0
 
 
 class ImportRevocations(Unit[RevocationsImported], frozen=True):
-    """Merge a verified list of revocations; `expired` and `not_allowed` count the entries it had besides."""
+    """Merge a verified list of revocations, but for tokens that expired by `lapsed_us`; a registered one knows its end.
+
+    `not_allowed` counts the entries it had besides.
+    """
 
     entries: list[Revocation]
     signer: str
     key_id: str
     number: int
     digest: bytes
-    expired: int
     not_allowed: int
     actor: str
     now_us: int
+    lapsed_us: int = 0
 
 
 class BudgetsSynced(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,11 @@ class Visibility(msgspec.Struct, frozen=True):
     tenant: str | None = None
     agents: tuple[str, ...] = ("*",)
 
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing limits it."""
+        return self.tenant is None and "*" in self.agents
+
 
 EVERYTHING = Visibility()
 _NUMBER = "(SELECT id FROM name WHERE name = ?)"

@@ -10,7 +10,7 @@ from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.store import budgets, identity, ledger, outcomes
-from asapd.store.parties import debited, paid
+from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
@@ -35,7 +35,8 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     """Write the compensating row, and take the event out of the rollup, the ledger and the budgets.
 
     Raises:
-        RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void.
+        RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void, or
+            `forbidden` where what would be given back is not for `unit.by` to give.
     """
     row = tx.row("SELECT * FROM usage WHERE seq = ?", (unit.seq,))
     if row is None:
@@ -47,7 +48,33 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
     if tx.row("SELECT 1 FROM usage_repriced WHERE seq = ?", (unit.seq,)) is not None:
         raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(was["id"])))
+    _refuse_withheld(tx, was, unit)
     return _take_back(tx, was, unit, superseded=False)
+
+
+def _refuse_withheld(tx: Tx, was: dict[str, Any], unit: VoidUsage) -> None:
+    """Refuse to give back what limits the very agents that `unit.by` acts for: it could be spent without end."""
+    if unit.by.is_everything:
+        return
+    agent, consumer, project = (name_of(tx, was[column]) for column in ("agent", "consumer", "project"))
+    account = account_of(tx, unit.seq, agent)
+    path: tuple[str, ...] = ()
+    if account is not None:
+        if not may_give_back(tx.connection, account, unit.by):
+            named = (
+                f"reservation {was['reservation']}" if paying_for(tx, unit.seq) else f"delegation {was['delegation']}"
+            )
+            detail = (
+                f"this usage was debited under {named}: only who may act for its delegator, and for every delegator "
+                "above, can void it; ask them, or who administers this host"
+            )
+            raise RefuseError(Refusal("forbidden", detail))
+        path = tuple(on_path.id for on_path in ledger.path_of(tx, account))
+    book = budgets.open_book(tx, unit.actor, unit.now_us)
+    work = Work(agent, consumer, project, path)
+    if book is not None and book.is_limited(work, paying_for(tx, unit.seq)):
+        detail = f"this usage counts against a hard limit of a budget of this host: {UNLIMITED} can void it"
+        raise RefuseError(Refusal("forbidden", detail))
 
 
 def supersede(tx: Tx, seq: int, reason: str, actor: str, now_us: int) -> None:

@@ -57,7 +57,7 @@ from asapd.store.units import (
     SyncKeys,
 )
 from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
-from asapd.wire.token import sign
+from asapd.wire.token import sign, sign_document
 
 A, B, C, D = (f"urn:asap:agent:{letter}" for letter in "abcd")
 KEYS = {agent: SigningKey(bytes([number]) * 32) for number, agent in enumerate((A, B, C, D), 1)}
@@ -654,6 +654,106 @@ async def test_another_tenants_delegation_is_not_there(desk: Desk) -> None:
     await desk.reconfigure(desk.settings.pinned)
     assert code(await desk.issue(B, C, parent=known, caller=other)) == "invalid"
     assert isinstance(await desk.revoke(known, own), Revoked)
+
+
+async def test_tenants_keep_off_agents_of_which_the_host_holds_or_was_given_a_key(desk: Desk) -> None:
+    tenants = desk.settings.tenants
+    tenant = Caller("x", Role.ADMIN, tenant="other", may_sign=True, tenants=tenants)
+    for agent in (B, D):
+        desk.hold(agent)
+    await desk.reconfigure(desk.settings.pinned)
+    given = Caller("x", Role.ADMIN, tenant="default", tenants=tenants)
+    assert not isinstance(await desk.database.submit(ImportAgentKey(C, raw(KEYS[C]), "test", T0, DAY_US)), Refusal)
+    desk.directory_changed.notify()
+    await wait_all_tasks_blocked()
+    for agent in (B, C, D):
+        assert not tenant.may_touch(agent)
+        assert given.may_touch(agent)
+    assert code(await desk.issue(B, "urn:asap:agent:e", caller=tenant)) == "forbidden"
+    # Whose a chain is does not go by who shows it first.
+    await desk.know("urn:asap:agent:e", None)
+    tenants.put("urn:asap:agent:e", "other")
+    await desk.database.submit(PutAgent(AgentRecord("urn:asap:agent:e", "http://127.0.0.1:1", "other"), "test", T0))
+    text = token(B, "urn:asap:agent:e")
+    one = reserved(await desk.authorize(text, cost=500, caller=tenant))
+    assert isinstance(await desk.change("settle", one.reservation, 500, caller=tenant), ReservationChanged)
+    assert code(await desk.change("refund", one.reservation, 500, caller=tenant)) == "forbidden"
+    assert code(await desk.revoke(one.delegation, tenant)) == "forbidden"
+    assert isinstance(await desk.change("refund", one.reservation, 500, caller=given), ReservationChanged)
+    assert isinstance(await desk.revoke(one.delegation, given), Revoked)
+
+
+async def test_a_refund_is_of_who_acts_for_every_issuer_above(desk: Desk) -> None:
+    await desk.know(B, KEYS[B])
+    one = reserved(await desk.authorize(token(B, C, id_="j2", parent=token()), cost=500)).reservation
+    await desk.change("settle", one, 500)
+    assert code(await desk.change("refund", one, 500, caller=Caller("x", Role.OPERATOR, (B,)))) == "forbidden"
+    both = Caller("x", Role.OPERATOR, (A, B))
+    assert isinstance(await desk.change("refund", one, 500, caller=both), ReservationChanged)
+
+
+async def test_a_parent_that_is_named_is_settled_once_the_token_is_registered(desk: Desk) -> None:
+    def named(id_: str, delegator: str, delegate: str, parent: str) -> str:
+        claims = Claims(id_, delegator, delegate, ("task.*",), None, 1_000_000, T0, T0 + DAY_US)
+        return sign_document(claims, KEYS[delegator], parent=parent)
+
+    tenants = desk.settings.tenants
+    for agent, tenant, key in ((A, "own", None), (B, "own", KEYS[B]), (C, "other", KEYS[C])):
+        shown = None if key is None else public_base64(raw(key))
+        await desk.database.submit(PutAgent(AgentRecord(agent, "http://127.0.0.1:1", tenant, shown), "test", T0))
+        tenants.put(agent, tenant)
+    desk.directory_changed.notify()
+    await wait_all_tasks_blocked()
+    own, other, third = (Caller("x", Role.ADMIN, tenant=name, tenants=tenants) for name in ("own", "other", "third"))
+    above = issued(await desk.register(token(A, B), own)).id
+    middle = issued(await desk.register(named("m", B, B, above), own)).id
+    leaf = named("l", B, C, middle)
+    assert code(await desk.register(leaf, other)) == Reason.CHAIN_BROKEN
+    known = issued(await desk.register(leaf, own)).id
+    assert issued(await desk.register(leaf, other)).id == known
+    for asked in ({"text": leaf}, {"delegation": known}, {"text": token(C, C, id_="below", parent=leaf)}):
+        reserved(await desk.authorize(**asked, cost=5, caller=other))
+    assert code(await desk.authorize(leaf, caller=third)) == Reason.CHAIN_BROKEN
+    # Another token under the same parent is still to be registered.
+    assert code(await desk.register(named("n", B, C, middle), other)) == Reason.CHAIN_BROKEN
+
+
+async def test_a_reservation_holds_no_longer_than_the_host_lets(desk: Desk) -> None:
+    for settings, longest in (({}, 3600), ({"max_reservation_ttl": "10s"}, 60), ({"max_reservation_ttl": "90s"}, 90)):
+        await desk.reconfigure(desk.settings.pinned, **settings)
+        held = reserved(await desk.authorize(token(), cost=1, ttl_us=longest * SECOND_US))
+        assert held.expires_at_us == T0 + longest * SECOND_US
+        over_us = longest * SECOND_US + 1
+        refused = [await desk.authorize(token(), cost=1, ttl_us=over_us)]
+        refused.append(
+            await desk.ask(
+                lambda to, us=over_us, id_=held.reservation: ChangeReservation(
+                    ADMIN, "extend", id_, None, us, "", None, to
+                )
+            )
+        )
+        for one in refused:
+            assert isinstance(one, Refusal)
+            assert (one.code, one.errors[0].field) == ("invalid", "ttl_seconds")
+
+
+async def test_what_a_revoked_delegate_holds_is_released_by_whoever_issued_its_path(desk: Desk) -> None:
+    await desk.know(B, KEYS[B])
+    parent, leaf = token(), token(B, C, id_="j2", parent=token())
+    issuers = [Caller("x", Role.OPERATOR, (agent,)) for agent in (A, B)]
+    held = [reserved(await desk.authorize(leaf, cost=9, task_id=f"t{n}")).reservation for n in range(2)]
+    assert [code(await desk.change("release", held[0], caller=one)) for one in issuers] == [
+        "reservation_not_found",
+        "forbidden",
+    ]
+    await desk.revoke(issued(await desk.register(parent)).id)
+    for reporter in (Caller("x", Role.INGEST, (B,)), Caller("x", Role.OPERATOR, (D,))):
+        assert code(await desk.change("release", held[0], caller=reporter)) in {"forbidden", "reservation_not_found"}
+    for one, issuer in zip(held, issuers, strict=True):
+        assert code(await desk.change("settle", one, 1, caller=issuer)) in {"forbidden", "reservation_not_found"}
+        released = await desk.change("release", one, caller=issuer)
+        assert isinstance(released, ReservationChanged)
+        assert released.state == "released"
 
 
 async def test_a_restarted_registry_knows_what_was_revoked(desk: Desk) -> None:

@@ -10,13 +10,14 @@ import trio
 from nacl.signing import SigningKey
 
 from asapd.actors.notifier import Gap
-from asapd.actors.revocations import Follower, Revocations, RevokedTokens
+from asapd.actors.revocations import Follower, Revocations, RevokedTokens, public_news
 from asapd.core.delegation import Claims
+from asapd.core.denial import ANCESTOR_REVOKED
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.store import delegation_news
 from asapd.store.database import Database, InlineReaders, InlineRunner
-from asapd.store.delegation_news import News
+from asapd.store.delegation_news import News, Party
 from asapd.store.units import ImportRevocations, Revocation, Sweep
 from asapd.store.writer import Writer
 
@@ -50,7 +51,7 @@ class Host:
 
     async def revoke(self, *jtis: str, expires_us: int = NOW_US + HOUR_US) -> None:
         entries = [Revocation(A, jti, NOW_US, expires_us) for jti in jtis]
-        await self.database.submit(ImportRevocations(entries, "x", "x", 1, b"", 0, 0, "test", self.clock.us))
+        await self.database.submit(ImportRevocations(entries, "x", "x", 1, b"", 0, "test", self.clock.us))
 
     def revocations(self) -> Revocations:
         return Revocations(
@@ -176,3 +177,24 @@ async def test_a_cursor_from_another_store_does_not_hide_what_comes(host: Host) 
     assert isinstance(news, News)
     assert news.seq == 2
     assert delegation_news.newest_news(host.connection) == 2
+
+
+@pytest.mark.parametrize(("tenants", "is_told"), [(("ta", "tb", "tc"), True), (("tc",), False)])
+def test_who_may_not_know_of_the_cause_is_told_neither_it_nor_its_reason(
+    tenants: tuple[str, ...], *, is_told: bool
+) -> None:
+    cause, below = (
+        Party("a", "b", "ta", "d-1", "d-1", "2027-01-01T00:00:00Z", "tb"),
+        Party("b", "c", "tb", "d-2", "d-2", "2027-01-01T00:00:00Z", "tc"),
+    )
+    params = {"cause": "d-1", "reason": "secret", "revoked_at": "2026-01-01T00:00:00Z", "source": "asapd/x"}
+    found = public_news(
+        News(1, params, [cause, below], cause=cause),
+        lambda _, concerned: not set(tenants).isdisjoint(concerned),
+        lambda agents: "c" in agents,
+    )
+    ((method, told),) = found
+    assert method == "delegation.revoked"
+    assert [one["id"] for one in told["delegations"]] == ["d-2"]
+    said = {name: told[name] for name in params}
+    assert said == (params if is_told else {**params, "cause": None, "reason": ANCESTOR_REVOKED, "source": None})

@@ -295,6 +295,8 @@ def test_offline_issuing_refuses_what_cannot_be_signed(ctl: Program, host: Progr
         ("--key", good, *terms, "*", "--parent", "nonsense"),
         ("--key", tmp_path / "none", *terms, "*"),
         (*terms, "*", "--expires-in", "7"),
+        ("--key", good, *terms, "*", "--expires-in", "0s"),
+        (*terms, "*", "--expires-in", "0s"),
     ):
         assert ctl("delegation", "issue", *arguments).code == Exit.USAGE
     for cost in ("-1", "0.0000001", "much"):

@@ -114,13 +114,13 @@ def test_a_row_is_seen_by_its_own_tenant_whatever_became_of_its_agents() -> None
 
 def test_a_listed_root_that_no_directory_holds_is_the_hosts() -> None:
     tenants = Tenants()
-    tenants.list_roots(["root"])
+    tenants.take_own(["root"])
     bound, host = (Caller("k", Role.ADMIN, tenant=tenant, tenants=tenants) for tenant in ("own", "default"))
     assert [bound.may_touch("root"), host.may_touch("root")] == [False, True]
     tenants.put("root", "own")
     assert [bound.may_touch("root"), host.may_touch("root")] == [True, False]
     tenants.put("root", None)
-    tenants.list_roots([])
+    tenants.take_own([])
     assert bound.may_touch("root")
 
 

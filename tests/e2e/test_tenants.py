@@ -127,3 +127,19 @@ async def test_a_tenant_adds_no_agent_that_the_host_knows(daemon: Daemon, keys: 
         assert (await third.get("/usage")).json()["count"] == 0
         assert (await host.post("/agents", json={"id": stranger, **added, "tenant": "third"})).status_code == 201
         assert (await third.get("/usage")).json()["count"] == 1
+
+
+async def test_what_one_tenant_writes_of_a_revocation_is_not_told_to_another(
+    daemon: Daemon, keys: dict[str, str]
+) -> None:
+    above = BOSS.grant(BOSS, usd=10)
+    below = BOSS.grant(WORKER, usd=10, parent=above)
+    async with daemon.client(keys["working"]) as working, daemon.client(keys["giving"]) as giving:
+        assert (await giving.post("/delegations", json={"token": below})).status_code == 201
+        assert (await giving.delete(f"/delegations/{jti_of(above)}?reason=secret")).status_code == 200
+        reasons = [
+            (await client.get(f"/delegations/{jti_of(below)}")).json()["revoke_reason"] for client in (giving, working)
+        ]
+        assert reasons == ["secret", "an ancestor was revoked"]
+        listed = (await working.get("/delegations", params={"state": "revoked", "limit": 1000})).json()["data"]
+        assert "secret" not in {one["revoke_reason"] for one in listed}

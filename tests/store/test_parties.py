@@ -9,11 +9,22 @@ from asapd.core.repricing import Correction
 from asapd.store import delegation_news, parties
 from asapd.store.agents import AgentRecord
 from asapd.store.budget_queries import get_budget
-from asapd.store.ledger_queries import find_account
+from asapd.store.ledger_queries import find_account, is_cause_seen
+from asapd.store.reservation_queries import get_reservation, refund_withheld
 from asapd.store.task_spend import spend_by_task
-from asapd.store.units import CorrectCosts, RegisterDelegation, Reserve, SyncAgents, SyncBudgets
-from asapd.store.visibility import EVERYTHING
-from tests.store.ledger_desk import ROOT, USD, A, B, C, Ledger, code, link
+from asapd.store.units import (
+    CorrectCosts,
+    ImportAgentKey,
+    RegisterDelegation,
+    Reserve,
+    RetireAgentKey,
+    SyncAgents,
+    SyncBudgets,
+    SyncKeys,
+)
+from asapd.store.visibility import EVERYTHING, Visibility
+from asapd.wire.keys import jwk_thumbprint
+from tests.store.ledger_desk import CHILD, ROOT, USD, A, B, C, Ledger, code, link
 
 LIMITED = Budget("under", Match(delegation="root"), "day", "UTC", hard=Limits(microusd=100 * USD, tasks=9))
 
@@ -110,3 +121,72 @@ def test_work_without_permission_is_told_to_its_agents_tenant(ledger: Ledger) ->
 
 def test_the_directory_says_whose_an_agent_is(ledger: Ledger) -> None:
     assert [parties.home(ledger.connection, agent) for agent in (A, B, C)] == ["ta", "tb", None]
+
+
+KEY = bytes(range(1, 33))
+
+
+@pytest.mark.parametrize("source", ["held", "import", "retired"])
+def test_an_agent_of_which_the_host_has_a_key_is_the_hosts_whoever_shows_its_chain_first(
+    ledger: Ledger, source: str
+) -> None:
+    if source == "held":
+        ledger.submit(SyncKeys([(C, KEY)], None, "asapd", ledger.now_us, 0))
+    else:
+        ledger.submit(ImportAgentKey(C, KEY, "key:x", ledger.now_us, 0))
+    if source == "retired":
+        ledger.submit(RetireAgentKey(C, jwk_thumbprint(KEY), "key:x", ledger.now_us, 0))
+    assert parties.home(ledger.connection, C) == "default"
+    chain = [link("r", C, B), link("own", C, C), link("nobody", C, "urn:asap:agent:nobody")]
+    for one in chain[:1] + chain[2:]:
+        unit = RegisterDelegation([one], "key:x", "tb", ledger.now_us, is_bound=True)
+        assert not hasattr(ledger.submit(unit), "code")
+    refused = ledger.submit(RegisterDelegation([chain[1]], "key:x", "tb", ledger.now_us, is_bound=True))
+    assert code(refused) == "forbidden"
+    held = get_reservation(ledger.connection, ledger.reserved(chain[0]))
+    assert held is not None
+    assert (held.owner, held.holder) == ("default", "tb")
+    # What it gives to an agent that nobody knows is there for who showed it.
+    assert ledger.connection.execute("SELECT tenant FROM delegation WHERE id = 'nobody'").get == "tb"
+
+
+@pytest.mark.parametrize(
+    ("by", "is_given"),
+    [
+        (Visibility("tb"), False),
+        (Visibility("ta"), False),
+        (Visibility(None, (B,)), False),
+        (Visibility(None, (A, B)), True),
+        (EVERYTHING, True),
+    ],
+)
+def test_a_refund_is_of_who_acts_for_every_issuer_of_the_path(
+    ledger: Ledger, by: Visibility, *, is_given: bool
+) -> None:
+    held = ledger.reserved(ROOT, CHILD)
+    withheld = refund_withheld(ledger.connection, held, by)
+    assert (withheld is None) is is_given
+
+
+def test_only_the_host_refunds_to_its_hard_limits(ledger: Ledger) -> None:
+    ledger.submit(SyncBudgets([LIMITED], "key:x", ledger.now_us))
+    held = ledger.reserved(ROOT)
+    assert code(refund_withheld(ledger.connection, held, Visibility("ta"))) == "forbidden"
+    assert refund_withheld(ledger.connection, held, EVERYTHING) is None
+
+
+def test_the_cause_of_a_revocation_is_the_topmost_that_went_with_it(ledger: Ledger) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def may_see(*said: str) -> bool:
+        asked.append(said)
+        return True
+
+    ledger.register(ROOT, CHILD, link("below", C, C))
+    ledger.revoke("below")
+    ledger.now_us += 1
+    ledger.revoke("root")
+    for delegation in ("root", "child", "below"):
+        account = ledger.connection.execute("SELECT account FROM delegation WHERE id = ?", (delegation,)).get
+        assert is_cause_seen(ledger.connection, account, may_see)
+    assert asked == [("ta", "tb", A, B), ("ta", "tb", A, B), ("tb", "tb", C, C)]

@@ -38,7 +38,7 @@ def ledger(connection: apsw.Connection) -> Ledger:
 
 
 def take(ledger: Ledger, *entries: Revocation) -> RevocationsImported:
-    unit = ImportRevocations(list(entries), "asapd/x", "x", 1, b"d" * 32, 0, 0, "key:x", ledger.now_us)
+    unit = ImportRevocations(list(entries), "asapd/x", "x", 1, b"d" * 32, 0, "key:x", ledger.now_us, ledger.now_us)
     outcome = ledger.submit(unit)
     assert isinstance(outcome, RevocationsImported)
     return outcome
@@ -97,6 +97,18 @@ def test_a_list_of_a_whole_tree_revokes_each_of_it_once(ledger: Ledger) -> None:
     assert (again.added, again.known, again.revoked) == (0, 4, [])
     assert len(audited(ledger)) == 5
     assert audited(ledger, "revocations.imported") == ["asapd/x", "asapd/x"]
+
+
+def test_of_a_registered_token_no_list_says_that_it_has_expired(ledger: Ledger) -> None:
+    ledger.register(ROOT)
+    outcome = take(ledger, of(A, "root", expires_us=NOW_US - HOUR_US), of(A, "unseen", expires_us=NOW_US))
+    assert (outcome.added, outcome.known, outcome.expired, outcome.revoked) == (1, 0, 1, ["root"])
+    assert listed(ledger) == {(A, "root")}
+    assert [one.expires_us for one in revocations.standing(ledger.connection, 0).entries] == [LATER_US]
+    # What has expired by its own word as well needs no revocation.
+    ledger.now_us = LATER_US
+    again = take(ledger, of(A, "root"))
+    assert (again.added, again.known, again.expired) == (0, 0, 1)
 
 
 def test_what_was_revoked_here_is_known_to_a_list(ledger: Ledger) -> None:

@@ -58,6 +58,22 @@ def test_what_is_not_debited_is_not_shown(ledger: Ledger) -> None:
     assert page(ledger).tasks == [TaskSpend("t3", 7, 0)]
 
 
+def test_usage_counts_for_its_own_task_whatever_reservation_pays(ledger: Ledger) -> None:
+    one = ledger.reserved(ROOT, task="t", cost=500)
+    ledger.use(30, reservation=one, task_id="t")
+    ledger.settle(one, 100)
+    for cost, task in ((7, "t10"), (5, "t11"), (None, "t12")):
+        ledger.use(cost, reservation=one, task_id=task)
+    ledger.use(9, reservation=one, task_id="t13", agent=C)
+    assert page(ledger).tasks == [TaskSpend("t", 130, 0), TaskSpend("t10", 7, 0), TaskSpend("t11", 5, 0)]
+    # What is given back is first that of the task it was reserved for.
+    ledger.refund(one, 132)
+    assert page(ledger).tasks == [TaskSpend("t10", 7, 0), TaskSpend("t11", 3, 0), TaskSpend("t", 0, 0)]
+    ledger.void(2)
+    assert page(ledger).tasks == [TaskSpend("t11", 3, 0), TaskSpend("t", 0, 0)]
+    assert page(ledger).unattributed_microusd == 0
+
+
 def test_pages_go_from_the_most_expensive_on_and_end(ledger: Ledger) -> None:
     ledger.register(ROOT)
     for number, cost in enumerate((5, 9, 5, 1)):
@@ -111,7 +127,8 @@ def test_the_tasks_of_a_delegation_spent_what_it_spent(
                 continue
             if what == "use reserved":
                 ledger.use(cost, reservation=one.reservation, agent=delegates[depth], task_id=task)
-                events += 1
+                ledger.use(cost, reservation=one.reservation, agent=delegates[depth], task_id=f"{task} more")
+                events += 2
             elif what == "release":
                 ledger.release(one.reservation)
             else:

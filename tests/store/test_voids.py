@@ -192,3 +192,72 @@ def test_every_account_holds_what_counts_and_no_more(
             ]
             for name in PATH
         }
+
+
+# --- whose it is to give back
+
+ISSUER, H = "urn:asap:agent:o", "urn:asap:agent:h"
+
+
+@pytest.mark.parametrize("under", ["delegation", "reservation"])
+@pytest.mark.parametrize(
+    ("leaf", "by", "is_given"),
+    [
+        ("root", Visibility(None, (A,)), False),
+        ("root", Visibility("default", (A,)), False),
+        ("root", Visibility("other"), False),
+        ("root", Visibility(None, (ISSUER,)), True),
+        ("root", Visibility("default"), True),
+        ("root", EVERYTHING, True),
+        # Who hands on what it was given is an issuer too, and must not give itself back what was spent of it.
+        ("left", Visibility(None, (A,)), False),
+        ("left", Visibility(None, (ISSUER, A)), True),
+    ],
+)
+def test_what_was_debited_is_given_back_by_who_acts_for_all_its_issuers(
+    writer: Writer, connection: apsw.Connection, under: str, leaf: str, by: Visibility, *, is_given: bool
+) -> None:
+    root = link("root", A)
+    submit(writer, RegisterDelegation([root, link("left", A)], "key:x", "default", NOW_US))
+    event = replace(EVENT, delegation=leaf)
+    if under == "reservation":
+        wish = Reserve("t", "task.execute", Estimate(9), SECOND_US, "key:x", "default", NOW_US, delegation=leaf)
+        event = replace(EVENT, reservation=submit(writer, wish).reservation)
+    record(writer, event, cost=7)
+    outcome = submit(writer, VoidUsage(1, "why", "key:o", NOW_US, by))
+    assert isinstance(outcome, Voided) is is_given
+    if not is_given:
+        assert outcome.code == "forbidden"
+    spent = "SELECT spent_microusd FROM delegation WHERE id = 'root'"
+    assert connection.execute(spent).get == (0 if is_given else 7)
+    assert connection.execute("SELECT count(*) FROM usage").get == (2 if is_given else 1)
+
+
+def test_what_was_debited_to_nothing_is_voided_by_whoever_operates(writer: Writer) -> None:
+    record(writer, EVENT)
+    assert isinstance(submit(writer, VoidUsage(1, "why", "key:o", NOW_US, Visibility("t", (A,)))), Voided)
+
+
+@pytest.mark.parametrize(("hard", "is_given"), [(Limits(), True), (Limits(tokens=9), False)])
+def test_only_the_host_gives_back_to_its_hard_limits(writer: Writer, hard: Limits, *, is_given: bool) -> None:
+    budgets = [
+        Budget("b", Match(agent=A), "month", "UTC", soft=Limits(microusd=9), hard=hard),
+        Budget("c", Match(agent=H), "month", "UTC", hard=Limits(microusd=9)),
+    ]
+    submit(writer, SyncBudgets(budgets, "key:x", NOW_US))
+    record(writer, EVENT)
+    outcome = submit(writer, VoidUsage(1, "why", "key:o", NOW_US, Visibility("default")))
+    assert isinstance(outcome, Voided) is is_given
+    if not is_given:
+        assert outcome.code == "forbidden"
+        assert isinstance(submit(writer, VoidUsage(1, "why", "key:o", NOW_US)), Voided)
+
+
+def test_only_the_host_gives_back_to_the_hard_limit_that_a_reservation_is_held_on(writer: Writer) -> None:
+    submit(writer, SyncBudgets([Budget("b", Match(project="p"), "month", "UTC", hard=Limits(microusd=9))], "k", NOW_US))
+    submit(writer, RegisterDelegation([link("root", A)], "key:x", "default", NOW_US))
+    wish = Reserve(
+        "t", "task.execute", Estimate(9), SECOND_US, "key:x", "default", NOW_US, delegation="root", project="p"
+    )
+    record(writer, replace(EVENT, reservation=submit(writer, wish).reservation))
+    assert submit(writer, VoidUsage(1, "why", "key:o", NOW_US, Visibility("default"))).code == "forbidden"

@@ -18,7 +18,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
 from asapd.core.money import MoneyError, parse_usd
-from asapd.core.types import MAX_INT, SECOND_US
+from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, require, sent_json
 from asapd.edge.http.parameters import Parameters
@@ -28,6 +28,9 @@ from asapd.wire.problem import encode_json, status_of
 _DAY_S = 86_400
 _MOST_S = 365 * _DAY_S
 _NOT_FOUND = "Delegation token not found"
+# Of a text that is at fault; the longest that is none has 256 characters.
+_MOST_SHOWN = 256
+_NO_URN = "must be a URN of the form urn:asap:agent:<name>"
 _FIELDS = ("delegate", "scopes", "expires_in_seconds", "max_tasks", "max_cost_usd", "parent", "delegator")
 
 
@@ -155,7 +158,8 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error(kind: str, field: str, message: str, given: Any) -> dict[str, Any]:
-    return {"type": kind, "loc": ["body", field], "msg": message, "input": given}
+    shown = given[:_MOST_SHOWN] if isinstance(given, str) else given
+    return {"type": kind, "loc": ["body", field], "msg": message, "input": shown}
 
 
 def _read(body: bytes) -> _Wanted | list[dict[str, Any]]:
@@ -172,7 +176,7 @@ def _read(body: bytes) -> _Wanted | list[dict[str, Any]]:
     ]
     errors += [_error("missing", name, "Field required", raw) for name in ("delegate", "scopes") if name not in raw]
     delegate, scopes = raw.get("delegate", ""), raw.get("scopes", [""])
-    if not isinstance(delegate, str) or ("delegate" in raw and not 0 < len(delegate) <= 256):
+    if not isinstance(delegate, str) or ("delegate" in raw and not delegate):
         errors.append(_error("string_type", "delegate", "Input should be a string of 1 to 256 characters", delegate))
     if not isinstance(scopes, list) or not scopes or not all(isinstance(scope, str) for scope in scopes):
         errors.append(_error("list_type", "scopes", "Input should be a list of at least one string", scopes))
@@ -185,6 +189,10 @@ def _read(body: bytes) -> _Wanted | list[dict[str, Any]]:
     for name in ("parent", "delegator"):
         if raw.get(name) is not None and not isinstance(raw[name], str):
             errors.append(_error("string_type", name, "Input should be a valid string", raw[name]))
+    for name in ("delegator", "delegate"):
+        value = raw.get(name)
+        if value and isinstance(value, str) and AGENT_URN.match(value) is None:
+            errors.append(_error("value_error", name, f"Value error, {_NO_URN}", value))
     cost = _cost(raw.get("max_cost_usd"), errors)
     if errors:
         return errors

@@ -52,6 +52,16 @@ async def test_a_body_that_is_wrong_names_every_fault(edge: Edge, body: object) 
     assert all({"type", "loc", "msg", "input"} <= set(fault) for fault in answer.json["detail"])
 
 
+@pytest.mark.parametrize("party", ["delegator", "delegate"])
+@pytest.mark.parametrize("name", ["root", "urn:asap:agent:" + "x" * 70_000])
+async def test_a_party_that_is_no_urn_is_named_and_not_echoed_whole(edge: Edge, party: str, name: str) -> None:
+    answer = await edge.post("/asap/delegations", {"delegate": B, "scopes": ["task.*"], party: name})
+    assert answer.status == 422
+    (fault,) = answer.json["detail"]
+    assert (fault["loc"], fault["input"]) == (["body", party], name[:256])
+    assert len(answer.body) < 1_000
+
+
 async def test_one_event_and_several_answer_as_they_do_there(edge: Edge) -> None:
     event = {"task_id": "t", "agent_id": A, "consumer_id": B, "timestamp": NOW}
     assert (await edge.post("/asap/usage", event)).ok(201) == {"status": "recorded", "task_id": "t"}

@@ -447,9 +447,10 @@ async def test_what_is_remembered_is_dropped_when_no_export_can_refer_to_it(edge
     assert edge.connection.execute("SELECT end_us FROM otlp_evidence").fetchall() == [(edge.clock.us,)]
 
 
-async def test_tenants_do_not_share_streams_or_resources(edge: Edge, cumulative: Metrics) -> None:
+async def test_tenants_do_not_share_streams_or_resources(edge: Edge) -> None:
     await edge.new_key("other", "ingest", tenant="other")
-    traces = Traces()
+    # Of an agent that nobody knows: tenants keep off those of which the host has a key.
+    traces, cumulative = Traces(**{"asap.agent.id": B}), Metrics(agent=B)
     traces.span(CHAT)
     taken(await send(edge, traces.export(), key="other"))
     cumulative.call(10, 4)
@@ -457,6 +458,7 @@ async def test_tenants_do_not_share_streams_or_resources(edge: Edge, cumulative:
     await measured(edge, body)
     await edge.new_key("third", "ingest", tenant="third")
     await measured(edge, body, key="third")
+    cumulative.close()
     assert (await totals(edge))[1] == 120
 
 

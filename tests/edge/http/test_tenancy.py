@@ -75,8 +75,15 @@ async def test_a_key_does_not_act_for_another_tenants_agent(house: Edge) -> None
     (await house.post("/usage", event(id="free"))).ok(201)
 
 
-async def test_agents_in_no_directory_are_open_to_all_tenants(house: Edge) -> None:
+async def test_agents_in_no_directory_are_open_to_all_tenants_but_those_of_which_the_host_has_a_key(
+    house: Edge,
+) -> None:
     (await house.post("/usage", event(C), key="tb")).ok(201)
+    assert (await house.post("/usage", event(A), key="tb")).refused(403)
+    asap = {"delegator": A, "delegate": B, "scopes": ["task.*"]}
+    for path, sent in (("/delegations", TERMS), ("/asap/delegations", asap)):
+        assert (await house.post(path, sent, key="tb")).status == 403
+    await place(house, A, "tb")
     (await house.post("/delegations", TERMS, key="tb")).ok(201)
 
 
@@ -105,6 +112,7 @@ async def test_a_chain_through_another_tenants_agent_is_not_taken_over(house: Ed
 
 
 async def test_an_account_is_its_first_tenants(house: Edge) -> None:
+    await place(house, A, "ta")
     known = (await house.post("/delegations", {"token": token()}, key="ta")).ok(201)["id"]
     for path, sent in (("/delegations", {"token": token()}), ("/delegations/authorize", asked())):
         refused = (await house.post(path, sent, key="tb")).refused(403)
@@ -125,6 +133,7 @@ async def test_an_account_is_its_first_tenants(house: Edge) -> None:
 
 
 async def test_a_reservation_belongs_to_whose_delegation_it_is(house: Edge) -> None:
+    await place(house, A, "ta")
     known = (await house.post("/delegations", {"token": token()}, key="ta")).ok(201)["id"]
     one = (await house.post("/delegations/authorize", asked())).ok()["reservation"]["id"]
     assert [row["id"] for row in (await house.get("/reservations", key="ta")).ok()["data"]] == [one]
@@ -143,6 +152,7 @@ async def test_a_reservation_belongs_to_whose_delegation_it_is(house: Edge) -> N
 
 
 async def test_usage_of_the_owner_under_anothers_reservation_can_be_taken_back(house: Edge) -> None:
+    await place(house, A, "ta")
     known = (await house.post("/delegations", {"token": token()}, key="ta")).ok(201)["id"]
     one = (await house.post("/delegations/authorize", asked())).ok()["reservation"]["id"]
     (await house.post("/usage", event(id="e", reservation=one), key="ta")).ok(201)

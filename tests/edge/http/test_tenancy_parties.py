@@ -186,7 +186,10 @@ async def test_usage_reported_without_a_tenant_debits_the_tenants_delegation(hou
         shown = (await house.get("/delegations/j1", key=key)).ok()
         assert (shown["spent_usd"], shown["spend_unattributed_usd"]) == (Decimal("0.5"), 0)
         assert shown["spend_by_task"][0]["spent_usd"] == Decimal("0.5")
-    (await house.post("/usage/e/void", {"reason": "twice"}, key="tb")).ok(201)
+    # Who spent it does not give it back to itself.
+    assert (await house.post("/usage/e/void", {"reason": "twice"}, key="tb")).refused(403)["code"] == "forbidden"
+    assert (await house.get("/delegations/j1")).ok()["spent_usd"] == Decimal("0.5")
+    (await house.post("/usage/e/void", {"reason": "twice"})).ok(201)
     shown = (await house.get("/delegations/j1")).ok()
     assert (shown["spent_usd"], shown["spend_unattributed_usd"]) == (0, 0)
 

@@ -173,7 +173,8 @@ async def test_validate_says_what_is_a_repeat_and_what_a_conflict(edge: Edge) ->
         assert [(one["field"], one["index"]) for one in verdict["errors"]] == [("id", 1)]
         assert (await edge.post("/usage", clash)).refused(409)["code"] == verdict["code"]
     # Another tenant's identities are its own.
-    fine = (await edge.post("/usage/validate", event("e1", task_id="t2"), key="elsewhere")).ok()
+    (await edge.post("/usage", event("e1", agent=B))).ok(201)
+    fine = (await edge.post("/usage/validate", event("e1", agent=B, task_id="t2"), key="elsewhere")).ok()
     assert (fine["valid"], fine["duplicates"]) == (True, 0)
 
 
