@@ -158,8 +158,8 @@ def verify(file: Path, public_key: str | None) -> int:
     """Check an export, a checkpoint or a proof of the audit log, or what the daemon signed.
 
     Needs no daemon and no network; the exit code is 1 when something is wrong, and the first bad place is named. FILE
-    is what `asapctl audit export`, `checkpoint`, `proof` and `receipt` write, checkpoints.log, or the evidence of a
-    breach, from which the verdict is computed anew.
+    is what `asapctl audit export`, `checkpoint`, `proof`, `receipt` and `pack` write, checkpoints.log, or the
+    evidence of a breach, from which the verdict is computed anew.
 
     \b
     Examples:

@@ -239,6 +239,31 @@ def receipt(session: Session, task: str, file: Path) -> None:
 
 
 @audit.command()
+@click.option("--agent", required=True, metavar="URN", help="Whose.")
+@click.option(
+    "--since", "start", type=moment, required=True, metavar="TIME", help="From then on: an RFC 3339 time, or 30d."
+)
+@click.option("--until", "end", type=moment, metavar="TIME", help="Before then; until now unless given.")
+@click.option("--out", "file", type=_OUT, default="-", metavar="FILE", help="Where to write it; stdout unless given.")
+@asks_daemon
+def pack(session: Session, agent: str, start: str, end: str | None, file: Path) -> None:
+    """Write out signed evidence of what an agent did in a period.
+
+    One file, as JSON: every entry of the log about it with its proof, checkpoints, reports of its SLA by day, its
+    breaches with their evidence, its delegations, and hashes of the configuration. `asapd verify FILE --public-key KEY`
+    checks all of it on any machine, and names the first bad part.
+
+    \b
+    Example:
+      asapctl audit pack --agent urn:asap:agent:translator --since 30d --out pack.json
+    """
+    with written(file) as out:
+        _, parts = session.door.download("/audit/pack", agent=agent, start=start, end=end)
+        out.writelines(parts)
+        out.write(b"\n")
+
+
+@audit.command()
 @click.argument("consumer")
 @click.option("--reason", required=True, help="Why, such as the number of the request; it is entered into the log.")
 @click.option("--dry-run", is_flag=True, help="Only say how much there is.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asapd.cli import verify_checkpoint, verify_evidence, verify_export, verify_proof, verify_receipt
+from asapd.cli import verify_checkpoint, verify_evidence, verify_export, verify_pack, verify_proof, verify_receipt
 from asapd.cli.verified import CannotVerifyError, Verified
 from asapd.wire.export import NotAnExportError
 from asapd.wire.keys import public_base64
@@ -22,6 +22,7 @@ DOCUMENTS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any
     (verify_proof.is_inclusion, verify_proof.verify_inclusion),
     (verify_proof.is_consistency, verify_proof.verify_consistency),
     (verify_receipt.is_receipt, verify_receipt.verify_receipt),
+    (verify_pack.is_pack, verify_pack.verify_pack),
     (verify_checkpoint.is_wrapped, verify_checkpoint.verify_wrapped),
 )
 """JSON documents by what they hold: whether one is of a kind, and what verifies it."""

@@ -55,7 +55,7 @@ def diff(old: Config, new: Config) -> Changes:
         metering=old.metering != new.metering,
         budgets=old.budgets != new.budgets,
         alerts=old.alerts != new.alerts,
-        audit=old.audit != new.audit,
+        audit=old.audit != new.audit.model_copy(update={"mask": old.audit.mask}),
         retention=old.retention != new.retention,
         restart_required=tuple(_restart_required(old, new)),
     )
@@ -64,6 +64,8 @@ def diff(old: Config, new: Config) -> Changes:
 def _restart_required(old: Config, new: Config) -> Iterator[str]:
     if old.state_dir != new.state_dir:
         yield "state_dir"
+    if old.audit.mask != new.audit.mask:
+        yield "audit.mask"
     for section in _NEEDS_RESTART:
         before, after = getattr(old, section), getattr(new, section)
         for name, field in type(before).model_fields.items():

@@ -48,6 +48,7 @@ Urn = Annotated[str, AfterValidator(values.check_urn)]
 AgentPattern = Annotated[str, AfterValidator(values.check_agent_pattern)]
 Name = Annotated[str, AfterValidator(values.check_name)]
 Text = Annotated[str, AfterValidator(values.check_text)]
+MaskPattern = Annotated[str, AfterValidator(values.check_mask)]
 Host = Annotated[str, AfterValidator(values.check_host)]
 Origin = Annotated[str, AfterValidator(values.check_origin)]
 AgentUrl = Annotated[str, AfterValidator(values.check_agent_url)]
@@ -350,6 +351,7 @@ class Audit(_Section):
     witness_for: Many[WitnessedLog] = ()
     witness_file: Path | None = None
     witness_command: Many[Text] = ()
+    mask: Annotated[Many[MaskPattern], Field(max_length=16)] = ()
 
 
 class Retention(_Section):

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
+from asapd.core.masking import why_not
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.rates import Rate
 from asapd.core.support_hours import HoursError, parse_hours
@@ -263,6 +264,13 @@ def check_text(value: str) -> str:
     """Free text of at most 200 printable characters."""
     if not 1 <= len(value) <= 200 or not value.isprintable():
         raise ValueError("must be text of 1 to 200 printable characters")
+    return value
+
+
+def check_mask(value: str) -> str:
+    """A pattern of what is masked in audit entries, whose cost is bounded."""
+    if (reason := why_not(check_text(value))) is not None:
+        raise ValueError(reason)
     return value
 
 

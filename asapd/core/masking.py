@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 MASK = "[masked]"
@@ -21,14 +23,81 @@ _SECRET = re.compile(
 )
 
 
+MOST_STEPS = 4_096
+"""Ways to match a pattern at one place of a text. In a text of 2000 characters, the longest, some 15 ms."""
+
+FREE_TEXT = frozenset({"reason", "error", "comment"})
+"""The details that patterns of an operator are looked for in: nothing that asapd finds records by, or compares."""
+
+_QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
+_VERBOSE = re.compile(r"\(\?[A-Za-z]*x")
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+def why_not(pattern: str) -> str | None:
+    """Why a pattern is none that texts may be searched for, in words that follow its name; None when it is one.
+
+    Python's search tries every way to match. That is bounded here: only single characters and classes are repeated, no
+    more often than said, and the ways that repeats and alternatives offer are few when multiplied.
+    """
+    try:
+        if re.compile(pattern).search("") is not None:
+            return "matches where there is nothing"
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression: {error}"
+    ways: list[int] = []
+    at, after_group = 0, False
+    while at < len(pattern):
+        found = _QUANTIFIER.match(pattern, at)
+        if pattern[at] == "\\":
+            at, after_group = at + 2, False
+        elif pattern[at] == "[" and (chars := _CLASS.match(pattern, at)) is not None:
+            at, after_group = chars.end(), False
+        elif _VERBOSE.match(pattern, at) is not None:
+            return "is of the verbose form: write it without"
+        elif pattern.startswith("(?", at):
+            at, after_group = at + 2, False
+        elif found is not None:
+            if after_group:
+                return "repeats a group: repeat single characters and classes only"
+            least, comma, most = found.group(1) or "0", found.group(2), found.group(3)
+            if found.group() in ("*", "+") or (comma and not most):
+                return "repeats without an end: write how often at most, such as {0,64}"
+            ways.append(2 if found.group() == "?" else int(most or least) + 1)
+            at = found.end()
+        else:
+            after_group = pattern[at] == ")"
+            if pattern[at] == "|":
+                ways.append(2)
+            at += 1
+    if prod(ways) > MOST_STEPS:
+        return f"has more than {MOST_STEPS} ways to match (of its repeats and alternatives, multiplied): shorten it"
+    return None
+
+
+def compiled(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    """Patterns as they are looked for."""
+    return tuple(re.compile(pattern) for pattern in patterns)
+
+
 def masked(text: str) -> str:
     """A text with every secret in it replaced."""
     return _SECRET.sub(MASK, text)
 
 
-def masked_details(details: dict[str, Any]) -> dict[str, Any]:
-    """Details with the secrets in their texts replaced, however deep; keys are ours and stay."""
-    return {key: _masked(value) for key, value in details.items()}
+def masked_details(details: dict[str, Any], patterns: tuple[re.Pattern[str], ...] = ()) -> dict[str, Any]:
+    """Details with the secrets in their texts replaced, however deep, and what matches a pattern in free text.
+
+    Keys are ours and stay.
+    """
+    hidden = {key: _masked(value) for key, value in details.items()}
+    if patterns:
+        for key in FREE_TEXT & hidden.keys():
+            text = hidden[key]
+            for pattern in patterns if isinstance(text, str) else ():
+                text = pattern.sub(MASK, text)
+            hidden[key] = text
+    return hidden
 
 
 def _masked(value: Any) -> Any:

@@ -11,6 +11,7 @@ import trio
 
 from asapd import config
 from asapd.actors.eraser import erase_consumer
+from asapd.actors.packs import Packs
 from asapd.actors.receipts import Receipts
 from asapd.actors.sealer import Sealer, run_sealer
 from asapd.actors.verifier import Verifier, run_verifier
@@ -42,6 +43,7 @@ class Auditing:
         )
         self.witnesses = Witnesses(database, clock, identity, settings, log, post_text)
         self.receipts = Receipts(database, clock, self.sealer)
+        self.packs = Packs(database, clock, self.sealer, identity)
         self._database = database
         self._clock = clock
         self._log = log

@@ -106,6 +106,7 @@ class House:
             synchronous=loaded.config.store.synchronous,
             group_commit_max=loaded.config.store.group_commit_max,
             group_commit_wait_us=loaded.config.store.group_commit_wait_us,
+            masks=loaded.config.audit.mask,
             inherit=(premises.lock_descriptor,),
             on_commit=self._on_commit,
         )
@@ -291,6 +292,7 @@ class House:
             erase=self._auditing.erase,
             witnesses=self._auditing.witnesses,
             receipts=self._auditing.receipts,
+            packs=self._auditing.packs,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
         )

@@ -86,7 +86,8 @@ class Reloader:
         except ConfigError as error:
             return self._refuse(error)
         # What only a restart applies stays as it is until then.
-        kept = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
+        kept: dict[str, Any] = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
+        kept["audit"] = fresh.config.audit.model_copy(update={"mask": self._loaded.config.audit.mask})
         changes = config.diff(self._loaded.config, fresh.config)
         effective = fresh.config.model_copy(update=kept)
         refusal = await self._apply(fresh, effective, actor)

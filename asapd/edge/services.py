@@ -20,6 +20,7 @@ from asapd.actors.messages import (
     WatcherMessage,
 )
 from asapd.actors.notifier import Subscription
+from asapd.actors.packs import Packs
 from asapd.actors.reads import Reads
 from asapd.actors.receipts import Receipts
 from asapd.actors.repricer import Progress, RepriceRequest
@@ -109,6 +110,8 @@ class Services:
     """Erases a consumer, for a reason and an actor, or with True says how much there is of it."""
     receipts: Receipts
     """Signed statements about tasks."""
+    packs: Packs
+    """Signed evidence of what an agent did."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

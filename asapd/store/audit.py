@@ -68,12 +68,10 @@ def list_entries(
 
 def get_entry(connection: apsw.Connection, entry: str) -> dict[str, Any] | None:
     """One entry by its id or its number."""
-    number = int(entry) if entry.isdecimal() and len(entry) < 19 else -1
-    row = fetch_one(
-        connection,
-        f"SELECT {_COLUMNS} FROM audit WHERE seq = ? OR id = ? LIMIT 1",
-        (number, entry),
-    )
+    # Numbers have an index, ids have none: asked for both, SQLite looks through the whole log.
+    is_number = entry.isdecimal() and len(entry) < 19
+    column, value = ("seq", int(entry)) if is_number else ("id", entry)
+    row = fetch_one(connection, f"SELECT {_COLUMNS} FROM audit WHERE {column} = ? LIMIT 1", (value,))
     return None if row is None else _public(row)
 
 

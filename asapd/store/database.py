@@ -7,6 +7,7 @@ code inline in tests (`InlineRunner`).
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.store.units import Answer, AnyResult, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
-from asapd.store.writer import HEADER, ROWS_PER_COMMIT, Writer, open_for_writing
+from asapd.store.writer import HEADER, MASKS, ROWS_PER_COMMIT, Writer, open_for_writing
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -264,10 +265,12 @@ class ProcessRunner:
         synchronous: str,
         group_commit_max: int = ROWS_PER_COMMIT,
         group_commit_wait_us: int = 0,
+        masks: Sequence[str] = (),
         inherit: Sequence[int] = (),
         on_commit: OnCommit = lambda _: None,
     ) -> None:
         self._arguments = (str(path), synchronous, str(group_commit_max), str(group_commit_wait_us))
+        self._environ = {MASKS: msgspec.json.encode(masks).decode()}
         self._inherit = tuple(inherit)
         self._on_commit = on_commit
         self._encoder = msgspec.msgpack.Encoder()
@@ -333,6 +336,7 @@ class ProcessRunner:
                     [sys.executable, "-m", "asapd.store.writer", *map(str, descriptors), *self._arguments],
                     pass_fds=(*descriptors, *self._inherit),
                     stdin=subprocess.DEVNULL,
+                    env={**os.environ, **self._environ},
                 )
         except BaseException:
             ours.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -40,8 +41,11 @@ class RefuseError(Exception):
 class Tx:
     """One write connection and what it caches; the caches follow savepoints and rollbacks."""
 
-    def __init__(self, connection: apsw.Connection, entropy: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, connection: apsw.Connection, entropy: Callable[[int], bytes], masks: tuple[re.Pattern[str], ...] = ()
+    ) -> None:
         self.connection = connection
+        self._masks = masks
         self._entropy = entropy
         self._names: dict[str, int] = {"": 0}
         self._new_names: list[str] = []
@@ -121,7 +125,7 @@ class Tx:
 
     def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
         """Chain one entry to the log; it is written with its unit or not at all."""
-        self.audit_all(event_type, actor, [(subject, canonical_details(masked_details(details)))], now_us)
+        self.audit_all(event_type, actor, [(subject, canonical_details(masked_details(details, self._masks)))], now_us)
 
     def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""

@@ -29,6 +29,7 @@ import msgspec
 
 from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
+from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
 from asapd.store import handlers, usage
 from asapd.store.migrations import migrate
@@ -66,6 +67,9 @@ FOLD_EVERY_S = 0.1
 RECEIVE_BYTES = 1 << 20
 """Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
 
+MASKS = "ASAPD_MASKS"
+"""The variable that hands the patterns of `audit.mask` down, as a JSON list: arguments are everybody's to read."""
+
 HEADER = struct.Struct(">I")
 _log = logging.getLogger("asapd.store.writer")
 # A no is judged afresh when it is asked for again.
@@ -95,8 +99,10 @@ def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connectio
 class Writer:
     """Runs groups of envelopes against one connection."""
 
-    def __init__(self, connection: apsw.Connection, entropy: Callable[[int], bytes] = os.urandom) -> None:
-        self._tx = Tx(connection, entropy)
+    def __init__(
+        self, connection: apsw.Connection, entropy: Callable[[int], bytes] = os.urandom, masks: Sequence[str] = ()
+    ) -> None:
+        self._tx = Tx(connection, entropy, compiled(masks))
 
     def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
         """Run envelopes in one transaction, each in its own savepoint, and commit.
@@ -388,7 +394,8 @@ def main(arguments: Sequence[str]) -> int:
         folding.start()
         try:
             rows, wait_us = int(arguments[4]), int(arguments[5])
-            serve(sock, Writer(connection), decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
+            masks = msgspec.json.decode(os.environ.get(MASKS, "[]"), type=list[str])
+            serve(sock, Writer(connection, masks=masks), decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
         finally:
             done.set()
             folding.join()

@@ -34,6 +34,7 @@ CODES: dict[str, tuple[int, str]] = {
     "witness_inconsistent": (422, "The log is not the one that this witness has seen"),
     "consumer_is_agent": (409, "The consumer is an agent as well"),
     "receipt_too_large": (422, "The task has more entries than a receipt holds"),
+    "pack_too_large": (422, "The period has more entries than a pack holds"),
     "verifying_failed": (503, "The walk over the audit log ended before it was done"),
     "no_such_size": (404, "The audit log does not have so many entries"),
     "log_broken": (503, "The audit log is not the one that was sealed"),

@@ -79,7 +79,7 @@ def decode_statement(raw: bytes) -> Statement:
         StatementMalformed: anything else, and nothing else is raised.
     """
     try:
-        document = _floats(parse_strict_json(raw))
+        document = floats(parse_strict_json(raw))
     except TokenMalformed as error:
         raise StatementMalformed(f"the statement {error.reason}") from None
     if not is_statement(document) or document.get("version") != VERSION:
@@ -98,12 +98,13 @@ def decode_statement(raw: bytes) -> Statement:
     return Statement(str(document.get("key_id")), public_key, breach, evidence, signed, signature)
 
 
-def _floats(value: Any) -> Any:
+def floats(value: Any) -> Any:
+    """JSON that was read strictly, with its fractions as floats, so that it has a canonical form again."""
     if isinstance(value, Decimal):
         return float(value)
     if isinstance(value, dict):
-        return {name: _floats(member) for name, member in value.items()}
-    return [_floats(item) for item in value] if isinstance(value, list) else value
+        return {name: floats(member) for name, member in value.items()}
+    return [floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _signature(value: Any) -> bytes:

@@ -67,10 +67,13 @@ def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:
         rate_burst = 1
         [store]
         group_commit_wait = "1ms"
+        [audit]
+        mask = ["corp"]
     """)
     changes = diff(parse(""), new)
     assert changes.restart_required == (
         "state_dir",
+        "audit.mask",
         "http.bind",
         "http.max_body",
         "http.tls",

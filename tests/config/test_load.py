@@ -181,6 +181,7 @@ def test_the_message_has_path_line_field_and_reason() -> None:
         ("[audit]\nzzz = 1", "audit.zzz", "known here are: enabled, checkpoint_every, verify_every, witness"),
         ('"a\\nb" = 1', '"a\\nb"', "unknown setting"),
         ("[store]\nsynchronous = 'off'", "store.synchronous", 'must be "full" or "normal"'),
+        ("[audit]\nmask = ['a+']", "audit.mask[0]", "repeats without an end"),
         ("[audit]\nenabled = 'yes'", "audit.enabled", "true or false"),
         ("[admin]\ngroup = 7", "admin.group", "text in quotes"),
         ("[admin]\nsocket = ''", "admin.socket", "not empty"),

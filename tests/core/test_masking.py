@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.masking import MASK, masked, masked_details
+from asapd.core.masking import MASK, MOST_STEPS, compiled, masked, masked_details, why_not
 
 SECRETS = [
     "asapd_0123456789_" + "ab" * 32,
@@ -52,3 +52,61 @@ def test_what_is_no_secret_stays(text: str) -> None:
 def test_details_are_masked_however_deep_and_keep_their_shape() -> None:
     details = {"a": SECRETS[0], "b": [SECRETS[1], {"c": SECRETS[3], "n": 1}], "d": None, "e": True, "f": ("x",)}
     assert masked_details(details) == {"a": MASK, "b": [MASK, {"c": MASK, "n": 1}], "d": None, "e": True, "f": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(", "is no regular expression"),
+        ("a{99999999999}", "is no regular expression"),
+        ("x?", "matches where there is nothing"),
+        ("a+", "repeats without an end"),
+        ("ba*", "repeats without an end"),
+        ("a{3,}", "repeats without an end"),
+        ("(ab){1,2}", "repeats a group"),
+        ("x(a|a){1,9}", "repeats a group"),
+        ("x(?:a)?", "repeats a group"),
+        ("(?x)a b", "is of the verbose form"),
+        ("a{1,64}b{1,64}", "has more than"),
+        ("|".join("abcdefghijklmno"), "has more than"),
+    ],
+)
+def test_a_pattern_whose_cost_is_not_bounded_is_refused(pattern: str, reason: str) -> None:
+    assert (why_not(pattern) or "").startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[\w.+-]{1,30}@[\w-]{1,30}\.\w",
+        "ticket [0-9]{4,9}",
+        r"\+49",
+        "[]+*]x",
+        "[^]]{2}",
+        "(?i:secret)",
+        "a|b",
+        "xa{,9}",
+    ],
+)
+def test_a_bounded_pattern_is_taken(pattern: str) -> None:
+    assert why_not(pattern) is None
+
+
+@given(st.text(alphabet="ab()[]{}?*+|,12^\\\\.", max_size=14), st.text(alphabet="ab", max_size=300))
+def test_whatever_pattern_is_taken_searches_any_text(pattern: str, text: str) -> None:
+    if not any(nested in pattern for nested in ("[[", "&&", "||")) and why_not(pattern) is None:
+        masked_details({"reason": text}, compiled([pattern]))
+
+
+def test_the_worst_pattern_that_is_taken_ends_soon() -> None:
+    worst = "a{0,15}a{0,15}a{0,15}b"
+    assert why_not(worst) is None
+    assert MOST_STEPS == 16**3
+    text = "a" * 2_000
+    assert masked_details({"reason": text}, compiled([worst])) == {"reason": text}
+
+
+def test_patterns_are_looked_for_in_free_text_alone() -> None:
+    patterns = compiled(["[a-z]{1,30}@corp", "4711"])
+    details = {"reason": "ann@corp said 4711", "consumer": "ann@corp", "error": None, "comment": 5, "rows": ["4711"]}
+    assert masked_details(details, patterns) == {**details, "reason": f"{MASK} said {MASK}"}

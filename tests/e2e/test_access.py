@@ -123,6 +123,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("POST", "/audit/erase", {}, frozenset({"admin"}), 422),
     ("GET", "/audit/export?format=csv", None, READ, 200),
     ("GET", "/audit/checkpoint", None, READ, 200),
+    ("GET", "/audit/pack?agent=urn:asap:agent:nobody&start=2026-01-01T00:00:00Z", None, READ, 404),
     ("GET", "/audit/proof/inclusion?id=1", None, READ, 200),
     ("GET", "/audit/proof/consistency?from=1", None, READ, 200),
     ("GET", "/status", None, READ, 200),

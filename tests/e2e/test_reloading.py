@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from datetime import datetime
 from decimal import Decimal
@@ -135,6 +136,26 @@ async def test_what_only_a_restart_applies_is_named() -> None:
         daemon.config.write_text(QUICK.replace("[prober]", 'max_body = "1MiB"\n[prober]'))
         answer = await trio.to_thread.run_sync(daemon.admin_request, "POST", "/reload")
         assert answer.json()["restart_required"] == ["http.max_body"]
+
+
+async def test_a_configured_pattern_is_masked_before_it_reaches_an_entry() -> None:
+    """By the writer process, also by one that took the place of another."""
+    with running(QUICK + '\n[audit]\nmask = ["[a-z]{1,30}@corp"]\n') as daemon:
+        for number in range(2):
+            told = {"task_id": f"t{number}", "agent": "urn:asap:agent:a", "consumer": "ann@corp", "state": "failed"}
+            told |= {"error": "ann@corp hung up", "timestamp": "2026-11-20T09:00:00Z"}
+
+            async def is_taken(sent: dict[str, str] = told) -> bool:
+                return bool(daemon.admin_request("POST", "/tasks", json=sent).status_code == 201)
+
+            await until(is_taken, within_s=PATIENCE_S)
+            (entry,) = daemon.admin_get(f"/audit/logs?task=t{number}").json()["data"]
+            assert (entry["details"]["error"], entry["details"]["consumer"]) == ("[masked] hung up", "ann@corp")
+            daemon.config.write_text(QUICK)
+            assert daemon.admin_request("POST", "/reload").json()["restart_required"] == ["audit.mask"]
+            if number == 0:
+                os.kill(daemon.status()["store"]["writer_pid"], signal.SIGKILL)
+        assert daemon.admin_get("/audit/verify").json()["valid"]
 
 
 async def test_reloads_under_load_lose_no_event() -> None:

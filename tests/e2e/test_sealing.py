@@ -101,3 +101,21 @@ async def test_one_daemon_witnesses_the_other() -> None:
                 return text.count("\n— asapd/") == 2
 
             await until(signatures)
+
+
+async def test_a_pack_verifies_on_a_machine_that_has_the_key_and_nothing_else(tmp_path: Path) -> None:
+    agent, pack = "urn:asap:agent:a", tmp_path / "pack.json"
+    with running() as daemon:
+        added = daemon.admin_request("POST", "/agents", json={"id": agent, "url": "http://127.0.0.1:1"})
+        assert added.status_code == 201
+        report(daemon, 5)
+        key = daemon.admin_get("/audit/checkpoint?format=json").json()["public_key"]
+        asked = ("audit", "pack", "--agent", agent, "--since", "1h", "--out", str(pack))
+        written = await trio.to_thread.run_sync(asapctl, daemon, *asked)
+        assert written.returncode == 0, written.stderr
+    verified = await trio.to_thread.run_sync(asapd, "verify", str(pack), "--public-key", key)
+    assert verified.returncode == 0, verified
+    assert verified.stdout.startswith(f"ok: {agent} from ")
+    pack.write_text(pack.read_text().replace('"consumer":"desk"', '"consumer":"disk"', 1))
+    changed = await trio.to_thread.run_sync(asapd, "verify", str(pack), "--public-key", key)
+    assert (changed.returncode, changed.stdout) == (1, "bad: entries: was changed since it was signed\n")

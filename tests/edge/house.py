@@ -31,6 +31,7 @@ from asapd.actors.janitor import JanitorSettings, apply_retention
 from asapd.actors.messages import CreateKeyRequest
 from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
+from asapd.actors.packs import Packs
 from asapd.actors.prober import ProberSettings, run_prober
 from asapd.actors.reads import Reads
 from asapd.actors.receipts import Receipts
@@ -329,6 +330,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         erase=erase,
         witnesses=Witnesses(database, clock, IDENTITY, settings.audit, LOG, post_text),
         receipts=Receipts(database, clock, sealer),
+        packs=Packs(database, clock, sealer, IDENTITY),
         verifier=Verifier(
             database,
             clock,
