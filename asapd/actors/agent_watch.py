@@ -87,7 +87,7 @@ class AgentWatch:
             latency_us=None if result.latency_ms is None else round(result.latency_ms * 1000),
             reason=result.reason,
             detail=result.detail,
-            hold_us=hold_us(self.ttl_us(result.ts_us), prober.interval_us),
+            hold_us=hold_us(self.ttl_us(result.ts_us), prober.interval_us, up=result.up),
             state=state.state,
             since_us=state.since_us,
             ok_streak=state.ok_streak,

@@ -161,9 +161,14 @@ def _reaches(caller: Caller, agent: str | None) -> bool:
 
 
 def _concerns(caller: Caller, silence: Silence) -> bool:
-    return (caller.tenant is None or silence.tenant in {None, caller.tenant}) and (
-        silence.agent is None or _reaches(caller, silence.agent) or caller.matches(silence.agent.removesuffix("*"))
-    )
+    """Whether a silence may hold back what a caller would be told; the host's may name the agents of any tenant."""
+    if caller.tenant is not None and silence.tenant not in {None, caller.tenant}:
+        return False
+    if silence.agent is None:
+        return True
+    if silence.tenant is None and caller.keeps_off_all(silence.agent):
+        return False
+    return _reaches(caller, silence.agent) or caller.matches(silence.agent.removesuffix("*"))
 
 
 def _shown(silence: Silence, now_us: int) -> dict[str, Any]:

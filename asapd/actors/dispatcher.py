@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import trio
@@ -239,17 +240,26 @@ class _Pusher:
                 self._succeeded(through, now_us)
                 return
             failures += 1
-            age_us = now_us - alerts[0].at_us
-            if gives_up(failed, failures, age_us=age_us, retry_for_us=self._target.retry_for_us):
-                dead = tuple(alert.seq for alert in alerts)
-                await self._store.write(MoveTarget(self._target.name, through, now_us, failed.error, dead))
-                self._log.error("%s: gave up alerts %d to %d: %s", self._target.name, dead[0], through, failed.error)
-                self._seq = self._standing.seq = through
-                self._failed(failed, now_us)
-                return
-            await self._store.write(MoveTarget(self._target.name, self._seq, now_us, failed.error))
+            dead = self._given_up(alerts, failed, failures, now_us)
+            place = dead[-1] if dead else self._seq
+            await self._store.write(MoveTarget(self._target.name, place, now_us, failed.error, dead))
+            if dead:
+                self._log.error("%s: gave up alerts %d to %d: %s", self._target.name, dead[0], place, failed.error)
+                self._seq = self._standing.seq = place
             self._failed(failed, now_us)
+            alerts = alerts[len(dead) :]
+            if not alerts:
+                return
             await trio.sleep(wait_s(failures, failed.retry_after_s, self._random()))
+
+    def _given_up(self, alerts: list[Alert], failed: Failed, failures: int, now_us: int) -> tuple[int, ...]:
+        """The numbers of those that have had their time; in order, as the place moves only behind what is over."""
+
+        def is_over(alert: Alert) -> bool:
+            age_us = now_us - alert.at_us
+            return gives_up(failed, failures, age_us=age_us, retry_for_us=self._target.retry_for_us)
+
+        return tuple(alert.seq for alert in takewhile(is_over, alerts))
 
     async def _attempt(self, alerts: Sequence[Alert]) -> Failed | None:
         async with self._sending:

@@ -398,26 +398,33 @@ class Reads:
         ]
 
     async def probes(
-        self, agent: str, *, start_us: int | None, end_us: int | None, limit: int, before: int | None
+        self, caller: Caller, agent: str, *, start_us: int | None, end_us: int | None, limit: int, before: int | None
     ) -> list[tuple[int, StoredProbe]]:
-        """Probes of an agent, the newest first."""
-        return await self._database.read(agents.probes, agent, start_us, end_us, limit, before)
+        """Probes of an agent since it is of the caller's tenant, the newest first."""
 
-    async def transitions(self, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
+        def query(connection: Any) -> list[tuple[int, StoredProbe]]:
+            held_us = agent_history.held_since_us(connection, visibility(caller), agent)
+            return agents.probes(connection, agent, max(held_us, start_us or 0), end_us, limit, before)
+
+        return await self._database.read(query)
+
+    async def transitions(self, caller: Caller, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
         """Changes of an agent's state, the newest first."""
-        return await self._database.read(agent_history.transitions, agent, limit)
+        return await self._database.read(agent_history.transitions, visibility(caller), agent, limit)
 
     async def agent_events(self, caller: Caller, agent: str, *, limit: int, before: int | None) -> list[AgentEvent]:
         """What happened to an agent, the newest first; one that left the directory has its history still."""
         return await self._database.read(agent_history.events, visibility(caller), agent, limit, before)
 
-    async def manifests(self, agent: str, *, limit: int, before: int | None) -> list[tuple[int, StoredManifest]]:
+    async def manifests(
+        self, caller: Caller, agent: str, *, limit: int, before: int | None
+    ) -> list[tuple[int, StoredManifest]]:
         """The versions of an agent's manifest, the newest first, each with its row number."""
-        return await self._database.read(manifests.versions, agent, limit, before)
+        return await self._database.read(manifests.versions, visibility(caller), agent, limit, before)
 
-    async def manifest_body(self, agent: str, digest: str) -> tuple[StoredManifest, bytes] | None:
+    async def manifest_body(self, caller: Caller, agent: str, digest: str) -> tuple[StoredManifest, bytes] | None:
         """One version of an agent's manifest and what the agent served."""
-        return await self._database.read(manifests.body_of, agent, digest)
+        return await self._database.read(manifests.body_of, visibility(caller), agent, digest)
 
     async def breaches(
         self, caller: Caller, filters: dict[str, Any], *, limit: int, before: tuple[int, str] | None = None

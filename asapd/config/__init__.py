@@ -34,7 +34,7 @@ from asapd.config.model import (
     WitnessedLog,
 )
 from asapd.config.places import default_runtime_dir, default_state_dir
-from asapd.config.values import Bind, duration_text, read_duration
+from asapd.config.values import Bind, check_agent_url, duration_text, read_duration
 from asapd.config.without_effect import settings_without_effect
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "Webhook",
     "Witness",
     "WitnessedLog",
+    "check_agent_url",
     "default_runtime_dir",
     "default_state_dir",
     "diff",

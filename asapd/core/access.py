@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -47,6 +47,13 @@ class Tenants:
     def of(self, agent: str) -> str | None:
         """The tenant of an agent; None when the directory does not hold it, and it is not the host's own."""
         return self._of.get(agent) or (DEFAULT_TENANT if agent in self._own else None)
+
+    def fitting(self, pattern: str) -> Iterator[str]:
+        """The tenant of each agent in the directory that a name or pattern fits."""
+        if not pattern.endswith("*"):
+            tenant = self.of(pattern)
+            return iter(() if tenant is None else (tenant,))
+        return (tenant for agent, tenant in self._of.items() if pattern_matches(pattern, agent))
 
     def take_own(self, agents: Iterable[str]) -> None:
         """Take these for the host's own."""
@@ -103,6 +110,17 @@ class Caller(msgspec.Struct, frozen=True):
     def keeps_off(self, agent: str) -> bool:
         """Whether the directory says that an agent is of another tenant than the caller is bound to."""
         return self.tenant is not None and self._tenant_of(agent) not in {None, self.tenant}
+
+    def keeps_off_all(self, pattern: str) -> bool:
+        """Whether a name or pattern fits agents of the directory, and each of them is of another tenant."""
+        if self.tenant is None or self.tenants is None:
+            return False
+        fits = False
+        for tenant in self.tenants.fitting(pattern):
+            if tenant == self.tenant:
+                return False
+            fits = True
+        return fits
 
     def _tenant_of(self, agent: str) -> str | None:
         return None if self.tenants is None else self.tenants.of(agent)

@@ -26,9 +26,14 @@ class Uptime(Struct, frozen=True):
     unknown_us: int
 
 
-def hold_us(ttl_us: int | None, interval_us: int) -> int:
-    """For how long at most a probe's result holds: the agent's own ttl, and never more than three intervals."""
-    return 3 * interval_us if ttl_us is None else min(ttl_us, 3 * interval_us)
+def hold_us(ttl_us: int | None, interval_us: int, *, up: bool) -> int:
+    """For how long at most a probe's result holds: the agent's own ttl, and never more than three intervals.
+
+    A failed one holds for an interval at least: a short ttl would make unknown what is down.
+    """
+    if ttl_us is None:
+        return 3 * interval_us
+    return min(ttl_us if up else max(ttl_us, interval_us), 3 * interval_us)
 
 
 def fold_probe(

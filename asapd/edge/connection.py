@@ -53,6 +53,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 30.0
     send_s: float = 30.0
     """A piece of 64 KiB that the client does not take within this closes the connection."""
+    websocket_send_s: float = 11.0
+    """The same for a WebSocket: what a subscriber has to take a message, and a second for the close behind it."""
     linger_s: float = 5.0
     """After a last response: how long unread input is discarded, so that the client sees the response and no reset."""
     linger_idle_s: float = 1.0
@@ -245,20 +247,22 @@ class HttpConnection:
     async def _write(self, data: bytes | None) -> None:
         if not data or self._aborted:
             return
+        is_websocket = isinstance(self._protocol.connection, H11WSConnection)
+        send_s = self._limits.websocket_send_s if is_websocket else self._limits.send_s
         # Shielded, because half a response corrupts the connection; a first deadline for whoever writes before us.
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * self._limits.send_s) as scope:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * send_s) as scope:
             try:
                 async with self._send_lock:
                     if self._wrote_last:
                         return
                     with memoryview(data) as view:
                         for start in range(0, len(view), SEND_BYTES):
-                            scope.deadline = trio.current_time() + self._limits.send_s
+                            scope.deadline = trio.current_time() + send_s
                             await self._stream.send_all(view[start : start + SEND_BYTES])
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self.abort()
         if scope.cancelled_caught:
-            self._log.debug("a client did not read for %s s and was cut off", self._limits.send_s)
+            self._log.debug("a client did not read for %s s and was cut off", send_s)
             self.abort()
 
     async def _linger(self) -> None:

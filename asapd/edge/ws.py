@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 from quart import Response, websocket
 from quart_trio import QuartTrio
@@ -31,7 +32,8 @@ GOING_AWAY = 1001
 POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 
-# A subscriber that takes nothing for this long is let go; it comes back with its last seq.
+# A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection gives a frame
+# that is under way a second more (`Limits.websocket_send_s`), so that the close can follow it.
 SEND_S = 10.0
 
 
@@ -85,6 +87,14 @@ def _caller(services: Services) -> Caller | Refusal:
     return tcp_caller(websocket.headers, services.ring, services.settings().http)
 
 
+class _Piece(msgspec.Struct, frozen=True):
+    """A message to send; `late` is said when it is not taken, `seq` is what it brings a subscriber of alerts to."""
+
+    text: str
+    late: str | None = None
+    seq: int | None = None
+
+
 class _Session:
     """One connection: a task reads requests, others send what is followed, and only one of them writes at a time."""
 
@@ -96,15 +106,27 @@ class _Session:
         self._sending = trio.Lock()
         self._following: dict[str, trio.CancelScope] = {}
         self._sent_seq = 0
+        self._scope = trio.CancelScope()
+        self._is_closing = False
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            message = await websocket.receive()
-            while self._may_stay():
-                await self._handle(message, nursery)
-                message = await websocket.receive()
-            await self._close(POLICY_VIOLATION, "the key was revoked")
-            nursery.cancel_scope.cancel()
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._leave_when_revoked)
+                while True:
+                    message = await websocket.receive()
+                    if not self._may_stay():
+                        # Closed by whoever waits for it; until then nothing is answered.
+                        return
+                    await self._handle(message, nursery)
+
+    async def _leave_when_revoked(self) -> None:
+        changed = self._services.ring.changed
+        seen = changed.count
+        while self._may_stay():
+            await changed.wait(seen)
+            seen = changed.count
+        await self._close(POLICY_VIOLATION, "the key was revoked")
 
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
         if self._is_reference and (beat := jsonrpc.heartbeat(message)) is not None:
@@ -170,13 +192,11 @@ class _Session:
         await self._send(jsonrpc.result(request.id, {**answer, "seq": self._services.last_alert()}))
         self._follow(nursery, "sla", subscription.next_alerts, self._told_of_alert)
 
-    def _told_of_alert(self, found: Alert | Gap) -> Iterator[tuple[str, str | None]]:
+    def _told_of_alert(self, found: Alert | Gap) -> Iterator[_Piece]:
         if isinstance(found, Gap):
             yield _gap("gap", found)
             return
-        yield self._frames.of(found), None
-        # Only once it was sent is the next one asked for.
-        self._sent_seq = found.seq
+        yield _Piece(self._frames.of(found), seq=found.seq)
 
     async def _acknowledge(self, request: Request) -> None:
         given = jsonrpc.decode_ack(request.params)
@@ -201,7 +221,7 @@ class _Session:
         await self._send(jsonrpc.result(request.id, {"subscribed": True, "seq": newest}))
         self._follow(nursery, "delegation", follower.next_news, partial(self._told_of_news, wanted.agent_id))
 
-    def _told_of_news(self, agent: str | None, found: News | Gap) -> Iterator[tuple[str, str | None]]:
+    def _told_of_news(self, agent: str | None, found: News | Gap) -> Iterator[_Piece]:
         caller = self._caller
 
         def may_know(agents: tuple[str | None, ...], tenants: tuple[str | None, ...]) -> bool:
@@ -215,7 +235,7 @@ class _Session:
             return
         for method, params in public_news(found, may_know, wants):
             late = f"too slow: delegation.subscribe resume_after {found.seq - 1}"
-            yield jsonrpc.notification(method, params), late
+            yield _Piece(jsonrpc.notification(method, params), late)
 
     # --- following and sending
 
@@ -224,7 +244,7 @@ class _Session:
         nursery: trio.Nursery,
         what: str,
         next_found: Callable[[], Awaitable[list[T]]],
-        told: Callable[[T], Iterator[tuple[str, str | None]]],
+        told: Callable[[T], Iterator[_Piece]],
     ) -> None:
         """Send what comes, each piece as the texts that `told` makes of it, with what is said when one is not taken."""
 
@@ -237,11 +257,10 @@ class _Session:
                         await self._close(GOING_AWAY, "asapd is shutting down")
                         return
                     if not self._may_stay():
-                        await self._close(POLICY_VIOLATION, "the key was revoked")
                         return
                     for one in found:
-                        for text, late in told(one):
-                            await self._send(text, late)
+                        for piece in told(one):
+                            await self._send_piece(piece)
 
         self._following[what] = scope = trio.CancelScope()
         nursery.start_soon(follow, scope)
@@ -258,18 +277,28 @@ class _Session:
     async def _fail(self, request: Request, code: int, message: str) -> None:
         await self._send(jsonrpc.fault(Fault(code, message, request.id)))
 
-    async def _send(self, text: str, late: str | None = None) -> None:
+    async def _send(self, text: str) -> None:
+        await self._send_piece(_Piece(text))
+
+    async def _send_piece(self, piece: _Piece) -> None:
         with trio.move_on_after(SEND_S) as patience:
             async with self._sending:
-                await websocket.send(text)
+                if piece.seq is not None:
+                    # What is begun goes out whole before the close does, or neither arrives.
+                    self._sent_seq = piece.seq
+                await websocket.send(piece.text)
         if patience.cancelled_caught:
-            await self._close(TRY_AGAIN_LATER, late or f"too slow: resume_after {self._sent_seq}")
+            await self._close(TRY_AGAIN_LATER, piece.late or f"too slow: resume_after {self._sent_seq}")
 
     async def _close(self, code: int, reason: str) -> None:
-        with trio.move_on_after(1):
-            await websocket.close(code, reason)
+        """Say why, once, and end the session."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        await websocket.close(code, reason)
+        self._scope.cancel()
 
 
-def _gap(method: str, gap: Gap) -> tuple[str, str | None]:
+def _gap(method: str, gap: Gap) -> _Piece:
     missing = {"first_missing": gap.first_missing, "last_missing": gap.last_missing}
-    return jsonrpc.notification(method, missing), None
+    return _Piece(jsonrpc.notification(method, missing))

@@ -14,10 +14,12 @@ import trio
 
 _KEPT_BYTES = 1024
 _REAP_S = 5.0
+# What a program said last is in the pipe when it has ended; whoever inherited the pipe may hold it open for long.
+_REST_S = 1.0
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How a program ended: its exit code, negative for a signal, and the beginning of what it wrote to stderr."""
+    """How a program ended: its exit code, negative for a signal, and the last of what it wrote to stderr."""
 
     code: int
     stderr: str
@@ -48,14 +50,14 @@ async def run_command(argv: Sequence[str], stdin: bytes, *, timeout_s: float) ->
     assert process.stderr is not None
     kept = bytearray()
     try:
-        with trio.move_on_after(timeout_s):
+        with trio.move_on_after(timeout_s) as patience:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(_feed, process.stdin, stdin))
                 nursery.start_soon(partial(_keep, process.stderr, kept))
-                code = await process.wait()
-                # Whoever inherited the pipes may hold them open for long: the program itself is done.
-                nursery.cancel_scope.cancel()
-            return Ended(code, kept.decode("utf-8", "replace"))
+                await process.wait()
+                patience.deadline = trio.current_time() + _REST_S
+        if process.returncode is not None:
+            return Ended(process.returncode, kept.decode("utf-8", "replace"))
         return CommandFailed(f"{argv[0]} did not end within {timeout_s:g} s and was killed")
     finally:
         if process.returncode is None:
@@ -76,4 +78,5 @@ async def _feed(pipe: trio.abc.SendStream, content: bytes) -> None:
 
 async def _keep(pipe: trio.abc.ReceiveStream, kept: bytearray) -> None:
     async for part in pipe:
-        kept += part[: _KEPT_BYTES - len(kept)]
+        kept += part
+        del kept[:-_KEPT_BYTES]

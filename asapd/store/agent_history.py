@@ -11,9 +11,11 @@ import apsw
 import msgspec
 
 from asapd.core.types import DEFAULT_TENANT
-from asapd.store.rows import fetch
+from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.visibility import Visibility, visible_text
+
+_NEVER_US = 2**62
 
 
 class AgentEvent(msgspec.Struct, frozen=True):
@@ -76,11 +78,32 @@ def _event(*row: Any) -> AgentEvent:
     return AgentEvent(seq, ts_us, event, actor, old_state, new_state, reason, decoded)
 
 
-def transitions(connection: apsw.Connection, agent: str, limit: int) -> list[tuple[int, str, str, str | None]]:
-    """Changes of an agent's state, the newest first: (time, from, to, reason)."""
+def held_since_us(connection: apsw.Connection, visible: Visibility, agent: str) -> int:
+    """From when on what is kept of an agent is a caller's tenant's; 0 when no other tenant ever had it.
+
+    What the agent was before it changed hands stays with the tenant that it had then.
+    """
+    if visible.tenant is None:
+        return 0
+    (foreign,) = fetch_one(
+        connection, "SELECT max(seq) FROM agent_event WHERE agent = ? AND tenant <> ?", (agent, visible.tenant)
+    ) or (None,)
+    if foreign is None:
+        return 0
+    (since_us,) = fetch_one(
+        connection, "SELECT min(ts_us) FROM agent_event WHERE agent = ? AND seq > ?", (agent, foreign)
+    ) or (None,)
+    return _NEVER_US if since_us is None else since_us
+
+
+def transitions(
+    connection: apsw.Connection, visible: Visibility, agent: str, limit: int
+) -> list[tuple[int, str, str, str | None]]:
+    """Changes of an agent's state that a caller may see, the newest first: (time, from, to, reason)."""
+    where, values = visible_text(visible, ("agent",))
+    condition = " AND ".join(["agent = ?", "new_state IS NOT NULL", *where])
     return fetch(
         connection,
-        "SELECT ts_us, old_state, new_state, reason FROM agent_event WHERE agent = ? AND new_state IS NOT NULL "
-        "ORDER BY seq DESC LIMIT ?",
-        (agent, limit),
+        f"SELECT ts_us, old_state, new_state, reason FROM agent_event WHERE {condition} ORDER BY seq DESC LIMIT ?",
+        (agent, *values, limit),
     )

@@ -40,6 +40,9 @@ def change(tx: Tx, unit: ChangeAgentState) -> AgentsChanged:
             *(state.flaps.changed, state.flaps.verdict, state.flaps.since_us, unit.agent),
         ),
     )
+    if known.flaps.since_us is not None and state.flaps.since_us is None:
+        agent_history.note(tx, unit.agent, "settled", unit.actor, unit.now_us, reason=reason)
+        tx.audit("agent.settled", unit.actor, unit.agent, {"id": unit.agent, "state": state.state}, unit.now_us)
     event = {"pause": "paused", "resume": "resumed", "silence": "state"}[unit.verb]
     states = (transition.old, transition.new)
     agent_history.note(tx, unit.agent, event, unit.actor, unit.now_us, states=states, reason=reason)

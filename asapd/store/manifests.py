@@ -11,6 +11,7 @@ from asapd.store import agent_history, agent_keys
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units import RecordManifest, RowWritten
+from asapd.store.visibility import Visibility
 
 _COLUMNS = "fetched_us, digest, verification, sla, sla_error, ttl_seconds, public_key"
 
@@ -58,23 +59,27 @@ def record(tx: Tx, unit: RecordManifest) -> RowWritten:
 
 
 def versions(
-    connection: apsw.Connection, agent: str, limit: int, before: int | None
+    connection: apsw.Connection, visible: Visibility, agent: str, limit: int, before: int | None
 ) -> list[tuple[int, StoredManifest]]:
-    """Every version of an agent's manifest, the newest first, each with its row number."""
+    """Every version of an agent's manifest since it is of a caller's tenant, the newest first, each with its row."""
     rows = fetch(
         connection,
-        f"SELECT seq, {_COLUMNS} FROM manifest WHERE agent = ? AND seq < ? ORDER BY seq DESC LIMIT ?",
-        (agent, before or 2**62, limit),
+        f"SELECT seq, {_COLUMNS} FROM manifest WHERE agent = ? AND seq < ? AND fetched_us >= ? "
+        "ORDER BY seq DESC LIMIT ?",
+        (agent, before or 2**62, agent_history.held_since_us(connection, visible, agent), limit),
     )
     return [(row[0], read_manifest(row[1:])) for row in rows]
 
 
-def body_of(connection: apsw.Connection, agent: str, digest: str) -> tuple[StoredManifest, bytes] | None:
+def body_of(
+    connection: apsw.Connection, visible: Visibility, agent: str, digest: str
+) -> tuple[StoredManifest, bytes] | None:
     """The newest version of an agent's manifest with a digest (hex SHA-256), and the bytes that the agent served."""
     row = fetch_one(
         connection,
-        f"SELECT {_COLUMNS}, body FROM manifest WHERE agent = ? AND digest = ? ORDER BY seq DESC LIMIT 1",
-        (agent, digest),
+        f"SELECT {_COLUMNS}, body FROM manifest WHERE agent = ? AND digest = ? AND fetched_us >= ? "
+        "ORDER BY seq DESC LIMIT 1",
+        (agent, digest, agent_history.held_since_us(connection, visible, agent)),
     )
     return None if row is None else (read_manifest(row[:-1]), row[-1])
 

@@ -362,6 +362,27 @@ async def test_filters_choose_and_what_waits_together_goes_together(host: Host, 
         assert (group.taken, group.sizes) == ([1, 2, 3], [3])
 
 
+async def test_each_alert_of_a_group_has_its_own_time(host: Host, autojump_clock: MockClock) -> None:
+    group = Receiver(down)
+    async with host.running(group.target("group", in_groups=True, retry_for_us=2 * MINUTE_US)):
+        await host.breach()
+        await trio.sleep(100)
+        # Both wait behind the first, and then go together.
+        await host.breach()
+        await trio.sleep(70)
+        await host.breach()
+        await trio.sleep(35)
+        (first,) = await host.desk.dead_letters("group", 10, None)
+        assert first["seq"] == 1
+        await trio.sleep(60)
+        assert [one["seq"] for one in await host.desk.dead_letters("group", 10, None)] == [2, 1]
+        assert (await host.standing())["cursor"] == 2
+        group.answer = lambda alerts: None
+        await trio.sleep(65)
+        assert group.taken == [3]
+        assert (await host.standing())["cursor"] == 3
+
+
 async def test_a_reload_adds_changes_and_removes_targets(host: Host, autojump_clock: MockClock) -> None:
     first, second = Receiver(), Receiver(down)
     async with host.running(first.target("first"), second.target("second")):

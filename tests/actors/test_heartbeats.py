@@ -319,6 +319,26 @@ async def test_a_restart_does_not_forget_that_an_agent_flaps(autojump_clock: Moc
     assert len(rig.transitions()) == before == 7
 
 
+async def test_a_pause_that_ends_flapping_is_in_the_history(autojump_clock: MockClock, rig: Rig) -> None:
+    rig.settings.prober = settings(unhealthy_after=1)
+    asked = 0
+
+    async def flap() -> Any:
+        nonlocal asked
+        asked += 1
+        return health() if asked % 2 else REFUSED
+
+    rig.network.set("a", flap)
+    async with rig.running(agent()) as inbox:
+        await trio.sleep(100)
+        assert rig.row().flaps.since_us is not None
+        await set_paused(inbox, paused=True, reason="new disk")
+    assert rig.row().flaps.since_us is None
+    assert [entry[0] for entry in life(rig) if entry[0] in ("flapping", "settled", "paused")] == [
+        *("flapping", "settled", "paused"),
+    ]
+
+
 # --- history
 
 

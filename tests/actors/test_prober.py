@@ -221,7 +221,7 @@ class Rig:
         return [segment for owner, segment in stored.segments_since(self.connection, 0) if owner == name]
 
     def transitions(self, name: str = A) -> list[tuple[float, str, str, str | None]]:
-        rows = agent_history.transitions(self.connection, name, 100)
+        rows = agent_history.transitions(self.connection, EVERYTHING, name, 100)
         return [(at(ts_us), old, new, reason) for ts_us, old, new, reason in reversed(rows)]
 
     def manifests(self, name: str = A) -> list[tuple[str, bool]]:

@@ -92,9 +92,8 @@ def test_segments_are_the_evidence_of_the_sums(items: list[Probe], period: tuple
 
 
 def test_a_result_holds_for_the_ttl_and_at_most_three_intervals() -> None:
-    assert hold_us(50, 30) == 50
-    assert hold_us(300, 30) == 90
-    assert hold_us(None, 30) == 90
+    assert [hold_us(ttl, 30, up=True) for ttl in (1, 50, 300, None)] == [1, 50, 90, 90]
+    assert [hold_us(ttl, 30, up=False) for ttl in (1, 50, 300, None)] == [30, 50, 90, 90]
 
 
 def test_the_first_probe_starts_a_segment() -> None:

@@ -28,7 +28,8 @@ from wsproto.events import (
 
 from asapd import config
 from asapd.core.types import Role
-from asapd.edge.ws import GOING_AWAY, SEND_S, TRY_AGAIN_LATER
+from asapd.edge.connection import Limits
+from asapd.edge.ws import GOING_AWAY, POLICY_VIOLATION, SEND_S, TRY_AGAIN_LATER
 from asapd.store.database import Database
 from tests.edge.house import A, B, Edge, open_edge
 
@@ -294,7 +295,7 @@ async def test_a_slow_reader_is_closed_with_the_seq_to_resume_after(
     autojump_clock.autojump_threshold = 0.02
     async with (
         open_edge(inline_database[1], tmp_path, watcher=True, prober=True) as edge,
-        edge.served(tmp_path) as (_, port, _),
+        edge.served(tmp_path, limits=Limits(websocket_send_s=SEND_S + 20)) as (_, port, _),
         accepted(port, key=edge.keys[Role.READER], receive_bytes=4096) as client,
     ):
         for number in range(1, 101):
@@ -311,7 +312,7 @@ async def test_a_slow_reader_is_closed_with_the_seq_to_resume_after(
         assert seqs == list(range(1, len(seqs) + 1))
         assert len(seqs) < 100
         resume_after = int((event.reason or "").rpartition(" ")[2])
-        assert seqs[-1] - 1 <= resume_after <= seqs[-1]
+        assert resume_after == seqs[-1]
         # It comes back and misses nothing.
         async with accepted(port, key=edge.keys[Role.READER]) as again:
             await again.ask("sla.subscribe", resume_after=resume_after)
@@ -319,7 +320,7 @@ async def test_a_slow_reader_is_closed_with_the_seq_to_resume_after(
 
 
 async def test_a_reader_that_never_reads_is_cut_off(
-    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     autojump_clock.autojump_threshold = 0.02
     async with (
@@ -330,5 +331,38 @@ async def test_a_reader_that_never_reads_is_cut_off(
         for number in range(1, 101):
             await edge.breach(number=number, agent=f"{A}{number}")
         await client.ask("sla.subscribe", resume_after=0)
-        await trio.sleep(45)
+        await trio.sleep(SEND_S - 1)
+        assert server.open_connections == 1
+        await trio.sleep(6)
         assert server.open_connections == 0
+        assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_reader_that_asks_on_and_never_reads_is_cut_off(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    autojump_clock.autojump_threshold = 0.02
+    async with (
+        open_edge(inline_database[1], tmp_path, watcher=True, prober=True) as edge,
+        edge.served(tmp_path) as (server, port, _),
+        accepted(port, key=edge.keys[Role.READER], receive_bytes=4096) as client,
+    ):
+        for number in range(1, 101):
+            await edge.breach(number=number, agent=f"{A}{number}")
+        await client.ask("sla.subscribe", resume_after=0)
+        for number in range(20):
+            await client.send(json.dumps({"jsonrpc": "2.0", "method": "ping", "id": number}))
+        await trio.sleep(SEND_S + 5)
+        assert server.open_connections == 0
+        assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_an_idle_connection_ends_when_its_key_is_revoked(edge: Edge, port: int) -> None:
+    secret = await edge.new_key("short", "reader")
+    async with accepted(port, key=secret) as client, accepted(port, key=edge.keys["reader"]) as other:
+        assert await client.ask("ping") == {"pong": True}
+        (await edge.delete(f"/keys/{secret.split('_')[1]}")).ok()
+        with trio.fail_after(5):
+            closed = await client.closed()
+        assert (closed.code, closed.reason) == (POLICY_VIOLATION, "the key was revoked")
+        assert await other.ask("ping") == {"pong": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,22 @@ async def test_what_it_says_on_stderr_is_kept_to_a_bound_and_what_it_does_not_re
     assert ended.code == 0
     assert len(ended.stderr) <= 1024
     assert (await run_command(python("import sys; sys.exit('why not')"), b"", timeout_s=20)) == Ended(1, "why not\n")
+
+
+async def test_what_it_said_last_is_kept_however_much_came_before_and_however_fast_it_ended() -> None:
+    said = "for i in $(seq 200); do echo line $i xxxxxxxxxxxx >&2; done; echo the reason >&2; exit 3"
+    for _ in range(20):
+        for text in ("echo the reason >&2; exit 3", said):
+            ended = await run_command(["/bin/sh", "-c", text], b"{}", timeout_s=20)
+            assert isinstance(ended, Ended)
+            assert (ended.code, ended.stderr.splitlines()[-1], len(ended.stderr) <= 1024) == (3, "the reason", True)
+
+
+async def test_whoever_inherits_its_stderr_holds_up_nobody(tmp_path: Path) -> None:
+    text = f"sleep 60 & echo $! > {tmp_path / 'pid'}; echo the reason >&2; exit 3"
+    with trio.fail_after(10):
+        assert await run_command(["/bin/sh", "-c", text], b"{}", timeout_s=20) == Ended(3, "the reason\n")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 async def test_a_program_that_is_not_there_is_told() -> None:

@@ -58,7 +58,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         if not await services.reads.agents(caller, agent):
             return refuse(unknown_agent(agent))
-        found = await services.reads.manifests(agent, limit=limit, before=before)
+        found = await services.reads.manifests(caller, agent, limit=limit, before=before)
         rows = [manifest_row(manifest) for _, manifest in found]
         return reply({"agent_id": agent, **page(rows, limit, found[-1][0] if found else None)})
 
@@ -68,7 +68,7 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         if not await services.reads.agents(caller, agent):
             return refuse(unknown_agent(agent))
-        found = await services.reads.manifest_body(agent, digest)
+        found = await services.reads.manifest_body(caller, agent, digest)
         if found is None:
             detail = f"no manifest of {agent} has the digest {digest}: GET /agents/{agent}/manifests lists them"
             return refuse(Refusal("manifest_not_found", detail))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import AgentRecord, Figures, FiguresRequest, PutAgentRequest, RemoveAgentRequest
+from asapd.config import check_agent_url
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import AGENT_URN, DEFAULT_TENANT, format_us
+from asapd.core.types import AGENT_URN, DEFAULT_TENANT, Role, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.agent_rows import agent_row, probe_row, uptime_row
 from asapd.edge.http.agent_search import read_wanted, search
@@ -24,6 +24,7 @@ from asapd.edge.services import Services
 from asapd.wire.keys import KeyFormatError, load_public
 from asapd.wire.manifest import ManifestError, parse_sla
 
+_ANYBODY = Caller("asapd", Role.ADMIN)
 _HEALTH_FACTS = (
     *("state", "since", "health", "flapping", "flapping_since"),
     *("agent_status", "not_probed", "uptime_percent"),
@@ -67,12 +68,14 @@ def register(app: QuartTrio, services: Services) -> None:
             found.append((agent_row(one, mine, *troubles, now_us), mine))
         return found
 
+    async def tenant_of(agent: str) -> str | None:
+        """The tenant of an agent of the directory, whoever may see it."""
+        known = await services.reads.agents(_ANYBODY, agent)
+        return known[0].tenant if known else None
+
     async def is_foreign(caller: Caller, agent: str) -> bool:
         """Whether the agent is another tenant's."""
-        if caller.tenant is None:
-            return False
-        known = await services.reads.agents(msgspec.structs.replace(caller, tenant=None), agent)
-        return any(one.tenant != caller.tenant for one in known)
+        return caller.tenant is not None and await tenant_of(agent) not in {None, caller.tenant}
 
     @app.post("/agents")
     async def post_agent() -> Response:
@@ -83,6 +86,9 @@ def register(app: QuartTrio, services: Services) -> None:
         record = _record(sent, caller, [tier.name for tier in services.settings().sla.tiers])
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
+        if caller.tenant is None and sent.tenant is None:
+            # A change of something else is no change of hands.
+            record = msgspec.structs.replace(record, tenant=await tenant_of(record.id) or DEFAULT_TENANT)
         key = idempotency(caller, body, services.clock.now_us())
         is_bound = caller.tenant is not None
         outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to, is_bound))
@@ -122,8 +128,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if not rows:
             return refuse(unknown_agent(agent))
         row, figures = rows[0]
-        probes = await services.reads.probes(agent, start_us=start_us, end_us=end_us, limit=limit, before=before)
-        changes = await services.reads.transitions(agent, 100)
+        probes = await services.reads.probes(
+            caller, agent, start_us=start_us, end_us=end_us, limit=limit, before=before
+        )
+        changes = await services.reads.transitions(caller, agent, 100)
         shown = [probe_row(probe) for _, probe in probes]
         return reply(
             {
@@ -151,8 +159,11 @@ def _record(sent: _NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
         if sent.health == "probe":
             reason = 'is missing: give the address to probe, or set health to "heartbeat" if it reports by itself'
             errors.append(FieldError("url", reason))
-    elif not _is_agent_url(sent.url):
-        errors.append(FieldError("url", "must be an http or https URL without credentials"))
+    else:
+        try:
+            check_agent_url(sent.url)
+        except ValueError as error:
+            errors.append(FieldError("url", str(error)))
     if sent.public_key is not None:
         try:
             load_public(sent.public_key)
@@ -171,14 +182,3 @@ def _record(sent: _NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
         raise RefusedError(Refusal("invalid", detail, tuple(errors)))
     tenant = caller.tenant or sent.tenant or DEFAULT_TENANT
     return AgentRecord(sent.id, sent.url or "", tenant, sent.public_key, sent.tier, sent.sla, sent.health)
-
-
-def _is_agent_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        is_url = (
-            parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
-        )
-    except ValueError:
-        return False
-    return is_url and url.isprintable() and " " not in url

@@ -135,6 +135,8 @@ def _errors(sent: _Silence) -> list[FieldError]:
         errors.append(FieldError("type", f"must be one of {', '.join(BREACH_TYPES)}"))
     if sent.severity is not None and sent.severity not in SEVERITIES:
         errors.append(FieldError("severity", f"must be one of {', '.join(SEVERITIES)}"))
+    if sent.author is not None and not sent.author.strip():
+        errors.append(FieldError("author", "must say who, or be left out: then it is the key"))
     return errors
 
 

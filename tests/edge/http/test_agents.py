@@ -95,6 +95,9 @@ async def test_an_agent_is_added_changed_shown_and_removed(edge: Edge) -> None:
         ({"url": "http://a:99999"}, "url"),
         ({"url": "http://a b"}, "url"),
         ({"url": "http://a:0"}, "url"),
+        ({"url": "http://a/latest/meta-data?x="}, "url"),
+        ({"url": "http://a/admin#"}, "url"),
+        ({"url": "http://a\\b"}, "url"),
         ({"public_key": "x"}, "public_key"),
         ({"sla": {"availability": "101%"}}, "sla"),
         ({"tiers": "gold"}, "tiers"),
@@ -348,6 +351,47 @@ async def test_only_who_may_change_an_agent_pauses_it(edge: Edge) -> None:
         for part in ("history", "manifests", "manifests/x"):
             assert (await edge.get(f"/agents/{C}/{part}", key=key)).refused(404)["code"] == "agent_not_found"
     assert (await edge.post(f"/agents/{C}/pause", {}, key="one")).ok()["state"] == "paused"
+
+
+async def test_a_change_that_names_no_tenant_keeps_the_one_there_is(edge: Edge) -> None:
+    assert (await add(edge, tenant="one")).ok(201)["tenant"] == "one"
+    assert (await add(edge, url="http://127.0.0.1:2")).ok(200)["tenant"] == "one"
+    assert (await add(edge, tenant="two")).ok(200)["tenant"] == "two"
+    assert (await add(edge, B)).ok(201)["tenant"] == "default"
+
+
+async def test_what_was_kept_of_an_agent_stays_with_the_tenant_that_it_had(edge: Edge) -> None:
+    for tenant in ("one", "two"):
+        await edge.new_key(tenant, "operator", tenant=tenant)
+
+    async def happens(number: int) -> None:
+        edge.clock.us += SECOND_US
+        manifest = RecordManifest(C, edge.clock.us, f"digest{number}", b'{"n": %d}' % number, "unsigned", *[None] * 4)
+        assert not isinstance(await edge.database.submit(manifest), Refusal)
+        await probe(edge, C, up=True, ago_s=(T0 - edge.clock.us) // SECOND_US)
+        for verb in ("pause", "resume"):
+            (await edge.post(f"/agents/{C}/{verb}", {"reason": f"secret{number}"})).ok()
+        edge.clock.us += SECOND_US
+
+    async def seen(key: str) -> tuple[int, int, list[str]]:
+        health = (await edge.get(f"/agents/{C}/health", key=key)).ok()
+        found = (await edge.get(f"/agents/{C}/manifests", key=key)).ok()["data"]
+        return health["count"], len(health["transitions"]), [one["digest"] for one in found]
+
+    sent = {"id": C, "url": "http://127.0.0.1:1"}
+    (await edge.post("/agents", sent, key="one")).ok(201)
+    await happens(1)
+    assert await seen("one") == (1, 2, ["digest1"])
+    (await edge.post("/agents", {**sent, "tenant": "two"})).ok()
+    assert await seen("two") == (0, 0, [])
+    (await edge.get(f"/agents/{C}/manifests/digest1", key="two")).refused(404)
+    await happens(2)
+    assert await seen("two") == (1, 2, ["digest2"])
+    assert await seen("admin") == (2, 4, ["digest2", "digest1"])
+    # Gone and come back to the first: what the second had is not shown either.
+    (await edge.delete(f"/agents/{C}", key="two")).ok()
+    (await edge.post("/agents", {**sent, "tenant": "one"})).ok(201)
+    assert (await seen("one"))[::2] == (0, [])
 
 
 async def test_the_history_is_paged_and_outlives_the_agent(edge: Edge) -> None:

@@ -87,6 +87,7 @@ async def test_a_silence_is_made_listed_ended_and_audited(edge: Edge) -> None:
         ({"severity": "warning", "duration": "500d"}, "duration"),
         ({"severity": "warning", "expires_at": "2026-01-01T00:00:00Z"}, "expires_at"),
         ({"severity": "warning", "duration": "1h", "agents": "x"}, "agents"),
+        ({"severity": "warning", "duration": "1h", "author": " \t"}, "author"),
     ],
 )
 async def test_a_wrong_silence_is_refused_by_its_field(edge: Edge, body: dict[str, Any], field: str) -> None:
@@ -118,6 +119,25 @@ async def test_a_key_silences_within_its_patterns_and_its_tenant(edge: Edge, mon
     monkeypatch.setattr(silences, "MOST_SILENCES", 2)
     full = await edge.post("/silences", {"agent": B, "duration": "1h"})
     assert full.refused(409)["code"] == "too_many_silences"
+
+
+async def test_the_hosts_silences_tell_no_tenant_of_anothers_agents(edge: Edge) -> None:
+    for tenant in ("x", "y"):
+        await edge.new_key(f"operator-{tenant}", "operator", tenant=tenant)
+        sent = {"id": f"urn:asap:agent:{tenant}-1", "health": "heartbeat", "tenant": tenant}
+        (await edge.post("/agents", sent)).ok(201)
+    patterns = ("y-1", "y-*", "y*", "x-*", "*", "free", "free*")
+    made = {}
+    for pattern in patterns:
+        body = {"agent": f"urn:asap:agent:{pattern}", "duration": "1h", "comment": "secret"}
+        made[pattern] = (await edge.post("/silences", body)).ok(201)["id"]
+    seen = {one["id"] for one in (await edge.get("/silences", key="operator-x")).ok()["data"]}
+    assert {pattern for pattern in patterns if made[pattern] in seen} == {"x-*", "*", "free", "free*"}
+    for pattern in patterns:
+        gone = await edge.delete(f"/silences/{made[pattern]}", key="operator-x")
+        gone.refused(404 if made[pattern] not in seen else 403)
+    seen_by_y = {one["id"] for one in (await edge.get("/silences", key="operator-y")).ok()["data"]}
+    assert {pattern for pattern in patterns if made[pattern] not in seen_by_y} == {"x-*"}
 
 
 async def test_a_silence_that_is_over_marks_nothing(edge: Edge) -> None:
