@@ -7,7 +7,7 @@ from typing import Any
 
 from asapd.actors.promises import HeldTo
 from asapd.actors.unseen import Unseen
-from asapd.core.exclusions import observe
+from asapd.core.exclusions import observe, said, said_until
 from asapd.core.intervals import Interval, cut, holds
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
@@ -94,7 +94,7 @@ class AgentBook:
 
     def add_probe_history(self, history: ProbeHistory) -> None:
         """Take over the uptime and the probes that the store knows."""
-        for segment in history.segments:
+        for segment in said(history.segments, history.unsaid):
             self._timeline.extend(segment.start_us, segment.end_us, segment.up)
         newest_us, last = history.newest_us, self._timeline.last
         if newest_us is not None and (last is None or newest_us >= last.start_us):
@@ -116,7 +116,7 @@ class AgentBook:
 
     def add_probe(self, probe: ProbeFact) -> None:
         """Count a probe that was committed behind `probe_seq`."""
-        self._timeline.extend(probe.ts_us, probe.ts_us + probe.hold_us, probe.up)
+        self._timeline.extend(probe.ts_us, said_until(self.excluded, probe.ts_us, probe.hold_us), probe.up)
         if holds(self.excluded, probe.ts_us):
             return
         for window in self._probes.values():

@@ -13,6 +13,7 @@ from asapd.actors.agent_book import AgentBook, horizon_us
 from asapd.actors.promises import HeldTo, held_to
 from asapd.actors.unseen import AHEAD_US, Unseen
 from asapd.core import burnrate
+from asapd.core.types import DAY_US
 from asapd.core.windows import step_us
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
@@ -157,7 +158,8 @@ class Books:
 
     async def _read_unseen(self, windows_us: tuple[int, ...]) -> Unseen:
         now_us = self._clock.now_us()
-        since_us = horizon_us(windows_us, now_us)
+        # A probe in an exclusion that ended before the horizon may still hold behind it.
+        since_us = horizon_us(windows_us, now_us) - DAY_US
         return Unseen(
             since_us,
             now_us + AHEAD_US,

@@ -9,8 +9,8 @@ from msgspec import Struct
 from asapd import config
 from asapd.actors.promises import held_to
 from asapd.actors.unseen import Unseen
-from asapd.core.exclusions import observe
-from asapd.core.intervals import holds
+from asapd.core.exclusions import observe, said
+from asapd.core.intervals import Interval, holds
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
@@ -71,7 +71,7 @@ def read_past(
     # What was taken back comes with a negative sign: after what it takes back.
     for count in sorted(tasks.counts, key=lambda one: one.count, reverse=True):
         sums.setdefault(count.slot_us // step_us, _Sums()).add(count)
-    timeline = _timeline(connection, agent.id, start_us, last_us)
+    timeline = _timeline(connection, agent.id, start_us, last_us, excluded)
     probes: dict[int, int] = {}
     for ts_us in sla_queries.probe_times(connection, agent.id, start_us, last_us):
         if not holds(excluded, ts_us):
@@ -101,7 +101,7 @@ def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_u
     """The uptime of an agent between two times, without its tasks."""
     unseen = _unseen(connection, start_us, end_us)
     excluded = unseen.excluded(unseen.exclusions_of(agent.id, held_to(agent, sla)))
-    timeline = _timeline(connection, agent.id, start_us, end_us)
+    timeline = _timeline(connection, agent.id, start_us, end_us, excluded)
     return measure(
         agent.id,
         window_us=end_us - start_us,
@@ -116,12 +116,15 @@ def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_u
 
 
 def _unseen(connection: Any, start_us: int, end_us: int) -> Unseen:
+    # A probe in an exclusion that ended before may still hold.
+    start_us = max(0, start_us - DAY_US)
     windows = maintenance.windows_between(connection, start_us, end_us)
     return Unseen(start_us, end_us, watching.blind_intervals(connection, start_us, end_us), windows)
 
 
-def _timeline(connection: Any, agent: str, start_us: int, end_us: int) -> UptimeTimeline:
+def _timeline(connection: Any, agent: str, start_us: int, end_us: int, excluded: list[Interval]) -> UptimeTimeline:
     timeline = UptimeTimeline()
-    for segment in sla_queries.segments_between(connection, agent, start_us, end_us):
+    unsaid = sla_queries.unsaid_between(connection, agent, excluded)
+    for segment in said(sla_queries.segments_between(connection, agent, start_us, end_us), unsaid):
         timeline.extend(segment.start_us, segment.end_us, segment.up)
     return timeline

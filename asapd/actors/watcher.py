@@ -196,6 +196,9 @@ class _Watch:
         if agent in self._unsure:
             await self._reconcile(agent)
         sla, book, now_us = self._books.sla, self._books.by_agent.get(agent), self._clock.now_us()
+        if book is not None and book.agent.state == "paused":
+            self._suspend(agent)
+            return
         found: dict[str, _Found] = {}
         terms: tuple[TermType, ...] = _TERMS
         if book is not None:
@@ -231,6 +234,13 @@ class _Watch:
             else:
                 row = self._row(sla, book, known.row, judged, transition, now_us)
                 await self._write(transition, row, state, now_us)
+
+    def _suspend(self, agent: str) -> None:
+        """Leave open breaches of a paused agent as they are; holds begin anew when it is judged again."""
+        for term in _TERMS:
+            known = self._breaches.get((agent, term), _UNBROKEN)
+            is_open = known.state.is_open
+            self._keep(agent, term, replace(known, state=replace(known.state, phase="open")) if is_open else _UNBROKEN)
 
     def _burn_is_due(self, book: AgentBook, *, is_news: bool) -> bool:
         agent = book.agent.id
@@ -473,7 +483,12 @@ def _in_full(book: AgentBook, window_us: int, sla: config.Sla, past: list[PastBr
 
 def _is_promise_changed(row: BreachRow, book: AgentBook) -> bool:
     pinned = row.evidence.get("promise")
-    return pinned is not None and pinned != promise_terms(book.held_to.promise)
+    return pinned is not None and _values(pinned) != _values(promise_terms(book.held_to.promise))
+
+
+def _values(terms: dict[str, Any]) -> dict[str, Decimal | None]:
+    """Terms by what they are worth: a promise that is only written otherwise ("99.00%") is the same."""
+    return {name: None if term is None else Decimal(term) for name, term in terms.items()}
 
 
 def _reopened(row: BreachRow) -> _Breach:

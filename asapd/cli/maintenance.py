@@ -45,6 +45,8 @@ def add(
     """
     if (urn is None) != everybody:
         raise click.UsageError("name an agent, or say --all")
+    if urn == "":
+        raise click.UsageError("the agent's name is empty: name one, or say --all")
     if (end is None) == (duration is None):
         raise click.UsageError("give either --end or --for")
     body = {"agent_id": urn, "start": start, "end": end, "duration": duration, "reason": reason}

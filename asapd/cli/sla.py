@@ -67,6 +67,10 @@ def _reports(session: Session, urn: str | None, window: str | None) -> list[dict
     return list(session.door.rows("/sla", window=window))
 
 
+def _route(urn: str | None, what: str) -> str:
+    return f"/sla/{what}" if urn is None else f"/agents/{segment(urn)}/sla/{what}"
+
+
 def _without_time(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if not name.startswith("period_") and "seconds" not in name}
 
@@ -166,8 +170,8 @@ def history(
     seen: Any = None
     try:
         while True:
-            filters = {"agent_id": urn, "resolution": resolution, "start": since, "end": until}
-            rows = list(session.door.rows("/sla/history", limit=limit, **filters))
+            filters = {"resolution": resolution, "start": since, "end": until}
+            rows = list(session.door.rows(_route(urn, "history"), limit=limit, **filters))
             news = [{**_without_time(row), "start": row["period_start"]} for row in rows]
             if news != seen:
                 _show_history(session, rows, is_stream=watch)
@@ -274,14 +278,15 @@ def breaches(
         if state is not None or since is not None:
             raise click.UsageError("--watch shows every change from now on: leave --state and --since out")
         return follow_breaches(session, urn, severity, fail=fail)
-    filters: dict[str, Any] = {"agent_id": urn, "state": state, "severity": severity, "start": since}
-    rows = list(session.door.rows("/sla/breaches", limit=limit, **filters))
+    filters: dict[str, Any] = {"state": state, "severity": severity, "start": since}
+    route = _route(urn, "breaches")
+    rows = list(session.door.rows(route, limit=limit, **filters))
     if session.as_json:
         show_json({"data": rows, "count": len(rows), "next_cursor": None})
     else:
         _show_breaches(rows)
     # One that is open may be older than what was asked to be listed.
-    is_open = fail and state != "resolved" and any(session.door.rows("/sla/breaches", **{**filters, "state": "open"}))
+    is_open = fail and state != "resolved" and any(session.door.rows(route, **{**filters, "state": "open"}))
     return Exit.NO if is_open else Exit.DONE
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from asapd.core.evidence import EvidenceError, differences
+from asapd.core.evidence import EvidenceError, arithmetic, differences
 from asapd.wire.keys import key_id, load_public
 from asapd.wire.statement import StatementMalformed, decode_statement
 
@@ -33,12 +33,21 @@ def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
     if not statement.signed_by(key):
         whose = "in the statement" if public_key is None else "given"
         faults.append(f"signature: is not of the key {whose} ({key_id(key)}), or the statement was changed")
+    own = key_id(statement.public_key)
+    for name, given, expected in (
+        ("issuer", statement.issuer, f"asapd/{own}"),
+        ("key_id", statement.key_id, own),
+    ):
+        if given != expected:
+            faults.append(f"{name}: is {given}, and the statement's public_key is that of {expected}")
     breach = statement.breach
     if breach.get("agent_id") is None:
         faults += _budget_differences(breach, statement.evidence)
     else:
         try:
             faults += differences(breach, statement.evidence)
+            if statement.arithmetic != arithmetic(statement.evidence):
+                faults.append("arithmetic: is not what the evidence makes")
         except EvidenceError as problem:
             faults.append(f"evidence: {problem}")
     said = f"{breach.get('breach_type')} breach {breach.get('id')} of {breach.get('agent_id') or breach.get('budget')}"

@@ -6,6 +6,7 @@ Everything that evidence holds is integers, text and lists, so that two parties 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -14,7 +15,9 @@ from asapd.core.exclusions import Observed, observe
 from asapd.core.intervals import joined
 from asapd.core.quantiles import MAX_BUCKET, Histogram, bucket_of
 from asapd.core.sla import Metrics, Promise, TermVerdict, burns, evaluate, measure
+from asapd.core.types import datetime_us
 from asapd.core.uptime import UptimeTimeline
+from asapd.core.windows import step_us, window_text
 
 
 class EvidenceError(ValueError):
@@ -86,6 +89,10 @@ def differences(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[
         _compare(found, "breach.actual_value", None if given is None else float(given), actual)
         _compare(found, "breach.samples", breach["samples"], verdict.samples)
         _compare(found, "breach.severity", breach["severity"], rule_severity)
+        _compare(found, "breach.window", breach["window"], window_text(evidence["window_us"]))
+        found += _times(breach, evidence)
+        if evidence["min_samples"] < 0:
+            found.append(f"min_samples: is {evidence['min_samples']}, which is below 0")
         if verdict.met is not False:
             found.append("verdict: the promise is kept by what the evidence holds, so there is no breach")
         if verdict.samples < evidence["min_samples"]:
@@ -95,6 +102,28 @@ def differences(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[
     except (KeyError, TypeError, ValueError, InvalidOperation, StopIteration) as problem:
         raise EvidenceError(f"it has not the form of evidence: {problem!r}") from None
     return found
+
+
+def _times(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
+    """Whether a breach was detected when it was judged, and has ended just when it says so."""
+    found: list[str] = []
+    detected_us, ended = _time_us(breach["detected_at"]), breach["resolved_at"]
+    after_us = detected_us - evidence["period_end_us"]
+    # A clock that went back makes the period end later than now, by no more than the window. What escalated was
+    # detected before it was judged last.
+    if after_us > evidence["window_us"] or (after_us < -evidence["window_us"] and "opened_with" not in evidence):
+        found.append(f"breach.detected_at: is {breach['detected_at']}, which is not when the period ended")
+    is_over = breach["state"] == "resolved"
+    told = {is_over, ended is not None, breach["resolve_reason"] is not None}
+    if breach["state"] not in ("open", "resolved") or len(told) > 1:
+        found.append(f"breach.state: is {breach['state']}, and resolved_at is {ended}")
+    elif is_over and _time_us(ended) < detected_us:
+        found.append(f"breach.resolved_at: is {ended}, which is before it was detected")
+    return found
+
+
+def _time_us(text: str) -> int:
+    return datetime_us(datetime.fromisoformat(text))
 
 
 def _verdict(evidence: Mapping[str, Any], found: list[str]) -> tuple[TermVerdict | None, str]:
@@ -121,6 +150,14 @@ def _sums(place: str, evidence: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     start_us, end_us = evidence["period_start_us"], evidence["period_end_us"]
     parts = ("up_us", "down_us", "unknown_us", "excluded_us")
+    window_us = evidence["window_us"]
+    if abs(end_us - start_us - window_us) > step_us(window_us):
+        found.append(f"{place}period: is {end_us - start_us} us long, and the window {window_us} us")
+    found += [
+        f"{place}{name}: holds what is not within the period"
+        for name in ("segments", "excluded", "blind")
+        if any(not start_us <= first_us < last_us <= end_us for first_us, last_us, *_ in evidence[name])
+    ]
     total_us = sum(evidence[name] for name in parts)
     if any(evidence[name] < 0 for name in (*parts, "blind_us", "tasks_completed", "tasks_failed", "over_promise")):
         found.append(f"{place}sums: a count is negative")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from datetime import UTC, tzinfo
 
 from msgspec import Struct
 
 from asapd.core.intervals import Interval, cut, joined, total_us, without
 from asapd.core.support_hours import ALWAYS, SupportHours, supported
-from asapd.core.uptime import Uptime, UptimeTimeline
+from asapd.core.uptime import Segment, Uptime, UptimeTimeline
 
 
 class Exclusions(Struct, frozen=True):
@@ -27,6 +28,20 @@ class Exclusions(Struct, frozen=True):
 
 
 NOTHING = Exclusions()
+
+
+def said_until(excluded: Sequence[Interval], ts_us: int, hold_us: int) -> int:
+    """Until when a probe's result holds: what was seen in excluded time says nothing about the time after it."""
+    return min([ts_us + hold_us, *(end_us for start_us, end_us in excluded if start_us <= ts_us < end_us)])
+
+
+def said(segments: Iterable[Segment], unsaid: Sequence[Interval]) -> list[Segment]:
+    """Known uptime without the joined intervals in which only a probe of excluded time would still hold."""
+    return [
+        Segment(start_us, end_us, one.up)
+        for one in segments
+        for start_us, end_us in without(one.start_us, one.end_us, unsaid)
+    ]
 
 
 class Observed(Struct, frozen=True):

@@ -13,7 +13,9 @@ from asapd.core.types import DAY_US, EPOCH, HOUR_US, MINUTE_US
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_MINUTES = 24 * 60
 _BUSINESS = tuple((day, 9 * 60, 17 * 60) for day in range(5))
-_DAY_NAME = r"(mon|tue|wed|thu|fri|sat|sun)[a-z]*"
+_DAY_NAME = (
+    r"(mon(?:days?)?|tue(?:s|sdays?)?|wed(?:nesdays?)?|thu(?:rs?|rsdays?)?|fri(?:days?)?|sat(?:urdays?)?|sun(?:days?)?)"
+)
 _RANGE = re.compile(
     rf"{_DAY_NAME}(?:\s*-\s*{_DAY_NAME})?\s+([0-9]{{1,2}})(?::([0-9]{{2}}))?\s*-\s*([0-9]{{1,2}})(?::([0-9]{{2}}))?"
 )
@@ -71,7 +73,7 @@ def parse_hours(text: str) -> SupportHours:
 
 
 def _days(found: re.Match[str]) -> list[tuple[int, int, int]]:
-    first, last = (_DAYS.index(found[group]) for group in (1, 2 if found[2] else 1))
+    first, last = (_DAYS.index(found[group][:3]) for group in (1, 2 if found[2] else 1))
     start = int(found[3]) * 60 + int(found[4] or 0)
     end = int(found[5]) * 60 + int(found[6] or 0)
     if start >= _DAY_MINUTES or end > _DAY_MINUTES or int(found[4] or 0) > 59 or int(found[6] or 0) > 59:

@@ -29,6 +29,15 @@ def step_us(window_us: int) -> int:
     return max(1, (2 * window_us + unit) // (2 * unit)) * SECOND_US
 
 
+def window_text(window_us: int) -> str:
+    """A window as breaches name it: 5m, 1h, 24h, 7d."""
+    seconds = window_us // SECOND_US
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds % size == 0 and not (size == 86_400 and seconds == 86_400):
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
 def window_bounds(window_us: int, now_us: int) -> tuple[int, int]:
     """Start and end of the window at `now_us`: whole steps, the current and unfinished one included.
 

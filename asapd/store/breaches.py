@@ -8,6 +8,7 @@ import apsw
 import msgspec
 
 from asapd.core.types import SECOND_US, format_us
+from asapd.core.windows import window_text
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.silences import acknowledgement, mark
 from asapd.store.tx import Tx
@@ -99,7 +100,7 @@ def public(breach: BreachRow) -> dict[str, Any]:
         "agent_id": breach.agent_id,
         "budget": breach.budget,
         "breach_type": breach.breach_type,
-        "window": _window(breach.window_us),
+        "window": window_text(breach.window_us),
         "threshold": breach.threshold,
         "threshold_value": breach.threshold_value,
         "actual": breach.actual,
@@ -117,14 +118,6 @@ def public(breach: BreachRow) -> dict[str, Any]:
 def shown(connection: apsw.Connection, breach: BreachRow, seq: int) -> dict[str, Any]:
     """A stored breach as users see it, with the number of its last transition and who acknowledged it."""
     return {**public(breach), "seq": seq, "acknowledged": acknowledgement(connection, breach.id)}
-
-
-def _window(window_us: int) -> str:
-    seconds = window_us // SECOND_US
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds % size == 0 and not (size == 86_400 and seconds == 86_400):
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
 
 
 def list_breaches(

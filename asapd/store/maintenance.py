@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import apsw
@@ -9,13 +10,15 @@ import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.core.intervals import Interval
-from asapd.core.types import format_us
+from asapd.core.types import datetime_us, format_us
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import DeclareMaintenance, EndMaintenance, Maintenance
 from asapd.store.visibility import Visibility, visible_text
 
 _COLUMNS = "id, agent, start_us, end_us, reason, declared_us, declared_by, ended_us, ended_by"
+# Rows from before ends were bounded may lie behind the last moment that a calendar has.
+_LAST_US = datetime_us(datetime.max.replace(tzinfo=UTC))
 
 
 def declare(tx: Tx, unit: DeclareMaintenance) -> Maintenance:
@@ -86,7 +89,7 @@ def list_windows(
     before: str | None = None,
 ) -> list[Maintenance]:
     """Windows of agents that a caller may see, and those of all agents, the newest declared first."""
-    where, values = visible_text(visible, ("agent",), "(SELECT tenant FROM agent a WHERE a.id = maintenance.agent)")
+    where, values = visible_text(visible, ("agent",), ("(SELECT tenant FROM agent a WHERE a.id = maintenance.agent)",))
     concerns = f"(agent IS NULL OR ({' AND '.join(where)}))" if where else "1"
     conditions: list[str] = [concerns]
     wanted: list[Any] = list(values)
@@ -128,8 +131,8 @@ def public(found: Maintenance, now_us: int) -> dict[str, Any]:
     return {
         "id": found.id,
         "agent_id": found.agent,
-        "start": format_us(found.start_us),
-        "end": format_us(found.end_us),
+        "start": format_us(min(found.start_us, _LAST_US)),
+        "end": format_us(min(found.end_us, _LAST_US)),
         "reason": found.reason,
         "state": state,
         "declared_at": format_us(found.declared_us),

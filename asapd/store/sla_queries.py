@@ -14,7 +14,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.intervals import Interval
+from asapd.core.intervals import Interval, joined
 from asapd.core.quantiles import SUB_BITS
 from asapd.core.types import DEFAULT_TENANT, HOUR_US, MAX_INT, Outcome
 from asapd.core.uptime import Segment
@@ -94,10 +94,12 @@ class TaskHistory(msgspec.Struct, frozen=True):
 class ProbeHistory(msgspec.Struct, frozen=True):
     """An agent's known uptime in order, and for each of the `Slots` pairs of slot start and number of probes.
 
+    `unsaid` is as `unsaid_between` has it.
     `newest_us` is the time of the newest probe, None without any. All is as of the probe `through_seq`.
     """
 
     segments: list[Segment]
+    unsaid: list[Interval]
     newest_us: int | None
     counts: list[list[tuple[int, int]]]
     through_seq: int
@@ -305,6 +307,7 @@ def probe_history(
     ]
     return ProbeHistory(
         [Segment(start_us, end_us, bool(up)) for start_us, end_us, up in segments],
+        unsaid_between(connection, agent, excluded),
         newest[0][0],
         [[(slot, count) for slot, count in part] for part in counts],
         newest_probe_seq(connection),
@@ -355,6 +358,22 @@ def segments_between(connection: apsw.Connection, agent: str, start_us: int, end
     return [Segment(start, end, bool(up)) for start, end, up in rows]
 
 
+def unsaid_between(connection: apsw.Connection, agent: str, excluded: Sequence[Interval]) -> list[Interval]:
+    """Time from the end of an exclusion to the next probe, where the probe before that was within the exclusion.
+
+    As far back as single probes are kept.
+    """
+    whose = "agent = (SELECT id FROM name WHERE name = ?1)"
+    rows = fetch(
+        connection,
+        f"SELECT x.value ->> 1, (SELECT min(ts_us) FROM probe WHERE {whose} AND ts_us >= x.value ->> 1) "
+        "FROM json_each(?2) x WHERE EXISTS "
+        f"(SELECT 1 FROM probe WHERE {whose} AND ts_us >= x.value ->> 0 AND ts_us < x.value ->> 1)",
+        (agent, excluded_json(excluded)),
+    )
+    return joined((end_us, MAX_INT if next_us is None else next_us) for end_us, next_us in rows)
+
+
 def probe_times(connection: apsw.Connection, agent: str, start_us: int, end_us: int) -> list[int]:
     """When one agent was probed within a period."""
     rows = fetch(
@@ -379,11 +398,15 @@ def cost_between(connection: apsw.Connection, agent: str, tenant: str, start_us:
 
 
 def past_breaches(connection: apsw.Connection, since_us: int) -> list[tuple[str, str, int | None]]:
-    """(agent, highest severity, end) of breaches that are open or ended after a time, those of budgets left out."""
+    """(agent, highest severity, end) of breaches that are open or ended after a time, those of budgets left out.
+
+    What an agent of that name broke for another tenant is not this one's.
+    """
     return fetch(
         connection,
-        "SELECT agent_id, severity, resolved_at_us FROM breach WHERE agent_id IS NOT NULL "
-        "AND (state = 'open' OR resolved_at_us > ?)",
+        "SELECT agent_id, severity, resolved_at_us FROM breach "
+        "JOIN agent a ON a.id = agent_id AND a.tenant = breach.tenant "
+        "WHERE breach.state = 'open' OR resolved_at_us > ?",
         (since_us,),
     )
 

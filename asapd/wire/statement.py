@@ -29,8 +29,10 @@ class StatementMalformed(ValueError):  # noqa: N818 -- says what the text is
 class Statement(msgspec.Struct, frozen=True):
     """A statement as it was received. Decoding says nothing about its signature, only `signed_by` does."""
 
+    issuer: str
     key_id: str
     public_key: bytes
+    arithmetic: Any
     breach: dict[str, Any]
     evidence: dict[str, Any]
     signed: bytes
@@ -95,7 +97,8 @@ def decode_statement(raw: bytes) -> Statement:
     breach, evidence = document.get("breach"), document.get("evidence")
     if not isinstance(breach, dict) or not isinstance(evidence, dict):
         raise StatementMalformed("breach and evidence: must be objects")
-    return Statement(str(document.get("key_id")), public_key, breach, evidence, signed, signature)
+    issuer, named, worked_out = (document.get(name) for name in ("issuer", "key_id", "arithmetic"))
+    return Statement(str(issuer), str(named), public_key, worked_out, breach, evidence, signed, signature)
 
 
 def floats(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import AsyncIterator
@@ -98,10 +99,26 @@ async def test_every_change_of_a_count_or_of_the_verdict_is_told(autojump_clock:
             ("actual_value", None),
             ("samples", 1),
             ("agent_id", "urn:asap:agent:b"),
+            ("window", "30d"),
+            ("detected_at", "2020-01-01T00:00:00.000000Z"),
+            ("state", "resolved"),
+            ("state", "over"),
+            ("resolved_at", shown(row)["detected_at"]),
         ):
             found = differences({**shown(row), name: value}, row.evidence)
             assert found, name
-            assert found[0].startswith(f"breach.{name}")
+            assert found[0].startswith(f"breach.{'state' if name == 'resolved_at' else name}")
+        ended = {"state": "resolved", "resolve_reason": "recovered"}
+        assert differences({**shown(row), **ended, "resolved_at": shown(row)["detected_at"]}, row.evidence) == []
+        early = differences({**shown(row), **ended, "resolved_at": "2020-01-01T00:00:00Z"}, row.evidence)
+        assert "before it was detected" in early[0]
+        late = {**row.evidence, "window_us": 24 * HOUR_US}
+        assert any("period: is" in one for one in differences({**shown(row), "window": "24h"}, late))
+        end_us = row.evidence["period_end_us"]
+        for part in ([end_us, end_us + 5, True], [end_us - 5, end_us - 9, True]):
+            beyond = {**row.evidence, "segments": [*row.evidence["segments"], part]}
+            assert any(one.startswith("segments: ") for one in differences(shown(row), beyond))
+        assert any("min_samples" in one for one in differences(shown(row), {**row.evidence, "min_samples": -1}))
     row = rows["burn_rate"]
     for part in (row.evidence, row.evidence["burn"]["short"]):
         assert part["tasks_failed"] > 0
@@ -158,6 +175,10 @@ async def test_a_signature_is_by_the_key_that_is_named(autojump_clock: MockClock
     changed = json.loads(raw)
     changed["breach"]["detected_at"] = "2020-01-01T00:00:00.000000Z"
     assert verify_evidence(canonical(changed), None).faults[0].startswith("signature: ")
+    for name, value in (("issuer", "asapd/x"), ("key_id", "x"), ("arithmetic", {})):
+        forged = {key: value for key, value in json.loads(raw).items() if key != "signature"} | {name: value}
+        forged["signature"] = base64.b64encode(KEY.sign(canonical(forged)).signature).decode()
+        assert [fault.split(":")[0] for fault in verify_evidence(canonical(forged), None).faults] == [name]
     with pytest.raises(KeyFormatError):
         verify_evidence(raw, "no key")
     for name, value in (("signature", "x"), ("public_key", "x"), ("breach", []), ("version", 2), ("signature", None)):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -25,10 +25,10 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Outcome, Rol
 from asapd.runtime.ask import ask
 from asapd.store.agents import directory
 from asapd.store.maintenance import list_windows
-from asapd.store.units import KeepAlive, Maintenance, RecordBlind
+from asapd.store.units import ChangeAgentState, KeepAlive, Maintenance, RecordBlind
 from asapd.store.visibility import EVERYTHING
 from asapd.store.watching import blind_between, last_alive
-from tests.actors.test_watcher import T0, A, Host, JumpingClock, Watcher, event, hosted, sla_of, watching
+from tests.actors.test_watcher import T0, A, Host, JumpingClock, Watcher, event, hosted, probe, sla_of, watching
 from tests.actors.test_watcher import make_template as make_template
 
 OPERATOR = Caller("olga", Role.OPERATOR)
@@ -268,6 +268,47 @@ async def test_a_slow_burn_escalates_to_a_fast_one_and_a_changed_promise_ends_it
         assert (row.state, row.resolve_reason) == ("resolved", "sla_changed")
 
 
+async def test_a_promise_that_is_only_written_otherwise_is_the_same(autojump_clock: MockClock, host: Host) -> None:
+    await host.agent(sla={"availability": "99%"})
+    now_us = host.clock.now_us()
+    for number in range(400, 0, -1):
+        await host.write(probe(A, now_us - number * MINUTE_US, number > 60))
+    async with watching(host):
+        await trio.sleep(12)
+        (row,) = [row for row in await host.breaches() if row.breach_type == "burn_rate"]
+        await host.agent(sla={"availability": "99.00%"})
+        await host.probe(up=False)
+        await trio.sleep(12)
+        (same,) = [row for row in await host.breaches() if row.breach_type == "burn_rate"]
+        assert (same.id, same.state) == (row.id, "open")
+
+
+async def test_a_paused_agent_is_not_judged(autojump_clock: MockClock, host: Host) -> None:
+    async def turn(verb: Literal["pause", "resume"]) -> None:
+        await host.write(ChangeAgentState(A, verb, "test", host.clock.now_us()))
+        host.directory_changed.notify()
+
+    await host.agent(sla={"max_error_rate": "10%", "max_latency_p95_ms": 500})
+    host.settings.sla = sla_of(hold="10s")
+    async with watching(host):
+        await host.tasks(30, failed=True)
+        await trio.sleep(12)
+        assert await host.events_of() == ["opened"]
+        await host.tasks(40, 900)
+        await trio.sleep(5)
+        await turn("pause")
+        await host.tasks(1000)
+        await trio.sleep(60)
+        await host.tasks(1500, 900)
+        await trio.sleep(2 * 3600)
+        assert await host.events_of() == ["opened"]
+        await turn("resume")
+        await trio.sleep(5)
+        assert await host.events_of() == ["opened"]
+        await trio.sleep(20)
+        assert [row.resolve_reason for row in await host.breaches()] == ["no_data"]
+
+
 # --- time that does not count
 
 
@@ -306,6 +347,26 @@ async def test_maintenance_takes_out_what_happened_in_it_and_gives_back_what_it_
         assert missing.code == "maintenance_not_found"
     async with watching(host) as watcher:
         assert (await watcher.figures()).metrics == metrics
+
+
+async def test_what_failed_under_maintenance_is_no_downtime_after_it(autojump_clock: MockClock, host: Host) -> None:
+    await host.agent(sla={"availability": "99%"})
+    start_us = host.clock.now_us()
+    async with watching(host) as watcher:
+        await declare(watcher, start_us, start_us + 10 * SECOND_US)
+        await host.probe(up=False)
+        await trio.sleep(40)
+        metrics = (await watcher.figures()).metrics
+        assert (metrics.down_us, metrics.excluded_us) == (0, 10 * SECOND_US)
+        await host.probe(up=False)
+        await trio.sleep(20)
+        metrics = (await watcher.figures()).metrics
+        assert (metrics.down_us, metrics.probes) == (20 * SECOND_US, 1)
+    async with watching(host) as watcher:
+        assert (await watcher.figures()).metrics == metrics
+    for from_us in (start_us, start_us + 10 * SECOND_US, start_us + 20 * SECOND_US):
+        (row,) = await past(host, from_us, start_us + 60 * SECOND_US, HOUR_US)
+        assert row.down_us == 20 * SECOND_US
 
 
 async def test_maintenance_is_for_one_agent_or_for_all_and_may_be_called_off(
@@ -439,8 +500,6 @@ def test_figures_with_exclusions_are_a_count_over_the_raw_rows(
             unseen = [
                 (begin_us + start * SECOND_US, begin_us + (start + length) * SECOND_US) for start, length in blind
             ]
-            from tests.actors.test_watcher import probe
-
             for at_us, up, hold_us in known:
                 await host.write(probe(A, at_us, up, hold_us))
             for start_us, stop_us in unseen:
@@ -491,6 +550,8 @@ def expect(
         state = "unknown"
         if before and from_us < before[-1][0] + before[-1][2]:
             state = "up" if before[-1][1] else "down"
+            if is_out(before[-1][0]):
+                state = "unknown"
         if is_out(from_us):
             state = "excluded"
         elif any(first <= from_us < last for first, last in unseen):

@@ -60,6 +60,8 @@ def test_promises_are_followed_from_the_breach_to_its_evidence_and_the_credit(
     assert changed.code == Exit.NO
     assert "bad: breach.actual: is 40.0%" in changed.out
     assert ctl("sla", "evidence", "brc_0").code == Exit.USAGE
+    for what in ("show", "breaches", "history"):
+        assert ctl("sla", what, "urn:asap:agent:nobody").code == Exit.USAGE
 
     assert "cost usd:" in ctl("sla", "penalty", AGENT).out
     assert ctl("sla", "penalty", AGENT, "--json").json["cost_usd"] == 12.5
@@ -76,9 +78,8 @@ def test_maintenance_is_declared_listed_and_ended(own_daemon: Daemon, ctl: Progr
     report(own_daemon, 0, 1)
     made = ctl("maintenance", "add", AGENT, "--for", "1h", "--reason", "new model", "--json").json
     assert (made["agent_id"], made["state"]) == (AGENT, "running")
-    planned = ctl(
-        "maintenance", "add", "--all", "--start", "2100-01-01T00:00:00Z", "--for", "1h", "--reason", "move"
-    ).out
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    planned = ctl("maintenance", "add", "--all", "--start", tomorrow, "--for", "1h", "--reason", "move").out
     assert "planned" in planned
     assert ctl("maintenance", "end", planned.split()[1], "--json").json["state"] == "over"
     listed = ctl("maintenance", "list", "--state", "running").out
@@ -87,5 +88,11 @@ def test_maintenance_is_declared_listed_and_ended(own_daemon: Daemon, ctl: Progr
     assert ctl("maintenance", "end", made["id"]).out == f"ended: {made['id']}\n"
     over = ctl("maintenance", "end", made["id"])
     assert (over.code, "is over" in over.err) == (Exit.USAGE, True)
-    for wrong in (("--for", "1h"), (AGENT, "--all", "--for", "1h"), (AGENT,), (AGENT, "--for", "1h", "--end", "x")):
+    for wrong in (
+        ("--for", "1h"),
+        (AGENT, "--all", "--for", "1h"),
+        (AGENT,),
+        (AGENT, "--for", "1h", "--end", "x"),
+        ("", "--for", "1h"),
+    ):
         assert ctl("maintenance", "add", *wrong, "--reason", "x").code == Exit.USAGE

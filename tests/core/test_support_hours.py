@@ -27,7 +27,7 @@ def at(text: str) -> int:
         ("Mon-Tue 08:00-18:30, saturday 10-14", SupportHours(((0, 480, 1110), (1, 480, 1110), (5, 600, 840)))),
         ("sat-mon 0-24 UTC", SupportHours(((0, 0, 1440), (5, 0, 1440), (6, 0, 1440)))),
         ("Sun 22:00-06:00", SupportHours(((0, 0, 360), (6, 1320, 1440)))),
-        ("Fri 22-00:00; Mon 1-2", SupportHours(((0, 60, 120), (4, 1320, 1440)))),
+        ("Fridays 22-00:00; Mon 1-2", SupportHours(((0, 60, 120), (4, 1320, 1440)))),
     ],
 )
 def test_support_hours_are_read_in_each_of_their_forms(text: str, expected: SupportHours) -> None:
@@ -36,7 +36,18 @@ def test_support_hours_are_read_in_each_of_their_forms(text: str, expected: Supp
 
 @pytest.mark.parametrize(
     "text",
-    ["", "9 to 5", "Mon-Fri", "Mon 25-26", "Mon 10:60-12", "Mon 9-17,", "24/7 now?", "businesslike", "Mon 8-9 (local)"],
+    [
+        "",
+        "9 to 5",
+        "Mon-Fri",
+        "Mon 25-26",
+        "Mon 10:60-12",
+        "Mon 9-17,",
+        "24/7 now?",
+        "businesslike",
+        "Mon 8-9 (local)",
+        "monkey 9-17",
+    ],
 )
 def test_what_is_no_support_hours_is_refused(text: str) -> None:
     with pytest.raises(HoursError):

@@ -211,6 +211,11 @@ def test_open_breaches_are_those_of_agents_that_have_not_resolved(connection: ap
     assert [found.id for found in sla_queries.open_breaches(connection)] == ["brc_1"]
     assert [found.id for found in sla_queries.open_breaches(connection, A)] == ["brc_1"]
     assert sla_queries.open_breaches(connection, B) == []
+    assert sla_queries.past_breaches(connection, 0) == []
+    run(connection, WriteBreach("opened", row(4, B), T0))
+    for agent, tenant in ((A, "default"), (B, "another")):
+        run(connection, PutAgent(AgentRecord(agent, "http://127.0.0.1:1", tenant), "test", T0))
+    assert sla_queries.past_breaches(connection, 0) == [(A, "warning", None)]
 
 
 def tally(counts: list[TaskCount]) -> Counter[tuple[int, int | None]]:

@@ -23,6 +23,8 @@ from asapd.wire.usage import parse_timestamp
 
 MOST_US = 366 * DAY_US
 """What is longer is no maintenance."""
+_MOST_BEHIND_US = 366 * DAY_US
+_MOST_AHEAD_US = 10 * 366 * DAY_US
 
 
 class _NewMaintenance(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,7 +47,8 @@ def register(app: QuartTrio, services: Services) -> None:
         sent = decode_body(body, _NewMaintenance)
         if sent.agent is not None and sent.agent_id is not None and sent.agent != sent.agent_id:
             raise RefusedError(_invalid("agent", "says something else than agent_id"))
-        agent = sent.agent_id or sent.agent
+        # An empty name is no name: it must not fall through to everybody.
+        agent = sent.agent if sent.agent_id is None else sent.agent_id
         if agent is None:
             require_everything(Permission.OPERATE)
         else:
@@ -60,6 +63,10 @@ def register(app: QuartTrio, services: Services) -> None:
             raise RefusedError(_invalid("end", "must be after start"))
         if end_us - start_us > MOST_US:
             raise RefusedError(_invalid("end", "must be at most 366 days after start"))
+        if end_us <= now_us - _MOST_BEHIND_US:
+            raise RefusedError(_invalid("end", "must not be more than 366 days ago"))
+        if end_us > now_us + _MOST_AHEAD_US:
+            raise RefusedError(_invalid("end", "must be at most ten years ahead"))
         key = idempotency(caller, body, now_us)
         outcome = await ask_actor(
             watcher, lambda to: MaintenanceRequest(caller, agent, start_us, end_us, sent.reason, key, to)

@@ -115,7 +115,10 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.get("/agents/<agent>/sla/breaches")
     async def get_agent_breaches(agent: str) -> Response:
-        return await breaches(Parameters(), agent, require(Permission.READ))
+        caller = require(Permission.READ)
+        if not await services.reads.agents(caller, agent):
+            return refuse(_unknown(agent))
+        return await breaches(Parameters(), agent, caller)
 
     async def breaches(parameters: Parameters, agent: str | None, caller: Caller) -> Response:
         filters = {

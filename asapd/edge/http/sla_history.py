@@ -55,7 +55,8 @@ def register(app: QuartTrio, services: Services) -> None:
         """Agent by agent in the order of their ids, each from its oldest period to its newest."""
         now_us = services.clock.now_us()
         resolution = parameters.choice("resolution", STEPS_US, "hour") or "hour"
-        end_us = min(parameters.time_us("end") or now_us, now_us)
+        until_us = parameters.time_us("end")
+        end_us = now_us if until_us is None else min(until_us, now_us)
         start_us = parameters.time_us("start")
         start_us = max(0, end_us - _SPAN_US[resolution] if start_us is None else start_us)
         limit = parameters.limit()
@@ -67,6 +68,8 @@ def register(app: QuartTrio, services: Services) -> None:
         if after is not None:
             # Both stay what they were on the first page, or "now" would move from page to page.
             start_us, end_us = after[2], min(after[3], now_us)
+            if not start_us <= after[1] <= after[3] or start_us >= end_us:
+                raise bad_parameter("cursor", "must be the next_cursor of the page before")
         rows: list[dict[str, Any]] = []
         next_cursor: tuple[str, int, int, int] | None = None
         known = [one for one in await services.reads.agents(caller, agent) if after is None or one.id >= after[0]]

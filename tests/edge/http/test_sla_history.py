@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -11,8 +12,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from asapd import config
 from asapd.cli.verify_evidence import verify_evidence
-from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, format_us
-from asapd.store.units import RecordProbe
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, datetime_us, format_us
+from asapd.edge.http.parameters import encode_cursor
+from asapd.store.units import DeclareMaintenance, RecordProbe
 from tests.edge.house import T0, A, B, C, Edge
 
 SLA = {"availability": "99%", "max_error_rate": "5%"}
@@ -87,6 +89,7 @@ async def test_a_history_is_paged_agent_by_agent_and_gives_each_period_once(edge
     assert (await edge.get(f"/sla/history?{span}&agent_id={C}")).ok()["count"] == 3
     await edge.new_key("nobody", "reader", B)
     assert (await edge.get(f"/sla/history?{span}", key="nobody")).ok()["count"] == 0
+    assert (await edge.get(f"/agents/{B}/sla/breaches")).refused(404)["code"] == "agent_not_found"
     assert (await edge.get(f"/agents/{A}/sla/history", key="nobody")).refused(404)["code"] == "agent_not_found"
 
 
@@ -98,6 +101,9 @@ async def test_a_history_is_paged_agent_by_agent_and_gives_each_period_once(edge
         ("start=2020-01-02T00:00:00Z&end=2020-01-01T00:00:00Z", "start"),
         ("cursor=x", "cursor"),
         ("window=1h", "window"),
+        ("end=0", "start"),
+        ("end=0&start=0", "start"),
+        *((f"cursor={encode_cursor((A, *times))}", "cursor") for times in ((0, 2**62, 2**62), (9, 1, 5), (1, 2, 5))),
     ],
 )
 async def test_a_wrong_parameter_is_named(edge: Edge, query: str, field: str) -> None:
@@ -204,6 +210,11 @@ async def test_maintenance_is_declared_listed_ended_and_audited(edge: Edge) -> N
         ({"start": "1960-01-01T00:00:00Z"}, "start"),
         ({"agent_id": "nobody"}, "agent_id"),
         ({"agent": C}, "agent"),
+        ({"agent_id": ""}, "agent_id"),
+        ({"agent_id": None, "agent": ""}, "agent_id"),
+        ({"start": "9999-12-31T23:30:00Z"}, "end"),
+        ({"start": "2037-01-25T00:00:00Z"}, "end"),
+        ({"start": "2026-01-01T00:00:00Z"}, "end"),
         ({"for": "1h"}, "for"),
     ],
 )
@@ -212,6 +223,27 @@ async def test_maintenance_that_cannot_be_is_refused_by_field(edge: Edge, change
     sent = {"agent_id": A, "duration": "1h", "reason": "x", **change}
     given = {name: value for name, value in sent.items() if value is not None}
     assert (await edge.post("/maintenance", given)).refused(422)["errors"][0]["field"] == field
+
+
+async def test_a_window_that_no_calendar_holds_does_not_break_the_list(edge: Edge) -> None:
+    await prepare(edge)
+    end_us = datetime_us(datetime.max.replace(tzinfo=UTC))
+    await edge.database.submit(DeclareMaintenance(A, end_us - HOUR_US, end_us + HOUR_US, "x", "key:root", T0))
+    (row,) = (await edge.get("/maintenance")).ok()["data"]
+    assert row["end"] == "9999-12-31T23:59:59.999999Z"
+    assert (await edge.delete(f"/maintenance/{row['id']}")).ok()["state"] == "over"
+
+
+async def test_a_key_of_a_tenant_lists_the_maintenance_of_its_agents_and_of_all(edge: Edge) -> None:
+    await prepare(edge)
+    other = "urn:asap:agent:theirs"
+    assert (await edge.post("/agents", {"id": other, "url": "http://127.0.0.1:1", "tenant": "ta"})).ok(201)
+    await edge.new_key("ta", "operator", tenant="ta")
+    for agent in (A, other, None):
+        sent = {"duration": "1h", "reason": "x"} | ({} if agent is None else {"agent_id": agent})
+        assert (await edge.post("/maintenance", sent)).ok(201)
+    rows = (await edge.get("/maintenance", key="ta")).ok()["data"]
+    assert {row["agent_id"] for row in rows} == {None, other}
 
 
 async def test_maintenance_is_for_those_who_may_act_for_the_agent(edge: Edge) -> None:
