@@ -8,7 +8,7 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
-from asapd.store import erasure
+from asapd.store import audit, erasure
 from asapd.store.database import Database
 from asapd.store.units import EraseConsumer
 
@@ -24,22 +24,25 @@ async def erase_consumer(
 ) -> dict[str, Any] | Refusal:
     """Erase what is kept of a consumer, or say how much that is; `more` is true when it did not end in time.
 
-    Asked again, it goes on; the rows keep the pseudonym they got first.
+    Asked again, it goes on. The name is replaced with the last entry: what is reported under it later is new.
     """
     found = await database.read(erasure.count_of, consumer)
     if dry_run:
         return {"dry_run": True, **found, "pseudonym": None, "more": False}
-    after, more = 0, False
+    after, erased = 0, 0
     deadline = trio.current_time() + APPLY_S
     while True:
+        head, _ = await database.read(audit.head)
         seqs = await database.read(erasure.entries_of, consumer, after, STEP)
-        done = await database.submit(EraseConsumer(consumer, pseudonym, seqs, reason, actor, clock.now_us()))
+        is_last = len(seqs) < STEP
+        after = max(after, head) if is_last else seqs[-1]
+        done = await database.submit(
+            EraseConsumer(consumer, pseudonym, seqs, reason, actor, clock.now_us(), after if is_last else None)
+        )
         if isinstance(done, Refusal):
             return done
-        if len(seqs) < STEP:
+        erased += done.entries
+        more = not done.is_whole
+        if not more or trio.current_time() > deadline:
             break
-        after = seqs[-1]
-        if trio.current_time() > deadline:
-            more = True
-            break
-    return {"dry_run": False, **found, "pseudonym": pseudonym, "more": more}
+    return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": more}

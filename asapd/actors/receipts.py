@@ -27,7 +27,7 @@ class Receipts:
     async def receipt(self, caller: Caller, task: str) -> bytes | Refusal:
         """The receipt of a task, in its canonical form."""
         try:
-            entries = await self._database.read(receipts.entries_of, visibility(caller), task)
+            entries = await self._database.read(receipts.entries_of, visibility(caller), caller.may_see_given, task)
         except TooManyEntriesError:
             detail = f"task {task} has more than {MOST} entries: export its usage, and prove single entries"
             return Refusal("receipt_too_large", detail)

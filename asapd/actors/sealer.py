@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from asapd.core.merkle import MadeNode, Tree
 from asapd.core.types import SECOND_US
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
-from asapd.store import audit, checkpoint_log, seals, witnessing
+from asapd.store import audit, checkpoint_log, seals, verifying, witnessing
 from asapd.store.database import Database
 from asapd.store.seals import HoleInLogError, SealedAt
 from asapd.store.units import Note, Seal
-from asapd.wire.checkpoint import is_signed_by, origin_of, sign_checkpoint
+from asapd.wire.checkpoint import Checkpoint, is_signed_by, origin_of, sign_checkpoint
+from asapd.wire.keys import load_public
 from asapd.wire.receipt import sign_document
 
 STEP = 4_096
@@ -29,6 +31,17 @@ STEP = 4_096
 
 KEEP = 512
 """Nodes that are kept in one unit of bulk: two for each 256 entries."""
+
+
+HELD = 1_000
+"""Checkpoints of the file the log is held to at the start: a second. The verifier holds it to all of them."""
+
+READ_AT_ONCE = 1_000
+"""Checkpoints that are read in one go: some thirty milliseconds of a thread."""
+
+
+def _take(checkpoints: Iterator[Checkpoint]) -> list[Checkpoint]:
+    return list(islice(checkpoints, READ_AT_ONCE))
 
 
 class Sealer:
@@ -58,28 +71,59 @@ class Sealer:
         self._lock = trio.Lock()
 
     async def check(self) -> None:
-        """Hold the log to the newest checkpoints of the database and of the file; to be called before it grows.
+        """Hold the log to the newest checkpoint of the database, and to those of the file that the database lacks.
 
-        What is wrong is logged, entered into the log, and stays in `alarms`: the daemon goes on, because what is
-        recorded from here on has to be kept all the same.
+        To be called before the log grows. What is wrong is logged, entered into the log, and stays in `alarms`: the
+        daemon goes on, because what is recorded from here on has to be kept all the same.
         """
-        remembered = await self._off_loop(checkpoint_log.largest, self.path, self.origin)
         stored = await self._database.read(seals.newest)
-        held = [] if stored is None else [("the database", stored.size, stored.root)]
-        if remembered is not None:
-            if not is_signed_by(remembered, self.public_key):
-                await self._alarm(
-                    f"{self.path.name} holds a checkpoint of {remembered.size} entries with a false signature"
-                )
-            elif stored is None or (remembered.size, remembered.root) != (stored.size, stored.root):
-                held.append((self.path.name, remembered.size, remembered.root))
-        for place, size, root in held:
-            reason = await self._database.read(seals.differs, size, root)
+        if stored is not None:
+            keys = (self.public_key, *map(load_public, self.settings.former_keys))
+            reason = verifying.misfit(stored.size, stored.root, stored.note, keys)
+            reason = reason or await self._database.read(seals.differs, stored.size, stored.root)
             if reason is not None:
-                await self._alarm(f"held to the newest checkpoint in {place}: {reason}")
-        if stored is not None and not self.alarms and (remembered is None or remembered.size < stored.size):
+                await self._alarm(f"held to the newest checkpoint in the database: {reason}")
+        try:
+            largest, lacking = await self._kept()
+        except OSError as error:
+            await self._alarm(f"{self.path.name} cannot be read: {error.strerror}; what it held is not compared")
+            return
+        await self._hold_to(lacking, largest)
+        if stored is not None and not self.alarms and largest < stored.size:
             # The daemon ended between the commit and the file, or the file was taken away.
             await self._remember(stored.note)
+
+    async def _kept(self) -> tuple[int, list[Checkpoint]]:
+        """The largest size in the file (-1 without one), and the checkpoints in it that the database has not."""
+        largest, is_empty = -1, True
+        lacking: dict[tuple[int, bytes], Checkpoint] = {}
+        kept = checkpoint_log.read(self.path)
+        while read := await self._off_loop(_take, kept):
+            is_empty = False
+            own = [found for found in read if found.origin == self.origin]
+            largest = max([largest, *(found.size for found in own)])
+            for found in await self._database.read(seals.not_stored, own):
+                lacking[found.size, found.root] = found
+        if is_empty and self.path.exists() and await self._off_loop(checkpoint_log.is_strange, self.path, self.origin):
+            await self._alarm(f"{self.path.name} holds no checkpoint but something else: it was overwritten")
+        return largest, [lacking[key] for key in sorted(lacking, reverse=True)]
+
+    async def _hold_to(self, lacking: list[Checkpoint], largest: int) -> None:
+        """Hold the log to checkpoints, the largest first, up to the first that does not fit."""
+        is_told = False
+        for checkpoint in lacking[:HELD]:
+            if not is_signed_by(checkpoint, self.public_key):
+                if not is_told:
+                    await self._alarm(
+                        f"{self.path.name} holds a checkpoint of {checkpoint.size} entries with a false signature"
+                    )
+                is_told = True
+                continue
+            reason = await self._database.read(seals.differs, checkpoint.size, checkpoint.root)
+            if reason is not None:
+                which = "the newest checkpoint" if checkpoint.size == largest else "a checkpoint"
+                await self._alarm(f"held to {which} in {self.path.name}: {reason}")
+                return
 
     async def _alarm(self, reason: str) -> None:
         self.alarms.append(reason)

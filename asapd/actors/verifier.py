@@ -20,6 +20,7 @@ from asapd.store.database import Database
 from asapd.store.units import Note
 from asapd.store.verifying import Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
+from asapd.wire.keys import load_public
 
 SHORT = 20_000
 """Entries, or rows, that a thread of a reader walks in a tenth of a second; a longer walk has a process of its own."""
@@ -71,8 +72,10 @@ class Verifier:
         self, since: int, remembered: tuple[tuple[int, bytes], ...], *, reconcile: bool
     ) -> AsyncGenerator[Progress | Report | Refusal, None]:
         """Like `verify`, with the progress of a long walk before its outcome."""
-        request = Request(since, remembered, str(self._checkpoints), self._public_key, reconcile)
-        await self._limiter.acquire_on_behalf_of(request)
+        former = tuple(load_public(key) for key in self.settings.former_keys)
+        request = Request(since, remembered, str(self._checkpoints), self._public_key, reconcile, former)
+        walk = object()  # two requests that ask the same are equal, and each has a place of its own
+        await self._limiter.acquire_on_behalf_of(walk)
         try:
             if await self._database.read(verifying.length, request) <= SHORT:
                 yield await self._database.read(verifying.report, request)
@@ -84,7 +87,7 @@ class Verifier:
             self._log.error("%s", error)
             yield Refusal("verifying_failed", f"{error}: ask again", retry_after_s=5)
         finally:
-            self._limiter.release_on_behalf_of(request)
+            self._limiter.release_on_behalf_of(walk)
 
     async def entry_before(self, time_us: int) -> int:
         """The number of the last entry before a time."""

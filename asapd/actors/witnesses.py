@@ -18,7 +18,7 @@ from asapd.store import checkpoint_log, seals, witnessing
 from asapd.store.database import Database
 from asapd.store.seals import SealedAt
 from asapd.store.units import KeepCosignature, Witness, Witnessed
-from asapd.wire.checkpoint import is_signed_by, origin_of
+from asapd.wire.checkpoint import is_signed_by, origin_of, read_size
 from asapd.wire.keys import load_public
 from asapd.wire.signed_note import NoteMalformedError, Signature, cosign, cosigned_us, read_signature
 from asapd.wire.witness import MAX_BYTES, AddCheckpoint, write_request
@@ -123,8 +123,8 @@ class Witnesses:
             text = answer.body.decode("utf-8", "replace")
             if answer.status == 200:
                 return await self._keep(text, name, key, sealed)
-            if answer.status == 409 and text.strip().isdecimal() and int(text) != old:
-                old = int(text)
+            if answer.status == 409 and (seen := read_size(text.strip())) is not None and seen != old:
+                old = seen
                 continue
             if answer.status in {409, 422}:
                 self.alarms[name] = f"{name} has seen another log of this daemon than this one"

@@ -35,6 +35,9 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
         CannotVerifyError: it is of no kind that can be checked, or needs a key.
         OSError: it cannot be read.
     """
+    # A FIFO would keep whoever opens it waiting, and a device never ends.
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise CannotVerifyError("is no regular file: write it into one")
     with path.open("rb") as file:
         start = file.read(1 << 12)
     first = start.lstrip()[:1]
@@ -42,7 +45,7 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
         return _verify_text(path, start, public_key)
     if (document := _document(path)) is not None:
         if is_statement(document):
-            return _verify_evidence(path.read_bytes(), public_key)
+            return _verify_evidence(_bounded(path) or b"", public_key)
         for is_kind, verify in DOCUMENTS:
             if is_kind(document):
                 return verify(document, public_key)
@@ -67,9 +70,9 @@ KINDS = "an export of the audit log, a checkpoint, a proof or a signed statement
 
 
 def _verify_text(path: Path, start: bytes, public_key: bytes | None) -> Verified:
-    if path.stat().st_size > MAX_BYTES:
+    content = _bounded(path)
+    if content is None:
         raise CannotVerifyError(f"is larger than {MAX_BYTES >> 20} MiB; {KINDS} can be verified")
-    content = path.read_bytes()
     try:
         text = content.decode()
     except UnicodeDecodeError:
@@ -84,12 +87,20 @@ def _verify_text(path: Path, start: bytes, public_key: bytes | None) -> Verified
     raise CannotVerifyError(f"{'holds something else' if text.strip() else 'is empty'}; {KINDS} can be verified")
 
 
+def _bounded(path: Path) -> bytes | None:
+    """A whole file, or None when it is too long for that, whatever its size was said to be."""
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    return content if len(content) <= MAX_BYTES else None
+
+
 def _document(path: Path) -> dict[str, Any] | None:
     """The file as one JSON object; None when it is a list, lines, too long or no JSON, as an export may be."""
-    if path.stat().st_size > MAX_BYTES:
+    content = _bounded(path)
+    if content is None:
         return None
     try:
-        document = parse_strict_json(path.read_bytes())
+        document = parse_strict_json(content)
     except TokenMalformed:
         return None
     return document if isinstance(document, dict) else None

@@ -36,12 +36,13 @@ def signed(content: str, public_key: bytes | None) -> Checkpoint | str:
 def verify(content: str, public_key: bytes | None) -> Verified:
     """The verdict over one checkpoint or many, one behind the other."""
     last: Checkpoint | None = None
+    roots: dict[int, bytes] = {}
     count = 0
     for number, text in enumerate(split_checkpoints(content.splitlines(keepends=True)), 1):
         found = signed(text, public_key)
         if isinstance(found, str):
             return Verified(False, f"bad: checkpoint {number} of the file {found}")
-        if last is not None and last.size == found.size and last.root != found.root:
+        if roots.setdefault(found.size, found.root) != found.root:
             return Verified(False, f"bad: two checkpoints of {found.size} entries have different roots: the log forked")
         last, count = found, number
     assert last is not None, "an empty file is refused before"

@@ -46,7 +46,16 @@ def verify_inclusion(document: dict[str, Any], public_key: bytes | None) -> Veri
     hashes, index, checkpoint = read_hashes(document["hashes"]), document["leaf_index"], document["checkpoint"]
     if hashes is None or not isinstance(index, int) or not isinstance(checkpoint, str):
         return Verified(False, "bad: leaf_index, hashes or checkpoint is not of its form")
-    return _included(document["entry"], index, hashes, signed(checkpoint, public_key))
+    found = signed(checkpoint, public_key)
+    verified = _included(document["entry"], index, hashes, found)
+    if not verified.is_good or isinstance(found, str):
+        return verified
+    # Who reads the file reads these too, so they have to say what the signed checkpoint and the entry say.
+    leaf = leaf_hash(bytes.fromhex(document["entry"]["hash"])).hex()
+    for name, value in (("tree_size", found.size), ("root_hash", found.root.hex()), ("leaf_hash", leaf)):
+        if name in document and (document[name] != value or isinstance(document[name], bool)):
+            return Verified(False, f"bad: {name} is not what the checkpoint and the entry say")
+    return verified
 
 
 def read_hashes(value: Any) -> list[bytes] | None:

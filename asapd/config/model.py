@@ -351,6 +351,7 @@ class Audit(_Section):
     witness_for: Many[WitnessedLog] = ()
     witness_file: Path | None = None
     witness_command: Many[Text] = ()
+    former_keys: Many[PublicKey] = ()
     mask: Annotated[Many[MaskPattern], Field(max_length=16)] = ()
 
 

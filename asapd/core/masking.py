@@ -9,16 +9,16 @@ from typing import Any
 
 MASK = "[masked]"
 
-# Each begins with something that only such a secret has, so that no id, URN or digest is ever taken for one.
+# Each begins with something that only such a secret has, and begins a word: `task-550e...` is no `sk-`.
 _SECRET = re.compile(
-    r"asapd_[0-9a-f]{10}_[0-9a-f]{64}"  # our own API keys
-    r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----(?:[^-]{0,8000}-----END [A-Z ]{0,20}PRIVATE KEY-----)?"
+    r"(?<![A-Za-z0-9_-])(?:asapd_[0-9a-f]{10}_[0-9a-f]{64}"  # our own API keys
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JWS, JWT
     r"|(?i:bearer)\s+[\w.~+/=-]{16,}"
     r"|(?:sk|pk|rk)[-_][\w-]{20,}"
     r"|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abeprs]-[\w-]{10,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}"
-    r"|AIza[\w-]{35}"
+    r"|AIza[\w-]{35})"
+    r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----(?:[^-]{0,8000}-----END [A-Z ]{0,20}PRIVATE KEY-----)?"
     r"|(?<=://)[^/\s:@]{1,64}:[^/\s@]{1,256}(?=@)"  # user and password of a URL
 )
 
@@ -26,8 +26,10 @@ _SECRET = re.compile(
 MOST_STEPS = 4_096
 """Ways to match a pattern at one place of a text. In a text of 2000 characters, the longest, some 15 ms."""
 
-FREE_TEXT = frozenset({"reason", "error", "comment"})
-"""The details that patterns of an operator are looked for in: nothing that asapd finds records by, or compares."""
+FREE_TEXT = frozenset(
+    {"comment", "description", "detail", "error", "message", "note", "reason", "text", "title", "url"}
+)
+"""The details that people and agents word as they like: nothing that asapd finds records by, or compares."""
 
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
 _VERBOSE = re.compile(r"\(\?[A-Za-z]*x")
@@ -86,25 +88,21 @@ def masked(text: str) -> str:
 
 
 def masked_details(details: dict[str, Any], patterns: tuple[re.Pattern[str], ...] = ()) -> dict[str, Any]:
-    """Details with the secrets in their texts replaced, however deep, and what matches a pattern in free text.
+    """Details with secrets, and what matches a pattern, replaced in their free texts, however deep.
 
-    Keys are ours and stay.
+    Keys stay, and so does what names or counts something.
     """
-    hidden = {key: _masked(value) for key, value in details.items()}
-    if patterns:
-        for key in FREE_TEXT & hidden.keys():
-            text = hidden[key]
-            for pattern in patterns if isinstance(text, str) else ():
-                text = pattern.sub(MASK, text)
-            hidden[key] = text
-    return hidden
+    return {key: _masked(value, patterns, key in FREE_TEXT) for key, value in details.items()}
 
 
-def _masked(value: Any) -> Any:
-    if isinstance(value, str):
-        return masked(value)
+def _masked(value: Any, patterns: tuple[re.Pattern[str], ...], is_free: bool) -> Any:
+    if isinstance(value, str) and is_free:
+        text = masked(value)
+        for pattern in patterns:
+            text = pattern.sub(MASK, text)
+        return text
     if isinstance(value, dict):
-        return masked_details(value)
+        return {key: _masked(item, patterns, is_free or key in FREE_TEXT) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_masked(item) for item in value]
+        return [_masked(item, patterns, is_free) for item in value]
     return value

@@ -113,12 +113,10 @@ class _Session:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._leave_when_revoked)
-                while True:
-                    message = await websocket.receive()
-                    if not self._may_stay():
-                        # Closed by whoever waits for it; until then nothing is answered.
-                        return
+                message = await websocket.receive()
+                while self._may_stay():  # else whoever waits for that closes it; until then nothing is answered
                     await self._handle(message, nursery)
+                    message = await websocket.receive()
 
     async def _leave_when_revoked(self) -> None:
         changed = self._services.ring.changed

@@ -34,7 +34,11 @@ class AuditFilter(msgspec.Struct, frozen=True):
     end_us: int | None = None
 
 
-_COLUMNS = "seq, id, timestamp_us, event_type, actor, subject, details, salt, payload_hash, previous_hash, hash"
+# Text is read as bytes: one that somebody's byte made unreadable is shown as far as it can be, and marked.
+_COLUMNS = (
+    "seq, CAST(id AS BLOB), timestamp_us, CAST(event_type AS BLOB), CAST(actor AS BLOB), CAST(subject AS BLOB), "
+    "CAST(details AS BLOB), salt, payload_hash, previous_hash, hash"
+)
 
 
 def list_entries(
@@ -47,7 +51,7 @@ def list_entries(
         ("actor = ?", query.actor),
         ("subject = ?", query.subject),
         ("event_type = ?", query.event_type),
-        ("details ->> 'task_id' = ?", query.task),
+        ("CASE WHEN json_valid(details) THEN details ->> 'task_id' END = ?", query.task),
         ("timestamp_us >= ?", query.start_us),
         ("timestamp_us < ?", query.end_us),
     ):
@@ -55,7 +59,7 @@ def list_entries(
             where.append(sql)
             values.append(value)
     if query.agent is not None:
-        where.append("(details ->> 'agent' = ? OR subject = ?)")
+        where.append("(CASE WHEN json_valid(details) THEN details ->> 'agent' END = ? OR subject = ?)")
         values += [query.agent, query.agent]
     rows = fetch(
         connection,
@@ -67,7 +71,7 @@ def list_entries(
 
 
 def get_entry(connection: apsw.Connection, entry: str) -> dict[str, Any] | None:
-    """One entry by its id or its number."""
+    """One entry by its id or its number; `damaged` names the fields that cannot be read as they were written."""
     # Numbers have an index, ids have none: asked for both, SQLite looks through the whole log.
     is_number = entry.isdecimal() and len(entry) < 19
     column, value = ("seq", int(entry)) if is_number else ("id", entry)
@@ -77,19 +81,39 @@ def get_entry(connection: apsw.Connection, entry: str) -> dict[str, Any] | None:
 
 def _public(row: tuple[Any, ...]) -> dict[str, Any]:
     seq, entry_id, timestamp_us, event_type, actor, subject, details, salt, payload, previous, digest = row
-    return {
-        "id": entry_id,
+    damaged: list[str] = []
+
+    def text(name: str, raw: bytes | None) -> str | None:
+        try:
+            return None if raw is None else raw.decode()
+        except UnicodeDecodeError:
+            damaged.append(name)
+            return None if raw is None else raw.decode(errors="replace")
+
+    try:
+        timestamp = format_us(timestamp_us)
+    except (ValueError, OverflowError):
+        timestamp = format_us(0)
+        damaged.append("timestamp")
+    try:
+        shown = None if details is None else msgspec.json.decode(details)
+    except ValueError:  # no JSON, or no UTF-8
+        shown = {"unreadable": details.decode(errors="replace")}
+        damaged.append("details")
+    entry = {
+        "id": text("id", entry_id),
         "seq": seq,
-        "timestamp": format_us(timestamp_us),
-        "event_type": event_type,
-        "actor": actor,
-        "subject": subject,
-        "details": None if details is None else msgspec.json.decode(details),
+        "timestamp": timestamp,
+        "event_type": text("event_type", event_type),
+        "actor": text("actor", actor),
+        "subject": text("subject", subject),
+        "details": shown,
         "salt": None if salt is None else salt.hex(),
         "payload_hash": payload.hex(),
         "previous_hash": previous.hex(),
         "hash": digest.hex(),
     }
+    return {**entry, "damaged": damaged} if damaged else entry
 
 
 def head(connection: apsw.Connection) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import apsw
@@ -9,6 +10,7 @@ import msgspec
 
 from asapd.store import seals
 from asapd.store.audit import get_entry
+from asapd.store.parties import HOLDER, OWNER, debited, paid
 from asapd.store.rows import fetch
 from asapd.store.seals import Proof
 from asapd.store.usage_queries import OF_TASK
@@ -22,8 +24,12 @@ class TooManyEntriesError(Exception):
     """A task has more entries than a receipt holds; its usage can be exported, and any entry proved by itself."""
 
 
-def entries_of(connection: apsw.Connection, visible: Visibility, task: str) -> list[dict[str, Any]]:
+def entries_of(
+    connection: apsw.Connection, visible: Visibility, may_see_given: Callable[..., bool], task: str
+) -> list[dict[str, Any]]:
     """The entries of a task in their order, as far as its rows are visible.
+
+    `may_see_given` is asked with the tenants of both ends of each delegation, and the ends.
 
     Raises:
         TooManyEntriesError: there are more than `MOST`.
@@ -31,7 +37,7 @@ def entries_of(connection: apsw.Connection, visible: Visibility, task: str) -> l
     where, values = visible_names(visible, ("agent", "consumer"))
     rows = fetch(
         connection,
-        f"SELECT seq, committed_us, delegation FROM usage WHERE {' AND '.join([OF_TASK, *where])} LIMIT ?",
+        f"SELECT seq, committed_us FROM usage WHERE {' AND '.join([OF_TASK, *where])} LIMIT ?",
         (task, task, *values, MOST + 1),
     )
     steps = fetch(
@@ -60,25 +66,33 @@ def entries_of(connection: apsw.Connection, visible: Visibility, task: str) -> l
             (committed_us, task),
         )
         seqs.update(seq for (seq,) in found)
-    seqs.update(_delegated(connection, {row[2] for row in rows if row[2] is not None}))
+    seqs.update(_delegated(connection, wanted, may_see_given))
     if len(seqs) > MOST:
         raise TooManyEntriesError
     entries = (get_entry(connection, str(seq)) for seq in sorted(seqs))
     return [entry for entry in entries if entry is not None]
 
 
-def _delegated(connection: apsw.Connection, delegations: set[str]) -> set[int]:
-    """The entries of delegations and of all they were given under."""
+def _delegated(connection: apsw.Connection, rows: set[int], may_see_given: Callable[..., bool]) -> set[int]:
+    """The entries of delegations that rows of usage were debited to, and of all they were given under.
+
+    A row may name a delegation that is another's: nothing is debited to it then, and nothing said of it.
+    """
     found = fetch(
         connection,
-        "WITH RECURSIVE path(account, id, parent, registered_us) AS ("
-        "SELECT account, id, parent, registered_us FROM delegation WHERE id IN (SELECT value FROM json_each(?)) UNION "
-        "SELECT d.account, d.id, d.parent, d.registered_us FROM delegation d JOIN path ON d.account = path.parent) "
-        "SELECT audit.seq FROM path JOIN audit ON audit.timestamp_us = path.registered_us "
-        "AND audit.event_type = 'delegation.created' AND audit.subject = path.id",
-        (msgspec.json.encode(sorted(delegations)).decode(),),
+        "WITH RECURSIVE path(account) AS ("
+        "SELECT d.account FROM usage JOIN delegation d ON d.id = usage.delegation "
+        "LEFT JOIN reservation r ON r.id = usage.reservation AND r.account = d.account "
+        "WHERE usage.seq IN (SELECT value FROM json_each(?)) "
+        "AND usage.agent = (SELECT id FROM name WHERE name = d.delegate) "
+        f"AND ({debited()} OR (r.id IS NOT NULL AND {paid()})) "
+        "UNION SELECT d.parent FROM delegation d JOIN path USING (account) WHERE d.parent IS NOT NULL) "
+        f"SELECT audit.seq, {OWNER}, {HOLDER}, d.delegator, d.delegate FROM path JOIN delegation d USING (account) "
+        "JOIN audit ON audit.timestamp_us = d.registered_us "
+        "AND audit.event_type = 'delegation.created' AND audit.subject = d.id",
+        (msgspec.json.encode(sorted(rows)).decode(),),
     )
-    return {seq for (seq,) in found}
+    return {seq for seq, *given in found if may_see_given(*given)}
 
 
 def proofs_of(connection: apsw.Connection, seqs: list[int], size: int) -> list[Proof] | None:

@@ -1,12 +1,13 @@
 """Whether everything that was recorded has its entry in the log, says the same as it, and the reverse.
 
-Rows that retention took are told from others by its own entries; an entry whose content was erased answers for one row
-of its kind.
+Rows that retention took are told from others by its own entries. So are entries whose content was erased: one that an
+erasure names answers for one row of its kind, and any other is a finding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import apsw
@@ -14,6 +15,8 @@ import msgspec
 
 from asapd.core.types import Outcome, format_us
 from asapd.core.usage import UsageEvent, content_digest
+from asapd.store.damaged import unreadable
+from asapd.store.erasures import ROW_KINDS, Erasures
 from asapd.store.rows import Row, fetch, fetch_one
 
 STEP = 2_000
@@ -49,14 +52,34 @@ class _Findings:
 
 
 def reconcile(connection: apsw.Connection) -> tuple[Tally, ...]:
-    """Compare usage, tasks, delegations and breaches with the log."""
+    """Compare usage, tasks, delegations and breaches with the log, and what was erased with what erasures say."""
     # What only grows is read step by step, up to where it ends now; what changes has to be seen at one moment.
-    usage, tasks = _usage(connection), _tasks(connection)
+    usage, tasks = _compared(connection, "usage", _usage), _compared(connection, "task", _tasks)
     connection.execute("SAVEPOINT reconciling")
     try:
-        return (usage, tasks, _delegations(connection), _breaches(connection))
+        erasures = Erasures(connection)
+        return (
+            usage,
+            tasks,
+            _compared(connection, "delegation", lambda connection: _delegations(connection, erasures)),
+            _compared(connection, "breach", lambda connection: _breaches(connection, erasures)),
+            _erased(erasures),
+        )
     finally:
         connection.execute("RELEASE reconciling")
+
+
+def _compared(connection: apsw.Connection, table: str, compare: Callable[[apsw.Connection], Tally]) -> Tally:
+    """A comparison, or in its place which rows cannot be read, so that one changed byte hides behind no crash."""
+    try:
+        return compare(connection)
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        findings = _Findings()
+        for finding in unreadable(connection, table):
+            findings.add(finding)
+        if not findings.count:
+            findings.add(f"{table}: the rows cannot be compared with the log, {type(error).__name__}: {error}")
+        return Tally(table, 0, 0, findings=findings.count, named=tuple(findings.named))
 
 
 # --- usage
@@ -85,7 +108,6 @@ class _Says(msgspec.Struct, frozen=True):
 
 _read_says = msgspec.json.Decoder(_Says)
 _FIELDS = _Says.__struct_fields__[1:]
-_KINDS = "('usage.recorded', 'usage.voided', 'usage.repriced')"
 _COLUMNS = (
     "seq, id, tenant, source, source_seq, agent, consumer, task_id, timestamp_us, tokens_in, tokens_out, "
     "cached_tokens_in, cache_write_tokens, reasoning_tokens, duration_ms, api_calls, outcome, partial, error, model, "
@@ -122,19 +144,20 @@ class _Interned:
 def _usage(connection: apsw.Connection) -> Tally:
     findings, names = _Findings(), _Interned(connection)
     # In one statement, so that rows and entries are those of one moment.
-    entries_through, rows_through = fetch(
-        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)"
+    entries_through, rows_from, rows_through = fetch(
+        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT min(seq) FROM usage), (SELECT max(seq) FROM usage)"
     )[0]
-    retention = _Retention(connection)
-    entries = erased = rows = at_entry = at_row = 0
+    retention, erasures = _Retention(connection), Erasures(connection)
+    entries = erased = rows = at_entry = 0
+    # A forged row may stand before the first that has a number of ours.
+    at_row = min(rows_from or 0, 1) - 1
     without_row: dict[int, _Entry] = {}
     without_entry: dict[int, str] = {}
-    unexplained = _Findings()
     while at_entry < (entries_through or 0):
         found = fetch(
             connection,
             "SELECT seq, event_type, subject, actor, timestamp_us, details FROM audit "
-            f"WHERE seq > ? AND seq <= ? AND event_type IN {_KINDS} ORDER BY seq LIMIT ?",
+            f"WHERE seq > ? AND seq <= ? AND event_type IN {ROW_KINDS} ORDER BY seq LIMIT ?",
             (at_entry, entries_through, STEP),
         )
         for seq, kind, subject, actor, timestamp_us, details in found:
@@ -154,28 +177,31 @@ def _usage(connection: apsw.Connection) -> Tally:
             entry = without_row.pop(row[0], None)
             if entry is not None:
                 _compare(entry, dict(zip(_NAMES, row, strict=True)), names, findings)
-            else:
+            elif not erasures.has_row(row[0]):
                 without_entry[row[0]] = row[1]
             if len(without_entry) > WAITING:
-                _settle_rows(without_entry, WAITING // 2, unexplained)
+                _settle_rows(connection, without_entry, WAITING // 2, findings)
         at_row = max(at_row, through)
         for number in without_entry.keys() & without_row.keys():
             del without_entry[number], without_row[number]
         # A row and its entry are written together: what is so far behind has no other half.
         retention.settle(without_row, at_row - WAITING, findings)
     retention.settle(without_row, None, findings)
-    _settle_rows(without_entry, 0, unexplained)
-    missing = max(unexplained.count - erased, 0)
-    for finding in unexplained.named[:missing]:
-        findings.add(finding)
-    findings.count += missing - min(missing, len(unexplained.named))
+    _settle_rows(connection, without_entry, 0, findings)
     return Tally("usage", rows, entries, retention.count, erased, findings.count, tuple(findings.named))
 
 
-def _settle_rows(without_entry: dict[int, str], keep: int, unexplained: _Findings) -> None:
+def _settle_rows(connection: apsw.Connection, without_entry: dict[int, str], keep: int, findings: _Findings) -> None:
     """Give up on the oldest rows without an entry, all but some."""
-    for number in sorted(without_entry)[: len(without_entry) - keep]:
-        unexplained.add(f"usage row {number} ({without_entry.pop(number)}) has no entry in the log")
+    given_up = sorted(without_entry)[: len(without_entry) - keep]
+    if not given_up:
+        return
+    # Read again: what was erased while this ran is explained by then.
+    erasures = Erasures(connection)
+    for number in given_up:
+        row_id = without_entry.pop(number)
+        if not erasures.has_row(number):
+            findings.add(f"usage row {number} ({row_id}) has no entry in the log")
 
 
 class _Retention:
@@ -205,8 +231,8 @@ def _rows(connection: apsw.Connection, table: str, columns: str, after: int, thr
     while after < through:
         found = fetch(
             connection,
-            f"SELECT {columns} FROM {table} WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
-            (after, through, STEP),
+            f"SELECT {columns} FROM {table} WHERE seq >= ? AND seq <= ? ORDER BY seq LIMIT ?",
+            (after + 1, through, STEP),
         )
         yield from found
         after = found[-1][0] if len(found) == STEP else through
@@ -257,8 +283,8 @@ def _is_content(row: dict[str, Any]) -> bool:
 
 def _tasks(connection: apsw.Connection) -> Tally:
     findings, names = _Findings(), _Interned(connection)
-    entries_through, rows_through = fetch(
-        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM task)"
+    entries_through, rows_from, rows_through = fetch(
+        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT min(seq) FROM task), (SELECT max(seq) FROM task)"
     )[0]
     said: dict[tuple[Any, ...], int] = {}
     entries = erased = rows = 0
@@ -282,32 +308,42 @@ def _tasks(connection: apsw.Connection) -> Tally:
             told["timestamp_us"],
         )
         said[key] = seq
-    missing: list[str] = []
-    for seq, tenant, agent, consumer, task_id, state, timestamp_us in _rows(
-        connection, "task", "seq, tenant, agent, consumer, task_id, state, timestamp_us", 0, rows_through or 0
+    erasures = Erasures(connection)
+    gone = {state: erasures.times(f"task.{state}") for state in ("started", "completed", "failed", "abandoned")}
+    columns = "seq, tenant, agent, consumer, task_id, state, timestamp_us, committed_us"
+    for seq, tenant, agent, consumer, task_id, state, timestamp_us, committed_us in _rows(
+        connection, "task", columns, min(rows_from or 0, 1) - 1, rows_through or 0
     ):
         rows += 1
         key = (names[tenant], names[agent], names[consumer], task_id, state, timestamp_us)
-        if said.pop(key, None) is None:
-            missing.append(f"task row {seq} ({task_id}, {state}) has no entry in the log that says the same")
-    for finding in missing[: max(len(missing) - erased, 0)]:
-        findings.add(finding)
+        if said.pop(key, None) is None and not _takes(gone.get(state), committed_us):
+            findings.add(f"task row {seq} ({task_id}, {state}) has no entry in the log that says the same")
     for key, seq in said.items():
         findings.add(f"entry {seq} (task.{key[4]} {key[3]}): there is no such row in task")
     return Tally("task", rows, entries, 0, erased, findings.count, tuple(findings.named))
 
 
+def _takes(times: Counter[int] | None, at_us: int | None) -> bool:
+    """Whether an entry of a time was erased that answers for no other row; from now on it answers for this one."""
+    if times is None or at_us is None or times[at_us] <= 0:
+        return False
+    times[at_us] -= 1
+    return True
+
+
 # --- delegations
 
 
-def _delegations(connection: apsw.Connection) -> Tally:
+def _delegations(connection: apsw.Connection, erasures: Erasures) -> Tally:
     findings = _Findings()
+    made_at, revoked_at = erasures.times("delegation.created"), erasures.times("delegation.revoked")
     created: dict[str, tuple[int, dict[str, Any]]] = {}
     revoked: set[str] = set()
     entries = erased = rows = 0
     delegations = fetch(
         connection,
-        "SELECT id, delegator, delegate, scopes, max_cost_microusd, max_tasks, expires_us, digest, revoked_us "
+        "SELECT id, delegator, delegate, scopes, max_cost_microusd, max_tasks, expires_us, digest, revoked_us, "
+        "registered_us "
         "FROM delegation ORDER BY account",
     )
     for seq, kind, subject, details in fetch(
@@ -322,13 +358,15 @@ def _delegations(connection: apsw.Connection) -> Tally:
             created[subject] = (seq, msgspec.json.decode(details))
         elif msgspec.json.decode(details)["id"] is not None:  # None: of a token that nobody had shown here
             revoked.add(subject)
-    unexplained = 0
-    for public_id, delegator, delegate, scopes, cost, tasks, expires_us, digest, revoked_us in delegations:
+    for public_id, delegator, delegate, scopes, cost, tasks, expires_us, digest, revoked_us, made_us in delegations:
         rows += 1
+        was_revoked = public_id in revoked or _takes(revoked_at, revoked_us)
+        if (revoked_us is not None) != was_revoked:
+            state = "revoked" if revoked_us is not None else "not revoked"
+            findings.add(f"delegation {public_id} is {state}, and the log says otherwise")
         found = created.pop(public_id, None)
         if found is None:
-            unexplained += 1
-            if unexplained > erased:
+            if not _takes(made_at, made_us):
                 findings.add(f"delegation {public_id} has no entry in the log")
             continue
         seq, told = found
@@ -344,9 +382,6 @@ def _delegations(connection: apsw.Connection) -> Tally:
         for field, value in is_row.items():
             if told.get(field) != value:
                 findings.add(f"delegation {public_id}: {field} is {value!r}, and entry {seq} says {told.get(field)!r}")
-        if (revoked_us is not None) != (public_id in revoked) and not erased:
-            state = "revoked" if revoked_us is not None else "not revoked"
-            findings.add(f"delegation {public_id} is {state}, and the log says otherwise")
     for public_id, (seq, _) in created.items():
         # Written while this ran, or gone: which of them, a second look says.
         if fetch_one(connection, "SELECT 1 FROM delegation WHERE id = ?", (public_id,)) is None:
@@ -357,13 +392,17 @@ def _delegations(connection: apsw.Connection) -> Tally:
 # --- breaches
 
 
-def _breaches(connection: apsw.Connection) -> Tally:
+_BREACH = ("agent", "breach_type", "budget", "window_us", "threshold", "actual", "samples", "severity")
+
+
+def _breaches(connection: apsw.Connection, erasures: Erasures) -> Tally:
     findings = _Findings()
     alerts = fetch(
         connection,
-        "SELECT seq, breach, event FROM alert WHERE event IN ('opened', 'escalated', 'resolved') ORDER BY seq",
+        "SELECT seq, breach, event, ts_us FROM alert WHERE event IN ('opened', 'escalated', 'resolved') ORDER BY seq",
     )
     told: dict[int, tuple[int, dict[str, Any]]] = {}
+    gone = erasures.times("sla.breach")
     entries = erased = 0
     for seq, details in fetch(
         connection, "SELECT seq, details FROM audit WHERE event_type = 'sla.breach' ORDER BY seq"
@@ -374,24 +413,48 @@ def _breaches(connection: apsw.Connection) -> Tally:
         entries += 1
         said = msgspec.json.decode(details)
         told[said["seq"]] = (seq, said)
-    last: dict[str, dict[str, Any]] = {said["id"]: said for _, said in told.values()}
-    unexplained = 0
-    for number, breach, event in alerts:
+    # What the last entry of each breach says; None where that was erased.
+    last: dict[str, dict[str, Any] | None] = {said["id"]: said for _, said in told.values()}
+    for number, breach, event, ts_us in alerts:
         found = told.pop(number, None)
-        if found is None:
-            unexplained += 1
-            if unexplained > erased:
-                findings.add(f"alert {number} ({event} {breach}) has no entry in the log")
-        elif (found[1]["id"], found[1]["event"]) != (breach, event):
-            findings.add(f"alert {number} is {event} {breach}, and entry {found[0]} says otherwise")
+        if found is not None:
+            last[breach] = found[1]
+            if (found[1]["id"], found[1]["event"]) != (breach, event):
+                findings.add(f"alert {number} is {event} {breach}, and entry {found[0]} says otherwise")
+        elif _takes(gone, ts_us):
+            last[breach] = None
+        else:
+            findings.add(f"alert {number} ({event} {breach}) has no entry in the log")
     for number, (seq, said) in told.items():
         if fetch_one(connection, "SELECT 1 FROM alert WHERE seq = ?", (number,)) is None:
             findings.add(f"entry {seq} (sla.breach {said['id']}): alert {number} is not there")
-    for breach, state, severity in fetch(connection, "SELECT id, state, severity FROM breach"):
-        said_last = last.get(breach)
+    for breach, state, *values in fetch(
+        connection,
+        "SELECT id, state, agent_id, breach_type, budget, window_us, threshold, actual, samples, severity FROM breach",
+    ):
+        if breach not in last:
+            findings.add(f"breach {breach} has no entry in the log")
+            continue
+        said_last = last.pop(breach)
         if said_last is None:
-            if not erased:
-                findings.add(f"breach {breach} has no entry in the log")
-        elif (said_last["event"] == "resolved", said_last["severity"]) != (state == "resolved", severity):
-            findings.add(f"breach {breach} is {state} and {severity}, and the log says {said_last['event']}")
+            continue
+        if (said_last["event"] == "resolved") != (state == "resolved"):
+            findings.add(f"breach {breach} is {state}, and the log says {said_last['event']}")
+        for name, value in zip(_BREACH, values, strict=True):
+            if said_last[name] != value:
+                findings.add(f"breach {breach}: {name} is {value!r}, and the log says {said_last[name]!r}")
+    for breach in last:
+        findings.add(f"breach {breach} is not there, and the log has entries of it")
     return Tally("breach", len(alerts), entries, 0, erased, findings.count, tuple(findings.named))
+
+
+# --- erased entries
+
+
+def _erased(erasures: Erasures) -> Tally:
+    findings, rows = _Findings(), 0
+    for seq, kind in erasures.unexplained():
+        rows += 1
+        if seq is not None:
+            findings.add(f"entry {seq} ({kind}) has lost its content, and no erasure says so")
+    return Tally("erasure", rows, erasures.count, 0, rows, findings.count, tuple(findings.named))

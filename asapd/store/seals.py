@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import apsw
 import msgspec
 
 from asapd.core import merkle
 from asapd.core.merkle import KEPT_LEVEL, MadeNode, Node, Tree
-from asapd.store.rows import fetch, fetch_one
+from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units import Seal, Sealed
+from asapd.wire.checkpoint import Checkpoint
 
 BLOCK = 1 << KEPT_LEVEL
 """Entries below one kept node."""
@@ -40,20 +41,28 @@ def seal(tx: Tx, unit: Seal) -> Sealed:
     return Sealed(unit.size)
 
 
+def _sealed(row: Row) -> SealedAt:
+    """A checkpoint from its row; a note that is no text any more is still shown, and verifies no longer."""
+    size, root, note, sealed_us = row
+    return SealedAt(size, root, note.decode(errors="replace"), sealed_us)
+
+
 def newest(connection: apsw.Connection) -> SealedAt | None:
     """The checkpoint of the largest size."""
-    row = fetch_one(connection, "SELECT size, root, note, sealed_us FROM audit_checkpoint ORDER BY size DESC LIMIT 1")
-    return None if row is None else SealedAt(*row)
+    row = fetch_one(
+        connection, "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint ORDER BY size DESC LIMIT 1"
+    )
+    return None if row is None else _sealed(row)
 
 
 def covering(connection: apsw.Connection, size: int) -> SealedAt | None:
     """The smallest checkpoint of at least a size."""
     row = fetch_one(
         connection,
-        "SELECT size, root, note, sealed_us FROM audit_checkpoint WHERE size >= ? ORDER BY size LIMIT 1",
+        "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE size >= ? ORDER BY size LIMIT 1",
         (size,),
     )
-    return None if row is None else SealedAt(*row)
+    return None if row is None else _sealed(row)
 
 
 def checkpoint_at(connection: apsw.Connection, size: int) -> SealedAt | None:
@@ -62,14 +71,20 @@ def checkpoint_at(connection: apsw.Connection, size: int) -> SealedAt | None:
     return found if found is not None and found.size == size else None
 
 
+def not_stored(connection: apsw.Connection, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that are not in the database with their size and root."""
+    sql = "SELECT 1 FROM audit_checkpoint WHERE size = ? AND root = ?"
+    return [found for found in checkpoints if fetch_one(connection, sql, (found.size, found.root)) is None]
+
+
 def list_checkpoints(connection: apsw.Connection, after: int, limit: int) -> list[SealedAt]:
     """Checkpoints in the order of their size, from behind `after`."""
     rows = fetch(
         connection,
-        "SELECT size, root, note, sealed_us FROM audit_checkpoint WHERE size > ? ORDER BY size LIMIT ?",
+        "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE size > ? ORDER BY size LIMIT ?",
         (after, limit),
     )
-    return [SealedAt(*row) for row in rows]
+    return [_sealed(row) for row in rows]
 
 
 def node_of(connection: apsw.Connection) -> Node:

@@ -913,13 +913,17 @@ class KeepCosignature(Unit[RowWritten], frozen=True):
 
 
 class Erased(msgspec.Struct, frozen=True, tag=True):
-    """So many entries have no payload any more."""
+    """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name."""
 
     entries: int
+    is_whole: bool = True
 
 
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
-    """Give a consumer a pseudonym wherever it is named, and erase the payloads of these entries."""
+    """Erase the payloads of these entries; with `after` those behind it as well, and give the consumer its pseudonym.
+
+    `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more.
+    """
 
     consumer: str
     pseudonym: str
@@ -927,6 +931,7 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     reason: str
     actor: str
     now_us: int
+    after: int | None = 0
 
 
 class KeepHorizon(Unit[RowWritten], frozen=True):

@@ -30,7 +30,8 @@ _RAW = (
 class Request(msgspec.Struct, frozen=True):
     """What to verify: entries behind `since`, with what was sealed, and `remembered` (size, root) from elsewhere.
 
-    `checkpoints` is the path of the file of checkpoints beside the database, of the log with this public key.
+    `checkpoints` is the path of the file of checkpoints beside the database, of the log with this public key;
+    `former_keys` are those that the daemon had before.
     """
 
     since: int = 0
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, frozen=True):
     checkpoints: str | None = None
     public_key: bytes = b""
     reconcile: bool = True
+    former_keys: tuple[bytes, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -75,8 +77,13 @@ def verification(connection: apsw.Connection, request: Request) -> Iterator[Prog
     try:
         yield from _verification(connection, request)
     except apsw.CorruptError as error:
-        fault = Fault(request.since + 1, None, f"the database file is damaged: {error}")
-        yield Report(Walk(fault=fault), request.since, 0)
+        yield _unfinished(request, f"the database file is damaged: {error}")
+    except Exception as error:  # noqa: BLE001 -- whoever has the file must not be able to stop who looks at it
+        yield _unfinished(request, f"the log cannot be verified, {type(error).__name__}: {error}")
+
+
+def _unfinished(request: Request, reason: str) -> Report:
+    return Report(Walk(fault=Fault(request.since + 1, None, reason)), request.since, 0)
 
 
 def report(connection: apsw.Connection, request: Request) -> Report:
@@ -91,9 +98,10 @@ def report(connection: apsw.Connection, request: Request) -> Report:
 def _verification(connection: apsw.Connection, request: Request) -> Iterator[Progress | Report]:
     stand = _start(connection, request.since)
     others = _others(connection, request)
+    keys = (request.public_key, *request.former_keys) if request.public_key else ()
     while stand.walk.fault is None:
         before = stand.walk.seq
-        stand = _step(connection, stand, others, request.public_key)
+        stand = _step(connection, stand, others, keys)
         head = fetch_one(connection, "SELECT max(seq) FROM audit")
         yield Progress(stand.walk.verified, (head or (0,))[0] or 0)
         if stand.walk.seq < before + STEP:
@@ -135,14 +143,14 @@ def _others(connection: apsw.Connection, request: Request) -> dict[int, list[tup
 
 
 def _step(
-    connection: apsw.Connection, stand: _Stand, others: Mapping[int, list[tuple[str, bytes]]], public_key: bytes
+    connection: apsw.Connection, stand: _Stand, others: Mapping[int, list[tuple[str, bytes]]], keys: tuple[bytes, ...]
 ) -> _Stand:
     first = stand.walk.seq + 1 if stand.walk.seq else -(2**63)  # a forged entry may stand before the first
     rows: list[RawEntry] = fetch(connection, _RAW, (first, STEP))
     walk = verify_raw(rows, stand.walk)
     hashes = [row[10] for row in rows[: walk.verified - stand.walk.verified]]
     tree, good, held, taken = stand.tree, stand.good, stand.held, 0
-    for size, known in _sealed_between(connection, tree.size, walk.seq, others, public_key):
+    for size, known in _sealed_between(connection, tree.size, walk.seq, others, keys):
         part = hashes[taken : size - stand.tree.size]
         tree, made = grow(tree, part)
         taken += len(part)
@@ -170,24 +178,24 @@ def _sealed_between(
     after: int,
     through: int,
     others: Mapping[int, list[tuple[str, bytes]]],
-    public_key: bytes,
+    keys: tuple[bytes, ...],
 ) -> list[tuple[int, Known]]:
     """Checkpoints by size: where each is from with its root, or with what is wrong with itself."""
     rows = fetch(
         connection,
-        "SELECT size, root, note FROM audit_checkpoint WHERE size > ? AND size <= ? ORDER BY size",
+        "SELECT size, root, CAST(note AS BLOB) FROM audit_checkpoint WHERE size > ? AND size <= ? ORDER BY size",
         (after, through),
     )
     found: dict[int, Known] = {}
     for size, root, note in rows:
-        found[size] = [("the checkpoint", _misfit(size, root, note, public_key) or root)]
+        found[size] = [("the checkpoint", misfit(size, root, note.decode(errors="replace"), keys) or root)]
     for size, known in others.items():
         if after < size <= through:
             found.setdefault(size, []).extend(known)
     return sorted(found.items())
 
 
-def _misfit(size: int, root: bytes, note: str, public_key: bytes) -> str | None:
+def misfit(size: int, root: bytes, note: str, keys: tuple[bytes, ...]) -> str | None:
     """What is wrong with a stored checkpoint in itself."""
     try:
         checkpoint: Checkpoint = read_checkpoint(note)
@@ -195,11 +203,14 @@ def _misfit(size: int, root: bytes, note: str, public_key: bytes) -> str | None:
         return f"the stored checkpoint of {size} entries {error}"
     if (checkpoint.size, checkpoint.root) != (size, root):
         return f"the stored checkpoint of {size} entries says another size or root than its signed note"
-    # One of a key that the daemon had before is held by its root alone: whose it was is not known here.
-    is_own = bool(public_key) and checkpoint.origin == origin_of(public_key)
-    if is_own and not is_signed_by(checkpoint, public_key):
-        return f"the stored checkpoint of {size} entries was not signed by this daemon's key"
-    return None
+    if not keys or any(is_signed_by(checkpoint, key) for key in keys):
+        return None
+    if checkpoint.origin not in map(origin_of, keys):
+        return (
+            f"the stored checkpoint of {size} entries is of {checkpoint.origin}, which is not this log: if the daemon "
+            "had another key before, list it in audit.former_keys"
+        )
+    return f"the stored checkpoint of {size} entries was not signed by this daemon's key"
 
 
 def _strange_node(connection: apsw.Connection, made: list[MadeNode]) -> tuple[int, str] | None:
@@ -239,7 +250,10 @@ def _beyond(connection: apsw.Connection, stand: _Stand, others: Mapping[int, lis
 
 def length(connection: apsw.Connection, request: Request) -> int:
     """How much there is to walk, roughly: entries, and rows that are held to them, each as it is numbered."""
-    entries, rows = fetch(connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)")[0]
+    try:
+        entries, rows = fetch(connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)")[0]
+    except apsw.Error:  # the walk meets it too, and says what is damaged
+        return 0
     return max((entries or 0) - request.since, (rows or 0) if request.reconcile and not request.since else 0)
 
 

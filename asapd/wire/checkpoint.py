@@ -59,11 +59,17 @@ def read_checkpoint(content: str) -> Checkpoint:
     if len(lines) < 3 or not all(lines):
         raise NoteMalformedError("is a note without the three lines of a checkpoint")
     origin, size, root = lines[0], lines[1], read_base64(lines[2])
-    if _SIZE.match(size) is None or int(size) >= 2**63:
+    entries = read_size(size)
+    if entries is None:
         raise NoteMalformedError("is a checkpoint whose size is no number")
     if root is None or len(root) != _ROOT_BYTES:
         raise NoteMalformedError(f"is a checkpoint whose root is not {_ROOT_BYTES} bytes in base64")
-    return Checkpoint(origin, int(size), root, note)
+    return Checkpoint(origin, entries, root, note)
+
+
+def read_size(text: str) -> int | None:
+    """A number of entries in decimal, up to 2**63 - 1, as a checkpoint and a witness's answer say it."""
+    return int(text) if _SIZE.match(text) is not None and int(text) < 2**63 else None
 
 
 def is_signed_by(checkpoint: Checkpoint, public_key: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -183,6 +184,10 @@ async def test_an_older_copy_of_the_database_is_found_by_the_file_of_checkpoints
         await enter(restored, 5)
         (found,) = await alarms(restored, tmp_path)
         assert "the log was rewritten" in found or "entries that a checkpoint was signed over" in found
+        # And when it has been sealed past what the file says of the other one.
+        await sealed(make(restored, tmp_path))
+        (found,) = await alarms(restored, tmp_path)
+        assert "held to a checkpoint in checkpoints.log: the first 5 entries are not those" in found
 
 
 async def test_a_log_cut_off_below_its_checkpoint_is_found_by_the_database_itself(
@@ -210,6 +215,39 @@ async def test_a_false_signature_in_the_file_is_found(
     checkpoint_log.append(sealer.path, forged.encode())
     (found,) = await alarms(database, tmp_path)
     assert found == "checkpoints.log holds a checkpoint of 9 entries with a false signature"
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "garbage"])
+async def test_a_file_that_is_none_of_checkpoints_is_an_alarm_and_the_start_goes_on(
+    inline_database: Inline, tmp_path: Path, kind: str, autojump_clock: MockClock
+) -> None:
+    database, _ = inline_database
+    await enter(database, 2)
+    sealer = make(database, tmp_path)
+    match kind:
+        case "directory":
+            sealer.path.mkdir()
+        case "fifo":
+            os.mkfifo(sealer.path)
+        case _:
+            sealer.path.write_bytes(b"\xffjunk\x00\n")
+    assert (await sealed(sealer)).size == 2
+    if kind == "garbage":
+        sealer.path.write_bytes(b"\xffjunk\x00\n")
+    (found,) = await alarms(database, tmp_path)
+    assert ("is no regular file" if kind != "garbage" else "it was overwritten") in found
+
+
+async def test_a_damaged_note_in_the_database_is_an_alarm_and_the_start_goes_on(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    await enter(database, 2)
+    await sealed(make(database, tmp_path))
+    connection.execute("DROP TRIGGER audit_checkpoint_no_update")
+    connection.execute("UPDATE audit_checkpoint SET note = CAST(x'ff41' AS TEXT)")
+    (found,) = await alarms(database, tmp_path)
+    assert "held to the newest checkpoint in the database: the stored checkpoint of 2 entries" in found
 
 
 async def test_what_the_file_lacks_is_added_and_half_a_note_at_its_end_does_no_harm(

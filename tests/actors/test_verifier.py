@@ -65,6 +65,15 @@ async def test_a_short_log_is_walked_at_once(inline_database: Inline, tmp_path: 
     assert found.seq == 4
 
 
+async def test_equal_requests_are_walked_beside_each_other(inline_database: Inline, tmp_path: Path) -> None:
+    database, _ = inline_database
+    verifier = make(database, tmp_path)
+    await enter(database, 5)
+    async with aclosing(verifier.steps(0, (), reconcile=True)) as first, trio.open_nursery() as nursery:
+        assert isinstance(await anext(first), Report)
+        nursery.start_soon(verified, verifier)
+
+
 async def test_a_long_log_is_walked_in_a_process_that_says_how_far_it_is(
     inline_database: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

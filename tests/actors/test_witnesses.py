@@ -147,6 +147,9 @@ async def test_of_two_requests_from_one_size_one_is_taken(pair: Pair) -> None:
         (Posted(200, b"nonsense\n"), "no valid signature"),
         (Posted(200, "— w AAAAAAAA\n".encode()), "no valid signature"),
         (Posted(409, b"nonsense"), "has seen another log"),
+        (Posted(409, b"9" * 5000), "has seen another log"),
+        (Posted(409, "٣\n".encode()), "has seen another log"),
+        (Posted(409, b"%d\n" % 2**63), "has seen another log"),
     ],
 )
 async def test_a_witness_that_does_not_sign_is_told_of_and_stops_nothing(

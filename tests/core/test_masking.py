@@ -23,7 +23,9 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-@given(before=st.sampled_from(["", "failed with ", "é:"]), after=st.sampled_from(["", " twice", "\n", ", sorry"]))
+@given(
+    before=st.sampled_from(["", "failed with ", "é:", "key="]), after=st.sampled_from(["", " twice", "\n", ", sorry"])
+)
 def test_a_secret_is_masked_and_what_is_around_it_stays(secret: str, before: str, after: str) -> None:
     assert masked(f"{before}{secret}{after}") == f"{before}{MASK}{after}"
 
@@ -40,6 +42,10 @@ def test_a_password_in_a_url_is_masked() -> None:
         "aud_01JD8Z4M7Q0000000000000000",
         "ab" * 32,
         "task-sk-1",
+        "helpdesk-assistant-production-01",
+        "urn:asap:agent:helpdesk-assistant-production-01",
+        "task-550e8400-e29b-41d4-a716-446655440000",
+        "xeyJhbGciOiJF.eyJpc3MiOiJ4In0.c2lnbmF0dXJl",
         "asked the bearer of this",
         "http://127.0.0.1:9000/x",
         "2026-11-20T09:00:01.123456Z",
@@ -49,9 +55,20 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert masked(text) == text
 
 
-def test_details_are_masked_however_deep_and_keep_their_shape() -> None:
-    details = {"a": SECRETS[0], "b": [SECRETS[1], {"c": SECRETS[3], "n": 1}], "d": None, "e": True, "f": ("x",)}
-    assert masked_details(details) == {"a": MASK, "b": [MASK, {"c": MASK, "n": 1}], "d": None, "e": True, "f": ["x"]}
+def test_free_texts_of_details_are_masked_however_deep_and_keep_their_shape() -> None:
+    details = {"error": SECRETS[0], "b": [1, {"comment": [SECRETS[3]], "n": 1}], "d": None, "reason": {"x": SECRETS[1]}}
+    assert masked_details(details) == {
+        "error": MASK,
+        "b": [1, {"comment": [MASK], "n": 1}],
+        "d": None,
+        "reason": {"x": MASK},
+    }
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_names_something_stays_whatever_it_looks_like(secret: str) -> None:
+    details = {"agent": secret, "task_id": secret, "scopes": [secret], "changed": {"id": secret}, "list": (secret,)}
+    assert masked_details(details) == {**details, "list": [secret]}
 
 
 @pytest.mark.parametrize(

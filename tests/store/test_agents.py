@@ -169,7 +169,7 @@ def test_a_change_of_state_is_kept_with_its_reason(
     submit(put(AGENT))
     submit(replace(PROBE, transition_from="unknown"))
     submit(replace(PROBE, ts_us=NOW_US + 1, state="unhealthy", transition_from="healthy", reason="timeout"))
-    assert agent_history.transitions(connection, A, 10) == [
+    assert agent_history.transitions(connection, EVERYTHING, A, 10) == [
         (NOW_US + 1, "healthy", "unhealthy", "timeout"),
         (NOW_US, "unknown", "healthy", None),
     ]

@@ -318,3 +318,21 @@ def test_an_entry_is_found_by_its_number_or_its_id(connection: apsw.Connection) 
     assert audit.get_entry(connection, entry["id"]) == entry
     assert audit.get_entry(connection, "2") is None
     assert audit.get_entry(connection, "9" * 30) is None
+
+
+def test_an_entry_that_is_no_text_any_more_is_shown_and_marked(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    for number in range(3):
+        note = Note("test", "asapd", f"s{number}", {"agent": A, "task_id": "t"}, NOW_US)
+        writer.run([Envelope(number, note, False)])
+    connection.execute("DROP TRIGGER audit_no_update")
+    connection.execute(
+        "UPDATE audit SET actor = CAST(x'ff41' AS TEXT), details = '{', timestamp_us = ? WHERE seq = 2", (2**63 - 1,)
+    )
+    entry = audit.get_entry(connection, "2")
+    assert entry is not None
+    assert (entry["actor"], entry["details"]) == ("\ufffdA", {"unreadable": "{"})
+    assert entry["damaged"] == ["timestamp", "details", "actor"]
+    for query in (audit.AuditFilter(), audit.AuditFilter(agent=A), audit.AuditFilter(task="t")):
+        rows = audit.list_entries(connection, query, 10, 0, descending=False)
+        assert [row["seq"] for row in rows if "damaged" not in row] == [1, 3]

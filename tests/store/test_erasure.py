@@ -68,7 +68,14 @@ def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connectio
     told = audit.get_entry(connection, "9")
     assert told is not None
     assert (told["event_type"], told["subject"], told["previous_hash"]) == ("erasure.applied", "ers_1", head[1])
-    assert told["details"] == {"count": 4, "first_seq": 1, "last_seq": 4, "reason": "request 17"}
+    assert told["details"] == {
+        "count": 4,
+        "entries": [[1, 4]],
+        "first_seq": 1,
+        "last_seq": 4,
+        "reason": "request 17",
+        "usage_rows": [[1, 3]],
+    }
     report = verifying.report(connection, Request())
     assert (report.is_valid, report.walk.erased, report.walk.verified) == (True, 4, 9)
     assert report.tallies is not None
@@ -93,6 +100,41 @@ def test_an_erased_entry_answers_for_one_row_and_no_more(connection: apsw.Connec
     report = verifying.report(connection, Request())
     assert report.tallies is not None
     assert report.tallies[0].findings == 1
+
+
+def report_more(writer: Writer, count: int) -> None:
+    events = [UsageEvent("t", A, MAX, NOW_US, id=f"more{count}-{number}") for number in range(count)]
+    submit(writer, RecordUsage("t", "key:x", NOW_US, events, [Cost(7)] * count))
+
+
+def test_the_log_verifies_after_every_step_of_an_erasure_beside_ingest(
+    connection: apsw.Connection, writer: Writer
+) -> None:
+    for seqs in ([1, 2], [3]):
+        step = submit(writer, EraseConsumer(MAX, "ers_1", seqs, "r", "key:admin", NOW_US, None))
+        assert step == Erased(len(seqs), is_whole=False)
+        assert verifying.report(connection, Request()).is_valid
+        report_more(writer, len(seqs))
+    last = submit(writer, EraseConsumer(MAX, "ers_1", [4], "r", "key:admin", NOW_US, 4))
+    assert last == Erased(4)
+    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0}
+    assert erasure.count_of(connection, "ers_1")["usage"] == 6
+    assert verifying.report(connection, Request()).is_valid
+    report_more(writer, 3)
+    assert submit(writer, EraseConsumer(MAX, "ers_2", [], "r", "key:admin", NOW_US, 0)) == Erased(3)
+    assert verifying.report(connection, Request()).is_valid
+
+
+def test_a_name_stays_while_more_came_than_one_step_erases(
+    connection: apsw.Connection, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "LATE", 2)
+    for _ in range(2):
+        result = erase(writer, [])
+        assert isinstance(result, Erased)
+    assert result == Erased(2, is_whole=True)
+    assert erasure.count_of(connection, MAX)["usage"] == 0
+    assert verifying.report(connection, Request()).is_valid
 
 
 def test_the_consumer_can_come_again_as_somebody_new(connection: apsw.Connection, writer: Writer) -> None:

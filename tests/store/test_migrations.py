@@ -202,7 +202,7 @@ def test_the_history_of_an_older_file_is_kept_and_cannot_be_changed(path: Path) 
                 "INSERT INTO agent_transition (agent, ts_us, old_state, new_state, reason) VALUES (?,?,?,?,?)", row
             )
     with closing(open_for_writing(path)) as connection:
-        assert agent_history.transitions(connection, "a", 10) == [(5, "unknown", "healthy", None)]
+        assert agent_history.transitions(connection, EVERYTHING, "a", 10) == [(5, "unknown", "healthy", None)]
         tenants = connection.execute("SELECT agent, tenant FROM agent_event ORDER BY seq").fetchall()
         assert tenants == [("a", "acme"), ("gone", "default")]
         (agent,) = agents.directory(connection, EVERYTHING)

@@ -150,6 +150,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("task", 2, 2),
         ("delegation", 1, 1),
         ("breach", 2, 2),
+        ("erasure", 0, 0),
     ]
 
 
@@ -291,11 +292,19 @@ def test_a_checkpoint_that_another_key_signed_is_found(altered: apsw.Connection)
     assert fault(altered) == (280, "the stored checkpoint of 280 entries was not signed by this daemon's key")
 
 
-def test_checkpoints_of_a_key_from_before_are_held_by_their_root(altered: apsw.Connection) -> None:
-    found = report(altered, Request(public_key=bytes(SigningKey(bytes(32)).verify_key)))
+def test_checkpoints_of_a_key_from_before_are_held_where_it_is_named(altered: apsw.Connection) -> None:
+    changed = Request(public_key=bytes(SigningKey(bytes(32)).verify_key), former_keys=(PUBLIC,))
+    found = report(altered, changed)
     assert (found.is_valid, found.held) == (True, 3)
     chain_again_any(altered, 290)
-    assert not report(altered, Request(public_key=bytes(SigningKey(bytes(32)).verify_key))).is_valid
+    assert not report(altered, changed).is_valid
+
+
+def test_a_checkpoint_of_a_log_that_nobody_named_is_found(altered: apsw.Connection) -> None:
+    own = origin_of(PUBLIC)
+    altered.execute("UPDATE audit_checkpoint SET note = replace(note, ?, 'asapd/0123') WHERE size = 280", (own,))
+    seq, reason = fault(altered)
+    assert (seq, "is of asapd/0123, which is not this log" in reason) == (280, True)
 
 
 # --- what the log records
@@ -354,8 +363,17 @@ def test_a_row_of_usage_that_is_gone_was_put_in_or_changed_places_is_found(alter
         ("delegation", "UPDATE delegation SET revoked_us = 5", "is revoked, and the log says otherwise"),
         ("delegation", "UPDATE delegation SET id = 'del_x'", "delegation del_x has no entry in the log"),
         ("delegation", "DELETE FROM delegation", "there is no such delegation"),
-        ("breach", "UPDATE breach SET state = 'open'", "breach brc_1 is open and warning, and the log says resolved"),
-        ("breach", "UPDATE breach SET severity = 'critical'", "breach brc_1 is resolved and critical"),
+        ("breach", "UPDATE breach SET state = 'open'", "breach brc_1 is open, and the log says resolved"),
+        ("breach", "UPDATE breach SET severity = 'critical'", "breach brc_1: severity is 'critical'"),
+        ("breach", "UPDATE breach SET agent_id = 'x'", "breach brc_1: agent is 'x'"),
+        ("breach", "UPDATE breach SET threshold = '9'", "breach brc_1: threshold is '9', and the log says '1'"),
+        ("breach", "UPDATE breach SET actual = NULL", "breach brc_1: actual is None"),
+        ("breach", "UPDATE breach SET window_us = 1, samples = 2", "breach brc_1: window_us is 1"),
+        ("breach", "UPDATE breach SET breach_type = 'x'", "breach brc_1: breach_type is 'x'"),
+        ("breach", "DELETE FROM breach", "breach brc_1 is not there, and the log has entries of it"),
+        ("usage", "UPDATE usage SET seq = -seq WHERE seq = 3", "usage row -3"),
+        ("usage", "UPDATE usage SET seq = -9223372036854775807 - 1 WHERE seq = 3", "usage row -9223372036854775808"),
+        ("task", "UPDATE task SET seq = 0, task_id = 'x' WHERE seq = 2", "task row 0 (x, failed) has no entry"),
         ("breach", "UPDATE breach SET id = 'brc_2'", "breach brc_2 has no entry in the log"),
         ("breach", "DELETE FROM alert WHERE seq = 1", "alert 1 is not there"),
         ("breach", "UPDATE alert SET event = 'resolved' WHERE seq = 1", "alert 1 is resolved brc_1, and entry"),
@@ -367,6 +385,65 @@ def test_what_was_changed_in_other_tables_is_named(altered: apsw.Connection, tab
     altered.execute(sql)
     found = findings(altered, table)
     assert any(said in finding for finding in found), found
+
+
+NO_TEXT = "CAST(x'ff41' AS TEXT)"
+
+
+@pytest.mark.parametrize(
+    ("table", "sql", "said"),
+    [
+        *(
+            ("usage", f"UPDATE usage SET {column} = {NO_TEXT} WHERE seq = 7", f"usage row 7: {column} is not UTF-8")
+            for column in ("id", "task_id", "error", "delegation", "action", "trace_id", "reported_by")
+        ),
+        ("usage", f"UPDATE usage SET labels = {NO_TEXT} WHERE seq = 7", "usage row 7: labels is not JSON"),
+        ("usage", "UPDATE usage SET labels = '{' WHERE seq = 7", "usage row 7: labels is not JSON"),
+        ("usage", f"UPDATE name SET name = {NO_TEXT} WHERE id = 2", "name row 2: name is not UTF-8"),
+        ("task", f"UPDATE task SET state = {NO_TEXT} WHERE seq = 2", "task row 2: state is not UTF-8"),
+        ("delegation", f"UPDATE delegation SET delegate = {NO_TEXT}", "delegation row 1: delegate is not UTF-8"),
+        ("delegation", "UPDATE delegation SET scopes = '['", "delegation row 1: scopes is not JSON"),
+        ("delegation", f"UPDATE delegation SET expires_us = {2**63 - 1}", "delegation row 1: expires_us is not a time"),
+        ("breach", f"UPDATE breach SET severity = {NO_TEXT}", "breach row brc_1: severity is not UTF-8"),
+        ("breach", f"UPDATE alert SET breach = {NO_TEXT} WHERE seq = 1", "alert row 1: breach is not UTF-8"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(altered: apsw.Connection, table: str, sql: str, said: str) -> None:
+    altered.execute("PRAGMA foreign_keys = OFF")
+    altered.execute(sql)
+    found = findings(altered, table)
+    assert any(said in finding for finding in found), found
+
+
+_EMPTY = "actor = NULL, subject = NULL, details = NULL, salt = NULL"
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "sql", "said"),
+    [
+        ("usage.recorded", "usage", "UPDATE usage SET tokens_in = 9 WHERE seq = 4", "usage row 1 ("),
+        ("task.started", "task", "UPDATE task SET task_id = 'x' WHERE seq = 1", "task row 1 (x, started)"),
+        ("delegation.created", "delegation", "UPDATE delegation SET max_tasks = 9, revoked_us = 5", "is revoked"),
+        ("sla.breach", "breach", "UPDATE breach SET severity = 'critical'", "alert 1 (opened brc_1) has no entry"),
+        ("sla.breach", "erasure", "SELECT 1", "(sla.breach) has lost its content, and no erasure says so"),
+    ],
+)
+def test_an_entry_emptied_without_an_erasure_explains_nothing(
+    altered: apsw.Connection, kind: str, table: str, sql: str, said: str
+) -> None:
+    altered.execute(f"UPDATE audit SET {_EMPTY} WHERE event_type = ?; {sql}", (kind,))
+    found = findings(altered, table)
+    assert any(said in finding for finding in found), found
+
+
+def test_a_stored_note_that_is_no_text_is_a_fault(altered: apsw.Connection) -> None:
+    altered.execute(f"UPDATE audit_checkpoint SET note = {NO_TEXT}")
+    assert "the stored checkpoint of" in fault(altered)[1]
+
+
+def test_whatever_a_walk_meets_it_ends_with_a_report(altered: apsw.Connection, tmp_path: Path) -> None:
+    altered.execute("DROP TABLE audit_node")
+    assert "the log cannot be verified, SQLError" in fault(altered)[1]
 
 
 def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: apsw.Connection) -> None:

@@ -81,6 +81,27 @@ async def test_a_caller_gets_a_receipt_of_what_it_may_see(edge: Edge) -> None:
     assert (await edge.get("/tasks/none/receipt")).refused(404)["code"] == "task_not_found"
 
 
+async def test_a_receipt_tells_of_a_delegation_that_was_debited_and_that_the_caller_may_see(edge: Edge) -> None:
+    terms = {
+        "delegator": A,
+        "delegate": B,
+        "scopes": ["task.*"],
+        "constraints": {"expires_at": "2027-01-16T08:00:00Z"},
+    }
+    given = (await edge.post("/delegations", terms)).ok(201)["id"]
+    named = [event("stranger", 1, delegation=given), event("own", 1, agent=B, delegation=given)]
+    assert (await edge.post("/usage", named)).status == 201
+    await edge.new_key("consumer", "reader", "urn:asap:agent:desk")
+    await edge.new_key("holder", "reader", B)
+
+    async def kinds(task: str, key: str) -> list[str]:
+        return [item["entry"]["event_type"] for item in (await receipt(edge, task, key=key))["entries"]]
+
+    assert await kinds("own", "holder") == ["delegation.created", "usage.recorded"]
+    assert await kinds("own", "consumer") == ["usage.recorded"]
+    assert await kinds("stranger", "admin") == ["usage.recorded"]
+
+
 async def test_a_task_of_too_many_entries_is_refused(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     await fill(edge)
     for most in (3, 6):
