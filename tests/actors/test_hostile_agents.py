@@ -286,9 +286,9 @@ async def test_every_version_of_a_manifest_is_kept_as_it_was_served(rig: Rig) ->
             for number, body in enumerate(bodies):
                 shown[0] = body
                 await reached(rig, lambda least=number: len(rig.manifests()) > least)  # type: ignore[misc]  # bound now
-    versions = manifests.versions(rig.connection, A, 10, None)
+    versions = manifests.versions(rig.connection, EVERYTHING, A, 10, None)
     assert len({kept.digest for _, kept in versions}) == 3
-    kept = [manifests.body_of(rig.connection, A, version.digest) for _, version in reversed(versions)]
+    kept = [manifests.body_of(rig.connection, EVERYTHING, A, version.digest) for _, version in reversed(versions)]
     assert [found[1] for found in kept if found is not None] == bodies
-    page = manifests.versions(rig.connection, A, 2, None)
-    assert page + manifests.versions(rig.connection, A, 2, page[-1][0]) == versions
+    page = manifests.versions(rig.connection, EVERYTHING, A, 2, None)
+    assert page + manifests.versions(rig.connection, EVERYTHING, A, 2, page[-1][0]) == versions
