@@ -24,11 +24,14 @@ class Answerable(Protocol[T]):
 
 
 async def ask_actor(
-    mailbox: trio.MemorySendChannel[Any], build: Callable[[Reply[Any]], Answerable[T]], *, wait_for_room: bool = False
+    mailbox: trio.MemorySendChannel[Any], build: Callable[[Reply[Any]], Answerable[T]], *, patient: bool = False
 ) -> T | Refusal:
-    """Ask, and answer with a refusal when the actor cannot."""
+    """Ask, and answer with a refusal when the actor cannot.
+
+    With `patient` the caller bounds the wait, for room with the actor too; else no room is a refusal at once.
+    """
     try:
-        answer: T = await ask(mailbox, build, deadline_s=ASK_S, wait_for_room=wait_for_room)
+        answer: T = await ask(mailbox, build, deadline_s=None if patient else ASK_S)
     except MailboxFull as error:
         return Refusal("overloaded", f"{error}: try again", retry_after_s=error.retry_after_s)
     except (AnswererGone, NoAnswerInTime) as error:

@@ -53,11 +53,11 @@ async def authorize(
     idempotency_key: str | None,
     query: bytes,
     *,
-    wait_for_room: bool = False,
+    patient: bool = False,
 ) -> tuple[int, dict[str, Any]] | Refusal:
     """Ask for a reservation; status and body of the answer, where a denial is a 403 problem.
 
-    With `wait_for_room` it waits while the registry has no room, where it is refused at once otherwise.
+    With `patient` the caller bounds the wait for the registry, which is refused at once otherwise when it has no room.
     """
     if not caller.may(Permission.INGEST):
         detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
@@ -90,7 +90,7 @@ async def authorize(
             key,
             to,
         ),
-        wait_for_room=wait_for_room,
+        patient=patient,
     )
     match outcome:
         case AuthorizationDenied(denied=denied, remaining=left, shortfall=shortfall):

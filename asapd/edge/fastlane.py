@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from http import HTTPStatus
+from itertools import takewhile
 from math import inf
-from typing import Any
+from typing import Any, assert_never
 from wsgiref.handlers import format_date_time
 
 import httptools
@@ -27,11 +28,12 @@ from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
 from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE, authorize
+from asapd.edge.direct import DirectStream
 from asapd.edge.early import bare_response
 from asapd.edge.ingest import FREE_BYTES, PushbackStream
 from asapd.edge.json_body import json_body
 from asapd.edge.serve import DEFAULT_LIMITS
-from asapd.edge.services import Services
+from asapd.edge.services import ASK_S, Services
 from asapd.edge.sockets import Peer
 from asapd.edge.usage_request import PATHS, UsageRequest, answer
 from asapd.runtime.room import Room
@@ -42,6 +44,13 @@ SEND_BYTES = 65_536
 ACCEPT_PAUSE_S = 0.1
 # Requests of one connection in hand at once. They share commits; their answers keep their order.
 PIPELINED = 64
+# Heads that a connection remembers: those of one client differ in the length of the body.
+HEADS = 8
+HEAD_BYTES = 1_024
+# For the answer to a request, of which actors are asked at most twice. Who has none by then is told that nobody knows.
+ANSWER_S = ASK_S + 5.0
+# Between two looks at whose time is up: a wait ends at most so much later than its limit says.
+LOOK_S = 0.5
 
 _PATHS = {path.encode(): path for path in (*PATHS, AUTHORIZE)}
 _STARTS = (b"POST /usage", b"POST %b" % AUTHORIZE.encode())
@@ -52,6 +61,13 @@ _NO_ROOM = Refusal(
     "overloaded",
     "other large bodies are being received and left no room for this one: try again, or send smaller ones",
     retry_after_s=5,
+)
+
+_TOO_LATE = Refusal(
+    "outcome_unknown",
+    "the request was not answered in time, and may still take effect: send it again, an event with an id is still "
+    "counted once",
+    retry_after_s=1,
 )
 
 HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
@@ -98,9 +114,10 @@ class _Head(msgspec.Struct, frozen=True):
 
 def _read_head(raw: bytes, max_body_bytes: int) -> _Head | None:
     """A whole head, up to its empty line; None when the request is not one for the lane."""
-    target, _, version = raw.partition(b"\r\n")[0][5:].partition(b" ")
+    method, _, rest = raw.partition(b"\r\n")[0].partition(b" ")
+    target, _, version = rest.partition(b" ")
     path, _, query = target.partition(b"?")
-    if path not in _PATHS or version != b"HTTP/1.1":
+    if method != b"POST" or path not in _PATHS or version != b"HTTP/1.1":
         return None
     found = _HeadParser()
     parser = httptools.HttpRequestParser(found)
@@ -163,6 +180,7 @@ class FastLane:
         places = trio.Semaphore(max_connections)
         async with trio.open_nursery() as outside:
             outside.start_soon(self._stop_when_cancelled)
+            outside.start_soon(self._end_waits)
             async with trio.open_nursery() as connections:
                 # Cancellation is turned into a stop, which sets the deadline of this shield.
                 connections.cancel_scope.shield = True
@@ -180,6 +198,13 @@ class FastLane:
             await trio.sleep_forever()
         finally:
             self.stop()
+
+    async def _end_waits(self) -> None:
+        while True:
+            await trio.sleep(LOOK_S)
+            now_s = trio.current_time()
+            for connection in self._connections:
+                connection.end_if_due(now_s)
 
     async def _accept(self, listener: trio.SocketListener, places: trio.Semaphore, connections: trio.Nursery) -> None:
         async with listener:
@@ -297,14 +322,14 @@ class FastLane:
 
 async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> tuple[int, dict[str, Any]] | Refusal:
     if request.path != AUTHORIZE:
-        return await answer(services, caller, request, wait_for_room=True)
+        return await answer(services, caller, request, patient=True)
     headers = request.headers
     limit = services.settings().http.max_body_bytes
     body = json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)
     if isinstance(body, Refusal):
         return body
     key = headers.get("idempotency-key")
-    return await authorize(services, caller, body, key, request.query, wait_for_room=True)
+    return await authorize(services, caller, body, key, request.query, patient=True)
 
 
 class _Doing(Enum):
@@ -320,16 +345,20 @@ class _Doing(Enum):
 class _Connection:
     """One client: what has come is answered together, and only then is more read.
 
-    One cancel scope bounds all its waits; its deadline moves with what it does, which costs less than a scope for each.
+    One cancel scope bounds all its waits, and the lane looks whose time is up: a deadline for each, which moves with
+    all that a connection does, would cost a tenth of a small request.
     """
 
     def __init__(self, lane: FastLane, stream: SocketTransport, peer: Peer | None) -> None:
         self._lane = lane
         self._stream = stream
+        self._direct = DirectStream(stream)
         self._peer = peer
         self._limits = lane.limits
         self._buffer = bytearray()
         self._head: _Head | None = None
+        self._heads: dict[bytes, _Head] = {}
+        self._responses: list[bytes] = []
         self._caller: Caller | Refusal = _BUG
         self._held_bytes = 0
         self._searched = 0
@@ -337,6 +366,7 @@ class _Connection:
         self._is_foreign = False
         self._doing = _Doing.ANSWERING
         self._waiting = trio.CancelScope()
+        self._due_s = inf
 
     def stop_if_idle(self) -> None:
         """Ends the connection unless a request has begun."""
@@ -371,20 +401,32 @@ class _Connection:
             if self._is_foreign or (not found and not await self._receive(wait_s)):
                 return
 
-    def _doing_until(self, doing: _Doing, deadline_s: float) -> None:
-        self._doing = doing
-        self._waiting.deadline = deadline_s
+    def end_if_due(self, now_s: float) -> None:
+        """Ends the wait at hand if its time is up."""
+        if self._due_s <= now_s:
+            self._waiting.cancel()
+
+    def _doing_until(self, doing: _Doing, due_s: float) -> None:
+        self._doing, self._due_s = doing, due_s
 
     async def _too_slow(self) -> None:
-        if self._doing is _Doing.SENDING:
-            self._lane.cut_off()
-        elif self._doing in {_Doing.READING, _Doing.WAITING}:
-            is_slow = self._doing is _Doing.READING
-            with trio.move_on_after(self._limits.send_s):
-                await self._stream.send_all(
-                    bare_response(408) if is_slow else self._lane.respond(_NO_ROOM, keep_alive=False)
-                )
-                await self._linger()
+        match self._doing:
+            case _Doing.IDLE:
+                return
+            case _Doing.SENDING:
+                self._lane.cut_off()
+                return
+            case _Doing.READING:
+                last = bare_response(408)
+            case _Doing.WAITING:
+                last = self._lane.respond(_NO_ROOM, keep_alive=False)
+            case _Doing.ANSWERING:
+                last = b"".join(takewhile(bool, self._responses)) + self._lane.respond(_TOO_LATE, keep_alive=False)
+            case _:
+                assert_never(self._doing)
+        with trio.move_on_after(self._limits.send_s):
+            await self._stream.send_all(last)
+            await self._linger()
 
     def _take(self) -> list[_Sent]:
         """The whole requests that have come, as many as may be in hand at once."""
@@ -413,18 +455,14 @@ class _Connection:
         buffer = self._buffer
         if not buffer or self._is_foreign:
             return False
-        if not any(buffer.startswith(start[: len(buffer)]) for start in _STARTS):
-            self._is_foreign = True
-            return False
         end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
         if end < 0:
             self._searched = len(buffer)
-            self._is_foreign = len(buffer) > self._limits.max_header_bytes or b"\n\n" in buffer
+            is_ours = any(buffer.startswith(start[: len(buffer)]) for start in _STARTS)
+            self._is_foreign = not is_ours or len(buffer) > self._limits.max_header_bytes or b"\n\n" in buffer
             return False
         self._searched = 0
-        head = None
-        if end <= self._limits.max_header_bytes:
-            head = _read_head(bytes(buffer[: end + 4]), self._limits.max_body_bytes)
+        head = self._known_head(bytes(buffer[: end + 4]))
         if head is None:
             self._is_foreign = True
             return False
@@ -433,22 +471,31 @@ class _Connection:
         del buffer[: end + 4]
         return True
 
+    def _known_head(self, raw: bytes) -> _Head | None:
+        """A head, read once however often it comes; None when its request is not one for the lane."""
+        head = self._heads.get(raw)
+        if head is None and len(raw) <= self._limits.max_header_bytes + 4:
+            head = _read_head(raw, self._limits.max_body_bytes)
+            if head is not None and len(raw) <= HEAD_BYTES:
+                if len(self._heads) >= HEADS:
+                    self._heads.clear()
+                self._heads[raw] = head
+        return head
+
     async def _answer(self, found: list[_Sent]) -> None:
         """Answers requests in their order."""
-        self._doing_until(_Doing.ANSWERING, inf)
-        if len(found) == 1:
-            response = await self._lane.answer(found[0])
-            self._give_back()
-            await self._send(response)
-            return
-        responses = [b""] * len(found)
+        self._responses = responses = [b""] * len(found)
+        self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
 
         async def one(place: int, sent: _Sent) -> None:
             responses[place] = await self._lane.answer(sent)
 
-        async with trio.open_nursery() as nursery:
-            for place, sent in enumerate(found):
-                nursery.start_soon(one, place, sent)
+        if len(found) == 1:
+            await one(0, found[0])
+        else:
+            async with trio.open_nursery() as nursery:
+                for place, sent in enumerate(found):
+                    nursery.start_soon(one, place, sent)
         self._give_back()
         await self._send(b"".join(responses))
 
@@ -475,7 +522,7 @@ class _Connection:
             self._doing_until(_Doing.READING, min(whole_s, trio.current_time() + limits.body_idle_s))
         if is_idle and self._lane.is_stopping:
             return False
-        data = await self._stream.receive_some(RECEIVE_BYTES)
+        data = await self._direct.receive_some(RECEIVE_BYTES)
         if self._waiting.cancel_called:
             # What came together with the deadline came too late; to begin on it would be to leave it unanswered.
             await trio.lowlevel.checkpoint()
@@ -487,7 +534,7 @@ class _Connection:
     async def _send(self, data: bytes) -> None:
         for start in range(0, len(data), SEND_BYTES):
             self._doing_until(_Doing.SENDING, trio.current_time() + self._limits.send_s)
-            await self._stream.send_all(data[start : start + SEND_BYTES])
+            await self._direct.send_all(data[start : start + SEND_BYTES])
 
     async def _linger(self) -> None:
         """Discards input for a while: closing on what is unread would reset the answer away."""

@@ -43,7 +43,7 @@ async def report(
     *,
     partial: bool = False,
     idempotency: Idempotency | None = None,
-    wait_for_room: bool = False,
+    patient: bool = False,
     attribution: Attribution | None = None,
 ) -> dict[str, Any] | Refusal:
     """Record what a body holds and return the reply, after the commit.
@@ -55,7 +55,7 @@ async def report(
     if isinstance(prepared, Refusal):
         return prepared
     recorded = await ask_actor(
-        services.mailboxes.meter, partially(prepared.message, caller, idempotency), wait_for_room=wait_for_room
+        services.mailboxes.meter, partially(prepared.message, caller, idempotency), patient=patient
     )
     if isinstance(recorded, Refusal):
         return recorded
@@ -155,12 +155,10 @@ async def _prepare(
     return _Prepared(events, places, tasks, errors, decoded.is_batch, partial, attribution)
 
 
-async def attribute(
-    services: Services, caller: Caller, token: str, *, wait_for_room: bool = False
-) -> Attribution | Refusal:
+async def attribute(services: Services, caller: Caller, token: str, *, patient: bool = False) -> Attribution | Refusal:
     """Under which delegation a report is that came with a token; a refusal only when that cannot be told now."""
     return await ask_actor(
-        services.mailboxes.registry, lambda reply: Attribute(caller, token.strip(), reply), wait_for_room=wait_for_room
+        services.mailboxes.registry, lambda reply: Attribute(caller, token.strip(), reply), patient=patient
     )
 
 

@@ -56,11 +56,11 @@ def written_as(headers: Mapping[str, str]) -> Written | Refusal:
 
 
 async def answer(
-    services: Services, caller: Caller, request: UsageRequest, *, wait_for_room: bool = False
+    services: Services, caller: Caller, request: UsageRequest, *, patient: bool = False
 ) -> tuple[int, dict[str, Any]] | Refusal:
     """Record what the request reports, or only look at it, and say what became of it: status and reply.
 
-    With `wait_for_room` it waits while the meter has no room, where it is refused at once otherwise.
+    With `patient` the caller bounds the wait for the meter, which is refused at once otherwise when it has no room.
     """
     if not caller.may(Permission.INGEST):
         detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
@@ -100,7 +100,7 @@ async def answer(
     attribution: Attribution | None = None
     token = request.headers.get(DELEGATION_HEADER)
     if token:
-        under = await attribute(services, caller, token, wait_for_room=wait_for_room)
+        under = await attribute(services, caller, token, patient=patient)
         if isinstance(under, Refusal):
             return under
         attribution = under
@@ -111,7 +111,7 @@ async def answer(
         written,
         partial=partial,
         idempotency=key,
-        wait_for_room=wait_for_room,
+        patient=patient,
         attribution=attribution,
     )
     return outcome if isinstance(outcome, Refusal) else (201, outcome)

@@ -125,37 +125,31 @@ class Reply(Generic[T]):
             self._then(self)
 
 
-async def ask(
-    mailbox: trio.MemorySendChannel[M],
-    build: Callable[[Reply[T]], M],
-    *,
-    deadline_s: float,
-    wait_for_room: bool = False,
-) -> T:
+async def ask(mailbox: trio.MemorySendChannel[M], build: Callable[[Reply[T]], M], *, deadline_s: float | None) -> T:
     """Send the message that `build` makes around a fresh reply, and return the answer.
 
-    A full mailbox is refused at once; with `wait_for_room` it is waited for, within the same deadline, which suits a
-    socket that stops reading meanwhile. A caller that is cancelled before the message was accepted has sent nothing.
+    A full mailbox is refused at once. Without a deadline it is waited for, as the answer is: the caller bounds both, as
+    a connection does whose waits share one scope; a scope of its own is a tenth of a small request. A caller that is
+    cancelled before the message was accepted has sent nothing.
 
     Raises MailboxFull (nothing was done), AnswererGone, NoAnswerInTime (the outcome is unknown) and HandlerFailed.
     """
     reply: Reply[T] = Reply()
     message = build(reply)
-    sent = False
-    with trio.move_on_after(deadline_s):
+    try:
         try:
-            if wait_for_room:
-                await mailbox.send(message)
-            else:
-                mailbox.send_nowait(message)
+            mailbox.send_nowait(message)
         except trio.WouldBlock:
-            raise MailboxFull("the queue is full; nothing was done") from None
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise AnswererGone("the answerer has shut down; nothing was done") from None
-        sent = True
+            if deadline_s is not None:
+                raise MailboxFull("the queue is full; nothing was done") from None
+            await mailbox.send(message)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        raise AnswererGone("the answerer has shut down; nothing was done") from None
+    if deadline_s is None:
         await reply.wait_ended()
-    if not sent:
-        raise MailboxFull(f"the queue stayed full for {deadline_s:g} s; nothing was done")
+    else:
+        with trio.move_on_after(deadline_s):
+            await reply.wait_ended()
     # Not the scope's verdict: an answer that arrives together with the deadline still counts.
     if not reply.ended:
         raise NoAnswerInTime(f"no answer within {deadline_s:g} s; the request may still take effect")

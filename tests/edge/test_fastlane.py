@@ -30,7 +30,7 @@ from asapd.edge.throttle import Throttle
 from asapd.runtime.room import Room
 from asapd.wire.frames import encode
 from asapd.wire.token import sign
-from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge
+from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge, open_edge
 
 
 def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -421,6 +421,21 @@ async def test_a_bug_is_500_and_the_connection_stays(edge: Edge, tmp_path: Path,
         client = await lane.unix()
         assert [(await client.ask(post(event())))[2]["code"] for _ in range(2)] == ["internal"] * 2
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_answer_that_does_not_come_in_time_is_a_503_behind_those_that_did(
+    inline_database: Any, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_edge(inline_database[1], tmp_path, meter=True) as edge, lane_of(edge, tmp_path) as lane:
+        client = await lane.tcp()
+        began = trio.current_time()
+        await client.send(post(b"{", key=lane.key) + post(event(), key=lane.key) + post(b"{", key=lane.key))
+        assert (await client.answer())[0] == 400
+        status, headers, problem = await client.answer()
+        assert (status, problem["code"], headers["connection"]) == (503, "outcome_unknown", "close")
+        assert headers["retry-after"] == "1"
+        assert await client.is_closed()
+        assert trio.current_time() - began == pytest.approx(35, abs=1)
 
 
 async def test_beyond_the_connections_allowed_clients_wait(edge: Edge, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ async def test_a_full_mailbox_is_refused_at_once() -> None:
     assert receive.statistics().current_buffer_used == 1
 
 
-async def test_waiting_for_room_sends_when_there_is_room(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_without_a_deadline_room_is_waited_for(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     send, receive = trio.open_memory_channel[Double](1)
     send.send_nowait(Double(1))
 
@@ -72,30 +72,19 @@ async def test_waiting_for_room_sends_when_there_is_room(nursery: trio.Nursery, 
             with message.reply as reply:
                 reply.send(message.number * 2)
 
-    assert await ask(send, double(5), deadline_s=3, wait_for_room=True) == 10
+    assert await ask(send, double(5), deadline_s=None) == 10
     await send.aclose()
 
 
-async def test_waiting_for_room_ends_at_the_deadline_with_nothing_sent(autojump_clock: MockClock) -> None:
-    send, receive = trio.open_memory_channel[Double](1)
-    send.send_nowait(Double(1))
-    with pytest.raises(MailboxFull, match="stayed full for 3 s"):
-        await ask(send, double(2), deadline_s=3, wait_for_room=True)
-    assert trio.current_time() == pytest.approx(3)
-    assert receive.receive_nowait().number == 1
-    with pytest.raises(trio.WouldBlock):
-        receive.receive_nowait()
-
-
-@pytest.mark.parametrize("wait_for_room", [False, True])
-async def test_a_mailbox_nobody_will_read_is_an_answerer_gone(wait_for_room: bool) -> None:
+@pytest.mark.parametrize("deadline_s", [1, None])
+async def test_a_mailbox_nobody_will_read_is_an_answerer_gone(deadline_s: float | None) -> None:
     send, receive = trio.open_memory_channel[Double](1)
     await receive.aclose()
     with pytest.raises(AnswererGone, match="nothing was done"):
-        await ask(send, double(1), deadline_s=1, wait_for_room=wait_for_room)
+        await ask(send, double(1), deadline_s=deadline_s)
     await send.aclose()
     with pytest.raises(AnswererGone, match="nothing was done"):
-        await ask(send, double(1), deadline_s=1, wait_for_room=wait_for_room)
+        await ask(send, double(1), deadline_s=deadline_s)
 
 
 async def test_a_crash_with_the_request_in_hand_ends_the_wait_at_once(
