@@ -31,6 +31,7 @@ from asapd.actors.repricer import reprice
 from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
 from asapd.core.access import Caller, Tenants
+from asapd.core.denial import Denied
 from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.daemon import descriptors
@@ -59,7 +60,17 @@ from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
-from asapd.store.units import AlertWritten, AnyResult, ApiKey, CreateKey, Recorded, RevocationsImported, Revoked
+from asapd.store.units import (
+    AlertWritten,
+    AnyResult,
+    ApiKey,
+    AuthorizationDenied,
+    CreateKey,
+    Recorded,
+    Reserved,
+    RevocationsImported,
+    Revoked,
+)
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import key_id, public_base64
 from asapd.wire.statement import sign_evidence
@@ -298,7 +309,8 @@ class House:
         )
 
     def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
-        self._committed.notify()
+        if results is None or not all(isinstance(result, _DECIDED) for result in results):
+            self._committed.notify()
         # The notifier reads the store whenever it wakes: only what concerns it wakes it.
         if results is None or any(isinstance(result, AlertWritten) for result in results):
             self._transitions.notify()
@@ -575,6 +587,10 @@ async def _serve_http(server: HttpServer, doors: list[Door], *, task_status: tri
         await nursery.start(server.run, doors)
         task_status.started(served)
     served.set()
+
+
+# No row of usage, task or probe comes with these: to look for some behind every decision held up the next.
+_DECIDED = Reserved | AuthorizationDenied | Denied | Refusal
 
 
 def _is_news(result: AnyResult) -> bool:
