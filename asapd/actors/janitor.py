@@ -13,9 +13,9 @@ from asapd import config
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
-from asapd.store import retention
+from asapd.store import retention, usage_days
 from asapd.store.database import Database
-from asapd.store.units import RecoverReservations, RetireUsage, Sweep
+from asapd.store.units import AddUpDays, RecoverReservations, RetireUsage, Sweep
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""
@@ -24,10 +24,13 @@ EVERY_S = 1.0
 """A lapsed reservation refuses nothing by itself for longer than this."""
 
 RETIRE_EVERY_S = 60.0
-"""Events are kept for days: a minute more is nothing, and a look each second would be."""
+"""To events that are kept for days, and to days that are to be added up, a minute is nothing; a look each second is."""
 
 BREATH_S = 0.02
 """Between two steps of retention, which take about as long: ingest has at least half of the writer."""
+
+SETTLED_US = HOUR_US
+"""After its end a day is still reported of for a while; what comes once it is added up is written twice."""
 
 APPLY_S = 20.0
 """How long one request applies retention before it answers that there is more."""
@@ -64,6 +67,7 @@ async def run_janitor(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_sweep, database, clock, settings, beat, log)
         nursery.start_soon(_retire, database, clock, settings, log)
+        nursery.start_soon(_add_up, database, clock, log)
 
 
 async def recover_reservations(database: Database, clock: Clock) -> int | Refusal:
@@ -110,6 +114,20 @@ async def _retire(database: Database, clock: Clock, settings: JanitorSettings, l
             log.info("retention was not applied: %s", done.detail)
         elif done:
             log.info("retention took %d usage events", done)
+        await trio.sleep(RETIRE_EVERY_S)
+
+
+async def _add_up(database: Database, clock: Clock, log: logging.Logger) -> None:
+    """Add up the days that are over, step by step."""
+    while True:
+        before_us = clock.now_us() - SETTLED_US
+        more = await database.read(usage_days.is_due, before_us)
+        while more:
+            done = await database.submit(AddUpDays(before_us))
+            if isinstance(done, Refusal):
+                log.info("days were not added up: %s", done.detail)
+            more = not isinstance(done, Refusal) and done.more
+            await trio.sleep(BREATH_S)
         await trio.sleep(RETIRE_EVERY_S)
 
 

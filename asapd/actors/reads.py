@@ -145,14 +145,18 @@ class Reads:
         limit: int,
         offset: int,
         zone: ZoneInfo = UTC,
-    ) -> list[dict[str, Any]]:
-        """Sums by groups; periods are those of a zone's clocks."""
-        query = UsageFilter(visibility(caller), **filters)
-        return await self._database.read(usage_queries.aggregate, query, group_by, limit, offset, zone)
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Sums by groups, and from when on raw events are complete; periods are those of a zone's clocks.
 
-    async def raw_since(self) -> int:
-        """From when on raw events are complete, in microseconds since the epoch; 0 when none was retired."""
-        return await self._database.read(retention.retired_before)
+        The time is in microseconds since the epoch, 0 when no event was retired.
+        """
+        query = UsageFilter(visibility(caller), **filters)
+
+        def read(connection: Any) -> tuple[list[dict[str, Any]], int]:
+            rows = usage_queries.aggregate(connection, query, group_by, limit, offset, zone)
+            return rows, retention.retired_before(connection)
+
+        return await self._database.read(read)
 
     async def find_event(self, caller: Caller, event: str, agent: str | None, source: str | None) -> list[int]:
         """The rows of the events that bear an id, of agents that the caller may see."""

@@ -18,7 +18,7 @@ from asapd.core.usage import (
     FLAG_OVERRUN,
     UsageEvent,
 )
-from asapd.store import budgets, ledger
+from asapd.store import budgets, ledger, usage_days
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units import CorrectCosts, CostsCorrected
@@ -35,7 +35,7 @@ _COUNTS = (
     "duration_ms",
     "api_calls",
 )
-_KEY = ("tenant", "hour", "agent", "consumer", "model", "project", "outcome")
+_KEY = ("tenant", "agent", "consumer", "model", "project", "outcome")
 
 
 def correct(tx: Tx, unit: CorrectCosts) -> CostsCorrected:
@@ -104,12 +104,12 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
     tx.execute(f"INSERT INTO usage ({', '.join(now)}) VALUES ({','.join('?' * len(now))})", tuple(now.values()))
     in_ledger = account is None or spent is not None
     tx.execute("INSERT INTO usage_repriced VALUES (?,?,?,?)", (seq, change.seq, change.was_microusd, in_ledger))
-    was["hour"] = was["timestamp_us"] // HOUR_US
-    tx.execute(
-        "UPDATE usage_hour SET cost_microusd = cost_microusd + ?, unpriced = unpriced - ? "
-        f"WHERE {' AND '.join(f'{name} = ?' for name in _KEY)}",
-        (more, change.was_microusd is None, *(was[name] for name in _KEY)),
-    )
+    for table, period, number in usage_days.holding(tx.connection, was["timestamp_us"] // HOUR_US):
+        tx.execute(
+            f"UPDATE {table} SET cost_microusd = cost_microusd + ?, unpriced = unpriced - ? "
+            f"WHERE {period} = ? AND {' AND '.join(f'{name} = ?' for name in _KEY)}",
+            (more, change.was_microusd is None, number, *(was[name] for name in _KEY)),
+        )
     details: dict[str, Any] = {
         "agent": agent,
         "consumer": consumer,

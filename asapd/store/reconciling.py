@@ -15,6 +15,7 @@ import msgspec
 
 from asapd.core.types import Outcome, format_us
 from asapd.core.usage import UsageEvent, content_digest
+from asapd.store import usage_days
 from asapd.store.damaged import unreadable
 from asapd.store.erasures import ROW_KINDS, Erasures
 from asapd.store.rows import Row, fetch, fetch_one
@@ -63,6 +64,7 @@ def reconcile(connection: apsw.Connection) -> tuple[Tally, ...]:
             tasks,
             _compared(connection, "delegation", lambda connection: _delegations(connection, erasures)),
             _compared(connection, "breach", lambda connection: _breaches(connection, erasures)),
+            _days(connection),
             _erased(erasures),
         )
     finally:
@@ -446,6 +448,15 @@ def _breaches(connection: apsw.Connection, erasures: Erasures) -> Tally:
     for breach in last:
         findings.add(f"breach {breach} is not there, and the log has entries of it")
     return Tally("breach", len(alerts), entries, 0, erased, findings.count, tuple(findings.named))
+
+
+# --- sums of days
+
+
+def _days(connection: apsw.Connection) -> Tally:
+    findings = _Findings()
+    rows = usage_days.compare(connection, findings.add)
+    return Tally("usage_day", rows, 0, findings=findings.count, named=tuple(findings.named))
 
 
 # --- erased entries

@@ -227,6 +227,19 @@ class RetireUsage(Unit[UsageRetired], frozen=True):
     limit: int = 500
 
 
+class DaysAddedUp(msgspec.Struct, frozen=True, tag=True):
+    """Rows of hourly sums that were added to days, and whether there are more that are due."""
+
+    rows: int
+    more: bool
+
+
+class AddUpDays(Unit[DaysAddedUp], frozen=True):
+    """Add the next hourly sums, of days that ended before `before_us`, to the sums of days."""
+
+    before_us: int
+
+
 # --- delegations
 
 
@@ -948,6 +961,7 @@ AnyUnit = (
     | VoidUsage
     | CorrectCosts
     | RetireUsage
+    | AddUpDays
     | RecordTelemetry
     | RegisterDelegation
     | Reserve
@@ -996,6 +1010,7 @@ AnyResult = (
     | Voided
     | CostsCorrected
     | UsageRetired
+    | DaysAddedUp
     | UsageConflict
     | StreamsMoved
     | Registered

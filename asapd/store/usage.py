@@ -21,7 +21,7 @@ from asapd.core.usage import (
     identity_key,
     rollup,
 )
-from asapd.store import charging, identity, outcomes, sources, unauthorised
+from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
@@ -326,13 +326,12 @@ class _Pass:
         hours = [(tenant, *hour) for tenant, priced in self._priced.items() for hour in rollup(priced).items()]
         if any(max(sums) > _MAX_SUM for _, _, sums in hours):
             raise RefuseError(Refusal("invalid", "nothing was written: the sums would pass 64 bits"))
-        tx.insert_many(
-            _UPSERT_HOUR,
-            (
-                (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
-                for tenant, key, sums in hours
-            ),
-        )
+        rows = [
+            (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
+            for tenant, key, sums in hours
+        ]
+        tx.insert_many(_UPSERT_HOUR, rows)
+        usage_days.add_late(tx, rows)
         sources.deliver(tx, self._delivered)
         for tenant, priced in self._priced.items():
             outcomes.usage_came(tx, tx.intern(tenant), (event for event, _ in priced))

@@ -1,10 +1,11 @@
-"""Reading usage: rows by index, sums from the hourly rollup, edges of an hour from raw rows."""
+"""Reading usage: rows by index, sums from the rollups of days and hours, edges of an hour from raw rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import apsw
@@ -14,22 +15,40 @@ from asapd.core.money import to_usd
 from asapd.core.offsets import clock_offsets
 from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
 from asapd.core.usage import FLAG_NAMES, FLAG_UNTIMED, RollupSums
-from asapd.store.rows import fetch, fetch_one
+from asapd.store import usage_days
+from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.usage_days import DAY_HOURS, TENANTS
 from asapd.store.visibility import EVERYTHING, Visibility, visible_names
 
+
+class Group(NamedTuple):
+    """One of `group_by`: its column of the reply, what rows of `_source` are grouped by, how that `{key}` is shown."""
+
+    column: str
+    key: str
+    text: str
+
+
+_DAY = "(at_s + offset_s) / 86400"
+
 GROUPS = {
-    "agent": ("agent_id", "(SELECT name FROM name WHERE id = agent)"),
-    "consumer": ("consumer_id", "(SELECT name FROM name WHERE id = consumer)"),
-    "model": ("model", "(SELECT nullif(name, '') FROM name WHERE id = model)"),
-    "project": ("project", "(SELECT nullif(name, '') FROM name WHERE id = project)"),
-    "outcome": ("outcome", f"CASE outcome WHEN {int(Outcome.COMPLETED)} THEN 'completed' ELSE 'failed' END"),
-    "minute": ("period", "strftime('%Y-%m-%dT%H:%M:00', at_s + offset_s, 'unixepoch') || {offset}"),
-    "hour": ("period", "strftime('%Y-%m-%dT%H:00:00', at_s + offset_s, 'unixepoch') || {offset}"),
-    "day": ("period", "strftime('%Y-%m-%d', at_s + offset_s, 'unixepoch')"),
-    "week": ("period", "strftime('%G-W%V', at_s + offset_s, 'unixepoch')"),
-    "month": ("period", "strftime('%Y-%m', at_s + offset_s, 'unixepoch')"),
+    "agent": Group("agent_id", "agent", "(SELECT name FROM name WHERE id = {key})"),
+    "consumer": Group("consumer_id", "consumer", "(SELECT name FROM name WHERE id = {key})"),
+    "model": Group("model", "model", "(SELECT nullif(name, '') FROM name WHERE id = {key})"),
+    "project": Group("project", "project", "(SELECT nullif(name, '') FROM name WHERE id = {key})"),
+    "outcome": Group("outcome", "outcome", f"iif({{key}} = {int(Outcome.COMPLETED)}, 'completed', 'failed')"),
+    "minute": Group("period", "at_s", "strftime('%Y-%m-%dT%H:%M:00', {key} + offset_s, 'unixepoch') || {offset}"),
+    "hour": Group(
+        "period",
+        "(at_s + offset_s) / 3600 * 3600 - offset_s",
+        "strftime('%Y-%m-%dT%H:00:00', {key} + offset_s, 'unixepoch') || {offset}",
+    ),
+    "day": Group("period", _DAY, "strftime('%Y-%m-%d', {key} * 86400, 'unixepoch')"),
+    # The epoch was a Thursday: three days before it a week began.
+    "week": Group("period", f"({_DAY} + 3) / 7", "strftime('%G-W%V', ({key} * 7 - 3) * 86400, 'unixepoch')"),
+    "month": Group("period", "strftime('%Y-%m', at_s + offset_s, 'unixepoch')", "{key}"),
 }
-"""What `group_by` takes: the column of the reply and its SQL over a row of `_source`."""
+"""What `group_by` takes. Rows are grouped by numbers, and only what is shown is written out."""
 
 TIME_GROUPS = frozenset({"minute", "hour", "day", "week", "month"})
 
@@ -53,9 +72,9 @@ _UNDER = (
 
 _UTC = ZoneInfo("UTC")
 _HOUR_S = HOUR_US // SECOND_US
+_PERIODS_S = {"hour": _HOUR_S, "day": DAY_HOURS * _HOUR_S}
 # Hours that clocks show twice differ in this, so that they are two groups.
 _OFFSET = "printf('%s%02d:%02d', iif(offset_s < 0, '-', '+'), abs(offset_s) / 3600, abs(offset_s) / 60 % 60)"
-_SPAN = {"minute": 60, "hour": _HOUR_S}
 
 _RAW_SUMS = {
     "events": f"NOT ({CORRECTION})",
@@ -242,8 +261,28 @@ _RAW = (
 )
 
 
-def _source(query: UsageFilter, *, raw_only: bool) -> tuple[str, list[Any]]:
-    """SQL that yields sums and when they begin (`at_s`): whole hours from the rollup, the rest from raw rows.
+def _rollups(
+    connection: apsw.Connection, first_hour: int | None, last_hour: int | None, *, by_day: bool
+) -> list[tuple[str, int | None, int | None]]:
+    """The stretches of a range of hours that are read from the sums of days, and of hours: the period, from, until."""
+    if not by_day:
+        return [("hour", first_hour, last_hour)]
+    first_day = None if first_hour is None else -(-first_hour // DAY_HOURS)
+    last_day = usage_days.through(connection) // DAY_HOURS
+    if last_hour is not None:
+        last_day = min(last_day, last_hour // DAY_HOURS)
+    if first_day is not None and first_day >= last_day:
+        return [("hour", first_hour, last_hour)]
+    found: list[tuple[str, int | None, int | None]] = [("day", first_day, last_day)]
+    if first_hour is not None and first_day is not None:
+        found.append(("hour", first_hour, first_day * DAY_HOURS))
+    return [*found, ("hour", last_day * DAY_HOURS, last_hour)]
+
+
+def _source(
+    connection: apsw.Connection, query: UsageFilter, *, by_day: bool = True, raw_only: bool = False
+) -> tuple[str, list[Any]]:
+    """SQL that yields sums and when they begin (`at_s`): whole periods from the rollups, the rest from raw rows.
 
     A task or a delegation is no dimension of the rollup; such a filter reads raw rows by an index of its own.
     """
@@ -257,20 +296,25 @@ def _source(query: UsageFilter, *, raw_only: bool) -> tuple[str, list[Any]]:
     if raw_only or (first_hour is not None and last_hour is not None and first_hour > last_hour):
         raw_ranges.append((start, end))
     else:
-        where, bound = _conditions(query, raw=False)
-        if first_hour is not None and start is not None:
-            where.append("hour >= ?")
-            bound.append(first_hour)
-            if first_hour * HOUR_US > start:
-                raw_ranges.append((start, first_hour * HOUR_US))
-        if last_hour is not None and end is not None:
-            where.append("hour < ?")
-            bound.append(last_hour)
-            if last_hour * HOUR_US < end:
-                raw_ranges.append((last_hour * HOUR_US, end))
-        condition = f"WHERE {' AND '.join(where)}" if where else ""
-        parts.append(f"SELECT hour * {_HOUR_S} AS at_s, {_DIMS}, {_FIELDS} FROM usage_hour {condition}")
-        values += bound
+        for period, low, high in _rollups(connection, first_hour, last_hour, by_day=by_day):
+            where, bound = _conditions(query, raw=False)
+            if period == "hour" and low is not None:
+                where.append(f"tenant IN {TENANTS}")  # the table is ordered by it first
+            if low is not None:
+                where.append(f"{period} >= ?")
+                bound.append(low)
+            if high is not None:
+                where.append(f"{period} < ?")
+                bound.append(high)
+            condition = f"WHERE {' AND '.join(where)}" if where else ""
+            parts.append(
+                f"SELECT {period} * {_PERIODS_S[period]} AS at_s, {_DIMS}, {_FIELDS} FROM usage_{period} {condition}"
+            )
+            values += bound
+        if start is not None and first_hour is not None and first_hour * HOUR_US > start:
+            raw_ranges.append((start, first_hour * HOUR_US))
+        if end is not None and last_hour is not None and last_hour * HOUR_US < end:
+            raw_ranges.append((last_hour * HOUR_US, end))
     for low, high in raw_ranges:
         where, bound = _conditions(query, raw=True)
         where.append(LIVE)
@@ -285,14 +329,9 @@ def _source(query: UsageFilter, *, raw_only: bool) -> tuple[str, list[Any]]:
     return " UNION ALL ".join(parts), values
 
 
-# The rollup is ordered by tenant first; there are few.
-_HOURS = """
-WITH RECURSIVE t (tenant) AS (
-  SELECT min(tenant) FROM usage_hour
-  UNION ALL SELECT (SELECT min(tenant) FROM usage_hour h WHERE h.tenant > t.tenant) FROM t WHERE tenant IS NOT NULL
-)
+_HOURS = f"""
 SELECT min((SELECT min(hour) FROM usage_hour h WHERE h.tenant = t.tenant)),
-       max((SELECT max(hour) FROM usage_hour h WHERE h.tenant = t.tenant)) FROM t
+       max((SELECT max(hour) FROM usage_hour h WHERE h.tenant = t.tenant)) FROM {TENANTS} t
 """
 
 
@@ -314,13 +353,30 @@ def _offsets_of(connection: apsw.Connection, query: UsageFilter, zone: ZoneInfo)
     return _offsets(zone, low // 168 * 168, (max(low, high) // 168 + 1) * 168)
 
 
-# In two halves: a hostile thousand of reports of 2**53 - 1 tokens each must not overflow everybody's sums.
-_TOTALS = (
-    ", ".join(
-        f"coalesce(sum({field} >> 32), 0), coalesce(sum({field} & 4294967295), 0)" for field in RollupSums._fields
-    )
-    + ", count(DISTINCT agent), count(DISTINCT consumer)"
-)
+_PLAIN = ", ".join(f"sum({field})" for field in RollupSums._fields)
+_HALVES = ", ".join(f"sum({field} >> 32), sum({field} & 4294967295)" for field in RollupSums._fields)
+
+
+def _sums(connection: apsw.Connection, sql: str, values: Sequence[Any]) -> list[tuple[Row, RollupSums]]:
+    """The rows of a statement that has `{sums}` at the end of its columns: what stands before them, and the sums.
+
+    A hostile thousand of reports of 2**53 - 1 tokens each must not overflow everybody's sums: they are added up in two
+    halves then, which takes twice as long.
+    """
+    count = len(RollupSums._fields)
+    try:
+        rows = fetch(connection, sql.format(sums=_PLAIN), values)
+        return [(row[:-count], RollupSums(*(field or 0 for field in row[-count:]))) for row in rows]
+    except apsw.SQLError:  # integer overflow; of any other the next statement dies too
+        rows = fetch(connection, sql.format(sums=_HALVES), values)
+    count *= 2
+    return [
+        (
+            row[:-count],
+            RollupSums(*((high << 32) + low for high, low in zip(row[-count::2], row[1 - count :: 2], strict=True))),
+        )
+        for row in rows
+    ]
 
 
 def aggregate(
@@ -337,38 +393,54 @@ def aggregate(
     """
     timed = [group for group in group_by if group in TIME_GROUPS]
     offsets = _offsets_of(connection, query, zone) if timed else [(0, 0)]
-    source, values = _source(query, raw_only="minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets))
+    source, values = _source(
+        connection,
+        query,
+        by_day=not {"minute", "hour"} & set(timed) and not any(offset_s for _, offset_s in offsets),
+        raw_only="minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets),
+    )
     cases = [f"WHEN at_s < {until_s} THEN {offset_s}" for (_, offset_s), (until_s, _) in pairwise(offsets)]
     standing = f"CASE {' '.join(cases)} ELSE {offsets[-1][1]} END" if cases else str(offsets[-1][1])
     columns = [GROUPS[group] for group in group_by]
-    label = "'Z'" if zone.key == "UTC" else _OFFSET
-    selected = ", ".join(f"{sql.format(offset=label)} AS g{index}" for index, (_, sql) in enumerate(columns))
-    # An hour that comes twice is sorted by when it came, not by how it is written.
-    order = [
-        f"(at_s + offset_s) / {_SPAN[group]} * {_SPAN[group]} - offset_s" if group in _SPAN else f"g{index}"
-        for index, group in enumerate(group_by)
+    offset_text = "'Z'" if zone.key == "UTC" else _OFFSET
+    texts = [
+        f"{group.text.format(key=f'k{index}', offset=offset_text)} AS g{index}" for index, group in enumerate(columns)
     ]
-    groups = ", ".join(dict.fromkeys([*(f"g{index}" for index in range(len(columns))), *order]))
-    rows = fetch(
+    keys = [f"{group.key} AS k{index}" for index, group in enumerate(columns)]
+    grouped = [f"k{index}" for index in range(len(columns))]
+    if {"hour", "minute"} & set(timed):  # an hour that comes twice is two groups, in the order they came
+        keys.append("offset_s")
+        grouped.append("offset_s")
+    order = [f"k{index}" if group in TIME_GROUPS else f"g{index}" for index, group in enumerate(group_by)]
+    # A group of one agent has one agent.
+    unique = ["1" if name in group_by else f"count(DISTINCT {name})" for name in ("agent", "consumer")]
+    found = _sums(
         connection,
-        f"SELECT {selected}, {_TOTALS} FROM (SELECT *, {standing} AS offset_s FROM ({source})) "
-        f"GROUP BY {groups} ORDER BY {', '.join(order)} LIMIT ? OFFSET ?",
+        f"SELECT {', '.join(texts)}, * FROM (SELECT {', '.join(keys)}, {', '.join(unique)}, {{sums}} "
+        f"FROM (SELECT *, {standing} AS offset_s FROM ({source})) GROUP BY {', '.join(grouped)}) "
+        f"ORDER BY {', '.join(order)} LIMIT ? OFFSET ?",
         (*values, limit, offset),
     )
     return [
         {
             **({} if timed else {"period": "all"}),
-            **{name: row[index] for index, (name, _) in enumerate(columns)},
-            **_totals(row[len(columns) :]),
+            **{group.column: row[index] for index, group in enumerate(columns)},
+            **_totals(sums, *row[-2:]),
         }
-        for row in rows
+        for row, sums in found
     ]
 
 
 def summary(connection: apsw.Connection, query: UsageFilter) -> dict[str, Any]:
     """The totals over everything that the filter admits."""
-    source, values = _source(query, raw_only=False)
-    return _totals(fetch(connection, f"SELECT {_TOTALS} FROM ({source})", values)[0])
+    source, values = _source(connection, query)
+    return _totals_over(connection, source, values)
+
+
+def _totals_over(connection: apsw.Connection, source: str, values: Sequence[Any]) -> dict[str, Any]:
+    unique = "count(DISTINCT agent), count(DISTINCT consumer)"
+    ((row, sums),) = _sums(connection, f"SELECT {unique}, {{sums}} FROM ({source})", values)
+    return _totals(sums, *row)
 
 
 def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: list[str]) -> dict[str, Any]:
@@ -381,7 +453,7 @@ def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: lis
     ]
     source = f"{_RAW} WHERE {' AND '.join(where)}"
     listed = msgspec.json.encode(tasks).decode()
-    return _totals(fetch(connection, f"SELECT {_TOTALS} FROM ({source})", (*values, listed, listed))[0])
+    return _totals_over(connection, source, (*values, listed, listed))
 
 
 def newest_seq(connection: apsw.Connection) -> int:
@@ -429,9 +501,7 @@ def rows_after(
     return found, (found[-1]["seq"] if len(found) == limit else through)
 
 
-def _totals(row: tuple[Any, ...]) -> dict[str, Any]:
-    halves, unique_agents, unique_consumers = row[:-2], row[-2], row[-1]
-    sums = RollupSums(*((high << 32) + low for high, low in zip(halves[::2], halves[1::2], strict=True)))
+def _totals(sums: RollupSums, unique_agents: int, unique_consumers: int) -> dict[str, Any]:
     tokens = sums.tokens_in + sums.tokens_out
     nothing_priced = sums.events > 0 and sums.unpriced == sums.events
     return {

@@ -9,7 +9,7 @@ import apsw
 from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, outcomes
+from asapd.store import budgets, identity, ledger, outcomes, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
@@ -175,23 +175,24 @@ def name_of(tx: Tx, number: int) -> str:
 
 def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
     """Take an event out of its hour; an hour of which nothing is left goes, or empty groups would be shown."""
-    key = tuple(
-        was["timestamp_us"] // HOUR_US if name == "hour" else was[name]
-        for name in ("tenant", "hour", "agent", "consumer", "model", "project", "outcome")
-    )
-    where = "WHERE tenant = ? AND hour = ? AND agent = ? AND consumer = ? AND model = ? AND project = ? AND outcome = ?"
-    tx.execute(
-        "UPDATE usage_hour SET events = events - 1, tasks = tasks - ?, cost_microusd = cost_microusd - ?, "
-        f"unpriced = unpriced - ?, {', '.join(f'{name} = {name} - ?' for name in _COUNTS)} {where}",
-        (
-            1 - was["partial"],
-            was["cost_microusd"] or 0,
-            was["cost_microusd"] is None,
-            *(was[name] for name in _COUNTS),
-            *key,
-        ),
-    )
-    tx.execute(f"DELETE FROM usage_hour {where} AND events = 0", key)
+    for table, period, number in usage_days.holding(tx.connection, was["timestamp_us"] // HOUR_US):
+        key = (number, *(was[name] for name in ("tenant", "agent", "consumer", "model", "project", "outcome")))
+        where = (
+            f"WHERE {period} = ? AND tenant = ? AND agent = ? AND consumer = ? AND model = ? AND project = ? "
+            "AND outcome = ?"
+        )
+        tx.execute(
+            f"UPDATE {table} SET events = events - 1, tasks = tasks - ?, cost_microusd = cost_microusd - ?, "
+            f"unpriced = unpriced - ?, {', '.join(f'{name} = {name} - ?' for name in _COUNTS)} {where}",
+            (
+                1 - was["partial"],
+                was["cost_microusd"] or 0,
+                was["cost_microusd"] is None,
+                *(was[name] for name in _COUNTS),
+                *key,
+            ),
+        )
+        tx.execute(f"DELETE FROM {table} {where} AND events = 0", key)
 
 
 # --- the ledger

@@ -22,7 +22,7 @@ from asapd.actors.janitor import (
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
-from asapd.core.types import DAY_US, MINUTE_US, SECOND_US
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
@@ -72,7 +72,7 @@ class AwayRunner:
         return WRITER_AWAY
 
 
-async def sweep_for(seconds: float, database: Database, probes: str = "35d") -> int:
+async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_us: int = T0) -> int:
     beats = 0
 
     def beat() -> None:
@@ -81,7 +81,7 @@ async def sweep_for(seconds: float, database: Database, probes: str = "35d") -> 
 
     settings = JanitorSettings(config.Retention(probes=probes))
     with trio.move_on_after(seconds):
-        await run_janitor(database=database, clock=TrioClock(T0), settings=settings, beat=beat, log=log)
+        await run_janitor(database=database, clock=TrioClock(at_us), settings=settings, beat=beat, log=log)
     return beats
 
 
@@ -135,6 +135,24 @@ async def test_usage_past_its_time_goes_at_the_start_and_each_minute(
     assert "retention took 1 usage events" in caplog.text
     await sweep_for(3700, database)
     assert connection.execute("SELECT seq FROM usage ORDER BY seq").fetchall() == [(3,)]
+
+
+async def test_days_are_added_up_an_hour_after_they_ended(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    database, connection = inline_database
+    midnight_us = T0 // DAY_US * DAY_US
+    events = [UsageEvent("t", A, "c", midnight_us - age_us) for age_us in (2 * DAY_US, DAY_US, 1, 0)]
+    await database.submit(RecordUsage("default", "key:x", T0, events, [UNKNOWN_COST] * len(events)))
+    at_us = midnight_us + HOUR_US - 30 * SECOND_US
+    await sweep_for(1, Database(AwayRunner(), InlineReaders(connection)), at_us=at_us)
+    assert "days were not added up" in caplog.text
+    added = f"SELECT {T0 // DAY_US} - day, events FROM usage_day ORDER BY day"
+    await sweep_for(50, database, at_us=at_us)
+    assert connection.execute(added).fetchall() == [(2, 1)]
+    await sweep_for(70, database, at_us=at_us)
+    assert connection.execute(added).fetchall() == [(2, 1), (1, 2)]
 
 
 async def test_retention_goes_on_where_it_was_when_the_store_is_back(

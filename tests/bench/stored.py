@@ -32,6 +32,7 @@ QUERIES = (
     "/usage/aggregate?group_by=agent",
     "/usage/aggregate?group_by=day",
     "/usage/aggregate?group_by=agent,day",
+    "/usage/aggregate?group_by=day&timezone=Europe/Berlin",
     "/usage?limit=100",
 )
 

@@ -24,6 +24,7 @@ from asapd.store import usage_queries as q
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
 from asapd.store.units import (
+    AddUpDays,
     AnyUnit,
     CorrectCosts,
     CostsCorrected,
@@ -42,6 +43,7 @@ from asapd.store.units import (
 )
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
+from tests.store.day_sums import assert_days_hold_their_hours
 
 NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
@@ -266,7 +268,8 @@ spends = st.tuples(leaves, st.sampled_from("tuv"), costs, st.booleans(), st.inte
 steps = st.lists(
     st.tuples(st.just("correct"), st.integers(0, 5), st.integers(0, 9))
     | st.tuples(st.just("void"), st.integers(0, 5), st.just(0))
-    | st.tuples(st.just("sweep"), st.just(0), st.just(0)),
+    | st.tuples(st.just("sweep"), st.just(0), st.just(0))
+    | st.tuples(st.just("days"), st.integers(0, 1), st.just(0)),
     max_size=10,
 )
 
@@ -315,6 +318,8 @@ def test_sums_ledger_and_budgets_are_as_a_plain_loop_says(
                 case "sweep":
                     at_us = NOW_US + SECOND_US
                     submit(writer, Sweep(at_us, 0, 0))
+                case "days":
+                    submit(writer, AddUpDays(NOW_US + index * DAY_US))
                 case "void" if not one.is_voided:
                     assert isinstance(submit(writer, VoidUsage(seq, "why", "key:o", at_us)), Voided)
                     one.void()
@@ -332,6 +337,7 @@ def test_sums_ledger_and_budgets_are_as_a_plain_loop_says(
 
 
 def check_sums(connection: apsw.Connection, known: list[Known]) -> None:
+    assert_days_hold_their_hours(connection)
     live = [one for one in known if not one.is_voided]
     priced = [one.cost for one in live if one.cost is not None]
     expected = (to_usd(sum(priced)) if priced or not live else None, len(live) - len(priced), len(live), len(live))

@@ -16,7 +16,7 @@ from asapd.core.money import to_usd
 from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries as q
-from asapd.store.units import Envelope, RecordUsage, Voided, VoidUsage
+from asapd.store.units import AddUpDays, Envelope, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 from tests import recount
@@ -143,11 +143,28 @@ def test_aggregates_equal_a_recount_of_the_raw_events(
     voided = data.draw(st.sets(st.sampled_from(range(len(rows))), max_size=3)) if rows else set()
     kept = [row for index, row in enumerate(rows) if keep(query, row) and index not in voided]
     expected = recount.aggregate(kept, groups, zone)
+    late = data.draw(st.integers(0, len(rows)))
     with open_store() as connection:
-        fill(connection, rows, voided)
+        fill(connection, rows[: len(rows) - late])
+        for before_us in data.draw(st.lists(times, max_size=2)):
+            Writer(connection).run([Envelope(1, AddUpDays(before_us), False)])
+        fill(connection, rows[len(rows) - late :], voided)
         assert q.aggregate(connection, query, tuple(groups), 1000, 0, zone) == expected
         assert q.aggregate(connection, query, tuple(groups), 1, 1, zone) == expected[1:2]
         assert q.summary(connection, query) == recount.totals(kept)
+
+
+def test_sums_past_64_bits_are_exact(connection: apsw.Connection) -> None:
+    most = 2**53 - 1
+    hours = [UsageEvent("t", "x.a", "c", START_US + hour * HOUR_US, tokens_in=most) for hour in range(2)]
+    rows = [("one", event, Cost(most)) for event in hours for _ in range(600)]
+    units = [RecordUsage("one", "key:x", START_US, [row[1] for row in rows], [row[2] for row in rows])]
+    Writer(connection).run([Envelope(1, unit, False) for unit in units])
+    query = q.UsageFilter(EVERYTHING)
+    assert q.summary(connection, query) == recount.totals(rows)
+    assert q.aggregate(connection, query, ("agent", "week"), 10, 0) == recount.aggregate(rows, ("agent", "week"))
+    nobody = q.UsageFilter(EVERYTHING, agent="none")
+    assert q.summary(connection, nobody) == recount.totals([])
 
 
 @settings(max_examples=60, deadline=None)

@@ -150,6 +150,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("task", 2, 2),
         ("delegation", 1, 1),
         ("breach", 2, 2),
+        ("usage_day", 0, 0),
         ("erasure", 0, 0),
     ]
 

@@ -26,6 +26,7 @@ from asapd.store import handlers, verifying
 from asapd.store.units import (
     AckBreach,
     AddSilence,
+    AddUpDays,
     AgentRecord,
     AgentsChanged,
     Answer,
@@ -98,6 +99,7 @@ from asapd.wire.keys import jwk_thumbprint, public_base64
 
 NOW_US = 1_795_169_203_000_000
 HOUR_US = 3_600_000_000
+DAY_US = 24 * HOUR_US
 PUBLIC_KEYS = tuple(bytes(SigningKey(bytes([number]) * 32).verify_key) for number in (1, 2))
 AGENTS = ("urn:asap:agent:a", "urn:asap:agent:b", "urn:asap:agent:c")
 
@@ -276,6 +278,7 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
             at,
         ),
         RetireUsage: st.builds(RetireUsage, at, actor, at, st.integers(1, 3)),
+        AddUpDays: st.builds(AddUpDays, st.just(now_us) | st.just(now_us + DAY_US)),
         RecordTask: st.builds(RecordTask, task, actor, st.just("default"), at),
         RegisterDelegation: st.builds(RegisterDelegation, st.sampled_from(CHAINS), actor, st.just("default"), at),
         Reserve: st.builds(

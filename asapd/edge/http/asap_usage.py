@@ -100,7 +100,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         filters = _filters(parameters)
         parameters.done()
-        rows = await services.reads.usage_aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
+        rows, _ = await services.reads.usage_aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
         return [picked(row, GROUPS[group_by]) for row in rows]
 
     @app.get("/asap/usage/summary")

@@ -121,8 +121,9 @@ def register(app: QuartTrio, services: Services) -> None:
         after = parameters.cursor(int)
         parameters.done()
         start = offset if after is None else after
-        rows = await services.reads.usage_aggregate(caller, filters, groups, limit=limit, offset=start, zone=zone)
-        raw_since_us = await services.reads.raw_since()
+        rows, raw_since_us = await services.reads.usage_aggregate(
+            caller, filters, groups, limit=limit, offset=start, zone=zone
+        )
         shown = {
             "group_by": group_by,
             "timezone": zone.key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from asapd.store.schema import (
     agent_keys,
     arrival,
+    days,
     delivery,
     directory,
     horizon,
@@ -30,4 +31,5 @@ MIGRATIONS: tuple[str, ...] = (
     delivery.SCRIPT,
     promises.SCRIPT,
     seals.SCRIPT,
+    days.SCRIPT,
 )
