@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import click
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
+from asapd.cli.asapctl import asapctl
+from asapd.cli.asapd import asapd
 from asapd.config import Config
 from asapd.core.delegation import Reason
 from asapd.core.usage import FLAG_NAMES
@@ -153,6 +157,31 @@ def test_every_error_code_is_documented_with_its_status() -> None:
     denials = {str(reason) for reason in Reason} - {"malformed", "jti_reused"}
     stated = {code: status for code, (status, _) in CODES.items() if code not in denials}
     assert documented == stated
+
+
+def named_commands() -> Iterator[tuple[str, str]]:
+    """Every command of ours that pages, documents and code name, and where."""
+    files = [*PAGES, *(ROOT / "config").iterdir(), *(ROOT / "asapd").rglob("*.py"), *(ROOT / "asapd").rglob("*.html")]
+    for file in files:
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        found = re.findall(r"(?:`|<code>)((?:asapctl|asapd) [^`<\n]+)(?:`|</code>)", text)
+        if file.suffix == ".md":
+            for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+                found += re.findall(r"^\s*(?:\.venv/bin/)?((?:asapctl|asapd) [^#\n]+)", block, flags=re.MULTILINE)
+        yield from ((str(file.relative_to(ROOT)), command) for command in found)
+
+
+def test_every_command_that_is_named_exists_with_its_options() -> None:
+    unknown = []
+    for where, line in named_commands():
+        program, *words = [word for word in shlex.split(line) if word != "--json"]
+        command: click.Command | None = {"asapctl": asapctl, "asapd": asapd}[program]
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            command = command.get_command(click.Context(command), words.pop(0))
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if command is None or given - {option for one in command.params for option in one.opts} - {"--help"}:
+            unknown.append(f"{where}: {line}")
+    assert unknown == []
 
 
 def test_every_route_is_documented_and_every_documented_route_exists() -> None:

@@ -58,7 +58,10 @@ def run_daemon(config_path: Path | None, state_dir: Path | None) -> int:
 
 @asapd.command()
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), metavar="N", help="End by itself after so long."
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="End by itself after so long; the promise is broken after some 8 s.",
 )
 @click.option("--http", metavar="HOST:PORT", help="Where the daemon listens. Without it: a free port of 127.0.0.1.")
 def demo(seconds: float | None, http: str | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from asapd.wire.keys import KeyFormatError, load_public
 from asapd.wire.webhook import SecretError, read_secret
 
 _SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
-_PARTS = ("prober", "sla", "delegation", "metering", "budgets", "alerts", "audit", "retention")
 
 
 def check(path: Path) -> tuple[Config | None, list[str]]:
@@ -22,7 +22,8 @@ def check(path: Path) -> tuple[Config | None, list[str]]:
         config = load(path)
     except ConfigError as error:
         return None, str(error).splitlines()
-    problems = [*_key_problems(config, path), *_secret_problems(config, path)]
+    named = (_key_problems, _secret_problems, _certificate_problems)
+    problems = [problem for find in named for problem in find(config, path)]
     prices = config.metering.pricing.file
     if prices is not None:
         problems += price_problems(prices)
@@ -54,6 +55,40 @@ def _secret_problems(config: Config, path: Path) -> Iterator[str]:
                 reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
                 field = f"alerts.webhook[{index}].secret_file"
                 yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {hook.secret_file}: {reason}"
+
+
+def _certificate_problems(config: Config, path: Path) -> Iterator[str]:
+    tls = config.http.tls
+    if tls is None:
+        return
+
+    def problem(setting: str, reason: str) -> str:
+        field = f"http.tls.{setting}"
+        return f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {reason}"
+
+    unread = []
+    for setting in ("cert_file", "key_file", "client_ca_file"):
+        file: Path | None = getattr(tls, setting)
+        try:
+            if file is not None:
+                file.read_bytes()
+        except OSError as error:
+            unread.append(problem(setting, f"{file}: cannot be read: {error.strerror}"))
+    if unread:
+        yield from unread
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    except ssl.SSLError as error:
+        yield problem(
+            "cert_file", f"{tls.cert_file} and {tls.key_file} are no certificate with its key: {error.reason}"
+        )
+    try:
+        if tls.client_ca_file is not None:
+            context.load_verify_locations(tls.client_ca_file)
+    except ssl.SSLError as error:
+        yield problem("client_ca_file", f"{tls.client_ca_file} holds no certificate: {error.reason}")
 
 
 def price_problems(path: Path) -> Iterator[str]:
@@ -100,9 +135,8 @@ def reload_effects(running: Config, new: Config) -> Iterator[str]:
         yield f"reload removes agent {agent.id}"
     for agent in changes.agents_changed:
         yield f"reload changes agent {agent.id}"
-    for part in _PARTS:
-        if getattr(changes, part):
-            yield f"reload changes {part}"
+    for name in changes.settings:
+        yield f"reload changes {name}"
     for name in changes.restart_required:
         yield f"a restart is needed for {name}"
     if not changes.any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
+from pydantic import BaseModel
 
 from asapd.config.model import Agent, Config
 
@@ -12,7 +13,11 @@ _NEEDS_RESTART = ("http", "admin", "ingest", "limits", "store")
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """The parts of a reload. `restart_required` names the settings that only a restart applies."""
+    """The parts of a reload.
+
+    `settings` names what is changed in these parts but for the agents, `restart_required` what only a restart applies,
+    both as the file has them.
+    """
 
     agents_added: tuple[Agent, ...] = ()
     agents_removed: tuple[Agent, ...] = ()
@@ -25,6 +30,7 @@ class Changes(msgspec.Struct, frozen=True):
     alerts: bool = False
     audit: bool = False
     retention: bool = False
+    settings: tuple[str, ...] = ()
     restart_required: tuple[str, ...] = ()
 
     @property
@@ -45,6 +51,7 @@ def diff(old: Config, new: Config) -> Changes:
     """
     before = {agent.id: agent for agent in old.agents}
     after = {agent.id: agent for agent in new.agents}
+    waiting = tuple(_restart_required(old, new))
     return Changes(
         agents_added=tuple(agent for name, agent in after.items() if name not in before),
         agents_removed=tuple(agent for name, agent in before.items() if name not in after),
@@ -57,8 +64,23 @@ def diff(old: Config, new: Config) -> Changes:
         alerts=old.alerts != new.alerts,
         audit=old.audit != new.audit.model_copy(update={"mask": old.audit.mask}),
         retention=old.retention != new.retention,
-        restart_required=tuple(_restart_required(old, new)),
+        settings=tuple(name for name in _changed(old, new) if name != "agents" and not _is_within(name, waiting)),
+        restart_required=waiting,
     )
+
+
+def _changed(old: BaseModel, new: BaseModel, section: str = "") -> Iterator[str]:
+    for name, field in type(old).model_fields.items():
+        before, after = getattr(old, name), getattr(new, name)
+        path = f"{section}{field.alias or name}"
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            yield from _changed(before, after, f"{path}.")
+        elif before != after:
+            yield path
+
+
+def _is_within(name: str, settings: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{setting}.") for setting in settings)
 
 
 def _restart_required(old: Config, new: Config) -> Iterator[str]:

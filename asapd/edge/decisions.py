@@ -28,21 +28,25 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Ttl = Annotated[int, msgspec.Meta(ge=1, le=30 * 86_400)]
 
 
-class _Estimate(msgspec.Struct, forbid_unknown_fields=True):
+class Estimated(msgspec.Struct, forbid_unknown_fields=True):
+    """What the work is expected to take."""
+
     cost_usd: Usd | None = None
     tokens: Count | None = None
     tasks: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
 
 
-class _Authorize(msgspec.Struct, forbid_unknown_fields=True):
+class AuthorizationRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Who wants to do what, and under which delegation."""
+
     task_id: Name
     action: Name = "task.execute"
-    token: msgspec.Raw = msgspec.Raw()
+    token: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     delegation: str | None = None
     delegate: Name | None = None
     consumer: Name | None = None
     project: Name | None = None
-    estimate: _Estimate = msgspec.field(default_factory=_Estimate)
+    estimate: Estimated = msgspec.field(default_factory=Estimated)
     ttl_seconds: Ttl | None = None
 
 
@@ -108,8 +112,8 @@ async def authorize(
             }
 
 
-def _read(body: bytes) -> tuple[_Authorize, str | None]:
-    sent = decode_carrying(body, _Authorize)
+def _read(body: bytes) -> tuple[AuthorizationRequest, str | None]:
+    sent = decode_carrying(body, AuthorizationRequest)
     token = token_in(sent.token, "token")
     if (token is None) == (sent.delegation is None):
         error = FieldError("token", "give either token or delegation")

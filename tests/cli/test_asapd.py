@@ -94,6 +94,26 @@ def test_problems_of_the_price_table_are_named_in_its_own_file(
     assert problem in ran.err
 
 
+def test_certificates_that_cannot_be_used_are_named_by_line(host: Program, tmp_path: Path) -> None:
+    file, cert, key = tmp_path / "a.toml", tmp_path / "c.pem", tmp_path / "k.pem"
+    file.write_text('[http.tls]\ncert_file = "c.pem"\nkey_file = "k.pem"\nclient_ca_file = "k.pem"\n')
+    missing = "cannot be read: No such file or directory"
+    ran = host("check-config", file)
+    assert (ran.code, ran.err.splitlines()) == (
+        Exit.USAGE,
+        [
+            f"{file}:2: http.tls.cert_file: {cert}: {missing}",
+            f"{file}:3: http.tls.key_file: {key}: {missing}",
+            f"{file}:4: http.tls.client_ca_file: {key}: {missing}",
+        ],
+    )
+    cert.write_text("x")
+    key.write_text("x")
+    wrong, no_ca = host("check-config", file).err.splitlines()
+    assert wrong.startswith(f"{file}:2: http.tls.cert_file: {cert} and {key} are no certificate with its key: ")
+    assert no_ca.startswith(f"{file}:4: http.tls.client_ca_file: {key} holds no certificate: ")
+
+
 def test_against_the_running_configuration_it_says_what_a_reload_does_and_what_needs_a_restart(
     host: Program, tmp_path: Path
 ) -> None:
@@ -101,7 +121,8 @@ def test_against_the_running_configuration_it_says_what_a_reload_does_and_what_n
     old, new = tmp_path / "old.toml", tmp_path / "new.toml"
     old.write_text(agent.format("gone", 1) + agent.format("moved", 1))
     new.write_text(
-        '[http]\nbind = ["127.0.0.1:1"]\n[prober]\ninterval = "9s"\n'
+        '[http]\nbind = ["127.0.0.1:1"]\n[prober]\ninterval = "9s"\n[metering.pricing]\nprefer = "reported"\n'
+        '[[budget]]\nname = "b"\nperiod = "day"\nmatch = {project = "p"}\nhard_usd = 1\n[audit]\nmask = ["x{1,3}"]\n'
         + agent.format("moved", 2)
         + agent.format("new", 1)
     )
@@ -112,7 +133,10 @@ def test_against_the_running_configuration_it_says_what_a_reload_does_and_what_n
         "reload adds agent urn:asap:agent:new",
         "reload removes agent urn:asap:agent:gone",
         "reload changes agent urn:asap:agent:moved",
-        "reload changes prober",
+        "reload changes metering.pricing.prefer",
+        "reload changes prober.interval",
+        "reload changes budget",
+        "a restart is needed for audit.mask",
         "a restart is needed for http.bind",
     ]
     assert host("check-config", new, "--against", new).out.endswith("nothing would change\n")

@@ -45,8 +45,17 @@ def test_agents_are_told_apart_by_id() -> None:
 )
 def test_each_part_is_flagged_alone(part: str, text: str) -> None:
     changes = diff(parse(""), parse(text))
-    assert changes == msgspec.structs.replace(Changes(), **{part: True})
+    assert msgspec.structs.replace(changes, settings=()) == msgspec.structs.replace(Changes(), **{part: True})
+    assert len(changes.settings) == 1
     assert diff(parse(text), parse("")) == changes
+
+
+def test_what_a_reload_applies_is_named_as_in_the_file() -> None:
+    text = '[http]\nmax_body = "1MiB"\n[prober]\ninterval = "1m"\n[audit]\nmask = ["corp"]\n'
+    text += '[metering.pricing]\nprefer = "reported"\n'
+    more = '[[alerts.webhook]]\nurl = "http://127.0.0.1/"\n[[sla.tier]]\nname = "gold"\n'
+    changes = diff(parse(""), parse(text + more + AGENT.format("a", 1)))
+    assert changes.settings == ("metering.pricing.prefer", "prober.interval", "sla.tier", "alerts.webhook")
 
 
 def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:

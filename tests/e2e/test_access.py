@@ -34,7 +34,16 @@ def event(agent: str = MINE, **more: Any) -> dict[str, Any]:
     return {"task_id": "t", "agent": agent, "consumer": DESK, "timestamp": time.time(), **more}
 
 
-OPEN = ("/healthz", "/readyz", "/.well-known/jwks.json", "/.well-known/asap/health", "/.well-known/asap/manifest.json")
+OPEN = (
+    "/openapi.json",
+    "/asyncapi.json",
+    "/docs",
+    "/healthz",
+    "/readyz",
+    "/.well-known/jwks.json",
+    "/.well-known/asap/health",
+    "/.well-known/asap/manifest.json",
+)
 ALL = frozenset({"ingest", "reader", "operator", "admin"})
 READ = ALL - {"ingest"}
 # What each route answers to a role that may use it. What is sent is wrong on purpose where a right one would change
@@ -158,6 +167,21 @@ async def test_a_route_is_for_its_roles(
             answer = await client.request(method, path, json=body)
             check_problem(answer, 401, "unauthorized")
             assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_a_parameter_that_a_route_does_not_know_is_refused(daemon: Daemon) -> None:
+    """Or a typo in `dry_run` would do what it was to show."""
+    # A validation always has a verdict; the checkpoints that are sent to be verified are read first.
+    lenient = {("POST", "/usage/validate"), ("POST", "/asap/usage/validate"), ("POST", "/audit/verify")}
+    ignored = []
+    async with daemon.client() as client:
+        for method, path, body, *_ in ROUTES:
+            mark = "&" if "?" in path else "?"
+            answer = await client.request(method, f"{path}{mark}dry_rum=true", json=body)
+            refused = answer.status_code == 400 and "dry_rum" in answer.json()["detail"]
+            if not refused and (method, path) not in lenient:
+                ignored.append(f"{method} {path}: {answer.status_code}")
+    assert ignored == []
 
 
 async def test_every_route_there_is_was_tried(daemon: Daemon) -> None:

@@ -228,6 +228,22 @@ async def test_page_shows_agents_a_live_breach_money_and_an_audit_without_consol
         assert page.errors == []
 
 
+async def test_the_api_is_described_on_a_page_of_its_own() -> None:
+    async with daemon_with() as (daemon, _), chromium_page() as page:
+        await page.open(f"http://{daemon.address}/docs#Breach")
+        await page.wait_text("#operations", "POST /usage")
+        assert "breach_type, always: string, one of availability" in await page.wait_text("#Breach", "breach_type")
+        description = (await daemon.admin.get("/openapi.json")).json()
+        operations = sum(len(methods) for methods in description["paths"].values())
+        assert await page.evaluate("document.querySelectorAll('#operations details').length") == operations
+        typed = "(box) => { box.value = 'post silence'; box.dispatchEvent(new Event('input')); }"
+        await page.evaluate(f"({typed})(document.getElementById('find'))")
+        shown = await page.text("#operations")
+        assert "POST /silences" in shown
+        assert "/usage" not in shown
+        assert page.errors == []
+
+
 async def test_breach_resolves_on_the_page_without_a_reload() -> None:
     async with daemon_with(part("slow", max_latency_p95_ms=500)) as (daemon, agents), chromium_page() as page:
         await page.open(f"http://{daemon.address}/#key={await reader_key(daemon)}")

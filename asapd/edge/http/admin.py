@@ -21,7 +21,9 @@ from asapd.edge.services import Services
 _Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
-class _NewKey(msgspec.Struct, forbid_unknown_fields=True):
+class NewKey(msgspec.Struct, forbid_unknown_fields=True):
+    """An API key that is to be made."""
+
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     role: Role
     agents: Annotated[list[_Pattern], msgspec.Meta(min_length=1, max_length=64)] = msgspec.field(
@@ -38,7 +40,8 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/keys")
     async def post_key() -> Response:
         caller = require_everything(Permission.ADMINISTER)
-        sent = decode_body(await sent_json(), _NewKey)
+        Parameters().done()
+        sent = decode_body(await sent_json(), NewKey)
         bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")
@@ -83,6 +86,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/keys/<key>")
     async def delete_key(key: str) -> Response:
         caller = require_everything(Permission.ADMINISTER)
+        Parameters().done()
         outcome = await ask_actor(gatekeeper, lambda to: RevokeKeyRequest(caller, key, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
@@ -91,11 +95,13 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/reload")
     async def post_reload() -> Response:
         caller = require_everything(Permission.ADMINISTER)
+        Parameters().done()
         return reply(await services.reload(caller.actor))
 
     @app.post("/actors/<actor>/restart")
     async def post_restart(actor: str) -> Response:
         caller = require_everything(Permission.ADMINISTER)
+        Parameters().done()
         if not await services.restart_actor(actor, caller.actor):
             return refuse(Refusal("actor_not_found", f"there is no running actor {actor}: see the status"))
         return reply({"restarted": actor}, 202)

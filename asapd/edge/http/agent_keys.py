@@ -29,7 +29,9 @@ _JWKS_MAX_AGE_S = 300
 MAX_OVERLAP_US = 400 * DAY_US
 
 
-class _NewKey(msgspec.Struct, forbid_unknown_fields=True):
+class NewAgentKey(msgspec.Struct, forbid_unknown_fields=True):
+    """A public key of an agent that is to be imported."""
+
     public_key: Annotated[str, msgspec.Meta(min_length=1, max_length=8192)]
 
 
@@ -76,7 +78,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _NewKey)
+        sent = decode_body(body, NewAgentKey)
         if AGENT_URN.match(agent) is None:
             raise RefusedError(_invalid("agent", "must be a URN of the form urn:asap:agent:<name>"))
         try:

@@ -23,11 +23,15 @@ from asapd.edge.services import Services
 from asapd.wire.manifest import MAX_TTL_S
 
 
-class _Reason(msgspec.Struct, forbid_unknown_fields=True):
+class PauseReason(msgspec.Struct, forbid_unknown_fields=True):
+    """Why an agent is paused or resumed."""
+
     reason: Annotated[str, msgspec.Meta(max_length=500)] | None = None
 
 
-class _Heartbeat(msgspec.Struct, forbid_unknown_fields=True):
+class Heartbeat(msgspec.Struct, forbid_unknown_fields=True):
+    """What an agent says of itself."""
+
     status: Status = "healthy"
     agent_status: AgentStatus | None = None
     ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=MAX_TTL_S)] | None = None
@@ -84,7 +88,8 @@ def register(app: QuartTrio, services: Services) -> None:
 
     async def set_paused(agent: str, *, paused: bool) -> Response:
         caller = require(Permission.OPERATE)
-        reason = decode_body(await sent_json(optional=True), _Reason).reason
+        Parameters().done()
+        reason = decode_body(await sent_json(optional=True), PauseReason).reason
         if not await may_change(caller, agent):
             return refuse(unknown_agent(agent))
         outcome = await ask_actor(prober, lambda to: SetPausedRequest(agent, paused, reason, caller.actor, to))
@@ -102,7 +107,8 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/agents/<agent>/heartbeat")
     async def post_heartbeat(agent: str) -> Response:
         caller = require(Permission.INGEST)
-        sent = decode_body(await sent_json(optional=True), _Heartbeat)
+        Parameters().done()
+        sent = decode_body(await sent_json(optional=True), Heartbeat)
         if sent.agent_id not in (None, agent):
             reason = f"says another agent than the address, which is {agent}'s"
             raise RefusedError(Refusal("invalid", f"agent_id {reason}", (FieldError("agent_id", reason),)))

@@ -31,7 +31,9 @@ _HEALTH_FACTS = (
 )
 
 
-class _NewAgent(msgspec.Struct, forbid_unknown_fields=True):
+class NewAgent(msgspec.Struct, forbid_unknown_fields=True):
+    """An agent of the directory as it is to be."""
+
     id: str
     url: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
     health: Literal["probe", "heartbeat"] = "probe"
@@ -82,7 +84,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _NewAgent)
+        sent = decode_body(body, NewAgent)
         record = _record(sent, caller, [tier.name for tier in services.settings().sla.tiers])
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
@@ -151,7 +153,7 @@ def unknown_agent(agent: str) -> Refusal:
     return Refusal("agent_not_found", f"there is no agent {agent} in the directory: add it, or check the id")
 
 
-def _record(sent: _NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
+def _record(sent: NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
     errors: list[FieldError] = []
     if not AGENT_URN.match(sent.id):
         errors.append(FieldError("id", "must be a URN of the form urn:asap:agent:<name>"))

@@ -22,11 +22,15 @@ _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _LONGEST_US = 366 * DAY_US
 
 
-class _Ack(msgspec.Struct, forbid_unknown_fields=True):
+class Acknowledgement(msgspec.Struct, forbid_unknown_fields=True):
+    """What somebody says who sees to a breach."""
+
     comment: _Text = ""
 
 
-class _Silence(msgspec.Struct, forbid_unknown_fields=True):
+class NewSilence(msgspec.Struct, forbid_unknown_fields=True):
+    """What is not to be pushed for a while."""
+
     agent: _Text | None = None
     type: _Text | None = None
     severity: _Text | None = None
@@ -45,7 +49,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body or b"{}", _Ack)
+        sent = decode_body(body or b"{}", Acknowledgement)
         if await services.reads.breach(caller, breach) is None:
             return refuse(Refusal("breach_not_found", f"there is no breach {breach}: check the id"))
         key = idempotency(caller, body, services.clock.now_us())
@@ -72,7 +76,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _Silence)
+        sent = decode_body(body, NewSilence)
         now_us = services.clock.now_us()
         errors = _errors(sent)
         ends_us = _ends_us(sent, now_us, errors)
@@ -125,7 +129,7 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply({"id": letter, "redelivering": True}, 202) if refused is None else refuse(refused)
 
 
-def _errors(sent: _Silence) -> list[FieldError]:
+def _errors(sent: NewSilence) -> list[FieldError]:
     errors: list[FieldError] = []
     if sent.agent is None and sent.type is None and sent.severity is None:
         errors.append(FieldError("agent", 'or type or severity is needed; "*" as agent fits every agent'))
@@ -140,7 +144,7 @@ def _errors(sent: _Silence) -> list[FieldError]:
     return errors
 
 
-def _ends_us(sent: _Silence, now_us: int, errors: list[FieldError]) -> int:
+def _ends_us(sent: NewSilence, now_us: int, errors: list[FieldError]) -> int:
     if (sent.duration is None) == (sent.expires_at is None):
         errors.append(FieldError("duration", "or expires_at is needed, and only one of them"))
         return 0

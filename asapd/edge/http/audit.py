@@ -30,7 +30,9 @@ EXPORT_PAGE = 500
 _PLAIN = "text/plain; charset=utf-8"
 
 
-class _Erasure(msgspec.Struct, forbid_unknown_fields=True):
+class Erasure(msgspec.Struct, forbid_unknown_fields=True):
+    """Whose traces are to be erased, and why."""
+
     consumer: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 
@@ -84,12 +86,13 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         dry_run = parameters.flag("dry_run")
         parameters.done()
-        body = decode_body(await sent_json(), _Erasure)
+        body = decode_body(await sent_json(), Erasure)
         return reply(await services.erase(body.consumer, body.reason, caller.actor, dry_run))
 
     @app.get("/audit/logs/<entry>")
     async def get_entry(entry: str) -> Response:
         require_everything(Permission.READ_ALL)
+        Parameters().done()
         found = await services.reads.audit_entry(entry)
         if found is None:
             return refuse(Refusal("entry_not_found", f"there is no audit entry {entry}: check the id"))

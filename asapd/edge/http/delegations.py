@@ -34,23 +34,29 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
-class _Constraints(msgspec.Struct, forbid_unknown_fields=True):
+class Constraints(msgspec.Struct, forbid_unknown_fields=True):
+    """The limits of a delegation that is to be issued; none is no limit, but it has to end."""
+
     max_cost_usd: Usd | None = None
     max_tasks: _Count | None = None
     expires_at: str | int | float | None = None
 
 
-class _NewDelegation(msgspec.Struct, forbid_unknown_fields=True):
-    token: msgspec.Raw = msgspec.Raw()
-    delegation: msgspec.Raw = msgspec.Raw()
+class NewDelegation(msgspec.Struct, forbid_unknown_fields=True):
+    """A delegation to be issued by its terms, or registered by its token."""
+
+    token: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    delegation: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     delegator: _Name | None = None
     delegate: _Name | None = None
     scopes: list[str] | None = None
-    constraints: _Constraints | None = None
-    parent: msgspec.Raw = msgspec.Raw()
+    constraints: Constraints | None = None
+    parent: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
-class _Validate(msgspec.Struct, forbid_unknown_fields=True):
+class TokenQuestion(msgspec.Struct, forbid_unknown_fields=True):
+    """A token, and what it is asked about."""
+
     token: msgspec.Raw
     action: str | None = None
     delegate: str | None = None
@@ -65,7 +71,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require_any(Permission.INGEST, Permission.OPERATE)
         Parameters().done()
         body = await sent_json()
-        sent = decode_carrying(body, _NewDelegation)
+        sent = decode_carrying(body, NewDelegation)
         key = idempotency(caller, body, services.clock.now_us())
         # A token that is there and empty is somebody's mistake, and no wish to have one issued.
         given = token_in(sent.token, "token", required=bool(bytes(sent.token)))
@@ -147,7 +153,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def validate() -> Response:
         caller = require_any(Permission.INGEST, Permission.READ)
         Parameters().done()
-        sent = decode_carrying(await sent_json(), _Validate)
+        sent = decode_carrying(await sent_json(), TokenQuestion)
         token = token_in(sent.token, "token", required=True) or ""
         outcome = await ask_actor(registry, lambda to: Validate(caller, token, sent.action, sent.delegate, to))
         if isinstance(outcome, Refusal):
@@ -184,7 +190,7 @@ def _claims(claims: Claims) -> dict[str, Any]:
     }
 
 
-def _refuse_terms_beside_a_token(sent: _NewDelegation) -> None:
+def _refuse_terms_beside_a_token(sent: NewDelegation) -> None:
     """What a token allows is signed; to leave out silently what somebody says beside it would be to allow more."""
     terms = (sent.delegator, sent.delegate, sent.scopes, sent.constraints, token_in(sent.parent, "parent"))
     names = ("delegator", "delegate", "scopes", "constraints", "parent")
@@ -198,8 +204,8 @@ def _refuse_terms_beside_a_token(sent: _NewDelegation) -> None:
         raise RefusedError(Refusal("invalid", detail, tuple(stray)))
 
 
-def _issue_terms(sent: _NewDelegation) -> tuple[str, str, tuple[str, ...], int | None, int | None, int, str | None]:
-    constraints = sent.constraints or _Constraints()
+def _issue_terms(sent: NewDelegation) -> tuple[str, str, tuple[str, ...], int | None, int | None, int, str | None]:
+    constraints = sent.constraints or Constraints()
     errors = [
         FieldError(name, "is missing")
         for name, value in (("delegator", sent.delegator), ("delegate", sent.delegate), ("scopes", sent.scopes))

@@ -27,7 +27,9 @@ _MOST_BEHIND_US = 366 * DAY_US
 _MOST_AHEAD_US = 10 * 366 * DAY_US
 
 
-class _NewMaintenance(msgspec.Struct, forbid_unknown_fields=True):
+class NewMaintenance(msgspec.Struct, forbid_unknown_fields=True):
+    """Time that is to be taken out of the figures."""
+
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
     agent_id: str | None = None
     agent: str | None = None
@@ -43,8 +45,9 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/maintenance")
     async def post_maintenance() -> Response:
         caller = require(Permission.OPERATE)
+        Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _NewMaintenance)
+        sent = decode_body(body, NewMaintenance)
         if sent.agent is not None and sent.agent_id is not None and sent.agent != sent.agent_id:
             raise RefusedError(_invalid("agent", "says something else than agent_id"))
         # An empty name is no name: it must not fall through to everybody.
@@ -107,7 +110,7 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply(public_maintenance(outcome, services.clock.now_us()))
 
 
-def _end_us(sent: _NewMaintenance, start_us: int) -> int:
+def _end_us(sent: NewMaintenance, start_us: int) -> int:
     if (sent.end is None) == (sent.duration is None):
         raise RefusedError(_invalid("end", "give either an end or a duration"))
     if sent.end is not None:

@@ -10,6 +10,7 @@ from quart_trio import QuartTrio
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.context import require_everything
+from asapd.edge.http.parameters import Parameters
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 
@@ -48,24 +49,27 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/status")
     async def get_status() -> Response:
         require_everything(Permission.READ_ALL)
+        Parameters().done()
         return reply(await services.status())
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         require_everything(Permission.READ_ALL)
+        Parameters().done()
         kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
         return Response(await services.metrics(), content_type=kind)
 
     @app.get("/")
     async def get_page() -> Response:
-        return _file("index.html")
+        return web_file("index.html")
 
     @app.get("/web/<name>")
     async def get_file(name: str) -> Response:
-        return _file(name)
+        return web_file(name)
 
 
-def _file(name: str) -> Response:
+def web_file(name: str) -> Response:
+    """A part of a page, with the policy that keeps it from loading anything from elsewhere."""
     path = _WEB / name
     kind = _TYPES.get(path.suffix)
     if kind is None or path.parent != _WEB or not path.is_file():

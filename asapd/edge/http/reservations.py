@@ -22,7 +22,9 @@ from asapd.edge.services import Services
 from asapd.wire.problem import PROBLEM_JSON, encode_json, usd
 
 
-class _Change(msgspec.Struct, forbid_unknown_fields=True):
+class ReservationChange(msgspec.Struct, forbid_unknown_fields=True):
+    """What a reservation is settled, prolonged or refunded with."""
+
     cost_usd: Usd | None = None
     tokens: Count | None = None
     ttl_seconds: Ttl | None = None
@@ -73,7 +75,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE if verb == "refund" else Permission.INGEST)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _Change) if body.strip() else _Change()
+        sent = decode_body(body, ReservationChange) if body.strip() else ReservationChange()
         cost = None if sent.cost_usd is None else usd_field(sent.cost_usd, "cost_usd", round_up=verb == "settle")
         if verb == "refund" and (cost is None or not sent.reason):
             error = FieldError("cost_usd" if cost is None else "reason", "is missing")

@@ -23,7 +23,9 @@ from asapd.edge.usage_request import DELEGATION_HEADER, UsageRequest, answer
 from asapd.wire.usage import parse_timestamp
 
 
-class _Task(msgspec.Struct, forbid_unknown_fields=True):
+class TaskStep(msgspec.Struct, forbid_unknown_fields=True):
+    """One step in the life of a task."""
+
     task_id: str
     agent: str
     consumer: str
@@ -116,8 +118,7 @@ def register(app: QuartTrio, services: Services) -> None:
         if len(TIME_GROUPS.intersection(groups)) > 1:
             raise bad_parameter("group_by", "can hold one of minute, hour, day, week and month")
         zone = time_zone(parameters)
-        filters, offset = usage_filters(parameters), parameters.offset()
-        limit = parameters.number("limit", 1000, 1, 1000)
+        filters, limit, offset = usage_filters(parameters), parameters.limit(), parameters.offset()
         after = parameters.cursor(int)
         parameters.done()
         start = offset if after is None else after
@@ -142,14 +143,16 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/usage/stats")
     async def get_stats() -> Response:
         caller = require(Permission.READ)
+        Parameters().done()
         retention_s = services.settings().retention.usage_us // 1_000_000
         return reply({**await services.reads.usage_stats(caller), "retention_ttl_seconds": retention_s})
 
     @app.post("/tasks")
     async def post_task() -> Response:
         caller = require(Permission.INGEST)
+        Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, _Task)
+        sent = decode_body(body, TaskStep)
         task = _task_event(sent)
         if not caller.may_touch(task.agent):
             raise RefusedError(Refusal("forbidden", f"this key may not report for {task.agent}"))
@@ -160,7 +163,7 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply({"status": "recorded", "task_id": task.task_id, "state": task.state}, 201)
 
 
-def _task_event(sent: _Task) -> TaskEvent:
+def _task_event(sent: TaskStep) -> TaskEvent:
     errors = [
         FieldError(name, "must have 1 to 256 printable characters")
         for name in ("task_id", "consumer", "parent_task_id")

@@ -18,7 +18,9 @@ from asapd.edge.http.replies import reply
 from asapd.edge.services import Services
 
 
-class _Void(msgspec.Struct, forbid_unknown_fields=True):
+class VoidReason(msgspec.Struct, forbid_unknown_fields=True):
+    """Why an event is voided."""
+
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
 
 
@@ -42,7 +44,7 @@ def register(app: QuartTrio, services: Services) -> None:
         agent, source = parameters.text("agent", "agent_id"), parameters.text("source")
         parameters.done()
         body = await sent_json()
-        sent = decode_body(body, _Void)
+        sent = decode_body(body, VoidReason)
         found = await services.reads.find_event(caller, event, agent, source)
         if not found:
             raise RefusedError(Refusal("usage_not_found", f"there is no usage event {event}: check the id"))
@@ -62,6 +64,6 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_retention() -> Response:
         parameters = Parameters()
         dry_run = parameters.flag("dry_run")
-        parameters.done()
         caller = require_everything(Permission.READ_ALL if dry_run else Permission.ADMINISTER)
+        parameters.done()
         return reply(await services.retain(caller.actor, dry_run))

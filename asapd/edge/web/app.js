@@ -565,7 +565,7 @@ async function readAll() {
   const [agents, summary, usage, delegations] = await Promise.all([
     ask(`/agents?limit=1000&window=${encodeURIComponent(windowName)}`),
     ask(`/usage/summary?${today}`),
-    ask(`/usage/aggregate?group_by=agent&${today}`),
+    ask(`/usage/aggregate?group_by=agent&limit=1000&${today}`),
     ask("/delegations?state=active"),
     readBreaches(),
   ]);

@@ -223,6 +223,16 @@ async def test_sums_by_every_group(edge: Edge) -> None:
     rest = (await edge.get(f"/usage/aggregate?group_by=agent,consumer,day&cursor={first['next_cursor']}")).ok()
     assert (first["count"], rest["count"]) == (2, 1)
     assert (await edge.get("/usage/aggregate?group_by=moon")).refused(400)["errors"][0]["field"] == "group_by"
+    await edge.post("/usage", [event(f"p{number}", project=f"p{number}") for number in range(101)])
+    page = (await edge.get("/usage/aggregate?group_by=project")).ok()
+    assert page["count"] == 100
+    assert page["next_cursor"] is not None
+    assert (await edge.get("/usage/aggregate?group_by=project&limit=1000")).ok()["count"] == 102
+    assert (await edge.get("/usage/aggregate?limit=1001")).refused(400)["errors"][0]["field"] == "limit"
+
+
+async def test_totals(edge: Edge) -> None:
+    await edge.post("/usage", [event("e1"), event("e2", agent=C), event("e3", consumer=A)])
     total = (await edge.get("/usage/summary")).ok()
     assert (total["total_tasks"], total["total_tokens"], total["total_cost_usd"]) == (3, 45, Decimal("0.75"))
     assert (await edge.get("/usage/stats")).ok()["retention_ttl_seconds"] == 400 * 86_400

@@ -1,0 +1,101 @@
+"""Operations of the audit log."""
+
+from __future__ import annotations
+
+from asapd.core.access import Permission
+from asapd.edge.description.operation import (
+    JSON,
+    NDJSON,
+    OBJECT,
+    TEXT,
+    Answer,
+    Operation,
+    Shape,
+    one_of,
+    page,
+    reference,
+    shows,
+)
+from asapd.edge.description.queries import AGENT, DRY_RUN, NUMBER, ORDER, PAGE, PERIOD, TASK, named
+from asapd.edge.http.audit import Erasure
+
+_READ_ALL = (Permission.READ_ALL,)
+_NOTE = "text/plain"
+_FILTERS = {"actor": TEXT, "subject": TEXT, "event_type": TEXT, **TASK, **AGENT, **PERIOD}
+_VERIFYING = {
+    "since": named("number of an entry, or a time: only what is behind it"),
+    "reconcile": {**one_of("true", "false"), "default": "true"},
+    "format": {**one_of("json", "ndjson"), "default": "json"},
+}
+_VERDICT = (Answer(200, "The verdict, as lines with the progress before it", {JSON: OBJECT, NDJSON: TEXT}),)
+_CHECKPOINTS: dict[str, Shape] = {_NOTE: TEXT}
+
+OPERATIONS = (
+    Operation("GET /audit/logs", "List entries", _READ_ALL, (page(reference("Entry")),), {**_FILTERS, **ORDER, **PAGE}),
+    Operation("GET /audit/logs/{entry}", "Show an entry, by id or number", _READ_ALL, (shows(reference("Entry")),)),
+    Operation("GET /audit/verify", "Walk the log", _READ_ALL, _VERDICT, _VERIFYING),
+    Operation(
+        "POST /audit/verify",
+        "Walk the log, and hold it to checkpoints that were kept elsewhere",
+        _READ_ALL,
+        _VERDICT,
+        _VERIFYING,
+        body=_CHECKPOINTS,
+    ),
+    Operation(
+        "GET /audit/export",
+        "Export entries, as a stream",
+        _READ_ALL,
+        (Answer(200, "The entries", {JSON: OBJECT, NDJSON: TEXT, "text/csv": TEXT, _NOTE: TEXT}),),
+        {**_FILTERS, "format": {**one_of("json", "ndjson", "csv", "syslog"), "default": "ndjson"}},
+    ),
+    Operation(
+        "POST /audit/erase",
+        "Erase what is kept of one consumer",
+        (Permission.ADMINISTER,),
+        (shows(OBJECT, "What went"),),
+        DRY_RUN,
+        body={JSON: Erasure},
+    ),
+    Operation(
+        "GET /audit/checkpoint",
+        "A signed checkpoint of the log",
+        _READ_ALL,
+        (Answer(200, "A signed note (C2SP), or its parts", {_NOTE: TEXT, JSON: OBJECT}),),
+        {"size": NUMBER, "format": {**one_of("note", "json"), "default": "note"}},
+    ),
+    Operation(
+        "GET /audit/proof/inclusion",
+        "What proves that an entry is in the log",
+        _READ_ALL,
+        (Answer(200, "The proof", {JSON: OBJECT, _NOTE: TEXT}),),
+        {"id": named("id or number of the entry"), "format": {**one_of("json", "tlog-proof"), "default": "json"}},
+        frozenset({"id"}),
+    ),
+    Operation(
+        "GET /audit/proof/consistency",
+        "What proves that the log only grew",
+        _READ_ALL,
+        (shows(),),
+        {"from": NUMBER, "to": {**NUMBER, "description": "the size now, unless given"}},
+        frozenset({"from"}),
+    ),
+    Operation(
+        "GET /audit/pack",
+        "A signed evidence pack of an agent and a period",
+        (Permission.READ_ALL,),
+        (shows(),),
+        {**AGENT, **PERIOD},
+        frozenset({"agent", "start"}),
+    ),
+    Operation(
+        "POST /witness/add-checkpoint",
+        "Sign the checkpoint of another daemon (C2SP tlog-witness)",
+        (),
+        (
+            Answer(200, "The signature", {_NOTE: TEXT}),
+            Answer(409, "The size that was seen", {"text/x.tlog.size": TEXT}),
+        ),
+        body=_CHECKPOINTS,
+    ),
+)

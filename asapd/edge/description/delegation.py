@@ -1,0 +1,139 @@
+"""Operations of delegations and reservations."""
+
+from __future__ import annotations
+
+from asapd.core.access import Permission
+from asapd.edge.decisions import AuthorizationRequest
+from asapd.edge.description.operation import (
+    JSON,
+    OBJECT,
+    TEXT,
+    Answer,
+    Operation,
+    made,
+    one_of,
+    page,
+    reference,
+    shows,
+)
+from asapd.edge.description.queries import AGENT, PAGE, TASK, named
+from asapd.edge.http.delegations import NewDelegation, TokenQuestion
+from asapd.edge.http.reservations import ReservationChange
+from asapd.wire.problem import PROBLEM_JSON
+
+_READ = (Permission.READ,)
+_INGEST = (Permission.INGEST,)
+_OPERATE = (Permission.OPERATE,)
+_RESERVATION = shows(reference("Reservation"), "The reservation as it is now")
+_CHANGE = {JSON: ReservationChange}
+
+OPERATIONS = (
+    Operation(
+        "POST /delegations",
+        "Issue a delegation with a key that the daemon holds, which takes an operator, or register a token",
+        (Permission.INGEST, Permission.OPERATE),
+        (made(reference("Issued")), shows(reference("Issued"), "It was registered before")),
+        body={JSON: NewDelegation},
+        idempotency_key=True,
+    ),
+    Operation(
+        "GET /delegations",
+        "List delegations",
+        _READ,
+        (page(reference("Delegation")),),
+        {"delegator": TEXT, "delegate": TEXT, "state": one_of("active", "revoked", "expired"), **PAGE},
+    ),
+    Operation(
+        "GET /delegations/{delegation}",
+        "Show a delegation; limit and cursor page through spend_by_task",
+        _READ,
+        (shows(reference("Delegation")),),
+        PAGE,
+    ),
+    Operation(
+        "DELETE /delegations/{delegation}",
+        "Revoke a delegation and all its descendants",
+        _OPERATE,
+        (shows(OBJECT, "What is revoked"),),
+        {"reason": TEXT},
+    ),
+    Operation(
+        "POST /delegations/validate",
+        "Say whether a token holds, reserving nothing",
+        (Permission.INGEST, Permission.READ),
+        (shows(reference("TokenVerdict"), "The verdict"),),
+        body={JSON: TokenQuestion},
+    ),
+    Operation(
+        "POST /delegations/authorize",
+        "Ask for a reservation",
+        _INGEST,
+        (
+            shows(reference("Authorization"), "A reservation was made"),
+            Answer(403, "Denied, or not permitted", {PROBLEM_JSON: reference("Denial")}),
+        ),
+        body={JSON: AuthorizationRequest},
+        idempotency_key=True,
+    ),
+    Operation(
+        "GET /delegations/revocations",
+        "The signed list of what is revoked, with an ETag",
+        _READ,
+        (shows(), Answer(304, "It is the same as before", {})),
+    ),
+    Operation(
+        "POST /delegations/revocations",
+        "Take in the signed list of another",
+        _OPERATE,
+        (shows(OBJECT, "What came of it"),),
+        body={JSON: OBJECT},
+        idempotency_key=True,
+    ),
+    Operation(
+        "GET /reservations",
+        "List reservations, the newest first",
+        _READ,
+        (page(reference("Reservation")),),
+        {
+            "state": one_of("open", "settled", "released", "expired"),
+            "delegation": TEXT,
+            **AGENT,
+            "delegate": named("another name for agent"),
+            **TASK,
+            **PAGE,
+        },
+    ),
+    Operation(
+        "GET /reservations/{reservation}",
+        "Show a reservation",
+        (Permission.INGEST, Permission.READ),
+        (shows(reference("Reservation")),),
+    ),
+    Operation(
+        "POST /reservations/{reservation}/settle",
+        "Close a reservation",
+        _INGEST,
+        (_RESERVATION,),
+        body=_CHANGE,
+        may_be_empty=True,
+        idempotency_key=True,
+    ),
+    Operation(
+        "POST /reservations/{reservation}/extend",
+        "Prolong a reservation",
+        _INGEST,
+        (_RESERVATION,),
+        body=_CHANGE,
+        may_be_empty=True,
+        idempotency_key=True,
+    ),
+    Operation(
+        "POST /reservations/{reservation}/refund",
+        "Give back what was spent",
+        _OPERATE,
+        (_RESERVATION,),
+        body=_CHANGE,
+        idempotency_key=True,
+    ),
+    Operation("DELETE /reservations/{reservation}", "Give back what a reservation holds", _INGEST, (_RESERVATION,)),
+)

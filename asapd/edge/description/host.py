@@ -1,0 +1,78 @@
+"""Operations of the daemon itself."""
+
+from __future__ import annotations
+
+from asapd.core.access import Permission
+from asapd.edge.description.operation import (
+    BINARY,
+    JSON,
+    OBJECT,
+    TEXT,
+    Answer,
+    Operation,
+    made,
+    page,
+    reference,
+    shows,
+)
+from asapd.edge.description.queries import DRY_RUN, PAGE
+from asapd.edge.http.admin import NewKey
+
+_ADMINISTER = (Permission.ADMINISTER,)
+_READ_ALL = (Permission.READ_ALL,)
+_PAGE = Answer(200, "A page", {"text/html": TEXT})
+
+OPERATIONS = (
+    Operation("GET /healthz", "Whether the process answers", (), (shows(),)),
+    Operation(
+        "GET /readyz", "Whether every actor is up", (), (shows(OBJECT, "All are"), shows(OBJECT, "Not yet", status=503))
+    ),
+    Operation("GET /.well-known/asap/health", "asapd's own health", (), (shows(),)),
+    Operation("GET /.well-known/asap/manifest.json", "asapd's own manifest", (), (shows(),)),
+    Operation(
+        "GET /.well-known/jwks.json",
+        "asapd's own public keys",
+        (),
+        (Answer(200, "A JSON Web Key Set", {"application/jwk-set+json": OBJECT}),),
+    ),
+    Operation("GET /openapi.json", "This description", (), (shows(),)),
+    Operation("GET /asyncapi.json", "The description of what is live, in AsyncAPI 3.0", (), (shows(),)),
+    Operation("GET /docs", "This description as a page", (), (_PAGE,)),
+    Operation("GET /", "The page of figures", (), (_PAGE,)),
+    Operation(
+        "GET /web/{name}",
+        "A part of a page",
+        (),
+        (Answer(200, "The part", {"text/html": TEXT, "text/javascript": TEXT, "text/css": TEXT}),),
+    ),
+    Operation("GET /status", "How the daemon is", _READ_ALL, (shows(reference("Status")),)),
+    Operation(
+        "GET /metrics",
+        "Metrics in OpenMetrics",
+        _READ_ALL,
+        (Answer(200, "The metrics", {"application/openmetrics-text": BINARY}),),
+    ),
+    Operation("GET /keys", "List API keys", _ADMINISTER, (page(),), PAGE),
+    Operation(
+        "POST /keys",
+        "Make an API key, which is shown this once",
+        _ADMINISTER,
+        (made(),),
+        body={JSON: NewKey},
+    ),
+    Operation("DELETE /keys/{key}", "Revoke an API key", _ADMINISTER, (shows(OBJECT, "It was revoked"),)),
+    Operation("POST /reload", "Read the configuration again", _ADMINISTER, (shows(OBJECT, "What was applied"),)),
+    Operation(
+        "POST /retention",
+        "Take what is past its time; a dry run takes a reader, the rest an admin",
+        _READ_ALL,
+        (shows(OBJECT, "What went"),),
+        DRY_RUN,
+    ),
+    Operation(
+        "POST /actors/{actor}/restart",
+        "Start an actor afresh",
+        _ADMINISTER,
+        (shows(OBJECT, "It was", status=202),),
+    ),
+)
