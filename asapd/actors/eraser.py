@@ -8,7 +8,7 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
-from asapd.store import audit, erasure
+from asapd.store import audit, erasure, sources
 from asapd.store.database import Database
 from asapd.store.units import EraseConsumer
 
@@ -26,6 +26,10 @@ async def erase_consumer(
 
     Asked again, it goes on. The name is replaced with the last entry: what is reported under it later is new.
     """
+    if await database.read(sources.names_more, consumer):
+        # The name is replaced wherever it stands: rows would leave their tenant, events lose what they are known by.
+        detail = f"{consumer} is the name of a tenant or of a source of events as well, which would be renamed too"
+        return Refusal("consumer_is_shared", detail)
     found = await database.read(erasure.count_of, consumer)
     if dry_run:
         return {"dry_run": True, **found, "pseudonym": None, "more": False}

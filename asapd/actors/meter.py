@@ -277,7 +277,7 @@ async def _explain_conflict(message: Report, outcome: UsageConflict, database: D
             f"{message.events[index].id} was reported before with other content"
             if seq
             else f"{message.events[index].id} stands twice in this request with different content",
-            index if message.places is None else message.places[index],
+            None if message.places is None else message.places[index],
         )
         for index, seq in outcome.conflicts[:100]
     )

@@ -24,6 +24,7 @@ from asapd.store import (
     audit,
     breaches,
     budget_queries,
+    horizon,
     identity,
     keys,
     ledger_queries,
@@ -267,6 +268,10 @@ class Reads:
     async def repeats(self, caller: Caller, events: list[UsageEvent]) -> list[bool | None]:
         """Of each event that the caller would report: True a repeat, False an id of other content, None neither."""
         return await self._database.read(identity.repeats, caller.tenant or DEFAULT_TENANT, events)
+
+    async def horizon(self) -> int:
+        """Before which time events are taken no more, as far as that is on record; 0 when it is not."""
+        return await self._database.read(horizon.edge)
 
     async def unpriced_events(self) -> int:
         """How many events there are whose cost nobody knows."""

@@ -12,6 +12,7 @@ from typing import Final, cast
 import msgspec
 
 from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
+from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT
 from asapd.core.usage import UsageEvent
@@ -29,6 +30,7 @@ from asapd.store.units import (
     StreamValue,
     UsageConflict,
 )
+from asapd.wire.otlp import MAX_RECORDS, digest
 from asapd.wire.otlp_points import (
     Bucket,
     Delta,
@@ -44,6 +46,12 @@ from asapd.wire.usage import MAX_EVENTS, too_many
 
 # Exports of one stream come one after another; two at once are a resend that overtakes. A third try is a hot loop.
 ATTEMPTS: Final = 8
+
+# As many as one export may have. A collection is written whole for every export that adds to it.
+MAX_PARTS: Final = MAX_RECORDS
+
+_CONTRADICTED = "came before at its time with other figures"
+_BEYOND = f"is one of more than {MAX_PARTS} of one collection"
 
 MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
 
@@ -83,7 +91,11 @@ async def record_spans(
         return TelemetryRecorded(0, 0, rejected)
     events = [span.event for span in timely]
     # A span that does not count for the sake of one below it still says that its resource has spans.
-    evidence = list(dict.fromkeys(Evidence(span.resource, SPANS, span.event.timestamp_us) for span in timely))
+    evidence = list(
+        dict.fromkeys(
+            Evidence(_told_of(span.resource, message.caller), SPANS, span.event.timestamp_us) for span in timely
+        )
+    )
     unit = RecordTelemetry(
         msgspec.structs.replace(make_unit(events), partial=True),
         times.forget_before_us,
@@ -91,6 +103,7 @@ async def record_spans(
         evidence=evidence,
         spans=[SpanFact(span.span, span.is_work) for span in timely],
         links=message.links,
+        is_narrow=_is_narrow(message.caller),
     )
     outcome = await database.submit(unit)
     if isinstance(outcome, Refusal):
@@ -100,13 +113,29 @@ async def record_spans(
     return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
 
 
+def _told_of(resource: bytes, caller: Caller) -> bytes:
+    """A resource as a caller tells of it: whose patterns leave agents out does so for itself alone.
+
+    Anybody can name a resource, and what better telemetry of it outranks is voided: usage of agents of other keys too.
+    """
+    return digest([resource, sorted(caller.agents)]) if _is_narrow(caller) else resource
+
+
+def _is_narrow(caller: Caller) -> bool:
+    return "*" not in caller.agents
+
+
 class _Collection(msgspec.Struct, frozen=True):
-    """What an export adds to one collection: the deltas of points that it did not have, and those it had otherwise."""
+    """What an export adds to one collection: the deltas of points that it did not have, and those it had otherwise.
+
+    `beyond` are more than it may have.
+    """
 
     first: MetricPoint
     before: dict[bytes, CollectionPart] | None
     after: dict[bytes, CollectionPart]
     contradicted: list[Delta]
+    beyond: list[Delta]
 
     @property
     def is_changed(self) -> bool:
@@ -121,7 +150,11 @@ async def record_metrics(
     rejected: list[str] = []
     points = [point for point in message.points if _is_timely(point, times, rejected)]
     evidence = list(
-        dict.fromkeys(Evidence(point.resource, METRICS, point.time_ns // 1_000) for point in points if not point.legacy)
+        dict.fromkeys(
+            Evidence(_told_of(point.resource, message.caller), METRICS, point.time_ns // 1_000)
+            for point in points
+            if not point.legacy
+        )
     )
     attempt = 0
     while points and attempt < ATTEMPTS:
@@ -130,8 +163,10 @@ async def record_metrics(
         deltas = _fold(points, memory, times)
         collections = _collect(deltas, memory)
         contradicted = [delta for collection in collections.values() for delta in collection.contradicted]
-        if contradicted:
-            points = _without(points, contradicted, rejected)
+        beyond = [delta for collection in collections.values() for delta in collection.beyond]
+        if contradicted or beyond:
+            points = _without(points, contradicted, rejected, _CONTRADICTED)
+            points = _without(points, beyond, rejected, _BEYOND)
             continue
         changed = {key: found for key, found in collections.items() if found.is_changed}
         events = [collection_event(found.first, _parts(found.after)) for found in changed.values()]
@@ -145,7 +180,7 @@ async def record_metrics(
             [
                 CollectionChanged(
                     key,
-                    found.first.resource,
+                    _told_of(found.first.resource, message.caller),
                     FIRST_METRICS if found.first.legacy else METRICS,
                     found.first.time_ns // 1_000,
                     place,
@@ -168,9 +203,8 @@ async def record_metrics(
             case UsageConflict(conflicts=conflicts):
                 # Points from before collections were remembered.
                 spoilt = {unit.collections[index].key for index, _ in conflicts}
-                points = _without(
-                    points, [delta for delta in deltas if collection_key(delta.point) in spoilt], rejected
-                )
+                lost = [delta for delta in deltas if collection_key(delta.point) in spoilt]
+                points = _without(points, lost, rejected, _CONTRADICTED)
             case _:
                 return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
     if attempt < ATTEMPTS:
@@ -208,10 +242,13 @@ def _collect(deltas: list[Delta], memory: Memory) -> dict[bytes, _Collection]:
         key = collection_key(delta.point)
         if key not in found:
             before = memory.collections.get(key)
-            found[key] = _Collection(delta.point, before, dict(before or {}), [])
+            found[key] = _Collection(delta.point, before, dict(before or {}), [], [])
+        one, stream = found[key], delta.point.stream
         part = CollectionPart(delta.point.bucket, delta.tokens, delta.calls)
-        if found[key].after.setdefault(delta.point.stream, part) != part:
-            found[key].contradicted.append(delta)
+        if stream not in one.after and len(one.after) >= MAX_PARTS:
+            one.beyond.append(delta)
+        elif one.after.setdefault(stream, part) != part:
+            one.contradicted.append(delta)
     return found
 
 
@@ -219,16 +256,19 @@ def _parts(parts: dict[bytes, CollectionPart]) -> dict[bytes, Part]:
     return {stream: Part(cast("Bucket", part.bucket), part.tokens, part.calls) for stream, part in parts.items()}
 
 
-def _without(points: list[MetricPoint], deltas: list[Delta], rejected: list[str]) -> list[MetricPoint]:
-    """The points but for these, which are told to be rejected.
+def _without(points: list[MetricPoint], deltas: list[Delta], rejected: list[str], reason: str) -> list[MetricPoint]:
+    """The points but for these, which are told to be rejected for a reason.
 
     Of a cumulative stream among them no point is left: it stays where it was, and its next point makes good for them.
     """
     gone = {id(delta.point) for delta in deltas}
     streams = {delta.point.stream for delta in deltas if delta.point.is_cumulative}
-    left = [point for point in points if id(point) not in gone and point.stream not in streams]
-    detail = f"a point of {deltas[0].point.of.agent} came before at its time with other figures"
-    rejected += [detail] * (len(points) - len(left))
+    left = []
+    for point in points:
+        if id(point) in gone or point.stream in streams:
+            rejected.append(f"a point of {point.of.agent} {reason}")
+        else:
+            left.append(point)
     return left
 
 

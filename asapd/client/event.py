@@ -138,7 +138,8 @@ def build(
         "agent": agent,
         "consumer": consumer,
         "timestamp": timestamp(now_ns),
-        "metrics": {name: value for name, value in metrics.items() if value},
+        # A duration of 0 is one that was measured: without it the event is no sample of latency.
+        "metrics": {name: value for name, value in metrics.items() if value or name == "duration_ms"},
     }
     if outcome != "completed":
         event["outcome"] = outcome

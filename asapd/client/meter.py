@@ -186,7 +186,7 @@ class Meter:
         cache_write_tokens: int = 0,
         cache_write_1h_tokens: int = 0,
         reasoning_tokens: int = 0,
-        duration_ms: int = 0,
+        duration_ms: int | None = None,
         api_calls: int = 0,
         outcome: Literal["completed", "failed"] = "completed",
         error: str | None = None,
@@ -201,9 +201,10 @@ class Meter:
                 cached_tokens_in=count(cached_tokens_in),
                 cache_write_tokens=count(cache_write_tokens),
                 reasoning_tokens=count(reasoning_tokens),
-                duration_ms=count(duration_ms),
                 api_calls=count(api_calls),
             )
+            if duration_ms is not None:
+                metrics["duration_ms"] = count(duration_ms)
             if cache_write_1h_tokens:  # a daemon that does not know the field would refuse it
                 metrics["cache_write_1h_tokens"] = count(cache_write_1h_tokens)
             event = build(

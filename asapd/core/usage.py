@@ -87,6 +87,9 @@ class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 UNKNOWN_COST = Cost()
 
+OTLP = "otlp"
+"""The `source` of every event that comes from OpenTelemetry."""
+
 _encoder = msgspec.msgpack.Encoder(order="sorted")
 _FIRST_FIELDS = UsageEvent.__struct_fields__.index("trace_id") + 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller
@@ -10,9 +11,19 @@ from asapd.core.errors import FieldError, Refusal
 
 
 def bind(
-    key: str | None, caller: Caller, method: str, path: str, query: bytes, body: bytes, now_us: int
+    key: str | None,
+    caller: Caller,
+    method: str,
+    path: str,
+    query: bytes,
+    body: bytes,
+    now_us: int,
+    told: Mapping[str, str] | None = None,
 ) -> Idempotency | Refusal | None:
-    """An `Idempotency-Key` bound to caller and route, and to what it came with; None without one."""
+    """An `Idempotency-Key` bound to caller and route, and to what it came with; None without one.
+
+    `told` are the header fields, if any, that say as much as the body does.
+    """
     if key is None:
         return None
     if not 1 <= len(key) <= 255:
@@ -20,5 +31,6 @@ def bind(
         return Refusal("invalid", "the Idempotency-Key is too long or empty", (error,))
     scope = "\0".join((caller.actor, method, path, key))
     digest = hashlib.blake2b(scope.encode(), digest_size=16).digest()
-    request_digest = hashlib.blake2b(query + b"\0" + body, digest_size=16).digest()
+    beside = hashlib.blake2b(repr(sorted(told.items())).encode()).digest() if told else b""
+    request_digest = hashlib.blake2b(query + b"\0" + body, digest_size=16, key=beside).digest()
     return Idempotency(digest, request_digest, now_us)

@@ -131,10 +131,7 @@ async def _prepare(
 ) -> _Prepared | Refusal:
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
-    if len(body) < LARGE_BYTES:
-        decoded = _decode(services, body, written)
-    else:
-        decoded = await _decode_large(services, body, written)
+    decoded = await _decoded(services, body, written)
     if isinstance(decoded, Refusal):
         return decoded
     elsewhere = [] if attribution is None else _under_another(decoded, attribution)
@@ -195,7 +192,9 @@ def _without(
     return [event for event, _ in kept], [place for _, place in kept]
 
 
-async def _decode_large(services: Services, body: bytes, written: Written) -> Events | Refusal:
+async def _decoded(services: Services, body: bytes, written: Written) -> Events | Refusal:
+    if len(body) < LARGE_BYTES:
+        return _decode(services, body, written)
     async with services.decoding:
         if isinstance(written, BinaryEvent) or written in {"cloudevent", "cloudevents"}:
             return _decode(services, body, written)
@@ -244,26 +243,25 @@ def _own(decoded: Events, caller: Caller) -> tuple[list[UsageEvent], list[int], 
     return events, places, foreign
 
 
-def _untimely(services: Services, events: list[UsageEvent], places: list[int]) -> list[FieldError]:
+async def _untimely(services: Services, decoded: Events) -> list[FieldError]:
     metering = services.settings().metering
     now_us = services.clock.now_us()
-    earliest_us, latest_us = now_us - metering.late_max_us, now_us + metering.clock_skew_max_us
-    found = untimely(events, earliest_us, latest_us)
-    return [FieldError("timestamp", reason, places[index]) for index, reason in found]
+    # The edge does not move back when `late_max` grows.
+    earliest_us = max(now_us - metering.late_max_us, await services.reads.horizon())
+    found = untimely(decoded.events, earliest_us, now_us + metering.clock_skew_max_us)
+    places = decoded.places
+    return [FieldError("timestamp", reason, places[index] if decoded.is_batch else None) for index, reason in found]
 
 
 async def validate(services: Services, caller: Caller, body: bytes, written: Written) -> dict[str, Any] | Refusal:
     """Say what reporting a body would say, recording nothing; always an answer, never a refusal of it."""
     if not caller.may(Permission.INGEST):
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
-    decoded = _decode(services, body, written)
+    decoded = await _decoded(services, body, written)
     if isinstance(decoded, Refusal):
         return {"valid": False, "error": decoded.detail, "code": decoded.code}
-    late = [
-        FieldError(error.field, error.reason, error.index if decoded.is_batch else None)
-        for error in _untimely(services, decoded.events, decoded.places)
-    ]
     foreign = _check_agents(decoded, caller)
+    late = await _untimely(services, decoded)
     errors = [*decoded.errors, *(foreign.errors if foreign is not None else ()), *late]
     if errors:
         first = errors[0]

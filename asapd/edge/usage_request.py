@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from asapd.actors.messages import Attribution
+from asapd.actors.messages import Attribution, Idempotency
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge import idempotency
@@ -16,7 +16,7 @@ from asapd.edge.http.parameters import Parameters, RefusedError
 from asapd.edge.reporting import BinaryEvent, Written, attribute, report, validate
 from asapd.edge.services import Services
 from asapd.wire.bodies import unpack
-from asapd.wire.cloudevents import BATCH_TYPE, STRUCTURED_TYPE, is_binary
+from asapd.wire.cloudevents import BATCH_TYPE, HEADERS, STRUCTURED_TYPE, is_binary
 
 PATHS: Final = ("/usage", "/usage/batch", "/usage/validate")
 DELEGATION_HEADER: Final = "x-asap-delegation-token"
@@ -86,15 +86,7 @@ async def answer(
     if only_validate:
         found = await validate(services, caller, body, written)
         return found if isinstance(found, Refusal) else (200, found)
-    key = idempotency.bind(
-        request.headers.get("idempotency-key"),
-        caller,
-        "POST",
-        request.path,
-        request.query,
-        body,
-        services.clock.now_us(),
-    )
+    key = _bound(services, caller, request, written, body)
     if isinstance(key, Refusal):
         return key
     attribution: Attribution | None = None
@@ -115,3 +107,17 @@ async def answer(
         attribution=attribution,
     )
     return outcome if isinstance(outcome, Refusal) else (201, outcome)
+
+
+def _bound(
+    services: Services, caller: Caller, request: UsageRequest, written: Written, body: bytes
+) -> Idempotency | Refusal | None:
+    """The request's Idempotency-Key, bound to the header fields too that say what is reported; None without one."""
+    headers = request.headers
+    key = headers.get("idempotency-key")
+    if key is None:
+        return None
+    names = [DELEGATION_HEADER, *(HEADERS if isinstance(written, BinaryEvent) else ())]
+    told = {name: value for name in names if (value := headers.get(name))}
+    now_us = services.clock.now_us()
+    return idempotency.bind(key, caller, "POST", request.path, request.query, body, now_us, told)

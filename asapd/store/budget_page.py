@@ -11,7 +11,8 @@ from asapd.core.ledger import Hold, Settlement
 from asapd.store.rows import Row
 from asapd.store.tx import Tx
 
-# Counters stop here instead of failing, as usage is recorded whatever it claims; two of them still fit 64 bits.
+# Counters stop here instead of failing, as usage is recorded whatever it claims; two of them still fit 64 bits. One
+# that stopped stays until its period ends: what is taken back from it may be of what it did not count.
 MOST = 2**62 - 1
 
 COLUMNS = (
@@ -132,8 +133,8 @@ class Page:
     def spend(self, microusd: int, tokens: int) -> None:
         """Count what was used; a refund is negative."""
         self.is_changed = True
-        self.spent_microusd = min(self.spent_microusd + microusd, MOST)
-        self.spent_tokens = min(self.spent_tokens + tokens, MOST)
+        self.spent_microusd = _plus(self.spent_microusd, microusd)
+        self.spent_tokens = _plus(self.spent_tokens, tokens)
 
     def use_task(self, task_id: str) -> None:
         """Count a distinct task as used."""
@@ -200,6 +201,10 @@ class Page:
         self.tasks_reserved += _is_only_held(used, holds) - _is_only_held(*known)
         self._tasks[task_id] = (used, holds) if used or holds else None
         self._changed_tasks.add(task_id)
+
+
+def _plus(counter: int, more: int) -> int:
+    return counter if counter == MOST else min(counter + more, MOST)
 
 
 def _is_only_held(used: int, holds: int) -> bool:

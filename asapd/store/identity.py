@@ -63,9 +63,13 @@ def repeats(connection: apsw.Connection, tenant: str, events: Sequence[UsageEven
     return found
 
 
-def give_up(connection: apsw.Connection, identities: Sequence[Identity]) -> None:
-    """Forget identities whose rows go."""
-    keys = [identity_key(*identity) for identity in identities]
+def give_up(connection: apsw.Connection, held: Sequence[tuple[Identity, int]]) -> None:
+    """Forget identities whose rows go, each with its row.
+
+    Only where the row is the one that has the identity: an event without an id is named by the daemon, and a voiding
+    row as well, and by such a name an event may come that has it for its identity.
+    """
+    keys = [(identity_key(*identity), seq) for identity, seq in held]
     if has_digests(connection):
-        keys += [identity_digest(identity) for identity in identities]
-    connection.executemany("DELETE FROM usage_identity WHERE key = ?", ((key,) for key in sorted(keys)))
+        keys += [(identity_digest(identity), seq) for identity, seq in held]
+    connection.executemany("DELETE FROM usage_identity WHERE key = ? AND seq = ?", sorted(keys))

@@ -8,8 +8,10 @@ from typing import Any
 import apsw
 
 from asapd.core.types import format_us
+from asapd.core.usage import OTLP
 from asapd.store import identity
 from asapd.store.rows import fetch, fetch_one
+from asapd.store.span_identity import of_span
 from asapd.store.tx import Tx
 from asapd.store.units import RetireUsage, UsageRetired
 
@@ -65,9 +67,9 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
 
 
 def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
-    identity.give_up(
-        tx.connection, [(tenant, agent, source, event_id) for _, _, event_id, _, tenant, agent, source in rows]
-    )
+    held = [((tenant, agent, source, event_id), seq) for seq, _, event_id, _, tenant, agent, source in rows]
+    held += [(of_span(its[0], its[3]), seq) for its, seq in held if its[2] == OTLP]
+    identity.give_up(tx.connection, held)
     tx.execute("UPDATE retention_gate SET open = 1")
     tx.insert_many("DELETE FROM usage WHERE seq = ?", ((row[0],) for row in rows))
     # A void is as old as what it voids and goes after it, in this step or the next.

@@ -32,16 +32,17 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
     task = unit.task
     is_start = task.state == "started"
     key = (tx.intern(unit.tenant), tx.intern(task.agent), task.task_id)
+    said = (task.state, task.timestamp_us, tx.intern(task.consumer), task.error, task.parent_task_id)
     steps = fetch(
         tx.connection,
-        "SELECT seq, state, timestamp_us, state = 'started' FROM task "
+        "SELECT seq, state, state = 'started', timestamp_us, consumer, error, parent_task_id FROM task "
         "WHERE tenant = ? AND agent = ? AND task_id = ? AND (state = 'started') IN (0, 1)",
         key,
     )
-    for seq, state, timestamp_us, began in steps:
+    for seq, state, began, *rest in steps:
         if bool(began) != is_start:
             continue
-        if (state, timestamp_us) == (task.state, task.timestamp_us):
+        if (state, *rest) == said:
             return RowWritten(seq)
         raise RefuseError(
             Refusal("task_conflict", f"task {task.task_id} is already {state}, at another time or in another way")
@@ -50,7 +51,7 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
         _INSERT,
         (
             *key[:2],
-            tx.intern(task.consumer),
+            said[2],
             task.task_id,
             task.state,
             task.timestamp_us,

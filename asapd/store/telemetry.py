@@ -17,7 +17,7 @@ import msgspec
 
 from asapd.core.span_tree import SpanTree
 from asapd.core.usage import UsageEvent
-from asapd.store import identity, usage, voids
+from asapd.store import identity, span_identity, usage, voids
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -96,6 +96,9 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     }
     counting = [change for change in unit.collections if not _is_outranked(tx, tenant, unit, change)]
     left_out |= {change.event for change in unit.collections} - {change.event for change in counting}
+    spans = [(place, unit.usage.events[place]) for place in range(len(unit.spans)) if place not in left_out]
+    elsewhere = span_identity.of_others(tx, unit.usage.tenant, spans)
+    left_out |= elsewhere.keys()
     for change in counting:
         if change.before is not None:
             row = tx.row("SELECT seq FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, change.key))
@@ -105,8 +108,13 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
         voids.supersede(tx, seq, reason, unit.usage.actor, unit.usage.now_us)
     recorded = _record_without(tx, unit, left_out)
     _keep(tx, tenant, unit, counting, trees, left_out)
+    if not unit.is_narrow:
+        # The ids of spans go to whoever is called from within them, and nobody may take another agent's beforehand.
+        span_identity.keep(tx, unit.usage.tenant, [event for place, event in spans if place not in elsewhere])
     _forget(tx, unit)
-    return recorded
+    if not elsewhere or isinstance(recorded, UsageConflict):
+        return recorded
+    return msgspec.structs.replace(recorded, conflicts=sorted([*recorded.conflicts, *elsewhere.items()]))
 
 
 def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict:

@@ -31,6 +31,10 @@ def _high(number: int) -> str:
     return "".join([_PAIRS[number >> shift & 1023] for shift in (70, 60, 50, 40, 30, 20)])
 
 
+MAX_NAMES = 100_000
+"""Names remembered with their numbers, some 15 MB of them; a consumer may be anybody, so they have no end."""
+
+
 class RefuseError(Exception):
     """Raised by a handler to roll its unit back and answer `value`; never leaves the writer."""
 
@@ -155,6 +159,8 @@ class Tx:
     def mark(self) -> tuple[int, bytes]:
         """Remember the state that a rollback of the next unit returns to."""
         self._new_names.clear()
+        if len(self._names) > MAX_NAMES:
+            self._names = {"": 0}
         return self._audit_seq, self._audit_hash
 
     def rewind(self, mark: tuple[int, bytes]) -> None:

@@ -86,7 +86,10 @@ _RAW_SUMS = {
 
 
 class UsageFilter(msgspec.Struct, frozen=True):
-    """Which events; `start_us` inclusive, `end_us` exclusive. None means any."""
+    """Which events; `start_us` inclusive, `end_us` exclusive. None means any.
+
+    With `counting` rows are only of events that count: no voids, nothing voided, no corrections. Sums hold no others.
+    """
 
     visible: Visibility
     agent: str | None = None
@@ -98,6 +101,7 @@ class UsageFilter(msgspec.Struct, frozen=True):
     project: str | None = None
     start_us: int | None = None
     end_us: int | None = None
+    counting: bool = False
 
 
 def _conditions(query: UsageFilter, *, raw: bool) -> tuple[list[str], list[Any]]:
@@ -121,6 +125,8 @@ def _conditions(query: UsageFilter, *, raw: bool) -> tuple[list[str], list[Any]]
         if query.delegation is not None:
             where.append(_UNDER)
             values += [query.delegation, query.delegation]
+        if query.counting:
+            where += [LIVE, f"NOT ({CORRECTION})"]
     return where, values
 
 

@@ -202,7 +202,7 @@ class Writer:
         if row[0] != idempotency.request:
             return Refusal(
                 "idempotency_key_reused",
-                "this Idempotency-Key came with another body before: use a new key for a new request",
+                "this Idempotency-Key came with another request before: use a new key for a new request",
             )
         return _result_decoder.decode(row[1])
 

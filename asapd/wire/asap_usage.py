@@ -68,11 +68,6 @@ def event(row: dict[str, Any]) -> dict[str, Any]:
     return {**picked(row, EVENT), "duration_ms": row["duration_ms"] or 0}
 
 
-def counts(row: dict[str, Any]) -> bool:
-    """Whether an event counts: a void would be an event of negative counts to who does not know voids."""
-    return row["voids"] is None and row["voided_by"] is None
-
-
 class AsapJson:
     """`{"data": [...]}`."""
 
@@ -87,7 +82,7 @@ class AsapJson:
 
     def rows(self, rows: Rows) -> bytes:
         """Elements of the list."""
-        elements = [_encoder.encode(event(row)) for row in rows if counts(row)]
+        elements = [_encoder.encode(event(row)) for row in rows]
         glue = b"" if self._is_first or not elements else b","
         self._is_first = self._is_first and not elements
         return glue + b",".join(elements)
@@ -111,9 +106,8 @@ class AsapCsv:
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         for row in rows:
-            if counts(row):
-                time = row["timestamp"].removesuffix("Z") + "+00:00"
-                writer.writerow([*(csv_cell(value) for value in list(event(row).values())[:-1]), time])
+            time = row["timestamp"].removesuffix("Z") + "+00:00"
+            writer.writerow([*(csv_cell(value) for value in list(event(row).values())[:-1]), time])
         return text.getvalue().encode()
 
     def end(self) -> bytes:

@@ -44,6 +44,8 @@ _MAX_ID = 128
 _MAX_SOURCE = 256
 _TWICE = "has a name twice, and what stands there first is wrong"
 _ATTRIBUTES = ("specversion", "id", "source", "type", "subject", "time", "datacontenttype")
+HEADERS: Final = tuple(f"ce-{name}" for name in _ATTRIBUTES[:-1])
+"""The header fields that are read of an event in binary mode. Intermediaries may add and change others."""
 
 
 class _Envelope(msgspec.Struct, gc=False):

@@ -26,9 +26,6 @@ Encoding = Literal["protobuf", "json"]
 CONTENT_TYPES: Final[Mapping[str, Encoding]] = {"application/x-protobuf": "protobuf", "application/json": "json"}
 """How a request is encoded, by its content type; the reply has the same type."""
 
-SOURCE: Final = "otlp"
-"""The `source` of every event that comes from OpenTelemetry."""
-
 UNKNOWN: Final = "urn:asap:agent:unknown"
 
 MAX_RECORDS: Final = 50_000
@@ -43,7 +40,7 @@ Attributes = dict[str, Any]
 
 _MAX_REASONS = 5
 _DISALLOWED = re.compile(r"[^A-Za-z0-9._:-]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _INT64 = re.compile(r"-?[0-9]{1,19}\Z")
 
 

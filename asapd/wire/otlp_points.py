@@ -12,8 +12,8 @@ from typing import Literal
 import msgspec
 
 from asapd.core.types import MAX_INT
-from asapd.core.usage import UsageEvent
-from asapd.wire.otlp import SOURCE, Attribution, digest
+from asapd.core.usage import OTLP, UsageEvent
+from asapd.wire.otlp import Attribution, digest
 
 Bucket = Literal["tokens_in", "tokens_out", "cached_tokens_in", "cache_write_tokens", "reasoning_tokens"]
 
@@ -124,7 +124,7 @@ def collection_event(of: MetricPoint, parts: Parts) -> UsageEvent:
     tokens_in, tokens_out = sums.get("tokens_in", 0), sums.get("tokens_out", 0)
     cached = min(sums.get("cached_tokens_in", 0), tokens_in)
     return UsageEvent(
-        who.task_id or f"{SOURCE}:{resource.hex()}",
+        who.task_id or f"{OTLP}:{resource.hex()}",
         who.agent,
         who.consumer,
         time_ns // 1_000,
@@ -138,7 +138,7 @@ def collection_event(of: MetricPoint, parts: Parts) -> UsageEvent:
         reasoning_tokens=min(sums.get("reasoning_tokens", 0), tokens_out),
         partial=True,
         id="metric:" + digest([resource, who, time_ns, sorted(parts)]).hex(),
-        source=SOURCE,
+        source=OTLP,
         model=who.model,
         provider=who.provider,
         project=who.project,

@@ -11,13 +11,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from asapd.core.errors import Refusal
 from asapd.core.types import MAX_INT, Outcome
-from asapd.core.usage import UsageEvent
+from asapd.core.usage import OTLP, UsageEvent
 from asapd.wire.otlp import (
     AGENT_WORK,
     ATTRIBUTION_NAMES,
     DEFAULT_SETTINGS,
     INFERENCE,
-    SOURCE,
     Attributes,
     Encoding,
     JsonAttribute,
@@ -314,7 +313,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         counts.get("reasoning_tokens", 0),
         outcome=Outcome.COMPLETED if error is None else Outcome.FAILED,
         id=span.id,
-        source=SOURCE,
+        source=OTLP,
         error=error or None,
         model=who.model,
         provider=who.provider,

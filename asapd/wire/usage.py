@@ -33,7 +33,7 @@ _Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Short = Annotated[str, Meta(max_length=128)]
 _Label = Annotated[str, Meta(max_length=256)]
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _EPOCH_MS_ABOVE = 10**11
 """An epoch above this is in milliseconds."""
 

@@ -200,7 +200,7 @@ async def test_a_conflict_shows_the_stored_event_only_to_who_may_read_it(
         for caller, sees in readers.items():
             refused = await meter.report(changed, caller=caller)
             assert isinstance(refused, Refusal)
-            assert refused.code == "usage_conflict"
+            assert (refused.code, refused.errors[0].index) == ("usage_conflict", None)
             assert refused.extra["received"]["tokens_in"] == 2
             if sees:
                 assert refused.extra["stored"]["tokens_in"] == 1

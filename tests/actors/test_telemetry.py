@@ -72,18 +72,18 @@ class Host:
         costs = [Cost(event.tokens_in - event.cached_tokens_in, "priced") for event in events]
         return RecordUsage("default", "key:1", self.now_us, events, costs)
 
-    async def spans(self, body: bytes) -> TelemetryRecorded:
+    async def spans(self, body: bytes, caller: Caller = CALLER) -> TelemetryRecorded:
         decoded = decode_traces(body, "protobuf")
         assert isinstance(decoded, OtlpOutcome)
-        message = ReportSpans(CALLER, decoded.spans, decoded.links, None)  # type: ignore[arg-type]  # nobody replies
+        message = ReportSpans(caller, decoded.spans, decoded.links, None)  # type: ignore[arg-type]  # nobody replies
         found = await record_spans(message, self.database, self.unit, self.times)
         assert isinstance(found, TelemetryRecorded)
         return found
 
-    async def metrics(self, body: bytes) -> TelemetryRecorded:
+    async def metrics(self, body: bytes, caller: Caller = CALLER) -> TelemetryRecorded:
         decoded = decode_metrics(body, "protobuf")
         assert isinstance(decoded, MetricsOutcome)
-        message = ReportMetrics(CALLER, decoded.points, None)  # type: ignore[arg-type]  # nobody replies
+        message = ReportMetrics(caller, decoded.points, None)  # type: ignore[arg-type]  # nobody replies
         found = await record_metrics(message, self.database, self.unit, self.times)
         assert isinstance(found, TelemetryRecorded)
         return found
@@ -364,6 +364,37 @@ async def test_a_contradicted_span_is_told_at_its_own_place(host: Host) -> None:
     assert reason == f"span {span.trace_id.hex()}:{span.span_id.hex()} was reported before with other content"
 
 
+@pytest.mark.parametrize("kind", ["call", "work"])
+async def test_a_span_counts_once_whatever_agent_it_is_said_to_be_of(host: Host, kind: str) -> None:
+    (one,) = export_spans([(None, kind)], T0, "one")
+    other = one.__deepcopy__({})
+    (name,) = [pair for pair in other.resource_spans[0].resource.attributes if pair.key == "service.name"]
+    name.value.string_value = "other"
+    both = ExportTraceServiceRequest()
+    both.MergeFrom(one)
+    both.MergeFrom(other)
+    span = one.resource_spans[0].scope_spans[0].spans[0]
+    for export, rejected in ((both, 1), (one, 0), (other, 1), (both, 1)):
+        told = await host.spans(export.SerializeToString())
+        named = f"span {span.trace_id.hex()}:{span.span_id.hex()} was reported before with other content"
+        assert told.rejected == [named] * rejected
+        assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
+    assert host.connection.execute("SELECT name FROM usage JOIN name n ON n.id = agent").get == "urn:asap:agent:one"
+
+
+async def test_a_narrow_key_takes_no_span_of_another_agent(host: Host) -> None:
+    (own,) = export_spans([(None, "call")], T0, "b")
+    taken = own.__deepcopy__({})
+    taken.resource_spans[0].resource.attributes.add(key="asap.agent.id").value.string_value = "urn:asap:agent:a"
+    for export, caller, total in (
+        (taken, Caller("key:a", Role.INGEST, ("urn:asap:agent:a",)), 100),
+        (own, CALLER, 200),
+    ):
+        for _ in range(2):
+            assert (await host.spans(export.SerializeToString(), caller)).rejected == []
+            assert host.totals().tokens_in == total
+
+
 @pytest.mark.parametrize("apart_us", [HOUR_US, HOUR_US + 1])
 async def test_spans_win_within_the_window_on_either_side_of_them(host: Host, apart_us: int) -> None:
     for at_us in (T0 - apart_us, T0 + apart_us):
@@ -382,6 +413,18 @@ async def test_spans_near_each_other_are_one_stretch_and_others_their_own(host: 
     assert host.connection.execute("SELECT count(*) FROM otlp_evidence").get == 2
 
 
+async def test_a_narrow_key_outranks_only_what_its_like_reported(host: Host) -> None:
+    one, other = (Caller(f"key:{name}", Role.INGEST, (f"urn:asap:agent:{name}",)) for name in "ab")
+    first, later = (export_metrics("spans", [(False, 10, 0, 1)], T0 + n, delta=True)[0] for n in (0, SECOND_US))
+    await host.metrics(first.SerializeToString(), one)
+    await host.spans(export_spans([(None, "call")], T0)[0].SerializeToString(), other)
+    assert host.totals().tokens_in == 10 + 100
+    await host.metrics(later.SerializeToString(), one)
+    assert host.totals().tokens_in == 10 + 10 + 100
+    await host.spans(export_spans([(None, "call")], T0)[0].SerializeToString(), one)
+    assert host.totals().tokens_in == 100 + 100
+
+
 async def test_parts_of_one_collection_are_priced_together(host: Host) -> None:
     parts = export_metrics("alone", [(True, 10, 8, 1)], T0, delta=True)
     assert len(parts) == 3
@@ -390,6 +433,23 @@ async def test_parts_of_one_collection_are_priced_together(host: Host) -> None:
     assert host.totals() == Totals(1, 0, 10, 1, 8, 0, 2)
     reasons = host.connection.execute("SELECT DISTINCT reason FROM usage_void").fetchall()
     assert reasons == [("counted anew with what came later of the same collection",)]
+
+
+async def test_a_collection_does_not_grow_without_end(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry.MAX_PARTS", 2)
+    points = export_metrics("spans", [(True, 10, 4, 1)], T0, delta=False)
+    for point in points[:2]:
+        assert (await host.metrics(point.SerializeToString())).rejected == []
+    before = host.totals()
+    (reason,) = (await host.metrics(points[2].SerializeToString())).rejected
+    assert reason == "a point of urn:asap:agent:spans is one of more than 50000 of one collection"
+    assert (await host.metrics(points[0].SerializeToString())).rejected == []
+    assert host.totals() == before
+    # The stream stands where it stood: its next point has all of it.
+    later = export_metrics("spans", [(True, 10, 4, 1)], T0 + MINUTE_US, delta=False)[2]
+    later.resource_metrics[0].scope_metrics[0].metrics[0].sum.data_points[0].start_time_unix_nano -= MINUTE_US * 1_000
+    assert (await host.metrics(later.SerializeToString())).rejected == []
+    assert host.totals() != before
 
 
 async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) -> None:

@@ -58,6 +58,7 @@ def test_a_recorded_event_has_what_was_said_and_its_id_is_given(home: Path, fake
     }
     assert (other["agent"], other["consumer"]) == ("urn:asap:agent:other", "urn:asap:agent:else")
     assert len(other["task_id"]) == 26
+    assert other["metrics"] == {}, "nobody said how long it took"
 
 
 def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(home: Path, fake: Fake) -> None:

@@ -59,7 +59,8 @@ def test_a_task_is_one_event_with_what_was_added_up(recorder: Recorder) -> None:
     (event,) = recorder.events
     assert len(event.pop("id")) == 26
     assert event.pop("timestamp").endswith("Z")
-    assert event["metrics"].pop("duration_ms", 0) < 1000
+    # Also where it is 0: it was measured, and is a sample of latency.
+    assert event["metrics"].pop("duration_ms") < 1000
     assert event == {
         "task_id": "t1",
         "agent": "urn:asap:agent:w",

@@ -128,3 +128,12 @@ async def test_a_store_that_is_away_is_said_and_nothing_is_taken(edge: Edge) -> 
     answer = await report(edge, event(), token())
     edge.connection.execute("PRAGMA query_only = 0")
     assert answer.refused(503)["code"] in {"storage_failed", "storage_full"}
+
+
+async def test_an_idempotency_key_is_bound_to_the_token_too(edge: Edge) -> None:
+    async def keyed(**token_header: str) -> Any:
+        return await edge.post("/usage", event(), headers={"Idempotency-Key": "once", **token_header})
+
+    (await keyed()).ok(201)
+    assert (await keyed(**{DELEGATION_HEADER: token()})).refused(422)["code"] == "idempotency_key_reused"
+    assert await rows(edge) == [(None, [])]

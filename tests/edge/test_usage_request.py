@@ -84,3 +84,13 @@ async def test_what_cannot_be_unpacked_or_read_is_refused(
 def test_the_content_type_is_compared_without_parameters_and_case() -> None:
     assert written_as({"content-type": "Application/X-NDJSON ; charset=utf-8"}) == "ndjson"
     assert written_as({}) == "json"
+
+
+async def test_an_idempotency_key_is_bound_to_the_attributes_of_a_binary_event_too(edge: Edge) -> None:
+    keyed = {**BINARY, **JSON, "Idempotency-Key": "once"}
+    first = (await edge.post("/usage", packed(DATA), headers=keyed)).ok(201)
+    # What intermediaries add says nothing of the event.
+    assert (await edge.post("/usage", packed(DATA), headers={**keyed, "ce-traceparent": "00-1"})).ok(201) == first
+    other = await edge.post("/usage", packed(DATA), headers={**keyed, "ce-id": "c2"})
+    assert other.refused(422)["code"] == "idempotency_key_reused"
+    assert (await edge.post("/usage", packed(DATA), headers={**BINARY, **JSON, "ce-id": "c2"})).ok(201)["recorded"] == 1

@@ -360,6 +360,12 @@ def test_counters_stop_at_the_end_of_the_integers_and_usage_is_recorded(desk: De
         result = desk.submit(RecordUsage("default", "key:x", NOON_US, events, [Cost(most)] * 200))
         assert result.recorded == 200
     assert desk.counters()[1] == 2**62 - 1
+    for _ in range(2):
+        # It stands for more than it says: what is taken back from it must not make room.
+        desk.void()
+        assert desk.counters()[1] == 2**62 - 1
+        assert reason(desk.reserve()) is Reason.BUDGET_EXHAUSTED
+        desk.use(tokens_in=1)
     desk.sync()
     desk.sync(DAILY)
     assert desk.counters()[1] == 2**62 - 1

@@ -14,7 +14,16 @@ from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, retention, verifying
 from asapd.store import usage_queries as q
-from asapd.store.units import AnyUnit, Envelope, RecordUsage, RetireUsage, UsageRetired, VoidUsage
+from asapd.store.units import (
+    AnyUnit,
+    Envelope,
+    RecordTelemetry,
+    RecordUsage,
+    RetireUsage,
+    SpanFact,
+    UsageRetired,
+    VoidUsage,
+)
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 
@@ -103,3 +112,25 @@ def test_the_file_shrinks(tmp_path: Path) -> None:
         assert connection.pragma("page_count") < pages * 0.75
         assert path.stat().st_size < before_bytes * 0.75
         assert connection.execute("PRAGMA integrity_check").get == "ok"
+
+
+def test_what_the_daemon_named_takes_no_identity_along(writer: Writer, connection: apsw.Connection) -> None:
+    unnamed = UsageEvent("t", A, "c", NOW_US + 1, tokens_in=1)
+    (given,) = submit(writer, RecordUsage("default", "key:x", NOW_US, [unnamed], [UNKNOWN_COST])).ids
+    void_id = submit(writer, VoidUsage(1, "wrong", "key:o", NOW_US)).id
+    for event_id in (given, void_id):
+        later = RecordUsage(
+            "default", "key:x", NOW_US, [UsageEvent("t", A, "c", NOW_US + 9, id=event_id)], [UNKNOWN_COST]
+        )
+        assert submit(writer, later).recorded == 1
+        retire(writer, 5)
+        assert submit(writer, later).duplicates == 1
+
+
+def test_a_span_is_retired_with_both_its_identities(writer: Writer, connection: apsw.Connection) -> None:
+    span = UsageEvent("t", A, "c", NOW_US + 1, id="1:2", source="otlp")
+    usage = RecordUsage("default", "key:x", NOW_US, [span], [UNKNOWN_COST], partial=True)
+    facts = [SpanFact(bytes(24), is_work=False)]
+    assert submit(writer, RecordTelemetry(usage, 0, HOUR_US, spans=facts)).recorded == 1
+    retire(writer, 5)
+    assert connection.execute("SELECT count(*) FROM usage_identity").get == 0

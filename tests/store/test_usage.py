@@ -249,6 +249,13 @@ def test_another_end_of_the_same_task_is_refused(writer: Writer) -> None:
         assert refusal.code == "task_conflict"
 
 
+@pytest.mark.parametrize("other", [{"consumer": "d"}, {"error": "why"}, {"parent_task_id": "p"}])
+def test_a_step_that_says_something_else_is_no_repeat(writer: Writer, other: dict[str, Any]) -> None:
+    for state in ("started", "failed"):
+        task(writer, state=state)
+        assert task(writer, state=state, **other).code == "task_conflict"
+
+
 def test_the_same_task_id_at_another_agent_is_another_task(writer: Writer) -> None:
     assert task(writer) == RowWritten(1)
     assert task(writer, agent="urn:asap:agent:b") == RowWritten(2)

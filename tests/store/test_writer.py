@@ -527,6 +527,16 @@ def test_names_of_a_refused_unit_are_forgotten_and_can_be_used_again(connection:
     assert_log_is_whole(connection)
 
 
+def test_names_without_end_are_not_all_remembered(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.store.tx.MAX_NAMES", 5)
+    writer = Writer(connection)
+    for number in range(40):
+        unit = usage(event(id=f"e{number}", agent=f"urn:asap:agent:{number % 20}"))
+        assert run(writer, unit).recorded == 1
+        assert len(writer._tx._names) <= 5 + len(("tenant", "agent", "consumer"))
+    assert connection.execute("SELECT count(DISTINCT agent), count(DISTINCT tenant) FROM usage").fetchone() == (20, 1)
+
+
 def test_a_unit_that_fails_after_its_audit_entries_leaves_the_chain_whole(connection: apsw.Connection) -> None:
     writer = Writer(connection)
     bad = usage(event(id="a"), event(id="b", tokens_in=2**63))

@@ -183,6 +183,7 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"task_id": "a\x00b"}, "task_id", "control"),
         ({"consumer": "a\nb"}, "consumer", "control"),
         ({"trace_id": "a\x7f"}, "trace_id", "control"),
+        ({"consumer": "a\x9bb"}, "consumer", "control"),
         ({"tokens": 5}, "tokens", "labels"),
         ({"tokens_in": 5}, "metrics", "both"),
         ({"metrics": 5}, "metrics", "object"),

@@ -20,7 +20,7 @@ from asapd.edge.http.sla import metrics_block, window_parameter
 from asapd.edge.http.usage_export import PAGE, Export
 from asapd.edge.services import Services
 from asapd.edge.usage_request import UsageRequest, answer
-from asapd.wire.asap_usage import BREACH, GROUPS, METRICS, SUMMARY, AsapCsv, AsapJson, counts, event, picked
+from asapd.wire.asap_usage import BREACH, GROUPS, METRICS, SUMMARY, AsapCsv, AsapJson, event, picked
 from asapd.wire.problem import status_of
 
 _ALL = 1_000_000
@@ -72,11 +72,11 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_asap_usage() -> Response:
         caller = require(Permission.READ)
         parameters = Parameters()
-        filters = _filters(parameters)
+        filters = _of_events(parameters)
         limit, offset = parameters.number("limit", MAX_LIMIT, 1, MAX_LIMIT), parameters.offset()
         parameters.done()
         rows = await services.reads.usage(caller, filters, limit=limit, after=None, offset=offset, descending=False)
-        shown = [event(row) for row in rows if counts(row)]
+        shown = [event(row) for row in rows]
         return plain({"data": shown, "count": len(shown)})
 
     @app.get("/asap/usage/aggregate")
@@ -124,7 +124,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         parameters = Parameters()
         name = parameters.choice("export_format", ("json", "csv"), "json")
-        filters = _filters(parameters)
+        filters = _of_events(parameters)
         # Without a limit all of it: to stop somewhere and not say so is what the reference does.
         most = parameters.number("limit", 0, 1, _MOST_EXPORTED) or None
         parameters.done()
@@ -195,6 +195,11 @@ def _filters(parameters: Parameters) -> dict[str, Any]:
         "start_us": parameters.time_us("start"),
         "end_us": parameters.time_us("end"),
     }
+
+
+def _of_events(parameters: Parameters) -> dict[str, Any]:
+    """The filters of rows: to who does not know voids and corrections they would be events of no or negative counts."""
+    return {**_filters(parameters), "counting": True}
 
 
 def _refused(refusal: Refusal) -> Response:

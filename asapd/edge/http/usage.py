@@ -88,8 +88,10 @@ def register(app: QuartTrio, services: Services) -> None:
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
         after = parameters.cursor(tuple[int, int])
         parameters.done()
+        # The position of a page before is behind what was skipped on the first.
+        skipped = offset if after is None else 0
         rows = await services.reads.usage(
-            caller, filters, limit=limit, after=after, offset=offset, descending=descending
+            caller, filters, limit=limit, after=after, offset=skipped, descending=descending
         )
         position = None
         if rows:

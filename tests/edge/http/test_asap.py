@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from asapd.actors.messages import ReconfigureMeter
+from asapd.core.price_table import parse_price_table
+from asapd.runtime.ask import ask
 from tests.edge.house import NOW, A, B, C, Edge
 
 BREACH = ["id", "agent_id", "breach_type", "threshold", "actual", "severity", "detected_at", "resolved_at"]
@@ -89,6 +92,28 @@ async def test_an_export_of_several_pages_is_one_document(edge: Edge, monkeypatc
         assert lines[1] == f"t0,{A},'=1+1,0,0,0,0,2027-01-15T08:00:00.000000+00:00"
     nothing = await edge.get("/asap/usage/export?agent_id=none")
     assert nothing.ok() == {"data": []}
+
+
+async def test_only_events_that_count_are_rows_and_fill_pages(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.edge.http.asap_usage.PAGE", 2)
+    events = [
+        {"id": f"e{n}", "task_id": f"t{n}", "agent": A, "consumer": B, "timestamp": NOW, "tokens_in": 1, "model": "m"}
+        for n in range(6)
+    ]
+    assert (await edge.post("/usage", events)).ok(201)
+    for n in (0, 3):
+        assert (await edge.post(f"/usage/e{n}/void", {"reason": "wrong"})).ok(201)
+    prices = parse_price_table('[[price]]\nmodel = "m"\ninput_per_mtok = 1')
+    metering = edge.settings.metering
+    await ask(edge.services.mailboxes.meter, lambda to: ReconfigureMeter(metering, prices, to), deadline_s=5)
+    assert (await edge.post("/prices/reprice")).ok()["data"][0]["changed"] == 4
+    counting = ["t1", "t2", "t4", "t5"]
+    for path in ("/asap/usage", "/asap/usage/export"):
+        assert [row["task_id"] for row in (await edge.get(path)).ok()["data"]] == counting
+        assert [row["task_id"] for row in (await edge.get(f"{path}?limit=3")).ok()["data"]] == counting[:3]
+    assert (await edge.get("/asap/usage?limit=3&offset=3")).ok()["count"] == 1
+    assert len((await edge.get("/asap/usage/export?export_format=csv")).body.splitlines()) == 5
+    assert (await edge.get("/asap/usage/summary")).ok()["total_tasks"] == 4
 
 
 async def test_an_empty_watcher_is_an_empty_list(edge: Edge) -> None:

@@ -157,6 +157,16 @@ async def test_a_consumer_is_erased_and_old_proofs_keep_verifying(edge: Edge, mo
     assert (await edge.post("/audit/erase", {"consumer": A, "reason": "x"})).refused(409)["code"] == "consumer_is_agent"
 
 
+async def test_a_name_that_rows_are_found_by_is_not_erased(edge: Edge) -> None:
+    event = {"task_id": "t", "agent": A, "timestamp": NOW, "source": "desk"}
+    for consumer in ("default", "desk"):
+        await edge.post("/usage", {**event, "id": consumer, "consumer": consumer})
+        refused = await edge.post("/audit/erase", {"consumer": consumer, "reason": "x"})
+        assert refused.refused(409)["code"] == "consumer_is_shared"
+    rows = (await edge.get("/usage")).ok()["data"]
+    assert [(row["source"], row["consumer_id"]) for row in rows] == [("desk", "default"), ("desk", "desk")]
+
+
 async def test_an_erasure_that_takes_long_is_done_in_parts(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asapd.actors.eraser.STEP", 2)
     monkeypatch.setattr("asapd.actors.eraser.APPLY_S", -1.0)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gzip
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 
-from asapd.core.types import SECOND_US
+from asapd import config
+from asapd.actors.messages import ReconfigureMeter
+from asapd.core.pricing import PriceTable
+from asapd.core.types import MINUTE_US, SECOND_US, format_us
+from asapd.runtime.ask import ask
 from tests.edge.house import NOW, T0, A, B, C, Edge
 
 METRICS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
@@ -161,6 +166,18 @@ async def test_validate_always_answers_and_records_nothing(edge: Edge) -> None:
     assert (await edge.get("/usage")).ok()["count"] == 0
 
 
+async def test_validate_goes_by_an_edge_that_does_not_move_back(edge: Edge) -> None:
+    for late_max in ("1m", "7d"):
+        metering = config.Metering(late_max=late_max)
+        await ask(edge.services.mailboxes.meter, partial(ReconfigureMeter, metering, PriceTable()), deadline_s=5)
+    for offset_us in (0, 1):
+        at = event(f"e{offset_us}", timestamp=format_us(T0 - MINUTE_US - offset_us))
+        verdict = (await edge.post("/usage/validate", at)).ok()
+        answer = await edge.post("/usage", at)
+        assert (verdict["valid"], answer.status) == ((True, 201) if offset_us == 0 else (False, 422))
+        assert verdict.get("errors") == answer.json.get("errors")
+
+
 async def test_validate_says_what_is_a_repeat_and_what_a_conflict(edge: Edge) -> None:
     await edge.new_key("elsewhere", "ingest", tenant="elsewhere")
     (await edge.post("/usage", event("e1"))).ok(201)
@@ -211,6 +228,16 @@ async def test_rows_are_filtered_paged_and_ordered(edge: Edge) -> None:
         cursor = f"&cursor={page['next_cursor']}"
     assert seen == ["e4", "e3", "e2", "e1", "e0", "e5"]
     assert (await edge.get("/usage?limit=2&offset=5")).ok()["count"] == 1
+
+
+async def test_an_offset_is_skipped_once_and_not_on_every_page(edge: Edge) -> None:
+    await edge.post("/usage", [event(f"e{number}") for number in range(6)])
+    found, cursor = [], ""
+    while cursor is not None:
+        page = (await edge.get(f"/usage?limit=2&offset=1{cursor}")).ok()
+        found += [row["id"] for row in page["data"]]
+        cursor = page["next_cursor"] and f"&cursor={page['next_cursor']}"
+    assert found == ["e1", "e2", "e3", "e4", "e5"]
 
 
 async def test_sums_by_every_group(edge: Edge) -> None:
