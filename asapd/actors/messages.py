@@ -299,13 +299,14 @@ class RemoveAgentRequest:
 
 @dataclass(frozen=True, slots=True)
 class ImportKeyRequest:
-    """Believe a public key (32 raw bytes) of an agent from now on."""
+    """Believe a public key (32 raw bytes) of an agent from now on; with `is_bound` on the word of its tenant."""
 
     agent: str
     public_key: bytes
     actor: str
     idempotency: Idempotency | None
     reply: Reply[AgentsChanged | Refusal]
+    is_bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,6 @@ def _verified(manifest: Manifest, pinned: str | None, known: Signers) -> tuple[V
         return verification, None
     if given:
         return "wrong_key", manifest.public_key
-    if known.is_new or manifest.public_key in known.seen:
+    if known.takes(manifest.public_key) or manifest.public_key in known.seen:
         return "self_signed", manifest.public_key
     return "key_changed", manifest.public_key

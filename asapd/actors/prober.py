@@ -182,7 +182,7 @@ class _Prober:
                 remove = RemoveAgent(agent_id, actor, now_us)
                 message.reply.send(await self._change(remove, agent_id, self._touched(agent_id)))
             case ImportKeyRequest(agent=agent_id, public_key=key, actor=actor):
-                known = ImportAgentKey(agent_id, key, actor, now_us, self._settings.key_overlap_us)
+                known = ImportAgentKey(agent_id, key, actor, now_us, self._settings.key_overlap_us, message.is_bound)
                 message.reply.send(await self._change(known, agent_id, self._touched(agent_id), message.idempotency))
             case RetireKeyRequest(agent=agent_id, kid=kid, overlap_us=overlap_us, actor=actor):
                 wanted_us = self._settings.key_overlap_us if overlap_us is None else overlap_us

@@ -35,7 +35,7 @@ from asapd.actors.revocations import Imported, RevokedTokens, find_signer, impor
 from asapd.core.access import Caller, Permission, Tenants
 from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
-from asapd.core.denial import Denied, Reason, deeper, deny, located
+from asapd.core.denial import Denied, Reason, deeper, deny
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Remaining
 from asapd.core.types import DEFAULT_TENANT, MINUTE_US, OWN_ID, SECOND_US
@@ -69,6 +69,9 @@ CONCURRENCY = 256
 DECISIONS_IN_FLIGHT = 1_024
 
 NOT_FOUND = "delegation_not_found"
+
+# Of the reservations that a revocation leaves open, as many as a page has.
+MAX_LEFT_OPEN = 1_000
 
 # Tokens under which usage came, and the ids of their delegations: a hundred bytes each.
 MAX_ATTRIBUTED = 10_000
@@ -296,7 +299,7 @@ class _Registry:
         if known is None:
             return Validity(denied, chain.claims, None)
         refused, left = known
-        denied = denied or (None if refused is None else _placed(refused, chain))
+        denied = denied or refused
         return Validity(denied, chain.claims, _narrowed(left, chain.claims))
 
     async def _issue(self, message: Issue) -> Issued | Denied | Refusal:
@@ -356,9 +359,7 @@ class _Registry:
         if denied is not None:
             return denied
         outcome = await self._take_in(chain, caller, message.idempotency)
-        if isinstance(outcome, Denied):
-            return _placed(outcome, chain)
-        if isinstance(outcome, Refusal):
+        if not isinstance(outcome, Registered):
             return outcome
         # An Idempotency-Key may have brought back an earlier delegation: its own token goes with it.
         row = await self._database.read(ledger_queries.get_delegation, outcome.id)
@@ -388,8 +389,7 @@ class _Registry:
         if isinstance(unit, Denied):
             known = await self._database.read(chain_queries.standing, chain.accounts, message.caller.tenant)
             return FOREIGN if known is None else AuthorizationDenied(unit, _narrowed(known[1], chain.claims))
-        outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
-        return _placed(outcome, chain) if isinstance(outcome, Denied) else outcome
+        return await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
 
     def _reservation(self, message: Authorize, chain: Chain) -> Reserve | Denied | Refusal:
         """What the store is asked for, once caller and chain allow it."""
@@ -446,7 +446,7 @@ class _Registry:
         if not isinstance(unit, Reserve):
             return False
         self._in_flight += 1
-        settle = partial(self._settle, message, chain)
+        settle = partial(self._settle, message)
         try:
             await self._database.post(unit, settle, urgent=True, idempotency=message.idempotency)
         except BaseException:
@@ -457,7 +457,6 @@ class _Registry:
     def _settle(
         self,
         message: Authorize,
-        chain: Chain,
         outcome: Reserved | AuthorizationDenied | Denied | Refusal | UnitFailedError,
     ) -> None:
         self._in_flight -= 1
@@ -465,7 +464,7 @@ class _Registry:
             self._log.error("a %s could not be handled", type(message).__name__, exc_info=outcome)
             message.reply.fail()
         else:
-            message.reply.send(_placed(outcome, chain) if isinstance(outcome, Denied) else outcome)
+            message.reply.send(outcome)
 
     async def _change(self, message: ChangeReservation) -> ReservationChanged | Refusal:
         row = await self._database.read(reservation_queries.get_reservation, message.reservation)
@@ -483,12 +482,10 @@ class _Registry:
             return Refusal("reservation_not_found", f"there is no reservation {message.reservation}: check the id")
         side = row.owner if message.verb == "refund" else row.holder
         acts_for = message.caller.may_touch(party) and message.caller.tenant in {None, side}
+        if not is_issuers and message.verb == "release" and not message.caller.may(Permission.INGEST):
+            return _forbidden("to operate is enough to release what is left under a revoked delegation, not more")
         if not acts_for and not is_issuers:
             return _forbidden(f"only who may act for {party} can {message.verb} this reservation")
-        if message.verb == "refund":
-            withheld = await self._database.read(reservation_queries.refund_withheld, row.id, by)
-            if withheld is not None:
-                return withheld
         now_us, actor = self._clock.now_us(), message.caller.actor
         unit: SettleReservation | ReleaseReservation | ExtendReservation | RefundReservation
         match message.verb:
@@ -502,25 +499,34 @@ class _Registry:
                     return ttl_us
                 unit = ExtendReservation(row.id, ttl_us, actor, now_us)
             case "refund":
-                unit = RefundReservation(row.id, message.cost_microusd or 0, message.reason, actor, now_us)
+                unit = RefundReservation(row.id, message.cost_microusd or 0, message.reason, actor, now_us, by)
             case _:
                 assert_never(message.verb)
         return await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
 
     async def _revoke(self, message: RevokeDelegation) -> Revoked | Refusal:
         row = await self._database.read(ledger_queries.get_delegation, message.delegation)
-        if row is None or not message.caller.may_see_given(row.owner, row.holder, row.delegator, row.delegate):
-            return Refusal(NOT_FOUND, f"there is no delegation {message.delegation}: check the id")
+        # Whoever registers a token first has its id: to go by that of a token may be to name somebody else's.
+        may_see = message.caller.may_see_given
+        others = await self._database.read(ledger_queries.namesakes, message.delegation, may_see)
+        hint = "".join(f"; the token of {delegator} with this id goes by {other} here" for other, delegator in others)
+        if row is None or not may_see(row.owner, row.holder, row.delegator, row.delegate):
+            return Refusal(NOT_FOUND, f"there is no delegation {message.delegation}: check the id{hint}")
         if not message.caller.may_touch(row.delegator) or message.caller.tenant not in {None, row.owner}:
-            return _forbidden(f"only who may act for {row.delegator} can revoke this delegation")
+            return _forbidden(f"only who may act for {row.delegator} can revoke this delegation{hint}")
         unit = Revoke(row.id, message.caller.actor, message.reason, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True)
         # In force before the reply; and after an unknown outcome the store alone knows.
         await self.revoked.refresh()
-        if isinstance(outcome, Revoked) and not message.caller.sees_everything:
-            seen = await self._database.read(ledger_queries.seen_among, outcome.ids, message.caller.may_see_given)
-            return Revoked(seen, outcome.newly, len(outcome.ids) - len(seen))
-        return outcome
+        if isinstance(outcome, Refusal):
+            return outcome
+        seen = outcome.ids
+        if not message.caller.sees_everything:
+            seen = await self._database.read(ledger_queries.seen_among, seen, may_see)
+        others = [one for one in others if one[0] not in outcome.ids]
+        query_open = reservation_queries.open_under
+        left = await self._database.read(query_open, outcome.ids, self._clock.now_us(), MAX_LEFT_OPEN)
+        return Revoked(seen, outcome.newly, len(outcome.ids) - len(seen), others, left)
 
     async def _import_revocations(self, message: ImportRevocationList) -> Imported | Refusal:
         found = await self._database.read(read_list, message.body)
@@ -604,10 +610,6 @@ def parent_unknown(chain: Chain) -> Denied:
         position=position,
         asked=parent,
     )
-
-
-def _placed(denied: Denied, chain: Chain) -> Denied:
-    return located(denied, [claims.id for claims in chain.claims])
 
 
 def _no_delegation(delegation: str) -> Refusal:

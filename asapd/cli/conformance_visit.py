@@ -16,7 +16,7 @@ import trio
 from asapd.wire import conformance as rules
 from asapd.wire import conformance_delegations as delegations
 from asapd.wire.conformance import Answer, Finding
-from asapd.wire.conformance_delegations import FORGED, Asked
+from asapd.wire.conformance_delegations import FORGED, MADE_UP, Asked
 from asapd.wire.manifest import Health, Manifest
 from asapd.wire.token import SignedToken
 
@@ -134,19 +134,22 @@ async def _check_key_set(door: _Door, report: Report, manifest: Manifest | None)
 
 
 async def _check_guard(door: _Door, report: Report) -> None:
-    """Ask for what nobody may have without credentials, the last two times for what the agent would issue."""
+    """Ask for what nobody may have without credentials, the last three times for what the agent would issue."""
     found: list[Finding] = []
     offered = False
-    for method, bearer, body, judge, what in (
-        ("GET", None, None, delegations.judge_refusal, "GET without credentials"),
-        ("GET", FORGED, None, delegations.judge_refusal, "GET with a token of alg none"),
-        ("POST", None, b'{"delegate": ', delegations.judge_refusal, "POST of broken JSON without credentials"),
-        ("POST", None, _ASKED.body(), delegations.judge_closed, "POST without credentials"),
-        ("POST", FORGED, _ASKED.body(), delegations.judge_closed, "POST with a token of alg none"),
+    refused, closed = delegations.judge_refusal, delegations.judge_closed
+    for method, bearer, body, judge, what, accepted in (
+        ("GET", None, None, refused, "GET without credentials", "delegation_open"),
+        ("GET", FORGED, None, refused, "GET with a token of alg none", "delegation_forged_accepted"),
+        ("GET", MADE_UP, None, refused, "GET with a made-up bearer", "delegation_any_bearer"),
+        ("POST", None, b'{"delegate": ', refused, "POST of broken JSON without credentials", "delegation_open"),
+        ("POST", None, _ASKED.body(), closed, "POST without credentials", "delegation_open"),
+        ("POST", FORGED, _ASKED.body(), closed, "POST with a token of alg none", "delegation_forged_accepted"),
+        ("POST", MADE_UP, _ASKED.body(), closed, "POST with a made-up bearer", "delegation_any_bearer"),
     ):
         answer = await door.ask(method, DELEGATIONS, bearer=bearer, body=body)
         offered = offered or delegations.is_offered(answer)
-        found += judge(answer, what, "delegation_open" if bearer is None else "delegation_forged_accepted")
+        found += judge(answer, what, accepted)
     if offered:
         report.add("delegation", found)
     else:

@@ -236,6 +236,11 @@ def revoke(session: Session, delegation_id: str, reason: str | None) -> None:
         return
     for revoked in outcome["revoked"]:
         click.echo(f"revoked: {revoked}")
+    for other in outcome["namesakes"]:
+        what = f"the token {delegation_id} of {other['delegator']}, which goes by {other['id']} here"
+        click.echo(f"warning: not revoked: {what}", err=True)
+    for reservation in outcome["open_reservations"]:
+        click.echo(f"still open: {reservation}", err=True)
 
 
 @delegation.command("list")

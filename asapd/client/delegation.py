@@ -71,8 +71,7 @@ def authorize(
         wanted["cost_usd"] = format(dollars(wanted["cost_usd"]), "f")
     optional = {"delegate": delegate, "consumer": consumer, "project": project, "ttl_seconds": ttl_s}
     body = {
-        # A token is a JWS or a JSON document; an id has neither dots nor braces.
-        ("token" if "." in credential or "{" in credential else "delegation"): credential,
+        ("token" if is_token(credential) else "delegation"): credential,
         "action": action,
         "task_id": task_id,
         "estimate": wanted,
@@ -83,6 +82,11 @@ def authorize(
     except (OSError, ValueError) as error:
         return Unavailable(f"{type(error).__name__}: {error}")
     return judge(response.status, response.document)
+
+
+def is_token(credential: str) -> bool:
+    """Whether this is a token: a JWS, which has two dots, or a JSON document; else it is the id of a delegation."""
+    return credential.count(".") == 2 or "{" in credential
 
 
 def judge(status: int, document: Mapping[str, Any]) -> Authorization:

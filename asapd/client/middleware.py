@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from asapd.client.delegation import Allowed, Authorization, Denied, Estimate, Unavailable
+from asapd.client.delegation import Allowed, Authorization, Denied, Estimate, Unavailable, is_token
 from asapd.client.event import encode, new_id
 from asapd.client.meter import Meter
 from asapd.client.task import Task
@@ -80,7 +80,7 @@ class Request:
     def authorize(self) -> Answer | None:
         """Ask for permission, waiting for the daemon; an answer means that the application is not to be called."""
         credential = (self._headers.get(TOKEN_HEADER) or self._headers.get(DELEGATION_HEADER) or "").strip()
-        if "." not in credential and "{" not in credential:
+        if not is_token(credential):
             detail = f"this service works under a delegation only: send its token in the header {TOKEN_HEADER}"
             return _problem(403, {"title": "A delegation is needed", "detail": detail, "code": "delegation_required"})
         return self._judge(self._ask(credential))

@@ -8,15 +8,16 @@ from typing import Literal
 
 from msgspec import Struct
 
-Source = Literal["held", "configuration", "api", "import", "manifest", "identity"]
-"""Where a key comes from: a file of `keys_dir`, a pin of the configuration, `POST /agents`, an import by an operator,
-a manifest; `identity` is the daemon's own key, which signs no tokens."""
+Source = Literal["held", "configuration", "api", "import", "tenant", "manifest", "identity", "former"]
+"""Where a key comes from: a file of `keys_dir`, a pin of the configuration, `POST /agents`, an import by an operator of
+the host or by one of the agent's tenant, a manifest; `identity` is the daemon's own key, which signs no tokens.
+`former`: it was retired before its agent left the directory, and does not come back by adding the agent again."""
 
 KeyState = Literal["active", "claimed", "retired"]
 """`claimed`: a manifest was signed with it, and nobody said that it is the agent's."""
 
 # What stands higher rules out what stands lower: a pin would be none if anything else could add a key to it.
-_RANK: dict[Source, int] = {"held": 0, "configuration": 0, "api": 1, "import": 1, "manifest": 2}
+_RANK: dict[Source, int] = {"held": 0, "configuration": 0, "api": 1, "import": 1, "tenant": 1, "manifest": 2}
 
 FOUNDING: frozenset[Source] = frozenset({"held", "configuration", "import"})
 """Sources whose keys may begin a chain: who runs the host put them there as keys. What an agent says of itself, or
@@ -62,12 +63,17 @@ class Sighting(Enum):
 class Signers(Struct, frozen=True):
     """Whose signature on a manifest counts. `given` came from the operator, `seen` from manifests before.
 
-    `is_new`: nothing was ever known of the agent, so that the first key is taken.
+    `is_new`: nothing is known of the agent but its `former` keys, so that the first key beside those is taken.
     """
 
     given: frozenset[bytes]
     seen: frozenset[bytes]
     is_new: bool
+    former: frozenset[bytes] = frozenset()
+
+    def takes(self, public_key: bytes | None) -> bool:
+        """Whether a key that nobody gave is the agent's because it is the first."""
+        return self.is_new and public_key not in self.former
 
 
 def verifying(
@@ -100,16 +106,17 @@ def signers(keys: Sequence[AgentKey], now_us: int) -> Signers:
     seen = {
         key.public_key for key in own if key.source == "manifest" and (key.state == "active" or key.is_retiring(now_us))
     }
-    return Signers(given, frozenset(seen), not own)
+    former = frozenset(key.public_key for key in keys if key.source == "former")
+    return Signers(given, frozenset(seen), not own, former)
 
 
 def sighting(keys: Sequence[AgentKey], public_key: bytes, now_us: int) -> Sighting:
     """What it means that a manifest of the agent is soundly signed by a key."""
     known = signers(keys, now_us)
-    if known.is_new:
+    if known.takes(public_key):
         return Sighting.FIRST
     return Sighting.KNOWN if public_key in (known.given or known.seen) else Sighting.CHANGED
 
 
 def _own(keys: Iterable[AgentKey]) -> list[AgentKey]:
-    return [key for key in keys if key.source not in ("held", "identity")]
+    return [key for key in keys if key.source not in ("held", "identity", "former")]

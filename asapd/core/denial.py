@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Final
 
@@ -98,15 +97,6 @@ def explanation(denied: Denied) -> Explanation:
     if denied.explain is not None:
         return denied.explain
     return Explanation(str(denied.reason), denied.detail.rpartition("; ")[2], denied.token_id)
-
-
-def located(denied: Denied, ids: Sequence[str]) -> Denied:
-    """The denial with the position of its token in a chain of ids, root first, where it did not say so itself."""
-    parts = explanation(denied)
-    if parts.position is not None or parts.token is None or parts.token not in ids:
-        return denied
-    position = list(reversed(ids)).index(parts.token)
-    return replace(denied, explain=replace(parts, position=position))
 
 
 def deeper(denied: Denied, below: int) -> Denied:

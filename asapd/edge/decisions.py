@@ -20,6 +20,7 @@ from asapd.edge.http.carried import decode_carrying, token_in
 from asapd.edge.http.parameters import Parameters, RefusedError, Usd, usd_field
 from asapd.edge.services import Services
 from asapd.wire.problem import explained, problem, usd
+from asapd.wire.usage import CONTROL
 
 AUTHORIZE: Final = "/delegations/authorize"
 
@@ -114,6 +115,15 @@ async def authorize(
 
 def _read(body: bytes) -> tuple[AuthorizationRequest, str | None]:
     sent = decode_carrying(body, AuthorizationRequest)
+    # As in usage, which has to name the same task, consumer and project.
+    errors = tuple(
+        FieldError(name, "must not hold control characters")
+        for name in ("task_id", "consumer", "project")
+        if CONTROL.search(getattr(sent, name) or "")
+    )
+    if errors:
+        detail = f"nothing was reserved: {errors[0].field} {errors[0].reason}"
+        raise RefusedError(Refusal("invalid", detail, errors))
     token = token_in(sent.token, "token")
     if (token is None) == (sent.delegation is None):
         error = FieldError("token", "give either token or delegation")

@@ -22,14 +22,15 @@ def bind(
 ) -> Idempotency | Refusal | None:
     """An `Idempotency-Key` bound to caller and route, and to what it came with; None without one.
 
-    `told` are the header fields, if any, that say as much as the body does.
+    Who sends again is often another process than who sent first: of a local caller the user counts. `told` are the
+    header fields, if any, that say as much as the body does.
     """
     if key is None:
         return None
     if not 1 <= len(key) <= 255:
         error = FieldError("Idempotency-Key", "must have 1 to 255 characters")
         return Refusal("invalid", "the Idempotency-Key is too long or empty", (error,))
-    scope = "\0".join((caller.actor, method, path, key))
+    scope = "\0".join((caller.actor.partition(" pid:")[0], method, path, key))
     digest = hashlib.blake2b(scope.encode(), digest_size=16).digest()
     beside = hashlib.blake2b(repr(sorted(told.items())).encode()).digest() if told else b""
     request_digest = hashlib.blake2b(query + b"\0" + body, digest_size=16, key=beside).digest()

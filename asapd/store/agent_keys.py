@@ -80,9 +80,10 @@ def add(tx: Tx, unit: ImportAgentKey) -> AgentsChanged:
     """
     rows = keys_of(tx.connection, unit.agent)
     _refuse_fixed(rows)
-    if _find(rows, unit.public_key, "import", "active") is not None:
+    source: Source = "tenant" if unit.is_bound else "import"
+    if _find(rows, unit.public_key, source, "active") is not None:
         return AgentsChanged()
-    _add(tx, AgentKey(unit.agent, unit.public_key, "import", "active", unit.now_us), unit.actor)
+    _add(tx, AgentKey(unit.agent, unit.public_key, source, "active", unit.now_us), unit.actor)
     for row in rows:
         if row.source == "manifest" and row.state == "active" and row.public_key != unit.public_key:
             _retire(tx, row, unit.actor, unit.now_us, unit.overlap_us)
@@ -182,11 +183,17 @@ def see_manifest(tx: Tx, agent: str, verification: str, key: str | None, now_us:
 
 
 def forget(tx: Tx, agent: str, actor: str, now_us: int) -> None:
-    """An agent left the directory: what it brought along goes too, so that its next key is a first one again."""
+    """An agent left the directory: what it brought along goes too, so that its next key is a first one again.
+
+    A key that was retired before is kept as a former one: to add the agent again is not to say that it counts again.
+    """
     for row in keys_of(tx.connection, agent):
-        if row.source in ("configuration", "api", "manifest"):
+        if row.source in ("configuration", "api", "tenant", "manifest"):
             if row.state == "active":
                 _retire(tx, row, actor, now_us, 0)
+            elif row.state == "retired":
+                until_us = now_us if row.until_us is None else min(row.until_us, now_us)
+                _put(tx, msgspec.structs.replace(row, source="former", until_us=until_us))
             tx.execute(
                 "DELETE FROM agent_key WHERE agent = ? AND public_key = ? AND source = ?",
                 (agent, row.public_key, row.source),

@@ -19,6 +19,7 @@ from asapd.core.usage import (
     UsageEvent,
 )
 from asapd.store import budgets, ledger, usage_days
+from asapd.store.budget_page import MOST
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units import CorrectCosts, CostsCorrected
@@ -164,9 +165,9 @@ def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us
     )
     path = ledger.path_of(tx, account)
     tx.insert_many(
-        "UPDATE delegation SET spent_microusd = spent_microusd + ?, reserved_microusd = reserved_microusd - ? "
-        "WHERE account = ?",
-        ((microusd, released, on_path.account) for on_path in path),
+        "UPDATE delegation SET spent_microusd = min(spent_microusd + ?, ?), "
+        "reserved_microusd = reserved_microusd - ? WHERE account = ?",
+        ((microusd, MOST, released, on_path.account) for on_path in path),
     )
     is_over = microusd > 0 and any(
         on_path.max_cost_microusd is not None and on_path.spent_microusd + microusd > on_path.max_cost_microusd

@@ -14,10 +14,11 @@ from asapd.core.denial import deny
 from asapd.core.ledger import Account
 from asapd.core.types import format_us
 from asapd.store import parties, revocations
+from asapd.store.budget_page import MOST
 from asapd.store.parties import FOREIGN
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import NewDelegation, RegisterDelegation, Registered, Reserve
+from asapd.store.units import RegisterDelegation, Registered, Reserve
 
 PATH = """
 WITH RECURSIVE path (account, depth) AS (
@@ -56,11 +57,13 @@ def count_task(tx: Tx, path: list[Account], task_id: str) -> None:
 def debit(
     tx: Tx, account: Account, *, spent: int = 0, reserved: int = 0, tasks: int = 0, tasks_reserved: int = 0
 ) -> None:
+    """What is spent stops at four trillion USD: past 64 bits nobody's usage under an ancestor would be recorded."""
     if spent or reserved or tasks or tasks_reserved:
         tx.execute(
-            "UPDATE delegation SET spent_microusd = spent_microusd + ?, reserved_microusd = reserved_microusd + ?, "
-            "tasks_used = tasks_used + ?, tasks_reserved = tasks_reserved + ? WHERE account = ?",
-            (spent, reserved, int(tasks), tasks_reserved, account.account),
+            "UPDATE delegation SET spent_microusd = min(spent_microusd + ?, ?), "
+            "reserved_microusd = reserved_microusd + ?, tasks_used = tasks_used + ?, "
+            "tasks_reserved = tasks_reserved + ? WHERE account = ?",
+            (spent, MOST, reserved, int(tasks), tasks_reserved, account.account),
         )
 
 
@@ -86,40 +89,43 @@ def register_chain(tx: Tx, unit: RegisterDelegation | Reserve) -> Registered:
         raise RefuseError(FOREIGN)
     registered: Registered | None = None
     tenant: str | None = None
-    for link in unit.chain:
-        registered, tenant = _register_one(tx, link, None if registered is None else registered.account, tenant, unit)
+    for position in reversed(range(len(unit.chain))):
+        parent = None if registered is None else registered.account
+        registered, tenant = _register_one(tx, position, parent, tenant, unit)
     assert registered is not None, "a chain has at least one token"
     return registered
 
 
-def reused(jti: str, delegator: str) -> Denied:
-    """The denial of a token whose id its issuer gave to another one before."""
+def reused(jti: str, delegator: str, position: int) -> Denied:
+    """The denial of a token whose id its issuer gave to another one before; 0 is the token presented."""
     return deny(
         Reason.JTI_REUSED,
         "id_once",
         f"{delegator} used this id for another token",
         "issue it with a fresh id",
         token=jti,
+        position=position,
         asked=jti,
     )
 
 
 def _register_one(
-    tx: Tx, link: NewDelegation, parent: int | None, above: str | None, unit: RegisterDelegation | Reserve
+    tx: Tx, position: int, parent: int | None, above: str | None, unit: RegisterDelegation | Reserve
 ) -> tuple[Registered, str]:
-    """Register one token under a parent of the tenant `above`; also says for which tenant that is."""
-    claims, now_us = link.claims, unit.now_us
+    """Register a token, 0 being the last, under a parent of the tenant `above`; also says for which tenant that is."""
+    link, now_us = unit.chain[-1 - position], unit.now_us
+    claims = link.claims
     known = tx.row(
         "SELECT id, account, digest, revoked_us IS NOT NULL, tenant FROM delegation WHERE delegator = ? AND jti = ?",
         (claims.delegator, claims.id),
     )
     if known is not None:
         if known[2] != link.digest:
-            raise RefuseError(reused(claims.id, claims.delegator))
+            raise RefuseError(reused(claims.id, claims.delegator, position))
         if known[3]:
-            raise RefuseError(revoked(claims.id, claims.delegator))
+            raise RefuseError(revoked(claims.id, claims.delegator, position=position))
         return Registered(known[0], known[1], created=False), known[4]
-    revocations.refuse_revoked(tx, claims.delegator, claims.id)
+    revocations.refuse_revoked(tx, claims.delegator, claims.id, position)
     taken = tx.row("SELECT 1 FROM delegation WHERE id = ?", (claims.id,)) is not None
     tenant = parties.tenant_for(tx.connection, claims, above, unit.tenant)
     public_id = claims.id if _ADDRESSABLE.match(claims.id) and not taken else tx.new_id("del", now_us)

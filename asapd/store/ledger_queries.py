@@ -68,17 +68,21 @@ def find_account(connection: apsw.Connection, delegator: str, jti: str) -> int |
 
 
 def find_refused(connection: apsw.Connection, tokens: list[tuple[str, str, bytes]]) -> Denied | None:
-    """The denial of the first (delegator, jti, digest) whose id is registered for another token, or that is revoked."""
-    for delegator, jti, digest in tokens:
+    """The denial of the first (delegator, jti, digest) whose id is registered for another token, or that is revoked.
+
+    The tokens are a chain, root first.
+    """
+    for index, (delegator, jti, digest) in enumerate(tokens):
+        position = len(tokens) - 1 - index
         row = fetch_one(
             connection,
             "SELECT digest, revoked_us IS NOT NULL FROM delegation WHERE delegator = ? AND jti = ?",
             (delegator, jti),
         )
         if row is not None and row[0] != digest:
-            return reused(jti, delegator)
+            return reused(jti, delegator, position)
         if row is not None and row[1]:
-            return revoked(jti, delegator)
+            return revoked(jti, delegator, position=position)
     return None
 
 
@@ -136,6 +140,20 @@ def is_cause_seen(connection: apsw.Connection, account: int, may_see: Callable[.
     """Whether somebody may know of the delegation whose revocation took this one along, which may be itself."""
     row = fetch_one(connection, _CAUSE, (account,))
     return row is not None and may_see(*row)
+
+
+def namesakes(connection: apsw.Connection, name: str, may_see: Callable[..., bool]) -> list[tuple[str, str]]:
+    """The delegations, by id and delegator, that go by another id than that of their token, which is this one.
+
+    Only those that stand, and that somebody may know of.
+    """
+    rows = fetch(
+        connection,
+        f"SELECT {_ENDS} FROM delegation d WHERE d.jti = ? AND d.id <> d.jti AND d.revoked_us IS NULL "
+        "ORDER BY d.account",
+        (name,),
+    )
+    return [(row[0], row[3]) for row in rows if may_see(*row[1:])]
 
 
 def seen_among(connection: apsw.Connection, delegations: list[str], may_see: Callable[..., bool]) -> list[str]:

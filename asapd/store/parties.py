@@ -8,6 +8,7 @@ decided once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Final
 
 import apsw
@@ -91,17 +92,26 @@ def would_be_party(connection: apsw.Connection, chain: tuple[Claims, ...], tenan
 
 
 _ISSUERS = f"""
-WITH RECURSIVE path (account) AS (
-  SELECT ? UNION ALL SELECT parent FROM delegation JOIN path USING (account) WHERE parent IS NOT NULL
+WITH RECURSIVE path (account, depth) AS (
+  SELECT ?, 0 UNION ALL SELECT parent, depth + 1 FROM delegation JOIN path USING (account) WHERE parent IS NOT NULL
 )
-SELECT d.delegator, {OWNER} FROM path JOIN delegation d USING (account)
+SELECT d.delegator, {OWNER} FROM path JOIN delegation d USING (account) ORDER BY depth
 """
 
 
 def _acts_for(connection: apsw.Connection, account: int, by: Visibility) -> Iterator[bool]:
-    """Of whoever issued an account and each of its ancestors: whether somebody may act for it."""
+    """Of whoever issued an account and each of its ancestors, in that order: whether somebody may act for it."""
     for delegator, owner in fetch(connection, _ISSUERS, (account,)):
         yield by.tenant in {None, owner} and any(pattern_matches(pattern, delegator) for pattern in by.agents)
+
+
+def issued_for(connection: apsw.Connection, account: int, by: Visibility) -> int:
+    """How many of an account and its ancestors, from itself up, were issued by whom somebody may act for.
+
+    These are theirs to fill again: an issuer could give its delegate another token instead. What stands above limits
+    that issuer, and stays debited.
+    """
+    return sum(1 for _ in takewhile(bool, _acts_for(connection, account, by)))
 
 
 def may_give_back(connection: apsw.Connection, account: int, by: Visibility) -> bool:

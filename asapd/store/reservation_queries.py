@@ -7,12 +7,11 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.errors import Refusal
 from asapd.core.ledger import Remaining, overrun
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store.ledger_queries import public_remaining
-from asapd.store.parties import HOLDER, OWNER, UNLIMITED, acts_for_an_issuer, may_give_back
+from asapd.store.parties import HOLDER, OWNER, acts_for_an_issuer
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility, visible_text
 
@@ -75,26 +74,6 @@ def get_reservation(connection: apsw.Connection, reservation: str) -> Reservatio
     return None if row is None else ReservationRow(*row)
 
 
-_HARD = """
-SELECT 1 FROM reservation_budget b JOIN budget_period p ON p.id = b.period JOIN budget ON budget.id = p.budget
-WHERE reservation = ? AND coalesce(hard_microusd, hard_tokens, hard_tasks) IS NOT NULL
-"""
-
-
-def refund_withheld(connection: apsw.Connection, reservation: str, by: Visibility) -> Refusal | None:
-    """Why what was spent under a reservation is not somebody's to give back, to its whole path and its budgets."""
-    if by.is_everything:
-        return None
-    row = fetch_one(connection, "SELECT account FROM reservation WHERE id = ?", (reservation,))
-    if row is not None and not may_give_back(connection, row[0], by):
-        detail = "only who may act for every delegator above as well can refund this: they get it back too"
-    elif fetch_one(connection, _HARD, (reservation,)) is not None:
-        detail = f"this is held on a hard limit of a budget of this host: {UNLIMITED} can refund it"
-    else:
-        return None
-    return Refusal("forbidden", detail)
-
-
 def is_left_behind(connection: apsw.Connection, reservation: str, by: Visibility) -> bool:
     """Whether a reservation is under a revoked delegation, so that whoever issued part of its path may release it."""
     row = fetch_one(
@@ -104,6 +83,18 @@ def is_left_behind(connection: apsw.Connection, reservation: str, by: Visibility
         (reservation,),
     )
     return row is not None and acts_for_an_issuer(connection, row[0], by)
+
+
+def open_under(connection: apsw.Connection, delegations: list[str], now_us: int, limit: int) -> list[str]:
+    """The open reservations under some delegations, the oldest first."""
+    rows = fetch(
+        connection,
+        # The open ones first, which are few among all that ever were.
+        "SELECT r.id FROM reservation r CROSS JOIN delegation d USING (account) WHERE r.state = 'open' "
+        "AND r.expires_us > ? AND d.id IN (SELECT value FROM json_each(?)) ORDER BY +r.id LIMIT ?",
+        (now_us, msgspec.json.encode(delegations).decode(), limit),
+    )
+    return [row[0] for row in rows]
 
 
 def list_reservations(

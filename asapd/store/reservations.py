@@ -10,14 +10,16 @@ from typing import Literal
 import msgspec
 
 from asapd.core import ledger as rules
-from asapd.core.budgets import narrowed
+from asapd.core.budgets import Limits, narrowed
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Account, Hold, Remaining, Settlement, lapses_us
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
+from asapd.store import refunds
 from asapd.store.budget_page import Page
 from asapd.store.budgets import Book, open_book
 from asapd.store.ledger import count_task, debit, path_of
+from asapd.store.parties import issued_for
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -164,30 +166,54 @@ def extend(tx: Tx, unit: ExtendReservation) -> ReservationChanged:
 
 
 def refund(tx: Tx, unit: RefundReservation) -> ReservationChanged:
-    """Give a spent amount back to every account of the path, and to the budgets of the period it was reserved in.
+    """Give a spent amount back, on the accounts of the path from the last one up that `by` may fill again.
 
-    Only what was spent under this reservation and not given back before: what it or any other still holds stays held.
+    So nobody gives back to what limits themselves. The budgets of the period it was reserved in get it with the whole
+    path; one with a hard limit is the host's, and has it back from who may act for everything. Each gets only what was
+    spent under this reservation and not given back before: what it or any other still holds stays held.
+
+    Raises:
+        RefuseError: `forbidden` where not even the last account is theirs; `invalid` for more than was spent.
     """
     found = _load_known(tx, unit.id)
-    refundable = found.used_microusd - found.refunded_microusd
+    path = path_of(tx, found.account)
+    own = path[: issued_for(tx.connection, found.account, unit.by)]
+    if not own:
+        detail = f"only who may act for {path[0].delegator} can refund this reservation"
+        raise RefuseError(Refusal("forbidden", detail))
+    book = open_book(tx, unit.actor, unit.now_us)
+    pages = [] if book is None else book.linked(unit.id)
+    is_hosts = any(page.budget.hard != Limits() for page in pages) and not unit.by.is_everything
+    accounts = [on_path.account for on_path in path] + ([refunds.BUDGETS] if pages else [])
+    takers = [on_path.account for on_path in own]
+    if pages and len(own) == len(path) and not is_hosts:
+        takers.append(refunds.BUDGETS)
+    reason = None
+    refundable = max(refunds.owed(tx, unit.id, takers).values())
     if unit.cost_microusd > refundable:
         reason = f"is more than the {to_usd(refundable)} USD that were spent under it and not yet given back"
-        raise RefuseError(Refusal("invalid", f"cost_usd {reason}", (FieldError("cost_usd", reason),)))
-    if unit.cost_microusd == 0:
+    elif unit.cost_microusd == 0:
         reason = "must be more than 0"
+    if reason is not None:
         raise RefuseError(Refusal("invalid", f"cost_usd {reason}", (FieldError("cost_usd", reason),)))
-    for on_path in path_of(tx, found.account):
-        debit(tx, on_path, spent=-unit.cost_microusd)
-    book = open_book(tx, unit.actor, unit.now_us)
-    if book is not None:
-        book.refund(unit.id, unit.cost_microusd)
-    tx.execute(
-        "UPDATE reservation SET refunded_microusd = refunded_microusd + ? WHERE id = ?", (unit.cost_microusd, unit.id)
-    )
-    found.refunded_microusd += unit.cost_microusd
-    details = {"cost_microusd": unit.cost_microusd, "id": unit.id, "reason": unit.reason}
+    shares = refunds.give_back(tx, unit.id, unit.cost_microusd, accounts, takers)
+    for on_path in own:
+        debit(tx, on_path, spent=-shares[on_path.account])
+    budgets_microusd = shares.get(refunds.BUDGETS, 0)
+    if book is not None and budgets_microusd:
+        book.refund(unit.id, budgets_microusd)
+    found.refunded_microusd += shares[found.account]
+    given = {on_path.id: share for on_path in own if (share := shares[on_path.account])}
+    details = {
+        "budgets_microusd": budgets_microusd,
+        "cost_microusd": unit.cost_microusd,
+        "given_microusd": given,
+        "id": unit.id,
+        "reason": unit.reason,
+    }
     tx.audit("reservation.refunded", unit.actor, unit.id, details, unit.now_us)
-    return _changed(tx, book, found)
+    budgets = [page.budget.name for page in pages if budgets_microusd]
+    return msgspec.structs.replace(_changed(tx, book, found), refunded_to=list(given), refunded_to_budgets=budgets)
 
 
 # --- the end of time

@@ -67,14 +67,14 @@ class _Act(msgspec.Struct, frozen=True):
     source: str | None = None
 
 
-def refuse_revoked(tx: Tx, delegator: str, jti: str) -> None:
-    """Refuse a token that was revoked before it was seen.
+def refuse_revoked(tx: Tx, delegator: str, jti: str, position: int) -> None:
+    """Refuse a token that was revoked before it was seen; in its chain 0 is the last.
 
     Raises:
         RefuseError: with the denial.
     """
     if tx.row("SELECT 1 FROM revocation WHERE issuer = ? AND jti = ?", (delegator, jti)) is not None:
-        raise RefuseError(revoked(jti, delegator))
+        raise RefuseError(revoked(jti, delegator, position=position))
 
 
 def revoke(tx: Tx, unit: Revoke) -> Revoked:

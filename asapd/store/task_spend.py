@@ -5,6 +5,7 @@ from __future__ import annotations
 import apsw
 import msgspec
 
+from asapd.store.budget_page import MOST
 from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
 
@@ -28,14 +29,23 @@ class SpendPage(msgspec.Struct, frozen=True):
     after: tuple[int, str] | None
 
 
+def _added(column: str) -> str:
+    """A sum that stops where the ledger does, in which `sum` would fail; exact below nine billion USD."""
+    return f"CAST(min(total({column}), {float(MOST)!r}) AS INTEGER)"
+
+
 # As `asapd.store.charging.charge` debits: to the reservation an event names, else to the delegation, if the agent is
 # its delegate. What usage of other tasks spent under a reservation counts for them; the rest, such as what it was
-# settled at, for the task it was made for. Refunds are taken off that first, then off the others in reverse order.
+# settled at, for the task it was made for. Refunds are taken off that first, then off the others in reverse order, and
+# are those that the delegation itself got back.
+_STANDING = """r.used_microusd - r.refunded_microusd + coalesce(
+  (SELECT microusd FROM refund_withheld w WHERE w.reservation = r.id AND w.account = ?1), 0
+)"""
 _SPENDING = f"""
 WITH RECURSIVE tree (account) AS (
   SELECT ?1 UNION ALL SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
 ), named (reservation, task_id, cost, standing) AS (
-  SELECT r.id, u.task_id, sum(u.cost_microusd), r.used_microusd - r.refunded_microusd
+  SELECT r.id, u.task_id, sum(u.cost_microusd), {_STANDING}
   FROM tree JOIN delegation d USING (account) JOIN reservation r USING (account) JOIN usage u ON u.reservation = r.id
   WHERE u.task_id <> r.task_id AND u.agent = (SELECT id FROM name WHERE name = d.delegate) AND {paid("u")}
   GROUP BY r.id, u.task_id HAVING sum(u.cost_microusd) > 0
@@ -44,7 +54,7 @@ WITH RECURSIVE tree (account) AS (
     PARTITION BY reservation ORDER BY task_id ROWS UNBOUNDED PRECEDING
   ))) FROM named
 ), spending (task_id, spent, reserved) AS (
-  SELECT task_id, used_microusd - refunded_microusd, held_microusd FROM tree JOIN reservation USING (account)
+  SELECT task_id, {_STANDING}, held_microusd FROM tree JOIN reservation r USING (account)
   UNION ALL
   SELECT r.task_id, -others.spent, 0 FROM others JOIN reservation r ON r.id = others.reservation
   UNION ALL
@@ -58,14 +68,14 @@ WITH RECURSIVE tree (account) AS (
       SELECT 1 FROM reservation r JOIN delegation d USING (account) WHERE r.id = u.reservation AND {paid("u")}
     )
 ), by_task (task_id, spent, reserved) AS (
-  SELECT task_id, max(sum(spent), 0), sum(reserved) FROM spending GROUP BY task_id
+  SELECT task_id, max({_added("spent")}, 0), {_added("reserved")} FROM spending GROUP BY task_id
 )
 """
 _BY_TASK = (
     _SPENDING + "SELECT task_id, spent, reserved FROM by_task "
     "WHERE ?2 IS NULL OR spent < ?2 OR (spent = ?2 AND task_id > ?3) ORDER BY spent DESC, task_id LIMIT ?4"
 )
-_TOTAL = _SPENDING + "SELECT coalesce(sum(spent), 0) FROM by_task"
+_TOTAL = _SPENDING + f"SELECT {_added('spent')} FROM by_task"
 
 
 def spend_by_task(

@@ -325,6 +325,10 @@ class ReservationChanged(msgspec.Struct, frozen=True, tag=True):
     remaining: Remaining
     refunded_microusd: int = 0
     overrun_microusd: int | None = None
+    refunded_to: list[str] | None = None
+    """The delegations that a refund was given to; None of any other verb."""
+    refunded_to_budgets: list[str] = []
+    """The names of the budgets that it was given to."""
 
 
 class SettleReservation(Unit[ReservationChanged | Refusal], frozen=True):
@@ -355,13 +359,17 @@ class ExtendReservation(Unit[ReservationChanged | Refusal], frozen=True):
 
 
 class RefundReservation(Unit[ReservationChanged | Refusal], frozen=True):
-    """Give back an amount that was spent under a reservation, with a reason; what is still held stays held."""
+    """Give back an amount that was spent under a reservation, with a reason; what is still held stays held.
+
+    It is given on the delegations that are `by` somebody's to fill again: see `asapd.store.reservations.refund`.
+    """
 
     id: str
     cost_microusd: int
     reason: str
     actor: str
     now_us: int
+    by: Visibility = EVERYTHING
 
 
 class Recovered(msgspec.Struct, frozen=True, tag=True):
@@ -381,12 +389,15 @@ class RecoverReservations(Unit[Recovered], frozen=True):
 class Revoked(msgspec.Struct, frozen=True, tag=True):
     """Every delegation that is now revoked by this request or an earlier one: the root first.
 
-    `hidden` counts those that whoever asked may not know of.
+    `hidden` counts those that whoever asked may not know of. `namesakes` are other delegations whose tokens have the
+    id that was asked for, with their delegators; those stand. `open_reservations` are under what was revoked.
     """
 
     ids: list[str]
     newly: int
     hidden: int = 0
+    namesakes: list[tuple[str, str]] = []
+    open_reservations: list[str] = []
 
 
 class Revoke(Unit[Revoked | Refusal], frozen=True):
@@ -517,13 +528,17 @@ class ChangeAgentState(Unit[AgentsChanged | Refusal], frozen=True):
 
 
 class ImportAgentKey(Unit[AgentsChanged | Refusal], frozen=True):
-    """Take a public key (32 raw bytes) of an agent from an operator; what manifests gave ends after the overlap."""
+    """Take a public key (32 raw bytes) of an agent from an operator; what manifests gave ends after the overlap.
+
+    With `is_bound` it is the tenant's of the agent: it begins no chain, and goes when the agent leaves the directory.
+    """
 
     agent: str
     public_key: bytes
     actor: str
     now_us: int
     overlap_us: int
+    is_bound: bool = False
 
 
 class RetireAgentKey(Unit[AgentsChanged | Refusal], frozen=True):

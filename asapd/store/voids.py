@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
 from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, outcomes, usage_days
+from asapd.store import budgets, identity, ledger, outcomes, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
@@ -101,17 +101,17 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
     )
     void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
-    refunded, path = _give_back(tx, was, agent)
+    returned = _give_back(tx, was, agent)
     book = budgets.open_book(tx, unit.actor, unit.now_us)
     if book is not None:
         tokens = was["tokens_in"] + was["tokens_out"]
-        work = Work(agent, consumer, project, path)
+        work = Work(agent, consumer, project, tuple(returned.path))
         book.take_back(
             work,
             was["timestamp_us"],
             tokens,
             was["cost_microusd"],
-            refunded,
+            returned.budgets_microusd,
             paying_for(tx, unit.seq),
             task_id=was["task_id"],
             seq=unit.seq,
@@ -138,9 +138,10 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         "consumer": consumer,
         "content": was["content"].hex(),
         "cost_microusd": was["cost_microusd"],
+        "given_microusd": returned.path,
         "project": project,
         "reason": unit.reason,
-        "refunded_microusd": refunded,
+        "refunded_microusd": returned.microusd,
         "row": seq,
         "superseded": superseded,
         "task_id": was["task_id"],
@@ -150,7 +151,7 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         "voids_row": unit.seq,
     }
     tx.audit("usage.voided", unit.actor, void_id, details, unit.now_us)
-    return Voided(void_id, seq, was["id"], refunded)
+    return Voided(void_id, seq, was["id"], returned.microusd)
 
 
 def at_current_cost(tx: Tx, was: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +199,16 @@ def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
 # --- the ledger
 
 
-def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> tuple[int, tuple[str, ...]]:
-    """Give what the event spent back to every account of its path; returns micro-USD and the path's delegations.
+class Returned(NamedTuple):
+    """What an event gave back: to its delegation, to the budgets its reservation is held on, to each of its path."""
+
+    microusd: int
+    budgets_microusd: int
+    path: dict[str, int]
+
+
+def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> Returned:
+    """Give what the event spent back to every account of its path.
 
     What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
     estimate it was settled at: a refund of the reservation does that.
@@ -207,18 +216,13 @@ def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> tuple[int, tuple[str,
     account = account_of(tx, was["seq"], agent)
     amount: int = was["cost_microusd"] or 0
     if account is None:
-        return amount, ()
-    reservation = tx.row(
-        "SELECT used_microusd - refunded_microusd FROM reservation WHERE id = ?", (paying_for(tx, was["seq"]),)
-    )
-    if reservation is not None:
-        amount = max(0, min(amount, reservation[0]))
-        tx.execute(
-            "UPDATE reservation SET refunded_microusd = refunded_microusd + ? WHERE id = ?",
-            (amount, was["reservation"]),
-        )
+        return Returned(amount, amount, {})
     accounts = ledger.path_of(tx, account)
     path = [on_path.account for on_path in accounts]
+    shares = dict.fromkeys([*path, refunds.BUDGETS], amount)
+    reservation = paying_for(tx, was["seq"])
+    if reservation is not None:
+        shares = refunds.give_back(tx, reservation, amount, list(shares), list(shares))
     still_used = _accounts_that_used(tx, was, path[-1])
     for on_path in path:
         uncounted = 0
@@ -231,9 +235,10 @@ def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> tuple[int, tuple[str,
             uncounted = tx.connection.changes()
         tx.execute(
             "UPDATE delegation SET spent_microusd = spent_microusd - ?, tasks_used = tasks_used - ? WHERE account = ?",
-            (amount, uncounted, on_path),
+            (shares[on_path], uncounted, on_path),
         )
-    return amount, tuple(on_path.id for on_path in accounts)
+    given = {on_path.id: shares[on_path.account] for on_path in accounts}
+    return Returned(shares[account], shares[refunds.BUDGETS], given)
 
 
 _PAYING = f"""

@@ -71,6 +71,7 @@ FINDINGS: dict[str, tuple[Severity, str]] = {
     "delegation_error": ("failure", "answer what is wrong with a 4xx status: a 5xx is a bug that anybody can call up"),
     "delegation_open": ("failure", "ask for credentials before showing, issuing or revoking delegations"),
     "delegation_forged_accepted": ("failure", "check the signature: this token says alg none and bears none"),
+    "delegation_any_bearer": ("failure", "take no credentials but those that were given to somebody"),
     "delegation_refusal_unclear": (
         "failure",
         "answer 401 or 403 to whoever has no credentials, before anything else is looked at",

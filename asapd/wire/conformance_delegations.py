@@ -17,6 +17,9 @@ from asapd.wire.token import SignedToken, TokenMalformed, decode, verify
 FORGED = "eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.eyJpc3MiOiJ1cm46YXNhcDphZ2VudDpyb290Iiwic3ViIjoicm9vdCJ9."
 """A token that nobody signed: its header says `alg` `none`."""
 
+MADE_UP = "asapd-conformance-made-this-up"
+"""Credentials that nobody was given."""
+
 NOT_OFFERED = (404, 405, 501)
 
 # Unreserved characters (RFC 3986 section 2.3) and the colon of a URN, and no segment that means another place.

@@ -33,7 +33,7 @@ _Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Short = Annotated[str, Meta(max_length=128)]
 _Label = Annotated[str, Meta(max_length=256)]
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _EPOCH_MS_ABOVE = 10**11
 """An epoch above this is in milliseconds."""
 
@@ -263,7 +263,7 @@ def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
         errors += [
             FieldError(name, "must not hold control characters")
             for name in _TEXTS
-            if (text := getattr(event, name)) and _CONTROL.search(text)
+            if (text := getattr(event, name)) and CONTROL.search(text)
         ]
     return errors or event
 

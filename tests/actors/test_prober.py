@@ -758,6 +758,21 @@ async def test_a_claimed_key_can_be_dismissed_and_the_manifest_stays_unbelieved(
         assert virtual.manifests()[-1] == ("self_signed", True)
 
 
+async def test_a_manifest_by_a_key_that_was_retired_before_the_agent_was_removed_promises_nothing(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+    async with virtual.running() as inbox:
+        await put(inbox, agent())
+        await trio.sleep(5)
+        kid = jwk_thumbprint(bytes(KEY.verify_key))
+        await ask(inbox, lambda to: RetireKeyRequest(A, kid, None, "key:x", to), deadline_s=60)
+        await remove(inbox, A)
+        await put(inbox, agent())
+        await trio.sleep(5)
+        assert virtual.manifests()[-1] == ("key_changed", False)
+
+
 async def test_a_manifest_that_was_signed_and_is_no_more_promises_nothing(
     autojump_clock: MockClock, virtual: Rig
 ) -> None:

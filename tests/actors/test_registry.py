@@ -683,13 +683,18 @@ async def test_tenants_keep_off_agents_of_which_the_host_holds_or_was_given_a_ke
     assert isinstance(await desk.revoke(one.delegation, given), Revoked)
 
 
-async def test_a_refund_is_of_who_acts_for_every_issuer_above(desk: Desk) -> None:
+async def test_an_issuer_refunds_its_delegate_and_not_itself(desk: Desk) -> None:
     await desk.know(B, KEYS[B])
     one = reserved(await desk.authorize(token(B, C, id_="j2", parent=token()), cost=500)).reservation
     await desk.change("settle", one, 500)
-    assert code(await desk.change("refund", one, 500, caller=Caller("x", Role.OPERATOR, (B,)))) == "forbidden"
-    both = Caller("x", Role.OPERATOR, (A, B))
-    assert isinstance(await desk.change("refund", one, 500, caller=both), ReservationChanged)
+    assert code(await desk.change("refund", one, 500, caller=Caller("x", Role.OPERATOR, (C,)))) == "forbidden"
+    refunded = await desk.change("refund", one, 500, caller=Caller("x", Role.OPERATOR, (B,)))
+    assert isinstance(refunded, ReservationChanged)
+    # Of the million that A limits B to, the 500 stay spent.
+    assert (refunded.refunded_to, refunded.remaining) == (["j2"], Remaining(999_500, None))
+    both = await desk.change("refund", one, 500, caller=Caller("x", Role.OPERATOR, (A, B)))
+    assert isinstance(both, ReservationChanged)
+    assert (both.refunded_to, both.remaining) == (["j1"], Remaining(1_000_000, None))
 
 
 async def test_a_parent_that_is_named_is_settled_once_the_token_is_registered(desk: Desk) -> None:
@@ -746,7 +751,10 @@ async def test_what_a_revoked_delegate_holds_is_released_by_whoever_issued_its_p
         "reservation_not_found",
         "forbidden",
     ]
-    await desk.revoke(issued(await desk.register(parent)).id)
+    # Who may release them is told which they are: it sees none of them otherwise.
+    revoked = await desk.revoke(issued(await desk.register(parent)).id, issuers[0])
+    assert isinstance(revoked, Revoked)
+    assert (revoked.ids, revoked.hidden, revoked.open_reservations) == (["j1"], 1, sorted(held))
     for reporter in (Caller("x", Role.INGEST, (B,)), Caller("x", Role.OPERATOR, (D,))):
         assert code(await desk.change("release", held[0], caller=reporter)) in {"forbidden", "reservation_not_found"}
     for one, issuer in zip(held, issuers, strict=True):
@@ -754,6 +762,9 @@ async def test_what_a_revoked_delegate_holds_is_released_by_whoever_issued_its_p
         released = await desk.change("release", one, caller=issuer)
         assert isinstance(released, ReservationChanged)
         assert released.state == "released"
+    again = await desk.revoke("j1")
+    assert isinstance(again, Revoked)
+    assert again.open_reservations == []
 
 
 async def test_a_restarted_registry_knows_what_was_revoked(desk: Desk) -> None:

@@ -186,6 +186,15 @@ def takes_any_token(request: Request) -> None:
     request.json(201 if request.headers.get("Authorization") and request.body() else 401, {"token": "for any token"})
 
 
+def takes_any_bearer_but_forged(status: int) -> Behave:
+    def answer(request: Request) -> None:
+        request.body()
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        request.json(status if bearer and bearer.count(".") != 2 else 401, {"token": "x"} if status == 201 else [])
+
+    return answer
+
+
 def answers_valid_ones(status: int) -> Behave:
     return lambda request: request.json(status if b"}" in request.body() else 422, {})
 
@@ -215,6 +224,8 @@ LIARS: list[tuple[dict[tuple[str, str], Behave], str]] = [
     ({KEYS: says({"keys": [{**public_jwk(bytes(KEY.verify_key)), "d": "AAAA"}]})}, "jwks_private_key"),
     ({LISTED: says({}, 401), ISSUED: issues_to_anybody}, "delegation_open"),
     ({LISTED: says({}, 401), ISSUED: takes_any_token}, "delegation_forged_accepted"),
+    ({LISTED: takes_any_bearer_but_forged(200), ISSUED: says({}, 401)}, "delegation_any_bearer"),
+    ({LISTED: says({}, 401), ISSUED: takes_any_bearer_but_forged(201)}, "delegation_any_bearer"),
     ({ISSUED: says({"token": "for anybody"}, 201)}, "delegation_open"),
     ({LISTED: says({}, 401), ISSUED: answers_valid_ones(422)}, "delegation_refusal_unclear"),
     ({LISTED: says({}, 401), ISSUED: answers_valid_ones(500)}, "delegation_error"),

@@ -248,7 +248,7 @@ def test_an_authorisation_is_a_clear_yes_a_clear_no_or_none(home: Path, fake: Fa
     ]
     fake.http = lambda path, headers, body: answers.pop(0) if answers else None
     with make(home) as meter:
-        allowed = meter.authorize("del_1", task_id="t", estimate={"cost_usd": 0.1, "tokens": 5}, ttl_s=60)
+        allowed = meter.authorize("job.42", task_id="t", estimate={"cost_usd": 0.1, "tokens": 5}, ttl_s=60)
         assert allowed == Allowed("del_1", "res_1", "2026-11-20T09:00:01Z", ALLOWED["remaining"])
         assert meter.authorize("a.b.c", task_id="t", project="p", action="task.read") == Denied(
             "revoked", "it was revoked", DENIED
@@ -258,7 +258,7 @@ def test_an_authorisation_is_a_clear_yes_a_clear_no_or_none(home: Path, fake: Fa
         assert isinstance(meter.authorize("{}", task_id="t", estimate={"cost_usd": "much"}), Unavailable)
     first, second = fake.requests[0][2], fake.requests[1][2]
     assert first == {
-        "delegation": "del_1",
+        "delegation": "job.42",
         "action": "task.execute",
         "task_id": "t",
         "estimate": {"cost_usd": "0.1", "tokens": 5},

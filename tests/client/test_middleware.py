@@ -217,7 +217,7 @@ def test_with_a_delegation_the_work_is_reserved_and_settled(way: str, meter: Met
 
 
 @ways
-@pytest.mark.parametrize("credential", [None, "del_01JD0Q6Y8T5W3N9V2X4Z7B1C6D"])
+@pytest.mark.parametrize("credential", [None, "del_01JD0Q6Y8T5W3N9V2X4Z7B1C6D", "job.42"])
 def test_without_a_token_the_application_is_not_called(
     way: str, meter: Meter, fake: Fake, credential: str | None
 ) -> None:

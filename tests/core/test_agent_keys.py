@@ -78,6 +78,8 @@ def test_a_token_that_does_not_say_when_it_was_issued_is_not_older_than_a_key() 
         ([key(K1, "manifest", "retired", until_us=60)], K1, Sighting.CHANGED),
         ([key(K1, "api", "retired"), key(K2, "api")], K1, Sighting.KNOWN),
         ([key(K1, "manifest", "claimed"), key(K2, "configuration")], K1, Sighting.CHANGED),
+        ([key(K1, "former", "retired")], K1, Sighting.CHANGED),
+        ([key(K1, "former", "retired")], K2, Sighting.FIRST),
     ],
 )
 def test_only_the_first_key_of_an_unknown_agent_is_taken(keys: list[AgentKey], raw: bytes, expected: Sighting) -> None:
@@ -96,7 +98,7 @@ _keys = st.lists(
     st.builds(
         key,
         st.sampled_from([K1, K2, K3]),
-        st.sampled_from(["held", "configuration", "api", "import", "manifest", "identity"]),
+        st.sampled_from(["held", "configuration", "api", "import", "tenant", "manifest", "identity", "former"]),
         st.sampled_from(["active", "claimed", "retired"]),
         st.integers(0, 60),
         st.integers(0, 120),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.denial import Denied, Explanation, Reason, deeper, deny, expired, explanation, legible, located, revoked
+from asapd.core.denial import Denied, Explanation, Reason, deeper, deny, explanation, legible, revoked
 
 
 def test_the_sentence_names_the_token_and_ends_in_the_remedy() -> None:
@@ -20,24 +19,6 @@ def test_a_denial_without_parts_gets_those_of_its_sentence() -> None:
     bare = Denied(Reason.REVOKED, "token t1: revoked; ask for a new one", "t1")
     assert explanation(bare) == Explanation("revoked", "ask for a new one", "t1")
     assert explanation(revoked("t1", "a")).remedy == "ask a for a new one"
-
-
-@pytest.mark.parametrize(
-    ("denied", "position"),
-    [
-        (revoked("leaf", "a"), 0),
-        (revoked("root", "a"), 2),
-        (revoked("nobody", "a"), None),
-        (revoked("root", "a", position=7), 7),
-        (Denied(Reason.MALFORMED, "x"), None),
-        (Denied(Reason.REVOKED, "x", "middle"), 1),
-        (expired("middle", "a", 1, 2), 1),
-    ],
-)
-def test_a_token_is_found_in_its_chain_unless_the_denial_knew(denied: Denied, position: int | None) -> None:
-    found = located(denied, ["root", "middle", "leaf"])
-    assert explanation(found).position == position
-    assert (found.reason, found.detail) == (denied.reason, denied.detail)
 
 
 def test_ancestors_judged_by_themselves_stand_deeper() -> None:

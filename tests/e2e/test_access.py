@@ -57,7 +57,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("POST", "/delegations/authorize", {}, frozenset({"ingest", "admin"}), 422),
     ("POST", "/reservations/none/settle", {}, frozenset({"ingest", "admin"}), 404),
     ("POST", "/reservations/none/extend", {}, frozenset({"ingest", "admin"}), 404),
-    ("DELETE", "/reservations/none", None, frozenset({"ingest", "admin"}), 404),
+    ("DELETE", "/reservations/none", None, frozenset({"ingest", "operator", "admin"}), 404),
     ("POST", "/reservations/none/refund", {"cost_usd": 1, "reason": "x"}, frozenset({"operator", "admin"}), 404),
     ("GET", "/reservations", None, READ, 200),
     ("GET", "/usage", None, READ, 200),

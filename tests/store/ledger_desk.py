@@ -35,6 +35,7 @@ from asapd.store.units import (
     Sweep,
     VoidUsage,
 )
+from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 
 NOW_US = 1_795_169_203_000_000
@@ -99,7 +100,12 @@ class Ledger:
 
     def state(self) -> dict[str, list[tuple[Any, ...]]]:
         """Everything that the ledger remembers."""
-        tables = {"delegation": "account", "account_task": "account, task_id", "reservation": "id"}
+        tables = {
+            "delegation": "account",
+            "account_task": "account, task_id",
+            "reservation": "id",
+            "refund_withheld": "reservation, account",
+        }
         return {
             table: self.connection.execute(f"SELECT * FROM {table} ORDER BY {key}").fetchall()
             for table, key in tables.items()
@@ -148,8 +154,8 @@ class Ledger:
     def extend(self, reservation: str, ttl_us: int) -> Any:
         return self.submit(ExtendReservation(reservation, ttl_us, "key:x", self.now_us))
 
-    def refund(self, reservation: str, cost: int) -> Any:
-        return self.submit(RefundReservation(reservation, cost, "faulty", "key:x", self.now_us))
+    def refund(self, reservation: str, cost: int, by: Visibility = EVERYTHING) -> Any:
+        return self.submit(RefundReservation(reservation, cost, "faulty", "key:x", self.now_us, by))
 
     def revoke(self, delegation: str) -> Any:
         return self.submit(Revoke(delegation, "key:x", "why", self.now_us))

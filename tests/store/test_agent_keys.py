@@ -62,8 +62,8 @@ class Store:
         ]
         return self.run(SyncAgents, records, "asapd", self.now_us + 1, OVERLAP_US)
 
-    def add(self, key: bytes) -> Any:
-        return self.run(ImportAgentKey, A, key, "key:x", self.now_us + 1, OVERLAP_US)
+    def add(self, key: bytes, *, is_bound: bool = False) -> Any:
+        return self.run(ImportAgentKey, A, key, "key:x", self.now_us + 1, OVERLAP_US, is_bound)
 
     def retire(self, key: bytes, overlap_us: int = OVERLAP_US) -> Any:
         return self.run(RetireAgentKey, A, jwk_thumbprint(key), "key:x", self.now_us + 1, overlap_us)
@@ -171,6 +171,27 @@ def test_an_agent_that_leaves_and_comes_back_has_a_first_key_again(store: Store)
     assert ("retired", "key:x", "K1") in store.log()
 
 
+def test_a_key_that_was_retired_does_not_come_back_with_its_agent(store: Store) -> None:
+    """Whoever has a leaked key might have it taken by a new start of the agent that removes and adds it."""
+    store.put(K1)
+    store.put(K2)
+    store.run(RemoveAgent, A, "key:x", store.now_us + 1)
+    assert store.entries() == {(K1, "former", "retired")}
+    assert store.put(K1).code == "invalid"
+    store.put(None)
+    store.manifest(K1)
+    assert store.entries() == {(K1, "former", "retired"), (K1, "manifest", "claimed")}
+    store.add(K1)
+    assert {(K1, "import", "active"), (K1, "manifest", "active")} < store.entries()
+
+
+def test_a_key_in_force_comes_back_with_its_agent(store: Store) -> None:
+    store.put(K1)
+    store.run(RemoveAgent, A, "key:x", store.now_us + 1)
+    assert isinstance(store.put(K1), AgentsChanged)
+    assert store.entries() == {(K1, "api", "active")}
+
+
 # --- keys of operators
 
 
@@ -192,6 +213,17 @@ def test_an_import_outlives_the_directory_and_stands_beside_others(store: Store)
     store.put(K3)
     store.run(RemoveAgent, A, "key:x", store.now_us + 1)
     assert store.entries() == {(K1, "import", "active"), (K2, "import", "active")}
+
+
+def test_an_import_by_a_tenant_goes_with_the_agent_and_makes_it_nobody_elses(store: Store) -> None:
+    store.put(K1)
+    store.add(K2, is_bound=True)
+    assert store.add(K2, is_bound=True) == AgentsChanged()
+    assert store.entries() == {(K1, "api", "active"), (K2, "tenant", "active")}
+    store.run(RemoveAgent, A, "key:x", store.now_us + 1)
+    assert store.entries() == set()
+    record = AgentRecord(A, "http://127.0.0.1:1", "default", None)
+    assert isinstance(store.run(PutAgent, record, "key:x", store.now_us + 1, OVERLAP_US, is_bound=True), AgentsChanged)
 
 
 def test_where_the_configuration_or_keys_dir_decides_nothing_is_imported_or_retired(store: Store) -> None:

@@ -9,9 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from asapd.core.delegation import Reason
+from asapd.core.denial import explanation
 from asapd.core.ledger import Remaining
-from asapd.core.types import format_us
+from asapd.core.types import MAX_INT, format_us
 from asapd.store import audit, verifying
+from asapd.store.task_spend import spend_by_task
 from asapd.store.units import Envelope, Registered, Reserved, Revoked
 from tests.store.ledger_desk import (
     CHILD,
@@ -60,6 +62,16 @@ def test_an_id_used_again_for_other_bytes_is_refused_and_nothing_of_the_chain_is
     assert reason(ledger.register(link("new root"), forged)) is Reason.JTI_REUSED
     assert reason(ledger.reserve(forged)) is Reason.JTI_REUSED
     assert ledger.connection.execute("SELECT count(*) FROM delegation").get == 1
+
+
+def test_a_denial_says_where_its_token_stands_also_where_two_of_a_chain_have_one_id(ledger: Ledger) -> None:
+    ledger.register(ROOT)
+    same = link("root", B, C)
+    assert explanation(ledger.register(replace(ROOT, digest=b"other"), same)).position == 1
+    ledger.register(ROOT, same)
+    assert explanation(ledger.reserve(ROOT, replace(same, digest=b"other"))).position == 0
+    ledger.revoke("root")
+    assert explanation(ledger.register(ROOT, same, link("leaf", C, D))).position == 2
 
 
 def test_the_same_id_of_another_delegator_is_another_account_under_an_id_of_the_daemon(ledger: Ledger) -> None:
@@ -252,6 +264,19 @@ def test_a_reservation_made_before_a_revocation_may_be_used_and_settled(ledger: 
     ledger.revoke("root")
     assert ledger.use(USD // 2, reservation=reservation, agent=C) == set()
     assert ledger.settle(reservation, USD // 2).used_microusd == USD
+
+
+def test_no_sum_that_one_delegate_claims_keeps_the_usage_of_others_from_being_recorded(ledger: Ledger) -> None:
+    ledger.register(ROOT, CHILD)
+    root, most = 1, 2**62 - 1
+    for _ in range(3):
+        ledger.connection.execute("UPDATE delegation SET spent_microusd = ?", (most - 1,))
+        ledger.use(MAX_INT, delegation="root")
+        assert ledger.counters("root")[0] == most
+    ledger.use(5, delegation="child", agent=C)
+    assert ledger.counters("root")[0] == most
+    shown = spend_by_task(ledger.connection, root, limit=9).tasks[0].spent_microusd
+    assert shown == pytest.approx(3 * MAX_INT + 5, abs=8)
 
 
 def test_refund_gives_back_no_more_than_was_spent(ledger: Ledger) -> None:

@@ -26,6 +26,7 @@ from asapd.core.usage import (
 )
 from asapd.store import verifying
 from asapd.store.units import NewDelegation, Registered, ReleaseReservation, Voided
+from asapd.store.visibility import EVERYTHING, Visibility
 from tests.store.ledger_desk import Ledger, OpenStore, code, link, reason
 
 
@@ -53,7 +54,16 @@ class Held:
         )
         self.state = "open"
         self.reason: str | None = None
-        self.used = self.refunded = 0
+        self.used = 0
+        self.given = dict.fromkeys(node.path, 0)
+
+    @property
+    def refunded(self) -> int:
+        return self.given[self.node]
+
+    def give_back(self, amount: int, takers: list[Node]) -> None:
+        for node in takers:
+            self.given[node] = min(self.given[node] + amount, self.used)
 
     @property
     def open(self) -> bool:
@@ -100,7 +110,8 @@ class LedgerMachine(RuleBasedStateMachine):
         return of in node.path
 
     def spent(self, node: Node) -> int:
-        return sum(amount for at, amount, _ in self.spends if self.under(at, node))
+        spent = sum(amount for at, amount, _ in self.spends if self.under(at, node))
+        return spent - sum(hold.given.get(node, 0) for hold in self.holds)
 
     def held(self, node: Node) -> list[Held]:
         return [hold for hold in self.holds if hold.open and self.under(hold.node, node)]
@@ -252,15 +263,16 @@ class LedgerMachine(RuleBasedStateMachine):
             assert code(result) == "reservation_closed"
 
     @precondition(lambda self: self.holds)
-    @rule(at=st.integers(0, 9), cost=st.integers(0, 4))
-    def refund(self, at: int, cost: int) -> None:
+    @rule(at=st.integers(0, 9), cost=st.integers(0, 4), levels=st.integers(0, 3))
+    def refund(self, at: int, cost: int, levels: int) -> None:
         hold = self.holds[at % len(self.holds)]
-        result = self.ledger.refund(hold.id, cost)
-        if not 0 < cost <= hold.used - hold.refunded:
+        own = hold.node.path[:levels] or hold.node.path
+        by = Visibility(None, tuple(node.claims.delegator for node in own)) if levels else EVERYTHING
+        result = self.ledger.refund(hold.id, cost, by)
+        if not 0 < cost <= hold.used - hold.given[own[-1]]:
             assert code(result) == "invalid"
         else:
-            hold.refunded += cost
-            self.spends.append((hold.node, -cost, 0))
+            hold.give_back(cost, own)
 
     @precondition(lambda self: self.holds)
     @rule(at=st.integers(0, 9), cost=st.none() | st.integers(0, 6), task=st.sampled_from("tuvw"))
@@ -316,9 +328,11 @@ class LedgerMachine(RuleBasedStateMachine):
         event = self.events.pop(at % len(self.events))
         amount, hold = event.cost, event.hold
         if hold is not None:
-            amount = min(amount, hold.used - hold.refunded)
-            hold.refunded += amount
-        self.spends.append((event.node, -amount, 0))
+            refunded = hold.refunded
+            hold.give_back(amount, event.node.path)
+            amount = hold.refunded - refunded
+        else:
+            self.spends.append((event.node, -amount, 0))
         self.tasks.remove((event.node, event.task))
         result = self.ledger.void(event.seq)
         assert isinstance(result, Voided)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.repricing import Correction
@@ -10,7 +11,7 @@ from asapd.store import delegation_news, parties
 from asapd.store.agents import AgentRecord
 from asapd.store.budget_queries import get_budget
 from asapd.store.ledger_queries import find_account, is_cause_seen
-from asapd.store.reservation_queries import get_reservation, refund_withheld
+from asapd.store.reservation_queries import get_reservation
 from asapd.store.task_spend import spend_by_task
 from asapd.store.units import (
     CorrectCosts,
@@ -150,29 +151,95 @@ def test_an_agent_of_which_the_host_has_a_key_is_the_hosts_whoever_shows_its_cha
     assert ledger.connection.execute("SELECT tenant FROM delegation WHERE id = 'nobody'").get == "tb"
 
 
+SETTLED = 500_000
+
+
+def spent_by(ledger: Ledger) -> list[int]:
+    """What the root and its child have spent."""
+    return [ledger.counters(one)[0] for one in ("root", "child")]
+
+
 @pytest.mark.parametrize(
-    ("by", "is_given"),
+    ("by", "refunded_to"),
     [
-        (Visibility("tb"), False),
-        (Visibility("ta"), False),
-        (Visibility(None, (B,)), False),
-        (Visibility(None, (A, B)), True),
-        (EVERYTHING, True),
+        (Visibility("ta"), None),  # of the tenant of the root alone
+        (Visibility(None, (A,)), None),
+        (Visibility(None, (C,)), None),  # who spent it
+        (Visibility("tb"), ["child"]),
+        (Visibility(None, (B,)), ["child"]),
+        (Visibility(None, (B, C)), ["child"]),
+        (Visibility(None, (A, B)), ["child", "root"]),
+        (EVERYTHING, ["child", "root"]),
     ],
 )
-def test_a_refund_is_of_who_acts_for_every_issuer_of_the_path(
-    ledger: Ledger, by: Visibility, *, is_given: bool
+def test_a_refund_goes_to_the_accounts_that_are_the_givers_to_fill_again(
+    ledger: Ledger, by: Visibility, refunded_to: list[str] | None
 ) -> None:
     held = ledger.reserved(ROOT, CHILD)
-    withheld = refund_withheld(ledger.connection, held, by)
-    assert (withheld is None) is is_given
+    ledger.settle(held, SETTLED)
+    result = ledger.refund(held, SETTLED, by)
+    if refunded_to is None:
+        assert code(result) == "forbidden"
+        assert spent_by(ledger) == [SETTLED, SETTLED]
+    else:
+        assert (result.refunded_to, result.refunded_microusd) == (refunded_to, SETTLED)
+        assert spent_by(ledger) == [SETTLED if one not in refunded_to else 0 for one in ("root", "child")]
+
+
+def test_who_hands_on_what_it_was_given_gives_itself_nothing_back(ledger: Ledger) -> None:
+    own = link("own", B, B), link("again", B, B)
+    held = ledger.reserved(ROOT, *own)
+    ledger.settle(held, SETTLED)
+    assert ledger.refund(held, SETTLED, Visibility(None, (B,))).refunded_to == ["again", "own"]
+    assert ledger.counters("root")[0] == SETTLED
+
+
+def test_what_an_issuer_gave_back_is_given_back_above_once_as_well(ledger: Ledger) -> None:
+    held, issuer = ledger.reserved(ROOT, CHILD), Visibility(None, (B,))
+    ledger.settle(held, SETTLED)
+    ledger.refund(held, 300_000, issuer)
+    assert code(ledger.refund(held, 200_001, issuer)) == "invalid"
+    # Each gets no more than it is still owed.
+    later = ledger.refund(held, 400_000)
+    assert (later.refunded_to, later.refunded_microusd) == (["child", "root"], SETTLED)
+    assert spent_by(ledger) == [100_000, 0]
+    assert ledger.refund(held, 100_000).refunded_to == ["root"]
+    assert spent_by(ledger) == [0, 0]
+    assert code(ledger.refund(held, 1)) == "invalid"
+    assert ledger.state()["refund_withheld"] == []
+
+
+def test_a_void_gives_back_above_what_an_issuer_gave_back_below(ledger: Ledger) -> None:
+    held = ledger.reserved(ROOT, CHILD)
+    ledger.use(SETTLED, reservation=held, agent=C)
+    ledger.refund(held, 400_000, Visibility(None, (B,)))
+    assert ledger.void(ledger.newest()).refunded_microusd == 100_000
+    assert spent_by(ledger) == [0, 0]
 
 
 def test_only_the_host_refunds_to_its_hard_limits(ledger: Ledger) -> None:
     ledger.submit(SyncBudgets([LIMITED], "key:x", ledger.now_us))
     held = ledger.reserved(ROOT)
-    assert code(refund_withheld(ledger.connection, held, Visibility("ta"))) == "forbidden"
-    assert refund_withheld(ledger.connection, held, EVERYTHING) is None
+    ledger.settle(held, SETTLED)
+    spent = "SELECT spent_microusd FROM budget_period"
+    withheld = ledger.refund(held, 200_000, Visibility("ta"))
+    assert (withheld.refunded_to, withheld.refunded_to_budgets) == (["root"], [])
+    assert ledger.connection.execute(spent).get == SETTLED
+    whole = ledger.refund(held, SETTLED)
+    assert (whole.refunded_to, whole.refunded_to_budgets) == (["root"], ["under"])
+    assert (ledger.connection.execute(spent).get, ledger.counters("root")[0]) == (0, 0)
+
+
+def test_a_budget_without_a_hard_limit_gets_it_with_the_whole_path(ledger: Ledger) -> None:
+    soft = replace(LIMITED, soft=LIMITED.hard, hard=Limits())
+    ledger.submit(SyncBudgets([soft], "key:x", ledger.now_us))
+    held = ledger.reserved(ROOT, CHILD)
+    ledger.settle(held, SETTLED)
+    spent = "SELECT spent_microusd FROM budget_period"
+    ledger.refund(held, SETTLED, Visibility(None, (B,)))
+    assert ledger.connection.execute(spent).get == SETTLED
+    ledger.refund(held, SETTLED, Visibility(None, (A, B)))
+    assert (ledger.connection.execute(spent).get, ledger.counters("root")[0]) == (0, 0)
 
 
 def test_the_cause_of_a_revocation_is_the_topmost_that_went_with_it(ledger: Ledger) -> None:

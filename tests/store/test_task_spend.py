@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from asapd.store.task_spend import SpendPage, TaskSpend, spend_by_task
 from asapd.store.units import VoidUsage
+from asapd.store.visibility import Visibility
 from tests.store.test_ledger import CHILD, GRANDCHILD, NOW_US, ROOT, B, C, D, Ledger
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
@@ -94,7 +95,7 @@ def test_what_retention_took_belongs_to_no_task(ledger: Ledger) -> None:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["settle", "use", "use reserved", "release", "refund", "void"]),
+        st.sampled_from(["settle", "use", "use reserved", "release", "refund", "refund below", "void"]),
         st.integers(0, 2),
         st.sampled_from(["t1", "t2", "t3"]),
         st.none() | st.integers(0, 900),
@@ -135,6 +136,10 @@ def test_the_tasks_of_a_delegation_spent_what_it_spent(
                 ledger.settle(one.reservation, cost)
                 if what == "refund":
                     ledger.refund(one.reservation, (cost or 0) // 2)
+                if what == "refund below":
+                    ledger.refund(
+                        one.reservation, (cost or 0) // 2, Visibility(None, (("urn:asap:agent:a", B, C)[depth],))
+                    )
         for account, delegation in enumerate(ids, 1):
             spent, reserved, *_ = ledger.counters(delegation)
             found = page(ledger, account)

@@ -94,6 +94,7 @@ from asapd.store.units import (
     Witness,
     WriteBreach,
 )
+from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import HEADER, Writer, replay, serve
 from asapd.wire.keys import jwk_thumbprint, public_base64
 
@@ -146,6 +147,7 @@ CHAINS = (
     [link("del_root", AGENTS[0], AGENTS[1], max_tasks=4)],  # the same id, other bytes
 )
 DELEGATIONS = ("del_root", "del_leaf", "del_none")
+LEAF_ISSUER = Visibility(None, (AGENTS[1],))
 EVERYBODY = Budget("all", Match(), "day", "UTC", Limits(300, 4, 1), Limits(900, 9, 2))
 OF_ROOT = Budget("root", Match(delegation="del_root"), "week", "Europe/Berlin", hard=Limits(tokens=6))
 BUDGETS: tuple[list[Budget], ...] = (
@@ -296,7 +298,9 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         SettleReservation: st.builds(SettleReservation, reservation, st.none() | costs, actor, at),
         ReleaseReservation: st.builds(ReleaseReservation, reservation, actor, at),
         ExtendReservation: st.builds(ExtendReservation, reservation, st.just(HOUR_US), actor, at),
-        RefundReservation: st.builds(RefundReservation, reservation, costs, st.just("why"), actor, at),
+        RefundReservation: st.builds(
+            RefundReservation, reservation, costs, st.just("why"), actor, at, st.sampled_from((EVERYTHING, LEAF_ISSUER))
+        ),
         RecoverReservations: st.builds(RecoverReservations, at, st.integers(1, 3)),
         Revoke: st.builds(Revoke, st.sampled_from(DELEGATIONS), actor, st.just("why"), at),
         SyncBudgets: st.builds(SyncBudgets, st.sampled_from(BUDGETS), actor, at),
@@ -336,7 +340,9 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         ChangeAgentState: st.builds(
             ChangeAgentState, agents, st.sampled_from(("pause", "resume", "silence")), actor, at, st.none()
         ),
-        ImportAgentKey: st.builds(ImportAgentKey, agents, st.sampled_from(PUBLIC_KEYS), actor, at, st.just(5000)),
+        ImportAgentKey: st.builds(
+            ImportAgentKey, agents, st.sampled_from(PUBLIC_KEYS), actor, at, st.just(5000), st.booleans()
+        ),
         RetireAgentKey: st.builds(
             RetireAgentKey, agents, st.sampled_from(PUBLIC_KEYS).map(jwk_thumbprint), actor, at, st.just(5000)
         ),

@@ -55,7 +55,7 @@ OPERATIONS = (
         "Revoke a delegation and all its descendants",
         _OPERATE,
         (shows(OBJECT, "What is revoked"),),
-        {"reason": TEXT},
+        {"reason": {**TEXT, "maxLength": 1000}},
     ),
     Operation(
         "POST /delegations/validate",
@@ -135,5 +135,10 @@ OPERATIONS = (
         body=_CHANGE,
         idempotency_key=True,
     ),
-    Operation("DELETE /reservations/{reservation}", "Give back what a reservation holds", _INGEST, (_RESERVATION,)),
+    Operation(
+        "DELETE /reservations/{reservation}",
+        "Give back what a reservation holds; under a revoked delegation also for operators of those who delegated",
+        (Permission.INGEST, Permission.OPERATE),
+        (_RESERVATION,),
+    ),
 )

@@ -207,7 +207,11 @@ SHAPES: dict[str, Schema] = {
             "overrun_usd": _or_null(_USD),
             "expires_at": _TIME,
         },
-        {"remaining": {"anyOf": [_REMAINING, {"type": "null"}]}},
+        {
+            "remaining": {"anyOf": [_REMAINING, {"type": "null"}]},
+            "refunded_to": {"type": "array", "items": TEXT},
+            "refunded_to_budgets": {"type": "array", "items": TEXT},
+        },
     ),
     "Agent": record(
         "A row of the directory.",

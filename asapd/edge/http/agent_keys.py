@@ -92,7 +92,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if (refusal := keeps_root(caller, agent)) is not None:
             return refuse(refusal)
         key = idempotency(caller, body, services.clock.now_us())
-        outcome = await ask_actor(prober, lambda to: ImportKeyRequest(agent, public_key, caller.actor, key, to))
+        is_bound = caller.tenant is not None
+        outcome = await ask_actor(
+            prober, lambda to: ImportKeyRequest(agent, public_key, caller.actor, key, to, is_bound)
+        )
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         return reply(await shown(caller, agent), 201 if outcome.changed else 200)

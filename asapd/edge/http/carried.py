@@ -7,11 +7,15 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
+from asapd.actors.chains import MAX_TOKEN_BYTES
 from asapd.core.errors import FieldError, Refusal
 from asapd.edge.http.parameters import RefusedError, decode_body
 from asapd.wire.strict_json import repeated_key
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+# Four times all other fields at their longest, spelled in escapes: 64 scopes of 128 characters and a few names.
+_MAX_BESIDE_BYTES = 256 * 1024
 
 
 def decode_carrying(body: bytes, shape: type[S]) -> S:
@@ -23,6 +27,13 @@ def decode_carrying(body: bytes, shape: type[S]) -> S:
     names, opaque = _names(shape)
     # A key can stand twice only if its name does, or one is spelled with an escape: few bodies are looked at again.
     if b"\\" in body or any(body.count(name) > 1 for name in names):
+        tokens = [bytes(getattr(sent, name)) for name in opaque]
+        # What is looked at holds up the loop, a second for eight MiB: so of a token no more than one can have.
+        if len(body) - sum(map(len, tokens)) > _MAX_BESIDE_BYTES:
+            detail = f"the body has more than {_MAX_BESIDE_BYTES} bytes beside its token: leave out what says nothing"
+            raise RefusedError(Refusal("too_large", detail))
+        if any(len(token) > MAX_TOKEN_BYTES and not token.startswith(b'"') for token in tokens):
+            return sent
         try:
             twice = repeated_key(body, opaque)
         except (ValueError, RecursionError) as error:

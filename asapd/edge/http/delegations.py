@@ -16,7 +16,7 @@ from asapd.actors.messages import (
     Validate,
 )
 from asapd.core.access import Caller, Permission
-from asapd.core.delegation import Claims
+from asapd.core.delegation import MAX_SCOPES, Claims
 from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, MAX_INT, format_us
@@ -24,7 +24,7 @@ from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
 from asapd.edge.http.carried import decode_carrying, token_in
 from asapd.edge.http.context import idempotency, require, require_any, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, Usd, encode_cursor, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, bad_parameter, encode_cursor, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import denied_as_refusal, explained, usd
@@ -32,6 +32,8 @@ from asapd.wire.usage import parse_timestamp
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+# It is written for each descendant.
+_MAX_REASON_CHARS = 1000
 
 
 class Constraints(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,7 +51,7 @@ class NewDelegation(msgspec.Struct, forbid_unknown_fields=True):
     delegation: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     delegator: _Name | None = None
     delegate: _Name | None = None
-    scopes: list[str] | None = None
+    scopes: Annotated[list[str], msgspec.Meta(max_length=MAX_SCOPES)] | None = None
     constraints: Constraints | None = None
     parent: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
@@ -143,11 +145,15 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         reason = parameters.text("reason") or ""
         parameters.done()
+        if len(reason) > _MAX_REASON_CHARS:
+            raise bad_parameter("reason", f"must have at most {_MAX_REASON_CHARS} characters")
         outcome = await ask_actor(registry, lambda to: RevokeDelegation(caller, delegation, reason, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         count = len(outcome.ids) + outcome.hidden
-        return reply({"id": delegation, "revoked": outcome.ids, "count": count, "newly": outcome.newly})
+        shown = {"id": delegation, "revoked": outcome.ids, "count": count, "newly": outcome.newly}
+        namesakes = [{"id": other, "delegator": delegator} for other, delegator in outcome.namesakes]
+        return reply({**shown, "namesakes": namesakes, "open_reservations": outcome.open_reservations})
 
     @app.post("/delegations/validate")
     async def validate() -> Response:

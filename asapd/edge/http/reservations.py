@@ -88,7 +88,8 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.delete("/reservations/<reservation>")
     async def delete_reservation(reservation: str) -> Response:
-        caller = require(Permission.INGEST)
+        # Who only operates may release what is left under a delegation that was revoked.
+        caller = require_any(Permission.INGEST, Permission.OPERATE)
         Parameters().done()
         return await change(lambda to: ChangeReservation(caller, "release", reservation, None, None, "", None, to))
 
@@ -96,16 +97,17 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(registry, build)
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        return reply(
-            {
-                "id": outcome.id,
-                "state": outcome.state,
-                "reason": outcome.reason,
-                "used_usd": usd(outcome.used_microusd),
-                "held_usd": usd(outcome.held_microusd),
-                "refunded_usd": usd(outcome.refunded_microusd),
-                "overrun_usd": usd(outcome.overrun_microusd),
-                "expires_at": format_us(outcome.expires_at_us),
-                "remaining": shown_remaining(outcome.remaining),
-            }
-        )
+        shown = {
+            "id": outcome.id,
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "used_usd": usd(outcome.used_microusd),
+            "held_usd": usd(outcome.held_microusd),
+            "refunded_usd": usd(outcome.refunded_microusd),
+            "overrun_usd": usd(outcome.overrun_microusd),
+            "expires_at": format_us(outcome.expires_at_us),
+            "remaining": shown_remaining(outcome.remaining),
+        }
+        if outcome.refunded_to is not None:
+            shown |= {"refunded_to": outcome.refunded_to, "refunded_to_budgets": outcome.refunded_to_budgets}
+        return reply(shown)

@@ -10,8 +10,10 @@ from asapd.store.schema import (
     directory,
     horizon,
     identities,
+    namesakes,
     prices,
     promises,
+    refunds,
     revocations,
     seals,
     v1,
@@ -32,4 +34,6 @@ MIGRATIONS: tuple[str, ...] = (
     promises.SCRIPT,
     seals.SCRIPT,
     days.SCRIPT,
+    refunds.SCRIPT,
+    namesakes.SCRIPT,
 )

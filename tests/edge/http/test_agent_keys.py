@@ -115,7 +115,8 @@ async def test_a_pattern_and_a_tenant_narrow_keys(edge: Edge) -> None:
     taking = {"id": B, "url": "http://127.0.0.1:9"}
     assert (await edge.post("/agents", taking, key="red")).refused(403)["code"] == "forbidden"
     (await edge.post("/agents", {**taking, "tenant": "red"})).ok(201)
-    assert (await edge.post(f"/agents/{B}/keys", sent, key="red")).ok(201)["count"] == 2
+    shown = (await edge.post(f"/agents/{B}/keys", sent, key="red")).ok(201)["data"]
+    assert {(row["kid"], row["source"]) for row in shown} == {(KIDS[0], "import"), (KIDS[1], "tenant")}
 
 
 async def test_the_own_key_set_is_open_and_can_be_cached(edge: Edge) -> None:

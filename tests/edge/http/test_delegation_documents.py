@@ -306,7 +306,36 @@ async def test_an_estimate_that_stands_twice_is_malformed_and_words_that_repeat_
     assert (await taught.post("/delegations/authorize", once % text)).ok()["decision"] == "allow"
 
 
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        # Whatever is longer than a token is not looked through for keys that stand twice: it would hold up the loop.
+        (b'{"token":{"delegation":[%s]}}' % b",".join([b"{}"] * 100_000), 403, "malformed"),
+        (b'{"token":[%s]}' % b",".join([b"{}"] * 100_000), 422, "invalid"),
+        (b'{"token":"%s"}' % (b"x" * 300_000), 403, "malformed"),
+        (b'{"token":{"delegation":[%s]},"token":"x"}' % b",".join([b"{}"] * 100_000), 413, "too_large"),
+        (b'{"token":"x"%s}' % (b" " * 300_000), 413, "too_large"),
+    ],
+)
+async def test_what_is_longer_than_a_token_can_be_is_refused(taught: Edge, sent: bytes, status: int, code: str) -> None:
+    body = b'{"task_id":"\\u0061",' + sent[1:]
+    assert (await taught.post("/delegations/authorize", body)).refused(status)["code"] == code
+
+
 async def test_a_key_twice_in_a_token_is_for_the_verdict(taught: Edge) -> None:
     text = json.dumps(document()).replace('"id"', '"id":"other","id"', 1)
     verdict = (await taught.post("/delegations/validate", f'{{"token":{text}}}'.encode())).ok()
     assert (verdict["valid"], verdict["code"]) == (False, "malformed")
+
+
+async def test_a_revocation_names_the_tokens_of_the_same_id_that_it_leaves(taught: Edge) -> None:
+    """Whoever was given a token can register one of their own under the id of another that was not shown yet."""
+    await taught.new_key("issuer", "operator", A)
+    await register(taught, {"token": jws(B, C, jti="j", prf=jws(jti="given"))})
+    mine = (await register(taught, {"token": jws(A, D, jti="j")}))["id"]
+    refused = (await taught.delete("/delegations/j", key="issuer")).refused(404)
+    assert f"the token of {A} with this id goes by {mine} here" in refused["detail"]
+    gone = (await taught.delete("/delegations/j")).ok()
+    assert (gone["revoked"], gone["namesakes"]) == (["j"], [{"id": mine, "delegator": A}])
+    assert (await taught.delete(f"/delegations/{mine}", key="issuer")).ok()["namesakes"] == []
+    assert (await taught.delete("/delegations/j")).ok()["namesakes"] == []

@@ -55,7 +55,10 @@ async def test_a_delegation_is_issued_shown_and_revoked(edge: Edge) -> None:
     rest = (await edge.get(f"/delegations?cursor={listed['next_cursor']}")).ok()
     assert [row["id"] for row in rest["data"]] == [child["id"]]
     gone = (await edge.delete(f"/delegations/{made['id']}?reason=done")).ok()
-    assert gone == {"id": made["id"], "revoked": [made["id"]], "count": 1, "newly": 1}
+    none: dict[str, Any] = {"namesakes": [], "open_reservations": []}
+    assert gone == {"id": made["id"], "revoked": [made["id"]], "count": 1, "newly": 1, **none}
+    too_long = f"/delegations/{made['id']}?reason={'x' * 1001}"
+    assert (await edge.delete(too_long)).refused(400)["errors"][0]["field"] == "reason"
     assert (await edge.delete(f"/delegations/{made['id']}")).ok()["newly"] == 0
     assert (await edge.get("/delegations?state=revoked")).ok()["count"] == 1
     assert (await edge.get(f"/delegations?delegator={A}&delegate={C}")).ok()["count"] == 0
@@ -212,6 +215,9 @@ async def test_a_denial_is_a_403_problem_with_its_code(edge: Edge, changes: dict
         ({"estimate": {"tasks": 1}}, 422, "missing_estimate"),
         ({"estimate": {"tasks": 0}}, 422, "invalid"),
         ({"ttl_seconds": 0}, 422, "invalid"),
+        ({"task_id": "t\x00"}, 422, "invalid"),
+        ({"consumer": "c\n"}, 422, "invalid"),
+        ({"project": "\x7f"}, 422, "invalid"),
     ],
 )
 async def test_a_request_that_asks_nothing_clear_is_refused(
@@ -319,7 +325,22 @@ async def test_only_who_operates_for_the_issuer_gives_back(edge: Edge) -> None:
     assert (await edge.post(path, refund, key="worker")).refused(403)["code"] == "forbidden"
     assert (await edge.post(path, refund, key="stranger")).refused(404)
     assert (await edge.post(path, refund, key="ingest")).refused(403)
-    assert (await edge.post(path, refund, key="issuer")).ok()["refunded_usd"] == Decimal("0.1")
+    given = (await edge.post(path, refund, key="issuer")).ok()
+    assert (given["refunded_usd"], given["refunded_to"]) == (Decimal("0.1"), ["j1"])
+    assert given["refunded_to_budgets"] == []
+
+
+async def test_who_only_operates_releases_what_is_left_of_its_own_revoked_delegation(edge: Edge) -> None:
+    held = (await authorize(edge)).ok()
+    path = f"/reservations/{held['reservation']['id']}"
+    for name, agent in (("issuer", A), ("worker", B), ("stranger", C)):
+        await edge.new_key(name, "operator", agent)
+    assert (await edge.delete(path, key="issuer")).refused(403)["code"] == "forbidden"
+    gone = (await edge.delete(f"/delegations/{held['delegation']}", key="issuer")).ok()
+    assert gone["open_reservations"] == [held["reservation"]["id"]]
+    assert (await edge.delete(path, key="worker")).refused(403)["code"] == "forbidden"
+    assert (await edge.delete(path, key="stranger")).refused(404)
+    assert (await edge.delete(path, key="issuer")).ok()["state"] == "released"
 
 
 async def test_another_tenants_reservation_is_not_there(edge: Edge) -> None:
