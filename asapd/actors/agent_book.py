@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
-from asapd.actors.promises import HeldTo
+from asapd.actors.promises import HeldTo, promising
 from asapd.actors.unseen import Unseen
+from asapd.core.evidence_parts import FORM, MOST_SEGMENTS
 from asapd.core.exclusions import observe, said, said_until
 from asapd.core.intervals import Interval, cut, holds
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
 from asapd.core.types import HOUR_US
-from asapd.core.uptime import UptimeTimeline
+from asapd.core.uptime import Segment, UptimeTimeline
 from asapd.core.windows import TaskWindow, window_bounds
 from asapd.store.agents import DirectoryAgent, ProbeFact
 from asapd.store.sla_queries import Followed, Position, ProbeHistory, Slots, TaskCount
 
-# Evidence is kept for good: an agent that flaps at every probe of a long window must not bloat it. The sums are
-# there in any case.
-_MOST_SEGMENTS = 1_000
 _NO_LATENCY = Histogram()
 
 
@@ -173,10 +173,13 @@ class AgentBook:
 
     def evidence(self, window_us: int) -> dict[str, Any]:
         """All that the figures of a window were made of: integers, text, lists; times in microseconds."""
-        metrics, promise, manifest = self.metrics(window_us), self.held_to.promise, self.agent.manifest
+        metrics, promise = self.metrics(window_us), self.held_to.promise
+        manifest = promising(self.agent) or self.agent.manifest
         period = (metrics.period_start_us, metrics.period_end_us)
-        segments = self._timeline.segments(*period)
+        tasks, segments = self._tasks[window_us], self._timeline.segments(*period)
+        kept = segments[-MOST_SEGMENTS:]
         return {
+            "form": FORM,
             "agent_id": self.agent.id,
             "window_us": window_us,
             "period_start_us": metrics.period_start_us,
@@ -187,10 +190,10 @@ class AgentBook:
             "tasks_completed": metrics.tasks_completed,
             "tasks_failed": metrics.tasks_failed,
             "samples": metrics.samples,
+            "untimed": metrics.tasks_completed - metrics.samples,
             "over_promise": metrics.over_promise,
-            "latency_buckets": [
-                [bucket, count] for bucket, count in sorted(self._tasks[window_us].latency.counts.items())
-            ],
+            "latency_buckets": [[bucket, count] for bucket, count in sorted(tasks.latency.counts.items())],
+            "steps": self._steps(window_us),
             "up_us": metrics.up_us,
             "down_us": metrics.down_us,
             "unknown_us": metrics.unknown_us,
@@ -198,11 +201,32 @@ class AgentBook:
             "blind_us": metrics.blind_us,
             "excluded": cut(self.excluded, *period),
             "blind": cut(self.unseen.blind, *period),
-            "support_hours": promise.support_hours,
+            "maintenance": cut(self.exclusions.maintenance, *period),
+            "support_hours": [
+                [until_us, text] for until_us, text in self.unseen.hours_of(self.agent.id, self.held_to, period[0])
+            ],
             "probes": metrics.probes,
-            "segments": [[part.start_us, part.end_us, part.up] for part in segments[-_MOST_SEGMENTS:]],
-            "segments_left_out": max(0, len(segments) - _MOST_SEGMENTS),
+            "segments": [[part.start_us, part.end_us, bool(part.up)] for part in kept],
+            "segments_left_out": len(segments) - len(kept),
+            "segments_before": self._before(period[0], segments),
         }
+
+    def _steps(self, window_us: int) -> list[list[int]]:
+        tasks, probes = self._tasks[window_us].steps(), self._probes[window_us].steps()
+        none = (0, 0, 0)
+        return [
+            [start_us, *tasks.get(start_us, none), probes.get(start_us, none)[0]]
+            for start_us in sorted(tasks.keys() | probes.keys())
+        ]
+
+    def _before(self, start_us: int, segments: list[Segment]) -> dict[str, Any] | None:
+        if len(segments) <= MOST_SEGMENTS:
+            return None
+        until_us = segments[-MOST_SEGMENTS].start_us
+        seen = observe(self._timeline, start_us, until_us, self.excluded, self.unseen.blind)
+        left_out = [[part.start_us, part.end_us, bool(part.up)] for part in segments[:-MOST_SEGMENTS]]
+        digest = sha256(json.dumps(left_out, separators=(",", ":")).encode()).hexdigest()
+        return {"until_us": until_us, "up_us": seen.up_us, "down_us": seen.down_us, "sha256": digest}
 
 
 def promise_terms(promise: Promise) -> dict[str, Any]:

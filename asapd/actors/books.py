@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,14 +11,17 @@ import trio
 
 from asapd import config
 from asapd.actors.agent_book import AgentBook, horizon_us
+from asapd.actors.promise_record import PromiseKeeper
 from asapd.actors.promises import HeldTo, held_to
 from asapd.actors.unseen import AHEAD_US, Unseen
 from asapd.core import burnrate
+from asapd.core.exclusions import Exclusions
+from asapd.core.intervals import Interval
 from asapd.core.types import DAY_US
 from asapd.core.windows import step_us
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
-from asapd.store import maintenance, sla_queries, watching
+from asapd.store import maintenance, promises, sla_queries, watching
 from asapd.store.agents import DirectoryAgent, directory, probes_after
 from asapd.store.database import Database
 from asapd.store.sla_queries import Position
@@ -54,8 +58,10 @@ class Books:
         committed: Wakeup,
         directory_changed: Wakeup,
         beat: Callable[[], None],
+        log: logging.Logger,
     ) -> None:
         self._database = database
+        self._promises = PromiseKeeper(database, log)
         self._clock = clock
         self._settings = settings
         self._committed = committed
@@ -89,13 +95,14 @@ class Books:
             # Read before the books are: rows up to here are in all of them, and each book knows what more it holds.
             self.through = await self._database.read(sla_queries.newest_tasks)
             self.probe_seq = await self._database.read(sla_queries.newest_probe_seq)
+            await self._promises.start()
             await self._refresh()
 
     async def catch_up(self) -> None:
         """Count everything that was committed before this call."""
         async with self._lock:
-            worn = self._clock.now_us() > self._unseen.end_us - AHEAD_US // 2
-            if worn or self._directory_changed.count != self._seen_directory:
+            await self._promises.tell()
+            if self._is_worn(self._clock.now_us()) or self._directory_changed.count != self._seen_directory:
                 await self._refresh()
             seen_commits = self._committed.count
             target: Position | None = None
@@ -124,6 +131,12 @@ class Books:
     def _step_us(self) -> int:
         return math.gcd(*(step_us(window_us) for window_us in self._windows_us))
 
+    async def read_again(self) -> None:
+        """Read all of it from the store again."""
+        for book in self.by_agent.values():
+            book.stale = True
+        await self.refresh()
+
     async def refresh(self) -> None:
         """Go by the newest settings and the directory as it is now."""
         async with self._lock:
@@ -133,10 +146,12 @@ class Books:
         # Only what has to be is read again: a latency promise is counted exactly, so another one needs the raw rows.
         seen, sla = self._directory_changed.count, self._settings.sla
         windows_us = tuple(sorted({*sla.windows_us, sla.breach_window_us, *burnrate.WINDOWS_US}))
+        listed = await self._database.read(directory, EVERYTHING)
+        held_by = {agent.id: (agent, held_to(agent, sla)) for agent in listed}
+        await self._promises.keep(held_by, self._clock.now_us())
         unseen = await self._read_unseen(windows_us)
         books: dict[str, AgentBook] = {}
-        for agent in await self._database.read(directory, EVERYTHING):
-            held = held_to(agent, sla)
+        for agent, held in held_by.values():
             book = self.by_agent.get(agent.id)
             if (
                 book is None
@@ -157,15 +172,25 @@ class Books:
         self._seen_directory = seen
 
     async def _read_unseen(self, windows_us: tuple[int, ...]) -> Unseen:
-        now_us = self._clock.now_us()
+        now_us, before = self._clock.now_us(), self._unseen
         # A probe in an exclusion that ended before the horizon may still hold behind it.
-        since_us = horizon_us(windows_us, now_us) - DAY_US
+        since_us, until_us = horizon_us(windows_us, now_us) - DAY_US, now_us + AHEAD_US
+        laid_out: dict[Exclusions, list[Interval]] = {}
+        if before.start_us <= since_us and not self._is_worn(now_us):
+            # To lay out support hours is what costs: those in use are kept for as long as they reach.
+            since_us, until_us = before.start_us, before.end_us
+            laid_out = {book.exclusions: book.excluded for book in self.by_agent.values()}
         return Unseen(
             since_us,
-            now_us + AHEAD_US,
-            await self._database.read(watching.blind_intervals, since_us, now_us + AHEAD_US),
+            until_us,
+            await self._database.read(watching.blind_intervals, since_us, until_us),
             await self._database.read(maintenance.windows_between, since_us, 2**62),
+            await self._database.read(promises.support_hours, since_us),
+            laid_out,
         )
+
+    def _is_worn(self, now_us: int) -> bool:
+        return now_us > self._unseen.end_us - AHEAD_US // 2
 
     async def _load(
         self, agent: DirectoryAgent, held: HeldTo, windows_us: tuple[int, ...], unseen: Unseen

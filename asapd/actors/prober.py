@@ -28,7 +28,7 @@ from asapd.actors.messages import (
     RetireKeyRequest,
     SetPausedRequest,
 )
-from asapd.actors.probe_answers import MAX_DETAIL, disturbed, judge, read_manifest
+from asapd.actors.probe_answers import CLOCK_SLACK_S, MAX_DETAIL, disturbed, judge, read_manifest
 from asapd.actors.unprobed import Unprobed
 from asapd.core.access import Tenants
 from asapd.core.errors import Refusal
@@ -388,6 +388,8 @@ class _Prober:
                 )
                 elapsed_s = self._clock.monotonic_s() - started_s
                 wall_s = (self._clock.now_us() - ts_us) / SECOND_US
+            if wall_s < -CLOCK_SLACK_S:
+                continue  # It began at a time that has not come yet.
             if isinstance(answer, FetchFailed):
                 if answer.reason == "not_allowed":
                     self._settings.unprobed.note(watch.id, answer.reason, answer.detail[:MAX_DETAIL], ts_us)

@@ -30,6 +30,7 @@ from asapd.store import (
     ledger_queries,
     maintenance,
     manifests,
+    promises,
     reservation_queries,
     retention,
     silences,
@@ -394,7 +395,7 @@ class Reads:
 
         def query(connection: Any) -> dict[str, Any]:
             total, paused, flapping = agents.standing(connection)
-            rejected = [{"agent": agent, "error": error} for agent, error in manifests.rejected(connection)]
+            rejected = [{"agent": agent, "error": error} for agent, error in promises.errors(connection)]
             return {"total": total, "paused": paused, "flapping": flapping, "sla_errors": rejected}
 
         return await self._database.read(query)
@@ -438,10 +439,12 @@ class Reads:
     async def breaches(
         self, caller: Caller, filters: dict[str, Any], *, limit: int, before: tuple[int, str] | None = None
     ) -> list[tuple[BreachRow, dict[str, Any]]]:
-        """Breaches, the newest first, each as stored and as users see it."""
+        """Breaches, the newest first, each as stored but for its evidence, and as users see it."""
 
         def query(connection: Any) -> list[tuple[BreachRow, dict[str, Any]]]:
-            rows = breaches.list_breaches(connection, visibility(caller), limit=limit, before=before, **filters)
+            rows = breaches.list_breaches(
+                connection, visibility(caller), limit=limit, before=before, with_evidence=False, **filters
+            )
             known = silences.acknowledgements(connection, [row.id for row, _ in rows])
             return [(row, {**breaches.public(row), "seq": seq, "acknowledged": known.get(row.id)}) for row, seq in rows]
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import groupby
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from asapd import config
-from asapd.actors.promises import held_to
+from asapd.actors.promises import HeldTo, held_to, recorded
 from asapd.actors.unseen import Unseen
 from asapd.core.exclusions import observe, said
 from asapd.core.intervals import Interval, holds
 from asapd.core.quantiles import Histogram
-from asapd.core.sla import Metrics, Promise, measure
+from asapd.core.sla import Metrics, measure
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
 from asapd.core.uptime import UptimeTimeline
-from asapd.store import maintenance, sla_queries, watching
+from asapd.store import maintenance, promises, sla_queries, watching
 from asapd.store.agents import DirectoryAgent
 from asapd.store.sla_queries import Followed, Position, TaskCount
 
@@ -26,12 +28,38 @@ STEPS_US: dict[str, int] = {"minute": MINUTE_US, "hour": HOUR_US, "day": DAY_US}
 _MOST_ROWS = 250_000
 
 
-class Past(Struct, frozen=True):
-    """An agent's figures in consecutive periods, the promise they are held to, and where the next page begins."""
+class Judged(Struct, frozen=True):
+    """What a period is held to, and from when on that was in force.
 
-    promise: Promise
+    `since_us` None: the first that was kept is taken for what was in force before it.
+    """
+
+    held: HeldTo
+    since_us: int | None
+
+
+class Past(Struct, frozen=True):
+    """An agent's figures in consecutive periods, what each is held to, and where the next page begins."""
+
     rows: list[Metrics]
+    judged: list[Judged]
     next_us: int | None
+
+
+class _Record:
+    """What an agent was held to at any time."""
+
+    def __init__(self, connection: Any, agent: DirectoryAgent, sla: config.Sla) -> None:
+        self.kept = promises.held(connection, agent.id, agent.tenant)
+        self._first = recorded(self.kept[0]) if self.kept else held_to(agent, sla)
+        self._since_us = [one.since_us for one in self.kept]
+
+    def before(self, end_us: int) -> Judged:
+        """What was in force when a period ended."""
+        number = bisect_left(self._since_us, end_us)
+        if number == 0:
+            return Judged(self._first, None)
+        return Judged(recorded(self.kept[number - 1]), self._since_us[number - 1])
 
 
 class _Sums:
@@ -56,30 +84,41 @@ def read_past(
 ) -> Past:
     """The figures of an agent between two times, in periods that begin at multiples of `step_us`; at most `limit`.
 
-    The first and the last are cut to the times asked for. Agents are held to what they promise now, latencies counted
-    exactly.
+    The first and the last are cut to the times asked for. Each is held to the promise that was in force when it ended,
+    latencies counted exactly.
     """
-    held = held_to(agent, sla)
+    record = _Record(connection, agent, sla)
     last_us = min(end_us, (start_us // step_us + limit) * step_us)
-    unseen = _unseen(connection, start_us, last_us)
-    excluded = unseen.excluded(unseen.exclusions_of(agent.id, held))
-    promised_ms = held.promise.max_latency_p95_ms
-    followed = Followed(agent.id, agent.tenant, promised_ms, Position(), excluded)
-    tasks = sla_queries.tasks_between(connection, followed, start_us, last_us, step_us, _MOST_ROWS)
-    last_us = tasks.end_us
+    unseen = _unseen(connection, agent, record, start_us, last_us)
+    excluded = unseen.excluded(unseen.exclusions_of(agent.id, record.before(last_us).held))
+    periods = [
+        (max(start_us, number * step_us), min(last_us, (number + 1) * step_us))
+        for number in range(start_us // step_us, -(-last_us // step_us))
+    ]
+    judged = [record.before(period[1]) for period in periods]
     sums: dict[int, _Sums] = {}
-    # What was taken back comes with a negative sign: after what it takes back.
-    for count in sorted(tasks.counts, key=lambda one: one.count, reverse=True):
-        sums.setdefault(count.slot_us // step_us, _Sums()).add(count)
+    for promised_ms, group in groupby(
+        zip(periods, judged, strict=True), key=lambda one: one[1].held.promise.max_latency_p95_ms
+    ):
+        part = [period for period, _ in group]
+        followed = Followed(agent.id, agent.tenant, promised_ms, Position(), excluded)
+        tasks = sla_queries.tasks_between(connection, followed, part[0][0], part[-1][1], step_us, _MOST_ROWS)
+        # What was taken back comes with a negative sign: after what it takes back.
+        for count in sorted(tasks.counts, key=lambda one: one.count, reverse=True):
+            sums.setdefault(count.slot_us // step_us, _Sums()).add(count)
+        if tasks.end_us < part[-1][1]:
+            last_us = tasks.end_us
+            break
     timeline = _timeline(connection, agent.id, start_us, last_us, excluded)
     probes: dict[int, int] = {}
     for ts_us in sla_queries.probe_times(connection, agent.id, start_us, last_us):
         if not holds(excluded, ts_us):
             probes[ts_us // step_us] = probes.get(ts_us // step_us, 0) + 1
     rows: list[Metrics] = []
-    for number in range(start_us // step_us, -(-last_us // step_us)):
-        period = (max(start_us, number * step_us), min(last_us, (number + 1) * step_us))
-        found = sums.get(number) or _Sums()
+    for period, held in zip(periods, judged, strict=True):
+        if period[0] >= last_us:
+            break
+        found = sums.get(period[0] // step_us) or _Sums()
         rows.append(
             measure(
                 agent.id,
@@ -90,17 +129,18 @@ def read_past(
                 latency=found.latency,
                 over_promise=found.over_promise,
                 uptime=observe(timeline, *period, excluded, unseen.blind),
-                probes=probes.get(number, 0),
-                max_latency_p95_ms=promised_ms,
+                probes=probes.get(period[0] // step_us, 0),
+                max_latency_p95_ms=held.held.promise.max_latency_p95_ms,
             )
         )
-    return Past(held.promise, rows, last_us if last_us < end_us else None)
+    return Past(rows, judged[: len(rows)], last_us if last_us < end_us else None)
 
 
 def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_us: int, end_us: int) -> Metrics:
     """The uptime of an agent between two times, without its tasks."""
-    unseen = _unseen(connection, start_us, end_us)
-    excluded = unseen.excluded(unseen.exclusions_of(agent.id, held_to(agent, sla)))
+    record = _Record(connection, agent, sla)
+    unseen = _unseen(connection, agent, record, start_us, end_us)
+    excluded = unseen.excluded(unseen.exclusions_of(agent.id, record.before(end_us).held))
     timeline = _timeline(connection, agent.id, start_us, end_us, excluded)
     return measure(
         agent.id,
@@ -115,11 +155,12 @@ def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_u
     )
 
 
-def _unseen(connection: Any, start_us: int, end_us: int) -> Unseen:
+def _unseen(connection: Any, agent: DirectoryAgent, record: _Record, start_us: int, end_us: int) -> Unseen:
     # A probe in an exclusion that ended before may still hold.
     start_us = max(0, start_us - DAY_US)
     windows = maintenance.windows_between(connection, start_us, end_us)
-    return Unseen(start_us, end_us, watching.blind_intervals(connection, start_us, end_us), windows)
+    hours = {agent.id: promises.hours_of([one for one in record.kept if one.since_us < end_us])}
+    return Unseen(start_us, end_us, watching.blind_intervals(connection, start_us, end_us), windows, hours)
 
 
 def _timeline(connection: Any, agent: str, start_us: int, end_us: int, excluded: list[Interval]) -> UptimeTimeline:

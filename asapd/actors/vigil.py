@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from asapd.core.errors import Refusal
-from asapd.core.types import SECOND_US
+from asapd.core.types import DAY_US, SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.store import watching
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import KeepAlive, RecordBlind
+from asapd.store.units import KeepAlive, RecordBlind, UndoJump
 
 TICK_S = 1.0
 LATE_US = 2 * SECOND_US
@@ -34,11 +34,21 @@ async def notice_stop(database: Database, clock: Clock, log: logging.Logger) -> 
 
 
 async def keep_vigil(
-    database: Database, clock: Clock, *, noticed: Callable[[], Awaitable[None]], log: logging.Logger
+    database: Database,
+    clock: Clock,
+    *,
+    noticed: Callable[[], Awaitable[None]],
+    undone: Callable[[], Awaitable[None]],
+    log: logging.Logger,
 ) -> None:
-    """Watch the clock until cancelled; `noticed` is awaited after a stretch of blindness was recorded."""
+    """Watch the clock until cancelled.
+
+    `noticed` is awaited after a stretch of blindness was recorded, `undone` after what probes said while the clock was
+    ahead was taken back.
+    """
     wall_us, mono_s = clock.now_us(), clock.monotonic_s()
     missed: list[RecordBlind] = []
+    jumps: list[RecordBlind] = []
     ticks = 0
     while True:
         await trio.sleep(TICK_S)
@@ -49,6 +59,15 @@ async def keep_vigil(
         elif now_us - wall_us - elapsed_us > LATE_US:
             # A host that slept, or whose clock was put forward.
             missed.append(RecordBlind(wall_us, now_us, "clock_set"))
+            jumps.append(missed[-1])
+            jumps = [jump for jump in jumps if now_us - jump.end_us < DAY_US] + missed[-1:]
+        elif wrong := next((jump for jump in jumps if jump.start_us <= now_us < jump.end_us), None):
+            if not await _submit(database, UndoJump(wrong.start_us, wrong.end_us, now_us)):
+                continue
+            log.warning("the clock was %.1f s ahead: what was seen by it is taken back", (wall_us - now_us) / 1e6)
+            jumps.remove(wrong)
+            missed.clear()
+            await undone()
         wall_us, mono_s = now_us, now_s
         ticks += 1
         if missed:
@@ -66,7 +85,7 @@ async def last_sign(database: Database, clock: Clock) -> None:
         await _submit(database, KeepAlive(clock.now_us()))
 
 
-async def _submit(database: Database, unit: KeepAlive | RecordBlind) -> bool:
+async def _submit(database: Database, unit: KeepAlive | RecordBlind | UndoJump) -> bool:
     try:
         return not isinstance(await database.submit(unit, urgent=True), Refusal)
     except UnitFailedError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
@@ -32,6 +33,7 @@ from asapd.actors.vigil import keep_vigil, last_sign, notice_stop
 from asapd.core import breach, burnrate
 from asapd.core.breach import BreachState, Escalated, Opened, Resolved, Transition
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.intervals import cut, joined, total_us
 from asapd.core.reputation import SPAN_US, PastBreach, reputation
 from asapd.core.sla import (
     TermType,
@@ -46,9 +48,18 @@ from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.mailbox import serve
+from asapd.store import holds, watching
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.sla_queries import open_breaches, past_breaches
-from asapd.store.units import BreachRow, DeclareMaintenance, EndMaintenance, Maintenance, WriteBreach
+from asapd.store.sla_queries import open_breaches, openings, past_breaches
+from asapd.store.units import (
+    BreachHold,
+    BreachRow,
+    DeclareMaintenance,
+    EndMaintenance,
+    KeepHolds,
+    Maintenance,
+    WriteBreach,
+)
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
@@ -102,7 +113,7 @@ async def run_watcher(
 
     `new_breach_id` makes an id out of the time in microseconds. `beat` tells that commits are being followed.
     """
-    books = Books(database, clock, settings, committed, directory_changed, beat)
+    books = Books(database, clock, settings, committed, directory_changed, beat, log)
     watch = _Watch(books, database, clock, settings, new_breach_id, beat, log)
 
     def failed(message: WatcherMessage, error: Exception) -> None:
@@ -116,7 +127,9 @@ async def run_watcher(
         nursery.start_soon(_forward, committed, watch.doorbell)
         nursery.start_soon(_forward, directory_changed, watch.doorbell)
         nursery.start_soon(watch.follow)
-        nursery.start_soon(partial(keep_vigil, database, clock, noticed=watch.look_anew, log=log))
+        nursery.start_soon(
+            partial(keep_vigil, database, clock, noticed=watch.look_anew, undone=books.read_again, log=log)
+        )
         task_status.started()
         await serve(mailbox, watch.handle, failed=failed)
         await last_sign(database, clock)
@@ -156,6 +169,10 @@ class _Watch:
         """Agents with a transition that the store may or may not have taken."""
         self._complained: set[tuple[str, str]] = set()
         self._burn_seen_s: dict[str, float] = {}
+        self._opened_us: dict[tuple[str, str], deque[int]] = {}
+        """When breaches of a term were last opened."""
+        self._held: set[tuple[str, str]] = set()
+        """Terms whose hold began or ended since the store was told."""
 
     async def start(self) -> None:
         """Read all that is needed from the store."""
@@ -163,6 +180,27 @@ class _Watch:
         for row in await self._database.read(open_breaches):
             assert row.agent_id is not None
             self._breaches[row.agent_id, row.breach_type] = _reopened(row)
+        now_us = self._clock.now_us()
+        for agent, kind, at_us in await self._database.read(openings, now_us - self._books.sla.breach_window_us):
+            self._note_opening(agent, kind, at_us)
+        await self._resume_holds(now_us)
+
+    async def _resume_holds(self, now_us: int) -> None:
+        """Go on with the holds that ran; time in which nobody looked is no part of them."""
+        held = await self._database.read(holds.running)
+        since_us = min((hold.since_us for hold in held), default=now_us)
+        blind = joined(await self._database.read(watching.blind_intervals, since_us, now_us))
+        for hold in held:
+            key = (hold.agent, hold.breach_type)
+            known = self._breaches.get(key, _UNBROKEN)
+            began_us = hold.since_us + total_us(cut(blind, hold.since_us, now_us))
+            if hold.phase == "resolving" and known.state.is_open:
+                self._breaches[key] = replace(known, state=replace(known.state, phase="resolving", since_us=began_us))
+            elif hold.phase == "pending" and not known.state.is_open:
+                threshold = None if hold.threshold is None else Decimal(hold.threshold)
+                self._breaches[key] = _Breach(BreachState("pending", began_us, threshold=threshold))
+            else:
+                self._held.add(key)
 
     async def look_anew(self) -> None:
         """Take over what the store now holds of time that does not count."""
@@ -185,6 +223,7 @@ class _Watch:
             await self._books.advance(touched)
             for agent in sorted(touched):
                 await self._judge(agent, is_news=agent in news)
+            await self._tell_holds()
             worked_s = self._clock.monotonic_s() - began_s
             await trio.sleep(min(max(_LEAST_PAUSE_S, worked_s * _PAUSE_FOR_WORK), _MOST_PAUSE_S))
             with trio.move_on_after(max(0.0, min(due_s - self._clock.monotonic_s(), _BEAT_EVERY_S))):
@@ -214,12 +253,11 @@ class _Watch:
                 terms = tuple(term for term in _TERMS if term != "burn_rate")
         for term in terms:
             known, judged = self._breaches.get((agent, term), _UNBROKEN), found.get(term)
-            hold_us = sla.hold_us
+            hold_us = self._hold_us(agent, term, known.state, now_us)
             verdict_of = None if judged is None else judged.verdict
             changed = False
             if term == "burn_rate":
                 verdict_of = None if verdict_of is None else replace(verdict_of, threshold=_ANY_FACTOR)
-                hold_us = max(hold_us, _BURN_RESOLVE_US) if known.state.is_open else hold_us
                 changed = book is not None and known.row is not None and _is_promise_changed(known.row, book)
             state, transition = breach.step(
                 known.state,
@@ -234,6 +272,16 @@ class _Watch:
             else:
                 row = self._row(sla, book, known.row, judged, transition, now_us)
                 await self._write(transition, row, state, now_us)
+
+    def _hold_us(self, agent: str, term: str, state: BreachState, now_us: int) -> int:
+        sla = self._books.sla
+        if not state.is_open:
+            return sla.hold_us
+        hold_us = max(sla.hold_us, _BURN_RESOLVE_US) if term == "burn_rate" else sla.hold_us
+        return breach.resolving_hold_us(hold_us, sla.breach_window_us, self._opened_us.get((agent, term), ()), now_us)
+
+    def _note_opening(self, agent: str, term: str, at_us: int) -> None:
+        self._opened_us.setdefault((agent, term), deque(maxlen=breach.FLAPS)).append(at_us)
 
     def _suspend(self, agent: str) -> None:
         """Leave open breaches of a paused agent as they are; holds begin anew when it is judged again."""
@@ -286,7 +334,7 @@ class _Watch:
                     detected_at_us=now_us,
                     samples=found.verdict.samples,
                     tenant=book.agent.tenant,
-                    evidence=self._evidence(sla, book, found),
+                    evidence=self._evidence(sla, book, found, now_us),
                 )
             case Escalated():
                 assert book is not None
@@ -301,7 +349,7 @@ class _Watch:
                     actual=found.verdict.actual_text,
                     actual_value=_number(found.verdict.actual),
                     samples=found.verdict.samples,
-                    evidence={**self._evidence(sla, book, found), "opened_with": known.evidence},
+                    evidence={**self._evidence(sla, book, found, now_us), "opened_with": known.evidence},
                 )
             case Resolved(reason=reason):
                 assert known is not None
@@ -310,8 +358,9 @@ class _Watch:
             case _:
                 assert_never(transition)
 
-    def _evidence(self, sla: config.Sla, book: AgentBook, found: _Found) -> dict[str, Any]:
+    def _evidence(self, sla: config.Sla, book: AgentBook, found: _Found, now_us: int) -> dict[str, Any]:
         evidence = {
+            "judged_us": now_us,
             "breach_type": found.verdict.breach_type,
             "min_samples": sla.min_samples,
             "hold_us": sla.hold_us,
@@ -356,6 +405,8 @@ class _Watch:
         if answer.seq is None:
             await self._reconcile(agent)
         elif state.is_open:
+            if isinstance(transition, Opened):
+                self._note_opening(agent, row.breach_type, now_us)
             self._keep(agent, row.breach_type, _Breach(replace(state, breach_id=row.id), row))
         else:
             self._keep(agent, row.breach_type, _UNBROKEN)
@@ -373,10 +424,25 @@ class _Watch:
         self._unsure.discard(agent)
 
     def _keep(self, agent: str, term: str, known: _Breach) -> None:
+        if _hold_of(self._breaches.get((agent, term), _UNBROKEN).state) != _hold_of(known.state):
+            self._held.add((agent, term))
         if known.state == breach.NONE:
             self._breaches.pop((agent, term), None)
         else:
             self._breaches[agent, term] = known
+
+    async def _tell_holds(self) -> None:
+        """Have the store remember the holds; what it does not take is told again."""
+        told, self._held = self._held, set()
+        if not told:
+            return
+        found = [_hold_row(key, self._breaches.get(key, _UNBROKEN).state) for key in sorted(told)]
+        try:
+            answer = await self._database.submit(KeepHolds(found))
+        except UnitFailedError:
+            answer = Refusal("internal", "the store met a bug, which was logged")
+        if isinstance(answer, Refusal):
+            self._held |= told
 
     # --- answering
 
@@ -479,6 +545,17 @@ def _in_full(book: AgentBook, window_us: int, sla: config.Sla, past: list[PastBr
             is_latency_promised=promise.max_latency_p95_ms is not None,
         ),
     )
+
+
+def _hold_of(state: BreachState) -> tuple[str, int] | None:
+    return (state.phase, state.since_us) if state.phase in ("pending", "resolving") else None
+
+
+def _hold_row(key: tuple[str, str], state: BreachState) -> BreachHold:
+    held = _hold_of(state)
+    if held is None:
+        return BreachHold(*key, None)
+    return BreachHold(*key, *held, None if state.threshold is None else str(state.threshold))
 
 
 def _is_promise_changed(row: BreachRow, book: AgentBook) -> bool:

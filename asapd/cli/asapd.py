@@ -94,7 +94,8 @@ def check_config(file: Path, against: Path | None) -> int:
       asapd check-config asapd.toml
       asapd check-config new.toml --against /etc/asapd/asapd.toml
     """
-    from asapd.cli.config_check import check, reload_effects, remarks
+    from asapd.cli.config_check import check, reload_effects
+    from asapd.config import remarks
 
     config, problems = check(file)
     running, running_problems = (None, []) if against is None else check(against)

@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
-from asapd.config import Config, ConfigError, diff, load, settings_without_effect
+from asapd.config import Config, ConfigError, diff, load
 from asapd.config.positions import Place, lines_of
 from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
 from asapd.wire.keys import KeyFormatError, load_public
@@ -28,12 +28,6 @@ def check(path: Path) -> tuple[Config | None, list[str]]:
     if prices is not None:
         problems += price_problems(prices)
     return config, problems
-
-
-def remarks(config: Config) -> Iterator[str]:
-    """What is no problem and yet not as its writer may think."""
-    for setting in settings_without_effect(config):
-        yield f"{setting} is not acted on by this version"
 
 
 def _key_problems(config: Config, path: Path) -> Iterator[str]:

@@ -192,7 +192,14 @@ def _show_history(session: Session, rows: list[dict[str, Any]], *, is_stream: bo
     if is_stream and sys.stdout.isatty():
         click.clear()
     fields = ("agent_id", "period_start", "uptime_percent", "latency_p95_ms", "error_rate_percent")
-    more = ("tasks_completed", "tasks_failed", "unknown_seconds", "excluded_seconds", "compliance_percent")
+    more = (
+        "tasks_completed",
+        "tasks_failed",
+        "unknown_seconds",
+        "excluded_seconds",
+        "sla_source",
+        "compliance_percent",
+    )
     names = (
         "agent",
         "from",
@@ -203,6 +210,7 @@ def _show_history(session: Session, rows: list[dict[str, Any]], *, is_stream: bo
         "failed",
         "unknown s",
         "excluded s",
+        "sla from",
         "kept %",
     )
     show_table(names, [tuple(row[name] for name in (*fields, *more)) for row in rows])

@@ -63,7 +63,7 @@ def _verify_evidence(raw: bytes, public_key: bytes | None) -> Verified:
     if found.faults:
         return Verified(False, "\n".join(f"bad: {fault}" for fault in found.faults))
     remark = "the key is the one in the file: compare it, or name it with --public-key"
-    return Verified(True, f"ok: {found.summary}", () if public_key is not None else (remark,))
+    return Verified(True, f"ok: {found.summary}", (*found.on_trust, *(() if public_key is not None else (remark,))))
 
 
 KINDS = "an export of the audit log, a checkpoint, a proof or a signed statement"

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from zoneinfo import ZoneInfo
 
 from msgspec import Struct
 
+from asapd.core import budget_evidence
 from asapd.core.evidence import EvidenceError, arithmetic, differences
+from asapd.core.evidence_parts import on_trust
+from asapd.wire.hours import read_support_hours
 from asapd.wire.keys import key_id, load_public
 from asapd.wire.statement import StatementMalformed, decode_statement
 
 
 class EvidenceVerdict(Struct, frozen=True):
-    """What is wrong with a statement, nothing when all of it holds; and a line that says what was verified."""
+    """What is wrong with a statement, nothing when all of it holds, and a line that says what was verified.
+
+    `on_trust` is what it says that cannot be computed from it.
+    """
 
     faults: list[str]
     summary: str
+    on_trust: tuple[str, ...] = ()
 
 
 def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
@@ -41,24 +48,21 @@ def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
         if given != expected:
             faults.append(f"{name}: is {given}, and the statement's public_key is that of {expected}")
     breach = statement.breach
+    trusted: tuple[str, ...] = ()
     if breach.get("agent_id") is None:
-        faults += _budget_differences(breach, statement.evidence)
+        try:
+            faults += budget_evidence.faults(breach, statement.evidence, ZoneInfo)
+            trusted = tuple(budget_evidence.on_trust(statement.evidence))
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            faults.append(f"evidence: it has not the form of a budget's evidence: {problem!r}")
     else:
         try:
-            faults += differences(breach, statement.evidence)
+            faults += differences(breach, statement.evidence, read_support_hours)
+            trusted = tuple(on_trust(statement.evidence))
             if statement.arithmetic != arithmetic(statement.evidence):
                 faults.append("arithmetic: is not what the evidence makes")
         except EvidenceError as problem:
             faults.append(f"evidence: {problem}")
     said = f"{breach.get('breach_type')} breach {breach.get('id')} of {breach.get('agent_id') or breach.get('budget')}"
     measured = f"promised {breach.get('threshold')}, measured {breach.get('actual')}"
-    return EvidenceVerdict(faults, f"{said}: {measured}, signed by asapd/{key_id(key)}")
-
-
-def _budget_differences(breach: dict[str, Any], evidence: dict[str, Any]) -> list[str]:
-    limit, unit, balance = evidence.get("limit"), evidence.get("unit"), evidence.get("balance")
-    if not isinstance(limit, int) or not isinstance(balance, dict) or not isinstance(unit, str):
-        return ["evidence: it has not the form of a budget's evidence"]
-    if breach.get("samples") != balance.get("events"):
-        return [f"breach.samples: is {breach.get('samples')}, and the evidence has {balance.get('events')} events"]
-    return []
+    return EvidenceVerdict(faults, f"{said}: {measured}, signed by asapd/{key_id(key)}", trusted)

@@ -35,7 +35,7 @@ from asapd.config.model import (
 )
 from asapd.config.places import default_runtime_dir, default_state_dir
 from asapd.config.values import Bind, check_agent_url, duration_text, read_duration
-from asapd.config.without_effect import settings_without_effect
+from asapd.config.without_effect import remarks, settings_without_effect
 
 __all__ = [
     "Admin",
@@ -79,6 +79,7 @@ __all__ = [
     "load",
     "parse",
     "read_duration",
+    "remarks",
     "resolve",
     "settings_without_effect",
 ]

@@ -1,8 +1,9 @@
-"""Settings that the file format has and this version does not act on: said aloud, never silently ignored."""
+"""Settings that do not do what their writer may think: said aloud, never silently ignored."""
 
 from __future__ import annotations
 
 from asapd.config.model import Config
+from asapd.config.values import duration_text
 
 
 def settings_without_effect(config: Config) -> tuple[str, ...]:
@@ -12,3 +13,24 @@ def settings_without_effect(config: Config) -> tuple[str, ...]:
         "retention.audit": config.retention.audit_us is not None,
     }
     return tuple(name for name, asked in found.items() if asked)
+
+
+def remarks(config: Config) -> tuple[str, ...]:
+    """What is no problem of a file, and yet not as its writer may think."""
+    found = [f"{setting} is not acted on by this version" for setting in settings_without_effect(config)]
+    sla, interval_us = config.sla, config.prober.interval_us
+    if sla.breach_window_us < sla.min_samples * interval_us:
+        fitting = sla.breach_window_us // interval_us
+        window, interval = duration_text(sla.breach_window_us), duration_text(interval_us)
+        found.append(
+            f"sla.min_samples is {sla.min_samples}, and sla.breach_window ({window}) has {fitting} probes at a "
+            f"prober.interval of {interval}: no breach of availability can open; lower it, or lengthen the window"
+        )
+    longest_us = max((*sla.windows_us, sla.breach_window_us))
+    for name, kept_us in (("usage", config.retention.usage_us), ("probes", config.retention.probes_us)):
+        if kept_us < longest_us:
+            found.append(
+                f"retention.{name} is {duration_text(kept_us)}, and figures are kept for {duration_text(longest_us)}: "
+                "after a restart they lack what was retired; keep it for longer, or the windows shorter"
+            )
+    return tuple(found)

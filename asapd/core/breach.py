@@ -5,6 +5,7 @@ Opening and resolving are delayed alike by a hold: the condition has to last for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
@@ -58,9 +59,24 @@ Transition = Opened | Escalated | Resolved
 NONE = BreachState()
 
 
+FLAPS = 5
+"""What opened so often within its window is held open for longer."""
+_DAMPED_SHARE = 12
+
+
 def reopened(breach_id: str, *, opened_at_us: int, severity: Severity, threshold: Decimal | None) -> BreachState:
-    """The state of an open breach as it was stored; a resolving hold that was running starts again."""
+    """The state of an open breach as it was stored, as long as nothing says that it was resolving."""
     return BreachState("open", opened_at_us, breach_id, opened_at_us, severity, threshold)
+
+
+def resolving_hold_us(hold_us: int, window_us: int, opened_us: Sequence[int], now_us: int) -> int:
+    """For how long the recovery of a term has to last that was last opened at these times.
+
+    What is on the edge of its promise opens and resolves with every sample. From the fifth opening within a window on,
+    a twelfth of the window has to pass without a breach, so that no window holds more than 17 openings.
+    """
+    recent = sum(now_us - window_us < at_us <= now_us for at_us in opened_us)
+    return hold_us if recent < FLAPS else max(hold_us, window_us // _DAMPED_SHARE)
 
 
 def step(

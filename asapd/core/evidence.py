@@ -6,18 +6,16 @@ Everything that evidence holds is integers, text and lists, so that two parties 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, get_args
 
 from asapd.core import burnrate
-from asapd.core.exclusions import Observed, observe
-from asapd.core.intervals import joined
-from asapd.core.quantiles import MAX_BUCKET, Histogram, bucket_of
+from asapd.core.breach import ResolveReason
+from asapd.core.evidence_parts import ReadHours, differs, ending, faults, time_us
+from asapd.core.exclusions import Observed
+from asapd.core.quantiles import MAX_BUCKET, Histogram
 from asapd.core.sla import Metrics, Promise, TermVerdict, burns, evaluate, measure
-from asapd.core.types import datetime_us
-from asapd.core.uptime import UptimeTimeline
-from asapd.core.windows import step_us, window_text
+from asapd.core.windows import window_text
 
 
 class EvidenceError(ValueError):
@@ -68,120 +66,151 @@ def _compared(left: str, left_value: int, right: str, right_value: Decimal) -> d
     return {"rule": f"{left} > {right}", "left": str(left_value), "right": f"{right_value.normalize():f}"}
 
 
-def differences(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
+def differences(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours: ReadHours) -> list[str]:
     """Recompute a breach of an agent from its evidence; what differs, in words, nothing when all of it agrees.
 
     Raises:
         EvidenceError: the form is not that of evidence.
     """
     try:
-        found = _sums("", evidence)
-        verdict, rule_severity = _verdict(evidence, found)
-        for name in ("agent_id", "breach_type"):
-            _compare(found, f"breach.{name}", breach[name], evidence[name])
-        if verdict is None:
-            return [*found, f"promise: has no term that a breach of type {evidence['breach_type']} could be of"]
-        _compare(found, "breach.threshold", breach["threshold"], verdict.threshold_text)
-        _compare(found, "breach.threshold_value", float(breach["threshold_value"]), float(verdict.threshold))
-        _compare(found, "breach.actual", breach["actual"], verdict.actual_text)
-        actual = None if verdict.actual is None else float(verdict.actual)
-        given = breach["actual_value"]
-        _compare(found, "breach.actual_value", None if given is None else float(given), actual)
-        _compare(found, "breach.samples", breach["samples"], verdict.samples)
-        _compare(found, "breach.severity", breach["severity"], rule_severity)
-        _compare(found, "breach.window", breach["window"], window_text(evidence["window_us"]))
-        found += _times(breach, evidence)
-        if evidence["min_samples"] < 0:
-            found.append(f"min_samples: is {evidence['min_samples']}, which is below 0")
-        if verdict.met is not False:
-            found.append("verdict: the promise is kept by what the evidence holds, so there is no breach")
-        if verdict.samples < evidence["min_samples"]:
-            found.append(f"verdict: {verdict.samples} samples are below the {evidence['min_samples']} that are needed")
+        found = [
+            *_judged(breach, evidence, read_hours),
+            *differs("breach.severity", breach["severity"], _severity(evidence)),
+            *_times(breach, evidence),
+        ]
+        return found + _opening(breach, evidence, read_hours)
     except EvidenceError:
         raise
-    except (KeyError, TypeError, ValueError, InvalidOperation, StopIteration) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as problem:
         raise EvidenceError(f"it has not the form of evidence: {problem!r}") from None
+
+
+def _judged(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours: ReadHours) -> list[str]:
+    """Whether evidence makes what a breach says was measured, and that is a breach."""
+    found = faults(evidence, read_hours)
+    verdict = _verdict(evidence, found, read_hours)
+    for name in ("agent_id", "breach_type"):
+        found += differs(f"breach.{name}", breach[name], evidence[name])
+    if verdict is None:
+        return [*found, f"promise: has no term that a breach of type {evidence['breach_type']} could be of"]
+    actual, given = None if verdict.actual is None else float(verdict.actual), breach["actual_value"]
+    for name, said, computed in (
+        ("threshold", breach["threshold"], verdict.threshold_text),
+        ("threshold_value", float(breach["threshold_value"]), float(verdict.threshold)),
+        ("actual", breach["actual"], verdict.actual_text),
+        ("actual_value", None if given is None else float(given), actual),
+        ("samples", breach["samples"], verdict.samples),
+        ("window", breach["window"], window_text(evidence["window_us"])),
+        ("budget", breach.get("budget"), None),
+    ):
+        found += differs(f"breach.{name}", said, computed)
+    if evidence["min_samples"] < 0:
+        found.append(f"min_samples: is {evidence['min_samples']}, which is below 0")
+    if verdict.met is not False:
+        found.append("verdict: the promise is kept by what the evidence holds, so there is no breach")
+    if verdict.samples < evidence["min_samples"]:
+        found.append(f"verdict: {verdict.samples} samples are below the {evidence['min_samples']} that are needed")
     return found
+
+
+def _severity(evidence: Mapping[str, Any]) -> str:
+    if evidence["breach_type"] == "burn_rate":
+        rule = _rule(evidence)
+        return "warning" if rule is None else rule.severity
+    verdict = _verdicts(evidence).get(evidence["breach_type"])
+    return "critical" if verdict is not None and verdict.critical else "warning"
+
+
+def _opening(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours: ReadHours) -> list[str]:
+    """Whether what escalated was opened by a warning, by the evidence of then."""
+    opened = evidence.get("opened_with")
+    if opened is None:
+        return []
+    verdict = _verdict(opened, [], read_hours)
+    if verdict is None:
+        return ["opened_with: promise: has no term that the breach could be of"]
+    # What it showed then is not in the breach any more: all that has to agree is that it was one.
+    then = {
+        **breach,
+        "threshold": verdict.threshold_text,
+        "threshold_value": float(verdict.threshold),
+        "actual": verdict.actual_text,
+        "actual_value": None if verdict.actual is None else float(verdict.actual),
+        "samples": verdict.samples,
+        "window": window_text(opened["window_us"]),
+    }
+    found = [*_judged(then, opened, read_hours), *differs("severity", "warning", _severity(opened))]
+    if opened["period_end_us"] > evidence["period_end_us"] + evidence["window_us"]:
+        found.append("period: is after that of the escalation")
+    return [f"opened_with: {one}" for one in found]
 
 
 def _times(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
-    """Whether a breach was detected when it was judged, and has ended just when it says so."""
+    """Whether a breach was detected when it was judged, has ended just when it says so, and lasted for that long."""
     found: list[str] = []
-    detected_us, ended = _time_us(breach["detected_at"]), breach["resolved_at"]
-    after_us = detected_us - evidence["period_end_us"]
-    # A clock that went back makes the period end later than now, by no more than the window. What escalated was
-    # detected before it was judged last.
-    if after_us > evidence["window_us"] or (after_us < -evidence["window_us"] and "opened_with" not in evidence):
+    first = evidence.get("opened_with") or evidence
+    detected_us = time_us(breach["detected_at"])
+    if "judged_us" in first:
+        found += differs("breach.detected_at", detected_us, first["judged_us"])
+    # A clock that went back makes the period end later than now, by no more than the window.
+    if abs(detected_us - first["period_end_us"]) > first["window_us"]:
         found.append(f"breach.detected_at: is {breach['detected_at']}, which is not when the period ended")
-    is_over = breach["state"] == "resolved"
-    told = {is_over, ended is not None, breach["resolve_reason"] is not None}
-    if breach["state"] not in ("open", "resolved") or len(told) > 1:
-        found.append(f"breach.state: is {breach['state']}, and resolved_at is {ended}")
-    elif is_over and _time_us(ended) < detected_us:
-        found.append(f"breach.resolved_at: is {ended}, which is before it was detected")
+    found += ending(breach)
+    if breach["resolve_reason"] not in (None, *get_args(ResolveReason)):
+        found.append(f"breach.resolve_reason: is {breach['resolve_reason']}, which there is not")
     return found
 
 
-def _time_us(text: str) -> int:
-    return datetime_us(datetime.fromisoformat(text))
-
-
-def _verdict(evidence: Mapping[str, Any], found: list[str]) -> tuple[TermVerdict | None, str]:
-    promise = _promise(evidence)
-    if evidence["breach_type"] != "burn_rate":
-        verdicts = {one.breach_type: one for one in evaluate(_metrics(evidence), promise)}
-        verdict = verdicts.get(evidence["breach_type"])
-        return verdict, "critical" if verdict is not None and verdict.critical else "warning"
+def _rule(evidence: Mapping[str, Any]) -> burnrate.Rule | None:
     burn = evidence["burn"]
-    found += _sums("burn.short.", burn["short"])
-    _compare(found, "burn.short.agent_id", burn["short"]["agent_id"], evidence["agent_id"])
-    long, short = _metrics(evidence), _metrics(burn["short"])
-    rule = next((one for one in burnrate.RULES if str(one.factor) == burn["factor"]), None)
-    if rule is None or (rule.long_us, rule.short_us) != (long.window_us, short.window_us):
+    windows = (evidence["window_us"], burn["short"]["window_us"])
+    return next(
+        (one for one in burnrate.RULES if (str(one.factor), one.long_us, one.short_us) == (burn["factor"], *windows)),
+        None,
+    )
+
+
+def _verdicts(evidence: Mapping[str, Any]) -> dict[str, TermVerdict]:
+    return {one.breach_type: one for one in evaluate(_metrics(evidence), _promise(evidence))}
+
+
+def _verdict(evidence: Mapping[str, Any], found: list[str], read_hours: ReadHours) -> TermVerdict | None:
+    if evidence["breach_type"] != "burn_rate":
+        return _verdicts(evidence).get(evidence["breach_type"])
+    burn = evidence["burn"]
+    found += faults(burn["short"], read_hours, "burn.short.")
+    found += _within(burn["short"], evidence)
+    rule = _rule(evidence)
+    if rule is None:
         found.append(f"burn: there is no rule of factor {burn['factor']} over these windows")
-        return None, "warning"
-    held = burnrate.hold(rule, burn["term"], long, short, promise, evidence["min_samples"])
-    verdict = burnrate.as_verdict(held)
-    return verdict, rule.severity
+        return None
+    found += differs("burn.severity", burn["severity"], rule.severity)
+    long, short = _metrics(evidence), _metrics(burn["short"])
+    return burnrate.as_verdict(
+        burnrate.hold(rule, burn["term"], long, short, _promise(evidence), evidence["min_samples"])
+    )
 
 
-def _sums(place: str, evidence: Mapping[str, Any]) -> list[str]:
-    """Whether the sums of evidence are those of its parts."""
+def _within(short: Mapping[str, Any], long: Mapping[str, Any]) -> list[str]:
+    """Whether the short window of a burn rate is the end of the long one."""
     found: list[str] = []
-    start_us, end_us = evidence["period_start_us"], evidence["period_end_us"]
-    parts = ("up_us", "down_us", "unknown_us", "excluded_us")
-    window_us = evidence["window_us"]
-    if abs(end_us - start_us - window_us) > step_us(window_us):
-        found.append(f"{place}period: is {end_us - start_us} us long, and the window {window_us} us")
+    for name in ("agent_id", "promise", "period_end_us"):
+        found += differs(f"burn.short.{name}", short[name], long[name])
+    for name in ("segments", "excluded", "blind"):
+        since_us = short["period_start_us"]
+        if name == "segments" and long["segments_left_out"]:
+            since_us = max(since_us, long["segments"][0][0])
+        ends = [
+            [[max(since_us, first_us), last_us, *up] for first_us, last_us, *up in part[name] if last_us > since_us]
+            for part in (short, long)
+        ]
+        if ends[0] != ends[1]:
+            found.append(f"burn.short.{name}: are not those at the end of the long window")
     found += [
-        f"{place}{name}: holds what is not within the period"
-        for name in ("segments", "excluded", "blind")
-        if any(not start_us <= first_us < last_us <= end_us for first_us, last_us, *_ in evidence[name])
+        f"burn.short.{name}: is {short[name]}, and the long window has {long[name]}"
+        for name in ("tasks_completed", "tasks_failed", "samples", "over_promise", "probes")
+        if short[name] > long[name]
     ]
-    total_us = sum(evidence[name] for name in parts)
-    if any(evidence[name] < 0 for name in (*parts, "blind_us", "tasks_completed", "tasks_failed", "over_promise")):
-        found.append(f"{place}sums: a count is negative")
-    if total_us != end_us - start_us:
-        found.append(f"{place}period: its parts are {total_us} us together, and it is {end_us - start_us} us long")
-    if not evidence["segments_left_out"]:
-        timeline = UptimeTimeline()
-        for first_us, last_us, up in evidence["segments"]:
-            timeline.extend(first_us, last_us, bool(up))
-        excluded, blind = (joined((a, b) for a, b in evidence[name]) for name in ("excluded", "blind"))
-        seen = observe(timeline, start_us, end_us, excluded, blind)
-        for name in (*parts, "blind_us"):
-            _compare(found, f"{place}{name}", evidence[name], getattr(seen, name))
-    counted = sum(count for _, count in evidence["latency_buckets"])
-    _compare(found, f"{place}samples", evidence["samples"], counted)
-    limit = evidence["promise"]["max_latency_p95_ms"]
-    if limit is not None:
-        edge = bucket_of(limit)
-        surely = sum(count for bucket, count in evidence["latency_buckets"] if bucket > edge)
-        at_most = sum(count for bucket, count in evidence["latency_buckets"] if bucket >= edge)
-        if not surely <= evidence["over_promise"] <= at_most:
-            found.append(
-                f"{place}over_promise: is {evidence['over_promise']}, and the histogram has {surely} to {at_most}"
-            )
     return found
 
 
@@ -215,8 +244,3 @@ def _promise(evidence: Mapping[str, Any]) -> Promise:
         terms["max_latency_p95_ms"],
         None if errors is None else Decimal(errors),
     )
-
-
-def _compare(found: list[str], name: str, given: object, computed: object) -> None:
-    if given != computed:
-        found.append(f"{name}: is {given}, and what the evidence holds makes {computed}")

@@ -12,18 +12,31 @@ from asapd.core.support_hours import ALWAYS, SupportHours, supported
 from asapd.core.uptime import Segment, Uptime, UptimeTimeline
 
 
+class Hours(Struct, frozen=True):
+    """Support hours with their zone, in force until a time."""
+
+    until_us: int
+    hours: SupportHours = ALWAYS
+    zone: tzinfo = UTC
+
+
 class Exclusions(Struct, frozen=True):
-    """Support hours with their zone, and maintenance as joined intervals."""
+    """Support hours with their zone, those `earlier` in order of time, and maintenance as joined intervals."""
 
     hours: SupportHours = ALWAYS
     zone: tzinfo = UTC
     maintenance: tuple[Interval, ...] = ()
+    earlier: tuple[Hours, ...] = ()
 
     def between(self, start_us: int, end_us: int) -> list[Interval]:
         """What does not count between two times, joined."""
         closed: list[Interval] = []
-        if self.hours.ranges:
-            closed = without(start_us, end_us, supported(self.hours, self.zone, start_us, end_us))
+        from_us = start_us
+        for one in (*self.earlier, Hours(end_us, self.hours, self.zone)):
+            until_us = min(one.until_us, end_us)
+            if one.hours.ranges:
+                closed += without(from_us, until_us, supported(one.hours, one.zone, from_us, until_us))
+            from_us = max(from_us, until_us)
         return joined([*closed, *cut(self.maintenance, start_us, end_us)])
 
 

@@ -48,13 +48,15 @@ def explain(
         ),
         "sla_score": _entry(
             "the mean over the promised terms with data of 100 * max(0, min(1, 2 - actual / allowed)), the ratio "
-            "being of downtime, of latency, of error rate",
+            "being of downtime, of latency, of error rate; where nothing is allowed it is 0 while nothing happened, "
+            "else 2",
             availability=_ratio(metrics.down_us, known_us, _allowed_downtime(promise)),
             error_rate=_ratio(metrics.tasks_failed, metrics.tasks, _number(promise.max_error_rate_percent)),
             latency=_latency_ratio(metrics, promise),
         ),
         "error_budget_left_percent": _entry(
-            "100 - 100 * spent / allowed, of downtime or of errors, whichever has less left, at least 0",
+            "100 - 100 * spent / allowed, of downtime or of errors, whichever has less left, at least 0; a budget of "
+            "nothing is whole until anything is spent, and then gone",
             allowed_downtime_percent=_allowed_downtime(promise),
             down_percent=100 * metrics.down_us / known_us if known_us else None,
             allowed_errors_percent=_number(promise.max_error_rate_percent),
@@ -108,8 +110,10 @@ def _allowed_downtime(promise: Promise) -> float | None:
 
 
 def _ratio(bad: int, total: int, allowed_percent: float | None) -> float | None:
-    if not total or not allowed_percent:
+    if not total or allowed_percent is None:
         return None
+    if not allowed_percent:
+        return 2.0 if bad else 0.0
     return round(100 * bad / total / allowed_percent, 6)
 
 

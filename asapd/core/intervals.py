@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 Interval = tuple[int, int]
+_start, _end = itemgetter(0), itemgetter(1)
 
 
 def joined(intervals: Iterable[Interval]) -> list[Interval]:
@@ -20,16 +23,13 @@ def joined(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
-def cut(intervals: Iterable[Interval], start_us: int, end_us: int) -> list[Interval]:
+def cut(intervals: Sequence[Interval], start_us: int, end_us: int) -> list[Interval]:
     """The part of joined intervals that lies between two times."""
-    return [
-        (max(start_us, first), min(end_us, last))
-        for first, last in intervals
-        if first < end_us and last > start_us and max(start_us, first) < min(end_us, last)
-    ]
+    first, stop = bisect_right(intervals, start_us, key=_end), bisect_left(intervals, end_us, key=_start)
+    return [(max(start_us, begin), min(end_us, end)) for begin, end in intervals[first:stop]]
 
 
-def without(start_us: int, end_us: int, taken: Iterable[Interval]) -> list[Interval]:
+def without(start_us: int, end_us: int, taken: Sequence[Interval]) -> list[Interval]:
     """What joined intervals leave of the time between two others."""
     left: list[Interval] = []
     for first, last in cut(taken, start_us, end_us):
@@ -47,5 +47,6 @@ def total_us(intervals: Iterable[Interval]) -> int:
 
 
 def holds(intervals: Sequence[Interval], at_us: int) -> bool:
-    """Whether a moment lies in one of them."""
-    return any(start_us <= at_us < end_us for start_us, end_us in intervals)
+    """Whether a moment lies in one of joined intervals."""
+    following = bisect_right(intervals, at_us, key=_start)
+    return following > 0 and at_us < intervals[following - 1][1]

@@ -125,6 +125,14 @@ class TaskWindow:
         """Start and end of what the figures cover; (0, 0) before the first `advance`."""
         return (0, 0) if self._newest is None else window_bounds(self.window_us, self._now_us)
 
+    def steps(self) -> dict[int, tuple[int, int, int]]:
+        """Of each step of the window, by its start: completed, failed, over the promise; empty ones are left out."""
+        return {
+            index * self.step_us: counts
+            for index, cell in sorted(self._cells.items())
+            if any(counts := (cell.completed, cell.failed, cell.over_promise))
+        }
+
     def add(
         self,
         ts_us: int,

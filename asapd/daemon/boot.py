@@ -74,8 +74,8 @@ def load(path: Path | None) -> Loaded:
             problems.append(Problem(None, f"{place}.public_key", str(error)))
     if problems:
         raise ConfigError(problems, name)
-    for setting in config.settings_without_effect(loaded):
-        _log.warning("%s: %s is not acted on by this version", name, setting)
+    for remark in config.remarks(loaded):
+        _log.warning("%s: %s", name, remark)
     secrets = read_secrets(loaded.alerts, name)
     return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents], secrets)
 

@@ -30,7 +30,10 @@ _COLUMNS = "url, tenant, public_key, tier, sla, health"
 
 
 class DirectoryAgent(msgspec.Struct, frozen=True):
-    """An agent as the directory holds it, with its newest manifest and probe, and its keys but for held ones."""
+    """An agent as the directory holds it, with its newest manifest and probe, and its keys but for held ones.
+
+    `last_good` is the newest manifest with an SLA that counts, where that of the newest one does not.
+    """
 
     id: str
     url: str
@@ -49,6 +52,7 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     keys: tuple[AgentKey, ...] = ()
     health: str = "probe"
     flaps: Flaps = Flaps()
+    last_good: StoredManifest | None = None
 
 
 class StoredProbe(msgspec.Struct, frozen=True):
@@ -274,9 +278,12 @@ _DIRECTORY = """
 SELECT a.id, a.url, a.tenant, a.origin, a.public_key, a.tier, a.sla, a.added_us, a.state, a.since_us, a.ok_streak,
        a.fail_streak, m.fetched_us, m.digest, m.verification, m.sla, m.sla_error, m.ttl_seconds, m.public_key,
        p.ts_us, p.up, p.status, p.latency_us, p.reason, p.detail, p.hold_us, p.pushed, p.agent_status, a.health,
-       a.changed, a.verdict, a.flapping_since_us
+       a.changed, a.verdict, a.flapping_since_us,
+       g.fetched_us, g.digest, g.verification, g.sla, g.sla_error, g.ttl_seconds, g.public_key
 FROM agent a
 LEFT JOIN manifest m ON m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
+LEFT JOIN manifest g ON m.sla_error IS NOT NULL
+  AND g.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id AND sla_error IS NULL)
 LEFT JOIN probe p ON p.seq = (
   SELECT seq FROM probe WHERE agent = (SELECT id FROM name WHERE name = a.id) ORDER BY ts_us DESC, seq DESC LIMIT 1)
 """
@@ -311,7 +318,8 @@ def _directory_agent(*row: Any) -> DirectoryAgent:
         None if fetched_us is None else read_manifest(row[12:19]),
         None if probed_us is None else _probe(*row[19:28]),
     )
-    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[32], row[28], Flaps(*row[29:32])])
+    good = None if row[32] is None else read_manifest(row[32:39])
+    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[39], row[28], Flaps(*row[29:32]), good])
 
 
 def _probe(ts_us: int, up: int, *rest: Any) -> StoredProbe:

@@ -132,8 +132,12 @@ def list_breaches(
     end_us: int | None = None,
     limit: int = 1000,
     before: tuple[int, str] | None = None,
+    with_evidence: bool = True,
 ) -> list[tuple[BreachRow, int]]:
-    """Breaches, the newest first, each with the number of its last transition."""
+    """Breaches, the newest first, each with the number of its last transition; a negative `limit` is none.
+
+    Evidence may be a hundred times as large as all the rest of a breach.
+    """
     where, values = visible_text(visible, ("agent_id",))
     for column, value in (
         ("agent_id", agent),
@@ -154,9 +158,10 @@ def list_breaches(
         where.append("(detected_at_us, id) < (?, ?)")
         values.extend(before)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
+    columns = _COLUMNS if with_evidence else _COLUMNS.replace("evidence", "'{}'")
     rows = fetch(
         connection,
-        f"SELECT {_COLUMNS}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
+        f"SELECT {columns}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
         (*values, limit),
     )
     return [(_breach(row[:-1]), row[-1]) for row in rows]

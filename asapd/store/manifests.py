@@ -84,16 +84,6 @@ def body_of(
     return None if row is None else (read_manifest(row[:-1]), row[-1])
 
 
-def rejected(connection: apsw.Connection, limit: int = 100) -> list[tuple[str, str]]:
-    """Agents whose newest manifest has an SLA that does not count, and why."""
-    return fetch(
-        connection,
-        "SELECT a.id, m.sla_error FROM agent a JOIN manifest m ON m.seq = (SELECT max(seq) FROM manifest "
-        "WHERE agent = a.id) WHERE m.sla_error IS NOT NULL ORDER BY a.id LIMIT ?",
-        (limit,),
-    )
-
-
 def read_manifest(row: tuple[Any, ...]) -> StoredManifest:
     """A manifest from its columns, in the order of the struct."""
     fetched_us, digest, verification, sla, *rest = row

@@ -411,6 +411,16 @@ def past_breaches(connection: apsw.Connection, since_us: int) -> list[tuple[str,
     )
 
 
+def openings(connection: apsw.Connection, since_us: int) -> list[tuple[str, str, int]]:
+    """(agent, type, time) of breaches that were detected after a time."""
+    return fetch(
+        connection,
+        "SELECT agent_id, breach_type, detected_at_us FROM breach WHERE agent_id IS NOT NULL AND detected_at_us > ? "
+        "ORDER BY detected_at_us",
+        (since_us,),
+    )
+
+
 def open_breaches(connection: apsw.Connection, agent: str | None = None) -> list[BreachRow]:
     """Open breaches of agents, or of one; those of budgets have no agent and are not among them."""
     found = list_breaches(connection, EVERYTHING, agent=agent, state="open", limit=-1)

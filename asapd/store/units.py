@@ -797,6 +797,51 @@ class RecordBlind(Unit[RowWritten], frozen=True):
     cause: str
 
 
+class UndoJump(Unit[RowWritten], frozen=True):
+    """The clock was put from `before_us` forward to `after_us` by mistake, and is back since.
+
+    What was written of uptime at times from `after_us` on goes, and from `before_us` to `now_us` nobody looked.
+    """
+
+    before_us: int
+    after_us: int
+    now_us: int
+
+
+class BreachHold(msgspec.Struct, frozen=True):
+    """Since when a term is `pending` or `resolving`; with `phase` None it is neither any more."""
+
+    agent: str
+    breach_type: str
+    phase: str | None
+    since_us: int = 0
+    threshold: str | None = None
+
+
+class KeepHolds(Unit[RowWritten], frozen=True):
+    """Remember the holds that began, and forget those that ended."""
+
+    holds: list[BreachHold]
+
+
+class PromiseRecord(msgspec.Struct, frozen=True):
+    """What an agent is held to from a time on, in the form of a manifest's SLA block; `source` None is nothing."""
+
+    agent: str
+    tenant: str
+    since_us: int
+    source: str | None
+    sla: dict[str, Any] | None
+    manifest_digest: str | None = None
+    error: str | None = None
+
+
+class RecordPromises(Unit[RowWritten], frozen=True):
+    """Remember what agents are held to from now on."""
+
+    promises: list[PromiseRecord]
+
+
 # --- keys, tasks, the daemon's own affairs
 
 
@@ -1012,6 +1057,9 @@ AnyUnit = (
     | EndMaintenance
     | KeepAlive
     | RecordBlind
+    | RecordPromises
+    | KeepHolds
+    | UndoJump
     | CreateKey
     | RevokeKey
     | RecordTask

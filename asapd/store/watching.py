@@ -7,7 +7,7 @@ import apsw
 from asapd.core.intervals import Interval
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import KeepAlive, RecordBlind, RowWritten
+from asapd.store.units import KeepAlive, RecordBlind, RowWritten, UndoJump
 
 
 def keep_alive(tx: Tx, unit: KeepAlive) -> RowWritten:
@@ -30,13 +30,26 @@ def record_blind(tx: Tx, unit: RecordBlind) -> RowWritten:
     return keep_alive(tx, KeepAlive(unit.end_us))
 
 
+def undo_jump(tx: Tx, unit: UndoJump) -> RowWritten:
+    """Take back what probes said at times that had not come yet: until these, no probe would change anything."""
+    tx.execute("DELETE FROM blind WHERE start_us >= ?", (unit.after_us,))
+    tx.execute("UPDATE blind SET end_us = ? WHERE start_us = ?", (unit.now_us, unit.before_us))
+    tx.execute("DELETE FROM uptime_segment WHERE start_us >= ?", (unit.after_us,))
+    tx.execute("UPDATE uptime_segment SET end_us = max(start_us, ?) WHERE end_us > ?", (unit.before_us, unit.after_us))
+    tx.execute("DELETE FROM probe WHERE ts_us >= ?", (unit.after_us,))
+    details = {"after_us": unit.after_us, "before_us": unit.before_us, "probes": tx.connection.changes()}
+    tx.audit("watch.corrected", "asapd", "asapd", details, unit.now_us)
+    return keep_alive(tx, KeepAlive(unit.now_us))
+
+
 def last_alive(connection: apsw.Connection) -> int | None:
     """When the daemon last said that it was running, or last wrote down a probe; None when it never was."""
     alive = fetch_one(connection, "SELECT at_us FROM alive")
     if alive is None:
         return None
-    (probed,) = fetch(connection, "SELECT coalesce(max(ts_us), 0) FROM probe")
-    return max(int(alive[0]), int(probed[0]))
+    # The last that was written, not the latest: a clock that was ahead once would hide every stop until it is reached.
+    probed = fetch_one(connection, "SELECT ts_us FROM probe ORDER BY seq DESC LIMIT 1")
+    return max(int(alive[0]), 0 if probed is None else int(probed[0]))
 
 
 def blind_between(connection: apsw.Connection, start_us: int, end_us: int) -> list[tuple[int, int, str]]:

@@ -542,6 +542,31 @@ async def test_a_failure_across_a_leap_of_the_wall_clock_is_asked_again(
     assert [(at(probe.ts_us), probe.up) for probe in virtual.probes()] == [(8 * 3600, True)]
 
 
+async def test_an_answer_that_was_asked_for_at_a_time_yet_to_come_does_not_count(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    clock = virtual.clock
+    ahead_us = 8 * 3600 * SECOND_US
+
+    class SetBack:
+        def now_us(self) -> int:
+            return clock.now_us() + ahead_us
+
+        def monotonic_s(self) -> float:
+            return clock.monotonic_s()
+
+    async def slow() -> Fetched:
+        nonlocal ahead_us
+        ahead_us = 0
+        return health()
+
+    virtual.clock = SetBack()
+    virtual.network.set("a", slow)
+    async with virtual.running(agent()):
+        await trio.sleep(5)
+    assert [(at(probe.ts_us), probe.up) for probe in virtual.probes()] == [(0, True)]
+
+
 # --- turns
 
 

@@ -25,6 +25,7 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Outcome, Rol
 from asapd.runtime.ask import ask
 from asapd.store.agents import directory
 from asapd.store.maintenance import list_windows
+from asapd.store.rows import fetch
 from asapd.store.units import ChangeAgentState, KeepAlive, Maintenance, RecordBlind
 from asapd.store.visibility import EVERYTHING
 from asapd.store.watching import blind_between, last_alive
@@ -404,9 +405,12 @@ async def test_outside_support_hours_nothing_counts(autojump_clock: MockClock, h
         assert (metrics.tasks_completed, metrics.tasks_failed, metrics.probes) == (2, 0, 1)
         assert metrics.up_us == HOUR_US
         assert metrics.excluded_us == metrics.period_end_us - metrics.period_start_us - HOUR_US
+        await trio.sleep(1)
         await host.agent(sla={"max_error_rate": "10%", "support_hours": "whenever"})
+        await host.tasks(1, failed=True)
         figures = await watcher.figures(window_us=DAY_US)
-        assert figures.metrics.tasks_failed == 5
+        # What it promises now is for what comes now: what was not to be served before stays out.
+        assert (figures.metrics.tasks_completed, figures.metrics.tasks_failed) == (2, 1)
         assert figures.sla_error is not None
         assert "support_hours" in figures.sla_error
 
@@ -459,6 +463,64 @@ async def test_a_stop_is_noticed_once_at_the_next_start(autojump_clock: MockCloc
     async with watching(host):
         stopped = (T0 + 700 * SECOND_US, T0 + 1225 * SECOND_US, "stopped")
         assert await host.database.read(blind_between, 0, 2**62) == [stopped]
+
+
+async def test_a_clock_that_was_ahead_for_a_while_hides_no_downtime(autojump_clock: MockClock, host: Host) -> None:
+    """What was seen by it is taken back; the time in which it was ahead is unknown, and no more than that."""
+    await host.agent(sla={"availability": "99%"})
+    async with watching(host) as watcher:
+        for second in range(0, 3600, 30):
+            if second == 600:
+                host.clock.offset_us += DAY_US
+            if second == 720:
+                host.clock.offset_us -= DAY_US
+            await trio.sleep(5)
+            await host.probe(up=second < 1800)
+            await trio.sleep(25)
+        metrics = (await watcher.figures()).metrics
+        assert metrics.down_us == pytest.approx(1795 * SECOND_US, abs=SECOND_US)
+        assert metrics.blind_us == pytest.approx(120 * SECOND_US, abs=5 * SECOND_US)
+        assert metrics.up_us + metrics.down_us + metrics.unknown_us == metrics.period_end_us - metrics.period_start_us
+        assert "availability" in {row.breach_type for row in await host.breaches()}
+    async with watching(host) as watcher:
+        again = (await watcher.figures()).metrics
+        assert (again.down_us, again.blind_us) == (metrics.down_us, metrics.blind_us)
+    log = await host.database.read(lambda connection: fetch(connection, "SELECT event_type FROM audit"))
+    assert ("watch.corrected",) in log
+
+
+async def test_a_clock_that_is_set_back_after_a_sleep_takes_nothing_back(autojump_clock: MockClock, host: Host) -> None:
+    await host.agent()
+    async with watching(host) as watcher:
+        await host.probe(up=True)
+        await trio.sleep(3)
+        host.clock.offset_us += HOUR_US
+        await trio.sleep(60)
+        await host.probe(up=True)
+        await trio.sleep(60)
+        before = (await watcher.figures(window_us=DAY_US)).metrics
+        host.clock.offset_us -= 30 * SECOND_US
+        await trio.sleep(40)
+        after = (await watcher.figures(window_us=DAY_US)).metrics
+        assert (after.probes, after.blind_us) == (before.probes, before.blind_us)
+        assert after.up_us >= before.up_us
+
+
+async def test_a_stop_is_noticed_although_the_clock_was_ahead_before(autojump_clock: MockClock, host: Host) -> None:
+    await host.agent()
+    async with watching(host):
+        await trio.sleep(3)
+        host.clock.offset_us += DAY_US
+        await host.probe(up=True)
+        await trio.sleep(15)
+        host.clock.offset_us -= DAY_US
+        await host.probe(up=True)
+        await trio.sleep(15)
+    host.settings.is_watching = False
+    await trio.sleep(600)
+    async with watching(host):
+        found = await host.database.read(blind_between, T0, T0 + HOUR_US)
+    assert [cause for *_, cause in found] == ["clock_set", "stopped"]
 
 
 # --- the law

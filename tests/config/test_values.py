@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asapd.config import Config, remarks
 from asapd.config.values import MAX_DURATION_US, check_timezone, duration_text, read_duration, shown
 
 
@@ -43,3 +44,14 @@ def test_utc_needs_no_time_zone_database(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("zoneinfo.TZPATH", ())
     ZoneInfo.clear_cache()
     assert check_timezone("UTC") == "UTC"
+
+
+def test_it_is_said_when_no_breach_of_availability_can_open() -> None:
+    assert remarks(Config()) == ()
+    assert remarks(Config.model_validate({"prober": {"interval": "3m"}})) == ()
+    (remark,) = remarks(Config.model_validate({"prober": {"interval": "5m"}}))
+    assert remark.startswith(
+        "sla.min_samples is 20, and sla.breach_window (1h) has 12 probes at a prober.interval of 5m"
+    )
+    found = remarks(Config.model_validate({"retention": {"usage": "7d", "probes": "29d"}}))
+    assert [remark.split(",")[0] for remark in found] == ["retention.usage is 7d", "retention.probes is 29d"]

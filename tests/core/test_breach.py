@@ -4,7 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asapd.core.breach import NONE, BreachState, Escalated, Opened, Resolved, Transition, reopened, step
+from asapd.core.breach import (
+    NONE,
+    BreachState,
+    Escalated,
+    Opened,
+    Resolved,
+    Transition,
+    reopened,
+    resolving_hold_us,
+    step,
+)
 from asapd.core.sla import TermVerdict
 
 MIN = 20
@@ -185,3 +195,27 @@ def test_whatever_happens_a_breach_opens_escalates_at_most_once_and_resolves(
         assert state.is_open == is_open
         if is_open:
             assert state.severity == severity
+
+
+@given(st.lists(st.integers(0, 200), max_size=60))
+def test_no_window_holds_more_than_17_openings(waits: list[int]) -> None:
+    """Of a term that is broken as soon as it may be, whatever the moments are at which it is looked at."""
+    window_us, now_us = 120, 1000
+    opened: list[int] = []
+    free_us = now_us
+    for wait in waits:
+        now_us += wait
+        if now_us >= free_us:
+            opened.append(now_us)
+            free_us = now_us + 1 + resolving_hold_us(0, window_us, opened, now_us)
+    for start_us in opened:
+        assert sum(start_us <= at_us < start_us + window_us for at_us in opened) <= 17
+
+
+def test_what_opens_for_the_fifth_time_recovers_later_and_never_sooner_than_the_hold() -> None:
+    often = [800, 850, 900, 950, 1000]
+    assert resolving_hold_us(5, 1200, [], 1000) == 5
+    assert resolving_hold_us(5, 1200, often[1:], 1000) == 5
+    assert resolving_hold_us(5, 1200, often, 1000) == 100
+    assert resolving_hold_us(500, 1200, often, 1000) == 500
+    assert resolving_hold_us(5, 1200, often, 2001) == 5

@@ -1,5 +1,9 @@
 from decimal import Decimal
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from asapd.core.burnrate import WINDOWS_US, burning, forecast
 from asapd.core.exclusions import Observed
 from asapd.core.explain import explain
@@ -78,3 +82,19 @@ def test_without_data_or_promise_nothing_is_invented() -> None:
     burns = burning(dict.fromkeys(WINDOWS_US, metrics), PROMISE, 1)
     rules = explain(metrics, PROMISE, [], burns, [], None)["burn_rates"]["inputs"]["rules"]
     assert {rule["long_burn"] for rule in rules} == {None}
+
+
+percents = st.sampled_from([None, Decimal(0), Decimal("99.9"), Decimal(100)])
+
+
+@given(percents, percents, st.integers(0, 9), st.integers(0, 3), st.integers(0, 9), st.integers(0, 3))
+def test_a_score_is_the_mean_of_its_ratios_also_where_nothing_is_allowed(
+    availability: Decimal | None, errors: Decimal | None, completed: int, failed: int, up: int, down: int
+) -> None:
+    metrics = window(HOUR_US, completed, failed, Observed(up * SECOND_US, down * SECOND_US, 0))
+    promise = Promise(availability, 500, errors)
+    ratios = explain(metrics, promise, [], [], [], None)["sla_score"]["inputs"].values()
+    marks = [max(0.0, min(1.0, 2 - ratio)) for ratio in ratios if ratio is not None]
+    score = sla_score(metrics, promise)
+    assert (score is None) == (not marks)
+    assert score is None or score == pytest.approx(100 * sum(marks) / len(marks), abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -206,6 +207,44 @@ async def test_a_breach_stays_one_breach_through_kill_9() -> None:
                 before["data"][0]["id"],
             )
             await check_detected_in_time(client, resolved)
+
+
+async def test_a_typo_in_a_manifest_ends_no_breach_and_its_evidence_verifies() -> None:
+    """Nor does kill -9; the past is judged by what was promised then."""
+    with Agent("typo", {"max_error_rate": "1%"}) as agent, running(with_agents(agent)) as daemon:
+        async with daemon.client() as client, subscribed(daemon) as live:
+            await promise_known(client, agent)
+            await work(client, agent, 10, 40)
+            await work(client, agent, 10, outcome="failed")
+            assert (await live.breach(within_s=PATIENCE_S))["event"] == "opened"
+            agent.manifest["sla"] = {"max_error_rate": "99.5.5%"}
+
+            async def told() -> bool:
+                report = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "1m"})).json()
+                return bool(report["sla_error"])
+
+            await until(told)
+            await live.hears_nothing()
+            await trio.to_thread.run_sync(daemon.kill)
+        await trio.to_thread.run_sync(daemon.start)
+        async with daemon.client() as client, subscribed(daemon, resume_after=1) as live:
+            report = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "1m"})).json()
+            assert (report["sla"]["max_error_rate"], report["sla_source"]) == ("1.0%", "manifest")
+            assert [one["breach_type"] for one in report["open_breaches"]] == ["error_rate"]
+            assert agent.urn in {one["agent"] for one in daemon.status()["agents"]["sla_errors"]}
+            agent.manifest["sla"] = {"max_error_rate": "50%"}
+            resolved = await live.breach(within_s=PATIENCE_S)
+            assert (resolved["event"], resolved["breach"]["resolve_reason"]) == ("resolved", "sla_changed")
+            rows = (await client.get(f"/agents/{agent.urn}/sla/history", params={"resolution": "minute"})).json()[
+                "data"
+            ]
+            assert (rows[0]["sla"]["max_error_rate"], rows[0]["sla_since"]) == ("1.0%", None)
+            assert (rows[-1]["sla"]["max_error_rate"], rows[-1]["sla_source"]) == ("50.0%", "manifest")
+            statement = await client.get(f"/breaches/{resolved['breach']['id']}/evidence")
+        file = daemon.home / "breach.json"
+        file.write_bytes(statement.content)
+        done = await trio.run_process([sys.executable, "-m", "asapd", "verify", str(file)], capture_stdout=True)
+        assert done.stdout.startswith(b"ok: error_rate breach ")
 
 
 async def test_a_killed_agent_is_unhealthy_after_so_many_probes_and_loses_just_that_time() -> None:

@@ -18,7 +18,7 @@ from asapd.core.types import DAY_US
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, bad_parameter
 from asapd.edge.http.replies import refuse
-from asapd.edge.http.sla import compliance_block, metrics_block, promise_block
+from asapd.edge.http.sla import compliance_block, judged_block, metrics_block, promise_block
 from asapd.edge.services import Services
 
 MOST_DAYS = 400
@@ -57,10 +57,10 @@ def register(app: QuartTrio, services: Services) -> None:
         reports: list[dict[str, Any]] = []
         while start_us < end_us:
             past = await services.reads.sla_past(agent, services.settings().sla, start_us, end_us, DAY_US, MOST_DAYS)
-            for metrics in past.rows:
-                verdicts = evaluate(metrics, past.promise)
+            for metrics, judged in zip(past.rows, past.judged, strict=True):
+                verdicts = evaluate(metrics, judged.held.promise)
                 compliance = {"compliance": compliance_block(verdicts), "percent": compliance_percent(verdicts)}
-                reports.append({**metrics_block(metrics), **compliance})
+                reports.append({**metrics_block(metrics), **judged_block(judged), **compliance})
             start_us = end_us if past.next_us is None else past.next_us
         return reports
 

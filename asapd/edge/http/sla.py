@@ -8,6 +8,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import Figures, FiguresRequest
+from asapd.actors.sla_history import Judged
 from asapd.config import duration_text
 from asapd.core.access import Caller, Permission
 from asapd.core.burnrate import BudgetForecast, Burning, shown_burn
@@ -56,7 +57,8 @@ def register(app: QuartTrio, services: Services) -> None:
 
     async def open_breaches(caller: Caller, agent: str | None) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {}
-        for row, shown in await services.reads.breaches(caller, {"state": "open", "agent": agent}, limit=1000):
+        # All of them: there are at most four of an agent.
+        for row, shown in await services.reads.breaches(caller, {"state": "open", "agent": agent}, limit=-1):
             found.setdefault(row.agent_id or "", []).append(shown)
         return found
 
@@ -169,6 +171,16 @@ def compliance_block(verdicts: list[TermVerdict]) -> dict[str, Any]:
             "samples": verdict.samples,
         }
         for verdict in verdicts
+    }
+
+
+def judged_block(judged: Judged) -> dict[str, Any]:
+    """What a period was held to; `sla_since` is null where that was not kept, so that the next is taken for it."""
+    held, since_us = judged.held, judged.since_us
+    return {
+        "sla": None if held.source is None else promise_block(held.promise),
+        "sla_source": held.source,
+        "sla_since": None if since_us is None else format_us(since_us),
     }
 
 

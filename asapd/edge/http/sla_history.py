@@ -21,7 +21,7 @@ from asapd.core.types import DAY_US, HOUR_US, SECOND_US, datetime_us, format_us
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, bad_parameter, encode_cursor
 from asapd.edge.http.replies import refuse, reply
-from asapd.edge.http.sla import compliance_block, metrics_block
+from asapd.edge.http.sla import compliance_block, judged_block, metrics_block
 from asapd.edge.services import Services
 
 _SPAN_US = {"minute": HOUR_US, "hour": DAY_US, "day": 30 * DAY_US}
@@ -80,11 +80,12 @@ def register(app: QuartTrio, services: Services) -> None:
                 past = await services.reads.sla_past(
                     one, services.settings().sla, from_us, end_us, STEPS_US[resolution], left
                 )
-                for metrics in past.rows:
-                    verdicts = evaluate(metrics, past.promise)
+                for metrics, judged in zip(past.rows, past.judged, strict=True):
+                    verdicts = evaluate(metrics, judged.held.promise)
                     rows.append(
                         {
                             **metrics_block(metrics),
+                            **judged_block(judged),
                             "compliance": compliance_block(verdicts),
                             "compliance_percent": compliance_percent(verdicts),
                         }

@@ -12,6 +12,7 @@ from asapd.store.schema import (
     identities,
     namesakes,
     prices,
+    promise_record,
     promises,
     refunds,
     revocations,
@@ -36,4 +37,5 @@ MIGRATIONS: tuple[str, ...] = (
     days.SCRIPT,
     refunds.SCRIPT,
     namesakes.SCRIPT,
+    promise_record.SCRIPT,
 )

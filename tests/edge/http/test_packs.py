@@ -70,7 +70,8 @@ async def test_a_pack_holds_what_was_recorded_and_verifies_with_the_key_alone(ed
     assert is_pack(document)
     kinds = {item["entry"]["event_type"] for item in document["entries"]}
     assert kinds - {"agent.key_added"} == {
-        *("agent.added", "usage.recorded", "sla.breach", "delegation.created", "delegation.revoked", "task.started")
+        *("agent.added", "agent.promise", "usage.recorded", "sla.breach"),
+        *("delegation.created", "delegation.revoked", "task.started"),
     }
     shown = (await edge.get(f"/agents/{A}/sla/breaches")).ok()["data"]
     assert {one["breach"]["id"] for one in document["breaches"]} == {row["id"] for row in shown}
