@@ -8,12 +8,15 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
-from asapd.store import audit, erasure, sources
+from asapd.store import audit, delegation_news, erasure, sources
 from asapd.store.database import Database
 from asapd.store.units import EraseConsumer
 
 STEP = 500
 """Entries of one unit: some ten milliseconds of the writer."""
+
+NEWS = 10
+"""News of delegations of one unit: each may be of some hundred events."""
 
 APPLY_S = 20.0
 """How long one request erases before it answers that there is more."""
@@ -30,18 +33,29 @@ async def erase_consumer(
         # The name is replaced wherever it stands: rows would leave their tenant, events lose what they are known by.
         detail = f"{consumer} is the name of a tenant or of a source of events as well, which would be renamed too"
         return Refusal("consumer_is_shared", detail)
-    found = await database.read(erasure.count_of, consumer)
+    found: dict[str, Any] = await database.read(erasure.count_of, consumer)
+    found["budgets"] = await database.read(erasure.budgets_of, consumer)
     if dry_run:
         return {"dry_run": True, **found, "pseudonym": None, "more": False}
-    after, erased = 0, 0
+    after, erased, told = 0, 0, 0
     deadline = trio.current_time() + APPLY_S
+    while news := await database.read(delegation_news.naming, consumer, told, NEWS):
+        unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
+        renamed = await database.submit(unit)
+        if isinstance(renamed, Refusal):
+            return renamed
+        told = news[-1]
+        if trio.current_time() > deadline:
+            return {"dry_run": False, **found, "entries": 0, "pseudonym": pseudonym, "more": True}
     while True:
         head, _ = await database.read(audit.head)
         seqs = await database.read(erasure.entries_of, consumer, after, STEP)
         is_last = len(seqs) < STEP
         after = max(after, head) if is_last else seqs[-1]
         done = await database.submit(
-            EraseConsumer(consumer, pseudonym, seqs, reason, actor, clock.now_us(), after if is_last else None)
+            EraseConsumer(
+                consumer, pseudonym, seqs, reason, actor, clock.now_us(), after if is_last else None, news_after=told
+            )
         )
         if isinstance(done, Refusal):
             return done

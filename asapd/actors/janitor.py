@@ -10,12 +10,13 @@ from typing import Any
 import trio
 
 from asapd import config
+from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
-from asapd.store import retention, usage_days
+from asapd.store import audit_retention, retention, usage_days, usage_hours
 from asapd.store.database import Database
-from asapd.store.units import AddUpDays, RecoverReservations, RetireUsage, Sweep
+from asapd.store.units import AddUpDays, RecoverReservations, RetireUsage, SealHours, Sweep
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""
@@ -25,9 +26,6 @@ EVERY_S = 1.0
 
 RETIRE_EVERY_S = 60.0
 """To events that are kept for days, and to days that are to be added up, a minute is nothing; a look each second is."""
-
-BREATH_S = 0.02
-"""Between two steps of retention, which take about as long: ingest has at least half of the writer."""
 
 SETTLED_US = HOUR_US
 """After its end a day is still reported of for a while; what comes once it is added up is written twice."""
@@ -53,11 +51,18 @@ def retired_before_us(settings: JanitorSettings, now_us: int) -> int:
     return (now_us - kept_us) // HOUR_US * HOUR_US
 
 
+def audit_before_us(settings: JanitorSettings, now_us: int) -> int | None:
+    """Entries from before this lose their content when somebody asks for it; None never."""
+    kept_us = settings.retention.audit_us
+    return None if kept_us is None else now_us - kept_us
+
+
 async def run_janitor(
     *,
     database: Database,
     clock: Clock,
     settings: JanitorSettings,
+    archivist: Archivist,
     beat: Callable[[], None],
     log: logging.Logger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -67,6 +72,7 @@ async def run_janitor(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_sweep, database, clock, settings, beat, log)
         nursery.start_soon(_retire, database, clock, settings, log)
+        nursery.start_soon(_archive, archivist, clock, settings, log)
         nursery.start_soon(_add_up, database, clock, log)
 
 
@@ -117,6 +123,19 @@ async def _retire(database: Database, clock: Clock, settings: JanitorSettings, l
         await trio.sleep(RETIRE_EVERY_S)
 
 
+async def _archive(archivist: Archivist, clock: Clock, settings: JanitorSettings, log: logging.Logger) -> None:
+    while True:
+        before_us = audit_before_us(settings, clock.now_us())
+        if before_us is not None:
+            # By whole days: an archive a day, not one a minute.
+            done = await archivist.retire(before_us // DAY_US * DAY_US, "asapd")
+            if isinstance(done, Refusal):
+                log.warning("the audit log was not retired: %s", done.detail)
+            elif done:
+                log.info("retention took the content of %d audit entries", done)
+        await trio.sleep(RETIRE_EVERY_S)
+
+
 async def _add_up(database: Database, clock: Clock, log: logging.Logger) -> None:
     """Add up the days that are over, step by step."""
     while True:
@@ -138,28 +157,42 @@ async def _retire_due(database: Database, clock: Clock, settings: JanitorSetting
         now_us = clock.now_us()
         before_us = retired_before_us(settings, now_us)
         if not await database.read(retention.is_due, before_us):
-            return total
+            sealed = await _seal_hours(database, clock, actor)
+            return total if sealed is None else sealed
         done = await database.submit(RetireUsage(before_us, actor, now_us))
         if isinstance(done, Refusal):
             return done
         total += done.rows
-        if not done.more:
-            return total
         await trio.sleep(BREATH_S)
 
 
+async def _seal_hours(database: Database, clock: Clock, actor: str) -> Refusal | None:
+    """Enter what the sums of hours are whose events are all gone."""
+    while hours := await database.read(usage_hours.unsealed):
+        sealed = await database.submit(SealHours(hours, actor, clock.now_us()))
+        if isinstance(sealed, Refusal):
+            return sealed
+        await trio.sleep(BREATH_S)
+    return None
+
+
 async def apply_retention(
-    database: Database, clock: Clock, settings: JanitorSettings, actor: str, dry_run: bool
+    database: Database, clock: Clock, settings: JanitorSettings, archivist: Archivist, actor: str, dry_run: bool
 ) -> dict[str, Any] | Refusal:
     """Apply retention now, or say what would go; `more` is true when it did not come to its end in time."""
     now_us = clock.now_us()
-    before_us = retired_before_us(settings, now_us)
+    before_us, entries_before_us = retired_before_us(settings, now_us), audit_before_us(settings, now_us)
     due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us)
+    due["audit"] = (
+        audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
+    )
     if dry_run:
         return {"dry_run": True, **due, "more": False}
     retired: int | Refusal = 0
     with trio.move_on_after(APPLY_S) as patience:
         retired = await _retire_due(database, clock, settings, actor)
+        if not isinstance(retired, Refusal) and entries_before_us is not None:
+            retired = await archivist.retire(entries_before_us, actor)
     if isinstance(retired, Refusal):
         return retired
     # Probes go by the sweep of every second.

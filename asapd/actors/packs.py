@@ -17,8 +17,9 @@ from asapd.core.evidence_pack import MADE, REVOKED, delegations, leading_to, ope
 from asapd.core.types import format_us
 from asapd.runtime.clock import Clock
 from asapd.store import breaches, packs, seals
+from asapd.store.audit import WINDOW, UnreadableEntryError, span
 from asapd.store.database import Database
-from asapd.store.packs import MOST, WINDOW
+from asapd.store.packs import MOST
 from asapd.store.seals import SealedAt
 from asapd.store.units import BreachRow
 from asapd.wire.evidence_pack import KIND, VERSION, sign_pack
@@ -57,7 +58,10 @@ class Packs:
         sla: list[dict[str, Any]],
     ) -> bytes | Refusal:
         """The pack of an agent that the caller may see, in its canonical form."""
-        found = await self._entries(caller, agent, period)
+        try:
+            found = await self._entries(caller, agent, period)
+        except UnreadableEntryError:
+            return self._sealer.unreadable()
         if isinstance(found, Refusal):
             return found
         entries, last = found
@@ -115,7 +119,7 @@ class Packs:
     ) -> tuple[list[dict[str, Any]], int] | Refusal:
         """The entries of the pack, and the number of the last of the period."""
         may_see: Callable[..., bool] = caller.may_see_given
-        first, last = await self._database.read(packs.span, *period)
+        first, last = await self._database.read(span, *period)
         if last - first >= MOST_SEEN:
             return _too_large(f"the period has more than {MOST_SEEN} entries")
         seqs = set(await self._database.read(packs.delegated, agent, period, may_see))

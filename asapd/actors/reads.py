@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -113,6 +114,10 @@ def public_maintenance(window: Maintenance, now_us: int) -> dict[str, Any]:
 def visibility(caller: Caller) -> Visibility:
     """The rows a caller may see."""
     return Visibility(caller.tenant, caller.agents)
+
+
+AUDIT_WINDOWS = 10
+"""Of `audit.WINDOW` entries, that one request looks through: some five seconds of a reader."""
 
 
 class Reads:
@@ -504,12 +509,35 @@ class Reads:
     # --- audit and keys
 
     async def audit_entries(
-        self, filters: AuditFilter, *, limit: int, after: int, descending: bool
-    ) -> list[dict[str, Any]]:
-        """Entries of the audit log."""
-        return await self._database.read(
-            lambda connection: audit.list_entries(connection, filters, limit, after, descending=descending)
-        )
+        self, filters: AuditFilter, *, limit: int, after: int | None, descending: bool
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """Entries of the audit log from behind one, or from its beginning or end, and behind which to go on.
+
+        There may be fewer than `limit`, and still be more: of a long log a part is looked through at a time.
+        """
+        first, last = await self.audit_span(filters)
+        begin, end = (last + 1, first) if descending else (first - 1, last)
+        at = begin if after is None else min(begin, after) if descending else max(begin, after)
+        rows: list[dict[str, Any]] = []
+        for _ in range(AUDIT_WINDOWS):
+            if not (at > end if descending else at < end):
+                return rows, None
+            until = max(end, at - audit.WINDOW) if descending else min(end, at + audit.WINDOW)
+            step = partial(audit.list_entries, descending=descending, until=until)
+            rows += await self._database.read(step, filters, limit - len(rows), at)
+            at = until
+            if len(rows) == limit:
+                return rows, rows[-1]["seq"]
+        return rows, at
+
+    async def audit_span(self, filters: AuditFilter) -> tuple[int, int]:
+        """The numbers that entries of a filter's period are among; a forged one before the first is not of the log."""
+        head, _ = await self.audit_head()
+        if filters.start_us is None and filters.end_us is None:
+            return 1, head
+        start_us, end_us = filters.start_us or 0, 2**63 - 1 if filters.end_us is None else filters.end_us
+        first, last = await self._database.read(audit.span, start_us, end_us)
+        return max(1, first), last
 
     async def audit_page(
         self,
@@ -522,9 +550,9 @@ class Reads:
         """Up to `limit` entries from behind `after`, none behind `through`, written out in the reader's thread."""
 
         def read(connection: Any) -> AuditPage:
-            rows = audit.list_entries(connection, filters, limit, after, descending=False)
-            last = rows[-1]["seq"] if len(rows) == limit else through
-            return AuditPage(encode([row for row in rows if row["seq"] <= through]), min(last, through))
+            until = min(through, after + audit.WINDOW)
+            rows = audit.list_entries(connection, filters, limit, after, descending=False, until=until)
+            return AuditPage(encode(rows), rows[-1]["seq"] if len(rows) == limit else until)
 
         return await self._database.read(read)
 

@@ -10,6 +10,7 @@ from asapd.core.receipt import ReceiptError, totals
 from asapd.core.types import format_us
 from asapd.runtime.clock import Clock
 from asapd.store import receipts
+from asapd.store.audit import UnreadableEntryError
 from asapd.store.database import Database
 from asapd.store.receipts import MOST, TooManyEntriesError
 from asapd.wire.keys import public_base64
@@ -31,6 +32,8 @@ class Receipts:
         except TooManyEntriesError:
             detail = f"task {task} has more than {MOST} entries: export its usage, and prove single entries"
             return Refusal("receipt_too_large", detail)
+        except UnreadableEntryError:
+            return self._sealer.unreadable()
         if not any(entry["event_type"].startswith(("usage.", "task.")) for entry in entries):
             return Refusal("task_not_found", f"nothing is known of task {task}: check the id")
         sealed = await self._sealer.covering(entries[-1]["seq"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,30 +77,30 @@ class Sealer:
         daemon goes on, because what is recorded from here on has to be kept all the same.
         """
         stored = await self._database.read(seals.newest)
+        keys = (self.public_key, *map(load_public, self.settings.former_keys))
         if stored is not None:
-            keys = (self.public_key, *map(load_public, self.settings.former_keys))
             reason = verifying.misfit(stored.size, stored.root, stored.note, keys)
             reason = reason or await self._database.read(seals.differs, stored.size, stored.root)
             if reason is not None:
                 await self._alarm(f"held to the newest checkpoint in the database: {reason}")
         try:
-            largest, lacking = await self._kept()
+            largest, lacking = await self._kept({origin_of(key) for key in keys})
         except OSError as error:
             await self._alarm(f"{self.path.name} cannot be read: {error.strerror}; what it held is not compared")
             return
-        await self._hold_to(lacking, largest)
+        await self._hold_to(lacking, largest, keys)
         if stored is not None and not self.alarms and largest < stored.size:
             # The daemon ended between the commit and the file, or the file was taken away.
             await self._remember(stored.note)
 
-    async def _kept(self) -> tuple[int, list[Checkpoint]]:
+    async def _kept(self, origins: set[str]) -> tuple[int, list[Checkpoint]]:
         """The largest size in the file (-1 without one), and the checkpoints in it that the database has not."""
         largest, is_empty = -1, True
         lacking: dict[tuple[int, bytes], Checkpoint] = {}
         kept = checkpoint_log.read(self.path)
         while read := await self._off_loop(_take, kept):
             is_empty = False
-            own = [found for found in read if found.origin == self.origin]
+            own = [found for found in read if found.origin in origins]
             largest = max([largest, *(found.size for found in own)])
             for found in await self._database.read(seals.not_stored, own):
                 lacking[found.size, found.root] = found
@@ -108,11 +108,11 @@ class Sealer:
             await self._alarm(f"{self.path.name} holds no checkpoint but something else: it was overwritten")
         return largest, [lacking[key] for key in sorted(lacking, reverse=True)]
 
-    async def _hold_to(self, lacking: list[Checkpoint], largest: int) -> None:
-        """Hold the log to checkpoints, the largest first, up to the first that does not fit."""
+    async def _hold_to(self, lacking: list[Checkpoint], largest: int, keys: Sequence[bytes]) -> None:
+        """Hold the log to checkpoints, the largest first, up to one that does not fit; those that fit are put back."""
         is_told = False
         for checkpoint in lacking[:HELD]:
-            if not is_signed_by(checkpoint, self.public_key):
+            if not any(is_signed_by(checkpoint, key) for key in keys):
                 if not is_told:
                     await self._alarm(
                         f"{self.path.name} holds a checkpoint of {checkpoint.size} entries with a false signature"
@@ -124,6 +124,11 @@ class Sealer:
                 which = "the newest checkpoint" if checkpoint.size == largest else "a checkpoint"
                 await self._alarm(f"held to {which} in {self.path.name}: {reason}")
                 return
+            # A power cut may take the last commits where the store does not wait for the disk.
+            self._log.warning("the database lacked the checkpoint of %d entries: it is put back", checkpoint.size)
+            note = checkpoint.note.encode()
+            unit = Seal(checkpoint.size, checkpoint.root, [], note, self._clock.now_us())
+            await self._database.submit(unit, urgent=True)
 
     async def _alarm(self, reason: str) -> None:
         self.alarms.append(reason)
@@ -145,6 +150,10 @@ class Sealer:
     def sign(self, document: dict[str, Any]) -> bytes:
         """A statement of the daemon with its signature, in canonical form."""
         return sign_document(document, self._identity)
+
+    def unreadable(self) -> Refusal:
+        """The refusal of what would be made of entries that cannot be read."""
+        return Refusal("log_broken", "an entry of the log cannot be read as it was written: run asapctl audit verify")
 
     def altered(self, size: int) -> Refusal:
         """The refusal of what cannot be proved, the log not being the one that was sealed."""

@@ -16,7 +16,7 @@ from asapd.core.types import DAY_US, SECOND_US, format_us
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
 from asapd.store import verifying
-from asapd.store.database import Database
+from asapd.store.database import Database, ReadTooLongError
 from asapd.store.units import Note
 from asapd.store.verifying import Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
@@ -59,9 +59,9 @@ class Verifier:
         self._limiter = trio.CapacityLimiter(AT_ONCE)
 
     async def verify(
-        self, since: int = 0, remembered: tuple[tuple[int, bytes], ...] = (), *, reconcile: bool = True
+        self, since: int = 0, remembered: tuple[str, ...] = (), *, reconcile: bool = True
     ) -> Report | Refusal:
-        """Walk the log behind an entry and hold it to every checkpoint, the remembered ones (size, root) too."""
+        """Walk the log behind an entry and hold it to every checkpoint, the remembered ones (notes) too."""
         async with aclosing(self.steps(since, remembered, reconcile=reconcile)) as steps:
             async for step in steps:
                 if not isinstance(step, Progress):
@@ -69,16 +69,19 @@ class Verifier:
         raise AssertionError("a walk ends with a report")
 
     async def steps(
-        self, since: int, remembered: tuple[tuple[int, bytes], ...], *, reconcile: bool
+        self, since: int, remembered: tuple[str, ...], *, reconcile: bool
     ) -> AsyncGenerator[Progress | Report | Refusal, None]:
         """Like `verify`, with the progress of a long walk before its outcome."""
         former = tuple(load_public(key) for key in self.settings.former_keys)
-        request = Request(since, remembered, str(self._checkpoints), self._public_key, reconcile, former)
+        witnesses = tuple(load_public(witness.public_key) for witness in self.settings.witnesses)
+        kept = str(self._checkpoints)
+        request = Request(since, remembered, kept, self._public_key, reconcile, former, witnesses)
         walk = object()  # two requests that ask the same are equal, and each has a place of its own
         await self._limiter.acquire_on_behalf_of(walk)
         try:
-            if await self._database.read(verifying.length, request) <= SHORT:
-                yield await self._database.read(verifying.report, request)
+            short = await self._walked_at_once(request)
+            if short is not None:
+                yield short
                 return
             async with aclosing(verify_apart(self._path, request)) as steps:
                 async for step in steps:
@@ -88,6 +91,15 @@ class Verifier:
             yield Refusal("verifying_failed", f"{error}: ask again", retry_after_s=5)
         finally:
             self._limiter.release_on_behalf_of(walk)
+
+    async def _walked_at_once(self, request: Request) -> Report | None:
+        """The report over a short log; None when it is long, or takes a reader too long on a busy disk."""
+        try:
+            if await self._database.read(verifying.length, request) <= SHORT:
+                return await self._database.read(verifying.report, request)
+        except ReadTooLongError:
+            pass
+        return None
 
     async def entry_before(self, time_us: int) -> int:
         """The number of the last entry before a time."""

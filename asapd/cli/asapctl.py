@@ -11,6 +11,7 @@ from asapd import __version__
 from asapd.cli.agents import agents
 from asapd.cli.alerts import alerts, breaches, silences
 from asapd.cli.audit import audit
+from asapd.cli.backup import backup
 from asapd.cli.budgets import budgets
 from asapd.cli.conformance import conformance
 from asapd.cli.delegation import delegation
@@ -177,6 +178,7 @@ for group in (
     usage,
     prices,
     retention,
+    backup,
     delegation,
     budgets,
     sla,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -189,6 +190,64 @@ def verify(file: Path, public_key: str | None) -> int:
     for remark in verified.remarks:
         click.echo(remark, err=True)
     return Exit.DONE if verified.is_good else Exit.NO
+
+
+@asapd.command()
+@click.argument("file", type=_FILE)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    metavar="DIR",
+    help="The state directory of the daemon, which is stopped; made if it is not there.",
+)
+@click.option(
+    "--give-up-checkpoints",
+    is_flag=True,
+    help="Do not hold FILE to checkpoints.log in DIR, which is of another log, and set that aside.",
+)
+def restore(file: Path, state_dir: Path, give_up_checkpoints: bool) -> int:
+    """Put a backup into the place of the database.
+
+    FILE is what `asapctl backup` wrote. It is copied and verified first: every entry and hash, all that they record,
+    and every checkpoint in DIR that it should fit; when anything is wrong, nothing is replaced and the exit code is 1.
+    The database that was there is kept beside it. The log says what was restored and what was given up for it.
+
+    \b
+    Example:
+      systemctl stop asapd && asapd restore asapd.backup --state-dir /var/lib/asapd
+    """
+    from asapd.cli.options import now_us
+    from asapd.daemon.restoring import BadBackupError, CannotRestoreError
+    from asapd.daemon.restoring import restore as restored_from
+
+    def progress(verified: int, entries: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{verified:,} of {entries:,} entries", err=True, nl=False)
+
+    try:
+        done = restored_from(
+            file,
+            state_dir.absolute(),
+            actor=f"uid:{os.getuid()} pid:{os.getpid()}",
+            now_us=now_us(),
+            give_up_checkpoints=give_up_checkpoints,
+            progress=progress,
+        )
+    except CannotRestoreError as error:
+        raise Failure(Exit.USAGE, str(error)) from None
+    except BadBackupError as error:
+        click.echo(f"bad: {error}")
+        click.echo(f"{file}: does not verify: nothing was replaced", err=True)
+        return Exit.NO
+    click.echo(f"restored: the audit log up to entry {done.head.entries}")
+    if done.abandoned is not None:
+        click.echo(f"given up: a log of {done.abandoned.entries} entries with root {done.abandoned.root.hex()}")
+    if done.kept is not None:
+        click.echo(f"kept: {done.kept}")
+    for remark in done.remarks:
+        click.echo(remark, err=True)
+    return Exit.DONE
 
 
 def main() -> int:

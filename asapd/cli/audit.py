@@ -40,7 +40,7 @@ def _entry_or_moment(text: str) -> str:
     "--against",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
-    help="Hold the log to the checkpoints in this file as well: what `audit checkpoint` wrote, or a checkpoints.log.",
+    help="Hold the log to every checkpoint in this file as well: what `audit checkpoint` wrote, or a checkpoints.log.",
 )
 @asks_daemon
 def verify(session: Session, since: str | None, against: Path | None) -> int:
@@ -55,14 +55,14 @@ def verify(session: Session, since: str | None, against: Path | None) -> int:
       asapctl audit verify --against checkpoint.txt
       asapctl audit verify --since 24h
     """
-    kept = None if against is None else against.read_bytes()
-    verdict: dict[str, Any] = {}
-    for step in session.door.lines("/audit/verify", kept, since=since, format="ndjson"):
-        verdict = step
-        if "entries" in step and sys.stderr.isatty():
-            click.echo(f"\r{step['verified']:,} of {step['entries']:,} entries", err=True, nl=False)
-    if "valid" not in verdict:
-        raise Failure(Exit.UNREACHABLE, str(verdict.get("detail", "the walk ended before it was done: ask again")))
+    first, *rest = [None] if against is None else _checkpoints_in(against)
+    verdict = _walked(session, first, since=since)
+    for part in rest:
+        if verdict["valid"]:
+            # The log was walked once: the nodes that hold it now hold these checkpoints as well.
+            more = _walked(session, part, since=verdict["last_seq"], reconcile="false")
+            counts = {name: count + more["checkpoints"][name] for name, count in verdict["checkpoints"].items()}
+            verdict = {**(verdict if more["valid"] else more), "checkpoints": counts}
     if session.as_json:
         show_json(verdict)
         return Exit.DONE if verdict["valid"] else Exit.NO
@@ -81,8 +81,52 @@ def verify(session: Session, since: str | None, against: Path | None) -> int:
         )
     for finding in findings:
         click.echo(f"  {finding}")
+    retired = reconciled.get("erasure", {}).get("retired")
+    if retired:
+        click.echo(
+            f"the content of {retired} entries was retired: it is in the archives that retention wrote", err=True
+        )
     click.echo(verdict["note"], err=True)
     return Exit.DONE if verdict["valid"] else Exit.NO
+
+
+_PART_BYTES = 1 << 20
+"""Of a file of checkpoints in one request: some five thousand."""
+
+
+def _checkpoints_in(file: Path) -> list[bytes]:
+    """What is in a file of checkpoints, in parts of one request each; whether it is any, the daemon says."""
+    import msgspec
+
+    from asapd.wire.checkpoint import split_checkpoints
+
+    content = file.read_bytes()
+    if not content.strip():
+        raise Failure(Exit.USAGE, f"{file} is empty: it holds no checkpoint")
+    try:
+        if content.lstrip().startswith(b"{"):  # one as `audit checkpoint --json` writes it
+            content = str(msgspec.json.decode(content)["note"]).encode()
+        notes = list(split_checkpoints(content.decode().splitlines(keepends=True)))
+    except (UnicodeDecodeError, msgspec.DecodeError, KeyError):
+        return [content]
+    parts = [b""]
+    for note in notes:
+        if parts[-1] and len(parts[-1]) + len(note) > _PART_BYTES:
+            parts.append(b"")
+        parts[-1] += note.encode()
+    return parts
+
+
+def _walked(session: Session, kept: bytes | None, **parameters: Any) -> dict[str, Any]:
+    """The verdict of one walk, whose progress a terminal is shown."""
+    verdict: dict[str, Any] = {}
+    for step in session.door.lines("/audit/verify", kept, format="ndjson", **parameters):
+        verdict = step
+        if "entries" in step and sys.stderr.isatty():
+            click.echo(f"\r{step['verified']:,} of {step['entries']:,} entries", err=True, nl=False)
+    if "valid" not in verdict:
+        raise Failure(Exit.UNREACHABLE, str(verdict.get("detail", "the walk ended before it was done: ask again")))
+    return verdict
 
 
 _FILTERS = (
@@ -286,6 +330,8 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
     if session.as_json:
         show_json({**first, "more": False})
         return
+    for budget in first["budgets"]:
+        click.echo(f"the configuration names {consumer} in budget {budget}: take it out there as well", err=True)
     would = "would be erased" if dry_run else f"erased, now {first['pseudonym']}"
     click.echo(
         f"{consumer}: {first['entries']} entries, {first['usage']} events, {first['task']} steps of tasks {would}"

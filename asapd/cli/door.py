@@ -151,8 +151,18 @@ class Door:
         """A long reply as it comes: its headers by lower-case name, and its parts, which fail when it is cut off."""
         return self._stream("GET", path, parameters)
 
+    def made(self, path: str, patience_s: float) -> tuple[dict[str, str], Iterator[bytes]]:
+        """Like `download`, of what is made first, which may take so long."""
+        return self._stream("POST", path, {}, patience_s=patience_s)
+
     def _stream(
-        self, method: str, path: str, parameters: dict[str, Any], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        parameters: dict[str, Any],
+        body: bytes | None = None,
+        *,
+        patience_s: float = READ_S,
     ) -> tuple[dict[str, str], Iterator[bytes]]:
         import http.client
 
@@ -162,6 +172,7 @@ class Door:
         try:
             connection = http.client.HTTPConnection("asapd", timeout=READ_S)
             connection.sock = self._connect()
+            connection.sock.settimeout(patience_s)
             connection.request(method, f"{path}?{urlencode(given)}" if given else path, body)
             response = connection.getresponse()
             if response.status >= 400:

@@ -14,7 +14,7 @@ import click
 from asapd.cli.options import Session, asks_daemon, moment
 from asapd.cli.show import show_json, show_table
 from asapd.cli.written import written
-from asapd.wire.usage_export import csv_cell
+from asapd.wire.row_formats import csv_cell
 
 _COLUMNS = {
     "agent": "agent_id",

@@ -8,6 +8,7 @@ from typing import Any
 
 from asapd.cli import verify_checkpoint, verify_evidence, verify_export, verify_pack, verify_proof, verify_receipt
 from asapd.cli.verified import CannotVerifyError, Verified
+from asapd.wire.audit_archive import MAGIC, read_archive
 from asapd.wire.export import NotAnExportError
 from asapd.wire.keys import public_base64
 from asapd.wire.signed_note import SIGNATURE_MARK, NoteMalformedError
@@ -40,6 +41,8 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
         raise CannotVerifyError("is no regular file: write it into one")
     with path.open("rb") as file:
         start = file.read(1 << 12)
+    if start.startswith(MAGIC):
+        return _verify_archive(path, public_key)
     first = start.lstrip()[:1]
     if first not in {b"{", b"["}:
         return _verify_text(path, start, public_key)
@@ -50,12 +53,22 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
             if is_kind(document):
                 return verify(document, public_key)
     if public_key is not None:
-        raise CannotVerifyError("is an export of the audit log, which carries no signature to check")
+        raise CannotVerifyError(UNSIGNED)
     try:
         with path.open("rb") as lines:
             return verify_export.verify(lines)
     except NotAnExportError as error:
         raise CannotVerifyError(f"{error}; {KINDS} can be verified") from None
+
+
+UNSIGNED = "is an export of the audit log, which carries no signature to check"
+
+
+def _verify_archive(path: Path, public_key: bytes | None) -> Verified:
+    if public_key is not None:
+        raise CannotVerifyError(UNSIGNED)
+    with path.open("rb") as file:
+        return verify_export.verify_entries(read_archive(file))
 
 
 def _verify_evidence(raw: bytes, public_key: bytes | None) -> Verified:

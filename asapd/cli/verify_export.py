@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from asapd.cli.verified import Verified
 from asapd.core import audit
-from asapd.core.audit import Fault, Walk
+from asapd.core.audit import Entry, Fault, Walk
 from asapd.wire.export import BadEntryError, read_entry, read_rows
 
 
@@ -26,11 +26,14 @@ def walk_export(lines: Iterable[bytes]) -> Verdict:
     Raises:
         NotAnExportError: the file holds no audit entries.
     """
+    return _walk(read_entry(row) for row in read_rows(lines))
+
+
+def _walk(entries: Iterable[Entry]) -> Verdict:
     first_seq: int | None = None
     walk = Walk()
     try:
-        for row in read_rows(lines):
-            entry = read_entry(row)
+        for entry in entries:
             if first_seq is None:
                 first_seq = entry.seq
                 if entry.seq > 1:
@@ -51,7 +54,15 @@ def verify(lines: Iterable[bytes]) -> Verified:
     Raises:
         NotAnExportError: the file holds no audit entries.
     """
-    verdict = walk_export(lines)
+    return _verified(walk_export(lines))
+
+
+def verify_entries(entries: Iterable[Entry]) -> Verified:
+    """The verdict over entries that were read, such as those of an archive."""
+    return _verified(_walk(entries))
+
+
+def _verified(verdict: Verdict) -> Verified:
     walk = verdict.walk
     if walk.fault is not None:
         return Verified(False, f"bad: entry {walk.fault.seq} ({walk.fault.id or 'no id'}): {walk.fault.reason}")

@@ -8,12 +8,13 @@ from typing import Any
 from asapd.cli.verified import Verified
 from asapd.cli.verify_checkpoint import signed
 from asapd.cli.verify_evidence import verify_evidence
-from asapd.cli.verify_proof import read_hashes, sound_entry
+from asapd.cli.verify_proof import included, read_hashes
+from asapd.cli.verify_statement import remarks_on, signer_of
 from asapd.core import evidence_pack, merkle
 from asapd.core.canonical import canonical
 from asapd.wire.checkpoint import Checkpoint
 from asapd.wire.evidence_pack import KIND, PARTS, VERSION, digest_of, is_signed_pack
-from asapd.wire.keys import KeyFormatError, key_id, load_public, public_base64
+from asapd.wire.keys import key_id, public_base64
 from asapd.wire.statement import floats
 
 
@@ -24,15 +25,9 @@ def is_pack(document: dict[str, Any]) -> bool:
 
 def verify_pack(document: dict[str, Any], public_key: bytes | None) -> Verified:
     """The verdict over a pack, by the key given or else the one in it, which only says that it fits itself."""
-    try:
-        own = load_public(str(document.get("public_key")))
-    except KeyFormatError as error:
-        return Verified(False, f"bad: public_key {error}")
-    key = own if public_key is None else public_key
-    if document.get("version") != VERSION:
-        return Verified(False, f"bad: it is a pack of version {document.get('version')}, not {VERSION}")
-    if not is_signed_pack(document, key):
-        return Verified(False, f"bad: its head was not signed by the key {key_id(key)}, or was changed since")
+    key = signer_of(document, public_key, "pack", VERSION, is_signed_pack)
+    if isinstance(key, Verified):
+        return key
     pack, digests = floats(document), document.get("parts")
     if not isinstance(digests, dict) or any(
         not isinstance(pack.get(name), str) for name in ("agent_id", "start", "end")
@@ -50,13 +45,12 @@ def verify_pack(document: dict[str, Any], public_key: bytes | None) -> Verified:
             wrong = "has not the form of that part of a pack"
         if wrong is not None:
             return Verified(False, f"bad: {name}: {wrong}")
-    remarks = () if public_key is not None else (f"the key is the one in the pack: compare its id, {key_id(key)}",)
     return Verified(
         True,
         f"ok: {pack['agent_id']} from {pack['start']} to {pack['end']}: {len(judged.entries)} entries, "
         f"{len(pack['sla'])} reports, {len(pack['breaches'])} breaches, {len(pack['delegations'])} delegations, "
         f"signed by asapd/{key_id(key)}",
-        remarks,
+        remarks_on(key, public_key, "pack"),
     )
 
 
@@ -95,13 +89,9 @@ class _Judged:
     def _entries(self) -> str | None:
         last = 0
         for item in self._pack["entries"]:
-            hashes, entry = read_hashes(item["hashes"]), sound_entry(item["entry"])
+            entry = included(item, self._closing)
             if isinstance(entry, str):
                 return f"behind entry {last}: {entry}"
-            if hashes is None or not merkle.includes(
-                merkle.leaf_hash(entry.hash), entry.seq - 1, self._closing.size, hashes, self._closing.root
-            ):
-                return f"entry {entry.seq} ({entry.id}) is not in the log of the closing checkpoint"
             if entry.seq <= last:
                 return f"entry {entry.seq} is not in its place"
             last = entry.seq

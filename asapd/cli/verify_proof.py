@@ -44,7 +44,7 @@ def verify_inclusion(document: dict[str, Any], public_key: bytes | None) -> Veri
     if public_key is None:
         raise CannotVerifyError(NEEDS_KEY)
     hashes, index, checkpoint = read_hashes(document["hashes"]), document["leaf_index"], document["checkpoint"]
-    if hashes is None or not isinstance(index, int) or not isinstance(checkpoint, str):
+    if hashes is None or type(index) is not int or not isinstance(checkpoint, str):
         return Verified(False, "bad: leaf_index, hashes or checkpoint is not of its form")
     found = signed(checkpoint, public_key)
     verified = _included(document["entry"], index, hashes, found)
@@ -78,6 +78,21 @@ def sound_entry(row: Any) -> Entry | str:
     return entry if fault is None else fault.reason
 
 
+def included(item: Any, checkpoint: Checkpoint) -> Entry | str:
+    """The `entry` of an item whose `hashes` lead from it to a checkpoint, or why it is none."""
+    hashes = read_hashes(item.get("hashes")) if isinstance(item, dict) else None
+    if hashes is None:
+        return "it has no proof"
+    entry = sound_entry(item.get("entry"))
+    if isinstance(entry, Entry) and not _leads(entry, hashes, checkpoint):
+        return f"entry {entry.seq} ({entry.id}) is not in the log of the checkpoint"
+    return entry
+
+
+def _leads(entry: Entry, hashes: list[bytes], checkpoint: Checkpoint) -> bool:
+    return merkle.includes(leaf_hash(entry.hash), entry.seq - 1, checkpoint.size, hashes, checkpoint.root)
+
+
 def _included(row: Any, index: int, hashes: list[bytes], checkpoint: Checkpoint | str) -> Verified:
     entry = sound_entry(row)
     if isinstance(entry, str):
@@ -86,7 +101,7 @@ def _included(row: Any, index: int, hashes: list[bytes], checkpoint: Checkpoint 
         return Verified(False, f"bad: the checkpoint in it {checkpoint}")
     if index != entry.seq - 1:
         return Verified(False, f"bad: entry {entry.seq} is leaf {entry.seq - 1}, and the proof is of leaf {index}")
-    if not merkle.includes(leaf_hash(entry.hash), index, checkpoint.size, hashes, checkpoint.root):
+    if not _leads(entry, hashes, checkpoint):
         return Verified(False, f"bad: entry {entry.seq} ({entry.id}) is not in the log of this checkpoint")
     return Verified(
         True, f"ok: entry {entry.seq} ({entry.id}) is one of the {checkpoint.size} entries of {checkpoint.origin}"

@@ -6,11 +6,10 @@ from typing import Any
 
 from asapd.cli.verified import Verified
 from asapd.cli.verify_checkpoint import signed
-from asapd.cli.verify_proof import read_hashes, sound_entry
-from asapd.core import merkle
+from asapd.cli.verify_proof import included
+from asapd.cli.verify_statement import remarks_on, signer_of
 from asapd.core.receipt import ReceiptError, totals
 from asapd.wire.checkpoint import Checkpoint
-from asapd.wire.keys import KeyFormatError, key_id, load_public
 from asapd.wire.receipt import KIND, VERSION, is_signed_document
 
 
@@ -21,15 +20,9 @@ def is_receipt(document: dict[str, Any]) -> bool:
 
 def verify_receipt(document: dict[str, Any], public_key: bytes | None) -> Verified:
     """The verdict over a receipt, by the key given or else the one in it, which only says that it fits itself."""
-    try:
-        own = load_public(str(document.get("public_key")))
-    except KeyFormatError as error:
-        return Verified(False, f"bad: public_key {error}")
-    key = own if public_key is None else public_key
-    if document.get("version") != VERSION:
-        return Verified(False, f"bad: it is a receipt of version {document.get('version')}, not {VERSION}")
-    if not is_signed_document(document, key):
-        return Verified(False, f"bad: it was not signed by the key {key_id(key)}, or was changed since")
+    key = signer_of(document, public_key, "receipt", VERSION, is_signed_document)
+    if isinstance(key, Verified):
+        return key
     checkpoint = signed(str(document.get("checkpoint")), key)
     if isinstance(checkpoint, str):
         return Verified(False, f"bad: the checkpoint in it {checkpoint}")
@@ -40,12 +33,11 @@ def verify_receipt(document: dict[str, Any], public_key: bytes | None) -> Verifi
     erased = f", {sums['erased']} entries with their content erased" if sums["erased"] else ""
     unknown = f", {sums['unpriced']} of them of unknown cost" if sums["unpriced"] else ""
     cost = f"{sums['cost_microusd'] / 1_000_000:.6f} USD"
-    remarks = () if public_key is not None else (f"the key is the one in the receipt: compare its id, {key_id(key)}",)
     return Verified(
         True,
         f"ok: task {document['task_id']}: {sums['events']} events{unknown}, {sums['tokens_in']} tokens in, "
         f"{sums['tokens_out']} out, {cost}{erased}; each is in the log of {checkpoint.origin}",
-        remarks,
+        remarks_on(key, public_key, "receipt"),
     )
 
 
@@ -54,15 +46,9 @@ def _wrong(document: dict[str, Any], checkpoint: Checkpoint) -> str | None:
     if not isinstance(items, list) or not isinstance(task, str):
         return "entries or task_id is not of its form"
     for item in items:
-        hashes = read_hashes(item.get("hashes")) if isinstance(item, dict) else None
-        if hashes is None:
-            return "an entry in it has no proof"
-        entry = sound_entry(item.get("entry"))
+        entry = included(item, checkpoint)
         if isinstance(entry, str):
             return f"an entry in it: {entry}"
-        leaf = merkle.leaf_hash(entry.hash)
-        if not merkle.includes(leaf, entry.seq - 1, checkpoint.size, hashes, checkpoint.root):
-            return f"entry {entry.seq} ({entry.id}) is not in the log of this checkpoint"
     seqs = [item["entry"]["seq"] for item in items]
     if seqs != sorted(set(seqs)):
         return "its entries are not in their order, or twice the same"

@@ -87,6 +87,25 @@ def masked(text: str) -> str:
     return _SECRET.sub(MASK, text)
 
 
+def is_masked_form(said: str | None, text: str | None) -> bool:
+    """Whether a text could be read as `said` once secrets in it were replaced, whatever the patterns were then."""
+    if said is None or text is None:
+        return said is text
+    first, *parts = said.split(MASK)
+    if not parts:
+        return said == text
+    *middle, last = parts
+    if not text.startswith(first) or not text.endswith(last):
+        return False
+    at, end = len(first), len(text) - len(last)
+    for part in middle:
+        found = text.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return at <= end
+
+
 def masked_details(details: dict[str, Any], patterns: tuple[re.Pattern[str], ...] = ()) -> dict[str, Any]:
     """Details with secrets, and what matches a pattern, replaced in their free texts, however deep.
 
@@ -99,7 +118,8 @@ def _masked(value: Any, patterns: tuple[re.Pattern[str], ...], is_free: bool) ->
     if isinstance(value, str) and is_free:
         text = masked(value)
         for pattern in patterns:
-            text = pattern.sub(MASK, text)
+            # Not in what was masked before: one that finds a word of the mask would mask it again.
+            text = MASK.join(pattern.sub(MASK, part) for part in text.split(MASK))
         return text
     if isinstance(value, dict):
         return {key: _masked(item, patterns, is_free or key in FREE_TEXT) for key, item in value.items()}

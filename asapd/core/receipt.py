@@ -12,11 +12,14 @@ class ReceiptError(ValueError):
     """The entries are not those of one task; the message says which is not."""
 
 
+_EVENT_OF = {"usage.repriced": "reprices_row", "usage.voided": "voids_row"}
+
+
 def totals(task_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, int]:
     """The sums over entries (`event_type` and `details`) of one task, money in micro-USD.
 
     A void takes its event out of every sum, a correction changes its cost. Events of unknown cost are counted in
-    `unpriced`; entries whose content was erased in `erased`, and in nothing else.
+    `unpriced`; entries whose content was erased, and voids and corrections of those, in `erased` and in nothing else.
 
     Raises:
         ReceiptError: an entry is of another task, or of something that is not there.
@@ -44,6 +47,8 @@ def _add(sums: dict[str, int], rows: dict[int, dict[str, Any]], kind: str, detai
             for name in _COUNTED:
                 sums[name] += details[name]
             sums["cost_microusd"] += cost or 0
+        case "usage.repriced" | "usage.voided" if sums["erased"] and details.get(_EVENT_OF[kind]) not in rows:
+            sums["erased"] += 1
         case "usage.repriced":
             sums["unpriced"] -= details["was_microusd"] is None
             sums["cost_microusd"] += cost or 0

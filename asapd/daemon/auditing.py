@@ -1,4 +1,4 @@
-"""What stands over the audit log, wired: the sealer, the verifier, witnesses, receipts and erasure."""
+"""What stands over the audit log, wired: sealer, verifier, witnesses, receipts, archives, erasure and backups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import trio
 
 from asapd import config
+from asapd.actors.archivist import Archivist
+from asapd.actors.backups import Backups
 from asapd.actors.eraser import erase_consumer
 from asapd.actors.packs import Packs
 from asapd.actors.receipts import Receipts
@@ -41,8 +43,10 @@ class Auditing:
         self.verifier = Verifier(
             database, clock, premises.database, premises.checkpoints, bytes(identity.verify_key), settings, log
         )
+        self.archivist = Archivist(database, clock, premises.archives, self.sealer.covering, log)
         self.witnesses = Witnesses(database, clock, identity, settings, log, post_text)
         self.receipts = Receipts(database, clock, self.sealer)
+        self.backups = Backups(database, clock, self.sealer, premises.database, premises.backup)
         self.packs = Packs(database, clock, self.sealer, identity)
         self._database = database
         self._clock = clock

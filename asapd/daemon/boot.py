@@ -128,9 +128,19 @@ class Premises:
         return self.state_dir / "asapd.db"
 
     @property
+    def backup(self) -> Path:
+        """Where a copy of it is while it is made."""
+        return self.state_dir / "asapd.db.backup"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the checkpoints of the audit log stand as text."""
         return self.state_dir / "checkpoints.log"
+
+    @property
+    def archives(self) -> Path:
+        """Where what retention takes out of the audit log is written first."""
+        return self.state_dir / "audit"
 
     @property
     def admin_key(self) -> Path:
@@ -156,6 +166,7 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
         try:
             identity = _identity(chosen / "identity.pem")
             prepare(chosen / "asapd.db")
+            (chosen / "asapd.db.backup").unlink(missing_ok=True)  # what a daemon that was killed began to copy
         except BaseException:
             os.close(descriptor)
             raise

@@ -118,6 +118,7 @@ class House:
             group_commit_max=loaded.config.store.group_commit_max,
             group_commit_wait_us=loaded.config.store.group_commit_wait_us,
             masks=loaded.config.audit.mask,
+            key=premises.identity,
             inherit=(premises.lock_descriptor,),
             on_commit=self._on_commit,
         )
@@ -231,6 +232,7 @@ class House:
                 database=self._database,
                 clock=self._clock,
                 settings=self._janitor,
+                archivist=self._auditing.archivist,
                 beat=self._loops.beater("janitor"),
                 log=self._log.getChild("janitor"),
                 task_status=task_status,
@@ -280,7 +282,7 @@ class House:
             ingest_caller=self._ingest_caller,
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
-            retain=partial(apply_retention, self._database, self._clock, self._janitor),
+            retain=partial(apply_retention, self._database, self._clock, self._janitor, self._auditing.archivist),
             prices=lambda: self._meter.prices,
             reprice=partial(reprice, self._database, self._clock, self._meter),
             committed=self._committed,
@@ -304,6 +306,7 @@ class House:
             witnesses=self._auditing.witnesses,
             receipts=self._auditing.receipts,
             packs=self._auditing.packs,
+            backups=self._auditing.backups,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
         )

@@ -10,6 +10,7 @@ import trio
 
 from asapd import config
 from asapd.actors.alert_desk import AlertDesk
+from asapd.actors.backups import Backups
 from asapd.actors.gatekeeper import KeyRing
 from asapd.actors.messages import (
     AuditorMessage,
@@ -112,6 +113,8 @@ class Services:
     """Signed statements about tasks."""
     packs: Packs
     """Signed evidence of what an agent did."""
+    backups: Backups
+    """Copies of the database."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

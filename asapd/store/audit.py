@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import apsw
 import msgspec
+from ulid import base32
 
 from asapd.core.types import format_us
 from asapd.store.rows import fetch, fetch_one
@@ -20,6 +23,23 @@ def note(tx: Tx, unit: Note) -> RowWritten:
     row = tx.row("SELECT max(seq) FROM audit")
     assert row is not None
     return RowWritten(row[0])
+
+
+class UnreadableEntryError(Exception):
+    """An entry is not text or JSON any more: somebody changed the file. `asapctl audit verify` says which."""
+
+
+@contextmanager
+def reading_entries() -> Iterator[None]:
+    """Have what reads the content of entries say so when one cannot be read.
+
+    Raises:
+        UnreadableEntryError: one cannot.
+    """
+    try:
+        yield
+    except (apsw.SQLError, UnicodeDecodeError) as error:
+        raise UnreadableEntryError(str(error)) from None
 
 
 class AuditFilter(msgspec.Struct, frozen=True):
@@ -41,19 +61,39 @@ _COLUMNS = (
 )
 
 
+WINDOW = 200_000
+"""Numbers of entries that one read looks through: below half a second."""
+
+
+def span(connection: apsw.Connection, start_us: int, end_us: int) -> tuple[int, int]:
+    """The numbers of the first and the last entry of a period; (0, -1) when it has none."""
+    # By the index over the times: entries of one moment stand beside each other, clocks may have been set back.
+    sql = "SELECT min(seq), max(seq) FROM audit WHERE timestamp_us >= ? AND timestamp_us < ?"
+    first, last = fetch(connection, sql, (start_us, end_us))[0]
+    return (0, -1) if first is None else (first, last)
+
+
 def list_entries(
-    connection: apsw.Connection, query: AuditFilter, limit: int, after: int, *, descending: bool
+    connection: apsw.Connection,
+    query: AuditFilter,
+    limit: int,
+    after: int,
+    *,
+    descending: bool,
+    until: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Entries in the order of `seq`, from behind `after`."""
+    """Entries in the order of `seq`, from behind `after`, none behind `until`."""
     where = ["seq < ?" if descending else "seq > ?"]
     values: list[Any] = [after]
+    # The numbers bound what is looked through: the index over the times would have every step begin at the first time.
     for sql, value in (
+        ("seq >= ?" if descending else "seq <= ?", until),
         ("actor = ?", query.actor),
         ("subject = ?", query.subject),
         ("event_type = ?", query.event_type),
         ("CASE WHEN json_valid(details) THEN details ->> 'task_id' END = ?", query.task),
-        ("timestamp_us >= ?", query.start_us),
-        ("timestamp_us < ?", query.end_us),
+        ("+timestamp_us >= ?", query.start_us),
+        ("+timestamp_us < ?", query.end_us),
     ):
         if value is not None:
             where.append(sql)
@@ -72,10 +112,20 @@ def list_entries(
 
 def get_entry(connection: apsw.Connection, entry: str) -> dict[str, Any] | None:
     """One entry by its id or its number; `damaged` names the fields that cannot be read as they were written."""
-    # Numbers have an index, ids have none: asked for both, SQLite looks through the whole log.
-    is_number = entry.isdecimal() and len(entry) < 19
-    column, value = ("seq", int(entry)) if is_number else ("id", entry)
-    row = fetch_one(connection, f"SELECT {_COLUMNS} FROM audit WHERE {column} = ? LIMIT 1", (value,))
+    if entry.isascii() and entry.isdecimal() and len(entry) < 19:
+        row = fetch_one(connection, f"SELECT {_COLUMNS} FROM audit WHERE seq = ?", (int(entry),))
+    else:
+        # Ids have no index. Each begins with the time of its entry in milliseconds, and times have one.
+        ulid = entry.partition("_")[2]
+        try:
+            made_us = int.from_bytes(base32.decode_timestamp(ulid[:10]), "big") * 1_000
+        except ValueError:
+            return None
+        row = fetch_one(
+            connection,
+            f"SELECT {_COLUMNS} FROM audit WHERE timestamp_us >= ? AND timestamp_us < ? AND id = ? LIMIT 1",
+            (made_us, made_us + 1_000, entry),
+        )
     return None if row is None else _public(row)
 
 

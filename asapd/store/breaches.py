@@ -7,6 +7,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.row_digest import row_digest
 from asapd.core.types import SECOND_US, format_us
 from asapd.core.windows import window_text
 from asapd.store.rows import Row, fetch, fetch_one
@@ -52,7 +53,7 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
     )
     if stale:
         return AlertWritten(None)
-    seq = tx.next_seq("alert")
+    seq, evidence = tx.next_seq("alert"), msgspec.json.encode(breach.evidence).decode()
     tx.execute(
         f"INSERT INTO breach ({_COLUMNS}, seq) VALUES ({','.join('?' * 18)}) "
         "ON CONFLICT (id) DO UPDATE SET window_us = excluded.window_us, threshold = excluded.threshold, "
@@ -60,7 +61,7 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         "actual = excluded.actual, actual_value = excluded.actual_value, severity = excluded.severity, "
         "state = excluded.state, samples = excluded.samples, resolved_at_us = excluded.resolved_at_us, "
         "resolve_reason = excluded.resolve_reason, evidence = excluded.evidence, seq = excluded.seq",
-        (*msgspec.structs.astuple(breach)[:-2], msgspec.json.encode(breach.evidence).decode(), breach.budget, seq),
+        (*msgspec.structs.astuple(breach)[:-2], evidence, breach.budget, seq),
     )
     marked = mark(tx, breach, unit.event, unit.now_us)
     params = {
@@ -71,16 +72,16 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         "acknowledged": marked.acknowledged,
     }
     alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params, marked.held, unit.now_us)
-    tx.execute(
-        "INSERT INTO alert VALUES (?,?,?,?,?)",
-        (seq, unit.now_us, breach.id, unit.event, msgspec.json.encode(alert)),
-    )
+    body = msgspec.json.encode(alert)
+    tx.execute("INSERT INTO alert VALUES (?,?,?,?,?)", (seq, unit.now_us, breach.id, unit.event, body))
     details = {
         "actual": breach.actual,
         "agent": breach.agent_id,
+        "alert_digest": row_digest([body]),
         "breach_type": breach.breach_type,
         "budget": breach.budget,
         "event": unit.event,
+        "evidence_digest": evidence_digest(evidence),
         "id": breach.id,
         "samples": breach.samples,
         "seq": seq,
@@ -90,6 +91,15 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
     }
     tx.audit("sla.breach", "asapd", breach.agent_id or breach.budget or breach.id, details, unit.now_us)
     return AlertWritten(seq)
+
+
+def evidence_digest(evidence: str) -> str:
+    """The digest that the log has of evidence: of all but a consumer, who may be erased from it later."""
+    told = msgspec.json.decode(evidence)
+    match told.get("match"):
+        case dict() as of:
+            told["match"] = {**of, "consumer": None}
+    return row_digest([told])
 
 
 def public(breach: BreachRow) -> dict[str, Any]:

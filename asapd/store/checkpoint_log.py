@@ -7,9 +7,10 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from asapd.wire.checkpoint import Checkpoint, read_checkpoint, split_checkpoints
-from asapd.wire.signed_note import NoteMalformedError
+from asapd.wire.checkpoint import Checkpoint, read_checkpoint, read_size, split_checkpoints
+from asapd.wire.signed_note import SIGNATURE_BYTES, NoteMalformedError
 
 
 def append(path: Path, note: str) -> None:
@@ -32,8 +33,22 @@ def append(path: Path, note: str) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> Iterator[Checkpoint]:
-    """The checkpoints of a file, in its order, unverified; what is no checkpoint is passed over. None without a file.
+def length(path: Path) -> int:
+    """How many bytes a file of checkpoints has by now; 0 without a file.
+
+    Raises:
+        OSError: nobody can say.
+    """
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def read(path: Path, *, behind: int = -1, most_bytes: int | None = None) -> Iterator[Checkpoint]:
+    """The checkpoints of a file of more entries than `behind`, in its order, unverified. None without a file.
+
+    What is no checkpoint is passed over, what a power cut left of one, and what is behind the first `most_bytes`.
 
     Raises:
         OSError: the file cannot be read.
@@ -45,16 +60,41 @@ def read(path: Path) -> Iterator[Checkpoint]:
         return
     try:
         _refuse_other_kinds(descriptor, path)
-        file = os.fdopen(descriptor, encoding="utf-8", errors="replace", newline="\n")
+        file = os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
     with file:
-        for text in split_checkpoints(file):
+        for text in split_checkpoints(_lines(file, most_bytes)):
+            size = _size_of(text)
+            if size is not None and size <= behind:
+                continue
             try:
-                yield read_checkpoint(text)
+                checkpoint = read_checkpoint(text)
             except NoteMalformedError:
                 continue
+            if not _is_cut_off(checkpoint):
+                yield checkpoint
+
+
+def _lines(file: BinaryIO, most_bytes: int | None) -> Iterator[str]:
+    left = most_bytes
+    for line in file:
+        if left is not None and (left := left - len(line)) < 0:
+            return
+        yield line.decode(errors="replace")
+
+
+def _is_cut_off(checkpoint: Checkpoint) -> bool:
+    """Whether a signature of the log's own is shorter than any: what a power cut leaves may end like a whole line."""
+    own = [one for one in checkpoint.note.signatures if one.name == checkpoint.origin]
+    return any(len(one.signature) < SIGNATURE_BYTES for one in own)
+
+
+def _size_of(text: str) -> int | None:
+    """The size that a checkpoint says, without reading all of it; None where it says none."""
+    _, _, rest = text.partition("\n")
+    return read_size(rest.partition("\n")[0])
 
 
 def _refuse_other_kinds(descriptor: int, path: Path) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from asapd.core.budgets import Work
 from asapd.core.ledger import Hold, Settlement, settle
 from asapd.core.repricing import Correction, CostedEvent
+from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
 from asapd.core.usage import (
     FLAG_ACROSS_DELEGATION,
@@ -23,6 +24,7 @@ from asapd.store.budget_page import MOST
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units import CorrectCosts, CostsCorrected
+from asapd.store.usage import COLUMNS
 from asapd.store.usage_queries import CORRECTION, LIVE
 from asapd.store.voids import account_of, at_current_cost, name_of, paying_for
 
@@ -116,14 +118,21 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "consumer": consumer,
         "content": was["content"].hex(),
         "cost_microusd": more,
+        "cost_source": change.source,
+        "delegation": was["delegation"],
+        "flags": now["flags"],
+        "in_ledger": in_ledger,
         "ledger_microusd": adjusted.microusd,
         "model": model,
         "now_microusd": change.now_microusd,
         "price_version": unit.price_version,
+        "priced_microusd": change.priced_more_microusd,
         "project": project,
         "reprices": was["id"],
         "reprices_row": change.seq,
+        "reservation": was["reservation"],
         "row": seq,
+        "row_digest": row_digest(now[column] for column in COLUMNS),
         "task_id": was["task_id"],
         "tenant": tenant,
         "timestamp_us": was["timestamp_us"],

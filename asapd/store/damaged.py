@@ -19,6 +19,11 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "name": ("id", "name"),
     },
     "task": {"task": ("seq", "task_id", "state"), "name": ("id", "name")},
+    "usage_hour": {"name": ("id", "name")},
+    "ledger": {
+        "delegation": ("account", "id", "delegate"),
+        "reservation": ("CAST(id AS BLOB)", "id", "task_id", "state", "reason", "action", "created_by"),
+    },
     "delegation": {"delegation": ("account", "id", "delegator", "delegate", "scopes", "expires_us")},
     "breach": {"breach": ("CAST(id AS BLOB)", "id", "state", "severity"), "alert": ("seq", "breach", "event")},
 }  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 import apsw
 import msgspec
 import trio
+from nacl.signing import SigningKey
 
 from asapd.core.errors import Refusal
 from asapd.store.units import Answer, AnyResult, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
@@ -249,13 +249,25 @@ def _snapshot(connection: apsw.Connection) -> Iterator[None]:
         connection.execute("COMMIT")
 
 
+@contextlib.contextmanager
+def _handed(key: SigningKey | None) -> Iterator[int]:
+    """A pipe with the seed of a key, or nothing, in it: neither arguments nor the environment are kept for oneself."""
+    readable, writable = os.pipe()
+    try:
+        os.write(writable, b"" if key is None else bytes(key))
+        os.close(writable)
+        yield readable
+    finally:
+        os.close(readable)
+
+
 class ProcessRunner:
     """Runs units in a writer process: one at a time, started and restarted by whoever supervises `run`.
 
     `inherit` are file descriptors that the process holds as long as it lives: the lock of the state
     directory, so that no other daemon opens the file while a commit is still under way.
     `group_commit_max` bounds the rows of bulk ingest in one commit, `group_commit_wait_us` is how long a
-    commit that is not full waits for more.
+    commit that is not full waits for more. `key` signs the entries that explain why something is gone.
     """
 
     def __init__(
@@ -266,11 +278,13 @@ class ProcessRunner:
         group_commit_max: int = ROWS_PER_COMMIT,
         group_commit_wait_us: int = 0,
         masks: Sequence[str] = (),
+        key: SigningKey | None = None,
         inherit: Sequence[int] = (),
         on_commit: OnCommit = lambda _: None,
     ) -> None:
         self._arguments = (str(path), synchronous, str(group_commit_max), str(group_commit_wait_us))
         self._environ = {MASKS: msgspec.json.encode(masks).decode()}
+        self._key = key
         self._inherit = tuple(inherit)
         self._on_commit = on_commit
         self._encoder = msgspec.msgpack.Encoder()
@@ -330,12 +344,12 @@ class ProcessRunner:
         ours_urgent, theirs_urgent = socket.socketpair()
         stream, urgent = (trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in (ours, ours_urgent))
         try:
-            with theirs, theirs_urgent:
+            with theirs, theirs_urgent, _handed(self._key) as seed:
                 descriptors = (theirs.fileno(), theirs_urgent.fileno())
                 process = await trio.lowlevel.open_process(
                     [sys.executable, "-m", "asapd.store.writer", *map(str, descriptors), *self._arguments],
                     pass_fds=(*descriptors, *self._inherit),
-                    stdin=subprocess.DEVNULL,
+                    stdin=seed,
                     env={**os.environ, **self._environ},
                 )
         except BaseException:

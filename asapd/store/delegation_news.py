@@ -98,6 +98,31 @@ def forget_old(tx: Tx, before_us: int, limit: int) -> int:
     return tx.connection.changes()
 
 
+def naming(connection: apsw.Connection, consumer: str, after: int, limit: int) -> list[int]:
+    """The numbers of news about usage of a consumer, from behind `after`."""
+    rows = fetch(
+        connection,
+        "SELECT seq FROM delegation_news WHERE seq > ? AND instr(body, ?) > 0 ORDER BY seq LIMIT ?",
+        (after, _encoder.encode(consumer), limit),
+    )
+    return [seq for (seq,) in rows]
+
+
+def rename_consumer(tx: Tx, seqs: Sequence[int], consumer: str, to: str) -> None:
+    """Have some news name a consumer otherwise."""
+    for seq in seqs:
+        row = tx.row("SELECT body FROM delegation_news WHERE seq = ?", (seq,))
+        if row is None:
+            continue  # it was forgotten meanwhile
+        body = _decoder.decode(row[0])
+        events = [
+            msgspec.structs.replace(event, consumer=to) if event.consumer == consumer else event
+            for event in body.unauthorised
+        ]
+        renamed = _encoder.encode(msgspec.structs.replace(body, unauthorised=events))
+        tx.execute("UPDATE delegation_news SET body = ? WHERE seq = ?", (renamed, seq))
+
+
 def news_after(connection: apsw.Connection, seq: int, limit: int) -> list[News]:
     """News behind a number, in order."""
     rows = fetch(connection, "SELECT seq, body FROM delegation_news WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import apsw
-import msgspec
 
 from asapd.core.errors import Refusal
-from asapd.store.erasures import ROW_KINDS, runs
+from asapd.store import delegation_news
+from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import EraseConsumer, Erased
@@ -14,10 +14,13 @@ from asapd.store.units import EraseConsumer, Erased
 LATE = 1_000
 """Entries that came while others were erased and go with the last of them: some twenty milliseconds of the writer."""
 
-# What an erasure says of itself is what explains erased entries: it stays, whoever asked for it.
+LATE_NEWS = 100
+"""The same of news, of which there is one for each report at most."""
+
+# What explains why something is gone stays, whoever asked for it.
 _OF_CONSUMER = (
     "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
-    "AND event_type <> 'erasure.applied'"
+    f"AND event_type NOT IN {EXPLAINING}"
 )
 
 
@@ -31,28 +34,28 @@ def entries_of(connection: apsw.Connection, consumer: str, after: int, limit: in
     return [seq for (seq,) in rows]
 
 
+# The only evidence that names a consumer is that of a budget for it.
+_OF_BREACH = "budget IS NOT NULL AND CASE WHEN json_valid(evidence) THEN evidence ->> '$.match.consumer' END = ?"
+
+
+def budgets_of(connection: apsw.Connection, consumer: str) -> list[str]:
+    """The configured budgets that name a consumer: the file is the operator's to change."""
+    return [name for (name,) in fetch(connection, "SELECT name FROM budget WHERE consumer = ? ORDER BY 1", (consumer,))]
+
+
 def count_of(connection: apsw.Connection, consumer: str) -> dict[str, int]:
-    """How much there is of a consumer: entries, rows of usage, steps of tasks."""
+    """How much there is of a consumer: entries, rows of usage, steps of tasks, evidence of breaches of its budgets."""
     number = _number(connection, consumer)
     found = {"entries": fetch(connection, f"SELECT count(*) FROM audit WHERE {_OF_CONSUMER}", (consumer,) * 3)[0][0]}
     for table in ("usage", "task"):
         found[table] = fetch(connection, f"SELECT count(*) FROM {table} WHERE consumer = ?", (number,))[0][0]
+    found["breach"] = fetch(connection, f"SELECT count(*) FROM breach WHERE {_OF_BREACH}", (consumer,))[0][0]
     return found
 
 
 def _number(connection: apsw.Connection, consumer: str) -> int:
     row = fetch_one(connection, "SELECT id FROM name WHERE name = ?", (consumer,))
     return -1 if row is None else int(row[0])
-
-
-def _usage_rows(connection: apsw.Connection, seqs: list[int]) -> list[int]:
-    rows = fetch(
-        connection,
-        "SELECT details ->> 'row' FROM audit "
-        f"WHERE seq IN (SELECT value FROM json_each(?)) AND json_valid(details) AND event_type IN {ROW_KINDS}",
-        (msgspec.json.encode(seqs).decode(),),
-    )
-    return [row for (row,) in rows]
 
 
 def erase(tx: Tx, unit: EraseConsumer) -> Erased:
@@ -81,13 +84,15 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         # In the unit that erases the last entry, so that rows and entries never say different names.
         tx.rename(unit.consumer, unit.pseudonym)
         tx.execute("UPDATE reservation SET consumer = ? WHERE consumer = ?", (unit.pseudonym, unit.consumer))
-    usage_rows = _usage_rows(connection, seqs)
-    tx.execute("UPDATE retention_gate SET open = 1")
-    tx.insert_many(
-        "UPDATE audit SET actor = NULL, subject = NULL, details = NULL, salt = NULL WHERE seq = ?",
-        ((seq,) for seq in seqs),
-    )
-    tx.execute("UPDATE retention_gate SET open = 0")
+        tx.execute(
+            f"UPDATE breach SET evidence = json_set(evidence, '$.match.consumer', ?) WHERE {_OF_BREACH}",
+            (unit.pseudonym, unit.consumer),
+        )
+        late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS)
+        delegation_news.rename_consumer(tx, late_news, unit.consumer, unit.pseudonym)
+    delegation_news.rename_consumer(tx, unit.news, unit.consumer, unit.pseudonym)
+    usage_rows = usage_rows_of(connection, seqs)
+    erase_payloads(tx, seqs)
     if seqs:
         details = {
             "count": len(seqs),

@@ -1,18 +1,47 @@
-"""What erasures say they took out of the log: which entries, and which rows of usage these were of."""
+"""What erasures and retention say they took out of the log: which entries, and which rows of usage these were of."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import apsw
 import msgspec
 
 from asapd.store.rows import fetch
+from asapd.store.tx import Tx
 
 STEP = 5_000
 ROW_KINDS = "('usage.recorded', 'usage.voided', 'usage.repriced')"
+_ASKED_KINDS = (
+    "('task.started', 'task.completed', 'task.failed', 'task.abandoned', 'delegation.created', 'delegation.revoked', "
+    "'sla.breach')"
+)
+"""Entries of rows that may be older than what retention took: of others nobody asks, and they may be millions."""
+EXPLAINING = "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored')"
+"""Entries that say why something is gone: they are never erased."""
+
+
+def usage_rows_of(connection: apsw.Connection, seqs: list[int]) -> list[int]:
+    """The rows of usage that some entries are of."""
+    rows = fetch(
+        connection,
+        "SELECT details ->> 'row' FROM audit "
+        f"WHERE seq IN (SELECT value FROM json_each(?)) AND json_valid(details) AND event_type IN {ROW_KINDS}",
+        (msgspec.json.encode(seqs).decode(),),
+    )
+    return [row for (row,) in rows]
+
+
+def erase_payloads(tx: Tx, seqs: list[int]) -> None:
+    """Take the content of entries away; the caller says so in the same unit."""
+    tx.execute("UPDATE retention_gate SET open = 1")
+    tx.insert_many(
+        "UPDATE audit SET actor = NULL, subject = NULL, details = NULL, salt = NULL WHERE seq = ?",
+        ((seq,) for seq in seqs),
+    )
+    tx.execute("UPDATE retention_gate SET open = 0")
 
 
 def runs(numbers: Iterable[int]) -> list[list[int]]:
@@ -39,31 +68,54 @@ class _Runs:
                 self._firsts.append(first)
                 self._lasts.append(last)
 
+    def numbers(self) -> Iterator[int]:
+        """All of them, in order."""
+        for first, last in zip(self._firsts, self._lasts, strict=True):
+            yield from range(first, last + 1)
+
     def __contains__(self, number: int) -> bool:
         at = bisect_right(self._firsts, number) - 1
         return at >= 0 and number <= self._lasts[at]
 
 
 class Erasures:
-    """What all entries `erasure.applied` come to. An erased entry that none names explains nothing."""
+    """What all entries `erasure.applied`, and those of retention of the log, come to.
+
+    An erased entry that none of them names explains nothing.
+    """
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self._times: dict[str, Counter[int]] | None = None
         entries: list[list[int]] = []
+        retired: list[list[int]] = []
         rows: list[list[int]] = []
         self.count = 0
-        for (details,) in fetch(connection, "SELECT details FROM audit WHERE event_type = 'erasure.applied'"):
+        for kind, details in fetch(
+            connection,
+            "SELECT event_type, details FROM audit WHERE event_type = 'erasure.applied' "
+            "OR (event_type = 'retention.applied' AND subject = 'audit')",
+        ):
             if details is not None:
                 told = msgspec.json.decode(details)
-                entries += told.get("entries", [])
+                (entries if kind == "erasure.applied" else retired).extend(told.get("entries", []))
                 rows += told.get("usage_rows", [])
                 self.count += 1
-        self._entries, self._rows = _Runs(entries), _Runs(rows)
+        self._entries, self._retired, self._rows = _Runs([*entries, *retired]), _Runs(retired), _Runs(rows)
+        self.last_row = max((last for _, last in rows), default=0)
+        """The largest number among the rows of usage whose entries were erased."""
 
     def has_row(self, number: int) -> bool:
         """Whether the entry of a row of usage was erased."""
         return number in self._rows
+
+    def rows(self) -> Iterator[int]:
+        """All rows of usage whose entry was erased, in order."""
+        return self._rows.numbers()
+
+    def is_retired(self, number: int) -> bool:
+        """Whether retention took the content of an entry."""
+        return number in self._retired
 
     def times(self, event_type: str) -> Counter[int]:
         """When entries of a kind were written that were erased and explained: each answers for one row of that time."""
@@ -72,14 +124,18 @@ class Erasures:
             # One walk for all kinds. Entries of usage, which are the most, are told by the numbers of their rows.
             for seq, kind, timestamp_us in self._connection.execute(
                 "SELECT seq, event_type, timestamp_us FROM audit "
-                f"WHERE details IS NULL AND event_type NOT IN {ROW_KINDS}"
+                f"WHERE details IS NULL AND event_type IN {_ASKED_KINDS}"
             ):
                 if seq in self._entries:
                     self._times.setdefault(kind, Counter())[timestamp_us] += 1
         return self._times.get(event_type, Counter())
 
-    def unexplained(self) -> Iterable[tuple[int | None, str]]:
-        """The number and kind of each entry that lost its content; None for the number where that is explained."""
+    def is_explained(self, number: int) -> bool:
+        """Whether an erasure or retention says that it took the content of an entry."""
+        return number in self._entries
+
+    def without_content(self) -> Iterable[tuple[int, str]]:
+        """The number and kind of each entry that lost its content."""
         after = 0
         while True:
             found = fetch(
@@ -87,8 +143,7 @@ class Erasures:
                 "SELECT seq, event_type FROM audit WHERE seq > ? AND details IS NULL ORDER BY seq LIMIT ?",
                 (after, STEP),
             )
-            for seq, kind in found:
-                yield (None if seq in self._entries else seq), kind
+            yield from found
             if len(found) < STEP:
                 return
             after = found[-1][0]

@@ -12,6 +12,7 @@ import msgspec
 from asapd.core.delegation import Denied, Reason, revoked
 from asapd.core.denial import deny
 from asapd.core.ledger import Account
+from asapd.core.row_digest import row_digest
 from asapd.core.types import format_us
 from asapd.store import parties, revocations
 from asapd.store.budget_page import MOST
@@ -128,6 +129,7 @@ def _register_one(
     revocations.refuse_revoked(tx, claims.delegator, claims.id, position)
     taken = tx.row("SELECT 1 FROM delegation WHERE id = ?", (claims.id,)) is not None
     tenant = parties.tenant_for(tx.connection, claims, above, unit.tenant)
+    issued_us = now_us if claims.issued_at_us is None else claims.issued_at_us
     public_id = claims.id if _ADDRESSABLE.match(claims.id) and not taken else tx.new_id("del", now_us)
     tx.execute(
         "INSERT INTO delegation (id, tenant, jti, delegator, delegate, scopes, max_cost_microusd, max_tasks, "
@@ -142,7 +144,7 @@ def _register_one(
             msgspec.json.encode(claims.scopes).decode(),
             claims.max_cost_microusd,
             claims.max_tasks,
-            now_us if claims.issued_at_us is None else claims.issued_at_us,
+            issued_us,
             claims.not_before_us,
             claims.expires_at_us,
             parent,
@@ -161,7 +163,9 @@ def _register_one(
         "max_cost_microusd": claims.max_cost_microusd,
         "max_tasks": claims.max_tasks,
         "parent": None if parent is None else path_of(tx, parent)[0].id,
+        "row_digest": row_digest((tenant, claims.id, issued_us, claims.not_before_us, link.token)),
         "scopes": list(claims.scopes),
+        "tenant": tenant,
     }
     tx.audit("delegation.created", unit.actor, public_id, details, now_us)
     return Registered(public_id, account, created=True), tenant

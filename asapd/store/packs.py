@@ -19,9 +19,6 @@ from asapd.store.visibility import Visibility
 MOST = 10_000
 """Entries of one pack: each has a proof of some twenty hashes, two kilobytes in all, so 20 MB."""
 
-WINDOW = 200_000
-"""Entries of the log that one read looks through: below half a second."""
-
 _TOGETHER = 500
 """Proofs made from what was read once: of entries far from each other, each reads 256."""
 
@@ -29,14 +26,6 @@ _MENTIONS = (
     "(subject = ?1 OR details ->> 'agent' = ?1 OR (subject = '*' AND event_type GLOB 'maintenance.*') "
     f"OR (?2 AND event_type IN ({', '.join(repr(kind) for kind in OF_HOST)})))"
 )
-
-
-def span(connection: apsw.Connection, start_us: int, end_us: int) -> tuple[int, int]:
-    """The numbers of the first and the last entry of a period; (0, -1) when it has none."""
-    # By the index over the times: entries of one moment stand beside each other, clocks may have been set back.
-    sql = "SELECT min(seq), max(seq) FROM audit WHERE timestamp_us >= ? AND timestamp_us < ?"
-    first, last = fetch(connection, sql, (start_us, end_us))[0]
-    return (0, -1) if first is None else (first, last)
 
 
 def mentioned(
@@ -49,15 +38,19 @@ def mentioned(
     """The entries among two numbers (both included) that are about an agent and of a period, at most one too many.
 
     The caller may see the agent; what was recorded of it for another tenant is left out.
+
+    Raises:
+        UnreadableEntryError: one of them cannot be read, so that nobody knows what it is about.
     """
     whole = visible.tenant is None and "*" in visible.agents
-    rows = fetch(
-        connection,
-        "SELECT seq, event_type, subject, details ->> 'agent', details ->> 'tenant', details ->> 'id' FROM audit "
-        f"WHERE seq BETWEEN ?3 AND ?4 AND timestamp_us >= ?5 AND timestamp_us < ?6 AND details IS NOT NULL "
-        f"AND {_MENTIONS} ORDER BY seq",
-        (agent, whole, *seqs, *period),
-    )
+    with audit.reading_entries():
+        rows = fetch(
+            connection,
+            "SELECT seq, event_type, subject, details ->> 'agent', details ->> 'tenant', details ->> 'id' FROM audit "
+            f"WHERE seq BETWEEN ?3 AND ?4 AND timestamp_us >= ?5 AND timestamp_us < ?6 AND details IS NOT NULL "
+            f"AND {_MENTIONS} ORDER BY seq",
+            (agent, whole, *seqs, *period),
+        )
     found: list[int] = []
     for seq, kind, subject, named, tenant, entry_of in rows:
         if not concerns({"event_type": kind, "subject": subject, "details": {"agent": named}}, agent):
@@ -125,8 +118,8 @@ def sealed_before(connection: apsw.Connection, at_us: int, origin: str) -> Seale
     """The newest checkpoint of a log that was signed before a time and has entries."""
     row = fetch_one(
         connection,
-        "SELECT size, root, note, sealed_us FROM audit_checkpoint WHERE sealed_us < ? AND size > 0 "
-        "AND substr(note, 1, ?) = ? ORDER BY size DESC LIMIT 1",
-        (at_us, len(origin) + 1, f"{origin}\n"),
+        "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE sealed_us < ? AND size > 0 "
+        "AND substr(CAST(note AS BLOB), 1, ?) = ? ORDER BY size DESC LIMIT 1",
+        (at_us, len(origin) + 1, f"{origin}\n".encode()),
     )
-    return None if row is None else SealedAt(*row)
+    return None if row is None else seals.sealed(row)

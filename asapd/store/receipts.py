@@ -9,7 +9,7 @@ import apsw
 import msgspec
 
 from asapd.store import seals
-from asapd.store.audit import get_entry
+from asapd.store.audit import get_entry, reading_entries
 from asapd.store.parties import HOLDER, OWNER, debited, paid
 from asapd.store.rows import fetch
 from asapd.store.seals import Proof
@@ -33,6 +33,7 @@ def entries_of(
 
     Raises:
         TooManyEntriesError: there are more than `MOST`.
+        UnreadableEntryError: one that may be of the task cannot be read.
     """
     where, values = visible_names(visible, ("agent", "consumer"))
     rows = fetch(
@@ -50,14 +51,20 @@ def entries_of(
     wanted = {row[0] for row in rows}
     seqs: set[int] = set()
     # Entries have no index by what they are about, but one by the time of their commit, which rows share.
-    for committed_us in {row[1] for row in rows}:
-        found = fetch(
-            connection,
-            "SELECT seq, details ->> 'row' FROM audit WHERE timestamp_us = ? "
-            "AND event_type IN ('usage.recorded', 'usage.voided', 'usage.repriced')",
-            (committed_us,),
-        )
+    commits: dict[int, set[int]] = {}
+    for seq, committed_us in rows:
+        commits.setdefault(committed_us, set()).add(seq)
+    for committed_us, own in commits.items():
+        with reading_entries():
+            found = fetch(
+                connection,
+                "SELECT seq, details ->> 'row' FROM audit WHERE timestamp_us = ? "
+                "AND event_type IN ('usage.recorded', 'usage.voided', 'usage.repriced') ORDER BY seq",
+                (committed_us,),
+            )
         seqs.update(seq for seq, row in found if row in wanted)
+        if any(row is None for _, row in found):
+            seqs.update(_without_content(connection, committed_us, [seq for seq, _ in found], own))
     for (committed_us,) in steps:
         found = fetch(
             connection,
@@ -71,6 +78,22 @@ def entries_of(
         raise TooManyEntriesError
     entries = (get_entry(connection, str(seq)) for seq in sorted(seqs))
     return [entry for entry in entries if entry is not None]
+
+
+def _without_content(connection: apsw.Connection, committed_us: int, entries: list[int], wanted: set[int]) -> set[int]:
+    """The entries of some rows of a commit, though content was erased: rows and entries of it stand in one order.
+
+    Without them a receipt would say less than was used, and not that it does. None, where retention took rows of it.
+    """
+    first, last = min(wanted) - len(entries), max(wanted) + len(entries)
+    rows = fetch(
+        connection,
+        "SELECT seq FROM usage WHERE seq BETWEEN ? AND ? AND committed_us = ? ORDER BY seq",
+        (first, last, committed_us),
+    )
+    if len(rows) != len(entries):
+        return set()
+    return {entry for entry, (row,) in zip(entries, rows, strict=True) if row in wanted}
 
 
 def _delegated(connection: apsw.Connection, rows: set[int], may_see_given: Callable[..., bool]) -> set[int]:

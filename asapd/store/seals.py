@@ -41,7 +41,7 @@ def seal(tx: Tx, unit: Seal) -> Sealed:
     return Sealed(unit.size)
 
 
-def _sealed(row: Row) -> SealedAt:
+def sealed(row: Row) -> SealedAt:
     """A checkpoint from its row; a note that is no text any more is still shown, and verifies no longer."""
     size, root, note, sealed_us = row
     return SealedAt(size, root, note.decode(errors="replace"), sealed_us)
@@ -52,7 +52,7 @@ def newest(connection: apsw.Connection) -> SealedAt | None:
     row = fetch_one(
         connection, "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint ORDER BY size DESC LIMIT 1"
     )
-    return None if row is None else _sealed(row)
+    return None if row is None else sealed(row)
 
 
 def covering(connection: apsw.Connection, size: int) -> SealedAt | None:
@@ -62,7 +62,7 @@ def covering(connection: apsw.Connection, size: int) -> SealedAt | None:
         "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE size >= ? ORDER BY size LIMIT 1",
         (size,),
     )
-    return None if row is None else _sealed(row)
+    return None if row is None else sealed(row)
 
 
 def checkpoint_at(connection: apsw.Connection, size: int) -> SealedAt | None:
@@ -84,7 +84,7 @@ def list_checkpoints(connection: apsw.Connection, after: int, limit: int) -> lis
         "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE size > ? ORDER BY size LIMIT ?",
         (after, limit),
     )
-    return [_sealed(row) for row in rows]
+    return [sealed(row) for row in rows]
 
 
 def node_of(connection: apsw.Connection) -> Node:
@@ -117,10 +117,22 @@ def block_leaves(connection: apsw.Connection, number: int) -> list[bytes]:
 
 
 def grown(connection: apsw.Connection) -> Tree:
-    """The tree as far as its nodes are kept; what came later has to be grown on to it."""
-    row = fetch_one(connection, "SELECT max(idx) FROM audit_node WHERE level = ?", (KEPT_LEVEL,))
+    """The tree as far as its nodes are kept; what came later has to be grown on to it.
+
+    Raises:
+        HoleInLogError: a node is missing.
+    """
+    row = fetch_one(
+        connection,
+        "SELECT max(idx) FROM audit_node WHERE level = ?1 AND idx < (SELECT max(seq) FROM audit) >> ?1",
+        (KEPT_LEVEL,),
+    )
     blocks = 0 if row is None or row[0] is None else row[0] + 1
-    return merkle.edge(blocks * BLOCK, node_of(connection))
+    try:
+        return merkle.edge(blocks * BLOCK, node_of(connection))
+    except KeyError as error:
+        level, index = error.args[0]
+        raise HoleInLogError(f"the node {level}/{index} of its tree is missing") from None
 
 
 def grow_step(connection: apsw.Connection, tree: Tree, limit: int) -> tuple[Tree, list[MadeNode]]:
@@ -134,7 +146,7 @@ def grow_step(connection: apsw.Connection, tree: Tree, limit: int) -> tuple[Tree
 
 
 class HoleInLogError(Exception):
-    """An entry of the log is missing in the file: someone took it out. `asapctl audit verify` says which."""
+    """An entry or a node is missing in the file: someone took it out. `asapctl audit verify` says which."""
 
 
 def _hashes(size: int, rows: list[tuple[int, bytes]]) -> Iterator[bytes]:
@@ -175,6 +187,15 @@ def differs(connection: apsw.Connection, size: int, root: bytes) -> str | None:
 
 def _remade(connection: apsw.Connection, block: int) -> bytes:
     return merkle.subtree(block_leaves(connection, block), KEPT_LEVEL, block)
+
+
+def is_block_as_kept(connection: apsw.Connection, block: int) -> bool:
+    """Whether a block of entries makes the node that is kept over it; so does one over which none is kept."""
+    row = fetch_one(connection, "SELECT hash FROM audit_node WHERE level = ? AND idx = ?", (KEPT_LEVEL, block))
+    try:
+        return row is None or _remade(connection, block) == row[0]
+    except KeyError:
+        return False
 
 
 def _first_changed(connection: apsw.Connection, blocks: int) -> int:

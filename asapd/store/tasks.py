@@ -102,6 +102,7 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
         details: dict[str, Any] = {
             "agent": agent_name,
             "consumer": consumer_name,
+            "parent_task_id": parent,
             "started_us": started_us,
             "task_id": task_id,
             "tenant": tenant_name,
@@ -111,7 +112,7 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
         else:
             state, ended_us, error = Outcome(heard[0]).name.lower(), heard[1], heard[2]
             details["usage"] = heard[3]
-        details["timestamp_us"] = ended_us
+        details |= {"error": error, "timestamp_us": ended_us}
         tx.execute(_INSERT, (tenant, agent, consumer, task_id, state, ended_us, error, now_us, parent))
         tx.execute("DELETE FROM task_open WHERE seq = ?", (seq,))
         outcomes.settle(tx, tenant, agent, task_id)

@@ -8,12 +8,17 @@ from functools import lru_cache
 from typing import Any
 
 import apsw
+from nacl.signing import SigningKey
 from ulid import base32
 
 from asapd.core.audit import GENESIS, Draft, canonical_details, chain
 from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
+from asapd.wire.attestation import attested
+
+EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed")
+"""Entries that explain to verification why something is gone, or what it was: they are signed."""
 
 
 @lru_cache(maxsize=64)  # the rows of one commit share few times
@@ -46,10 +51,15 @@ class Tx:
     """One write connection and what it caches; the caches follow savepoints and rollbacks."""
 
     def __init__(
-        self, connection: apsw.Connection, entropy: Callable[[int], bytes], masks: tuple[re.Pattern[str], ...] = ()
+        self,
+        connection: apsw.Connection,
+        entropy: Callable[[int], bytes],
+        masks: tuple[re.Pattern[str], ...] = (),
+        key: SigningKey | None = None,
     ) -> None:
         self.connection = connection
         self._masks = masks
+        self._key = key
         self._entropy = entropy
         self._names: dict[str, int] = {"": 0}
         self._new_names: list[str] = []
@@ -129,7 +139,10 @@ class Tx:
 
     def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
         """Chain one entry to the log; it is written with its unit or not at all."""
-        self.audit_all(event_type, actor, [(subject, canonical_details(masked_details(details, self._masks)))], now_us)
+        said = masked_details(details, self._masks)
+        if event_type in EXCUSES and self._key is not None:
+            said = attested(event_type, actor, subject, said, self._audit_hash, self._key)
+        self.audit_all(event_type, actor, [(subject, canonical_details(said))], now_us)
 
     def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""

@@ -997,7 +997,8 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     """Erase the payloads of these entries; with `after` those behind it as well, and give the consumer its pseudonym.
 
-    `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more.
+    `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more. `news` are
+    news of delegations that name it, and up to `news_after` the last of them.
     """
 
     consumer: str
@@ -1007,6 +1008,44 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     actor: str
     now_us: int
     after: int | None = 0
+    news: list[int] = []
+    news_after: int = 0
+
+
+class SealHours(Unit[RowWritten | Refusal], frozen=True):
+    """Enter what the sums of hours are whose events are all gone: each hour with its rows and their digest."""
+
+    hours: list[tuple[int, int, str]]
+    actor: str
+    now_us: int
+
+
+class KeepArchive(Unit[RowWritten | Refusal], frozen=True):
+    """Record that entries were written into a file that verifies; the next of them may be retired from now on."""
+
+    first_seq: int
+    last_seq: int
+    last_hash: bytes
+    before_us: int
+    file: str
+    sha256: str
+    actor: str
+    now_us: int
+
+
+class AuditRetired(msgspec.Struct, frozen=True, tag=True):
+    """How many entries a step took the content of, and whether the archive holds more that is not retired."""
+
+    entries: int
+    more: bool
+
+
+class RetireAudit(Unit[AuditRetired], frozen=True):
+    """Erase the content of the next `limit` entries of the archive at hand; their hashes stay."""
+
+    actor: str
+    now_us: int
+    limit: int = 500
 
 
 class KeepHorizon(Unit[RowWritten], frozen=True):
@@ -1023,6 +1062,7 @@ AnyUnit = (
     | VoidUsage
     | CorrectCosts
     | RetireUsage
+    | SealHours
     | AddUpDays
     | RecordTelemetry
     | RegisterDelegation
@@ -1066,6 +1106,8 @@ AnyUnit = (
     | Note
     | Seal
     | EraseConsumer
+    | KeepArchive
+    | RetireAudit
     | Witness
     | KeepCosignature
     | Sweep
@@ -1098,6 +1140,7 @@ AnyResult = (
     | ApiKey
     | Sealed
     | Erased
+    | AuditRetired
     | Witnessed
     | Swept
     | Failed

@@ -81,17 +81,24 @@ _UPSERT_HOUR = (
 
 
 class UsageNote(msgspec.Struct, frozen=True, gc=False):
-    """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical."""
+    """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical.
+
+    What a cost has not (a source, a price) is not said: most events have no such thing, and each byte is hashed.
+    """
 
     agent: str
     api_calls: int
     consumer: str
     content: str
     cost_microusd: int | None
+    cost_source: str | msgspec.UnsetType
     delegation: str | None
     duration_ms: int
+    estimate_microusd: int | msgspec.UnsetType | None
     flags: int
     outcome: str
+    price_version: str | msgspec.UnsetType
+    priced_microusd: int | msgspec.UnsetType
     reservation: str | None
     row: int
     task_id: str
@@ -232,9 +239,13 @@ class _Pass:
         for seq, reported, cost, event_id, content in fresh:
             event = reported if attribution is None else unauthorised.attribute(reported, attribution)
             flags = 0
+            estimated: int | msgspec.UnsetType | None = msgspec.UNSET
             if book is not None or event.reservation is not None or event.delegation is not None:
+                if event.reservation is not None and cost.microusd is None:
+                    estimated = None  # only such an event can have one
                 flags, estimate = charging.charge(tx, book, unit, event, cost.microusd)
                 if estimate is not None:
+                    estimated = estimate
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
             if event.duration_ms is None:
                 flags |= FLAG_UNTIMED
@@ -291,10 +302,14 @@ class _Pass:
                 event.consumer,
                 content.hex(),
                 cost.microusd,
+                cost.source or msgspec.UNSET,
                 event.delegation,
                 event.duration_ms or 0,
+                estimated,
                 flags,
                 _OUTCOMES[event.outcome],
+                cost.price_version or msgspec.UNSET,
+                msgspec.UNSET if cost.priced_microusd is None else cost.priced_microusd,
                 event.reservation,
                 seq,
                 event.task_id,

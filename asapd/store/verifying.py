@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,22 @@ import apsw
 import msgspec
 
 from asapd.core.audit import Fault, RawEntry, Walk, verify_raw
-from asapd.core.merkle import MadeNode, Tree, edge, grow
-from asapd.store import checkpoint_log, seals
-from asapd.store.reconciling import Tally, reconcile
+from asapd.core.merkle import KEPT_LEVEL, MadeNode, Tree, edge, grow, root_of
+from asapd.store import checkpoint_log, seals, witnessing
+from asapd.store.findings import Tally
+from asapd.store.reconciling import reconcile
 from asapd.store.rows import fetch, fetch_one
 from asapd.wire.checkpoint import Checkpoint, is_signed_by, origin_of, read_checkpoint
 from asapd.wire.signed_note import NoteMalformedError
 
+Known = list[tuple[str, bytes | str]]
+"""Checkpoints of one size in the order they are judged: where each is from with its root, or what is wrong with it."""
+
 STEP = 5_000
 """Entries of one step: some twenty milliseconds."""
+
+_NOTE_BYTES = 200
+"""Of a checkpoint as text, roughly."""
 
 # Text is read as bytes: a flipped byte may have made it anything but UTF-8.
 _RAW = (
@@ -28,18 +36,21 @@ _RAW = (
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What to verify: entries behind `since`, with what was sealed, and `remembered` (size, root) from elsewhere.
+    """What to verify: entries behind `since`, and whether they agree with what was sealed and with what they record.
 
+    `remembered` are notes of checkpoints from elsewhere.
     `checkpoints` is the path of the file of checkpoints beside the database, of the log with this public key;
-    `former_keys` are those that the daemon had before.
+    `former_keys` are those that the daemon had before. Without a public key no signature of it is verified, and none of
+    witnesses whose keys are not among `witness_keys`.
     """
 
     since: int = 0
-    remembered: tuple[tuple[int, bytes], ...] = ()
+    remembered: tuple[str, ...] = ()
     checkpoints: str | None = None
     public_key: bytes = b""
     reconcile: bool = True
     former_keys: tuple[bytes, ...] = ()
+    witness_keys: tuple[bytes, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -61,6 +72,13 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     def is_valid(self) -> bool:
         """Whether nothing at all is wrong."""
         return self.walk.fault is None and not any(tally.findings for tally in self.tallies or ())
+
+
+class _Keys(msgspec.Struct, frozen=True):
+    """The daemon's own keys, and those of witnesses by what they are called."""
+
+    own: tuple[bytes, ...]
+    witnesses: dict[str, bytes]
 
 
 class _Stand(msgspec.Struct, frozen=True):
@@ -96,9 +114,16 @@ def report(connection: apsw.Connection, request: Request) -> Report:
 
 
 def _verification(connection: apsw.Connection, request: Request) -> Iterator[Progress | Report]:
-    stand = _start(connection, request.since)
-    others = _others(connection, request)
-    keys = (request.public_key, *request.former_keys) if request.public_key else ()
+    own = (request.public_key, *request.former_keys) if request.public_key else ()
+    keys = _Keys(own, {origin_of(key): key for key in request.witness_keys})
+    # Before anything is read from the database: what is sealed from here on is in the file, and not in a snapshot.
+    path = None if request.checkpoints is None else Path(request.checkpoints)
+    kept_bytes = 0 if path is None else checkpoint_log.length(path)
+    others = _remembered(request, own)
+    if path is not None:
+        kept = checkpoint_log.read(path, behind=request.since - 1, most_bytes=kept_bytes)
+        _add_kept(others, connection, kept, own)
+    stand = _before(connection, _start(connection, request.since), others, keys)
     while stand.walk.fault is None:
         before = stand.walk.seq
         stand = _step(connection, stand, others, keys)
@@ -107,10 +132,10 @@ def _verification(connection: apsw.Connection, request: Request) -> Iterator[Pro
         if stand.walk.seq < before + STEP:
             break
     if stand.walk.fault is None:
-        stand = _beyond(connection, stand, others)
+        stand = _beyond(connection, stand, others, keys)
     tallies = None
     if request.reconcile and not request.since and stand.walk.fault is None:
-        tallies = reconcile(connection)
+        tallies = reconcile(connection, own)
     yield Report(stand.walk, request.since, stand.held, tallies)
 
 
@@ -128,59 +153,80 @@ def _start(connection: apsw.Connection, since: int) -> _Stand:
     return _Stand(Walk(since, bytes(row[0])), tree, since)
 
 
-def _others(connection: apsw.Connection, request: Request) -> dict[int, list[tuple[str, bytes]]]:
-    """Checkpoints by size that are not in the database as they are: where each is from, and its root."""
-    found: dict[int, list[tuple[str, bytes]]] = {}
-    for size, root in request.remembered:
-        found.setdefault(size, []).append(("a checkpoint that was remembered", root))
-    if request.checkpoints is not None:
-        for checkpoint in checkpoint_log.read(Path(request.checkpoints)):
-            if is_signed_by(checkpoint, request.public_key):
-                stored = seals.checkpoint_at(connection, checkpoint.size)
-                if stored is None or stored.root != checkpoint.root:
-                    found.setdefault(checkpoint.size, []).append(("a checkpoint in checkpoints.log", checkpoint.root))
+def _remembered(request: Request, keys: tuple[bytes, ...]) -> dict[int, Known]:
+    """Checkpoints from elsewhere by size."""
+    found: dict[int, Known] = {}
+    for note in request.remembered:
+        checkpoint, origin = read_checkpoint(note), "a checkpoint that was remembered"
+        wrong = _unsigned(f"{origin}, of {checkpoint.size} entries,", checkpoint, keys)
+        found.setdefault(checkpoint.size, []).append((origin, wrong or checkpoint.root))
     return found
 
 
-def _step(
-    connection: apsw.Connection, stand: _Stand, others: Mapping[int, list[tuple[str, bytes]]], keys: tuple[bytes, ...]
-) -> _Stand:
+def _add_kept(
+    found: dict[int, Known], connection: apsw.Connection, kept: Iterator[Checkpoint], keys: tuple[bytes, ...]
+) -> None:
+    """Add those of the file beside the database that are not in the database as they are."""
+    origin = "a checkpoint in checkpoints.log"
+    for checkpoint in kept:
+        size = checkpoint.size
+        stored = seals.checkpoint_at(connection, size)
+        if stored is not None and stored.root == checkpoint.root:
+            continue
+        wrong = _unsigned(f"{origin}, of {size} entries,", checkpoint, keys)
+        known = found.setdefault(size, [])
+        known.append((origin, wrong or checkpoint.root))
+        if stored is None:
+            known.append((origin, f"the checkpoint of {size} entries is in checkpoints.log and not in the database"))
+
+
+def _before(connection: apsw.Connection, stand: _Stand, others: Mapping[int, Known], keys: _Keys) -> _Stand:
+    """Hold what a walk does not pass to checkpoints: the empty log, and by the nodes as kept what is before it."""
+    passed = _sealed_between(connection, -(2**63), 0, {}, keys)
+    passed += [(size, known) for size, known in others.items() if size <= max(stand.walk.seq, 0)]
+    for size, known in sorted(passed, key=itemgetter(0)):
+        if stand.walk.fault is not None:
+            break
+        try:
+            root = root_of(max(size, 0), seals.node_of(connection))
+        except KeyError:
+            fault: Fault | None = Fault(size, None, f"a node of the tree over the first {size} entries is missing")
+        else:
+            fault = _misheld(known, size, root, 0)
+        stand = (
+            msgspec.structs.replace(stand, held=stand.held + len(known))
+            if fault is None
+            else _faulty(stand, stand.walk, fault)
+        )
+    return stand
+
+
+def _step(connection: apsw.Connection, stand: _Stand, others: Mapping[int, Known], keys: _Keys) -> _Stand:
     first = stand.walk.seq + 1 if stand.walk.seq else -(2**63)  # a forged entry may stand before the first
     rows: list[RawEntry] = fetch(connection, _RAW, (first, STEP))
     walk = verify_raw(rows, stand.walk)
     hashes = [row[10] for row in rows[: walk.verified - stand.walk.verified]]
+    # One that was put in says more than there is: it is judged by itself, and seals nothing.
+    newest = "SELECT max(size) FROM audit_checkpoint WHERE size <= (SELECT max(seq) FROM audit)"
+    sealed = fetch(connection, newest)[0][0] or 0
     tree, good, held, taken = stand.tree, stand.good, stand.held, 0
     for size, known in _sealed_between(connection, tree.size, walk.seq, others, keys):
         part = hashes[taken : size - stand.tree.size]
         tree, made = grow(tree, part)
         taken += len(part)
-        wrong = _strange_node(connection, made)
-        if wrong is not None:
-            return _altered(stand, walk, good, wrong[0], wrong[1])
-        for origin, root in known:
-            if isinstance(root, str):
-                return _faulty(stand, walk, Fault(size, None, root))
-            if tree.root() != root:
-                return _altered(stand, walk, good, size, f"{origin} of {size} entries")
+        fault = _strange_node(connection, made, sealed, good) or _misheld(known, size, tree.root(), good)
+        if fault is not None:
+            return _faulty(stand, walk, fault)
         good, held = size, held + len(known)
     tree, made = grow(tree, hashes[taken:])
-    wrong = _strange_node(connection, made)
-    if wrong is not None:
-        return _altered(stand, walk, good, *wrong)
-    return _Stand(walk, tree, good, held)
-
-
-Known = list[tuple[str, "bytes | str"]]
+    fault = _strange_node(connection, made, sealed, good)
+    return _Stand(walk, tree, good, held) if fault is None else _faulty(stand, walk, fault)
 
 
 def _sealed_between(
-    connection: apsw.Connection,
-    after: int,
-    through: int,
-    others: Mapping[int, list[tuple[str, bytes]]],
-    keys: tuple[bytes, ...],
+    connection: apsw.Connection, after: int, through: int, others: Mapping[int, Known], keys: _Keys
 ) -> list[tuple[int, Known]]:
-    """Checkpoints by size: where each is from with its root, or with what is wrong with itself."""
+    """Checkpoints by size, those of the database first."""
     rows = fetch(
         connection,
         "SELECT size, root, CAST(note AS BLOB) FROM audit_checkpoint WHERE size > ? AND size <= ? ORDER BY size",
@@ -188,7 +234,9 @@ def _sealed_between(
     )
     found: dict[int, Known] = {}
     for size, root, note in rows:
-        found[size] = [("the checkpoint", misfit(size, root, note.decode(errors="replace"), keys) or root)]
+        found[size] = [("the checkpoint", misfit(size, root, note.decode(errors="replace"), keys.own) or root)]
+    for size, wrong in witnessing.miscosigned(connection, after, through, keys.witnesses):
+        found.setdefault(size, []).append(("the checkpoint", wrong))
     for size, known in others.items():
         if after < size <= through:
             found.setdefault(size, []).extend(known)
@@ -197,34 +245,55 @@ def _sealed_between(
 
 def misfit(size: int, root: bytes, note: str, keys: tuple[bytes, ...]) -> str | None:
     """What is wrong with a stored checkpoint in itself."""
+    which = f"the stored checkpoint of {size} entries"
     try:
         checkpoint: Checkpoint = read_checkpoint(note)
     except NoteMalformedError as error:
-        return f"the stored checkpoint of {size} entries {error}"
+        return f"{which} {error}"
     if (checkpoint.size, checkpoint.root) != (size, root):
-        return f"the stored checkpoint of {size} entries says another size or root than its signed note"
+        return f"{which} says another size or root than its signed note"
+    return _unsigned(which, checkpoint, keys)
+
+
+def _unsigned(which: str, checkpoint: Checkpoint, keys: tuple[bytes, ...]) -> str | None:
+    """Why a checkpoint is none that this daemon signed, with one of its keys; None when it is, or without keys."""
     if not keys or any(is_signed_by(checkpoint, key) for key in keys):
         return None
     if checkpoint.origin not in map(origin_of, keys):
         return (
-            f"the stored checkpoint of {size} entries is of {checkpoint.origin}, which is not this log: if the daemon "
-            "had another key before, list it in audit.former_keys"
+            f"{which} is of {checkpoint.origin}, which is not this log: if the daemon had another key before, list it "
+            "in audit.former_keys"
         )
-    return f"the stored checkpoint of {size} entries was not signed by this daemon's key"
+    return f"{which} was not signed by this daemon's key"
 
 
-def _strange_node(connection: apsw.Connection, made: list[MadeNode]) -> tuple[int, str] | None:
-    """The first node that is kept with another hash: the number of the last entry below it, and what it is."""
+def _strange_node(connection: apsw.Connection, made: list[MadeNode], sealed: int, good: int) -> Fault | None:
+    """The first node that is kept with another hash, or below what was sealed not at all."""
     for level, index, digest in made:
+        last = (index + 1) << level
         row = fetch_one(connection, "SELECT hash FROM audit_node WHERE level = ? AND idx = ?", (level, index))
+        if row is None and last <= sealed:
+            return Fault(good + 1, None, f"the node {level}/{index} of the tree, over entries to {last}, is missing")
         if row is not None and row[0] != digest:
-            return (index + 1) << level, f"the kept node {level}/{index} of the tree"
+            return _altered(good, last, f"the kept node {level}/{index} of the tree")
     return None
 
 
-def _altered(stand: _Stand, walk: Walk, good: int, last: int, against: str) -> _Stand:
+def _misheld(known: Known, size: int, root: bytes, good: int) -> Fault | None:
+    """The first checkpoint of a size that the log does not agree with, or that is wrong in itself."""
+    for origin, said in known:
+        if isinstance(said, str):
+            return Fault(size, None, said)
+        if said != root and not size:
+            return Fault(0, None, f"{origin} of 0 entries has another root than an empty log")
+        if said != root:
+            return _altered(good, size, f"{origin} of {size} entries")
+    return None
+
+
+def _altered(good: int, last: int, against: str) -> Fault:
     reason = f"entries {good + 1} to {last} are not those that were sealed: their root is not that of {against}"
-    return _faulty(stand, walk, Fault(good + 1, None, reason))
+    return Fault(good + 1, None, reason)
 
 
 def _faulty(stand: _Stand, walk: Walk, fault: Fault) -> _Stand:
@@ -234,27 +303,48 @@ def _faulty(stand: _Stand, walk: Walk, fault: Fault) -> _Stand:
     return msgspec.structs.replace(stand, walk=msgspec.structs.replace(walk, fault=first))
 
 
-def _beyond(connection: apsw.Connection, stand: _Stand, others: Mapping[int, list[tuple[str, bytes]]]) -> _Stand:
-    """Checkpoints of more entries than there are."""
+def _beyond(connection: apsw.Connection, stand: _Stand, others: Mapping[int, Known], keys: _Keys) -> _Stand:
+    """Checkpoints, and nodes of the tree, of more entries than there are."""
     head = stand.walk.seq
-    newest = seals.newest(connection)
-    size = max([0 if newest is None else newest.size, *others])
-    if size <= head:
-        return stand
-    reason = (
-        f"the log ends at entry {head}, and a checkpoint of {size} entries was signed: {size - head} were cut off, "
-        "or an older copy of the database was put in its place"
+    beyond = _sealed_between(connection, head, 2**63 - 1, others, keys)
+    signed = [size for size, known in beyond if any(isinstance(said, bytes) for _, said in known)]
+    if signed:
+        # What was sealed while this walked is not beyond the log: only what is so now.
+        now = (fetch_one(connection, "SELECT max(seq) FROM audit") or (0,))[0] or 0
+        if signed[-1] > now:
+            reason = (
+                f"the log ends at entry {now}, and a checkpoint of {signed[-1]} entries was signed: "
+                f"{signed[-1] - now} were cut off, or an older copy of the database was put in its place"
+            )
+            return _faulty(stand, stand.walk, Fault(now + 1, None, reason))
+    for _, known in beyond:
+        for _, said in known:
+            if isinstance(said, str):
+                return _faulty(stand, stand.walk, Fault(head + 1, None, said))
+    stray = fetch_one(
+        connection,
+        "SELECT level, idx FROM audit_node WHERE level < ?1 OR level > 62 OR idx < 0 "
+        "OR idx >= (SELECT coalesce(max(seq), 0) FROM audit) >> level LIMIT 1",
+        (KEPT_LEVEL,),
     )
+    if stray is None:
+        return stand
+    reason = f"a node {stray[0]}/{stray[1]} of the tree is kept, and there are no entries for it"
     return _faulty(stand, stand.walk, Fault(head + 1, None, reason))
 
 
 def length(connection: apsw.Connection, request: Request) -> int:
-    """How much there is to walk, roughly: entries, and rows that are held to them, each as it is numbered."""
+    """How much there is to walk, roughly: entries, and rows that are held to them, each as it is numbered.
+
+    A checkpoint whose signature is verified takes as long as twenty entries, one that is only compared as long as ten.
+    """
     try:
         entries, rows = fetch(connection, "SELECT (SELECT max(seq) FROM audit), (SELECT max(seq) FROM usage)")[0]
-    except apsw.Error:  # the walk meets it too, and says what is damaged
+        kept = 0 if request.checkpoints is None else checkpoint_log.length(Path(request.checkpoints)) // _NOTE_BYTES
+    except (apsw.Error, OSError):  # the walk meets it too, and says what is damaged
         return 0
-    return max((entries or 0) - request.since, (rows or 0) if request.reconcile and not request.since else 0)
+    walked = max((entries or 0) - request.since, (rows or 0) if request.reconcile and not request.since else 0)
+    return walked + 20 * len(request.remembered) + (0 if request.since else 10 * kept)
 
 
 def entry_at(connection: apsw.Connection, time_us: int) -> int:

@@ -8,12 +8,14 @@ import apsw
 
 from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
+from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
 from asapd.store import budgets, identity, ledger, outcomes, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import Voided, VoidUsage
+from asapd.store.usage import COLUMNS
 from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 
@@ -138,11 +140,18 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         "consumer": consumer,
         "content": was["content"].hex(),
         "cost_microusd": was["cost_microusd"],
+        "cost_source": was["cost_source"],
+        "delegation": was["delegation"],
+        "flags": was["flags"],
         "given_microusd": returned.path,
+        "price_version": was["price_version"],
+        "priced_microusd": was["priced_microusd"],
         "project": project,
         "reason": unit.reason,
         "refunded_microusd": returned.microusd,
+        "reservation": was["reservation"],
         "row": seq,
+        "row_digest": row_digest(now[column] for column in COLUMNS),
         "superseded": superseded,
         "task_id": was["task_id"],
         "tenant": tenant,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import apsw
 
 from asapd.core.errors import Refusal
@@ -9,6 +11,7 @@ from asapd.core.merkle import EMPTY_ROOT, is_consistent
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import KeepCosignature, RowWritten, Witness, Witnessed
+from asapd.wire.signed_note import NoteMalformedError, cosigned_us, read_signature
 
 
 def witness(tx: Tx, unit: Witness) -> Witnessed:
@@ -43,11 +46,43 @@ def keep(tx: Tx, unit: KeepCosignature) -> RowWritten:
 
 def cosignatures(connection: apsw.Connection, size: int) -> list[str]:
     """The signature lines of witnesses below a checkpoint."""
-    rows = fetch(connection, "SELECT line FROM audit_cosignature WHERE size = ? ORDER BY witness", (size,))
-    return [line for (line,) in rows]
+    rows = fetch(
+        connection, "SELECT CAST(line AS BLOB) FROM audit_cosignature WHERE size = ? ORDER BY witness", (size,)
+    )
+    return [line.decode(errors="replace") for (line,) in rows]
 
 
 def cosigned(connection: apsw.Connection, witness: str) -> int:
     """The largest size that a witness signed; 0 when it signed none."""
     row = fetch_one(connection, "SELECT max(size) FROM audit_cosignature WHERE witness = ?", (witness,))
     return 0 if row is None or row[0] is None else int(row[0])
+
+
+def miscosigned(
+    connection: apsw.Connection, after: int, through: int, witnesses: Mapping[str, bytes]
+) -> list[tuple[int, str]]:
+    """What is wrong with signatures of witnesses whose keys (by name) are known, with the size of the checkpoint."""
+    rows = fetch(
+        connection,
+        "SELECT s.size, CAST(s.witness AS BLOB), CAST(s.line AS BLOB), CAST(c.note AS BLOB) FROM audit_cosignature s "
+        "LEFT JOIN audit_checkpoint c USING (size) WHERE s.size > ? AND s.size <= ? ORDER BY s.size",
+        (after, through),
+    )
+    found: list[tuple[int, str]] = []
+    for size, witness, line, note in rows:
+        name = witness.decode(errors="replace")
+        which = f"the signature of {name} under the checkpoint of {size} entries"
+        if note is None:
+            found.append((size, f"{which} is of no checkpoint that is there"))
+        elif name in witnesses and not _is_cosigned(note, line, name, witnesses[name]):
+            found.append((size, f"{which} does not verify"))
+    return found
+
+
+def _is_cosigned(note: bytes, line: bytes, name: str, key: bytes) -> bool:
+    try:
+        signature = read_signature(line.decode().removesuffix("\n"))
+        body = note.decode().rpartition("\n\n")[0] + "\n"
+    except (UnicodeDecodeError, NoteMalformedError):
+        return False
+    return cosigned_us(body, signature, name, key) is not None

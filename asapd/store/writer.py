@@ -26,6 +26,7 @@ from typing import Any
 
 import apsw
 import msgspec
+from nacl.signing import SigningKey
 
 from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
@@ -100,9 +101,13 @@ class Writer:
     """Runs groups of envelopes against one connection."""
 
     def __init__(
-        self, connection: apsw.Connection, entropy: Callable[[int], bytes] = os.urandom, masks: Sequence[str] = ()
+        self,
+        connection: apsw.Connection,
+        entropy: Callable[[int], bytes] = os.urandom,
+        masks: Sequence[str] = (),
+        key: SigningKey | None = None,
     ) -> None:
-        self._tx = Tx(connection, entropy, compiled(masks))
+        self._tx = Tx(connection, entropy, compiled(masks), key)
 
     def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
         """Run envelopes in one transaction, each in its own savepoint, and commit.
@@ -370,7 +375,10 @@ def serve(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m asapd.store.writer SOCKET-FD DECISIONS-FD DATABASE SYNCHRONOUS ROWS WAIT-US`; for the daemon only."""
+    """`python -m asapd.store.writer SOCKET-FD DECISIONS-FD DATABASE SYNCHRONOUS ROWS WAIT-US`; for the daemon only.
+
+    The seed of the daemon's key is on stdin.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -395,7 +403,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             rows, wait_us = int(arguments[4]), int(arguments[5])
             masks = msgspec.json.decode(os.environ.get(MASKS, "[]"), type=list[str])
-            serve(sock, Writer(connection, masks=masks), decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
+            seed = sys.stdin.buffer.read()
+            writer = Writer(connection, masks=masks, key=SigningKey(seed) if seed else None)
+            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
         finally:
             done.set()
             folding.join()

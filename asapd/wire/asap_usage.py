@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from asapd.wire.usage_export import Rows, csv_cell
+from asapd.wire.row_formats import Rows, csv_cell
 
 EVENT: Final = (
     "task_id",

@@ -19,19 +19,30 @@ _SIGNATURE_BYTES = 64
 
 def sign_document(document: dict[str, Any], key: SigningKey) -> bytes:
     """A document with its signature, in canonical form."""
-    signature = key.sign(canonical(document)).signature
-    return canonical({**document, "signature": base64.b64encode(signature).decode("ascii")})
+    return canonical({**document, "signature": signature_of(canonical(document), key)})
+
+
+def signature_of(signed: bytes, key: SigningKey) -> str:
+    """What a key signs something with, in base64."""
+    return base64.b64encode(key.sign(signed).signature).decode("ascii")
 
 
 def is_signed_document(document: dict[str, Any], public_key: bytes) -> bool:
     """Whether a key (32 raw bytes) signed a document that was read strictly."""
-    encoded = document.get("signature")
+    try:
+        signed = canonical({name: value for name, value in document.items() if name != "signature"})
+    except CanonicalError:
+        return False
+    return verifies(document.get("signature"), signed, public_key)
+
+
+def verifies(encoded: object, signed: bytes, public_key: bytes) -> bool:
+    """Whether a signature, in base64, is one by a key (32 raw bytes)."""
     signature = read_base64(encoded) if isinstance(encoded, str) else None
     if signature is None or len(signature) != _SIGNATURE_BYTES:
         return False
     try:
-        signed = canonical({name: value for name, value in document.items() if name != "signature"})
         crypto_sign_open(signature + signed, public_key)
-    except (BadSignatureError, CanonicalError):
+    except BadSignatureError:
         return False
     return True

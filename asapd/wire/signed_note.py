@@ -23,7 +23,7 @@ SIGNATURE_MARK = "— "
 
 _ID_BYTES = 4
 _KEY_BYTES = 32
-_SIGNATURE_BYTES = 64
+SIGNATURE_BYTES = 64
 _STAMP_BYTES = 8
 
 
@@ -163,7 +163,7 @@ def cosigned_us(text: str, signature: Signature, name: str, public_key: bytes) -
 
 def _verifies(signature: bytes, message: bytes, public_key: bytes) -> bool:
     # libsodium reads the lengths it expects, whatever the buffers hold.
-    if len(signature) != _SIGNATURE_BYTES or len(public_key) != _KEY_BYTES:
+    if len(signature) != SIGNATURE_BYTES or len(public_key) != _KEY_BYTES:
         return False
     try:
         crypto_sign_open(signature + message, public_key)

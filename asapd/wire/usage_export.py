@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import re
 from collections.abc import Callable
 from datetime import datetime
-from decimal import Decimal
+from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+
+from asapd.wire.row_formats import Csv, Format, Json, Ndjson, Rows
 
 COLUMNS = (
     "seq",
@@ -56,12 +56,7 @@ COLUMNS = (
 )
 """What an export holds of a row, all of it as of the export's snapshot."""
 
-Rows = list[dict[str, Any]]
-
 _encoder = msgspec.json.Encoder(decimal_format="number")
-# At the start of a cell a spreadsheet runs it. Where a semicolon separates cells, it and line ends start one as well,
-# quoted or not; signs of full width are signs in some languages.
-_FORMULA = re.compile(r'(^|[;\t\r\n])(?="*[-=+@|%\t\r\n\uFF0B\uFF0D\uFF1D\uFF20])')
 _INTEGERS = frozenset(
     {
         "seq",
@@ -82,116 +77,6 @@ _MONEY = frozenset({"cost_usd", "reported_cost_usd"})
 
 class NotInstalledError(Exception):
     """Nobody's bug: the format needs a package that is not there. Install `asapd[parquet]`, or take another format."""
-
-
-class Format(Protocol):
-    """Writes one export. `rows` may run in another thread than the rest, never beside it."""
-
-    content_type: str
-
-    def begin(self) -> bytes:
-        """What stands before the first row."""
-        ...
-
-    def rows(self, rows: Rows) -> bytes:
-        """Some rows."""
-        ...
-
-    def end(self) -> bytes:
-        """What stands behind the last row."""
-        ...
-
-
-def _picked(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in COLUMNS}
-
-
-class Ndjson:
-    """One JSON object a line."""
-
-    content_type = "application/x-ndjson"
-
-    def begin(self) -> bytes:
-        """Nothing."""
-        return b""
-
-    def rows(self, rows: Rows) -> bytes:
-        """A line for each."""
-        return b"".join(_encoder.encode(_picked(row)) + b"\n" for row in rows)
-
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
-
-class Json:
-    """One JSON document: `data`, one row a line, then `count`."""
-
-    content_type = "application/json"
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def begin(self) -> bytes:
-        """The opening of the list."""
-        return b'{"data":['
-
-    def rows(self, rows: Rows) -> bytes:
-        """Elements of the list."""
-        written = b"".join(
-            (b",\n" if self._count + index else b"\n") + _encoder.encode(_picked(row)) for index, row in enumerate(rows)
-        )
-        self._count += len(rows)
-        return written
-
-    def end(self) -> bytes:
-        """The count, which only a whole export has."""
-        return b'\n],"count":%d,"next_cursor":null}\n' % self._count
-
-
-class Csv:
-    """RFC 4180 with a header; what a spreadsheet would take for a formula has an apostrophe before it."""
-
-    content_type = "text/csv; charset=utf-8"
-
-    def begin(self) -> bytes:
-        """The header."""
-        return csv_records([COLUMNS])
-
-    def rows(self, rows: Rows) -> bytes:
-        """A record for each."""
-        return csv_records([csv_cell(row[name]) for name in COLUMNS] for row in rows)
-
-    def end(self) -> bytes:
-        """Nothing."""
-        return b""
-
-
-def csv_records(records: Any) -> bytes:
-    """Records of RFC 4180."""
-    out = io.StringIO(newline="")
-    csv.writer(out, lineterminator="\r\n").writerows(records)
-    return out.getvalue().encode()
-
-
-def csv_cell(value: Any) -> str:
-    """A value as a cell: numbers plain, nothing as nothing, text so that no spreadsheet runs it."""
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return str(value)
-        case Decimal():
-            return format(value, "f")
-        case list():
-            text = " ".join(value)
-        case dict():
-            text = _encoder.encode(value).decode()
-        case _:
-            text = str(value)
-    return _FORMULA.sub(r"\1'", text)
 
 
 class Parquet:
@@ -272,5 +157,10 @@ class _Sink(io.RawIOBase):
         return taken
 
 
-FORMATS: dict[str, Callable[[], Format]] = {"json": Json, "ndjson": Ndjson, "csv": Csv, "parquet": Parquet}
+FORMATS: dict[str, Callable[[], Format]] = {
+    "json": partial(Json, COLUMNS),
+    "ndjson": partial(Ndjson, COLUMNS),
+    "csv": partial(Csv, COLUMNS),
+    "parquet": Parquet,
+}
 """Formats by name; making one may raise `NotInstalledError`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import apsw
 import pytest
@@ -11,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from asapd import config
+from asapd.actors.archivist import Archivist
 from asapd.actors.janitor import (
     EVERY_S,
     IDEMPOTENCY_US,
@@ -26,6 +28,7 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
+from asapd.store.seals import SealedAt
 from asapd.store.units import (
     Answer,
     AnyUnit,
@@ -72,6 +75,13 @@ class AwayRunner:
         return WRITER_AWAY
 
 
+def archivist_of(database: Database, directory: Path = Path("nowhere")) -> Archivist:
+    async def covering(size: int) -> SealedAt | Refusal:
+        raise AssertionError("nothing of the log is to be retired here")
+
+    return Archivist(database, TrioClock(T0), directory, covering, log)
+
+
 async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_us: int = T0) -> int:
     beats = 0
 
@@ -81,7 +91,14 @@ async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_
 
     settings = JanitorSettings(config.Retention(probes=probes))
     with trio.move_on_after(seconds):
-        await run_janitor(database=database, clock=TrioClock(at_us), settings=settings, beat=beat, log=log)
+        await run_janitor(
+            database=database,
+            clock=TrioClock(at_us),
+            settings=settings,
+            archivist=archivist_of(database),
+            beat=beat,
+            log=log,
+        )
     return beats
 
 
@@ -165,8 +182,8 @@ async def test_retention_goes_on_where_it_was_when_the_store_is_back(
     await sweep_for(0.5, away)
     assert "retention was not applied" in caplog.text
     settings = JanitorSettings(config.Retention())
-    assert await apply_retention(away, TrioClock(T0), settings, "key:x", False) == WRITER_AWAY
-    done = await apply_retention(database, TrioClock(T0), settings, "key:x", False)
+    assert await apply_retention(away, TrioClock(T0), settings, archivist_of(away), "key:x", False) == WRITER_AWAY
+    done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:x", False)
     assert not isinstance(done, Refusal)
     assert (done["usage"]["count"], done["more"]) == (1, False)
 

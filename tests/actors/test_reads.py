@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import apsw
 import pytest
 
+from asapd.actors import reads as reads_module
 from asapd.actors.reads import Reads, visibility
 from asapd.core.access import Caller
 from asapd.core.types import SECOND_US, Role
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
+from asapd.store import audit
 from asapd.store.database import Database
 from asapd.store.units import BreachRow, Note, RecordUsage, WriteBreach
 from asapd.store.visibility import Visibility
@@ -57,3 +61,44 @@ async def test_the_head_of_the_audit_log_is_its_newest_entry(inline_database: In
     assert newest is not None
     assert (newest["hash"], newest["event_type"]) == (digest, "asapd.started")
     assert await reads.audit_entry("nothing") is None
+
+
+async def test_a_filter_that_little_fits_is_looked_for_in_steps(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, _ = inline_database
+    subjects = ["a" if number in {3, 11, 12, 29} else "b" for number in range(1, 31)]
+    for number, name in enumerate(subjects, 1):
+        await database.submit(Note("test", "asapd", name, {}, T0 + number))
+    monkeypatch.setattr(audit, "WINDOW", 4)
+    monkeypatch.setattr(reads_module, "AUDIT_WINDOWS", 2)
+    reads = Reads(database, TrioClock(T0))
+
+    async def seqs(limit: int, after: int | None, descending: bool, **fields: Any) -> list[int]:
+        found: list[int] = []
+        at = after
+        while True:
+            wanted = audit.AuditFilter(subject="a", **fields)
+            rows, at = await reads.audit_entries(wanted, limit=limit - len(found), after=at, descending=descending)
+            found += [entry["seq"] for entry in rows]
+            if at is None or len(found) == limit:
+                return found
+
+    assert await seqs(9, None, False) == [3, 11, 12, 29]
+    assert await seqs(2, None, False) == [3, 11]
+    assert await seqs(9, 11, False) == [12, 29]
+    assert await seqs(9, None, True) == [29, 12, 11, 3]
+    assert await seqs(2, 29, True) == [12, 11]
+    assert await seqs(9, 3, True) == []
+    assert await seqs(9, 30, False) == []
+    assert await seqs(9, None, False, start_us=T0 + 11, end_us=T0 + 29) == [11, 12]
+    assert await seqs(9, None, True, start_us=T0 + 12) == [29, 12]
+    assert await seqs(9, None, False, end_us=T0) == []
+    assert await reads.audit_entries(audit.AuditFilter(subject="a"), limit=9, after=12, descending=False) == ([], 20)
+    pages = []
+    at = 0
+    while at < 30:
+        page = await reads.audit_page(audit.AuditFilter(subject="a"), at, 30, 3, lambda rows: b"%d " % len(rows))
+        pages.append(page.data)
+        at = page.last
+    assert sum(int(page) for page in pages) == 4

@@ -28,6 +28,7 @@ from asapd.store.seals import SealedAt
 from asapd.store.units import Note
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import is_signed_by, read_checkpoint
+from asapd.wire.keys import public_base64
 from tests.core.test_merkle import mth
 
 Inline = tuple[Database, apsw.Connection]
@@ -188,6 +189,45 @@ async def test_an_older_copy_of_the_database_is_found_by_the_file_of_checkpoints
         await sealed(make(restored, tmp_path))
         (found,) = await alarms(restored, tmp_path)
         assert "held to a checkpoint in checkpoints.log: the first 5 entries are not those" in found
+
+
+async def test_a_checkpoint_that_the_database_lost_is_put_back_where_it_fits(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut may take the last commits where the store does not wait for the disk."""
+    database, connection = inline_database
+    for _ in range(3):
+        await enter(database, 2)
+        await sealed(make(database, tmp_path))
+    notes = connection.execute("SELECT size, root, note FROM audit_checkpoint").fetchall()
+    connection.execute("DROP TRIGGER audit_checkpoint_no_delete")
+    connection.execute("DELETE FROM audit_checkpoint WHERE size > 2")
+    assert await alarms(database, tmp_path) == []
+    assert connection.execute("SELECT size, root, note FROM audit_checkpoint").fetchall() == notes
+    assert "the database lacked the checkpoint of 6 entries: it is put back" in caplog.text
+
+
+async def test_a_checkpoint_of_a_key_from_before_holds_the_log_as_well(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    await enter(database, 5)
+    await sealed(make(database, tmp_path))
+    connection.execute("DROP TRIGGER audit_checkpoint_no_delete")
+    connection.execute("UPDATE retention_gate SET open = 1")
+    connection.execute("DELETE FROM audit_checkpoint; DELETE FROM audit WHERE seq > 3")
+    changed = Sealer(
+        database,
+        TrioClock(1_800_000_000_000_000),
+        SigningKey(bytes(32)),
+        tmp_path / "checkpoints.log",
+        config.Audit(former_keys=(public_base64(bytes(KEY.verify_key)),)),
+        LOG,
+        inline,
+    )
+    await changed.check()
+    (found,) = changed.alarms
+    assert "held to the newest checkpoint in checkpoints.log: the log ends at entry 3" in found
 
 
 async def test_a_log_cut_off_below_its_checkpoint_is_found_by_the_database_itself(

@@ -19,7 +19,7 @@ from asapd.actors.verifier import Progress, Report, Verifier, run_verifier
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import TrioClock
 from asapd.store import verifying
-from asapd.store.database import Database
+from asapd.store.database import Database, ReadTooLongError
 from asapd.store.units import Note
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
 
@@ -90,6 +90,22 @@ async def test_a_long_log_is_walked_in_a_process_that_says_how_far_it_is(
     found = (await verified(verifier)).walk.fault
     assert found is not None
     assert (found.seq, found.reason) == (30, "payload_hash does not match actor, subject, details and salt")
+
+
+async def test_a_walk_that_takes_a_reader_too_long_is_done_in_a_process(
+    inline_database: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    await enter(database, 5)
+
+    def too_long(*_: object) -> Report:
+        raise ReadTooLongError("the query ran for over 30 s: narrow it")
+
+    expected = verifying.report(connection, verifying.Request())
+    monkeypatch.setattr(verifying, "report", too_long)
+    verifier = make(database, tmp_path)
+    assert await verified(verifier) == expected
+    assert await verifier.watch(0) == 5
 
 
 async def test_a_process_that_ends_early_is_a_refusal(

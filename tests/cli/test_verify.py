@@ -58,6 +58,12 @@ def test_every_field_of_a_proof_has_to_say_what_is_signed(
     assert (found.is_good, found.verdict) == (False, f"bad: {field} is not what the checkpoint and the entry say")
 
 
+def test_a_place_that_is_no_number_is_none(proof: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "proof.json"
+    file.write_bytes(msgspec.json.encode({**proof, "leaf_index": False}))
+    assert verify_file(file, PUBLIC).verdict == "bad: leaf_index, hashes or checkpoint is not of its form"
+
+
 def test_two_roots_of_one_size_are_found_wherever_in_the_file_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "checkpoints.log"
     notes = [sign_checkpoint(size, bytes([root] * 32), KEY).note.encode() for size, root in ((5, 1), (7, 2), (5, 3))]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.masking import MASK, MOST_STEPS, compiled, masked, masked_details, why_not
+from asapd.core.masking import MASK, MOST_STEPS, compiled, is_masked_form, masked, masked_details, why_not
 
 SECRETS = [
     "asapd_0123456789_" + "ab" * 32,
@@ -127,3 +127,31 @@ def test_patterns_are_looked_for_in_free_text_alone() -> None:
     patterns = compiled(["[a-z]{1,30}@corp", "4711"])
     details = {"reason": "ann@corp said 4711", "consumer": "ann@corp", "error": None, "comment": 5, "rows": ["4711"]}
     assert masked_details(details, patterns) == {**details, "reason": f"{MASK} said {MASK}"}
+
+
+@given(st.text(alphabet="ab", max_size=8), st.lists(st.sampled_from(["a", "b", "ab", "aa"]), max_size=3))
+def test_what_was_masked_is_told_from_any_other_text(text: str, patterns: list[str]) -> None:
+    said = masked_details({"reason": text}, compiled(patterns))["reason"]
+    assert is_masked_form(said, text)
+    if MASK not in said:
+        assert not is_masked_form(said, f"{text}a")
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "is_form"),
+    [
+        (None, None, True),
+        (None, "", False),
+        ("", None, False),
+        ("a", "b", False),
+        (f"x {MASK} y", "x secret y", True),
+        (f"x {MASK} y", "x secret z", False),
+        (f"x {MASK} y", "u secret y", False),
+        (f"ab{MASK}ba", "aba", False),
+        (f"a{MASK}-{MASK}c", "a1-2c", True),
+        (f"a{MASK}-{MASK}c", "a12c", False),
+        (f"{MASK}{MASK}", "", True),
+    ],
+)
+def test_a_masked_form_is_told_from_another(said: str | None, text: str | None, is_form: bool) -> None:
+    assert is_masked_form(said, text) is is_form

@@ -46,6 +46,18 @@ def test_what_was_voided_costs_nothing() -> None:
     assert set(totals("t", entries).values()) == {0}
 
 
+def test_what_became_of_events_that_were_erased_counts_in_no_sum() -> None:
+    entries = [
+        {"seq": 1, "event_type": "usage.recorded", "details": None},
+        {"seq": 2, "event_type": "usage.recorded", "details": None},
+        recorded(3, 10),
+        entry(4, "usage.repriced", row=4, reprices_row=1, cost_microusd=30, was_microusd=None),
+        entry(5, "usage.voided", row=5, voids_row=2, cost_microusd=10),
+        entry(6, "usage.voided", row=6, voids_row=3, cost_microusd=10),
+    ]
+    assert totals("t", entries) == dict.fromkeys(totals("t", []), 0) | {"erased": 4}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

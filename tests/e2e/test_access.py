@@ -75,6 +75,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/budgets", None, READ, 200),
     ("GET", "/budgets/none", None, READ, 404),
     ("POST", "/retention?dry_run=true", None, READ, 200),
+    ("POST", "/backup", None, frozenset({"admin"}), 200),
     ("GET", "/prices", None, READ, 200),
     ("POST", "/prices/reprice?dry_run=true", None, frozenset({"operator", "admin"}), 200),
     ("POST", "/prices/reprice?model=none", None, frozenset({"admin"}), 200),

@@ -47,6 +47,14 @@ async def test_an_older_copy_of_the_database_is_found_at_the_start_and_by_what_w
         good = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify", "--against", str(kept))
         assert good.returncode == 0, good.stdout
         assert "those of the file too" in good.stdout
+        own_log = daemon.state_dir / "checkpoints.log"
+        wrapped, empty, other = tmp_path / "wrapped", tmp_path / "empty", tmp_path / "other"
+        wrapped.write_text(daemon.admin_get("/audit/checkpoint?format=json").text)
+        empty.touch()
+        other.write_text(kept.read_text().replace("\n— asapd/", "\n— asapd/0").replace("asapd/", "asapd/0", 1))
+        for file, code in ((own_log, 0), (wrapped, 0), (empty, 2), (daemon.config, 2), (other, 1)):
+            held = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify", "--against", str(file))
+            assert held.returncode == code, (file, held)
         await trio.to_thread.run_sync(daemon.stop)
         assert (await trio.to_thread.run_sync(asapd, "verify", str(kept), "--public-key", key)).returncode == 0
         log = daemon.state_dir / "checkpoints.log"

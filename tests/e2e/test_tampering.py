@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 
+from asapd.core import audit
 from tests.e2e.daemon import Daemon, running
 
 COLUMNS = (
@@ -142,3 +143,29 @@ async def test_an_edit_while_the_daemon_was_down_is_found_after_its_start_and_as
     assert name in broken.stdout + broken.stderr
     edit(daemon, "UPDATE audit SET details = ? WHERE seq = 9", before)
     assert verify(daemon)["valid"] is True
+
+
+async def test_what_was_taken_while_the_daemon_was_down_is_not_explained_by_a_chained_entry_that_says_so() -> None:
+    with running() as daemon:
+        event = {"task_id": "t", "agent": "urn:asap:agent:a", "consumer": "desk", "timestamp": time.time()}
+        assert daemon.admin_request("POST", "/usage", json=[event] * 5).status_code == 201
+        asked = {"consumer": "desk", "reason": "request 17"}
+        assert daemon.admin_request("POST", "/audit/erase", json=asked).json()["entries"] == 5
+        assert daemon.admin_request("POST", "/usage", json=[event] * 3).status_code == 201
+        sound = verify(daemon)
+        assert (sound["valid"], sound["erased"]) == (True, 5)
+        await trio.to_thread.run_sync(daemon.stop)
+        seq, digest = sound["last_seq"], bytes.fromhex(sound["last_hash"])
+        said = {"count": 1, "entries": [[seq, seq]], "first_seq": seq, "last_seq": seq, "usage_rows": [[8, 8]]}
+        draft = ("aud_x", "ers_x", audit.canonical_details({**said, "reason": "request 18"}), bytes(16))
+        (link,) = audit.chain((seq, digest), "erasure.applied", "uid:0", 1_900_000_000_000_000, [draft])
+        row = (link[0], draft[0], 1_900_000_000_000_000, "erasure.applied", "uid:0", draft[1], draft[2].decode())
+        edit(daemon, f"INSERT INTO audit VALUES ({','.join('?' * 11)})", *row, draft[3], *link[1:])
+        emptied = "actor = NULL, subject = NULL, details = NULL, salt = NULL"
+        edit(daemon, f"UPDATE audit SET {emptied} WHERE seq = ?", seq)
+        edit(daemon, "DELETE FROM usage WHERE seq = 8")
+        await trio.to_thread.run_sync(daemon.start)
+        broken = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify")
+        assert broken.returncode == 1
+        assert f"entry {seq + 1} (erasure.applied ers_x) was not signed by this daemon's key" in broken.stdout
+        assert "1 of the rows 1 to 8 of usage are not there, and nobody says who took them" in broken.stdout

@@ -23,7 +23,9 @@ from quart_trio import QuartTrio
 
 from asapd import config
 from asapd.actors.alert_desk import AlertDesk
+from asapd.actors.archivist import Archivist
 from asapd.actors.auditor import run_auditor
+from asapd.actors.backups import Backups
 from asapd.actors.dispatcher import Dispatch, run_dispatcher
 from asapd.actors.eraser import erase_consumer
 from asapd.actors.gatekeeper import KeyRing, run_gatekeeper
@@ -247,7 +249,9 @@ ROOT = Caller("root", Role.ADMIN)
 async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool) -> AsyncIterator[Edge]:
     """Start every actor but those named in `paused`, whose mailboxes nobody reads."""
     committed, directory_changed, clock = Wakeup(), Wakeup(), SetClock()
-    database = Database(InlineRunner(Writer(connection), lambda _: committed.notify()), InlineReaders(connection))
+    database = Database(
+        InlineRunner(Writer(connection, key=IDENTITY), lambda _: committed.notify()), InlineReaders(connection)
+    )
     # As in the daemon: what was there before the start is read from the store.
     feed: Feed[Alert] = Feed(100, last=alert_bounds(connection)[1])
     tenants = Tenants()
@@ -312,7 +316,13 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         daemon_uid=os.geteuid(),
         version="0",
         sign_evidence=lambda breach, evidence: sign_evidence(breach, evidence, IDENTITY, clock.now_us()),
-        retain=partial(apply_retention, database, clock, JanitorSettings(settings.retention, settings.metering)),
+        retain=partial(
+            apply_retention,
+            database,
+            clock,
+            JanitorSettings(settings.retention, settings.metering),
+            Archivist(database, clock, tmp_path / "audit", sealer.covering, LOG),
+        ),
         prices=lambda: meter.prices,
         reprice=partial(reprice, database, clock, meter),
         committed=committed,
@@ -331,6 +341,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         witnesses=Witnesses(database, clock, IDENTITY, settings.audit, LOG, post_text),
         receipts=Receipts(database, clock, sealer),
         packs=Packs(database, clock, sealer, IDENTITY),
+        backups=Backups(database, clock, sealer, Path(connection.filename), tmp_path / "asapd.db.backup"),
         verifier=Verifier(
             database,
             clock,

@@ -317,7 +317,26 @@ def test_an_entry_is_found_by_its_number_or_its_id(connection: apsw.Connection) 
     assert entry["previous_hash"] == GENESIS.hex()
     assert audit.get_entry(connection, entry["id"]) == entry
     assert audit.get_entry(connection, "2") is None
-    assert audit.get_entry(connection, "9" * 30) is None
+    for unknown in ("9" * 30, "", "aud_", "aud_\u0663", f"{entry['id'][:-1]}!", entry["id"].lower(), "aud_" + "Z" * 26):
+        assert audit.get_entry(connection, unknown) is None
+
+
+def test_an_id_is_looked_up_by_its_time_however_long_the_log_is(connection: apsw.Connection) -> None:
+    write(connection, *[note(f"s{number}", now_us=NOW_US + number * 700) for number in range(2_000)])
+    wanted = [audit.get_entry(connection, str(seq)) for seq in (1, 2, 1_000, 2_000)]
+    steps = 0
+
+    def step() -> bool:
+        nonlocal steps
+        steps += 1
+        return False
+
+    connection.set_progress_handler(step, 100)
+    for entry in wanted:
+        assert entry is not None
+        assert audit.get_entry(connection, entry["id"]) == entry
+    connection.set_progress_handler(None)
+    assert steps < 20
 
 
 def test_an_entry_that_is_no_text_any_more_is_shown_and_marked(connection: apsw.Connection) -> None:

@@ -49,17 +49,17 @@ def erase(writer: Writer, seqs: list[int], consumer: str = MAX) -> Any:
 
 
 def test_what_is_kept_is_counted_and_found(connection: apsw.Connection, writer: Writer) -> None:
-    assert erasure.count_of(connection, MAX) == {"entries": 4, "usage": 3, "task": 1}
+    assert erasure.count_of(connection, MAX) == {"entries": 4, "usage": 3, "task": 1, "breach": 0}
     assert erasure.entries_of(connection, MAX, 0, 10) == [1, 2, 3, 4]
     assert erasure.entries_of(connection, MAX, 2, 1) == [3]
-    assert erasure.count_of(connection, "nobody") == {"entries": 0, "usage": 0, "task": 0}
+    assert erasure.count_of(connection, "nobody") == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
 
 
 def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connection, writer: Writer) -> None:
     before = q.summary(connection, q.UsageFilter(EVERYTHING))
     head = audit.head(connection)
     assert erase(writer, [1, 2, 3, 4]) == Erased(4)
-    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0}
+    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 3
     assert q.summary(connection, q.UsageFilter(EVERYTHING)) == before
     entry = audit.get_entry(connection, "2")
@@ -117,7 +117,7 @@ def test_the_log_verifies_after_every_step_of_an_erasure_beside_ingest(
         report_more(writer, len(seqs))
     last = submit(writer, EraseConsumer(MAX, "ers_1", [4], "r", "key:admin", NOW_US, 4))
     assert last == Erased(4)
-    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0}
+    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 6
     assert verifying.report(connection, Request()).is_valid
     report_more(writer, 3)
@@ -140,7 +140,7 @@ def test_a_name_stays_while_more_came_than_one_step_erases(
 def test_the_consumer_can_come_again_as_somebody_new(connection: apsw.Connection, writer: Writer) -> None:
     erase(writer, [1, 2, 3, 4])
     submit(writer, RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, MAX, NOW_US)], [Cost(7)]))
-    assert erasure.count_of(connection, MAX) == {"entries": 1, "usage": 1, "task": 0}
+    assert erasure.count_of(connection, MAX) == {"entries": 1, "usage": 1, "task": 0, "breach": 0}
     assert verifying.report(connection, Request()).is_valid
 
 

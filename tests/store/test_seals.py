@@ -182,6 +182,15 @@ def test_the_tree_does_not_grow_over_a_hole(altered: apsw.Connection) -> None:
         seals.grow_step(altered, seals.grown(altered), 5_000)
 
 
+def test_the_tree_grows_on_beside_nodes_that_somebody_put_in_and_not_without_its_own(altered: apsw.Connection) -> None:
+    whole = seals.grown(altered)
+    altered.execute("INSERT INTO audit_node VALUES (8, 1000000, x'00')")
+    assert seals.grown(altered) == whole
+    altered.execute("DELETE FROM audit_node WHERE level > 8 OR idx < 2")
+    with pytest.raises(HoleInLogError, match="of its tree is missing"):
+        seals.grown(altered)
+
+
 def test_nodes_and_checkpoints_are_append_only(open_store: OpenStore) -> None:
     with open_store() as connection:
         unit = Seal(1, bytes(32), [(8, 0, sha256().digest())], "note", NOW_US)

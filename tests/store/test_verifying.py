@@ -21,11 +21,13 @@ from asapd.core.merkle import Tree
 from asapd.core.types import DAY_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import checkpoint_log, reconciling, seals, verifying
+from asapd.store.erasure import entries_of
 from asapd.store.reconciling import reconcile
 from asapd.store.units import (
     AnyUnit,
     BreachRow,
     Envelope,
+    EraseConsumer,
     NewDelegation,
     RecordTask,
     RecordUsage,
@@ -40,7 +42,7 @@ from asapd.store.units import (
 from asapd.store.verifying import Report, Request
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import origin_of, sign_checkpoint
-from asapd.wire.signed_note import read_note, sign_note
+from asapd.wire.signed_note import cosign, read_note, sign_note
 
 NOW_US = 1_795_169_203_000_000
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"
@@ -115,6 +117,17 @@ def copied(connection: apsw.Connection) -> apsw.Connection:
     return copy
 
 
+_SUMMED = "tokens_in", "tokens_out", "duration_ms", "api_calls", "cost_microusd"
+SUMS = (
+    f"INSERT INTO usage_hour (tenant, hour, agent, consumer, model, project, outcome, events, tasks, unpriced, "
+    f"cached_tokens_in, cache_write_tokens, reasoning_tokens, {', '.join(_SUMMED)}) "
+    f"SELECT tenant, timestamp_us / 3600000000, agent, consumer, model, project, outcome, count(*), count(*), "
+    f"0, 0, 0, 0, "
+    f"{', '.join(f'sum({name})' for name in _SUMMED)} FROM usage GROUP BY 1, 2, 3, 4, 5, 6, 7"
+)
+"""Makes the sums of events that are neither corrected nor voided."""
+
+
 @pytest.fixture
 def altered(log: apsw.Connection) -> Iterator[apsw.Connection]:
     log.execute("SAVEPOINT tampering")
@@ -148,7 +161,9 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
     assert [(tally.table, tally.rows, tally.entries) for tally in found.tallies] == [
         ("usage", 291, 291),
         ("task", 2, 2),
+        ("usage_hour", 1, 0),
         ("delegation", 1, 1),
+        ("ledger", 1, 1),
         ("breach", 2, 2),
         ("usage_day", 0, 0),
         ("erasure", 0, 0),
@@ -205,11 +220,12 @@ def test_an_older_copy_of_the_file_is_found_by_checkpoints_kept_beside_or_elsewh
     with closing(copied(log)) as old:
         old.execute("DELETE FROM audit WHERE seq > 280; DELETE FROM audit_checkpoint WHERE size > 280")
         old.execute("DELETE FROM usage WHERE seq > 280; DELETE FROM task; DELETE FROM delegation")
-        old.execute("DELETE FROM alert; DELETE FROM breach")
+        old.execute("DELETE FROM alert; DELETE FROM breach; DELETE FROM sqlite_sequence; DELETE FROM usage_void")
+        old.execute(f"DELETE FROM usage_hour; {SUMS}")
         assert report(old).is_valid  # by itself it is a good log
         for request in (
             Request(checkpoints=str(file), public_key=PUBLIC),
-            Request(remembered=((newest.size, newest.root),)),
+            Request(remembered=(newest.note,)),
         ):
             found = report(old, request).walk.fault
             assert found is not None
@@ -229,7 +245,7 @@ def test_another_history_of_the_same_length_is_found_by_a_checkpoint_kept_elsewh
         assert report(forged, Request(public_key=PUBLIC, reconcile=False)).is_valid  # who has the key can do that
         for request in (
             Request(checkpoints=str(tmp_path / "kept"), public_key=PUBLIC),
-            Request(remembered=((newest.size, newest.root),)),
+            Request(remembered=(newest.note,)),
         ):
             found = report(forged, request).walk.fault
             assert found is not None
@@ -239,10 +255,105 @@ def test_another_history_of_the_same_length_is_found_by_a_checkpoint_kept_elsewh
 def test_a_checkpoint_that_was_remembered_and_fits_is_held(log: apsw.Connection) -> None:
     at = seals.checkpoint_at(log, 280)
     assert at is not None
-    assert report(log, Request(remembered=((280, at.root),), reconcile=False)).held == 4
-    found = report(log, Request(remembered=((150, at.root),), reconcile=False)).walk.fault
+    assert report(log, Request(remembered=(at.note,), reconcile=False)).held == 4
+    false = sign_checkpoint(150, at.root, KEY).note.encode()
+    found = report(log, Request(remembered=(false,), reconcile=False)).walk.fault
     assert found is not None
     assert found.reason.endswith("their root is not that of a checkpoint that was remembered of 150 entries")
+
+
+OTHER = SigningKey(bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("size", "key", "said"),
+    [
+        (280, OTHER, "is of asapd/"),
+        (280, KEY, None),
+        (100, KEY, "are not those that were sealed: their root is not that of a checkpoint that was remembered"),
+        (0, KEY, "of 0 entries has another root than an empty log"),
+        (300, KEY, "the log ends at entry 296, and a checkpoint of 300 entries was signed: 4 were cut off"),
+    ],
+)
+@pytest.mark.parametrize("since", [0, 290])
+def test_a_checkpoint_from_elsewhere_has_to_be_of_this_log_and_to_fit_wherever_the_walk_begins(
+    log: apsw.Connection, size: int, key: SigningKey, said: str | None, since: int
+) -> None:
+    at = seals.checkpoint_at(log, 280)
+    assert at is not None
+    note = sign_checkpoint(size, at.root, key).note.encode()
+    asked = Request(since, (at.note, note), public_key=PUBLIC, reconcile=False)
+    found = report(log, asked)
+    if said is None:
+        assert (found.is_valid, found.held) == (True, 5 if not since else 3)
+    else:
+        assert found.walk.fault is not None
+        assert said in found.walk.fault.reason
+
+
+def test_a_remembered_checkpoint_whose_signature_was_changed_proves_nothing(log: apsw.Connection) -> None:
+    at = seals.checkpoint_at(log, 280)
+    assert at is not None
+    own = read_note(at.note)
+    forged = sign_note(own.text, origin_of(PUBLIC), OTHER).encode()
+    found = report(log, Request(0, (forged,), public_key=PUBLIC)).walk.fault
+    assert found is not None
+    assert found.reason.endswith("of 280 entries, was not signed by this daemon's key")
+    larger = sign_note(own.text.replace("\n280\n", "\n999\n"), origin_of(PUBLIC), OTHER).encode()
+    found = report(log, Request(0, (larger,), public_key=PUBLIC)).walk.fault
+    assert found is not None
+    assert found.reason.endswith("of 999 entries, was not signed by this daemon's key")
+
+
+def test_what_the_file_beside_the_database_holds_is_verified_and_missed(
+    altered: apsw.Connection, tmp_path: Path
+) -> None:
+    file = tmp_path / "checkpoints.log"
+    for size in (280, 286, 296):
+        at = seals.checkpoint_at(altered, size)
+        assert at is not None
+        checkpoint_log.append(file, at.note)
+    whole = file.read_text()
+    asked = Request(checkpoints=str(file), public_key=PUBLIC, reconcile=False)
+    assert (report(altered, asked).is_valid, report(altered, asked).held) == (True, 3)
+    # A power cut may end a line where base64 may end.
+    file.write_text(whole + whole[: whole.index("\n\n", 10) - 41].replace("\n280\n", "\n284\n") + "\n\n" + whole)
+    assert report(altered, asked).is_valid
+    file.write_text(whole.replace("\n286\n", "\n285\n"))
+    found = report(altered, asked).walk.fault
+    assert found is not None
+    assert found.reason == "a checkpoint in checkpoints.log, of 285 entries, was not signed by this daemon's key"
+    file.write_text(whole)
+    altered.execute("DELETE FROM audit_checkpoint WHERE size = 286")
+    found = report(altered, asked).walk.fault
+    assert found is not None
+    assert found.reason == "the checkpoint of 286 entries is in checkpoints.log and not in the database"
+    former = Request(checkpoints=str(file), public_key=bytes(OTHER.verify_key), former_keys=(PUBLIC,), reconcile=False)
+    file.write_text(whole[whole.rindex(f"{origin_of(PUBLIC)}\n296\n") :])
+    altered.execute("DELETE FROM audit_checkpoint WHERE size > 286; DELETE FROM audit WHERE seq > 290")
+    found = report(altered, former).walk.fault
+    assert found is not None
+    assert "a checkpoint of 296 entries was signed: 6 were cut off" in found.reason
+
+
+def test_a_checkpoint_that_is_sealed_while_a_walk_begins_is_no_fault(
+    altered: apsw.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database is read as it was when the walk began; the file may have more by then."""
+    file = tmp_path / "checkpoints.log"
+    real = seals.checkpoint_at
+    late = sign_checkpoint(400, bytes(32), KEY).note.encode()
+
+    def checkpoint_at(connection: apsw.Connection, size: int) -> seals.SealedAt | None:
+        checkpoint_log.append(file, late)
+        return real(connection, size)
+
+    at = real(altered, 280)
+    assert at is not None
+    checkpoint_log.append(file, at.note)
+    monkeypatch.setattr(seals, "checkpoint_at", checkpoint_at)
+    assert report(altered, Request(checkpoints=str(file), public_key=PUBLIC, reconcile=False)).is_valid
+    assert late in file.read_text()
 
 
 def test_a_walk_can_begin_behind_any_entry(altered: apsw.Connection) -> None:
@@ -271,6 +382,14 @@ def test_a_walk_can_begin_behind_any_entry(altered: apsw.Connection) -> None:
         ("UPDATE audit_checkpoint SET note = 'x' WHERE size = 280", "has no signature lines"),
         ("UPDATE audit_checkpoint SET note = substr(note, 1, 90) || 'AAAA' || substr(note, 95)", "entries"),
         ("UPDATE audit_node SET hash = zeroblob(32)", "the kept node 8/0 of the tree"),
+        ("DELETE FROM audit_node", "the node 8/0 of the tree, over entries to 256, is missing"),
+        ("UPDATE audit_node SET idx = 1", "the node 8/0 of the tree, over entries to 256, is missing"),
+        ("INSERT INTO audit_node VALUES (8, 1, x'00')", "a node 8/1 of the tree is kept, and there are no entries"),
+        ("INSERT INTO audit_node VALUES (7, 0, x'00')", "a node 7/0 of the tree is kept, and there are no entries"),
+        ("INSERT INTO audit_node VALUES (8, -1, x'00')", "a node 8/-1 of the tree is kept, and there are no entries"),
+        ("INSERT INTO audit_checkpoint VALUES (-1, zeroblob(32), 'x', 0)", "the stored checkpoint of -1 entries"),
+        ("INSERT INTO audit_checkpoint SELECT 0, root, note, 0 FROM audit_checkpoint LIMIT 1", "another size or root"),
+        ("INSERT INTO audit_checkpoint SELECT 999, root, note, 0 FROM audit_checkpoint LIMIT 1", "another size or roo"),
         ("DELETE FROM audit_checkpoint WHERE size = 296; DELETE FROM audit WHERE seq > 290", "ok"),
     ],
 )
@@ -301,6 +420,31 @@ def test_checkpoints_of_a_key_from_before_are_held_where_it_is_named(altered: ap
     assert not report(altered, changed).is_valid
 
 
+def test_what_a_witness_signed_is_verified_where_its_key_is_known(altered: apsw.Connection) -> None:
+    at = seals.checkpoint_at(altered, 280)
+    assert at is not None
+    name, signer = origin_of(bytes(OTHER.verify_key)), bytes(OTHER.verify_key)
+    line = cosign(read_note(at.note).text, name, OTHER, NOW_US).line()
+    altered.execute("INSERT INTO audit_cosignature VALUES (280, ?, ?)", (name, line))
+    asked = Request(public_key=PUBLIC, witness_keys=(signer,), reconcile=False)
+    assert report(altered, asked).is_valid
+    for sql, said in (
+        ("UPDATE audit_cosignature SET line = replace(line, 'A', 'B')", "does not verify"),
+        ("UPDATE audit_cosignature SET line = 'x'", "does not verify"),
+        (f"UPDATE audit_cosignature SET line = {NO_TEXT}", "does not verify"),
+        ("UPDATE audit_cosignature SET size = 286", "under the checkpoint of 286 entries does not verify"),
+        ("UPDATE audit_cosignature SET size = 285", "is of no checkpoint that is there"),
+        ("UPDATE audit_cosignature SET size = 999", "is of no checkpoint that is there"),
+        ("UPDATE audit_cosignature SET size = -1", "is of no checkpoint that is there"),
+    ):
+        altered.execute("SAVEPOINT changing")
+        altered.execute(sql)
+        found = report(altered, asked).walk.fault
+        assert found is not None, sql
+        assert said in found.reason
+        altered.execute("ROLLBACK TO changing; RELEASE changing")
+
+
 def test_a_checkpoint_of_a_log_that_nobody_named_is_found(altered: apsw.Connection) -> None:
     own = origin_of(PUBLIC)
     altered.execute("UPDATE audit_checkpoint SET note = replace(note, ?, 'asapd/0123') WHERE size = 280", (own,))
@@ -310,16 +454,13 @@ def test_a_checkpoint_of_a_log_that_nobody_named_is_found(altered: apsw.Connecti
 
 # --- what the log records
 
-# What no entry says: how the cost came about. It stands in the row alone.
-_UNSAID = {"cost_source", "priced_microusd", "price_version"}
-
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_changed_column_of_a_row_of_usage_is_found_and_named(log: apsw.Connection, data: st.DataObject) -> None:
-    columns = [row[0] for row in log.execute("SELECT name FROM pragma_table_info('usage')") if row[0] not in _UNSAID]
+    columns = [row[0] for row in log.execute("SELECT name FROM pragma_table_info('usage')")]
     column = data.draw(st.sampled_from([name for name in columns if name != "seq"]), "column")
-    seq = data.draw(st.sampled_from([1, 2, 57, 290]), "seq")
+    seq = data.draw(st.sampled_from([1, 2, 57, 281, 290]), "seq")
     (value,) = log.execute(f"SELECT {column} FROM usage WHERE seq = ?", (seq,)).fetchone() or ()
     if isinstance(value, int):
         changed: object = value ^ (1 << data.draw(st.integers(0, 30), "bit"))
@@ -334,6 +475,49 @@ def test_a_changed_column_of_a_row_of_usage_is_found_and_named(log: apsw.Connect
         assert findings(log, "usage")[0].startswith(f"usage row {seq} (")
     finally:
         log.execute("ROLLBACK TO tampering; RELEASE tampering")
+
+
+# What a ledger changes as it goes, and how its rows are numbered.
+_MUTABLE = {"account", "spent_microusd", "reserved_microusd", "tasks_used", "tasks_reserved"}
+
+
+@pytest.mark.parametrize("table", ["task", "delegation", "breach", "alert", "usage_void"])
+def test_every_column_of_what_the_log_records_is_held_to_it(altered: apsw.Connection, table: str) -> None:
+    altered.execute("PRAGMA foreign_keys = OFF")
+    columns = altered.execute("SELECT name, type FROM pragma_table_info(?)", (table,)).fetchall()
+    rows = [row for (row,) in altered.execute(f"SELECT {columns[0][0]} FROM {table}")]
+    assert rows
+    for name, kind in columns:
+        for row in rows if name not in _MUTABLE else ():
+            where = f"WHERE {columns[0][0]} = ?"
+            (value,) = altered.execute(f"SELECT {name} FROM {table} {where}", (row,)).fetchone() or ()
+            changed: object = {"INTEGER": (value or 0) ^ 1 if isinstance(value, int) else 5, "REAL": 7.5}.get(kind)
+            if changed is None:
+                changed = bytes([value[0] ^ 1]) + value[1:] if isinstance(value, bytes) else f"{value or ''}x"
+            altered.execute("SAVEPOINT changing")
+            altered.execute(f"UPDATE OR REPLACE {table} SET {name} = ? {where}", (changed, row))
+            assert not report(altered).is_valid, (table, row, name, value, changed)
+            altered.execute("ROLLBACK TO changing; RELEASE changing")
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        (
+            "INSERT INTO usage_void VALUES (5, 4, 'x', 0)",
+            "usage row 5: usage_void does not say of it what entry 5 says",
+        ),
+        ("INSERT INTO usage_void VALUES (500, 4, 'x', 0)", "usage_void row 500: there is no such row of usage"),
+        ("DELETE FROM usage_void", "usage row 281: usage_void does not say of it what entry 286 says"),
+        ("INSERT INTO usage_repriced VALUES (5, 4, NULL, 1)", "usage row 5: usage_repriced does not say of it"),
+        ("INSERT INTO usage_estimate VALUES (5, 4)", "usage row 5: usage_estimate does not say of it"),
+        ("INSERT INTO usage_estimate VALUES (-5, 4)", "usage_estimate row -5: there is no such row of usage"),
+    ],
+)
+def test_what_stands_beside_usage_is_held_to_the_log(altered: apsw.Connection, sql: str, said: str) -> None:
+    altered.execute(sql)
+    found = findings(altered, "usage")
+    assert any(said in finding for finding in found), found
 
 
 def test_a_row_of_usage_that_is_gone_was_put_in_or_changed_places_is_found(altered: apsw.Connection) -> None:
@@ -357,11 +541,16 @@ def test_a_row_of_usage_that_is_gone_was_put_in_or_changed_places_is_found(alter
         ("task", "UPDATE task SET state = 'completed' WHERE seq = 2", "task row 2 (t, completed) has no entry"),
         ("task", "UPDATE task SET timestamp_us = 5 WHERE seq = 1", "task row 1 (t, started) has no entry"),
         ("task", "UPDATE task SET agent = consumer", "task row 1"),
+        ("task", "UPDATE task SET error = 'x'", "task row 1 (t, started): error is 'x', and entry 281 says None"),
+        ("task", "UPDATE task SET error = NULL", "task row 2 (t, failed): error is None, and entry 282 says 'broke'"),
+        ("task", "UPDATE task SET parent_task_id = 'p'", "task row 1 (t, started): parent_task_id is 'p'"),
         ("task", "DELETE FROM task WHERE seq = 1", "(task.started t): there is no such row in task"),
         ("delegation", "UPDATE delegation SET max_cost_microusd = 99", "max_cost_microusd is 99"),
         ("delegation", "UPDATE delegation SET delegate = 'x'", "delegate is 'x'"),
         ("delegation", "UPDATE delegation SET expires_us = 5", "expires_at is"),
         ("delegation", "UPDATE delegation SET revoked_us = 5", "is revoked, and the log says otherwise"),
+        ("delegation", "UPDATE delegation SET registered_us = 5", "registered_us is 5, and entry 283 is of"),
+        ("delegation", "UPDATE delegation SET tenant = 'x'", "tenant is 'x', and entry 283 says 't'"),
         ("delegation", "UPDATE delegation SET id = 'del_x'", "delegation del_x has no entry in the log"),
         ("delegation", "DELETE FROM delegation", "there is no such delegation"),
         ("breach", "UPDATE breach SET state = 'open'", "breach brc_1 is open, and the log says resolved"),
@@ -378,6 +567,23 @@ def test_a_row_of_usage_that_is_gone_was_put_in_or_changed_places_is_found(alter
         ("breach", "UPDATE breach SET id = 'brc_2'", "breach brc_2 has no entry in the log"),
         ("breach", "DELETE FROM alert WHERE seq = 1", "alert 1 is not there"),
         ("breach", "UPDATE alert SET event = 'resolved' WHERE seq = 1", "alert 1 is resolved brc_1, and entry"),
+        ("breach", "UPDATE alert SET event = 'x' WHERE seq = 1", "alert 1 is x brc_1, and entry"),
+        ("breach", "UPDATE alert SET ts_us = 5 WHERE seq = 1", "alert 1 is opened brc_1, and entry"),
+        ("breach", "UPDATE alert SET body = x'7b7d' WHERE seq = 1", "alert 1 (opened brc_1): its text is not"),
+        *(
+            ("breach", f"UPDATE breach SET {column} = 5", f"breach brc_1: {said} is not what its last alert told")
+            for column, said in (
+                ("threshold_value", "threshold_value"),
+                ("actual_value", "actual_value"),
+                ("detected_at_us", "detected_at"),
+                ("resolved_at_us", "resolved_at"),
+                ("resolve_reason", "resolve_reason"),
+                ("tenant", "tenant"),
+                ("seq", "seq"),
+            )
+        ),
+        ("task", "UPDATE task SET committed_us = 5 WHERE seq = 1", "task row 1 (t, started): was not written where"),
+        ("task", "UPDATE task SET seq = 7 WHERE seq = 1", "task row 7 (t, started): was not written where entry 281"),
         ("breach", "UPDATE alert SET seq = 7 WHERE seq = 1", "alert 7 (opened brc_1) has no entry in the log"),
     ],
 )
@@ -449,7 +655,7 @@ def test_whatever_a_walk_meets_it_ends_with_a_report(altered: apsw.Connection, t
 
 def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: apsw.Connection) -> None:
     fill(connection)
-    writer = Writer(connection)
+    writer = Writer(connection, key=KEY)
     writer.run([Envelope(0, RetireUsage(NOW_US + 100, "key:o", NOW_US + DAY_US), False)])
     found = report(connection)
     assert found.tallies is not None
@@ -459,6 +665,64 @@ def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: 
     named = findings(connection, "usage")
     assert len(named) == 1
     assert "usage row 150 is not there" in named[0]
+
+
+def erased(connection: apsw.Connection) -> None:
+    """A log whose consumer was erased, with all that it had."""
+    fill(connection)
+    seqs = entries_of(connection, B, 0, 10_000)
+    writer = Writer(connection, key=KEY)
+    writer.run([Envelope(0, EraseConsumer(B, "ers_1", seqs, "request 17", "key:o", NOW_US), False)])
+    sealed(connection, seals.grown(connection))
+
+
+def test_an_erasure_is_the_daemons_word_for_its_place_in_the_log(connection: apsw.Connection) -> None:
+    erased(connection)
+    found = report(connection)
+    assert found.tallies is not None
+    assert (found.is_valid, found.tallies[-1].erased) == (True, 293)
+    head, digest, details = (
+        connection.execute("SELECT seq, hash, details FROM audit ORDER BY seq DESC").fetchone() or ()
+    )
+    own = msgspec.json.decode(details)
+    connection.execute("DROP TRIGGER audit_no_update; DROP TRIGGER audit_no_delete")
+    for said in (own, {**own, "entries": [[1, 296]]}, {"count": 1, "entries": [[294, 294]], "usage_rows": []}):
+        draft = ("aud_forged", "ers_1", audit.canonical_details(said), bytes(16))
+        ((seq, *hashes),) = audit.chain((head, digest), "erasure.applied", "key:o", NOW_US, [draft])
+        connection.execute("SAVEPOINT forging")
+        connection.execute(f"UPDATE audit SET {_EMPTY} WHERE seq = 294")
+        connection.execute(
+            "INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            (seq, draft[0], NOW_US, "erasure.applied", "key:o", *draft[1:2], draft[2].decode(), draft[3], *hashes),
+        )
+        (first, *_) = findings(connection, "erasure")
+        assert first.startswith(f"entry {seq} (erasure.applied ers_1) was not signed by this daemon's key")
+        assert f"count {said['count']}, entries {said['entries'][0][0]}" in first
+        connection.execute("ROLLBACK TO forging; RELEASE forging")
+    connection.execute(f"UPDATE audit SET {_EMPTY} WHERE event_type = 'erasure.applied'")
+    assert any("which explained why something is gone" in finding for finding in findings(connection, "erasure"))
+
+
+def test_what_retention_did_not_take_is_not_explained_by_who_says_so(connection: apsw.Connection) -> None:
+    fill(connection)
+    writer = Writer(connection)  # whoever has no key of the daemon
+    writer.run([Envelope(0, RetireUsage(NOW_US + 3, "key:o", NOW_US + DAY_US), False)])
+    assert findings(connection, "usage") == []
+    (found,) = findings(connection, "erasure")
+    assert "(retention.applied usage) was not signed by this daemon's key" in found
+    assert "(count 4, first_row 1, last_row 281)" in found
+    assert report(connection, Request(public_key=bytes(OTHER.verify_key), former_keys=(PUBLIC,))).is_valid is False
+
+
+def test_a_row_that_is_gone_is_missed_even_where_its_entry_was_erased(connection: apsw.Connection) -> None:
+    erased(connection)
+    connection.execute("DROP TRIGGER usage_no_delete; DROP TRIGGER task_no_delete")
+    for table, seq, count in (("usage", 7, 291), ("usage", 291, 291), ("task", 1, 2)):
+        connection.execute("SAVEPOINT taking")
+        connection.execute(f"DELETE FROM {table} WHERE seq = ?", (seq,))
+        (found,) = findings(connection, table)
+        assert found == f"1 of the rows 1 to {count} of {table} are not there, and nobody says who took them"
+        connection.execute("ROLLBACK TO taking; RELEASE taking")
 
 
 def test_a_log_of_many_steps_comes_to_the_same(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,3 +746,12 @@ def test_a_revoked_delegation_agrees(connection: apsw.Connection) -> None:
     Writer(connection).run([Envelope(0, Revoke(str(public_id), "key:o", "gone", NOW_US), False)])
     assert connection.execute("SELECT revoked_us IS NOT NULL FROM delegation").get
     assert report(connection).is_valid
+
+
+@pytest.mark.parametrize("column", ["revoked_us", "revoked_by", "revoke_reason"])
+def test_a_revocation_is_held_to_its_entry(connection: apsw.Connection, column: str) -> None:
+    fill(connection)
+    Writer(connection).run([Envelope(1, Revoke("d", "key:x", "why", NOW_US + 9), False)])
+    assert findings(connection, "delegation") == []
+    connection.execute(f"UPDATE delegation SET {column} = {column} || '1' WHERE revoked_us IS NOT NULL")
+    assert "when, by whom and why it was revoked is not" in findings(connection, "delegation")[0]

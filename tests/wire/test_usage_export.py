@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.wire.usage_export import COLUMNS, Csv, csv_cell
+from asapd.wire.row_formats import Csv, csv_cell
+from asapd.wire.usage_export import COLUMNS
 
 SIGNS = "=+-@|%\t\r\n\uff0b\uff0d\uff1d\uff20"
 NUMBERS: dict[str, Any] = {"seq": 1, "tokens_in": -5, "cost_usd": Decimal("-0.25")}
@@ -19,7 +20,7 @@ hostile = st.text(st.sampled_from(f"{SIGNS};,'\" aA1"), max_size=12) | st.text(m
 def written(text: str) -> str:
     """Two records with a text wherever one may be."""
     row = {name: NUMBERS.get(name, text) for name in COLUMNS} | {"labels": {text: text}, "flags": [text]}
-    return Csv().rows([row, row]).decode()
+    return Csv(COLUMNS).rows([row, row]).decode()
 
 
 @given(hostile)

@@ -70,6 +70,12 @@ OPERATIONS = (
         DRY_RUN,
     ),
     Operation(
+        "POST /backup",
+        "A copy of the database as it is now",
+        _ADMINISTER,
+        (Answer(200, "The copy", {"application/vnd.sqlite3": BINARY}),),
+    ),
+    Operation(
         "POST /actors/{actor}/restart",
         "Start an actor afresh",
         _ADMINISTER,

@@ -15,7 +15,7 @@ from asapd.core.canonical import canonical
 from asapd.core.errors import Refusal
 from asapd.core.types import MAX_INT, format_us
 from asapd.edge.http.context import raw_body, require_everything, sent_json
-from asapd.edge.http.parameters import Parameters, bad_parameter, decode_body, page
+from asapd.edge.http.parameters import Parameters, bad_parameter, decode_body, encode_cursor
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.audit_export import FORMATS
@@ -49,11 +49,8 @@ def register(app: QuartTrio, services: Services) -> None:
         filters = _filters(parameters)
         after = parameters.cursor(int)
         parameters.done()
-        first = 2**62 if descending else 0
-        rows = await services.reads.audit_entries(
-            filters, limit=limit, after=first if after is None else after, descending=descending
-        )
-        return reply(page(rows, limit, rows[-1]["seq"] if rows else None))
+        rows, at = await services.reads.audit_entries(filters, limit=limit, after=after, descending=descending)
+        return reply({"data": rows, "count": len(rows), "next_cursor": None if at is None else encode_cursor(at)})
 
     @app.get("/audit/export")
     async def get_audit_export() -> Response:
@@ -62,12 +59,13 @@ def register(app: QuartTrio, services: Services) -> None:
         name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
         filters = _filters(parameters)
         parameters.done()
-        through, _ = await services.reads.audit_head()
+        head, _ = await services.reads.audit_head()
+        first, last = await services.reads.audit_span(filters)
         form = FORMATS[name]()
 
         async def parts() -> AsyncIterator[bytes]:
             yield form.begin()
-            after = 0
+            after, through = first - 1, min(last, head)
             while after < through:
                 page = await services.reads.audit_page(filters, after, through, EXPORT_PAGE, form.rows)
                 yield page.data
@@ -75,7 +73,7 @@ def register(app: QuartTrio, services: Services) -> None:
             yield form.end()
 
         response = Response(parts(), content_type=form.content_type)
-        response.headers["Asapd-Snapshot"] = str(through)
+        response.headers["Asapd-Snapshot"] = str(head)
         response.headers["Content-Disposition"] = f'attachment; filename="audit.{name}"'
         response.timeout = None
         return response

@@ -16,7 +16,8 @@ from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter
 from asapd.edge.http.usage import usage_filters
 from asapd.edge.services import Services
-from asapd.wire.usage_export import FORMATS, Format, NotInstalledError
+from asapd.wire.row_formats import Format
+from asapd.wire.usage_export import FORMATS, NotInstalledError
 
 PAGE = 500
 """Rows in memory of one export; reading and writing them out takes some milliseconds."""

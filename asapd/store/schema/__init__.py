@@ -15,6 +15,7 @@ from asapd.store.schema import (
     promise_record,
     promises,
     refunds,
+    retirement,
     revocations,
     seals,
     v1,
@@ -38,4 +39,5 @@ MIGRATIONS: tuple[str, ...] = (
     refunds.SCRIPT,
     namesakes.SCRIPT,
     promise_record.SCRIPT,
+    retirement.SCRIPT,
 )

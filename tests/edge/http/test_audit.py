@@ -222,5 +222,6 @@ async def test_the_log_is_held_to_checkpoints_that_come_with_the_question(edge: 
     forged = sign_checkpoint(size, bytes(32), IDENTITY).note.encode().encode()
     bad = (await edge.post("/audit/verify", kept + forged)).ok()
     assert (bad["valid"], bad["first_bad"]["seq"]) == (False, size)
-    for body in (b"nonsense", b"\xff"):
+    half = kept + b"\n" + kept[:40]
+    for body in (b"nonsense", b"\xff", b"", b"\n\n", half):
         assert (await edge.post("/audit/verify", body)).refused(422)["code"] == "invalid"

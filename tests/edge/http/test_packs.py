@@ -18,6 +18,7 @@ from asapd.cli.verify_pack import is_pack, verify_pack
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US, format_us
 from asapd.store import packs
 from asapd.wire.evidence_pack import PARTS, sign_pack
+from asapd.wire.keys import public_base64
 from asapd.wire.strict_json import parse_strict_json
 from tests.edge.house import IDENTITY, NOW, T0, A, B, C, Edge
 from tests.edge.http.test_delegations import issue
@@ -173,6 +174,12 @@ async def test_what_is_left_out_or_put_in_is_found_by_the_part_it_belongs_to(edg
     assert verdict(agent_id=B).startswith("bad: entries: entry ")
     for part, form in (("entries", [5]), ("sla", 5), ("checkpoints", None), ("breaches", [{}]), ("entries", [{}])):
         assert verdict(**{part: form}).startswith(f"bad: {part}: "), part
+    for said in (
+        {"issuer": "asapd/0000000000000000"},
+        {"public_key": public_base64(bytes(SigningKey(bytes(32)).verify_key))},
+    ):
+        verdict_on_signer = verify_pack(resigned({**document, **said}), PUBLIC).verdict
+        assert verdict_on_signer.startswith("bad: public_key or issuer is another than the key"), said
     assert verify_pack({**document, "version": 2}, PUBLIC).verdict == "bad: it is a pack of version 2, not 1"
     assert verify_pack(resigned({**document, "start": 5}), PUBLIC).verdict.startswith("bad: its head has not")
 
@@ -240,3 +247,21 @@ async def test_no_pack_is_given_of_a_log_that_was_altered(edge: Edge) -> None:
     await edge.get("/audit/checkpoint")
     edge.connection.execute("DROP TRIGGER audit_no_update; UPDATE audit SET hash = zeroblob(32) WHERE seq = 3")
     assert (await edge.get(query())).refused(503)["code"] == "log_broken"
+
+
+@pytest.mark.parametrize(
+    "change", ["details = '{'", "details = CAST(x'ff' AS TEXT)", "subject = CAST(x'ff41' AS TEXT)"]
+)
+async def test_no_pack_is_made_of_entries_that_cannot_be_read(edge: Edge, change: str) -> None:
+    await fill(edge)
+    edge.connection.execute("DROP TRIGGER audit_no_update")
+    edge.connection.execute(f"UPDATE audit SET {change} WHERE event_type = 'usage.recorded'")
+    assert (await edge.get(query())).refused(503)["code"] == "log_broken"
+
+
+async def test_a_stored_checkpoint_that_is_no_text_any_more_stops_no_pack(edge: Edge) -> None:
+    await edge.get("/audit/checkpoint")
+    await fill(edge)
+    edge.connection.execute("DROP TRIGGER audit_checkpoint_no_update")
+    edge.connection.execute("UPDATE audit_checkpoint SET note = CAST(CAST(note AS BLOB) || x'ff' AS TEXT)")
+    assert (await edge.get(query())).status in {200, 503}

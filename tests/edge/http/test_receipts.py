@@ -116,6 +116,16 @@ async def test_no_receipt_is_given_of_a_log_that_was_altered(edge: Edge) -> None
     assert (await edge.get("/tasks/t/receipt")).refused(503)["code"] == "log_broken"
 
 
+@pytest.mark.parametrize("changed", ["'{'", "CAST(x'ff' AS TEXT)"])
+async def test_no_receipt_is_made_of_entries_that_cannot_be_read(edge: Edge, changed: str) -> None:
+    await fill(edge)
+    connection = edge.connection
+    connection.execute("DROP TRIGGER audit_no_update")
+    connection.execute(f"UPDATE audit SET details = {changed} WHERE event_type = 'usage.recorded'")
+    refused = (await edge.get("/tasks/t/receipt")).refused(503)
+    assert (refused["code"], "audit verify" in refused["detail"]) == ("log_broken", True)
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     if isinstance(value, dict):
         return [place for key, inner in value.items() for place in places(inner, (*path, key))]
@@ -135,8 +145,8 @@ async def test_every_change_of_a_receipt_is_found_even_by_one_who_signs_it_anew(
         value = at[path[-1]]
         at[path[-1]] = value + 1 if isinstance(value, int) else f"{value}x"
         assert not verify_receipt(changed, PUBLIC).is_good, path
-        # What says of itself who signed it and when is all that the daemon alone can vouch for.
-        if path[0] in {"entries", "totals", "checkpoint", "task_id", "version"}:
+        # When it was issued is all that the daemon alone can vouch for.
+        if path[0] in {"entries", "totals", "checkpoint", "task_id", "version", "issuer", "public_key"}:
             del changed["signature"]
             again = json.loads(sign_document(changed, IDENTITY))
             assert not verify_receipt(again, PUBLIC).is_good, path
@@ -168,3 +178,17 @@ async def test_what_is_no_sound_receipt_is_bad_whoever_signed_it(edge: Edge, cha
     del document["signature"]
     found = verify_receipt(json.loads(sign_document(document, IDENTITY)), PUBLIC)
     assert found.verdict == "bad: its entries are not in their order, or twice the same"
+
+
+async def test_a_receipt_counts_what_was_erased_of_a_task_and_adds_up_the_rest(edge: Edge) -> None:
+    assert (await edge.post("/usage", [event("t", 0), event("other", 0), event("t", 1, consumer="mailto:max")])).ok
+    erased = {"consumer": "mailto:max", "reason": "request 17"}
+    assert (await edge.post("/audit/erase", erased)).status == 200
+    assert (await edge.post("/usage", event("t", 2))).status == 201
+    document = await receipt(edge)
+    assert (document["totals"]["events"], document["totals"]["erased"]) == (2, 1)
+    (gone,) = [item["entry"] for item in document["entries"] if item["entry"]["details"] is None]
+    assert gone["seq"] == document["entries"][0]["entry"]["seq"] + 2
+    assert verify_receipt(document, PUBLIC).is_good
+    edge.connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM usage WHERE seq = 2")
+    assert (await receipt(edge))["totals"]["erased"] == 0

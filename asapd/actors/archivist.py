@@ -1,0 +1,158 @@
+"""The archivist: writes whole prefixes of the audit log into files, verifies these, and has the content erased."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from asapd.core.audit import Fault
+from asapd.core.errors import Refusal
+from asapd.runtime.clock import Clock
+from asapd.store import audit_archive, audit_retention, seals
+from asapd.store.audit_archive import Draft
+from asapd.store.audit_retention import Prefix
+from asapd.store.database import Database
+from asapd.store.seals import SealedAt
+from asapd.store.units import KeepArchive, RetireAudit
+
+BREATH_S = 0.02
+"""Between two steps, which take about as long: ingest has at least half of the writer, and of the loop."""
+
+
+class Archivist:
+    """Retires the log, one archive at a time; `covering` gives a checkpoint over so many entries at least."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        directory: Path,
+        covering: Callable[[int], Awaitable[SealedAt | Refusal]],
+        log: logging.Logger,
+        off_loop: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._directory = directory
+        self._covering = covering
+        self._log = log
+        self._off_loop = off_loop
+        self._lock = trio.Lock()
+
+    async def due(self, before_us: int) -> dict[str, Any]:
+        """What would go of what was written before a time: how much content, of which entries and times."""
+        found = {"count": 0, "first_seq": None, "last_seq": None, "oldest_us": None, "newest_us": None}
+        after = await self._retired_through()
+        while (prefix := await self._database.read(audit_retention.due, after, before_us)) is not None:
+            more = await self._database.read(audit_retention.counted, prefix.first_seq, prefix.last_seq)
+            for name, choose in (("first_seq", min), ("oldest_us", min), ("last_seq", max), ("newest_us", max)):
+                found[name] = choose((value for value in (found[name], more[name]) if value is not None), default=None)
+            found["count"] += more["count"]
+            after = prefix.last_seq
+        return audit_retention.shown(before_us, found)
+
+    async def retire(self, before_us: int, actor: str) -> int | Refusal:
+        """Archive and erase what was written before a time; how many entries lost their content.
+
+        It can end anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
+        """
+        total = 0
+        async with self._lock:
+            while True:
+                retired = await self._retire_archived(actor)
+                if isinstance(retired, Refusal):
+                    return retired
+                total += retired
+                after = await self._retired_through()
+                prefix = await self._database.read(audit_retention.due, after, before_us)
+                if prefix is None:
+                    return total
+                kept = await self._archive(prefix, before_us, actor)
+                if isinstance(kept, Refusal):
+                    return kept
+
+    async def _retired_through(self) -> int:
+        archive = await self._database.read(audit_retention.newest)
+        return 0 if archive is None else archive.through_seq
+
+    async def _retire_archived(self, actor: str) -> int | Refusal:
+        """Erase what the newest archive holds, as far as that was not done; nothing when its file is not there."""
+        archive = await self._database.read(audit_retention.newest)
+        if archive is None or archive.through_seq >= archive.last_seq:
+            return 0
+        if not await self._off_loop(audit_archive.is_whole, self._directory / archive.file, archive.sha256):
+            self._log.warning(
+                "%s is not there as it was written: what it held that is still in the log is archived anew",
+                archive.file,
+            )
+            return 0
+        total = 0
+        while True:
+            done = await self._database.submit(RetireAudit(actor, self._clock.now_us()))
+            if isinstance(done, Refusal):
+                return done
+            total += done.entries
+            if not done.more:
+                return total
+            await trio.sleep(BREATH_S)
+
+    async def _archive(self, prefix: Prefix, before_us: int, actor: str) -> Refusal | None:
+        """Write entries into a file that verifies, and record it."""
+        sealed = await self._covering(prefix.last_seq)
+        if isinstance(sealed, Refusal):
+            return sealed
+        wrong = await self._database.read(seals.differs, sealed.size, sealed.root)
+        wrong = wrong or await self._database.read(audit_retention.strange_block, prefix.first_seq, prefix.last_seq)
+        if wrong is not None:
+            return _broken(wrong)
+        try:
+            written = await self._write(prefix)
+        except OSError as error:
+            detail = f"the archive of the audit log cannot be written in {self._directory}: {error.strerror or error}"
+            return Refusal("storage_failed", f"{detail}; nothing of the log was erased", retry_after_s=60)
+        if isinstance(written, Refusal):
+            return written
+        name, sha256 = written
+        unit = KeepArchive(
+            prefix.first_seq, prefix.last_seq, prefix.last_hash, before_us, name, sha256, actor, self._clock.now_us()
+        )
+        kept = await self._database.submit(unit)
+        if isinstance(kept, Refusal):
+            return kept
+        self._log.info("entries %d to %d of the audit log are in %s", prefix.first_seq, prefix.last_seq, name)
+        return None
+
+    async def _write(self, prefix: Prefix) -> tuple[str, str] | Refusal:
+        """Write and verify the file; its name and digest."""
+        draft: Draft = await self._off_loop(Draft, self._directory)
+        try:
+            after = prefix.first_seq - 1
+            while after < prefix.last_seq:
+                lines, after = await self._database.read(audit_archive.page, after, prefix.last_seq)
+                await self._off_loop(draft.add, lines)
+            await self._off_loop(draft.finish)
+            fault: Fault | None = None
+            checking = draft.verified(prefix)
+            while (found := await self._off_loop(next, checking, _END)) is not _END:
+                fault = found
+                await trio.sleep(BREATH_S)
+            if fault is not None:
+                return _broken(f"entry {fault.seq}: {fault.reason}")
+            name = audit_archive.name_of(prefix)
+            return name, await self._off_loop(draft.publish, name)
+        finally:
+            draft.close()
+
+
+_END = object()
+
+
+def _broken(reason: str) -> Refusal:
+    return Refusal(
+        "log_broken",
+        f"nothing of the audit log was erased, because it does not verify, {reason}: run asapctl audit verify",
+    )

@@ -1,0 +1,99 @@
+"""Tables whose rows have the number of a row of usage: voids, corrections, and what unknown costs were settled at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.masking import is_masked_form
+from asapd.store.erasures import Erasures
+from asapd.store.findings import Findings
+from asapd.store.rows import fetch
+from asapd.store.usage_notes import Says, UsageEntry
+
+Columns = tuple[Any, ...]
+
+_COMPANIONS = {
+    "usage_void": "voids, reason, superseded",
+    "usage_repriced": "event, was_microusd, ledger",
+    "usage_estimate": "microusd",
+}
+"""Tables whose rows have the number of a row of usage, with what they say of it."""
+
+
+def _is_void(found: Columns | None, says: Says) -> bool:
+    if found is None:
+        return False
+    voids, reason, superseded = found
+    was_superseded = says.superseded is not msgspec.UNSET and says.superseded  # earlier ones do not say
+    return (voids, bool(superseded)) == (says.voids_row, was_superseded) and is_masked_form(says.reason, reason)
+
+
+def _is_correction(found: Columns | None, says: Says) -> bool:
+    if found is None:
+        return False
+    event, was_microusd, ledger = found
+    in_ledger = bool(ledger) if says.in_ledger is msgspec.UNSET else says.in_ledger  # earlier ones do not say
+    return (event, was_microusd, bool(ledger)) == (says.reprices_row, says.was_microusd, in_ledger)
+
+
+def _is_estimate(found: Columns | None, says: Says) -> bool:
+    if says.estimate_microusd is msgspec.UNSET:
+        is_paid_for = says.cost_microusd is None and says.reservation is not None
+        return found is None or is_paid_for  # earlier ones of an unknown cost under a reservation do not say
+    return found == (None if says.estimate_microusd is None else (says.estimate_microusd,))
+
+
+class Companions:
+    """What other tables say of some rows of usage: that they void or correct others, or were settled at an estimate."""
+
+    def __init__(self, connection: apsw.Connection, after: int, through: int) -> None:
+        self._found: dict[str, dict[int, Columns]] = {}
+        for table, columns in _COMPANIONS.items():
+            rows = fetch(
+                connection,
+                f"SELECT seq, {columns} FROM {table} WHERE seq >= ? AND seq <= ? ORDER BY seq",
+                (after + 1, through),
+            )
+            self._found[table] = {row[0]: row[1:] for row in rows}
+
+    def compare(self, entry: UsageEntry, findings: Findings) -> None:
+        """Hold what is said of a row to its entry."""
+        says = entry.says
+        if not any(self._found.values()) and entry.kind == "usage.recorded" and says.estimate_microusd is msgspec.UNSET:
+            return  # most rows have none
+        void, correction, estimate = (self._found[table].pop(says.row, None) for table in _COMPANIONS)
+        is_so = {
+            "usage_void": void is None if entry.kind != "usage.voided" else _is_void(void, says),
+            "usage_repriced": correction is None
+            if entry.kind != "usage.repriced"
+            else _is_correction(correction, says),
+            "usage_estimate": _is_estimate(estimate, says),
+        }
+        for table, is_said in is_so.items():
+            if not is_said:
+                findings.add(f"usage row {says.row}: {table} does not say of it what entry {entry.seq} says")
+
+    def settle(self, erasures: Erasures, findings: Findings) -> None:
+        """What is left is of rows without an entry: of an erased one, it is about another erased one."""
+        for table, found in self._found.items():
+            for seq, (first, *_) in found.items():
+                about = seq if table == "usage_estimate" else first
+                if not (erasures.has_row(seq) and erasures.has_row(about)):
+                    findings.add(f"{table} row {seq}: there is no such row of usage that the log knows of")
+
+
+def strays(connection: apsw.Connection, first: int, last: int) -> Iterator[str]:
+    """What is said of rows before `first` and behind `last` that are not there."""
+    for table in _COMPANIONS:
+        rows = fetch(
+            connection,
+            f"SELECT seq FROM {table} c WHERE (seq < ? OR seq > ?) "
+            "AND NOT EXISTS (SELECT 1 FROM usage WHERE usage.seq = c.seq)",
+            (first, last),
+        )
+        for (seq,) in rows:
+            yield f"{table} row {seq}: there is no such row of usage"

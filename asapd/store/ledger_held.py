@@ -1,0 +1,119 @@
+"""Holds the ledger to what the log says: each delegation, each task it counts, and each reservation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import apsw
+import msgspec
+
+from asapd.store import replaying
+from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, decode
+from asapd.store.rows import fetch
+
+Add = Callable[[str], None]
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What was compared: delegations and reservations, by how many entries, and how many of which entries are gone."""
+
+    rows: int
+    entries: int
+    retired: int
+
+
+def compare(connection: apsw.Connection, add: Add) -> Held:
+    """Do again all that the log says, and name each delegation and reservation that does not come out as it is."""
+    # A walk that was interrupted could not take its tables away.
+    for statement in (*TABLES, "DELETE FROM temp.replayed_task", "DELETE FROM temp.replayed_reservation"):
+        connection.execute(statement)
+    try:
+        ledger = ReplayedLedger(connection, add)
+        head, step = 0, replaying.STEP
+        while (newest := _newest(connection)) - head > step:
+            head = ledger.walk(head, min(head + step, newest))
+        # The last entries and the rows are read at one moment.
+        connection.execute("SAVEPOINT ledger")
+        try:
+            newest = _newest(connection)
+            while head < newest:
+                head = ledger.walk(head, min(head + step, newest))
+            delegations, hidden = _delegations(connection, ledger, add)
+            _tasks(connection, ledger, add)
+            reservations, hidden_too = _reservations(connection, ledger, add)
+            return Held(delegations + reservations, ledger.entries, hidden + hidden_too)
+        finally:
+            connection.execute("RELEASE ledger")
+    finally:
+        for table in ("replayed_task", "replayed_reservation"):
+            connection.execute(f"DROP TABLE temp.{table}")
+
+
+def _newest(connection: apsw.Connection) -> int:
+    return fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
+
+
+def _delegations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> tuple[int, int]:
+    rows = hidden = 0
+    for name, spent, reserved, used, tasks_reserved, counted in connection.execute(
+        "SELECT id, spent_microusd, reserved_microusd, tasks_used, tasks_reserved, "
+        "(SELECT count(*) FROM account_task t WHERE t.account = d.account) FROM delegation d ORDER BY account"
+    ):
+        rows += 1
+        account = ledger.account(name)
+        if used != counted:
+            add(f"delegation {name}: tasks_used is {used}, and {counted} tasks are counted")
+        if account is None or ledger.is_hidden(account):
+            hidden += 1
+            continue
+        for column, value, replayed in (
+            ("spent_microusd", spent, account.spent),
+            ("reserved_microusd", reserved, account.reserved),
+            ("tasks_reserved", tasks_reserved, account.tasks_reserved),
+        ):
+            if value != replayed:
+                add(f"delegation {name}: {column} is {value}, and the log comes to {replayed}")
+    return rows, hidden
+
+
+def _tasks(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> None:
+    by_number = {account.number: account for account in ledger.accounts.values()}
+    # A void looks for other usage of its task, and retention may have taken that.
+    retired_us = fetch(connection, "SELECT max(before_us * (events > 0)) FROM usage_retired")[0][0]
+    for number, task_id, used, holds, is_used, held in connection.execute(
+        "SELECT account, task_id, a.used, a.holds, coalesce(r.used > 0, 0), coalesce(r.holds, 0) "
+        "FROM account_task a LEFT JOIN temp.replayed_task r USING (account, task_id) "
+        "WHERE a.used <> coalesce(r.used > 0, 0) OR a.holds <> coalesce(r.holds, 0) "
+        "UNION ALL SELECT account, task_id, NULL, NULL, r.used > 0, r.holds FROM temp.replayed_task r "
+        "LEFT JOIN account_task a USING (account, task_id) WHERE (r.used > 0 OR r.holds > 0) AND a.used IS NULL"
+    ):
+        account = by_number.get(number)
+        if account is not None and not ledger.is_hidden(account) and account.registered_us > retired_us:
+            add(
+                f"delegation {account.name}: task {task_id} is counted as used {used}, held {holds}, "
+                f"and the log comes to {is_used}, {held}"
+            )
+
+
+def _reservations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> tuple[int, int]:
+    rows = hidden = 0
+    hidden_accounts = {account.number for account in ledger.accounts.values() if ledger.is_hidden(account)}
+    for body, *values in connection.execute(
+        f"SELECT t.body, {', '.join(f'r.{name}' for name in COLUMNS)} FROM reservation r "
+        "LEFT JOIN temp.replayed_reservation t USING (id)"
+    ):
+        rows += 1
+        row = dict(zip(COLUMNS, values, strict=True))
+        found = decode(body) if body is not None else ledger.open.pop(row["id"], None)
+        if row["account"] in hidden_accounts or (found is None and row["created_us"] <= ledger.blind_us):
+            hidden += 1
+        elif found is None:
+            add(f"reservation {row['id']} has no entry in the log")
+        else:
+            for name in COLUMNS:
+                if row[name] != getattr(found, name):
+                    add(f"reservation {found.id}: {name} is {row[name]!r}, the log comes to {getattr(found, name)!r}")
+    gone = "SELECT id FROM temp.replayed_reservation WHERE id NOT IN (SELECT id FROM reservation)"
+    for name in (*ledger.open, *(name for (name,) in connection.execute(gone))):
+        add(f"reservation {name} is not there, and the log has entries of it")
+    return rows, hidden

@@ -1,0 +1,215 @@
+"""Whether the sums of usage by hour are those of the events they were made from, for as long as these are kept.
+
+Once retention took the last event of an hour nothing changes its sums any more: a digest of them is entered into the
+log, and they are held to that from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.errors import Refusal
+from asapd.core.types import HOUR_US, format_us
+from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.tx import RefuseError, Tx
+from asapd.store.units import RowWritten, SealHours
+
+AT_ONCE = 200
+"""Hours that are entered together: some eight days, in fifteen kilobytes."""
+
+ROWS_AT_ONCE = 5_000
+"""Sums that are read for that: some ten milliseconds of a thread, but for an hour that has more by itself."""
+
+_END = 2**63 // HOUR_US
+"""Hours, either way, in which a time of 64 bits can be."""
+
+_KEY = ("tenant", "agent", "consumer", "model", "project", "outcome")
+_COUNTS = (
+    "tokens_in",
+    "tokens_out",
+    "cached_tokens_in",
+    "cache_write_tokens",
+    "reasoning_tokens",
+    "duration_ms",
+    "api_calls",
+    "cache_write_1h_tokens",
+)
+_SUMS = ("events", "tasks", "cost_microusd", "unpriced", *_COUNTS)
+
+# There are few tenants, and the table is ordered by them first.
+_TENANTS = (
+    "WITH RECURSIVE tenants (tenant) AS (SELECT min(tenant) FROM usage_hour UNION ALL "
+    "SELECT (SELECT min(u.tenant) FROM usage_hour u WHERE u.tenant > tenants.tenant) FROM tenants "
+    "WHERE tenant IS NOT NULL) "
+)
+_NEXT = (
+    f"{_TENANTS}SELECT min((SELECT min(hour) FROM usage_hour u WHERE u.tenant = tenants.tenant AND hour > ?)) "
+    "FROM tenants WHERE tenant IS NOT NULL"
+)
+_KEPT = (
+    f"{_TENANTS}SELECT {', '.join(f'h.{name}' for name in (*_KEY, *_SUMS))} FROM tenants CROSS JOIN usage_hour h "
+    "ON h.tenant = tenants.tenant AND h.hour = ? WHERE tenants.tenant IS NOT NULL "
+    f"ORDER BY {', '.join(f'h.{name}' for name in _KEY)}"
+)
+# What voids an event takes it away again, counts and all; what corrects its cost is no event, and may be the first to
+# know a cost.
+_MADE = (
+    f"SELECT {', '.join(_KEY)}, sum(sign), sum(sign * (1 - partial)), sum(coalesce(cost_microusd, 0)), "
+    f"sum(sign * (cost_microusd IS NULL)) - sum(is_first), {', '.join(f'sum({name})' for name in _COUNTS)} "
+    "FROM (SELECT usage.*, CASE WHEN v.seq IS NOT NULL THEN -1 WHEN r.seq IS NOT NULL THEN 0 ELSE 1 END AS sign, "
+    "r.seq IS NOT NULL AND r.was_microusd IS NULL AS is_first "
+    "FROM usage LEFT JOIN usage_void v ON v.seq = usage.seq LEFT JOIN usage_repriced r ON r.seq = usage.seq "
+    "WHERE timestamp_us >= ? AND timestamp_us < ?) "
+    f"GROUP BY {', '.join(_KEY)} HAVING sum(sign) <> 0"
+)
+
+
+def unsealed(connection: apsw.Connection) -> list[tuple[int, int, str]]:
+    """The next hours whose events are all gone and whose sums are in no entry yet: rows and digest of each."""
+    at = _sealed_through(connection)
+    before = _whole_before(connection)
+    found: list[tuple[int, int, str]] = []
+    while (
+        len(found) < AT_ONCE
+        and sum(rows for _, rows, _ in found) < ROWS_AT_ONCE
+        and (hour := _next(connection, at)) is not None
+        and hour < before
+    ):
+        found.append((hour, *_digest(connection, hour)))
+        at = hour
+    return found
+
+
+def seal(tx: Tx, unit: SealHours) -> RowWritten:
+    """Enter the digests of some hours.
+
+    Raises:
+        RefuseError: `invalid`, when they are not behind those that are sealed, or events of them are still there.
+    """
+    hours = [hour for hour, _, _ in unit.hours]
+    if hours != sorted(set(hours)) or not _sealed_through(tx.connection) < hours[0] <= hours[-1] < _whole_before(
+        tx.connection
+    ):
+        raise RefuseError(Refusal("invalid", "these hours are sealed, or not over yet: nothing was done"))
+    details: dict[str, Any] = {"hours": [list(hour) for hour in unit.hours], "through_hour": hours[-1]}
+    tx.audit("usage.sealed", unit.actor, "usage_hour", details, unit.now_us)
+    tx.execute("UPDATE usage_hour_sealed SET through_hour = ?", (hours[-1],))
+    return RowWritten(hours[-1])
+
+
+def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[int, int, int]:
+    """Hold all sums to the events or to the log, and name what differs; rows, sealed hours, and hours of neither."""
+    sealed: dict[int, tuple[int, str]] = {}
+    through = -1
+    for (details,) in fetch(connection, "SELECT details FROM audit WHERE event_type = 'usage.sealed'"):
+        if details is not None:
+            told = msgspec.json.decode(details)
+            through = max(through, told["through_hour"])
+            sealed |= {hour: (rows, digest) for hour, rows, digest in told["hours"]}
+    rows = waiting = 0
+    missing = set(sealed)
+    for hour in _hours(connection):
+        # An hour at a time: its events and its sums are of one moment, and the log grows on meanwhile.
+        connection.execute("SAVEPOINT hour")
+        try:
+            if hour <= through:
+                missing.discard(hour)
+                count, digest = _digest(connection, hour)
+                rows += count
+                if sealed.get(hour) != (count, digest):
+                    add(f"usage_hour of {_shown(hour)}: the sums are not those that were sealed when their events went")
+            elif hour < _retired_before(connection):
+                waiting += 1
+            else:
+                rows += _hold_to_events(connection, hour, add)
+        finally:
+            connection.execute("RELEASE hour")
+    for hour in sorted(missing):
+        add(f"usage_hour of {_shown(hour)}: the sums are gone, and they were sealed when their events went")
+    return rows, len(sealed), waiting
+
+
+def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str], None]) -> int:
+    kept = {row[: len(_KEY)]: row[len(_KEY) :] for row in fetch(connection, _KEPT, (hour,))}
+    made: dict[Row, Row] = {}
+    if abs(hour) < _END:
+        events = fetch(connection, _MADE, (hour * HOUR_US, (hour + 1) * HOUR_US))
+        made = {row[: len(_KEY)]: row[len(_KEY) :] for row in events}
+    for key in sorted(kept.keys() | made.keys()):
+        is_sum, of_events = kept.get(key), made.get(key)
+        if is_sum == of_events:
+            continue
+        where = f"usage_hour of {_shown(hour)}, {_named(connection, key)}"
+        if is_sum is None:
+            add(f"{where}: there are events and no sums of them")
+        elif of_events is None:
+            add(f"{where}: there are sums and no events of them")
+        else:
+            name, is_value, value = next(
+                found for found in zip(_SUMS, is_sum, of_events, strict=True) if found[1] != found[2]
+            )
+            add(f"{where}: {name} is {is_value}, and the events come to {value}")
+    return len(kept)
+
+
+def _hours(connection: apsw.Connection) -> Iterator[int]:
+    """Every hour of which there are sums or events, in order."""
+    at = -(2**63)
+    while True:
+        hour = _next(connection, at)
+        after_us = min(max(-(2**63), (at + 1) * HOUR_US), 2**63 - 1)
+        row = fetch_one(connection, "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?", (after_us,))
+        hours = [
+            found for found in (hour, row[0] // HOUR_US if row and row[0] is not None else None) if found is not None
+        ]
+        if not hours:
+            return
+        at = min(hours)
+        yield at
+
+
+def _next(connection: apsw.Connection, after: int) -> int | None:
+    row = fetch_one(connection, _NEXT, (after,))
+    return None if row is None else row[0]
+
+
+def _sealed_through(connection: apsw.Connection) -> int:
+    return int(fetch(connection, "SELECT through_hour FROM usage_hour_sealed")[0][0])
+
+
+def _retired_before(connection: apsw.Connection) -> int:
+    """The first hour of which no event was retired."""
+    return -(-int(fetch(connection, "SELECT before_us FROM usage_retired")[0][0]) // HOUR_US)
+
+
+def _whole_before(connection: apsw.Connection) -> int:
+    """The first hour of which an event may be there, or come."""
+    before = int(fetch(connection, "SELECT before_us FROM usage_retired")[0][0]) // HOUR_US
+    row = fetch_one(connection, "SELECT min(timestamp_us) FROM usage")
+    return before if row is None or row[0] is None else min(before, row[0] // HOUR_US)
+
+
+def _digest(connection: apsw.Connection, hour: int) -> tuple[int, str]:
+    rows: list[Row] = fetch(connection, _KEPT, (hour,))
+    return len(rows), sha256(b"\n".join(map(msgspec.json.encode, rows))).hexdigest()
+
+
+def _shown(hour: int) -> str:
+    try:
+        return format_us(hour * HOUR_US)[:16] + "Z"
+    except (ValueError, OverflowError):  # a number that was altered
+        return f"hour {hour}"
+
+
+def _named(connection: apsw.Connection, key: Row) -> str:
+    def name(number: int) -> str:
+        row = fetch_one(connection, "SELECT name FROM name WHERE id = ?", (number,))
+        return f"name {number}" if row is None else str(row[0])
+
+    tenant, agent, consumer, model, project, outcome = key
+    return f"{name(agent)} for {name(consumer)} ({name(tenant)}, {name(model)}, {name(project)}, outcome {outcome})"

@@ -1,0 +1,85 @@
+"""Erasing a consumer also where its name stands in texts: news of delegations, and evidence of breaches of budgets."""
+
+from __future__ import annotations
+
+import apsw
+import pytest
+from trio.testing import MockClock
+
+from asapd.actors.eraser import erase_consumer
+from asapd.core.budgets import Budget, Limits, Match
+from asapd.core.errors import Refusal
+from asapd.core.types import SECOND_US
+from asapd.core.usage import Cost, UsageEvent
+from asapd.runtime.clock import TrioClock
+from asapd.store import breaches, delegation_news
+from asapd.store.database import Database
+from asapd.store.units import EraseConsumer, RecordUsage, SyncBudgets
+
+Inline = tuple[Database, apsw.Connection]
+T0 = 1_800_000_000 * SECOND_US
+A, MAX, EVE = "urn:asap:agent:a", "mailto:max", "mailto:eve"
+
+
+async def report(database: Database, consumer: str, count: int) -> None:
+    events = [UsageEvent(consumer, A, consumer, T0, 5, 5, delegation="unknown") for _ in range(count)]
+    await database.submit(RecordUsage("default", "key:x", T0, events, [Cost(7)] * count))
+
+
+async def erase(database: Database, dry_run: bool = False) -> dict[str, object]:
+    done = await erase_consumer(
+        database,
+        TrioClock(T0),
+        consumer=MAX,
+        pseudonym="ers_1",
+        reason="request 17",
+        actor="key:x",
+        dry_run=dry_run,
+    )
+    assert not isinstance(done, Refusal)
+    return done
+
+
+async def test_news_and_evidence_name_the_pseudonym_and_others_as_before(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    budget = Budget("max", Match(consumer=MAX), "day", "UTC", soft=Limits(microusd=1))
+    other = Budget("eve", Match(consumer=EVE), "day", "UTC", soft=Limits(microusd=1))
+    await database.submit(SyncBudgets([budget, other], "asapd", T0))
+    for _ in range(23):
+        await report(database, MAX, 2)
+        await report(database, EVE, 1)
+    would = await erase(database, dry_run=True)
+    assert (would["entries"], would["usage"], would["breach"], would["budgets"]) == (46, 46, 1, ["max"])
+    done = await erase(database)
+    assert (done["entries"], done["budgets"], done["more"]) == (46, ["max"], False)
+    named = [event.consumer for news in delegation_news.news_after(connection, 0, 99) for event in news.unauthorised]
+    assert (named.count("ers_1"), named.count(EVE), named.count(MAX)) == (46, 23, 0)
+    found = [breaches.open_of_budget(connection, name) for name in ("max", "eve")]
+    assert [row and row.evidence["match"]["consumer"] for row in found] == ["ers_1", EVE]
+
+
+async def test_news_that_come_in_between_are_renamed_with_the_last_entry(inline_database: Inline) -> None:
+    database, connection = inline_database
+    await report(database, MAX, 1)
+    (first,) = delegation_news.naming(connection, MAX, 0, 9)
+    await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, None, [first, 99]))
+    assert delegation_news.naming(connection, MAX, 0, 9) == [first]  # its task is called so as well
+    await report(database, MAX, 1)
+    await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0, news_after=first))
+    named = [event.consumer for news in delegation_news.news_after(connection, 0, 99) for event in news.unauthorised]
+    assert named == ["ers_1", "ers_1"]
+
+
+async def test_news_that_take_long_are_renamed_in_parts(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.eraser.APPLY_S", -1.0)
+    monkeypatch.setattr("asapd.actors.eraser.NEWS", 1)
+    database, connection = inline_database
+    for number in range(2):
+        event = UsageEvent(f"t{number}", A, MAX, T0, 5, 5, delegation="unknown")
+        await database.submit(RecordUsage("default", "key:x", T0, [event], [Cost(7)]))
+    assert [(await erase(database))["more"] for _ in range(3)] == [True, True, False]
+    assert delegation_news.naming(connection, MAX, 0, 9) == []

@@ -1,0 +1,254 @@
+"""The ledger follows from the log: whatever is changed in it is found, and what nothing is left of is not judged."""
+
+from __future__ import annotations
+
+import apsw
+import pytest
+
+from asapd.core.repricing import Correction
+from asapd.store import ledger_held, replaying, verifying
+from asapd.store.ledger_held import Held
+from asapd.store.units import CorrectCosts, EraseConsumer, KeepArchive, RetireAudit, RetireUsage
+from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, USD, B, C, D, Ledger, link
+
+
+@pytest.fixture
+def ledger(connection: apsw.Connection) -> Ledger:
+    """A path of three, and everything that can happen to it; another delegation beside it; triggers are gone."""
+    ledger = Ledger(connection)
+    ledger.register(ROOT, CHILD, GRANDCHILD)
+    for number in range(6):
+        held = ledger.reserved(ROOT, CHILD, task=f"held{number}", tasks=3)
+        ledger.use(USD // 10, agent=C, consumer="max", reservation=held, task_id=f"held{number}")
+        ledger.use(None if number % 2 else 3, agent=C, consumer="eve", reservation=held, task_id=f"other{number}")
+        ledger.now_us += 1
+        match number:
+            case 0:
+                ledger.settle(held, USD // 7)
+                ledger.refund(held, 5)
+                ledger.use(USD // 9, agent=C, reservation=held)
+            case 1:
+                ledger.release(held)
+            case 2:
+                ledger.extend(held, HOUR_US)
+            case 3:
+                ledger.settle(held)
+    ledger.use(7, agent=B, delegation="root", task_id="direct")
+    ledger.use(7, agent=D, delegation="grandchild", consumer="max")
+    ledger.use(7, agent=B, delegation="grandchild")  # is not its delegate
+    ledger.use(7, agent=B, delegation="unknown")
+    ledger.register(link("unknown"))
+    ledger.submit(CorrectCosts([Correction(1, USD // 10, USD // 5, "priced", 3)], "w", "key:o", ledger.now_us))
+    ledger.submit(CorrectCosts([Correction(5, USD // 10, 2, "priced", 3)], "w", "key:o", ledger.now_us))
+    ledger.submit(CorrectCosts([Correction(9, USD // 10, USD, "priced", 3)], "w", "key:o", ledger.now_us))
+    for seq in (3, 7, 15):
+        ledger.void(seq)
+    for (trigger,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+        connection.execute(f"DROP TRIGGER {trigger}")
+    connection.execute("PRAGMA foreign_keys = OFF")
+    return ledger
+
+
+def compared(ledger: Ledger) -> tuple[list[str], Held]:
+    found: list[str] = []
+    return found, ledger_held.compare(ledger.connection, found.append)
+
+
+def altered(ledger: Ledger, sql: str) -> list[str]:
+    ledger.connection.execute("SAVEPOINT altered")
+    ledger.connection.execute(sql)
+    found, _ = compared(ledger)
+    ledger.connection.execute("ROLLBACK TO altered; RELEASE altered")
+    return found
+
+
+def test_all_that_happened_comes_to_what_is_there(ledger: Ledger) -> None:
+    assert compared(ledger) == ([], Held(10, 35, 0))
+    assert ledger.counters("root")[0] > 0
+    assert ledger.counters("root")[1] > 0
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+
+
+@pytest.mark.parametrize("column", ["spent_microusd", "reserved_microusd", "tasks_used", "tasks_reserved"])
+@pytest.mark.parametrize("delegation", ["root", "child", "grandchild", "unknown"])
+def test_a_changed_sum_of_a_delegation_is_named(ledger: Ledger, column: str, delegation: str) -> None:
+    found = altered(ledger, f"UPDATE delegation SET {column} = {column} + 1 WHERE id = '{delegation}'")
+    assert [finding for finding in found if finding.startswith(f"delegation {delegation}: {column} is ")], found
+
+
+def test_a_changed_column_of_any_reservation_is_named(ledger: Ledger) -> None:
+    ids = [name for (name,) in ledger.connection.execute("SELECT id FROM reservation").fetchall()]
+    assert len(ids) == 6
+    for name in ids:
+        for column in replaying.COLUMNS[1:]:
+            change = f"coalesce({column}, 0) + 1"
+            if column in {"task_id", "action", "state", "reason", "created_by"}:
+                change = f"coalesce({column}, '') || 'x'"
+            found = altered(ledger, f"UPDATE reservation SET {column} = {change} WHERE id = '{name}'")
+            assert f"reservation {name}: {column} is " in found[0], (column, found)
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("DELETE FROM reservation WHERE state = 'open'", "is not there, and the log has entries of it"),
+        ("DELETE FROM reservation WHERE state = 'settled'", "is not there, and the log has entries of it"),
+        ("UPDATE reservation SET id = 'rsv_x' WHERE state = 'open'", "reservation rsv_x has no entry in the log"),
+        ("UPDATE account_task SET used = 1 - used WHERE task_id = 'held1'", "task held1 is counted as used"),
+        ("UPDATE account_task SET holds = 5 WHERE task_id = 'direct'", "task direct is counted as used 1, held 5"),
+        ("UPDATE account_task SET task_id = 'x' WHERE task_id = 'direct'", "task x is counted as used 1, held 0"),
+        ("DELETE FROM account_task WHERE task_id = 'direct'", "task direct is counted as used None, held None"),
+    ],
+)
+def test_what_is_gone_put_in_or_renamed_is_named(ledger: Ledger, sql: str, said: str) -> None:
+    found = altered(
+        ledger, sql.replace("state = 'open'", "id = (SELECT max(id) FROM reservation WHERE state = 'open')")
+    )
+    assert any(said in finding for finding in found), found
+
+
+def test_a_log_is_walked_in_steps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replaying, "STEP", 3)
+    assert compared(ledger) == ([], Held(10, 35, 0))
+
+
+def test_usage_whose_entry_was_erased_is_done_again_from_its_row(ledger: Ledger) -> None:
+    seqs = "SELECT seq FROM audit WHERE event_type = 'usage.recorded' AND details ->> 'consumer' = '{}'"
+    for consumer in ("max", "eve"):
+        found = [seq for (seq,) in ledger.connection.execute(seqs.format(consumer)).fetchall()]
+        ledger.submit(EraseConsumer(consumer, f"ers_{consumer}", found, "r", "key:x", ledger.now_us))
+    # The negatives of what was theirs said to the ledger what no row does: what was there by then is not judged.
+    found_now, told = compared(ledger)
+    assert (found_now, told.retired > 0) == ([], True)
+
+
+def erase(ledger: Ledger, consumer: str) -> None:
+    sql = "SELECT seq FROM audit WHERE event_type LIKE 'usage.%' AND details ->> 'consumer' = ?"
+    seqs = [seq for (seq,) in ledger.connection.execute(sql, (consumer,)).fetchall()]
+    ledger.submit(EraseConsumer(consumer, f"ers_{consumer}", seqs, "r", "key:x", ledger.now_us))
+
+
+def test_only_what_the_rows_do_not_say_hides_a_delegation(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(ROOT, CHILD)
+    held = ledger.reserved(ROOT, CHILD)
+    ledger.use(5, agent=C, consumer="max", reservation=held)
+    erase(ledger, "max")
+    assert compared(ledger) == ([], Held(3, 4, 0))
+    assert altered(ledger, "UPDATE delegation SET spent_microusd = 6")
+    ledger.now_us += 5
+    ledger.use(5, agent=B, consumer="eve", delegation="root")
+    ledger.void(2)
+    erase(ledger, "eve")
+    ledger.now_us += 5
+    ledger.register(link("young"))
+    ledger.use(5, agent=B, delegation="young")
+    found, told = compared(ledger)
+    assert (found, told.rows, told.retired) == ([], 4, 3)
+    assert altered(ledger, "UPDATE delegation SET spent_microusd = 9 WHERE id = 'young'")
+
+
+def test_what_was_retired_hides_what_was_there_and_nothing_younger(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(ROOT, CHILD)
+    held = ledger.reserved(ROOT, CHILD)
+    ledger.now_us += 5
+    retire_log(ledger)
+    ledger.now_us += 5
+    ledger.register(link("young", expires_at_us=NOW_US + HOUR_US))
+    ledger.use(5, agent=C, reservation=held, delegation="young")
+    ledger.use(5, agent=C, delegation="child")
+    ledger.settle(held, 7)
+    other = ledger.reserved(delegation="young", cost=9)
+    ledger.use(5, agent=B, reservation=other)
+    found, told = compared(ledger)
+    assert (found, told.rows, told.retired) == ([], 5, 3)
+    assert altered(ledger, "UPDATE delegation SET spent_microusd = 9 WHERE id = 'young'")
+    assert altered(ledger, "UPDATE reservation SET used_microusd = 9 WHERE account = 3")
+    assert altered(ledger, "UPDATE delegation SET tasks_used = 9 WHERE id = 'root'")
+    assert verifying.report(connection, verifying.Request()).is_valid
+
+
+def retire_log(ledger: Ledger) -> None:
+    last, digest = ledger.connection.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (
+        0,
+        b"",
+    )
+    ledger.submit(KeepArchive(1, last, digest, ledger.now_us, "f", "s", "asapd", ledger.now_us))
+    ledger.submit(RetireAudit("asapd", ledger.now_us))
+
+
+def test_retired_rows_of_usage_are_done_again_from_their_entries(ledger: Ledger) -> None:
+    ledger.submit(RetireUsage(ledger.now_us + 1, "asapd", ledger.now_us))
+    assert ledger.connection.execute("SELECT count(*) FROM usage").get == 0
+    assert compared(ledger) == ([], Held(10, 35, 0))
+    ledger.submit(EraseConsumer("max", "ers_1", [6], "r", "key:x", ledger.now_us, None))
+    found, told = compared(ledger)
+    assert (found, told.retired) == ([], 9)  # all but the delegation that came last
+
+
+def test_entries_from_before_they_said_so_are_read_with_their_rows(ledger: Ledger) -> None:
+    old = "json_remove(details, '$.delegation', '$.reservation', '$.flags')"
+    ledger.connection.execute(
+        f"UPDATE audit SET details = {old} WHERE event_type IN ('usage.voided', 'usage.repriced')"
+    )
+    assert compared(ledger) == ([], Held(10, 35, 0))
+    ledger.submit(RetireUsage(ledger.now_us + 1, "asapd", ledger.now_us))
+    found, told = compared(ledger)
+    assert (found, told.retired > 0) == ([], True)
+
+
+def test_an_entry_that_tells_another_story_than_those_before_it_is_named(ledger: Ledger) -> None:
+    ledger.connection.execute(
+        "UPDATE audit SET details = json_set(details, '$.released_microusd', 1) "
+        "WHERE event_type = 'reservation.released'"
+    )
+    found, _ = compared(ledger)
+    assert any("used, 1 released, and the entries before it come to" in finding for finding in found)
+
+
+def test_a_delegation_that_an_older_asapd_registered_is_not_judged(ledger: Ledger) -> None:
+    ledger.connection.execute(
+        "UPDATE audit SET details = json_remove(details, '$.tenant') WHERE subject = 'root'; "
+        "UPDATE delegation SET spent_microusd = 1 WHERE id = 'root'"
+    )
+    found, told = compared(ledger)
+    assert (found, told.retired) == ([], 1)
+
+
+def test_a_delegation_without_an_entry_is_not_judged_here(ledger: Ledger) -> None:
+    ledger.connection.execute("DELETE FROM delegation WHERE id = 'unknown'; DELETE FROM account_task WHERE account = 4")
+    assert compared(ledger)[0] == []
+
+
+def test_a_reservation_that_cannot_be_read_is_named(ledger: Ledger) -> None:
+    ledger.connection.execute("UPDATE reservation SET task_id = CAST(x'ff41' AS TEXT) WHERE state = 'released'")
+    report = verifying.report(ledger.connection, verifying.Request())
+    assert report.tallies is not None
+    (named,) = [tally.named for tally in report.tallies if tally.table == "ledger"]
+    assert "task_id is not UTF-8 text any more" in named[0]
+
+
+def test_usage_across_tenants_is_debited_again_where_it_was(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(ROOT, CHILD, tenant="one")
+    held = ledger.reserved(ROOT, CHILD, tenant="two")
+    for tenant in ("default", "one", "two", "three"):
+        for is_bound in (False, True):
+            ledger.use(3, agent=C, reservation=held, tenant=tenant, is_bound=is_bound)
+            ledger.use(5, agent=C, delegation="child", tenant=tenant, is_bound=is_bound)
+            ledger.use(7, agent=C, delegation="child", reservation=held, tenant=tenant, is_bound=is_bound)
+            ledger.use(9, agent=B, reservation=held, tenant=tenant, is_bound=is_bound)
+    for seq in range(1, ledger.newest() + 1):
+        ledger.void(seq) if seq % 3 else ledger.submit(
+            CorrectCosts([Correction(seq, 7, 1, "priced", 1)], "w", "key:o", ledger.now_us)
+        )
+    assert ledger.counters("root")[0] != 0
+    assert compared(ledger)[0] == []
+
+
+def test_a_walk_that_was_interrupted_leaves_nothing_for_the_next(ledger: Ledger) -> None:
+    for statement in replaying.TABLES:
+        ledger.connection.execute(statement)
+    ledger.connection.execute("INSERT INTO temp.replayed_task VALUES (1, 'x', 1, 1)")
+    assert compared(ledger)[0] == []
