@@ -26,6 +26,7 @@ class AgentWatch:
     """One agent. `recording` is held for each write, so that a change of the agent falls between two."""
 
     id: str
+    tenant: str
     url: str
     public_key: str | None
     origin: str
@@ -49,10 +50,15 @@ class AgentWatch:
         """Whether it is neither asked nor judged."""
         return self.state.state == "paused"
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is probed."""
+        return self.health == "probe" and not self.is_paused
+
     def fits(self, row: DirectoryAgent) -> bool:
         """Whether the directory still says what this watch was begun with."""
-        mine = (self.url, self.public_key, self.keys, self.health, self.is_paused)
-        return mine == (row.url, row.public_key, row.keys, row.health, row.state == "paused")
+        mine = (self.tenant, self.url, self.public_key, self.keys, self.health, self.is_paused)
+        return mine == (row.tenant, row.url, row.public_key, row.keys, row.health, row.state == "paused")
 
     def ttl_us(self, now_us: int) -> int | None:
         """How long the agent says its word holds: in its last health document, else in a manifest to be believed."""
@@ -145,5 +151,14 @@ def watch_of(row: DirectoryAgent) -> AgentWatch:
     )
     holds_until_us = 0 if probe is None else probe.ts_us + probe.hold_us
     return AgentWatch(
-        row.id, row.url, row.public_key, row.origin, row.health, state, row.manifest, row.keys, holds_until_us
+        row.id,
+        row.tenant,
+        row.url,
+        row.public_key,
+        row.origin,
+        row.health,
+        state,
+        row.manifest,
+        row.keys,
+        holds_until_us,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from asapd.actors.dispatcher import Dispatch
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
-from asapd.core.types import DAY_US, format_us
+from asapd.core.types import DAY_US, format_us, pattern_matches
 from asapd.runtime.clock import Clock
 from asapd.store import delivery, silences
 from asapd.store.database import Database
@@ -168,7 +168,9 @@ def _concerns(caller: Caller, silence: Silence) -> bool:
         return True
     if silence.tenant is None and caller.keeps_off_all(silence.agent):
         return False
-    return _reaches(caller, silence.agent) or caller.matches(silence.agent.removesuffix("*"))
+    # Of two patterns that fit an agent in common, one fits the other as if it were a name.
+    fits = silence.agent
+    return any(pattern_matches(pattern, fits) or pattern_matches(fits, pattern) for pattern in caller.agents)
 
 
 def _shown(silence: Silence, now_us: int) -> dict[str, Any]:

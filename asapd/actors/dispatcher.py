@@ -24,7 +24,7 @@ from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.store.breaches import Alert
 from asapd.store.database import Database
 from asapd.store.delivery import TargetRow, asked_again, targets
-from asapd.store.units import EndRedelivery, MoveTarget, RowWritten, SyncTargets, Unit
+from asapd.store.units import EndRedelivery, MoveTarget, PassTarget, RowWritten, SyncTargets, Unit
 
 GROUP_WAIT_S = 0.5
 """How long a target that takes several at once waits for more."""
@@ -125,7 +125,7 @@ async def run_dispatcher(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Push until cancelled; started once every target has its place."""
-    running: dict[str, tuple[Target, trio.CancelScope, trio.Event]] = {}
+    running: dict[str, tuple[_Pusher, trio.CancelScope, trio.Event]] = {}
     store = _Store(database, beat)
     is_started = False
     async with trio.open_nursery() as nursery:
@@ -133,7 +133,7 @@ async def run_dispatcher(
             beat()
             seen = dispatch.changed.count
             wanted = {target.name: target for target in dispatch.targets}
-            for name in [name for name, (target, *_) in running.items() if wanted.get(name) != target]:
+            for name in [name for name, (pusher, *_) in running.items() if wanted.get(name) != pusher.target]:
                 _, scope, ended = running.pop(name)
                 scope.cancel()
                 await ended.wait()
@@ -144,7 +144,7 @@ async def run_dispatcher(
                 if name not in running:
                     pusher = _Pusher(target, places[name], store, clock, dispatch, subscribe, random, log)
                     scope, ended = trio.CancelScope(), trio.Event()
-                    running[name] = target, scope, ended
+                    running[name] = pusher, scope, ended
                     nursery.start_soon(_run, pusher, scope, ended)
             for name in set(dispatch.standings) - set(wanted):
                 del dispatch.standings[name]
@@ -155,6 +155,8 @@ async def run_dispatcher(
                 beat()
                 with trio.move_on_after(_BEAT_EVERY_S):
                     await dispatch.changed.wait(seen)
+                for pusher, *_ in running.values():
+                    await pusher.pass_unwanted()
 
 
 async def _run(pusher: _Pusher, scope: trio.CancelScope, ended: trio.Event) -> None:
@@ -195,13 +197,14 @@ class _Pusher:
         random: Callable[[], float],
         log: logging.Logger,
     ) -> None:
-        self._target = target
+        self.target = target
         self._store = store
         self._clock = clock
         self._dispatch = dispatch
         self._random = random
         self._log = log
         self._seq = place.seq
+        self._in_hand = False
         self._standing = Standing(place.seq, place.delivered_us, place.failing_since_us, place.failed_us, place.error)
         dispatch.standings[target.name] = self._standing
         self._subscription = subscribe(resume_after=place.seq, wanted=target.wanted)
@@ -215,7 +218,8 @@ class _Pusher:
             found: list[Alert | Gap] = []
             try:
                 found += await self._subscription.next_alerts()
-                if self._target.in_groups:
+                self._in_hand = True
+                if self.target.in_groups:
                     with trio.move_on_after(GROUP_WAIT_S):
                         while len(found) < MOST_IN_GROUP:
                             found += await self._subscription.next_alerts()
@@ -223,11 +227,21 @@ class _Pusher:
                 is_open = False
             alerts = [one for one in found if isinstance(one, Alert)]
             if len(alerts) < len(found):
-                self._log.error("%s: alerts are no longer kept that were not pushed yet", self._target.name)
-            size = MOST_IN_GROUP if self._target.in_groups else 1
+                self._log.error("%s: alerts are no longer kept that were not pushed yet", self.target.name)
+            size = MOST_IN_GROUP if self.target.in_groups else 1
             for start in range(0, len(alerts), size):
                 await self._push(alerts[start : start + size])
-            self._standing.seq = self._subscription.cursor
+            self._in_hand = False
+
+    async def pass_unwanted(self) -> None:
+        """Put the place behind what the target does not want, as far as everything else was taken.
+
+        A target that is configured to want more begins here, and retention takes nothing from before any place only.
+        """
+        through = self._subscription.cursor
+        if not self._in_hand and through > self._seq:
+            self._seq = self._standing.seq = through
+            await self._store.write(PassTarget(self.target.name, through))
 
     async def _push(self, alerts: list[Alert]) -> None:
         failures = 0
@@ -236,15 +250,15 @@ class _Pusher:
             failed = await self._attempt(alerts)
             now_us = self._clock.now_us()
             if failed is None:
-                await self._store.write(MoveTarget(self._target.name, through, now_us))
+                await self._store.write(MoveTarget(self.target.name, through, now_us))
                 self._succeeded(through, now_us)
                 return
             failures += 1
             dead = self._given_up(alerts, failed, failures, now_us)
             place = dead[-1] if dead else self._seq
-            await self._store.write(MoveTarget(self._target.name, place, now_us, failed.error, dead))
+            await self._store.write(MoveTarget(self.target.name, place, now_us, failed.error, dead))
             if dead:
-                self._log.error("%s: gave up alerts %d to %d: %s", self._target.name, dead[0], place, failed.error)
+                self._log.error("%s: gave up alerts %d to %d: %s", self.target.name, dead[0], place, failed.error)
                 self._seq = self._standing.seq = place
             self._failed(failed, now_us)
             alerts = alerts[len(dead) :]
@@ -257,21 +271,21 @@ class _Pusher:
 
         def is_over(alert: Alert) -> bool:
             age_us = now_us - alert.at_us
-            return gives_up(failed, failures, age_us=age_us, retry_for_us=self._target.retry_for_us)
+            return gives_up(failed, failures, age_us=age_us, retry_for_us=self.target.retry_for_us)
 
         return tuple(alert.seq for alert in takewhile(is_over, alerts))
 
     async def _attempt(self, alerts: Sequence[Alert]) -> Failed | None:
         async with self._sending:
             try:
-                return await self._target.send(alerts, self._clock.now_us())
+                return await self.target.send(alerts, self._clock.now_us())
             except Exception as error:  # noqa: BLE001 -- one alert that meets a bug must not stop those of every target
-                self._log.error("%s: alert %d met a bug", self._target.name, alerts[0].seq, exc_info=error)
+                self._log.error("%s: alert %d met a bug", self.target.name, alerts[0].seq, exc_info=error)
                 return Failed(f"a bug in asapd, which is in the log: {type(error).__name__}", is_final=True)
 
     def _succeeded(self, through: int, now_us: int) -> None:
         if self._standing.failing_since_us is not None:
-            self._log.info("%s takes alerts again", self._target.name)
+            self._log.info("%s takes alerts again", self.target.name)
         self._seq = self._standing.seq = through
         self._standing.delivered_us, self._standing.failing_since_us = now_us, None
 
@@ -279,7 +293,7 @@ class _Pusher:
         standing = self._standing
         if standing.failing_since_us is None:
             # Said once; how it goes on is in the status.
-            self._log.warning("%s does not take alerts: %s", self._target.name, failed.error)
+            self._log.warning("%s does not take alerts: %s", self.target.name, failed.error)
             standing.failing_since_us = now_us
         standing.error, standing.failed_us = failed.error, now_us
 
@@ -287,7 +301,7 @@ class _Pusher:
         """Push dead letters that somebody asked for, one attempt each."""
         while True:
             seen = self._dispatch.redelivery.count
-            while letters := await self._store.database.read(asked_again, self._target.name, _PAGE):
+            while letters := await self._store.database.read(asked_again, self.target.name, _PAGE):
                 for letter in letters:
                     failed = await self._attempt([letter.alert])
                     await self._store.write(EndRedelivery(letter.id, None if failed is None else failed.error))

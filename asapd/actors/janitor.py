@@ -14,9 +14,9 @@ from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
-from asapd.store import audit_retention, retention, usage_days, usage_hours
+from asapd.store import alert_retention, audit_retention, retention, usage_days, usage_hours
 from asapd.store.database import Database
-from asapd.store.units import AddUpDays, RecoverReservations, RetireUsage, SealHours, Sweep
+from asapd.store.units import AddUpDays, RecoverReservations, RetireAlerts, RetireUsage, SealHours, Sweep
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""
@@ -120,6 +120,11 @@ async def _retire(database: Database, clock: Clock, settings: JanitorSettings, l
             log.info("retention was not applied: %s", done.detail)
         elif done:
             log.info("retention took %d usage events", done)
+        gone = await _retire_alerts(database, clock, settings, "asapd")
+        if isinstance(gone, Refusal):
+            log.info("retention was not applied to alerts: %s", gone.detail)
+        elif gone:
+            log.info("retention took %d alerts", gone)
         await trio.sleep(RETIRE_EVERY_S)
 
 
@@ -176,6 +181,23 @@ async def _seal_hours(database: Database, clock: Clock, actor: str) -> Refusal |
     return None
 
 
+async def _retire_alerts(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:
+    """Retire the alerts that are due and that every push target has come past; returns how many went."""
+    total = 0
+    while True:
+        now_us = clock.now_us()
+        before_us = now_us - settings.retention.alerts_us
+        if not await database.read(alert_retention.is_due, before_us):
+            return total
+        done = await database.submit(RetireAlerts(before_us, actor, now_us))
+        if isinstance(done, Refusal):
+            return done
+        total += done.rows
+        if not done.more:
+            return total
+        await trio.sleep(BREATH_S)
+
+
 async def apply_retention(
     database: Database, clock: Clock, settings: JanitorSettings, archivist: Archivist, actor: str, dry_run: bool
 ) -> dict[str, Any] | Refusal:
@@ -183,6 +205,7 @@ async def apply_retention(
     now_us = clock.now_us()
     before_us, entries_before_us = retired_before_us(settings, now_us), audit_before_us(settings, now_us)
     due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us)
+    due["alerts"] = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
     due["audit"] = (
         audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
     )
@@ -191,6 +214,8 @@ async def apply_retention(
     retired: int | Refusal = 0
     with trio.move_on_after(APPLY_S) as patience:
         retired = await _retire_due(database, clock, settings, actor)
+        if not isinstance(retired, Refusal):
+            retired = await _retire_alerts(database, clock, settings, actor)
         if not isinstance(retired, Refusal) and entries_before_us is not None:
             retired = await archivist.retire(entries_before_us, actor)
     if isinstance(retired, Refusal):

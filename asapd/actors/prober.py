@@ -29,6 +29,7 @@ from asapd.actors.messages import (
     SetPausedRequest,
 )
 from asapd.actors.probe_answers import CLOCK_SLACK_S, MAX_DETAIL, disturbed, judge, read_manifest
+from asapd.actors.second_opinion import SecondOpinion
 from asapd.actors.unprobed import Unprobed
 from asapd.core.access import Tenants
 from asapd.core.errors import Refusal
@@ -169,6 +170,7 @@ class _Prober:
         self._probing = trio.CapacityLimiter(PROBES_AT_ONCE)
         self._fetching_manifests = trio.CapacityLimiter(MANIFESTS_AT_ONCE)
         self._look_again_until_s: float | None = None
+        self._opinion = SecondOpinion(self._ask)
 
     # --- the directory
 
@@ -382,10 +384,9 @@ class _Prober:
         for _ in range(2):
             async with self._probing:
                 timeout_s = self._settings.prober.timeout_us / SECOND_US
+                begun_s = trio.current_time()
                 ts_us, started_s = self._clock.now_us(), self._clock.monotonic_s()
-                answer = await self._fetcher.get(
-                    _join(watch.url, HEALTH_PATH), deadline_s=timeout_s, max_bytes=HEALTH_MAX_BYTES
-                )
+                answer = await self._ask(watch.url)
                 elapsed_s = self._clock.monotonic_s() - started_s
                 wall_s = (self._clock.now_us() - ts_us) / SECOND_US
             if wall_s < -CLOCK_SLACK_S:
@@ -397,6 +398,13 @@ class _Prober:
                     return None
                 if disturbed(elapsed_s, wall_s, timeout_s):
                     continue
+                others = (other.url for other in self._watches.values() if other.is_asked)
+                blamed = await self._opinion.blames_host(watch.url, answer, begun_s, others, timeout_s)
+                if blamed is not None:
+                    self._settings.unprobed.note(watch.id, "host_failed", blamed, ts_us)
+                    watch.say(self._log, "probe", logging.WARNING, f"probe not counted: {blamed}")
+                    return None
+            self._opinion.heard(watch.url, answer)
             watch.said.pop("probe", None)
             self._settings.unprobed.clear(watch.id)
             return judge(answer, watch.id, ts_us, elapsed_s * 1000)
@@ -404,6 +412,10 @@ class _Prober:
         self._settings.unprobed.note(watch.id, "disturbed", reason, self._clock.now_us())
         watch.say(self._log, "probe", logging.WARNING, f"probe not counted: {reason}")
         return None
+
+    async def _ask(self, url: str) -> Fetched | FetchFailed:
+        deadline_s = self._settings.prober.timeout_us / SECOND_US
+        return await self._fetcher.get(_join(url, HEALTH_PATH), deadline_s=deadline_s, max_bytes=HEALTH_MAX_BYTES)
 
     async def _record(self, watch: AgentWatch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:
         """Write a unit, in several tries; whether it is in the store. `stored` looks, once that is uncertain."""

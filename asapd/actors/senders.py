@@ -55,7 +55,10 @@ class WebhookSender:
         first, last = alerts[0].seq, alerts[-1].seq
         message_id = f"{self.origin}-{first}" if first == last else f"{self.origin}-{first}-{last}"
         headers = {"Content-Type": "application/json", **webhook.headers(message_id, now_us, body, self.secret)}
-        answer = await self.poster.post(self.url, body, headers=headers, deadline_s=WEBHOOK_S)
+        try:
+            answer = await self.poster.post(self.url, body, headers=headers, deadline_s=WEBHOOK_S)
+        except OSError as error:
+            return Failed(f"this host could not post: {error.strerror or error}")
         if isinstance(answer, FetchFailed):
             return Failed(f"{answer.reason}: {answer.detail}")
         return judge(answer.status, answer.headers.get("retry-after"))

@@ -9,7 +9,8 @@ class NotProbed(msgspec.Struct, frozen=True):
     """Why an agent's last probe was not made or says nothing of it, and since when (microseconds).
 
     `reason` is `not_allowed` (its address is outside the networks that may be probed), `disturbed` (asapd was held up
-    or its clock was set) or `host_failed` (this host could not make the request); `detail` says it to a person.
+    or its clock was set) or `host_failed` (this host could not make the request, or its resolver or network is away);
+    `detail` says it to a person.
     """
 
     reason: str

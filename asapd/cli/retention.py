@@ -14,9 +14,9 @@ from asapd.cli.show import show_json, show_table
 def retention(session: Session, dry_run: bool) -> None:
     """Take away what is past its time, as the daemon does by itself.
 
-    Usage events go by retention.usage and leave their sums behind; probes go by retention.probes. Entries of the audit
-    log go by retention.audit: they are written into files in the state directory, which are verified, and lose their
-    content, but not their hashes. The audit log names what went.
+    Usage events go by retention.usage and leave their sums behind; probes go by retention.probes, alerts by
+    retention.alerts. Entries of the audit log go by retention.audit: they are written into files in the state
+    directory, which are verified, and lose their content, but not their hashes. The audit log names what went.
 
     \b
     Examples:
@@ -30,6 +30,6 @@ def retention(session: Session, dry_run: bool) -> None:
     if session.as_json:
         show_json({**first, "more": False})
         return
-    rows = [(name, first[name]["before"], first[name]["count"]) for name in ("usage", "probes", "audit")]
+    rows = [(name, first[name]["before"], first[name]["count"]) for name in ("usage", "probes", "alerts", "audit")]
     rows = [(name, before or "never", count) for name, before, count in rows]
     show_table(("records", "from before", "would go" if dry_run else "went"), rows)

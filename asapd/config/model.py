@@ -360,6 +360,7 @@ class Retention(_Section):
 
     usage_us: Kept = Field(default=400 * DAY_US, alias="usage")
     probes_us: Kept = Field(default=35 * DAY_US, alias="probes")
+    alerts_us: Kept = Field(default=400 * DAY_US, alias="alerts")
     audit_us: KeptOrForever = Field(default=None, alias="audit")
 
 

@@ -54,6 +54,7 @@ from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import SystemClock
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.lag import LoopLag
+from asapd.runtime.lookup import Lookups
 from asapd.runtime.room import Room
 from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
 from asapd.runtime.supervisor import Actor, Supervisor
@@ -328,6 +329,7 @@ class House:
         Raises:
             CannotListen, BootFailed, RestartLimitExceeded: see there.
         """
+        trio.socket.set_custom_hostname_resolver(Lookups())
         async with trio.open_nursery() as house:
             await house.start(self._follow_signals)
             async with trio.open_nursery() as store:

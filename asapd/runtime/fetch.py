@@ -15,6 +15,7 @@ import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,12 +30,15 @@ from asapd.runtime.idle import IdleConnections
 Network = IPv4Network | IPv6Network
 Reason = Literal["timeout", "slow_body", "refused", "dns", "not_allowed", "too_large", "tls", "redirect", "protocol"]
 
+Doubt = Literal["resolver", "network"]
+
 LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 _DRAIN_BYTES = 4096
 _DRAIN_S = 1.0
 _KEPT_HEADERS = frozenset({b"content-type", b"date", b"etag", b"retry-after"})
 _RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200  # linux/route.h
+_LOOKING_UP, _CONNECTING, _SENDING = "looking up the name", "connecting", "sending the request"
 _BODY = "reading the body"
 _URL_CHARACTERS = re.compile(r"[!-~]+\Z")
 
@@ -53,10 +57,15 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class FetchFailed(msgspec.Struct, frozen=True):
-    """No whole answer. `reason` is stable, `detail` is for people."""
+    """No whole answer. `reason` is stable, `detail` is for people.
+
+    `doubt` is what of this host may have failed instead of the other: its resolver gave no answer, or nothing came back
+    over its network.
+    """
 
     reason: Reason
     detail: str
+    doubt: Doubt | None = None
 
 
 class _UnreachableError(Exception):
@@ -69,6 +78,10 @@ class _UnreachableError(Exception):
 
 # What the kernel says before a packet has left the host.
 _OWN_FAILURES = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENOBUFS})
+# What it says when nothing answered, next door or farther off.
+_SILENCES = frozenset({errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
+# A resolver that says that there is no such name, or none of its addresses, has answered.
+_ANSWERS = frozenset({socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_ADDRFAMILY})
 
 
 class Fetcher:
@@ -136,6 +149,9 @@ class Fetcher:
 
         On a kept-alive connection that the server closed unanswered it is sent once more, so a receiver tells repeats
         by an id. Cancellation passes through and closes the connection.
+
+        Raises:
+            OSError: as `get`.
         """
         given = [(name.encode(), value.encode()) for name, value in headers.items()]
         length = [(b"Content-Length", str(len(body)).encode())]
@@ -165,6 +181,7 @@ class Fetcher:
         with trio.move_on_after(deadline_s):
             while True:
                 attempt = _Attempt()
+                _ATTEMPT.set(attempt)
                 try:
                     async with (
                         self._idle.using(f"{target.scheme}://{target.netloc}") as pool,
@@ -185,16 +202,18 @@ class Fetcher:
                     return FetchFailed("protocol", f"{attempt.phase} failed: {str(error) or type(error).__name__}")
         # A server that answers and then drips is another trouble than one that does not answer.
         reason: Reason = "slow_body" if attempt.phase == _BODY else "timeout"
-        return FetchFailed(reason, f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long")
+        detail = f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long"
+        return FetchFailed(reason, detail, attempt.doubt)
 
 
 class _Attempt:
     """How far one attempt came."""
 
     def __init__(self) -> None:
-        self.phase = "sending the request"
+        self.phase = _SENDING
         self.reused = True
         self.answered = False
+        self.is_near = False
 
     @property
     def may_repeat(self) -> bool:
@@ -203,11 +222,19 @@ class _Attempt:
         # fresh one is not repeated, so this ends.
         return self.reused and not self.answered
 
+    @property
+    def doubt(self) -> Doubt | None:
+        """What of this host may have failed when nothing more came."""
+        if self.phase == _LOOKING_UP:
+            return "resolver"
+        # A connection from before tells nothing of now.
+        is_silent = self.phase == _CONNECTING or (self.reused and not self.answered)
+        return "network" if is_silent and not self.is_near else None
+
     async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002 -- the library's signature
         match event:
             case "connection.connect_tcp.started":
                 self.reused = False
-                self.phase = "connecting"
             case "connection.start_tls.started":
                 self.phase = "the TLS handshake"
             case "http11.receive_response_headers.started":
@@ -215,6 +242,10 @@ class _Attempt:
             case "http11.receive_response_headers.complete":
                 self.answered = True
                 self.phase = _BODY
+
+
+_ATTEMPT: ContextVar[_Attempt] = ContextVar("attempt")
+"""What connects does so in the task of the attempt, but the HTTP library passes nothing on to it."""
 
 
 class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
@@ -229,16 +260,26 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,  # noqa: ARG002 -- the library's signature
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,  # noqa: ARG002 -- the library's signature
     ) -> httpcore2.AsyncNetworkStream:
+        attempt = _ATTEMPT.get()
+        attempt.phase = _LOOKING_UP
         try:
             found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
+        except socket.gaierror as error:
+            if error.errno in _ANSWERS:
+                raise _UnreachableError(FetchFailed("dns", f"{host} has no address: {error}")) from None
+            detail = f"no resolver answers for {host}: {error}"
+            raise _UnreachableError(FetchFailed("dns", detail, "resolver")) from None
+        except UnicodeError as error:
             raise _UnreachableError(FetchFailed("dns", f"{host} has no address: {error}")) from None
+        attempt.phase = _CONNECTING
         usable = [(family, where) for family, _, _, _, where in found if self._is_allowed(str(where[0]))]
         if not usable:
             addresses = ", ".join(dict.fromkeys(str(where[0]) for *_, where in found))
             detail = f"{host} is at {addresses}, outside the allowed networks"
             raise _UnreachableError(FetchFailed("not_allowed", detail))
+        attempt.is_near = any(ip_address(str(where[0])).is_loopback for _, where in usable)
         failure = ""
+        is_silent = not attempt.is_near
         own_failures: list[OSError] = []
         for tried, (family, where) in enumerate(usable):
             # An address that swallows packets must leave time for those behind it; the last may use it all.
@@ -253,12 +294,15 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
                     failure = f"{where[0]} port {port}: {error.strerror or error}"
                     if error.errno in _OWN_FAILURES:
                         own_failures.append(error)
+                    elif error.errno not in _SILENCES:
+                        is_silent = False
                     continue
+                attempt.phase = _SENDING
                 return _Stream(trio.SocketStream(connection))
             failure = f"{where[0]} port {port}: no answer"
         if len(own_failures) == len(usable):
             raise own_failures[0]
-        raise _UnreachableError(FetchFailed("refused", failure))
+        raise _UnreachableError(FetchFailed("refused", failure, "network" if is_silent else None))
 
     def _is_allowed(self, address: str) -> bool:
         ip: IPv4Address | IPv6Address = ip_address(address)

@@ -161,27 +161,37 @@ def _write(
         values = (agent.url, agent.tenant, agent.public_key, agent.tier, sla, agent.health)
         known = tx.row(f"SELECT origin, {_COLUMNS} FROM agent WHERE id = ?", (agent.id,))
         if known is None:
+            held_since_us = agent_history.held_since_us(tx.connection, Visibility(tenant=agent.tenant), agent.id)
             tx.execute(
-                f"INSERT INTO agent (id, origin, {_COLUMNS}, added_us, since_us) VALUES (?,?,?,?,?,?,?,?,?,?)",
-                (agent.id, origin, *values, now_us, now_us),
+                f"INSERT INTO agent (id, origin, {_COLUMNS}, added_us, since_us, held_since_us) "
+                "VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+                (agent.id, origin, *values, now_us, now_us, min(held_since_us, now_us)),
             )
             added.append(agent.id)
         elif known != (origin, *values):
+            is_handed_on = known[2] != agent.tenant
+            if is_handed_on:
+                agent_history.note(tx, agent.id, "removed", actor, now_us, reason="given to another tenant")
             tx.execute(
                 "UPDATE agent SET origin = ?, url = ?, tenant = ?, public_key = ?, tier = ?, sla = ?, health = ? "
                 "WHERE id = ?",
                 (origin, *values, agent.id),
             )
             changed.append(agent.id)
+            if is_handed_on:
+                # What it was with the other is not for this one to see.
+                tx.execute("UPDATE agent SET held_since_us = ? WHERE id = ?", (now_us, agent.id))
+                known = None
         else:
             continue
-        event = "agent.added" if known is None else "agent.changed"
+        event = "agent.added" if agent.id in added else "agent.changed"
         details = {
             "health": agent.health,
             "id": agent.id,
             "origin": origin,
             "public_key": agent.public_key,
             "sla": sla,
+            "tenant": agent.tenant,
             "tier": agent.tier,
             "url": agent.url,
         }
@@ -281,10 +291,10 @@ SELECT a.id, a.url, a.tenant, a.origin, a.public_key, a.tier, a.sla, a.added_us,
        a.changed, a.verdict, a.flapping_since_us,
        g.fetched_us, g.digest, g.verification, g.sla, g.sla_error, g.ttl_seconds, g.public_key
 FROM agent a
-LEFT JOIN manifest m ON m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
-LEFT JOIN manifest g ON m.sla_error IS NOT NULL
+LEFT JOIN manifest m ON m.fetched_us >= a.held_since_us AND m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
+LEFT JOIN manifest g ON m.sla_error IS NOT NULL AND g.fetched_us >= a.held_since_us
   AND g.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id AND sla_error IS NULL)
-LEFT JOIN probe p ON p.seq = (
+LEFT JOIN probe p ON p.ts_us >= a.held_since_us AND p.seq = (
   SELECT seq FROM probe WHERE agent = (SELECT id FROM name WHERE name = a.id) ORDER BY ts_us DESC, seq DESC LIMIT 1)
 """
 

@@ -64,6 +64,8 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
         (*msgspec.structs.astuple(breach)[:-2], evidence, breach.budget, seq),
     )
     marked = mark(tx, breach, unit.event, unit.now_us)
+    if unit.event == "resolved":
+        tx.execute("DELETE FROM breach_told WHERE breach = ?", (breach.id,))
     params = {
         "event": unit.event,
         "seq": seq,
@@ -205,6 +207,7 @@ def alerts_after(connection: apsw.Connection, seq: int, limit: int) -> list[Aler
 
 
 def alert_bounds(connection: apsw.Connection) -> tuple[int, int]:
-    """The oldest and newest numbers that are kept; (1, 0) when there are none."""
-    oldest, newest = fetch(connection, "SELECT coalesce(min(seq), 1), coalesce(max(seq), 0) FROM alert")[0]
-    return oldest, newest
+    """The oldest number that is kept and the newest that was given; the oldest is one more when none is kept."""
+    (newest,) = fetch_one(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'alert'") or (0,)
+    (oldest,) = fetch(connection, "SELECT min(seq) FROM alert")[0]
+    return newest + 1 if oldest is None else oldest, newest

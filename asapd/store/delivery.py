@@ -14,6 +14,7 @@ from asapd.store.units import (
     EndRedelivery,
     MoveCursor,
     MoveTarget,
+    PassTarget,
     Redeliver,
     RowWritten,
     SyncTargets,
@@ -74,10 +75,7 @@ def sync_targets(tx: Tx, unit: SyncTargets) -> RowWritten:
     names = msgspec.json.encode(unit.names).decode()
     tx.execute("DELETE FROM alert_target WHERE name NOT IN (SELECT value FROM json_each(?))", (names,))
     _, newest = alert_bounds(tx.connection)
-    tx.execute(
-        "INSERT OR IGNORE INTO alert_target (name, seq) SELECT value, ? FROM json_each(?)",
-        (max(newest, tx.next_seq("alert") - 1), names),
-    )
+    tx.execute("INSERT OR IGNORE INTO alert_target (name, seq) SELECT value, ? FROM json_each(?)", (newest, names))
     return RowWritten(newest)
 
 
@@ -85,12 +83,12 @@ def move_target(tx: Tx, unit: MoveTarget) -> RowWritten:
     """Note what became of an attempt; `dead` are given up, and kept as dead letters."""
     if unit.error is None:
         tx.execute(
-            "UPDATE alert_target SET seq = ?, delivered_us = ?, failing_since_us = NULL WHERE name = ?",
+            "UPDATE alert_target SET seq = max(seq, ?), delivered_us = ?, failing_since_us = NULL WHERE name = ?",
             (unit.seq, unit.now_us, unit.name),
         )
         return RowWritten(unit.seq)
     tx.execute(
-        "UPDATE alert_target SET seq = ?1, error = ?2, failed_us = ?3, "
+        "UPDATE alert_target SET seq = max(seq, ?1), error = ?2, failed_us = ?3, "
         "failing_since_us = coalesce(failing_since_us, ?3) WHERE name = ?4",
         (unit.seq, unit.error, unit.now_us, unit.name),
     )
@@ -108,6 +106,12 @@ def move_target(tx: Tx, unit: MoveTarget) -> RowWritten:
         )
         details = {"alerts": list(unit.dead), "error": unit.error, "target": unit.name}
         tx.audit("alert.undelivered", "asapd", unit.name, details, unit.now_us)
+    return RowWritten(unit.seq)
+
+
+def pass_target(tx: Tx, unit: PassTarget) -> RowWritten:
+    """Put a target's place behind alerts that it does not want."""
+    tx.execute("UPDATE alert_target SET seq = max(seq, ?) WHERE name = ?", (unit.seq, unit.name))
     return RowWritten(unit.seq)
 
 

@@ -60,8 +60,9 @@ def reconcile_breaches(connection: apsw.Connection, erasures: Erasures) -> Tally
             last[breach] = None
         else:
             findings.add(f"alert {number} ({event} {breach}) has no entry in the log")
+    taken = _taken(connection)
     for number, entry in told.items():
-        if fetch_one(connection, "SELECT 1 FROM alert WHERE seq = ?", (number,)) is None:
+        if number not in taken and fetch_one(connection, "SELECT 1 FROM alert WHERE seq = ?", (number,)) is None:
             findings.add(f"entry {entry.seq} (sla.breach {entry.says['id']}): alert {number} is not there")
     for *columns, budget, evidence, seq in fetch(connection, f"SELECT {_COLUMNS} FROM breach"):
         row = BreachRow(*[*columns, {}, budget])
@@ -71,7 +72,19 @@ def reconcile_breaches(connection: apsw.Connection, erasures: Erasures) -> Tally
             _compare(row, evidence, seq, *known, findings)
     for breach in last:
         findings.add(f"breach {breach} is not there, and the log has entries of it")
-    return Tally("breach", rows, entries, 0, erased, findings.count, tuple(findings.named))
+    retired = sum(number in taken for number in told)
+    return Tally("breach", rows, entries, retired, erased, findings.count, tuple(findings.named))
+
+
+def _taken(connection: apsw.Connection) -> range:
+    """The numbers of alerts that retention says it took: the oldest, without a hole."""
+    through = 0
+    for (details,) in fetch(
+        connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'alert'"
+    ):
+        if details is not None:
+            through = max(through, msgspec.json.decode(details)["last_row"])
+    return range(1, through + 1)
 
 
 def _compare(row: BreachRow, evidence: str, seq: int, entry: _Entry, alert: Row, findings: Findings) -> None:

@@ -33,13 +33,19 @@ def mark(tx: Tx, breach: BreachRow, event: str, now_us: int) -> Mark:
     fitting = (one for one in _in_force(tx.connection, now_us) if _fits(one, breach))
     silence = next(fitting, None)
     if event == "resolved":
-        told = [_told.decode(body).held is None for (body,) in _alerts_of(tx.connection, breach.id)]
-        held = "silenced" if told and not any(told) else None
+        held = None if _was_told(tx, breach.id) else "silenced"
     elif silence is not None:
         held = "silenced"
     else:
         held = None if acknowledged is None else "acknowledged"
     return Mark(None if silence is None else silence.id, acknowledged, held)
+
+
+def _was_told(tx: Tx, breach: str) -> bool:
+    """Whether a transition of a breach was not held back, of those that are kept or of those that retention took."""
+    if any(_told.decode(body).held is None for (body,) in _alerts_of(tx.connection, breach)):
+        return True
+    return tx.row("SELECT 1 FROM breach_told WHERE breach = ?", (breach,)) is not None
 
 
 class _Told(msgspec.Struct):

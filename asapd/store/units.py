@@ -685,6 +685,29 @@ class MoveTarget(Unit[RowWritten], frozen=True):
     dead: tuple[int, ...] = ()
 
 
+class PassTarget(Unit[RowWritten], frozen=True):
+    """A push target wants nothing up to `seq` that it has not taken."""
+
+    name: str
+    seq: int
+
+
+class AlertsRetired(msgspec.Struct, frozen=True, tag=True):
+    """Alerts that a step of retention took, and whether there may be more that are due."""
+
+    rows: int
+    more: bool
+
+
+class RetireAlerts(Unit[AlertsRetired], frozen=True):
+    """Drop at most `limit` of the oldest alerts from before `before_us` that every push target has come past."""
+
+    before_us: int
+    actor: str
+    now_us: int
+    limit: int = 500
+
+
 class Redeliver(Unit[RowWritten | Refusal], frozen=True):
     """Have a dead letter delivered again."""
 
@@ -1088,6 +1111,8 @@ AnyUnit = (
     | MoveCursor
     | SyncTargets
     | MoveTarget
+    | PassTarget
+    | RetireAlerts
     | Redeliver
     | EndRedelivery
     | AckBreach
@@ -1117,6 +1142,7 @@ AnyResult = (
     | Voided
     | CostsCorrected
     | UsageRetired
+    | AlertsRetired
     | DaysAddedUp
     | UsageConflict
     | StreamsMoved

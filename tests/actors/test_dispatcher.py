@@ -289,6 +289,35 @@ async def test_an_alert_that_meets_a_bug_stops_neither_those_behind_it_nor_other
     assert "met a bug" in caplog.text
 
 
+async def test_what_a_target_does_not_want_is_not_its_backlog_and_does_not_come_when_it_wants_more(
+    host: Host, autojump_clock: MockClock
+) -> None:
+    picky, keen = Receiver(), Receiver()
+    async with host.running(picky.target(min_severity="critical")):
+        for _ in range(3):
+            await host.breach()
+        await trio.sleep(2)
+        standing = await host.standing()
+        assert (standing["cursor"], standing["backlog"]) == (3, 0)
+    async with host.running(keen.target()):
+        await host.breach()
+        await trio.sleep(2)
+    assert (picky.taken, keen.taken) == ([], [4])
+
+
+async def test_a_place_does_not_pass_what_is_still_tried(host: Host, autojump_clock: MockClock) -> None:
+    failing = Receiver(down)
+    async with host.running(failing.target(events=("opened",))):
+        name = await host.breach()
+        await host.breach("resolved", number=int(name.removeprefix("brc_")))
+        await trio.sleep(30)
+        assert (await host.standing())["cursor"] == 0
+        failing.answer = lambda alerts: None
+        await trio.sleep(100)
+        assert failing.taken == [1]
+        assert (await host.standing())["cursor"] == 2
+
+
 async def test_alerts_that_are_no_longer_kept_are_told_in_the_log_and_the_rest_is_pushed(
     host: Host, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

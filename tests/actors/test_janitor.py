@@ -32,6 +32,7 @@ from asapd.store.seals import SealedAt
 from asapd.store.units import (
     Answer,
     AnyUnit,
+    BreachRow,
     Idempotency,
     NewDelegation,
     RecordProbe,
@@ -41,6 +42,7 @@ from asapd.store.units import (
     Reserved,
     Sweep,
     Swept,
+    WriteBreach,
 )
 
 A = "urn:asap:agent:a"
@@ -170,6 +172,37 @@ async def test_days_are_added_up_an_hour_after_they_ended(
     assert connection.execute(added).fetchall() == [(2, 1)]
     await sweep_for(70, database, at_us=at_us)
     assert connection.execute(added).fetchall() == [(2, 1), (1, 2)]
+
+
+async def test_alerts_past_their_time_go_at_the_start_and_on_demand(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    database, connection = inline_database
+
+    async def breach(number: int, age_us: int) -> None:
+        row = BreachRow(
+            *(f"brc_{number}", f"{A}-{number}", "latency", 1, "1", 1.0, "2", 2.0, "warning", "open", T0, 20, "default")
+        )
+        await database.submit(WriteBreach("opened", row, T0 - age_us))
+
+    await breach(1, 401 * DAY_US)
+    await breach(2, 100 * DAY_US)
+    await sweep_for(1, database)
+    assert connection.execute("SELECT seq FROM alert").fetchall() == [(2,)]
+    assert "retention took 1 alerts" in caplog.text
+    settings = JanitorSettings(config.Retention(alerts="99d"))
+    for dry_run, left in ((True, 1), (False, 0)):
+        done = await apply_retention(database, TrioClock(T0), settings, "key:o", dry_run)
+        assert not isinstance(done, Refusal)
+        assert done["alerts"]["count"] == 1
+        assert connection.execute("SELECT count(*) FROM alert").get == left
+    await breach(3, 100 * DAY_US)
+    away = Database(AwayRunner(), InlineReaders(connection))
+    assert await apply_retention(away, TrioClock(T0), settings, "key:o", False) == WRITER_AWAY
+    with trio.move_on_after(0.5):
+        await run_janitor(database=away, clock=TrioClock(T0), settings=settings, beat=lambda: None, log=log)
+    assert "not applied to alerts" in caplog.text
 
 
 async def test_retention_goes_on_where_it_was_when_the_store_is_back(

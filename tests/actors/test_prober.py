@@ -42,6 +42,7 @@ from asapd.runtime.fetch import LOOPBACK, Fetched, Fetcher, FetchFailed
 from asapd.store import agent_history
 from asapd.store import agents as stored
 from asapd.store.database import OUTCOME_UNKNOWN, WRITER_AWAY, Database, InlineReaders, InlineRunner, ReadTooLongError
+from asapd.store.manifests import versions
 from asapd.store.units import (
     AgentRecord,
     AgentsChanged,
@@ -54,7 +55,7 @@ from asapd.store.units import (
     RemoveAgent,
     SyncAgents,
 )
-from asapd.store.visibility import EVERYTHING
+from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.keys import jwk_thumbprint
 
@@ -655,6 +656,35 @@ async def test_the_actor_beats_while_idle_and_while_probes_hang(autojump_clock: 
     assert max(gaps) <= 1
 
 
+async def test_an_outage_of_this_host_is_unknown_and_an_agents_own_is_down(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    silent = FetchFailed("timeout", "no answer", "network")
+    hosts = [f"10.0.0.{number}" for number in range(1, 5)]
+    agents = [agent(f"urn:asap:agent:{host}", f"http://{host}") for host in hosts]
+
+    async def silence() -> FetchFailed:
+        await trio.sleep(4)
+        return silent
+
+    for host in hosts:
+        virtual.network.set(host, health())
+    async with virtual.running(*agents):
+        await trio.sleep(95)
+        for host in hosts:
+            virtual.network.set(host, silence)
+        await trio.sleep(100)
+        assert {segment.up for one in agents for segment in virtual.segments(one.id)} == {True}
+        note = virtual.settings.unprobed.get(agents[0].id)
+        assert note is not None
+        assert (note.reason, "reaches no other machine" in note.detail) == ("host_failed", True)
+        for host in hosts[1:]:
+            virtual.network.set(host, health())
+        await trio.sleep(100)
+        assert [segment.up for segment in virtual.segments(agents[0].id)] == [True, False]
+        assert virtual.settings.unprobed.noted() == {}
+
+
 # --- manifests
 
 SLA = {"availability": "99.5%", "max_latency_p95_ms": 500, "max_error_rate": 1.5}
@@ -677,6 +707,27 @@ async def test_a_manifest_is_stored_once_and_again_when_it_changes(autojump_cloc
         assert virtual.changed.count == changes + 1
         assert virtual.row().manifest.sla_error.startswith("sla.availability:")  # type: ignore[union-attr]
     assert virtual.network.times("a", "manifest.json") == [0, 20, 40, 60, 80]
+
+
+async def test_a_tenant_that_gets_an_agent_sees_its_manifest_though_it_did_not_change(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.network.set_manifest("a", signed(manifest(sla=SLA), KEY))
+
+    def seen_by(tenant: str) -> int:
+        return len(versions(virtual.connection, Visibility(tenant=tenant), A, 10, None))
+
+    async with virtual.running() as inbox:
+        await put(inbox, agent())
+        await trio.sleep(5)
+        assert (seen_by("default"), seen_by("x")) == (1, 0)
+        await put(inbox, AgentRecord(A, "http://a", "x"))
+        assert (seen_by("default"), seen_by("x")) == (0, 0)
+        await trio.sleep(5)
+        assert seen_by("x") == 1
+    async with virtual.running():
+        await trio.sleep(5)
+    assert (seen_by("x"), len(virtual.manifests())) == (1, 2)
 
 
 async def test_a_restart_does_not_store_the_same_manifest_again(autojump_clock: MockClock, virtual: Rig) -> None:

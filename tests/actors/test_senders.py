@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
 import sys
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import trio
 from asapd.actors.senders import CommandSender, WebhookSender
 from asapd.core.pushing import Failed
 from asapd.core.types import SECOND_US
-from asapd.runtime.fetch import LOOPBACK, Fetcher
+from asapd.runtime.fetch import LOOPBACK, Fetcher, FetchFailed
 from asapd.store.breaches import Alert
 
 NOW = 1_800_000_000 * SECOND_US
@@ -125,6 +126,15 @@ async def test_what_is_no_2xx_is_a_failure_that_names_no_path() -> None:
         failed = await hook(port, fetcher)([alert(1)], NOW)
         assert failed is not None
         assert failed.error.startswith("redirect: ")
+
+
+async def test_a_host_without_a_way_out_gives_nothing_up_for_that() -> None:
+    class NoWay:
+        async def post(self, url: str, body: bytes, *, headers: Mapping[str, str], deadline_s: float) -> FetchFailed:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    sender = WebhookSender("http://192.0.2.7/x", None, "hook", False, "asapd-1", NoWay())
+    assert await sender([alert(1)], NOW) == Failed("this host could not post: Network is unreachable")
 
 
 async def test_a_receiver_that_drips_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:

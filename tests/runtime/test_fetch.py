@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -428,6 +429,87 @@ async def test_a_name_without_an_address_is_a_dns_failure() -> None:
     async with Fetcher(LOOPBACK) as fetcher:
         assert reason(await fetcher.get("http://agent.test/", deadline_s=5, max_bytes=10)) == "dns"
         assert reason(await fetcher.get(f"http://{'a' * 70}.test/", deadline_s=5, max_bytes=10)) == "dns"
+
+
+@pytest.mark.parametrize("code", [socket.EAI_AGAIN, socket.EAI_FAIL])
+async def test_a_resolver_that_does_not_answer_is_no_name_without_an_address(code: int) -> None:
+    class Away(Resolver):
+        async def getaddrinfo(self, *args: Any, **named: Any) -> Any:
+            raise trio.socket.gaierror(code, "Temporary failure in name resolution")
+
+    trio.socket.set_custom_hostname_resolver(Away())
+    async with Fetcher(LOOPBACK) as fetcher:
+        outcome = await fetcher.get("http://agent.test/", deadline_s=5, max_bytes=10)
+    assert isinstance(outcome, FetchFailed)
+    assert (outcome.reason, outcome.doubt) == ("dns", "resolver")
+
+
+async def test_a_resolver_that_hangs_is_told_from_an_agent_that_does(autojump_clock: MockClock) -> None:
+    class Hanging(Resolver):
+        async def getaddrinfo(self, *args: Any, **named: Any) -> Any:
+            await trio.sleep_forever()
+
+    trio.socket.set_custom_hostname_resolver(Hanging())
+    async with Fetcher(LOOPBACK) as fetcher:
+        outcome = await fetcher.get("http://agent.test/", deadline_s=5, max_bytes=10)
+    detail = "no whole answer within 5 s: looking up the name took too long"
+    assert outcome == FetchFailed("timeout", detail, "resolver")
+
+
+class Silent:
+    """Sockets to machines that answer nothing: how a kernel says so, or None where it says nothing."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def socket(self, family: int = -1, kind: int = -1, proto: int = -1) -> Any:
+        code = self.code
+
+        class Unconnectable:
+            async def connect(self, where: tuple[Any, ...]) -> None:
+                if code is None:
+                    await trio.sleep_forever()
+                raise OSError(code, "silence")
+
+            def close(self) -> None:
+                pass
+
+        return Unconnectable()
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "doubt"),
+    [
+        ("192.0.2.7", errno.EHOSTUNREACH, "network"),
+        ("192.0.2.7", None, "network"),
+        ("192.0.2.7", errno.ECONNREFUSED, None),
+        ("127.0.0.9", errno.EHOSTUNREACH, None),
+        ("127.0.0.9", None, None),
+    ],
+)
+async def test_silence_from_afar_may_be_this_hosts(
+    address: str, code: int | None, doubt: str | None, autojump_clock: MockClock
+) -> None:
+    trio.socket.set_custom_socket_factory(Silent(code))  # type: ignore[arg-type]  # as much of one as is used
+    async with Fetcher([*LOOPBACK, ip_network("192.0.2.0/24")]) as fetcher:
+        outcome = await fetcher.get(f"http://{address}/", deadline_s=5, max_bytes=10)
+    assert isinstance(outcome, FetchFailed)
+    assert outcome.doubt == doubt
+
+
+async def test_silence_on_a_connection_from_before_may_be_the_networks(autojump_clock: MockClock) -> None:
+    """And on a fresh one it is the server's, which was there a moment ago."""
+
+    async def once(stream: trio.SocketStream) -> None:
+        await request_head(stream)
+        await stream.send_all(OK)
+        await trio.sleep_forever()
+
+    async with serving(once) as port, Fetcher(LOOPBACK) as fetcher:
+        assert isinstance(await fetcher.get(f"http://127.0.0.1:{port}/", deadline_s=5, max_bytes=10), Fetched)
+        outcome = await fetcher.get(f"http://127.0.0.1:{port}/", deadline_s=5, max_bytes=10)
+        assert isinstance(outcome, FetchFailed)
+        assert outcome.doubt == "network"
 
 
 @pytest.fixture

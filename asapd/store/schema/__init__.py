@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asapd.store.schema import (
     agent_keys,
+    alerts,
     arrival,
     days,
     delivery,
@@ -40,4 +41,5 @@ MIGRATIONS: tuple[str, ...] = (
     namesakes.SCRIPT,
     promise_record.SCRIPT,
     retirement.SCRIPT,
+    alerts.SCRIPT,
 )

@@ -379,11 +379,18 @@ async def test_what_was_kept_of_an_agent_stays_with_the_tenant_that_it_had(edge:
         return health["count"], len(health["transitions"]), [one["digest"] for one in found]
 
     sent = {"id": C, "url": "http://127.0.0.1:1"}
-    (await edge.post("/agents", sent, key="one")).ok(201)
+    (await edge.post("/agents", {**sent, "url": "http://127.0.0.1:1/secret"}, key="one")).ok(201)
     await happens(1)
     assert await seen("one") == (1, 2, ["digest1"])
     (await edge.post("/agents", {**sent, "tenant": "two"})).ok()
     assert await seen("two") == (0, 0, [])
+    row = (await edge.get(f"/agents/{C}", key="two")).ok()
+    assert (row["manifest"], row["last_probe"], row["sla_error"]) == (None, None, None)
+    history = (await edge.get(f"/agents/{C}/history", key="two")).ok()["data"]
+    assert [event["event"] for event in history] == ["added"]
+    assert "secret" not in str(history)
+    newest = (await edge.get(f"/agents/{C}/history")).ok()["data"][:2]
+    assert [event["event"] for event in newest] == ["added", "removed"]
     (await edge.get(f"/agents/{C}/manifests/digest1", key="two")).refused(404)
     await happens(2)
     assert await seen("two") == (1, 2, ["digest2"])

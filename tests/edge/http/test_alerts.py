@@ -121,6 +121,18 @@ async def test_a_key_silences_within_its_patterns_and_its_tenant(edge: Edge, mon
     assert full.refused(409)["code"] == "too_many_silences"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [("*", True), ("urn:asap:agent:*", True), (f"{A}1", True), (f"{A}1*", True), (B, False), (f"{A}2*", False)],
+)
+async def test_a_key_sees_what_may_hold_back_its_alerts(edge: Edge, pattern: str, shown: bool) -> None:
+    """Its alerts are marked with the id of the silence that fits."""
+    await edge.new_key("one", "reader", f"{A}1")
+    made = (await edge.post("/silences", {"agent": pattern, "duration": "1h"})).ok(201)
+    found = (await edge.get("/silences", key="one")).ok()["data"]
+    assert [one["id"] for one in found] == ([made["id"]] if shown else [])
+
+
 async def test_the_hosts_silences_tell_no_tenant_of_anothers_agents(edge: Edge) -> None:
     for tenant in ("x", "y"):
         await edge.new_key(f"operator-{tenant}", "operator", tenant=tenant)
