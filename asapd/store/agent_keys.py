@@ -138,12 +138,14 @@ def _refuse_fixed(rows: list[AgentKey]) -> None:
 def place(tx: Tx, agent: str, source: Source, key: bytes | None, actor: str, now_us: int, overlap_us: int) -> bool:
     """Make `key` the one active key of a source, or with None leave it none; whether anything changed.
 
-    A key that is replaced keeps its overlap; one that is taken away without another has none.
+    A key that is replaced keeps its overlap; one that is taken away without another has none. A key that a manifest
+    had shown is replaced with it: it would outlive the overlap otherwise.
     """
     rows = keys_of(tx.connection, agent)
     changed = False
+    replaced = {source} if key is None else {source, "manifest"}
     for row in rows:
-        if row.source == source and row.state == "active" and row.public_key != key:
+        if row.source in replaced and row.state == "active" and row.public_key != key:
             _retire(tx, row, actor, now_us, 0 if key is None else overlap_us)
             changed = True
     if key is None or _find(rows, key, source, "active") is not None:
@@ -162,7 +164,9 @@ def see(tx: Tx, agent: str, key: bytes | None, now_us: int) -> None:
         case Sighting.FIRST:
             _add(tx, AgentKey(agent, key, "manifest", "active", now_us), "asapd")
         case Sighting.KNOWN:
-            if not any(row.source == "manifest" and row.public_key == key for row in rows):
+            own = [row for row in rows if row.public_key == key]
+            # One that is known only for its overlap does not become one without an end.
+            if any(row.state == "active" for row in own) and all(row.source != "manifest" for row in own):
                 _put(tx, AgentKey(agent, key, "manifest", "active", now_us))
         case Sighting.CHANGED:
             if _find(rows, key, "manifest", "claimed") is None:

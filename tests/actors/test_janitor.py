@@ -193,15 +193,22 @@ async def test_alerts_past_their_time_go_at_the_start_and_on_demand(
     assert "retention took 1 alerts" in caplog.text
     settings = JanitorSettings(config.Retention(alerts="99d"))
     for dry_run, left in ((True, 1), (False, 0)):
-        done = await apply_retention(database, TrioClock(T0), settings, "key:o", dry_run)
+        done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:o", dry_run)
         assert not isinstance(done, Refusal)
         assert done["alerts"]["count"] == 1
         assert connection.execute("SELECT count(*) FROM alert").get == left
     await breach(3, 100 * DAY_US)
     away = Database(AwayRunner(), InlineReaders(connection))
-    assert await apply_retention(away, TrioClock(T0), settings, "key:o", False) == WRITER_AWAY
+    assert await apply_retention(away, TrioClock(T0), settings, archivist_of(away), "key:o", False) == WRITER_AWAY
     with trio.move_on_after(0.5):
-        await run_janitor(database=away, clock=TrioClock(T0), settings=settings, beat=lambda: None, log=log)
+        await run_janitor(
+            database=away,
+            clock=TrioClock(T0),
+            settings=settings,
+            archivist=archivist_of(away),
+            beat=lambda: None,
+            log=log,
+        )
     assert "not applied to alerts" in caplog.text
 
 

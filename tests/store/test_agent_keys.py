@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from nacl.signing import SigningKey
 
+from asapd.core.agent_keys import verifying
 from asapd.core.errors import Refusal
 from asapd.store.agent_keys import claimed, keys_of
 from asapd.store.agents import directory
@@ -340,3 +341,33 @@ def test_what_an_older_version_knew_is_taken_over_once(store: Store) -> None:
     store.sync()
     store.sync()
     assert store.entries() == {(K2, "manifest", "active")}
+
+
+def still_verifies(store: Store) -> set[bytes]:
+    """The keys that verify new tokens once every overlap is over."""
+    later_us = store.now_us + 10**9
+    rows = keys_of(store.connection, A)
+    return set(verifying(rows, issued_at_us=later_us, now_us=later_us, believe_manifests=True))
+
+
+def test_a_manifest_does_not_bring_back_a_key_within_its_overlap(connection: apsw.Connection) -> None:
+    store = Store(connection)
+    store.put(None)
+    store.add(K1)
+    store.retire(K1)
+    store.manifest(K1, "verified")
+    assert still_verifies(store) == set()
+
+
+@pytest.mark.parametrize("give", [Store.put, Store.configure])
+def test_a_key_that_is_replaced_is_so_too_where_a_manifest_had_shown_it(connection: apsw.Connection, give: Any) -> None:
+    store = Store(connection)
+    give(store, K1)
+    store.manifest(K1, "verified")
+    give(store, K2)
+    assert still_verifies(store) == {K2}
+    if give is Store.put:
+        store.retire(K2, 0)
+    else:
+        give(store, None)
+    assert still_verifies(store) == set()

@@ -39,7 +39,7 @@ MIGRATIONS: tuple[str, ...] = (
     days.SCRIPT,
     refunds.SCRIPT,
     namesakes.SCRIPT,
+    alerts.SCRIPT,
     promise_record.SCRIPT,
     retirement.SCRIPT,
-    alerts.SCRIPT,
 )
