@@ -62,8 +62,9 @@ BUSY_GAP_US = 300
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
-FOLD_EVERY_S = 0.1
-"""Between two looks at the WAL: full ingest adds some 5 MiB to it in that time."""
+FOLD_EVERY_S = 0.03
+"""Between two looks at the WAL. While what was folded is made durable, commits wait for the disk: folding often and
+little holds them up for 27 ms at the 99th percentile beside full ingest, folding every 0.1 s for 64."""
 
 RECEIVE_BYTES = 1 << 20
 """Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
