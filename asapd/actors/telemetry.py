@@ -30,6 +30,7 @@ from asapd.store.units import (
     StreamValue,
     UsageConflict,
 )
+from asapd.store.visibility import Visibility
 from asapd.wire.otlp import MAX_RECORDS, digest
 from asapd.wire.otlp_points import (
     Bucket,
@@ -103,7 +104,7 @@ async def record_spans(
         evidence=evidence,
         spans=[SpanFact(span.span, span.is_work) for span in timely],
         links=message.links,
-        is_narrow=_is_narrow(message.caller),
+        by=Visibility(message.caller.tenant, message.caller.agents),
     )
     outcome = await database.submit(unit)
     if isinstance(outcome, Refusal):
@@ -190,6 +191,7 @@ async def record_metrics(
                 for place, (key, found) in enumerate(changed.items())
             ],
             evidence,
+            by=Visibility(message.caller.tenant, message.caller.agents),
         )
         if not (unit.streams or events or evidence):
             break

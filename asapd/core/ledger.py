@@ -8,12 +8,16 @@ of the path, or to none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from asapd.core.denial import Denied, Reason, deny, expired, not_yet_valid, revoked
 from asapd.core.money import to_usd
+
+MOST: Final = 2**62 - 1
+"""Where what is spent or held stops, about 4.6 trillion USD: with one amount more, at most 2**53, it fits 64 bits."""
 
 
 class Account(Struct, frozen=True):
@@ -141,7 +145,7 @@ def held(account: Account, hold: Hold, *, known_task: bool) -> Account:
     """An account of the path once an accepted estimate is held on it; `known_task` as for `reserve`."""
     return replace(
         account,
-        reserved_microusd=account.reserved_microusd + hold.cost_microusd,
+        reserved_microusd=reserved_after(account.reserved_microusd, hold.cost_microusd),
         tasks_used=account.tasks_used + (not known_task),
         tasks_reserved=account.tasks_reserved + hold.tasks_extra,
     )
@@ -165,7 +169,7 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False,
         hold_after=Hold(
             cost_microusd=hold.cost_microusd - release_microusd,
             tasks_extra=hold.tasks_extra - release_tasks,
-            used_microusd=hold.used_microusd + spend_microusd,
+            used_microusd=min(hold.used_microusd + spend_microusd, MOST),
             tokens=hold.tokens - release_tokens,
         ),
         unpriced=cost_microusd is None,
@@ -173,6 +177,22 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False,
         spend_tokens=tokens,
         release_tokens=release_tokens,
     )
+
+
+def spent_after(spent: int, more: int) -> int:
+    """What is spent with `more`, which is negative for what is given back, from 0 to `MOST`.
+
+    How far `MOST` was passed nobody knows, so it stays: what is given back must not make room that was spent.
+    """
+    return MOST if spent >= MOST else max(0, min(spent + more, MOST))
+
+
+def reserved_after(reserved: int, more: int) -> int:
+    """What is held with `more`, which is negative for what is released, from 0 to `MOST`.
+
+    Exact wherever it decides: what has a limit never holds more than that, which is far below `MOST`.
+    """
+    return max(0, min(reserved + more, MOST))
 
 
 def overrun(estimate_microusd: int | None, used_microusd: int) -> int | None:

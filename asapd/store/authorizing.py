@@ -11,7 +11,7 @@ from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_ho
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
-from asapd.store.ledger import PATH, register_chain
+from asapd.store.ledger import PATH, RESERVED_AFTER, register_chain
 from asapd.store.parties import FOREIGN, is_party
 from asapd.store.reservations import expire_lapsed, left
 from asapd.store.rows import fetch
@@ -152,7 +152,7 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
         [(on_path.account, unit.task_id) for on_path in path],
     )
     tx.insert_many(
-        "UPDATE delegation SET reserved_microusd = reserved_microusd + ?, tasks_used = tasks_used + ?, "
+        f"UPDATE delegation SET {RESERVED_AFTER}, tasks_used = tasks_used + ?, "
         "tasks_reserved = tasks_reserved + ? WHERE account = ?",
         [
             (hold.cost_microusd, 0 if is_known else 1, hold.tasks_extra, on_path.account)

@@ -7,13 +7,9 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from asapd.core.budgets import Balance, Budget, BudgetUnit, Standing, overruns
-from asapd.core.ledger import Hold, Settlement
+from asapd.core.ledger import MOST, Hold, Settlement, reserved_after
 from asapd.store.rows import Row
 from asapd.store.tx import Tx
-
-# Counters stop here instead of failing, as usage is recorded whatever it claims; two of them still fit 64 bits. One
-# that stopped stays until its period ends: what is taken back from it may be of what it did not count.
-MOST = 2**62 - 1
 
 COLUMNS = (
     "id, start_us, end_us, events, unpriced, spent_microusd, reserved_microusd, spent_tokens, reserved_tokens, "
@@ -104,8 +100,8 @@ class Page:
     def hold(self, hold: Hold, task_id: str) -> None:
         """Take an estimate out of what is left."""
         self.is_changed = True
-        self.reserved_microusd += hold.cost_microusd
-        self.reserved_tokens += hold.tokens
+        self.reserved_microusd = reserved_after(self.reserved_microusd, hold.cost_microusd)
+        self.reserved_tokens = reserved_after(self.reserved_tokens, hold.tokens)
         if self.tasks_used is not None:
             self.tasks_reserved += hold.tasks_extra
             used, holds = self._task(task_id) or (0, 0)
@@ -114,8 +110,8 @@ class Page:
     def give_back(self, hold: Hold, task_id: str) -> None:
         """Put back what a closed reservation still held."""
         self.is_changed = True
-        self.reserved_microusd -= hold.cost_microusd
-        self.reserved_tokens -= hold.tokens
+        self.reserved_microusd = reserved_after(self.reserved_microusd, -hold.cost_microusd)
+        self.reserved_tokens = reserved_after(self.reserved_tokens, -hold.tokens)
         if self.tasks_used is not None:
             self.tasks_reserved -= hold.tasks_extra
             known = self._task(task_id)
@@ -125,13 +121,17 @@ class Page:
     def release(self, settlement: Settlement) -> None:
         """Take what usage paid of a hold out of what is reserved."""
         self.is_changed = True
-        self.reserved_microusd -= settlement.release_microusd
-        self.reserved_tokens -= settlement.release_tokens
+        self.reserved_microusd = reserved_after(self.reserved_microusd, -settlement.release_microusd)
+        self.reserved_tokens = reserved_after(self.reserved_tokens, -settlement.release_tokens)
         if self.tasks_used is not None:
             self.tasks_reserved -= settlement.release_tasks
 
     def spend(self, microusd: int, tokens: int) -> None:
-        """Count what was used; a refund is negative."""
+        """Count what was used; a refund is negative.
+
+        Counters stop at `MOST` instead of failing, as usage is recorded whatever it claims. One that stopped stays
+        until its period ends: what is taken back from it may be of what it did not count.
+        """
         self.is_changed = True
         self.spent_microusd = _plus(self.spent_microusd, microusd)
         self.spent_tokens = _plus(self.spent_tokens, tokens)

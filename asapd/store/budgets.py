@@ -14,13 +14,13 @@ import apsw
 import msgspec
 
 from asapd.core.budgets import Balance, Budget, Limits, Match, Work, matches, overruns
-from asapd.core.ledger import Hold, Settlement
+from asapd.core.ledger import MOST, Hold, Settlement
 from asapd.core.pace import MAX_SAMPLES
 from asapd.core.periods import period_bounds
 from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import FLAG_OVERRUN, UsageEvent
 from asapd.store import budget_alerts
-from asapd.store.budget_page import COLUMNS, MOST, Page, Rule
+from asapd.store.budget_page import COLUMNS, Page, Rule
 from asapd.store.budget_recount import recount, recount_tasks
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
@@ -89,10 +89,10 @@ class Book:
             self._linked[reservation] = found
         return found
 
-    def is_limited(self, work: Work, reservation: str | None) -> bool:
-        """Whether a hard limit counts this work, whenever it was, or holds its reservation."""
+    def hard_limits(self, work: Work, reservation: str | None) -> list[Rule]:
+        """The budgets with a hard limit that count this work, whenever it was, or hold its reservation."""
         rules = [*self._match(work), *(page.rule for page in ([] if reservation is None else self.linked(reservation)))]
-        return any(rule.budget.hard != Limits() for rule in rules)
+        return [rule for rule in rules if rule.budget.hard != Limits()]
 
     def _match(self, work: Work) -> list[Rule]:
         found = self._matching.get(work)
@@ -229,8 +229,11 @@ class Book:
         *,
         task_id: str,
         seq: int,
+        but_hard: bool = False,
     ) -> None:
         """Count an event no longer; to be called while its row `seq` and its hourly sums still stand.
+
+        With `but_hard` budgets with a hard limit go on to count it.
 
         What its reservation is held on gets back `refunded_microusd`, as the chain does, the rest what the event cost.
         """
@@ -242,6 +245,8 @@ class Book:
         for page in linked + self._others(work, at_us, linked):
             if seq <= page.rule.since_seq and page.start_us < page.rule.since_us:
                 continue  # it was never counted here
+            if but_hard and page.rule.budget.hard != Limits():
+                continue
             cost = refunded_microusd if page in linked else cost_microusd or 0
             page.spend(-cost, -tokens)
             page.events -= 1

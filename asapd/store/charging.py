@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from asapd.core.delegation import scope_allows
-from asapd.core.ledger import Account, Settlement, settle
+from asapd.core.ledger import MOST, Account, Settlement, settle
 from asapd.core.usage import (
     FLAG_ACROSS_DELEGATION,
     FLAG_ACROSS_RESERVATION,
@@ -96,8 +96,8 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
             debit(tx, on_path, spent=cost_microusd or 0)
         if found is not None:
             tx.execute(
-                "UPDATE reservation SET used_microusd = used_microusd + ? WHERE id = ?",
-                (cost_microusd or 0, found.id),
+                "UPDATE reservation SET used_microusd = min(used_microusd + ?, ?) WHERE id = ?",
+                (cost_microusd or 0, MOST, found.id),
             )
         flags |= FLAG_UNPRICED if cost_microusd is None else 0
     count_task(tx, path, event.task_id)

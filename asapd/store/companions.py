@@ -13,6 +13,7 @@ from asapd.store.erasures import Erasures
 from asapd.store.findings import Findings
 from asapd.store.rows import fetch
 from asapd.store.usage_notes import Says, UsageEntry
+from asapd.store.voids import BY_HAND, SUPERSEDED, WITHHELD
 
 Columns = tuple[Any, ...]
 
@@ -27,9 +28,10 @@ _COMPANIONS = {
 def _is_void(found: Columns | None, says: Says) -> bool:
     if found is None:
         return False
-    voids, reason, superseded = found
-    was_superseded = says.superseded is not msgspec.UNSET and says.superseded  # earlier ones do not say
-    return (voids, bool(superseded)) == (says.voids_row, was_superseded) and is_masked_form(says.reason, reason)
+    voids, reason, kind = found
+    said = WITHHELD if says.withheld is True else SUPERSEDED if says.superseded else BY_HAND
+    is_kind = says.superseded is msgspec.UNSET or kind == said  # earlier ones do not say
+    return voids == says.voids_row and is_kind and is_masked_form(says.reason, reason)
 
 
 def _is_correction(found: Columns | None, says: Says) -> bool:

@@ -8,7 +8,7 @@ import apsw
 import msgspec
 
 from asapd.core.budgets import Work
-from asapd.core.ledger import Hold, Settlement, settle
+from asapd.core.ledger import MOST, Hold, Settlement, settle
 from asapd.core.repricing import Correction, CostedEvent
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
@@ -20,7 +20,6 @@ from asapd.core.usage import (
     UsageEvent,
 )
 from asapd.store import budgets, ledger, usage_days
-from asapd.store.budget_page import MOST
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units import CorrectCosts, CostsCorrected
@@ -169,15 +168,13 @@ def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us
             microusd = max(microusd, refunded_microusd - hold.used_microusd)
     released = 0 if settlement is None else settlement.release_microusd
     tx.execute(
-        "UPDATE reservation SET used_microusd = used_microusd + ?, held_microusd = held_microusd - ? WHERE id = ?",
-        (microusd, released, reservation),
+        "UPDATE reservation SET used_microusd = min(used_microusd + ?, ?), held_microusd = held_microusd - ? "
+        "WHERE id = ?",
+        (microusd, MOST, released, reservation),
     )
     path = ledger.path_of(tx, account)
-    tx.insert_many(
-        "UPDATE delegation SET spent_microusd = min(spent_microusd + ?, ?), "
-        "reserved_microusd = reserved_microusd - ? WHERE account = ?",
-        ((microusd, MOST, released, on_path.account) for on_path in path),
-    )
+    for on_path in path:
+        ledger.debit(tx, on_path, spent=microusd, reserved=-released)
     is_over = microusd > 0 and any(
         on_path.max_cost_microusd is not None and on_path.spent_microusd + microusd > on_path.max_cost_microusd
         for on_path in path

@@ -11,11 +11,10 @@ import msgspec
 
 from asapd.core.delegation import Denied, Reason, revoked
 from asapd.core.denial import deny
-from asapd.core.ledger import Account
+from asapd.core.ledger import MOST, Account
 from asapd.core.row_digest import row_digest
 from asapd.core.types import format_us
 from asapd.store import parties, revocations
-from asapd.store.budget_page import MOST
 from asapd.store.parties import FOREIGN
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -55,16 +54,20 @@ def count_task(tx: Tx, path: list[Account], task_id: str) -> None:
         debit(tx, on_path, tasks=not is_known)
 
 
+SPENT_AFTER = f"spent_microusd = iif(spent_microusd >= {MOST}, {MOST}, max(0, min(spent_microusd + ?, {MOST})))"
+RESERVED_AFTER = f"reserved_microusd = max(0, min(reserved_microusd + ?, {MOST}))"
+"""Both as `asapd.core.ledger` has them."""
+
+
 def debit(
     tx: Tx, account: Account, *, spent: int = 0, reserved: int = 0, tasks: int = 0, tasks_reserved: int = 0
 ) -> None:
-    """What is spent stops at four trillion USD: past 64 bits nobody's usage under an ancestor would be recorded."""
+    """What is spent or held stops at `MOST`: past 64 bits nobody's work under an ancestor would be recorded."""
     if spent or reserved or tasks or tasks_reserved:
         tx.execute(
-            "UPDATE delegation SET spent_microusd = min(spent_microusd + ?, ?), "
-            "reserved_microusd = reserved_microusd + ?, tasks_used = tasks_used + ?, "
+            f"UPDATE delegation SET {SPENT_AFTER}, {RESERVED_AFTER}, tasks_used = tasks_used + ?, "
             "tasks_reserved = tasks_reserved + ? WHERE account = ?",
-            (spent, MOST, reserved, int(tasks), tasks_reserved, account.account),
+            (spent, reserved, int(tasks), tasks_reserved, account.account),
         )
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.ledger import Estimate, Hold, open_hold, release, settle
+from asapd.core.ledger import MOST, Estimate, Hold, open_hold, release, reserved_after, settle, spent_after
 from asapd.core.types import datetime_us
 from asapd.core.usage import FLAG_ACROSS_DELEGATION, FLAG_ACROSS_RESERVATION, FLAG_CLOSED_RESERVATION
-from asapd.store.budget_page import MOST
 from asapd.store.erasures import Erasures
 from asapd.store.rows import fetch, fetch_one
 
@@ -254,14 +253,14 @@ class ReplayedLedger:
 
     def _spend(self, path: tuple[Account, ...], spent: int, released: int = 0, tasks: int = 0) -> None:
         for account in path:
-            account.spent = min(account.spent + spent, MOST)
-            account.reserved -= released
+            account.spent = spent_after(account.spent, spent)
+            account.reserved = reserved_after(account.reserved, -released)
             account.tasks_reserved -= tasks
 
     def _give_back(self, path: tuple[Account, ...], microusd: int, given: dict[str, int] | None) -> int:
         """Give back to each what it got, all of it where an older entry does not say; returns what the last one got."""
         for account in path:
-            account.spent -= microusd if given is None else given.get(account.name, 0)
+            account.spent = spent_after(account.spent, -(microusd if given is None else given.get(account.name, 0)))
         return microusd if given is None else given.get(path[0].name, 0) if path else 0
 
     def _debited(self, usage: _Usage) -> tuple[Account | None, Reservation | None]:
@@ -307,7 +306,7 @@ class ReplayedLedger:
         else:
             self._spend(account.path, usage.cost_microusd or 0)
             if found is not None:
-                found.used_microusd += usage.cost_microusd or 0
+                found.used_microusd = min(found.used_microusd + (usage.cost_microusd or 0), MOST)
         if found is not None:
             self._put(found)
         self._count(account.path, usage.task_id, used=1)
@@ -335,7 +334,7 @@ class ReplayedLedger:
         if usage is None:
             return
         account, found = self._debited(usage)
-        if account is None:
+        if account is None or told.get("withheld"):
             return
         self._give_back(account.path, told["refunded_microusd"], told.get("given_microusd"))
         self._count(account.path, usage.task_id, used=-1)
@@ -353,7 +352,7 @@ class ReplayedLedger:
         if found is not None:
             if found.state == "open" and timestamp_us < found.expires_us and more > 0:
                 released = min(more, found.held_microusd)
-            found.used_microusd += more
+            found.used_microusd = min(found.used_microusd + more, MOST)
             found.held_microusd -= released
             self._put(found)
         self._spend(account.path, more, released)

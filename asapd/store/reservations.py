@@ -126,7 +126,9 @@ def settle(tx: Tx, unit: SettleReservation) -> ReservationChanged:
     path = path_of(tx, found.account)
     book = open_book(tx, unit.actor, unit.now_us)
     if unit.cost_microusd is not None or unit.tokens is not None:
-        settlement = rules.settle(found.hold, unit.cost_microusd or 0, tokens=unit.tokens or 0)
+        # The log tells a last cost by how much more is used then, and that stops at `MOST`.
+        cost_microusd = min(unit.cost_microusd or 0, max(0, rules.MOST - found.used_microusd))
+        settlement = rules.settle(found.hold, cost_microusd, tokens=unit.tokens or 0)
         spend(tx, found, path, settlement)
         if book is not None:
             book.settle(found.id, settlement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import apsw
 import msgspec
 
-from asapd.store.budget_page import MOST
+from asapd.core.ledger import MOST
 from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
 

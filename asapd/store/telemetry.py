@@ -17,7 +17,7 @@ import msgspec
 
 from asapd.core.span_tree import SpanTree
 from asapd.core.usage import UsageEvent
-from asapd.store import identity, span_identity, usage, voids
+from asapd.store import identity, span_identity, superseding, usage
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units import (
@@ -30,7 +30,9 @@ from asapd.store.units import (
     StreamsMoved,
     StreamValue,
     UsageConflict,
+    VoidUsage,
 )
+from asapd.wire.otlp import digest
 
 # As many as an export brings anew, and more: the tables shrink faster than they can grow by exports that are kept.
 FORGET_AT_ONCE = 1_000
@@ -104,8 +106,10 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
             row = tx.row("SELECT seq FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, change.key))
             assert row is not None
             superseded.append((row[0], _REGROUPED))
-    for seq, reason in superseded:
-        voids.supersede(tx, seq, reason, unit.usage.actor, unit.usage.now_us)
+    if superseded:
+        instead = superseding.Instead(tx, unit.usage, left_out)
+        for seq, reason in superseded:
+            superseding.supersede(tx, VoidUsage(seq, reason, unit.usage.actor, unit.usage.now_us, unit.by), instead)
     recorded = _record_without(tx, unit, left_out)
     _keep(tx, tenant, unit, counting, trees, left_out)
     if not unit.is_narrow:
@@ -161,7 +165,7 @@ def _keep(
     tx.insert_many(
         "INSERT OR REPLACE INTO otlp_trace VALUES (?,?,?,?,?)",
         (
-            (tenant, trace, tree.is_counted, now_us, _encode(tree))
+            (tenant, _key(unit, trace), tree.is_counted, now_us, _encode(tree))
             for trace, tree in trees.items()
             if tree.is_counted or tree.parents
         ),
@@ -194,16 +198,25 @@ def _id(fact: SpanFact) -> bytes:
     return fact.span[_TRACE:]
 
 
+def _key(unit: RecordTelemetry, trace: bytes) -> bytes:
+    """A trace as who reports tells of it: whose patterns leave agents out does so for itself alone.
+
+    Anybody can name a span, and what is below it voids usage: that of agents of other keys too.
+    """
+    return trace + digest(sorted(unit.by.agents)) if unit.is_narrow else trace
+
+
 def _trees_of(tx: Tx, tenant: int, unit: RecordTelemetry) -> dict[bytes, SpanTree]:
     """What is known of the traces that a unit is of."""
     trees = {span[:_TRACE]: SpanTree() for span, _ in unit.links}
     trees |= {_trace(fact): SpanTree() for fact in unit.spans}
+    traces = {_key(unit, trace): trace for trace in trees}
     found = fetch(
         tx.connection,
         "SELECT trace, tree FROM otlp_trace WHERE tenant = ? AND trace IN (SELECT unhex(value) FROM json_each(?))",
-        (tenant, _hex(trees)),
+        (tenant, _hex(traces)),
     )
-    return trees | {trace: _trees.decode(raw) for trace, raw in found}
+    return trees | {traces[key]: _trees.decode(raw) for key, raw in found}
 
 
 def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:

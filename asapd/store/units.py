@@ -156,8 +156,8 @@ class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True
     """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
 
     `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence holds for
-    `near_us` before and after its time. What was last heard of before `forget_before_us` is dropped. `is_narrow` says
-    that who reports may not do so for every agent.
+    `near_us` before and after its time. What was last heard of before `forget_before_us` is dropped. `by` is who
+    reports: see `asapd.store.superseding`.
     """
 
     usage: RecordUsage
@@ -168,7 +168,12 @@ class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True
     evidence: list[Evidence] = []
     spans: list[SpanFact] = []
     links: list[tuple[bytes, bytes]] = []
-    is_narrow: bool = False
+    by: Visibility = EVERYTHING
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether who reports may not do so for every agent."""
+        return "*" not in self.by.agents
 
 
 class Voided(msgspec.Struct, frozen=True, tag=True):

@@ -39,6 +39,7 @@ class Says(SaysInRow, frozen=True):
     voids_row: Any = msgspec.UNSET
     reason: Any = msgspec.UNSET
     superseded: Any = msgspec.UNSET
+    withheld: Any = msgspec.UNSET
     reprices_row: Any = msgspec.UNSET
     was_microusd: Any = msgspec.UNSET
     in_ledger: Any = msgspec.UNSET

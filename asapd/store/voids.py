@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import apsw
 
@@ -10,7 +10,7 @@ from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, outcomes, refunds, usage_days
+from asapd.store import budgets, identity, ledger, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
@@ -30,6 +30,12 @@ _COUNTS = (
     "cache_write_1h_tokens",
 )
 _NEGATED = (*_COUNTS, "cost_microusd", "priced_microusd", "reported_microusd")
+
+BY_HAND: Final = 0
+SUPERSEDED: Final = 1
+WITHHELD: Final = 2
+"""Kinds of voids; one of the last was superseded as well, but delegations and hard limits go on to count its event."""
+
 _NO_SUCH = "there is no usage event {} that counts: check the id, and name its agent and source"
 
 
@@ -40,24 +46,25 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
         RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void, or
             `forbidden` where what would be given back is not for `unit.by` to give.
     """
-    row = tx.row("SELECT * FROM usage WHERE seq = ?", (unit.seq,))
-    if row is None:
+    was = row_of(tx, unit.seq)
+    if was is None:
         raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(unit.seq)))
-    was = dict(zip(_names(tx), row, strict=True))
     known = tx.row("SELECT seq, voids FROM usage_void WHERE ?1 IN (seq, voids)", (unit.seq,))
     if known is not None:
         what = "is itself a void" if known[0] == unit.seq else "was voided before"
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
     if tx.row("SELECT 1 FROM usage_repriced WHERE seq = ?", (unit.seq,)) is not None:
         raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(was["id"])))
-    _refuse_withheld(tx, was, unit)
-    return _take_back(tx, was, unit, superseded=False)
+    refusal = withheld(tx, was, unit)
+    if refusal is not None:
+        raise RefuseError(refusal)
+    return take_back(tx, was, unit, BY_HAND)
 
 
-def _refuse_withheld(tx: Tx, was: dict[str, Any], unit: VoidUsage) -> None:
-    """Refuse to give back what limits the very agents that `unit.by` acts for: it could be spent without end."""
+def withheld(tx: Tx, was: dict[str, Any], unit: VoidUsage) -> Refusal | None:
+    """Why `unit.by` may not give back what limits the very agents that it acts for: it could be spent without end."""
     if unit.by.is_everything:
-        return
+        return None
     agent, consumer, project = (name_of(tx, was[column]) for column in ("agent", "consumer", "project"))
     account = account_of(tx, unit.seq, agent)
     path: tuple[str, ...] = ()
@@ -70,40 +77,31 @@ def _refuse_withheld(tx: Tx, was: dict[str, Any], unit: VoidUsage) -> None:
                 f"this usage was debited under {named}: only who may act for its delegator, and for every delegator "
                 "above, can void it; ask them, or who administers this host"
             )
-            raise RefuseError(Refusal("forbidden", detail))
+            return Refusal("forbidden", detail)
         path = tuple(on_path.id for on_path in ledger.path_of(tx, account))
     book = budgets.open_book(tx, unit.actor, unit.now_us)
     work = Work(agent, consumer, project, path)
-    if book is not None and book.is_limited(work, paying_for(tx, unit.seq)):
+    if book is not None and book.hard_limits(work, paying_for(tx, unit.seq)):
         detail = f"this usage counts against a hard limit of a budget of this host: {UNLIMITED} can void it"
-        raise RefuseError(Refusal("forbidden", detail))
+        return Refusal("forbidden", detail)
+    return None
 
 
-def supersede(tx: Tx, seq: int, reason: str, actor: str, now_us: int) -> None:
-    """Void a row that counts no longer for the sake of what came later, unless it is gone or was voided before.
-
-    Such a row leaves the figures of service levels too: they must not depend on what came first.
-    """
-    row = tx.row("SELECT * FROM usage WHERE seq = ?1 AND seq NOT IN (SELECT voids FROM usage_void)", (seq,))
-    if row is None:
-        return
-    was = dict(zip(_names(tx), row, strict=True))
-    _take_back(tx, was, VoidUsage(seq, reason, actor, now_us), superseded=True)
-    if not was["partial"]:
-        outcomes.settle(tx, was["tenant"], was["agent"], was["task_id"])
+def row_of(tx: Tx, seq: int) -> dict[str, Any] | None:
+    """A row of usage by its columns."""
+    row = tx.row("SELECT * FROM usage WHERE seq = ?", (seq,))
+    names = [name for (_, name, *_) in fetch(tx.connection, "PRAGMA table_info(usage)")]
+    return None if row is None else dict(zip(names, row, strict=True))
 
 
-def _names(tx: Tx) -> list[str]:
-    return [name for (_, name, *_) in fetch(tx.connection, "PRAGMA table_info(usage)")]
-
-
-def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool) -> Voided:
+def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided:
+    """Write the compensating row of a kind, and take the event out of what counts it."""
     was = at_current_cost(tx, was)
     tenant, agent, consumer, project = (
         name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
     )
     void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
-    returned = _give_back(tx, was, agent)
+    returned = _give_back(tx, was, agent, is_withheld=kind == WITHHELD)
     book = budgets.open_book(tx, unit.actor, unit.now_us)
     if book is not None:
         tokens = was["tokens_in"] + was["tokens_out"]
@@ -117,6 +115,7 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
             paying_for(tx, unit.seq),
             task_id=was["task_id"],
             seq=unit.seq,
+            but_hard=kind == WITHHELD,
         )
     now = {
         **was,
@@ -130,7 +129,7 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
     tx.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(now))})", tuple(now.values()))
     tx.execute(
         "INSERT INTO usage_void (seq, voids, reason, superseded) VALUES (?,?,?,?)",
-        (seq, unit.seq, unit.reason, superseded),
+        (seq, unit.seq, unit.reason, kind),
     )
     _roll_back(tx, was)
     if book is not None:
@@ -152,13 +151,15 @@ def _take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, *, superseded: bool
         "reservation": was["reservation"],
         "row": seq,
         "row_digest": row_digest(now[column] for column in COLUMNS),
-        "superseded": superseded,
+        "superseded": kind != BY_HAND,
         "task_id": was["task_id"],
         "tenant": tenant,
         "timestamp_us": was["timestamp_us"],
         "voids": was["id"],
         "voids_row": unit.seq,
     }
+    if kind == WITHHELD:
+        details["withheld"] = True
     tx.audit("usage.voided", unit.actor, void_id, details, unit.now_us)
     return Voided(void_id, seq, was["id"], returned.microusd)
 
@@ -216,7 +217,7 @@ class Returned(NamedTuple):
     path: dict[str, int]
 
 
-def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> Returned:
+def _give_back(tx: Tx, was: dict[str, Any], agent: str, *, is_withheld: bool) -> Returned:
     """Give what the event spent back to every account of its path.
 
     What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
@@ -225,27 +226,25 @@ def _give_back(tx: Tx, was: dict[str, Any], agent: str) -> Returned:
     account = account_of(tx, was["seq"], agent)
     amount: int = was["cost_microusd"] or 0
     if account is None:
-        return Returned(amount, amount, {})
+        return Returned(0, 0, {}) if is_withheld else Returned(amount, amount, {})
     accounts = ledger.path_of(tx, account)
-    path = [on_path.account for on_path in accounts]
-    shares = dict.fromkeys([*path, refunds.BUDGETS], amount)
+    if is_withheld:
+        return Returned(0, 0, {on_path.id: 0 for on_path in accounts})
+    shares = dict.fromkeys([*(on_path.account for on_path in accounts), refunds.BUDGETS], amount)
     reservation = paying_for(tx, was["seq"])
     if reservation is not None:
         shares = refunds.give_back(tx, reservation, amount, list(shares), list(shares))
-    still_used = _accounts_that_used(tx, was, path[-1])
-    for on_path in path:
-        uncounted = 0
-        if on_path not in still_used:
-            tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (on_path, was["task_id"]))
+    still_used = _accounts_that_used(tx, was, accounts[-1].account)
+    for on_path in accounts:
+        number, uncounted = on_path.account, 0
+        if number not in still_used:
+            tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (number, was["task_id"]))
             tx.execute(
                 "DELETE FROM account_task WHERE account = ? AND task_id = ? AND used = 0 AND holds = 0",
-                (on_path, was["task_id"]),
+                (number, was["task_id"]),
             )
             uncounted = tx.connection.changes()
-        tx.execute(
-            "UPDATE delegation SET spent_microusd = spent_microusd - ?, tasks_used = tasks_used - ? WHERE account = ?",
-            (shares[on_path], uncounted, on_path),
-        )
+        ledger.debit(tx, on_path, spent=-shares[number], tasks=-uncounted)
     given = {on_path.id: shares[on_path.account] for on_path in accounts}
     return Returned(shares[account], shares[refunds.BUDGETS], given)
 
@@ -283,8 +282,9 @@ def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
         for seq, agent in fetch(
             tx.connection,
             f"SELECT max(seq), agent FROM usage WHERE {OF_TASK} AND seq <> ? "
-            f"AND (delegation IS NOT NULL OR reservation IS NOT NULL) AND {LIVE} AND NOT ({CORRECTION}) "
-            "GROUP BY tenant, agent, delegation, reservation, flags",
+            "AND (delegation IS NOT NULL OR reservation IS NOT NULL) "
+            f"AND ({LIVE} OR seq IN (SELECT voids FROM usage_void WHERE superseded = {WITHHELD})) "
+            f"AND NOT ({CORRECTION}) GROUP BY tenant, agent, delegation, reservation, flags",
             (was["task_id"], was["task_id"], was["seq"]),
         )
     }

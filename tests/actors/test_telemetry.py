@@ -425,6 +425,16 @@ async def test_a_narrow_key_outranks_only_what_its_like_reported(host: Host) -> 
     assert host.totals().tokens_in == 100 + 100
 
 
+async def test_a_narrow_key_says_what_is_below_what_of_its_like_alone(host: Host) -> None:
+    one, other = (Caller(f"key:{name}", Role.INGEST, (f"urn:asap:agent:{name}",)) for name in "ab")
+    work, call = (export.SerializeToString() for export in export_spans([(None, "work"), (0, "call")], T0))
+    await host.spans(work, one)
+    await host.spans(call, other)
+    assert host.totals().tokens_in == 100 + 101
+    await host.spans(work, other)
+    assert host.totals().tokens_in == 100 + 101
+
+
 async def test_parts_of_one_collection_are_priced_together(host: Host) -> None:
     parts = export_metrics("alone", [(True, 10, 8, 1)], T0, delta=True)
     assert len(parts) == 3

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from asapd.core.delegation import Denied, Reason
 from asapd.core.ledger import (
+    MOST,
     Account,
     Estimate,
     Hold,
@@ -17,12 +18,15 @@ from asapd.core.ledger import (
     Released,
     Remaining,
     held,
+    lapses_us,
     open_hold,
     overrun,
     release,
     remaining,
     reserve,
+    reserved_after,
     settle,
+    spent_after,
 )
 
 NOW_US = 1_795_169_203_000_000
@@ -438,3 +442,32 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+AMOUNTS = st.integers(-(2**53), 2**53)
+
+
+@given(st.integers(0, MOST) | st.integers(MOST - 2**53, MOST), AMOUNTS)
+def test_sums_are_exact_until_they_stop_and_never_below_zero(counter: int, more: int) -> None:
+    exact = max(0, min(counter + more, MOST))
+    assert reserved_after(counter, more) == exact
+    assert spent_after(counter, more) == (MOST if counter == MOST else exact)
+
+
+@given(st.lists(AMOUNTS))
+def test_what_is_given_back_makes_no_room_once_nobody_knows_what_was_spent(amounts: list[int]) -> None:
+    spent = MOST
+    for more in amounts:
+        spent = spent_after(spent, more)
+    assert spent == MOST
+
+
+def test_what_is_used_under_a_reservation_stops() -> None:
+    hold = Hold(5, 0, MOST - 1)
+    assert settle(hold, 2**53).hold_after == Hold(0, 0, MOST)
+    assert settle(hold, 1).hold_after.used_microusd == MOST
+
+
+def test_a_reservation_lapses_with_the_first_of_its_accounts() -> None:
+    path = (replace(LEAF, expires_at_us=NOW_US + 5), replace(ROOT, expires_at_us=NOW_US + 3))
+    assert [lapses_us(path, now_us=NOW_US, ttl_us=ttl_us) for ttl_us in (2, 9)] == [NOW_US + 2, NOW_US + 3]

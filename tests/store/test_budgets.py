@@ -371,6 +371,20 @@ def test_counters_stop_at_the_end_of_the_integers_and_usage_is_recorded(desk: De
     assert desk.counters()[1] == 2**62 - 1
 
 
+def test_holds_stop_at_the_end_of_the_integers_and_others_are_held_on_the_budget_too(desk: Desk) -> None:
+    desk.sync(replace(DAILY, hard=Limits()))
+    wide = link("wide", A, B)
+    most = 2**53 - 1
+    holds = [desk.reserved(wide, cost_microusd=most, tokens=most) for _ in range(1040)]
+    other = desk.reserved(link("other", A, B), cost_microusd=USD)
+    held = "SELECT reserved_microusd, reserved_tokens FROM budget_period"
+    assert desk.connection.execute(held).fetchall() == [(2**62 - 1, 2**62 - 1)]
+    for reservation in holds:
+        desk.release(reservation)
+    desk.settle(other, USD, 3)
+    assert desk.connection.execute(held).fetchall() == [(0, 0)]
+
+
 # --- alerts
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import apsw
 import pytest
 
+from asapd.core.delegation import Reason
 from asapd.core.repricing import Correction
+from asapd.core.types import MAX_INT
+from asapd.core.usage import Cost, UsageEvent
 from asapd.store import ledger_held, replaying, verifying
 from asapd.store.ledger_held import Held
-from asapd.store.units import CorrectCosts, EraseConsumer, KeepArchive, RetireAudit, RetireUsage
-from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, USD, B, C, D, Ledger, link
+from asapd.store.units import CorrectCosts, EraseConsumer, KeepArchive, Recorded, RecordUsage, RetireAudit, RetireUsage
+from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, USD, A, B, C, D, Ledger, link, reason
 
 
 @pytest.fixture
@@ -251,4 +254,86 @@ def test_a_walk_that_was_interrupted_leaves_nothing_for_the_next(ledger: Ledger)
     for statement in replaying.TABLES:
         ledger.connection.execute(statement)
     ledger.connection.execute("INSERT INTO temp.replayed_task VALUES (1, 'x', 1, 1)")
+    assert compared(ledger)[0] == []
+
+
+# --- sums that stopped
+
+MOST = 2**62 - 1
+STOPS = 520  # events of `MAX_INT` come to more than `MOST`
+WIDE = link("wide")
+NARROW = link("narrow", B, C, max_cost_microusd=10 * USD)
+
+
+def use_all(ledger: Ledger, times: int, **fields: str) -> None:
+    """Record so many events of the highest cost, no more of an hour than its sums can tell."""
+    for at in range(0, times, STOPS):
+        events = [
+            UsageEvent(**({"task_id": "t", "agent": B, "consumer": A} | fields), timestamp_us=NOW_US - at * HOUR_US)
+        ] * min(STOPS, times - at)
+        unit = RecordUsage("default", "key:x", ledger.now_us, events, [Cost(MAX_INT)] * len(events))
+        result = ledger.submit(unit)
+        assert isinstance(result, Recorded), result
+        assert result.recorded == len(events)
+
+
+def used(ledger: Ledger, reservation: str) -> int:
+    found = ledger.connection.execute("SELECT used_microusd FROM reservation WHERE id = ?", (reservation,)).get
+    assert isinstance(found, int)
+    return found
+
+
+def test_usage_under_a_reservation_is_recorded_whatever_it_comes_to(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    held = ledger.reserved(WIDE, tasks=3)
+    use_all(ledger, 2 * STOPS + 100, reservation=held)
+    assert used(ledger, held) == ledger.counters("wide")[0] == MOST
+    assert ledger.settle(held, MAX_INT).used_microusd == MOST
+    use_all(ledger, 2, reservation=held)
+    ledger.submit(CorrectCosts([Correction(1, 1, MAX_INT, "priced", 3)], "w", "key:o", ledger.now_us))
+    assert used(ledger, held) == ledger.counters("wide")[0] == MOST
+    assert compared(ledger)[0] == []
+
+
+def test_a_last_cost_is_what_the_log_tells_of_it_where_most_was_given_back(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    held = ledger.reserved(WIDE)
+    use_all(ledger, 500, reservation=held)
+    ledger.refund(held, 500 * MAX_INT)
+    use_all(ledger, 20, task_id="u", reservation=held)
+    ledger.settle(held, MAX_INT)
+    assert used(ledger, held) == MOST
+    assert compared(ledger)[0] == []
+
+
+def test_no_sum_that_one_delegate_holds_keeps_others_from_working(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(WIDE, NARROW)
+    narrow = ledger.reserved(WIDE, NARROW, cost=3 * USD)
+    holds = [ledger.reserved(delegation="wide", cost=MAX_INT) for _ in range(2 * STOPS)]
+    assert ledger.counters("wide")[1] == MOST
+    ledger.reserved(WIDE, NARROW, cost=4 * USD)
+    assert ledger.counters("wide")[1] == MOST
+    assert ledger.counters("narrow")[1] == 7 * USD, "what has a limit is exact"
+    assert compared(ledger)[0] == []
+    for held in holds:
+        ledger.release(held)
+    ledger.settle(narrow, USD)
+    assert ledger.counters("wide")[1] == 0, "not below"
+    assert ledger.counters("narrow")[:2] == (USD, 4 * USD)
+    assert compared(ledger)[0] == []
+
+
+def test_what_is_given_back_makes_no_room_where_spending_stopped(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(WIDE, NARROW)
+    held = ledger.reserved(WIDE, NARROW)
+    ledger.use(USD, agent=C, reservation=held)
+    use_all(ledger, STOPS, agent=C, delegation="narrow")
+    ledger.refund(held, USD)
+    for seq in range(2, STOPS):
+        ledger.void(seq)
+    ledger.submit(CorrectCosts([Correction(STOPS, MAX_INT, 1, "priced", 3)], "w", "key:o", ledger.now_us))
+    assert ledger.counters("narrow")[0] == ledger.counters("wide")[0] == MOST
+    assert reason(ledger.reserve(WIDE, NARROW, task="more")) is Reason.BUDGET_EXHAUSTED
     assert compared(ledger)[0] == []
