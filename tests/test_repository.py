@@ -27,7 +27,8 @@ from asapd.core.delegation import Reason
 from asapd.core.usage import FLAG_NAMES
 from asapd.edge.metrics import render
 from asapd.store.audit import AuditFilter, list_entries
-from asapd.store.units import Envelope, Note
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.problem import CODES
 from tests.edge.test_metrics import STATUS

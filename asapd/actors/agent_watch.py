@@ -18,7 +18,7 @@ from asapd.core.uptime import hold_us
 from asapd.runtime.fanout import Wakeup
 from asapd.store.agents import DirectoryAgent
 from asapd.store.manifests import StoredManifest
-from asapd.store.units import RecordProbe
+from asapd.store.units.agents import RecordProbe
 
 
 @dataclass(slots=True, eq=False)

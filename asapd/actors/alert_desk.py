@@ -12,16 +12,8 @@ from asapd.core.types import DAY_US, format_us, pattern_matches
 from asapd.runtime.clock import Clock
 from asapd.store import delivery, silences
 from asapd.store.database import Database
-from asapd.store.units import (
-    AckBreach,
-    AddSilence,
-    BreachAcked,
-    Idempotency,
-    MoveCursor,
-    Redeliver,
-    RemoveSilence,
-    Silence,
-)
+from asapd.store.units.alerts import AckBreach, AddSilence, BreachAcked, MoveCursor, Redeliver, RemoveSilence, Silence
+from asapd.store.units.exchange import Idempotency
 
 # What was silenced is asked for after an incident, not after a season.
 _KEPT_US = 30 * DAY_US

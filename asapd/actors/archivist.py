@@ -17,7 +17,7 @@ from asapd.store.audit_archive import Draft
 from asapd.store.audit_retention import Prefix
 from asapd.store.database import Database
 from asapd.store.seals import SealedAt
-from asapd.store.units import KeepArchive, RetireAudit
+from asapd.store.units.audit import KeepArchive, RetireAudit
 
 BREATH_S = 0.02
 """Between two steps, which take about as long: ingest has at least half of the writer, and of the loop."""

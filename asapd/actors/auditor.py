@@ -11,7 +11,7 @@ from asapd.actors.messages import AuditorMessage
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.store.database import Database
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 
 
 async def run_auditor(

@@ -14,7 +14,7 @@ from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
 from asapd.store.backup import CopyFailedError, copy_database
 from asapd.store.database import Database
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 
 CHUNK = 1 << 20
 

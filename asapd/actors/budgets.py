@@ -9,7 +9,7 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.store.budgets import read_rules
 from asapd.store.database import Database
-from asapd.store.units import SyncBudgets
+from asapd.store.units.delegations import SyncBudgets
 
 
 class BudgetsNotSyncedError(Exception):

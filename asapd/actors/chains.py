@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asapd.actors.keyring import KeyDirectory
 from asapd.core.delegation import Claims, check_chain, check_standing, too_deep
 from asapd.core.denial import Denied, Reason, deny
-from asapd.store.units import NewDelegation
+from asapd.store.units.delegations import NewDelegation
 from asapd.wire.token import SignedToken, TokenMalformed, decode, lineage, verify
 
 MAX_TOKEN_BYTES = 256 * 1024

@@ -24,7 +24,8 @@ from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.store.breaches import Alert
 from asapd.store.database import Database
 from asapd.store.delivery import TargetRow, asked_again, targets
-from asapd.store.units import EndRedelivery, MoveTarget, PassTarget, RowWritten, SyncTargets, Unit
+from asapd.store.units.alerts import EndRedelivery, MoveTarget, PassTarget, SyncTargets
+from asapd.store.units.unit import RowWritten, Unit
 
 GROUP_WAIT_S = 0.5
 """How long a target that takes several at once waits for more."""

@@ -10,7 +10,7 @@ from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
 from asapd.store import audit, delegation_news, erasure, sources
 from asapd.store.database import Database
-from asapd.store.units import EraseConsumer
+from asapd.store.units.audit import EraseConsumer
 
 STEP = 500
 """Entries of one unit: some ten milliseconds of the writer."""

@@ -19,7 +19,7 @@ from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store.database import Database
 from asapd.store.keys import list_keys
-from asapd.store.units import ApiKey, CreateKey, RevokeKey
+from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
 
 KEY_PREFIX = "asapd"
 

@@ -22,7 +22,7 @@ from asapd.core.health import ProbeResult, fall_silent
 from asapd.core.types import SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.store.database import Database
-from asapd.store.units import ChangeAgentState
+from asapd.store.units.agents import ChangeAgentState
 
 # A heartbeat that says the same so soon is not written again: an agent that reports in a loop costs nothing.
 BEATS_APART_US = SECOND_US

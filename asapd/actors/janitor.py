@@ -16,7 +16,11 @@ from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
 from asapd.store import alert_retention, audit_retention, retention, usage_days, usage_hours
 from asapd.store.database import Database
-from asapd.store.units import AddUpDays, RecoverReservations, RetireAlerts, RetireUsage, SealHours, Sweep
+from asapd.store.units.alerts import RetireAlerts
+from asapd.store.units.audit import SealHours
+from asapd.store.units.delegations import RecoverReservations
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import AddUpDays, RetireUsage
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""

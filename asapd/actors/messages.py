@@ -18,34 +18,30 @@ from asapd.core.reputation import Reputation
 from asapd.core.sla import Metrics, Promise, TermVerdict
 from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import Reply
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord as AgentRecord,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
-from asapd.store.units import (
-    AgentsChanged,
-    ApiKey,
-    Maintenance,
-    ReservationChanged,
-    Reserved,
-    Revoked,
-    RowWritten,
-    Voided,
-)
-from asapd.store.units import (
-    Attribution as Attribution,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
-)
-from asapd.store.units import (
+from asapd.store.units.agents import AgentsChanged
+from asapd.store.units.delegations import (
     AuthorizationDenied as AuthorizationDenied,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
-from asapd.store.units import (
+from asapd.store.units.delegations import ReservationChanged, Reserved, Revoked
+from asapd.store.units.exchange import (
     Idempotency as Idempotency,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
-from asapd.store.units import (
+from asapd.store.units.house import ApiKey
+from asapd.store.units.promises import Maintenance
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import (
+    Attribution as Attribution,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
+from asapd.store.units.usage import (
     Recorded as Recorded,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
-from asapd.store.units import (
+from asapd.store.units.usage import (
     TaskEvent as TaskEvent,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
+from asapd.store.units.usage import Voided
 from asapd.wire.otlp_points import MetricPoint
 from asapd.wire.otlp_spans import SpanUsage
 

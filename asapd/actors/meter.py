@@ -32,16 +32,8 @@ from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.store import horizon, usage_queries
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import (
-    KeepHorizon,
-    Recall,
-    Recorded,
-    RecordTask,
-    RecordUsage,
-    RowWritten,
-    UsageConflict,
-    VoidUsage,
-)
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import KeepHorizon, Recall, Recorded, RecordTask, RecordUsage, UsageConflict, VoidUsage
 from asapd.store.visibility import Visibility
 
 # Messages other than plain reports in hand at once, each with a task of its own.

@@ -21,7 +21,7 @@ from asapd.store.audit import WINDOW, UnreadableEntryError, span
 from asapd.store.database import Database
 from asapd.store.packs import MOST
 from asapd.store.seals import SealedAt
-from asapd.store.units import BreachRow
+from asapd.store.units.alerts import BreachRow
 from asapd.wire.evidence_pack import KIND, VERSION, sign_pack
 from asapd.wire.keys import public_base64
 from asapd.wire.statement import sign_evidence

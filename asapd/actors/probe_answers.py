@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from asapd.core.agent_keys import AgentKey, Signers, signers
 from asapd.core.health import AgentStatus, ProbeResult
 from asapd.runtime.fetch import Fetched, FetchFailed
-from asapd.store.units import RecordManifest
+from asapd.store.units.agents import RecordManifest
 from asapd.wire.keys import KeyFormatError, load_public, public_base64
 from asapd.wire.manifest import Manifest, ManifestError, Verification, decode_health, decode_manifest, verify_manifest
 

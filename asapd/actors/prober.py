@@ -42,20 +42,19 @@ from asapd.runtime.fetch import Fetched, FetchFailed
 from asapd.store.agents import directory, probes
 from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
 from asapd.store.manifests import StoredManifest
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
     ChangeAgentState,
-    Idempotency,
     ImportAgentKey,
     PutAgent,
     RecordManifest,
     RemoveAgent,
     RetireAgentKey,
-    RowWritten,
     SyncAgents,
-    Unit,
 )
+from asapd.store.units.exchange import Idempotency
+from asapd.store.units.unit import RowWritten, Unit
 from asapd.store.visibility import EVERYTHING
 from asapd.wire.keys import jwk_thumbprint, load_public, public_base64
 

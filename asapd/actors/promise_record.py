@@ -10,7 +10,7 @@ from asapd.core.errors import Refusal
 from asapd.store import promises
 from asapd.store.agents import DirectoryAgent
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import PromiseRecord, RecordPromises
+from asapd.store.units.promises import PromiseRecord, RecordPromises
 
 # A unit holds up the others in its commit: some milliseconds for so many.
 _AT_ONCE = 100

@@ -11,7 +11,7 @@ from asapd import config
 from asapd.core.sla import Promise
 from asapd.store.agents import DirectoryAgent
 from asapd.store.manifests import StoredManifest
-from asapd.store.units import PromiseRecord
+from asapd.store.units.promises import PromiseRecord
 from asapd.wire.hours import read_support_hours
 from asapd.wire.keys import public_base64
 from asapd.wire.manifest import ManifestError, parse_sla

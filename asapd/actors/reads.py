@@ -50,7 +50,9 @@ from asapd.store.reservation_queries import STATES as RESERVATION_STATES
 from asapd.store.sources import SourceFilter
 from asapd.store.task_spend import SpendPage, spend_by_task
 from asapd.store.tasks import STATES, TaskFilter
-from asapd.store.units import ApiKey, BreachRow, Maintenance
+from asapd.store.units.alerts import BreachRow
+from asapd.store.units.house import ApiKey
+from asapd.store.units.promises import Maintenance
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
 from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint

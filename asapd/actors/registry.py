@@ -45,7 +45,8 @@ from asapd.runtime.fanout import Wakeup
 from asapd.store import agent_keys, chain_queries, ledger_queries, reservation_queries
 from asapd.store.database import Database, UnitFailedError
 from asapd.store.parties import FOREIGN
-from asapd.store.units import (
+from asapd.store.units.agents import SyncKeys
+from asapd.store.units.delegations import (
     AuthorizationDenied,
     ExtendReservation,
     RefundReservation,
@@ -58,7 +59,6 @@ from asapd.store.units import (
     Revoke,
     Revoked,
     SettleReservation,
-    SyncKeys,
 )
 from asapd.store.visibility import Visibility
 from asapd.wire.token import TokenMalformed, decode, sign

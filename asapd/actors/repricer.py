@@ -18,7 +18,7 @@ from asapd.runtime.clock import Clock
 from asapd.store import usage_queries
 from asapd.store.corrections import Page, Selection, page_to_price
 from asapd.store.database import Database
-from asapd.store.units import CorrectCosts
+from asapd.store.units.usage import CorrectCosts
 
 PAGE = 500
 """Rows read and priced in one go, in a reader's thread: some milliseconds."""

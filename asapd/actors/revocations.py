@@ -24,7 +24,7 @@ from asapd.store.delegation_news import (
     News as News,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
 from asapd.store.delegation_news import Party
-from asapd.store.units import ImportRevocations, Revocation, RevocationsImported
+from asapd.store.units.delegations import ImportRevocations, Revocation, RevocationsImported
 from asapd.wire.keys import key_id, load_public
 from asapd.wire.revocations import (
     DAEMON_PREFIX,

@@ -21,7 +21,8 @@ from asapd.runtime.clock import Clock
 from asapd.store import audit, checkpoint_log, seals, verifying, witnessing
 from asapd.store.database import Database
 from asapd.store.seals import HoleInLogError, SealedAt
-from asapd.store.units import Note, Seal
+from asapd.store.units.audit import Seal
+from asapd.store.units.house import Note
 from asapd.wire.checkpoint import Checkpoint, is_signed_by, origin_of, sign_checkpoint
 from asapd.wire.keys import load_public
 from asapd.wire.receipt import sign_document

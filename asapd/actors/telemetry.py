@@ -18,7 +18,7 @@ from asapd.core.types import DEFAULT_TENANT
 from asapd.core.usage import UsageEvent
 from asapd.store.database import Database
 from asapd.store.telemetry import FIRST_METRICS, METRICS, SPANS, Memory, remembered
-from asapd.store.units import (
+from asapd.store.units.usage import (
     CollectionChanged,
     CollectionPart,
     Evidence,

@@ -12,7 +12,7 @@ from asapd.core.intervals import Interval, joined
 from asapd.core.support_hours import ALWAYS, SupportHours
 from asapd.core.types import DAY_US
 from asapd.store.maintenance import effect
-from asapd.store.units import Maintenance
+from asapd.store.units.promises import Maintenance
 from asapd.wire.hours import read_support_hours
 
 AHEAD_US = 2 * DAY_US

@@ -17,7 +17,7 @@ from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
 from asapd.store import verifying
 from asapd.store.database import Database, ReadTooLongError
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 from asapd.store.verifying import Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
 from asapd.wire.keys import load_public

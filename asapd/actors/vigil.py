@@ -12,7 +12,7 @@ from asapd.core.types import DAY_US, SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.store import watching
 from asapd.store.database import Database, UnitFailedError
-from asapd.store.units import KeepAlive, RecordBlind, UndoJump
+from asapd.store.units.promises import KeepAlive, RecordBlind, UndoJump
 
 TICK_S = 1.0
 LATE_US = 2 * SECOND_US

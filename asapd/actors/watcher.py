@@ -51,15 +51,8 @@ from asapd.runtime.mailbox import serve
 from asapd.store import holds, watching
 from asapd.store.database import Database, UnitFailedError
 from asapd.store.sla_queries import open_breaches, openings, past_breaches
-from asapd.store.units import (
-    BreachHold,
-    BreachRow,
-    DeclareMaintenance,
-    EndMaintenance,
-    KeepHolds,
-    Maintenance,
-    WriteBreach,
-)
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.promises import BreachHold, DeclareMaintenance, EndMaintenance, KeepHolds, Maintenance
 
 __all__ = ["WatcherSettings", "run_watcher"]
 

@@ -17,7 +17,7 @@ from asapd.runtime.posting import Posted, PostFailed
 from asapd.store import checkpoint_log, seals, witnessing
 from asapd.store.database import Database
 from asapd.store.seals import SealedAt
-from asapd.store.units import KeepCosignature, Witness, Witnessed
+from asapd.store.units.audit import KeepCosignature, Witness, Witnessed
 from asapd.wire.checkpoint import is_signed_by, origin_of, read_size
 from asapd.wire.keys import load_public
 from asapd.wire.signed_note import NoteMalformedError, Signature, cosign, cosigned_us, read_signature

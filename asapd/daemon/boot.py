@@ -20,7 +20,7 @@ from asapd.daemon.targets import read_secrets
 from asapd.store import lock
 from asapd.store.database import prepare
 from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
-from asapd.store.units import AgentRecord
+from asapd.store.units.agents import AgentRecord
 from asapd.wire.keys import KeyFormatError, load_private_pem, load_public, private_pem
 
 LOCK_PATIENCE_S = 10.0

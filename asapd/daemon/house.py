@@ -61,17 +61,11 @@ from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
-from asapd.store.units import (
-    AlertWritten,
-    AnyResult,
-    ApiKey,
-    AuthorizationDenied,
-    CreateKey,
-    Recorded,
-    Reserved,
-    RevocationsImported,
-    Revoked,
-)
+from asapd.store.units.alerts import AlertWritten
+from asapd.store.units.delegations import AuthorizationDenied, Reserved, RevocationsImported, Revoked
+from asapd.store.units.exchange import AnyResult
+from asapd.store.units.house import ApiKey, CreateKey
+from asapd.store.units.usage import Recorded
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import key_id, public_base64
 from asapd.wire.statement import sign_evidence

@@ -9,7 +9,7 @@ from asapd.core.agent_keys import AgentKey, KeyState, Sighting, Source, sighting
 from asapd.core.errors import Refusal
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import AgentsChanged, ImportAgentKey, RetireAgentKey, SyncKeys
+from asapd.store.units.agents import AgentsChanged, ImportAgentKey, RetireAgentKey, SyncKeys
 from asapd.wire.keys import KeyFormatError, jwk_thumbprint, load_public, public_base64
 
 _COLUMNS = "agent, public_key, source, state, since_us, retired_us, until_us"

@@ -11,7 +11,7 @@ from asapd.core.flapping import Flaps
 from asapd.core.health import AgentState, State, Transition, fall_silent, pause, resume
 from asapd.store import agent_history
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import AgentsChanged, ChangeAgentState
+from asapd.store.units.agents import AgentsChanged, ChangeAgentState
 
 
 def change(tx: Tx, unit: ChangeAgentState) -> AgentsChanged:

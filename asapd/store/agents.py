@@ -15,15 +15,8 @@ from asapd.store import agent_history, agent_keys
 from asapd.store.manifests import StoredManifest, read_manifest
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import (
-    AgentRecord,
-    AgentsChanged,
-    PutAgent,
-    RecordProbe,
-    RemoveAgent,
-    RowWritten,
-    SyncAgents,
-)
+from asapd.store.units.agents import AgentRecord, AgentsChanged, PutAgent, RecordProbe, RemoveAgent, SyncAgents
+from asapd.store.units.unit import RowWritten
 from asapd.store.visibility import Visibility, visible_text
 
 _COLUMNS = "url, tenant, public_key, tier, sla, health"

@@ -11,7 +11,7 @@ from asapd.core.types import format_us
 from asapd.store.breaches import decode_alert
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import AlertsRetired, RetireAlerts
+from asapd.store.units.alerts import AlertsRetired, RetireAlerts
 
 _TAKEN = "SELECT coalesce(min(seq), 9007199254740991) FROM alert_target"
 """Up to where every push target has come."""

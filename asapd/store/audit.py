@@ -13,7 +13,8 @@ from ulid import base32
 from asapd.core.types import format_us
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import Note, RowWritten
+from asapd.store.units.house import Note
+from asapd.store.units.unit import RowWritten
 
 
 def note(tx: Tx, unit: Note) -> RowWritten:

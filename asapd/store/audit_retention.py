@@ -13,7 +13,8 @@ from asapd.store import seals
 from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import AuditRetired, KeepArchive, RetireAudit, RowWritten
+from asapd.store.units.audit import AuditRetired, KeepArchive, RetireAudit
+from asapd.store.units.unit import RowWritten
 
 MOST = 50_000
 """Entries of one archive: some eight megabytes, written and verified in a few seconds."""

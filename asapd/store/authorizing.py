@@ -16,7 +16,7 @@ from asapd.store.parties import FOREIGN, is_party
 from asapd.store.reservations import expire_lapsed, left
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import AuthorizationDenied, Reserve, Reserved
+from asapd.store.units.delegations import AuthorizationDenied, Reserve, Reserved
 
 # What a reservation that lapsed still holds may be all that is missing.
 _FOR_WANT = frozenset({Reason.TASK_LIMIT, Reason.BUDGET_EXHAUSTED, Reason.INSUFFICIENT_BUDGET})

@@ -13,7 +13,7 @@ from asapd.core.windows import window_text
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.silences import acknowledgement, mark
 from asapd.store.tx import Tx
-from asapd.store.units import AlertWritten, BreachRow, WriteBreach
+from asapd.store.units.alerts import AlertWritten, BreachRow, WriteBreach
 from asapd.store.visibility import Visibility, visible_text
 
 _COLUMNS = (

@@ -14,7 +14,7 @@ from asapd.store import breaches
 from asapd.store.breaches import open_of_budget
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
-from asapd.store.units import BreachRow, WriteBreach
+from asapd.store.units.alerts import BreachRow, WriteBreach
 
 # No tenant owns a budget: whoever is bound to one does not see its breaches.
 _NO_TENANT = ""

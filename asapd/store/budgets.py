@@ -24,7 +24,7 @@ from asapd.store.budget_page import COLUMNS, Page, Rule
 from asapd.store.budget_recount import recount, recount_tasks
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
-from asapd.store.units import BudgetsSynced, SyncBudgets
+from asapd.store.units.delegations import BudgetsSynced, SyncBudgets
 
 _BUDGET = (
     "id, since_us, since_seq, name, agent, consumer, project, delegation, period, timezone, soft_microusd, "

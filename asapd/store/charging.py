@@ -21,7 +21,7 @@ from asapd.store.ledger import count_task, debit, knows_task, path_of
 from asapd.store.parties import is_party
 from asapd.store.reservations import load, spend
 from asapd.store.tx import Tx
-from asapd.store.units import RecordUsage
+from asapd.store.units.usage import RecordUsage
 
 
 def charge(

@@ -22,7 +22,7 @@ from asapd.core.usage import (
 from asapd.store import budgets, ledger, usage_days
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
-from asapd.store.units import CorrectCosts, CostsCorrected
+from asapd.store.units.usage import CorrectCosts, CostsCorrected
 from asapd.store.usage import COLUMNS
 from asapd.store.usage_queries import CORRECTION, LIVE
 from asapd.store.voids import account_of, at_current_cost, name_of, paying_for

@@ -22,7 +22,8 @@ import trio
 from nacl.signing import SigningKey
 
 from asapd.core.errors import Refusal
-from asapd.store.units import Answer, AnyResult, AnyUnit, Envelope, Failed, Idempotency, NotWritten, Unit
+from asapd.store.units.exchange import Answer, AnyResult, AnyUnit, Envelope, Idempotency
+from asapd.store.units.unit import Failed, NotWritten, Unit
 from asapd.store.writer import HEADER, MASKS, ROWS_PER_COMMIT, Writer, open_for_writing
 
 R = TypeVar("R")

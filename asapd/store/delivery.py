@@ -9,16 +9,16 @@ from asapd.core.errors import Refusal
 from asapd.store.breaches import Alert, alert_bounds, decode_alert
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import (
+from asapd.store.units.alerts import (
     CursorMoved,
     EndRedelivery,
     MoveCursor,
     MoveTarget,
     PassTarget,
     Redeliver,
-    RowWritten,
     SyncTargets,
 )
+from asapd.store.units.unit import RowWritten
 
 MOST_CURSORS = 100
 """Named cursors of one owner: a name each, not one for every connection."""

@@ -9,7 +9,7 @@ from asapd.store import delegation_news
 from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import EraseConsumer, Erased
+from asapd.store.units.audit import EraseConsumer, Erased
 
 LATE = 1_000
 """Entries that came while others were erased and go with the last of them: some twenty milliseconds of the writer."""

@@ -6,7 +6,8 @@ import apsw
 
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
-from asapd.store.units import BreachHold, KeepHolds, RowWritten
+from asapd.store.units.promises import BreachHold, KeepHolds
+from asapd.store.units.unit import RowWritten
 
 
 def keep(tx: Tx, unit: KeepHolds) -> RowWritten:

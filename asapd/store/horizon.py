@@ -7,7 +7,8 @@ import apsw
 from asapd.store import retention, usage_queries
 from asapd.store.rows import fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import KeepHorizon, RowWritten
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import KeepHorizon
 
 
 def keep(tx: Tx, unit: KeepHorizon) -> RowWritten:

@@ -8,7 +8,7 @@ import msgspec
 from asapd.core.errors import Refusal
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import ApiKey, CreateKey, RevokeKey
+from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
 
 
 def create(tx: Tx, unit: CreateKey) -> ApiKey:

@@ -18,7 +18,7 @@ from asapd.store import parties, revocations
 from asapd.store.parties import FOREIGN
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import RegisterDelegation, Registered, Reserve
+from asapd.store.units.delegations import RegisterDelegation, Registered, Reserve
 
 PATH = """
 WITH RECURSIVE path (account, depth) AS (

@@ -13,7 +13,7 @@ from asapd.core.intervals import Interval
 from asapd.core.types import datetime_us, format_us
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import DeclareMaintenance, EndMaintenance, Maintenance
+from asapd.store.units.promises import DeclareMaintenance, EndMaintenance, Maintenance
 from asapd.store.visibility import Visibility, visible_text
 
 _COLUMNS = "id, agent, start_us, end_us, reason, declared_us, declared_by, ended_us, ended_by"

@@ -10,7 +10,8 @@ import msgspec
 from asapd.store import agent_history, agent_keys
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import RecordManifest, RowWritten
+from asapd.store.units.agents import RecordManifest
+from asapd.store.units.unit import RowWritten
 from asapd.store.visibility import Visibility
 
 _COLUMNS = "fetched_us, digest, verification, sla, sla_error, ttl_seconds, public_key"

@@ -10,7 +10,8 @@ import msgspec
 from asapd.core.types import MINUTE_US
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
-from asapd.store.units import PromiseRecord, RecordPromises, RowWritten
+from asapd.store.units.promises import PromiseRecord, RecordPromises
+from asapd.store.units.unit import RowWritten
 
 LEARNING_US = 10 * MINUTE_US
 """A manifest that is first read so soon after its agent was added was its promise from the start."""

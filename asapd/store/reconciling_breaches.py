@@ -12,7 +12,7 @@ from asapd.store.breaches import decode_alert, evidence_digest, public
 from asapd.store.erasures import Erasures
 from asapd.store.findings import Findings, Tally, takes
 from asapd.store.rows import Row, fetch, fetch_one
-from asapd.store.units import BreachRow
+from asapd.store.units.alerts import BreachRow
 
 _SAID = ("agent", "breach_type", "budget", "window_us", "threshold", "actual", "samples", "severity")
 _COLUMNS = (

@@ -22,7 +22,7 @@ from asapd.store.ledger import count_task, debit, path_of
 from asapd.store.parties import issued_for
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import (
+from asapd.store.units.delegations import (
     ExtendReservation,
     Recovered,
     RecoverReservations,

@@ -13,7 +13,9 @@ from asapd.store import seals
 from asapd.store.backup import CopyFailedError, copy_database
 from asapd.store.migrations import NotOurDatabaseError, migrate
 from asapd.store.rows import fetch
-from asapd.store.units import Envelope, Note, RowWritten
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
+from asapd.store.units.unit import RowWritten
 from asapd.store.verifying import Progress, Report, Request, verification
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import Checkpoint

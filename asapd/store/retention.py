@@ -13,7 +13,7 @@ from asapd.store import identity
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.span_identity import of_span
 from asapd.store.tx import Tx
-from asapd.store.units import RetireUsage, UsageRetired
+from asapd.store.units.usage import RetireUsage, UsageRetired
 
 FREED_PAGES = 1_000
 """Pages given back to the file system in one step: 4 MB, some ten milliseconds."""

@@ -15,7 +15,7 @@ from asapd.store import delegation_news
 from asapd.store.parties import HOLDER, OWNER
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import ImportRevocations, Revocation, RevocationsImported, Revoke, Revoked
+from asapd.store.units.delegations import ImportRevocations, Revocation, RevocationsImported, Revoke, Revoked
 
 _TREE = f"""
 WITH RECURSIVE tree (account, depth) AS (

@@ -11,7 +11,7 @@ from asapd.core import merkle
 from asapd.core.merkle import KEPT_LEVEL, MadeNode, Node, Tree
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import Seal, Sealed
+from asapd.store.units.audit import Seal, Sealed
 from asapd.wire.checkpoint import Checkpoint
 
 BLOCK = 1 << KEPT_LEVEL

@@ -11,7 +11,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import format_us, pattern_matches
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import AckBreach, AddSilence, BreachAcked, BreachRow, RemoveSilence, Silence
+from asapd.store.units.alerts import AckBreach, AddSilence, BreachAcked, BreachRow, RemoveSilence, Silence
 
 MOST_SILENCES = 1_000
 """In force at once: each is looked at for every transition."""

@@ -21,7 +21,7 @@ from asapd.core.uptime import Segment
 from asapd.core.usage import FLAG_UNTIMED
 from asapd.store.breaches import list_breaches
 from asapd.store.rows import fetch, fetch_one
-from asapd.store.units import BreachRow
+from asapd.store.units.alerts import BreachRow
 from asapd.store.visibility import EVERYTHING
 
 

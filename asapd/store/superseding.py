@@ -16,7 +16,7 @@ from asapd.core.periods import period_bounds
 from asapd.core.usage import UsageEvent
 from asapd.store import budgets, identity, ledger, outcomes, voids
 from asapd.store.tx import Tx
-from asapd.store.units import RecordUsage, VoidUsage
+from asapd.store.units.usage import RecordUsage, VoidUsage
 
 
 class _Debit(msgspec.Struct):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asapd.store import budgets, delegation_news, reservations, revocations, tasks
 from asapd.store.tx import Tx
-from asapd.store.units import Sweep, Swept
+from asapd.store.units.house import Sweep, Swept
 
 _KEYS = {"idempotency": "key", "probe": "seq", "uptime_segment": "(agent, start_us)", "blind": "start_us"}
 

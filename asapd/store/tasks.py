@@ -12,7 +12,8 @@ from asapd.core.types import Outcome, format_us
 from asapd.store import outcomes
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import RecordTask, RowWritten
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import RecordTask
 from asapd.store.usage_queries import LIVE, OF_TASK, totals_of_tasks
 from asapd.store.visibility import Visibility, visible_names
 

@@ -20,7 +20,7 @@ from asapd.core.usage import UsageEvent
 from asapd.store import identity, span_identity, superseding, usage
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import (
+from asapd.store.units.usage import (
     CollectionChanged,
     CollectionPart,
     Evidence,

@@ -12,7 +12,7 @@ from asapd.core.usage import UsageEvent
 from asapd.store import charging, delegation_news, ledger
 from asapd.store.parties import home
 from asapd.store.tx import Tx
-from asapd.store.units import Attribution, RecordUsage
+from asapd.store.units.usage import Attribution, RecordUsage
 
 # Of the events of one report; all of them are flagged in their own entries.
 _NAMED = 100

@@ -25,7 +25,7 @@ from asapd.store import charging, identity, outcomes, sources, unauthorised, usa
 from asapd.store.budgets import open_book
 from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Recall, Recorded, RecordUsage, UsageConflict
+from asapd.store.units.usage import Recall, Recorded, RecordUsage, UsageConflict
 
 # 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
 _MAX_SUM = 2**63 - 1

@@ -14,7 +14,7 @@ from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import RollupKey, RollupSums
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import AddUpDays, DaysAddedUp
+from asapd.store.units.usage import AddUpDays, DaysAddedUp
 
 DAY_HOURS = DAY_US // HOUR_US
 

@@ -17,7 +17,8 @@ from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US, format_us
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import RowWritten, SealHours
+from asapd.store.units.audit import SealHours
+from asapd.store.units.unit import RowWritten
 
 AT_ONCE = 200
 """Hours that are entered together: some eight days, in fifteen kilobytes."""

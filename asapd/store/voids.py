@@ -14,7 +14,7 @@ from asapd.store import budgets, identity, ledger, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import Voided, VoidUsage
+from asapd.store.units.usage import Voided, VoidUsage
 from asapd.store.usage import COLUMNS
 from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names

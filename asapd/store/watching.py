@@ -7,7 +7,8 @@ import apsw
 from asapd.core.intervals import Interval
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units import KeepAlive, RecordBlind, RowWritten, UndoJump
+from asapd.store.units.promises import KeepAlive, RecordBlind, UndoJump
+from asapd.store.units.unit import RowWritten
 
 
 def keep_alive(tx: Tx, unit: KeepAlive) -> RowWritten:

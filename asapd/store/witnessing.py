@@ -10,7 +10,8 @@ from asapd.core.errors import Refusal
 from asapd.core.merkle import EMPTY_ROOT, is_consistent
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import KeepCosignature, RowWritten, Witness, Witnessed
+from asapd.store.units.audit import KeepCosignature, Witness, Witnessed
+from asapd.store.units.unit import RowWritten
 from asapd.wire.signed_note import NoteMalformedError, cosigned_us, read_signature
 
 

@@ -35,18 +35,10 @@ from asapd.core.types import SECOND_US
 from asapd.store import handlers, usage
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units import (
-    Answer,
-    AnyResult,
-    AuthorizationDenied,
-    Envelope,
-    Failed,
-    Idempotency,
-    NotWritten,
-    RecordTelemetry,
-    RecordUsage,
-    UsageConflict,
-)
+from asapd.store.units.delegations import AuthorizationDenied
+from asapd.store.units.exchange import Answer, AnyResult, Envelope, Idempotency
+from asapd.store.units.unit import Failed, NotWritten
+from asapd.store.units.usage import RecordTelemetry, RecordUsage, UsageConflict
 from asapd.wire.log_lines import JsonFormatter, TerminalFormatter
 
 ROWS_PER_COMMIT = 5_000

@@ -29,15 +29,9 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import audit, audit_retention, seals, verifying
 from asapd.store.database import Database
-from asapd.store.units import (
-    EraseConsumer,
-    KeepArchive,
-    Note,
-    RecordTask,
-    RecordUsage,
-    RetireAudit,
-    TaskEvent,
-)
+from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
+from asapd.store.units.house import Note
+from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.verifying import Request
 
 Inline = tuple[Database, apsw.Connection]

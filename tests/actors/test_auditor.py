@@ -17,7 +17,7 @@ from asapd.runtime.ask import HandlerFailed, ask
 from asapd.runtime.clock import TrioClock
 from asapd.store import verifying
 from asapd.store.database import Database
-from asapd.store.units import RowWritten
+from asapd.store.units.unit import RowWritten
 
 Inline = tuple[Database, apsw.Connection]
 Inbox = trio.MemorySendChannel[AuditorMessage]

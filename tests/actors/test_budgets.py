@@ -28,7 +28,8 @@ from asapd.runtime.fanout import Wakeup
 from asapd.store.budget_queries import get_budget
 from asapd.store.budgets import read_rules
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders, InlineRunner
-from asapd.store.units import Answer, AnyUnit, AuthorizationDenied, Idempotency, Reserved
+from asapd.store.units.delegations import AuthorizationDenied, Reserved
+from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
 from asapd.wire.token import sign

@@ -26,7 +26,8 @@ from asapd.runtime.clock import TrioClock
 from asapd.runtime.fanout import Feed, Wakeup
 from asapd.store.breaches import Alert, alert_bounds
 from asapd.store.database import Database, InlineReaders, InlineRunner, Then
-from asapd.store.units import Answer, AnyUnit, BreachRow, MoveTarget, SyncTargets, WriteBreach
+from asapd.store.units.alerts import BreachRow, MoveTarget, SyncTargets, WriteBreach
+from asapd.store.units.exchange import Answer, AnyUnit
 from asapd.store.writer import Writer, open_for_writing
 
 T0 = 1_800_000_000 * SECOND_US

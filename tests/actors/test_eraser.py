@@ -14,7 +14,9 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import breaches, delegation_news
 from asapd.store.database import Database
-from asapd.store.units import EraseConsumer, RecordUsage, SyncBudgets
+from asapd.store.units.audit import EraseConsumer
+from asapd.store.units.delegations import SyncBudgets
+from asapd.store.units.usage import RecordUsage
 
 Inline = tuple[Database, apsw.Connection]
 T0 = 1_800_000_000 * SECOND_US

@@ -26,7 +26,7 @@ from asapd.core.sla import Promise, evaluate
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.store.agents import ProbeFact
 from asapd.store.breaches import public
-from asapd.store.units import BreachRow
+from asapd.store.units.alerts import BreachRow
 from asapd.wire.hours import read_support_hours
 from asapd.wire.keys import KeyFormatError, public_base64
 from asapd.wire.statement import StatementMalformed, decode_statement, is_statement, sign_evidence

@@ -22,7 +22,7 @@ from asapd.core.types import SECOND_US, Role
 from asapd.runtime.ask import HandlerFailed, ask
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import Database
-from asapd.store.units import ApiKey
+from asapd.store.units.house import ApiKey
 
 T0 = 1_800_000_000 * SECOND_US
 ADMIN = Caller("admin", Role.ADMIN)

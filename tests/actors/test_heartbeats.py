@@ -18,7 +18,8 @@ from asapd.runtime.ask import Reply, ask
 from asapd.runtime.clock import TrioClock
 from asapd.store import agent_history
 from asapd.store.database import OUTCOME_UNKNOWN, WRITER_AWAY
-from asapd.store.units import AgentRecord, AgentsChanged, AnyUnit, ChangeAgentState, RecordProbe
+from asapd.store.units.agents import AgentRecord, AgentsChanged, ChangeAgentState, RecordProbe
+from asapd.store.units.exchange import AnyUnit
 from asapd.store.visibility import EVERYTHING
 from tests.actors.test_prober import EPOCH_US, REFUSED, A, B, Rig, agent, health, put, remove, settings
 

@@ -14,7 +14,9 @@ from asapd import config
 from asapd.core.errors import Refusal
 from asapd.core.types import MINUTE_US
 from asapd.store.holds import running
-from asapd.store.units import Answer, AnyUnit, Failed, KeepHolds
+from asapd.store.units.exchange import Answer, AnyUnit
+from asapd.store.units.promises import KeepHolds
+from asapd.store.units.unit import Failed
 from tests.actors.test_watcher import FULL, Host, hosted, sla_of, watching
 from tests.actors.test_watcher import make_template as make_template
 

@@ -29,21 +29,12 @@ from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
 from asapd.store.seals import SealedAt
-from asapd.store.units import (
-    Answer,
-    AnyUnit,
-    BreachRow,
-    Idempotency,
-    NewDelegation,
-    RecordProbe,
-    RecordUsage,
-    RegisterDelegation,
-    Reserve,
-    Reserved,
-    Sweep,
-    Swept,
-    WriteBreach,
-)
+from asapd.store.units.agents import RecordProbe
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, Reserved
+from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
+from asapd.store.units.house import Sweep, Swept
+from asapd.store.units.usage import RecordUsage
 
 A = "urn:asap:agent:a"
 T0 = 1_800_000_000 * SECOND_US

@@ -27,7 +27,8 @@ from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import HandlerFailed, Reply, ask
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import Database, InlineReaders
-from asapd.store.units import Recorded, RowWritten, TaskEvent
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import Recorded, TaskEvent
 from asapd.store.writer import Writer
 from tests.actors.choking import Choking
 

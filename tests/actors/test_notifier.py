@@ -22,7 +22,7 @@ from asapd.core.types import HOUR_US, SECOND_US
 from asapd.runtime.fanout import Feed, FeedClosed, Wakeup
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, InlineReaders, InlineRunner
-from asapd.store.units import BreachRow, WriteBreach
+from asapd.store.units.alerts import BreachRow, WriteBreach
 from asapd.store.writer import Writer, open_for_writing
 
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"

@@ -43,18 +43,16 @@ from asapd.store import agent_history
 from asapd.store import agents as stored
 from asapd.store.database import OUTCOME_UNKNOWN, WRITER_AWAY, Database, InlineReaders, InlineRunner, ReadTooLongError
 from asapd.store.manifests import versions
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
-    Answer,
-    AnyUnit,
-    Idempotency,
     PutAgent,
     RecordManifest,
     RecordProbe,
     RemoveAgent,
     SyncAgents,
 )
+from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.keys import jwk_thumbprint

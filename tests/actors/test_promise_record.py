@@ -23,7 +23,9 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
 from asapd.store.agents import directory
 from asapd.store.manifests import StoredManifest
 from asapd.store.promises import errors, held
-from asapd.store.units import Answer, AnyUnit, RecordManifest, RecordPromises
+from asapd.store.units.agents import RecordManifest
+from asapd.store.units.exchange import Answer, AnyUnit
+from asapd.store.units.promises import RecordPromises
 from asapd.store.visibility import EVERYTHING
 from asapd.wire.keys import public_base64
 from tests.actors.test_promises_day import declare, end

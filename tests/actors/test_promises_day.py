@@ -26,7 +26,8 @@ from asapd.runtime.ask import ask
 from asapd.store.agents import directory
 from asapd.store.maintenance import list_windows
 from asapd.store.rows import fetch
-from asapd.store.units import ChangeAgentState, KeepAlive, Maintenance, RecordBlind
+from asapd.store.units.agents import ChangeAgentState
+from asapd.store.units.promises import KeepAlive, Maintenance, RecordBlind
 from asapd.store.visibility import EVERYTHING
 from asapd.store.watching import blind_between, last_alive
 from tests.actors.test_watcher import T0, A, Host, JumpingClock, Watcher, event, hosted, probe, sla_of, watching

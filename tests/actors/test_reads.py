@@ -15,7 +15,9 @@ from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import audit
 from asapd.store.database import Database
-from asapd.store.units import BreachRow, Note, RecordUsage, WriteBreach
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.house import Note
+from asapd.store.units.usage import RecordUsage
 from asapd.store.visibility import Visibility
 
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"

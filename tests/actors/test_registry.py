@@ -39,23 +39,17 @@ from asapd.core.types import DAY_US, HOUR_US, SECOND_US, Role
 from asapd.runtime.ask import HandlerFailed, ask
 from asapd.runtime.fanout import Wakeup
 from asapd.store.database import OUTCOME_UNKNOWN, Database, InlineReaders, InlineRunner
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord,
-    Answer,
-    AnyUnit,
-    AuthorizationDenied,
-    Idempotency,
     ImportAgentKey,
     PutAgent,
     RecordManifest,
     RemoveAgent,
-    ReservationChanged,
-    Reserved,
     RetireAgentKey,
-    Revoke,
-    Revoked,
     SyncKeys,
 )
+from asapd.store.units.delegations import AuthorizationDenied, ReservationChanged, Reserved, Revoke, Revoked
+from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
 from asapd.wire.token import sign, sign_document
 

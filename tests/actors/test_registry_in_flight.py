@@ -9,7 +9,7 @@ import pytest
 from asapd.actors import registry
 from asapd.runtime.ask import HandlerFailed
 from asapd.store.database import Database, InlineReaders
-from asapd.store.units import Reserved
+from asapd.store.units.delegations import Reserved
 from asapd.store.writer import Writer
 from tests.actors.choking import Choking
 from tests.actors.test_registry import Desk, Inline, token

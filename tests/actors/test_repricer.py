@@ -22,7 +22,8 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import usage_queries as q
 from asapd.store.database import Database, InlineReaders, InlineRunner
-from asapd.store.units import AnyUnit, CorrectCosts, Idempotency, RecordUsage, VoidUsage
+from asapd.store.units.exchange import AnyUnit, Idempotency
+from asapd.store.units.usage import CorrectCosts, RecordUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 
@@ -189,7 +190,7 @@ async def test_what_was_changed_in_between_is_left_alone_and_not_counted(shop: S
     def void(unit: AnyUnit) -> None:
         if isinstance(unit, CorrectCosts) and not voided:
             voided.append(unit.corrections[0].seq)
-            from asapd.store.units import Envelope
+            from asapd.store.units.exchange import Envelope
 
             writer.run([Envelope(1, VoidUsage(voided[0], "why", "key:o", T0), False)])
 

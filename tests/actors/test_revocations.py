@@ -18,7 +18,8 @@ from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.store import delegation_news
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.delegation_news import News, Party
-from asapd.store.units import ImportRevocations, Revocation, Sweep
+from asapd.store.units.delegations import ImportRevocations, Revocation
+from asapd.store.units.house import Sweep
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

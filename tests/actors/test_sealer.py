@@ -25,7 +25,7 @@ from asapd.runtime.clock import TrioClock
 from asapd.store import checkpoint_log, seals
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.seals import SealedAt
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import is_signed_by, read_checkpoint
 from asapd.wire.keys import public_base64

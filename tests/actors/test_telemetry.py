@@ -32,7 +32,7 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries
 from asapd.store.database import Database, InlineReaders, InlineRunner
-from asapd.store.units import RecordUsage, Voided, VoidUsage
+from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.otlp_metrics import MetricsOutcome, decode_metrics

@@ -20,7 +20,7 @@ from asapd.core.errors import Refusal
 from asapd.runtime.clock import TrioClock
 from asapd.store import verifying
 from asapd.store.database import Database, ReadTooLongError
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
 
 Inline = tuple[Database, apsw.Connection]

@@ -40,21 +40,11 @@ from asapd.store.breaches import Alert, alerts_after, list_breaches
 from asapd.store.database import OUTCOME_UNKNOWN, Database, InlineReaders, InlineRunner
 from asapd.store.manifests import StoredManifest
 from asapd.store.sla_queries import open_breaches
-from asapd.store.units import (
-    AgentRecord,
-    Answer,
-    AnyUnit,
-    BreachRow,
-    Failed,
-    Idempotency,
-    PutAgent,
-    RecordManifest,
-    RecordProbe,
-    RecordUsage,
-    RemoveAgent,
-    Unit,
-    WriteBreach,
-)
+from asapd.store.units.agents import AgentRecord, PutAgent, RecordManifest, RecordProbe, RemoveAgent
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
+from asapd.store.units.unit import Failed, Unit
+from asapd.store.units.usage import RecordUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 

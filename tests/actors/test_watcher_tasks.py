@@ -16,7 +16,8 @@ from asapd import config
 from asapd.core.quantiles import Histogram
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US, Outcome
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store.units import RecordTask, RecordTelemetry, RecordUsage, SpanFact, Sweep, TaskEvent
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import RecordTask, RecordTelemetry, RecordUsage, SpanFact, TaskEvent
 from tests.actors.test_watcher import STEPS, A, Host, Watcher, hosted, watching
 from tests.actors.test_watcher import make_template as make_template
 

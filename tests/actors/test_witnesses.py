@@ -22,7 +22,8 @@ from asapd.runtime.posting import Posted, PostFailed
 from asapd.store import checkpoint_log, witnessing
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.seals import SealedAt
-from asapd.store.units import Note, Witnessed
+from asapd.store.units.audit import Witnessed
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.checkpoint import origin_of, read_checkpoint, sign_checkpoint
 from asapd.wire.keys import public_base64

@@ -19,7 +19,9 @@ from asapd.core.merkle import Tree
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import seals, verifying
 from asapd.store.database import prepare
-from asapd.store.units import Envelope, RecordUsage, Seal
+from asapd.store.units.audit import Seal
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.verifying import Request
 from asapd.store.writer import Writer, open_for_writing
 

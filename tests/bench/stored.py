@@ -20,7 +20,8 @@ from pathlib import Path
 from asapd.core.pricing import PriceTable
 from asapd.core.types import DAY_US
 from asapd.store.database import prepare
-from asapd.store.units import Envelope, RecordUsage
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.usage import decode_events
 from tests.bench.__main__ import quantile_ms

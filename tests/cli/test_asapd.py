@@ -15,7 +15,8 @@ from nacl.signing import SigningKey
 from asapd.cli.outcome import Exit
 from asapd.cli.verify_export import walk_export
 from asapd.store.audit import AuditFilter, list_entries
-from asapd.store.units import Envelope, Note
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.keys import key_id, load_private_pem, load_public, public_base64
 from tests.cli.programs import Program

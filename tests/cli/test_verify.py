@@ -16,7 +16,8 @@ from asapd.cli.verify import verify_file
 from asapd.core.merkle import leaf_hash
 from asapd.store import audit
 from asapd.store.migrations import migrate
-from asapd.store.units import Envelope, Note
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import sign_checkpoint
 

@@ -16,7 +16,7 @@ from asapd import config
 from asapd.config import ConfigError
 from asapd.daemon import boot
 from asapd.daemon.boot import BootError, Premises, load, occupy, write_private
-from asapd.store.units import AgentRecord
+from asapd.store.units.agents import AgentRecord
 from asapd.wire.keys import load_private_pem, private_pem, public_base64
 
 PUBLIC = SigningKey(b"k" * 32).verify_key

@@ -19,7 +19,9 @@ from asapd.daemon import restoring
 from asapd.daemon.restoring import BadBackupError, CannotRestoreError, Restored
 from asapd.store import audit, checkpoint_log, lock, seals, verifying
 from asapd.store.backup import CopyFailedError, copy_database
-from asapd.store.units import Envelope, RecordUsage, Seal
+from asapd.store.units.audit import Seal
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.checkpoint import sign_checkpoint
 from asapd.wire.keys import private_pem

@@ -15,7 +15,8 @@ import apsw
 import pytest
 
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store.units import Envelope, RecordUsage
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 from tests.e2e.daemon import Daemon
 

@@ -20,15 +20,8 @@ import trio
 from asapd.core.ledger import Estimate
 from asapd.core.types import SECOND_US
 from asapd.store import audit, verifying
-from asapd.store.units import (
-    AnyUnit,
-    Envelope,
-    NewDelegation,
-    ReleaseReservation,
-    Reserve,
-    Reserved,
-    SettleReservation,
-)
+from asapd.store.units.delegations import NewDelegation, ReleaseReservation, Reserve, Reserved, SettleReservation
+from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.token import decode, lineage
 from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, running, until

@@ -58,7 +58,7 @@ from asapd.runtime.fetch import FetchFailed
 from asapd.runtime.posting import post_text
 from asapd.store.breaches import Alert, alert_bounds
 from asapd.store.database import Database, InlineReaders, InlineRunner
-from asapd.store.units import BreachRow, WriteBreach
+from asapd.store.units.alerts import BreachRow, WriteBreach
 from asapd.store.writer import Writer
 from asapd.wire.keys import private_pem
 from asapd.wire.statement import sign_evidence

@@ -14,7 +14,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import Role
 from asapd.edge.auth import UNAUTHORIZED, admin_socket_caller, check_host, ingest_socket_caller, tcp_caller
 from asapd.edge.sockets import Peer
-from asapd.store.units import ApiKey
+from asapd.store.units.house import ApiKey
 
 PEER = Peer(pid=7, uid=1000, gid=100)
 

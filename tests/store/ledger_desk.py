@@ -15,14 +15,10 @@ from asapd.core.delegation import Claims, Denied, Reason
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
 from asapd.core.usage import FLAG_NAMES, Cost, UsageEvent
-from asapd.store.units import (
-    AnyUnit,
+from asapd.store.units.delegations import (
     AuthorizationDenied,
-    Envelope,
     ExtendReservation,
     NewDelegation,
-    NotWritten,
-    RecordUsage,
     Recovered,
     RecoverReservations,
     RefundReservation,
@@ -32,9 +28,11 @@ from asapd.store.units import (
     Reserved,
     Revoke,
     SettleReservation,
-    Sweep,
-    VoidUsage,
 )
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.unit import NotWritten
+from asapd.store.units.usage import RecordUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 

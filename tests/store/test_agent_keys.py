@@ -13,12 +13,9 @@ from asapd.core.agent_keys import verifying
 from asapd.core.errors import Refusal
 from asapd.store.agent_keys import claimed, keys_of
 from asapd.store.agents import directory
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
-    AnyUnit,
-    Envelope,
-    Failed,
     ImportAgentKey,
     PutAgent,
     RecordManifest,
@@ -27,6 +24,8 @@ from asapd.store.units import (
     SyncAgents,
     SyncKeys,
 )
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.unit import Failed
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
 from asapd.wire.keys import jwk_thumbprint, public_base64

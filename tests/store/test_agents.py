@@ -15,18 +15,17 @@ from msgspec.structs import replace
 from asapd.core.errors import Refusal
 from asapd.core.uptime import Segment, UptimeTimeline
 from asapd.store import agent_history, agents, audit
-from asapd.store.units import (
+from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
-    AnyUnit,
-    Envelope,
     PutAgent,
     RecordManifest,
     RecordProbe,
     RemoveAgent,
-    RowWritten,
     SyncAgents,
 )
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.unit import RowWritten
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 

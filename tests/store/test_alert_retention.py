@@ -8,16 +8,16 @@ import apsw
 from msgspec.structs import replace
 
 from asapd.store import alert_retention, breaches, reconciling, silences
-from asapd.store.units import (
+from asapd.store.units.alerts import (
     AddSilence,
     AlertsRetired,
-    Envelope,
     PassTarget,
     RetireAlerts,
     Silence,
     SyncTargets,
     WriteBreach,
 )
+from asapd.store.units.exchange import Envelope
 from asapd.store.writer import Writer
 from tests.store.test_breaches import NOW_US, OPENED
 

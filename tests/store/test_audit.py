@@ -16,19 +16,11 @@ from hypothesis import strategies as st
 from asapd.core.audit import GENESIS, Walk
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, verifying
-from asapd.store.units import (
-    AgentRecord,
-    AnyUnit,
-    BreachRow,
-    Envelope,
-    Note,
-    PutAgent,
-    RecordManifest,
-    RecordTask,
-    RecordUsage,
-    TaskEvent,
-    WriteBreach,
-)
+from asapd.store.units.agents import AgentRecord, PutAgent, RecordManifest
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Note
+from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

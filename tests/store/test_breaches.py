@@ -9,7 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from asapd.store import audit, breaches
-from asapd.store.units import AlertWritten, BreachRow, Envelope, WriteBreach
+from asapd.store.units.alerts import AlertWritten, BreachRow, WriteBreach
+from asapd.store.units.exchange import Envelope
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 

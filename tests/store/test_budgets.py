@@ -31,24 +31,22 @@ from asapd.core.periods import period_bounds
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import FLAG_NAMES, Cost, UsageEvent
 from asapd.store import audit, breaches, budget_queries, verifying
-from asapd.store.units import (
-    AnyUnit,
+from asapd.store.units.delegations import (
     AuthorizationDenied,
     BudgetsSynced,
-    Envelope,
     ExtendReservation,
     NewDelegation,
-    RecordUsage,
     RecoverReservations,
     RefundReservation,
     ReleaseReservation,
     Reserve,
     Reserved,
     SettleReservation,
-    Sweep,
     SyncBudgets,
-    VoidUsage,
 )
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import RecordUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 

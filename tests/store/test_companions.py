@@ -10,7 +10,8 @@ import pytest
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import verifying
-from asapd.store.units import AnyUnit, CorrectCosts, Envelope, RecordUsage, RetireUsage, VoidUsage
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import CorrectCosts, RecordUsage, RetireUsage, VoidUsage
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

@@ -23,21 +23,16 @@ from asapd.store import audit, verifying
 from asapd.store import usage_queries as q
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
-from asapd.store.units import (
+from asapd.store.units.delegations import NewDelegation, RefundReservation, RegisterDelegation, Reserve, SyncBudgets
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import (
     AddUpDays,
-    AnyUnit,
     CorrectCosts,
     CostsCorrected,
-    Envelope,
-    NewDelegation,
     Recorded,
     RecordUsage,
-    RefundReservation,
-    RegisterDelegation,
-    Reserve,
     RetireUsage,
-    Sweep,
-    SyncBudgets,
     Voided,
     VoidUsage,
 )

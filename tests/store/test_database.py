@@ -34,7 +34,10 @@ from asapd.store.database import (
     WriterDiedError,
     prepare,
 )
-from asapd.store.units import AnyUnit, Idempotency, Note, Recorded, RecordUsage, RowWritten
+from asapd.store.units.exchange import AnyUnit, Idempotency
+from asapd.store.units.house import Note
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import Recorded, RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 
 NOW_US = 1_795_169_203_000_000

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asapd.store import delivery
-from asapd.store.units import CursorMoved, Envelope, MoveCursor, MoveTarget, RowWritten, SyncTargets, WriteBreach
+from asapd.store.units.alerts import CursorMoved, MoveCursor, MoveTarget, SyncTargets, WriteBreach
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.unit import RowWritten
 from asapd.store.writer import Writer
 from tests.store.conftest import OpenStore
 from tests.store.test_breaches import NOW_US, OPENED

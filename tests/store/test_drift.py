@@ -20,7 +20,8 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries as q
 from asapd.store import verifying
 from asapd.store.sources import SourceFilter, list_sources
-from asapd.store.units import AddUpDays, AnyUnit, DaysAddedUp, Envelope, Recorded, RecordUsage, Voided, VoidUsage
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import AddUpDays, DaysAddedUp, Recorded, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from tests import recount

@@ -11,17 +11,10 @@ from asapd.core.errors import Refusal
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, erasure, verifying
 from asapd.store import usage_queries as q
-from asapd.store.units import (
-    AgentRecord,
-    AnyUnit,
-    Envelope,
-    EraseConsumer,
-    Erased,
-    PutAgent,
-    RecordTask,
-    RecordUsage,
-    TaskEvent,
-)
+from asapd.store.units.agents import AgentRecord, PutAgent
+from asapd.store.units.audit import EraseConsumer, Erased
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer

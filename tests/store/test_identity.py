@@ -9,7 +9,8 @@ import pytest
 
 from asapd.core.usage import UNKNOWN_COST, Identity, UsageEvent, identity_digest, identity_key
 from asapd.store import identity, usage
-from asapd.store.units import AnyUnit, Envelope, Recorded, RecordUsage, RetireUsage, UsageConflict
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import Recorded, RecordUsage, RetireUsage, UsageConflict
 from asapd.store.visibility import EVERYTHING
 from asapd.store.voids import find_event
 from asapd.store.writer import Writer

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
 from asapd.store import audit, keys
-from asapd.store.units import AnyUnit, ApiKey, CreateKey, Envelope, RevokeKey
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

@@ -14,7 +14,8 @@ from asapd.core.ledger import Remaining
 from asapd.core.types import MAX_INT, format_us
 from asapd.store import audit, verifying
 from asapd.store.task_spend import spend_by_task
-from asapd.store.units import Envelope, Registered, Reserved, Revoked
+from asapd.store.units.delegations import Registered, Reserved, Revoked
+from asapd.store.units.exchange import Envelope
 from tests.store.ledger_desk import (
     CHILD,
     GRANDCHILD,

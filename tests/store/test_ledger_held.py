@@ -11,7 +11,8 @@ from asapd.core.types import MAX_INT
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import ledger_held, replaying, verifying
 from asapd.store.ledger_held import Held
-from asapd.store.units import CorrectCosts, EraseConsumer, KeepArchive, Recorded, RecordUsage, RetireAudit, RetireUsage
+from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
+from asapd.store.units.usage import CorrectCosts, Recorded, RecordUsage, RetireUsage
 from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, USD, A, B, C, D, Ledger, link, reason
 
 

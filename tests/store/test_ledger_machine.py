@@ -25,7 +25,8 @@ from asapd.core.usage import (
     FLAG_UNRESERVED,
 )
 from asapd.store import verifying
-from asapd.store.units import NewDelegation, Registered, ReleaseReservation, Voided
+from asapd.store.units.delegations import NewDelegation, Registered, ReleaseReservation
+from asapd.store.units.usage import Voided
 from asapd.store.visibility import EVERYTHING, Visibility
 from tests.store.ledger_desk import Ledger, OpenStore, code, link, reason
 

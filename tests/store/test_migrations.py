@@ -15,7 +15,9 @@ from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent, identity_digest
 from asapd.store import agent_history, agents, migrations
 from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDatabaseError
-from asapd.store.units import Envelope, Note, Recorded, RecordUsage, UsageConflict
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
+from asapd.store.units.usage import Recorded, RecordUsage, UsageConflict
 from asapd.store.usage_queries import UsageFilter, summary
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing

@@ -18,15 +18,14 @@ from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import sla_queries
 from asapd.store.schema import arrival, v1, v2
 from asapd.store.sla_queries import Followed, Position, Slots, TaskCount
-from asapd.store.units import (
-    AnyUnit,
-    Envelope,
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import (
     RecordTask,
     RecordTelemetry,
     RecordUsage,
     RetireUsage,
     SpanFact,
-    Sweep,
     TaskEvent,
     VoidUsage,
 )

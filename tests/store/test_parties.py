@@ -13,16 +13,9 @@ from asapd.store.budget_queries import get_budget
 from asapd.store.ledger_queries import find_account, is_cause_seen
 from asapd.store.reservation_queries import get_reservation
 from asapd.store.task_spend import spend_by_task
-from asapd.store.units import (
-    CorrectCosts,
-    ImportAgentKey,
-    RegisterDelegation,
-    Reserve,
-    RetireAgentKey,
-    SyncAgents,
-    SyncBudgets,
-    SyncKeys,
-)
+from asapd.store.units.agents import ImportAgentKey, RetireAgentKey, SyncAgents, SyncKeys
+from asapd.store.units.delegations import RegisterDelegation, Reserve, SyncBudgets
+from asapd.store.units.usage import CorrectCosts
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.wire.keys import jwk_thumbprint
 from tests.store.ledger_desk import CHILD, ROOT, USD, A, B, C, Ledger, code, link

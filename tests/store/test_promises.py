@@ -12,7 +12,9 @@ from msgspec.structs import replace
 from asapd.core.types import HOUR_US, MINUTE_US
 from asapd.store import migrations, promises
 from asapd.store.schema import MIGRATIONS, promise_record
-from asapd.store.units import AgentRecord, Envelope, PromiseRecord, PutAgent, RecordManifest, RecordPromises
+from asapd.store.units.agents import AgentRecord, PutAgent, RecordManifest
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.promises import PromiseRecord, RecordPromises
 from asapd.store.writer import Writer, open_for_writing
 
 A = "urn:asap:agent:a"

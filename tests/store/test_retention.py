@@ -14,16 +14,8 @@ from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, retention, verifying
 from asapd.store import usage_queries as q
-from asapd.store.units import (
-    AnyUnit,
-    Envelope,
-    RecordTelemetry,
-    RecordUsage,
-    RetireUsage,
-    SpanFact,
-    UsageRetired,
-    VoidUsage,
-)
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import RecordTelemetry, RecordUsage, RetireUsage, SpanFact, UsageRetired, VoidUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from asapd.core.delegation import Denied, Reason
 from asapd.store import chain_queries, delegation_news, migrations, revocations
 from asapd.store.rows import fetch
-from asapd.store.units import (
+from asapd.store.units.delegations import (
     AuthorizationDenied,
     ImportRevocations,
     Registered,
     Reserved,
     Revocation,
     RevocationsImported,
-    Sweep,
 )
+from asapd.store.units.house import Sweep
 from asapd.store.writer import open_for_writing
 from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger, link, reason
 

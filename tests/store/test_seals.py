@@ -14,7 +14,9 @@ from asapd.core.audit import GENESIS
 from asapd.core.merkle import Tree
 from asapd.store import seals
 from asapd.store.seals import HoleInLogError
-from asapd.store.units import Envelope, Note, Seal
+from asapd.store.units.audit import Seal
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.house import Note
 from asapd.store.writer import Writer
 from tests.core.test_merkle import mth, path, subproof
 

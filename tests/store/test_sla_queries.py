@@ -11,16 +11,10 @@ from asapd.core.uptime import Segment
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import sla_queries
 from asapd.store.sla_queries import Followed, Position, Slots, TaskCount
-from asapd.store.units import (
-    AgentRecord,
-    AnyUnit,
-    BreachRow,
-    Envelope,
-    PutAgent,
-    RecordProbe,
-    RecordUsage,
-    WriteBreach,
-)
+from asapd.store.units.agents import AgentRecord, PutAgent, RecordProbe
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer
 
 A, B = "urn:asap:agent:a", "urn:asap:agent:b"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import sources
 from asapd.store.sources import SourceFilter, list_sources, runs_of
-from asapd.store.units import Envelope, RecordUsage
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import RecordUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 

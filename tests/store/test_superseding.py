@@ -12,14 +12,14 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.types import DAY_US
 from asapd.core.usage import OTLP, Cost, UsageEvent
 from asapd.store import ledger_held
-from asapd.store.units import (
+from asapd.store.units.delegations import SyncBudgets
+from asapd.store.units.usage import (
     CollectionChanged,
     CollectionPart,
     Evidence,
     RecordTelemetry,
     RecordUsage,
     SpanFact,
-    SyncBudgets,
     VoidUsage,
 )
 from asapd.store.visibility import EVERYTHING, Visibility

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import apsw
 
-from asapd.store.units import Envelope, Idempotency, Note, RecordProbe, Sweep, Swept
+from asapd.store.units.agents import RecordProbe
+from asapd.store.units.exchange import Envelope, Idempotency
+from asapd.store.units.house import Note, Sweep, Swept
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

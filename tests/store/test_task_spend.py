@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapd.store.task_spend import SpendPage, TaskSpend, spend_by_task
-from asapd.store.units import VoidUsage
+from asapd.store.units.usage import VoidUsage
 from asapd.store.visibility import Visibility
 from tests.store.test_ledger import CHILD, GRANDCHILD, NOW_US, ROOT, B, C, D, Ledger
 

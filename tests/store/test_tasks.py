@@ -12,15 +12,10 @@ from asapd.core.errors import Refusal
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, tasks
 from asapd.store.tasks import TaskFilter, family_of, get_task, list_tasks
-from asapd.store.units import (
-    AnyUnit,
-    Envelope,
-    RecordTask,
-    RecordUsage,
-    RowWritten,
-    Sweep,
-    TaskEvent,
-)
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 

@@ -16,7 +16,9 @@ from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, Cost, RollupKey, RollupSums, UsageEvent, rollup
 from asapd.store import audit, verifying
-from asapd.store.units import AnyUnit, Envelope, Recorded, RecordTask, RecordUsage, RowWritten, TaskEvent, UsageConflict
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import Recorded, RecordTask, RecordUsage, TaskEvent, UsageConflict
 from asapd.store.writer import Writer
 
 NOW_US = 1_795_169_203_000_000

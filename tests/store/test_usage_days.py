@@ -13,7 +13,8 @@ from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import migrations, schema, usage_days, verifying
 from asapd.store import usage_queries as q
-from asapd.store.units import AddUpDays, AnyUnit, DaysAddedUp, Envelope, RecordUsage, VoidUsage
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import AddUpDays, DaysAddedUp, RecordUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from tests import recount

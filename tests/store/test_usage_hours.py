@@ -12,16 +12,10 @@ from asapd.core.repricing import Correction
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 from asapd.store import audit, retention, usage_hours, verifying
-from asapd.store.units import (
-    AnyUnit,
-    CorrectCosts,
-    Envelope,
-    RecordUsage,
-    RetireUsage,
-    RowWritten,
-    SealHours,
-    VoidUsage,
-)
+from asapd.store.units.audit import SealHours
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.unit import RowWritten
+from asapd.store.units.usage import CorrectCosts, RecordUsage, RetireUsage, VoidUsage
 from asapd.store.writer import Writer
 
 HOUR = 498_658

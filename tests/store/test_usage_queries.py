@@ -16,7 +16,8 @@ from asapd.core.money import to_usd
 from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_queries as q
-from asapd.store.units import AddUpDays, Envelope, RecordUsage, Voided, VoidUsage
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import AddUpDays, RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 from tests import recount

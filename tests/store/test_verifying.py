@@ -23,22 +23,11 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.store import checkpoint_log, reconciling, seals, verifying
 from asapd.store.erasure import entries_of
 from asapd.store.reconciling import reconcile
-from asapd.store.units import (
-    AnyUnit,
-    BreachRow,
-    Envelope,
-    EraseConsumer,
-    NewDelegation,
-    RecordTask,
-    RecordUsage,
-    RegisterDelegation,
-    RetireUsage,
-    Revoke,
-    Seal,
-    TaskEvent,
-    VoidUsage,
-    WriteBreach,
-)
+from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.audit import EraseConsumer, Seal
+from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Revoke
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.usage import RecordTask, RecordUsage, RetireUsage, TaskEvent, VoidUsage
 from asapd.store.verifying import Report, Request
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import origin_of, sign_checkpoint

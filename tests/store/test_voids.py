@@ -21,18 +21,10 @@ from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit
 from asapd.store import usage_queries as q
 from asapd.store.sla_queries import Followed, Position, Slots, task_history
-from asapd.store.units import (
-    AnyUnit,
-    Envelope,
-    NewDelegation,
-    RecordUsage,
-    RegisterDelegation,
-    Reserve,
-    Sweep,
-    SyncBudgets,
-    Voided,
-    VoidUsage,
-)
+from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, SyncBudgets
+from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Sweep
+from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.voids import find_event
 from asapd.store.writer import Writer

@@ -13,7 +13,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.edge.http.agent_search import read_wanted, search
 from asapd.edge.http.parameters import Parameters
-from asapd.store.units import AgentRecord, RecordManifest, RecordProbe, SyncAgents
+from asapd.store.units.agents import AgentRecord, RecordManifest, RecordProbe, SyncAgents
 from asapd.wire.keys import public_base64
 from tests.edge.house import NOW, T0, A, B, C, Edge
 

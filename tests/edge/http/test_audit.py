@@ -10,7 +10,7 @@ from nacl.signing import SigningKey
 from asapd import config
 from asapd.core import merkle
 from asapd.core.errors import Refusal
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 from asapd.wire.checkpoint import is_signed_by, read_checkpoint, sign_checkpoint
 from asapd.wire.keys import public_base64
 from asapd.wire.tlog_proof import read_proof

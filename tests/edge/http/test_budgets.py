@@ -9,7 +9,7 @@ import pytest
 
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
-from asapd.store.units import SyncBudgets
+from asapd.store.units.delegations import SyncBudgets
 from tests.edge.house import NOW, T0, A, B, Edge
 from tests.edge.http.test_delegations import authorize
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asapd.core.errors import Refusal
-from asapd.store.units import Note
+from asapd.store.units.house import Note
 from tests.edge.house import ME, T0, A, Edge
 
 ADMIN_DOOR = {"door": "admin", "peer": ME}

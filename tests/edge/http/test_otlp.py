@@ -32,7 +32,7 @@ from trio.testing import MockClock
 from asapd import config
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.edge.http.otlp import INLINE_BYTES
-from asapd.store.units import RecordTelemetry
+from asapd.store.units.usage import RecordTelemetry
 from tests.edge.house import T0, A, B, Edge, Reply
 
 PROTOBUF = {"Content-Type": "application/x-protobuf"}

@@ -14,7 +14,8 @@ from asapd import config
 from asapd.cli.verify_evidence import verify_evidence
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, datetime_us, format_us
 from asapd.edge.http.parameters import encode_cursor
-from asapd.store.units import DeclareMaintenance, RecordProbe
+from asapd.store.units.agents import RecordProbe
+from asapd.store.units.promises import DeclareMaintenance
 from tests.edge.house import T0, A, B, C, Edge
 
 SLA = {"availability": "99%", "max_error_rate": "5%"}

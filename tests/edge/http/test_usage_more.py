@@ -18,7 +18,7 @@ from trio.testing import MockClock
 
 from asapd.actors.reads import StreamPart
 from asapd.edge.http import usage_export, usage_stream
-from asapd.store.units import RetireUsage
+from asapd.store.units.usage import RetireUsage
 from asapd.wire import usage_export as formats
 from tests.edge.house import NOW, A, B, Edge
 

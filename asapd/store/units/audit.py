@@ -1,0 +1,110 @@
+"""Units of the audit log: its tree, witnesses, erasure and retention."""
+
+from __future__ import annotations
+
+import msgspec
+
+from asapd.core.errors import Refusal
+from asapd.store.units.unit import RowWritten, Unit
+
+
+class Sealed(msgspec.Struct, frozen=True, tag=True):
+    """Nodes of the log's tree are kept, up to this size."""
+
+    size: int
+
+
+class Seal(Unit[Sealed], frozen=True):
+    """Keep nodes of the tree over the audit log (level, index, hash), and a checkpoint of it unless `note` is None."""
+
+    size: int
+    root: bytes
+    nodes: list[tuple[int, int, bytes]]
+    note: str | None
+    now_us: int
+
+
+class Witnessed(msgspec.Struct, frozen=True, tag=True):
+    """The size of a log that was seen last, and whether it is the one that was just shown."""
+
+    size: int
+    is_taken: bool
+
+
+class Witness(Unit[Witnessed | Refusal], frozen=True):
+    """Take a checkpoint of another log for its newest, if the proof leads there from the size that was seen last."""
+
+    origin: str
+    old_size: int
+    size: int
+    root: bytes
+    proof: list[bytes]
+
+
+class KeepCosignature(Unit[RowWritten], frozen=True):
+    """Keep what a witness signed of a checkpoint."""
+
+    size: int
+    witness: str
+    line: str
+
+
+class Erased(msgspec.Struct, frozen=True, tag=True):
+    """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name."""
+
+    entries: int
+    is_whole: bool = True
+
+
+class EraseConsumer(Unit[Erased | Refusal], frozen=True):
+    """Erase the payloads of these entries; with `after` those behind it as well, and give the consumer its pseudonym.
+
+    `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more. `news` are
+    news of delegations that name it, and up to `news_after` the last of them.
+    """
+
+    consumer: str
+    pseudonym: str
+    seqs: list[int]
+    reason: str
+    actor: str
+    now_us: int
+    after: int | None = 0
+    news: list[int] = []
+    news_after: int = 0
+
+
+class SealHours(Unit[RowWritten | Refusal], frozen=True):
+    """Enter what the sums of hours are whose events are all gone: each hour with its rows and their digest."""
+
+    hours: list[tuple[int, int, str]]
+    actor: str
+    now_us: int
+
+
+class KeepArchive(Unit[RowWritten | Refusal], frozen=True):
+    """Record that entries were written into a file that verifies; the next of them may be retired from now on."""
+
+    first_seq: int
+    last_seq: int
+    last_hash: bytes
+    before_us: int
+    file: str
+    sha256: str
+    actor: str
+    now_us: int
+
+
+class AuditRetired(msgspec.Struct, frozen=True, tag=True):
+    """How many entries a step took the content of, and whether the archive holds more that is not retired."""
+
+    entries: int
+    more: bool
+
+
+class RetireAudit(Unit[AuditRetired], frozen=True):
+    """Erase the content of the next `limit` entries of the archive at hand; their hashes stay."""
+
+    actor: str
+    now_us: int
+    limit: int = 500
