@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import trio
 
 from asapd import config
 from asapd.actors.messages import (
+    Idempotency,
     MeterMessage,
     ReconfigureMeter,
     Report,
@@ -131,11 +133,20 @@ async def run_meter(
             if isinstance(message, Report):
                 await reports.take(message)
                 return True
+            await reports.send_gathered()
             return False
 
         task_status.started()
         try:
-            await mailbox.serve(inbox, handle, failed=failed, passes_on=pass_on, concurrency=CONCURRENCY, beat=beat)
+            await mailbox.serve(
+                inbox,
+                handle,
+                failed=failed,
+                passes_on=pass_on,
+                rests=reports.send_gathered,
+                concurrency=CONCURRENCY,
+                beat=beat,
+            )
             await reports.wait_settled()
         finally:
             reports.close()
@@ -167,8 +178,14 @@ def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[Usa
     )
 
 
+_Outcome = Recorded | UsageConflict | Refusal | UnitFailedError
+
+
 class _Reports:
-    """Reports on their way to their commit: no task waits for any of them, the store's answer ends their replies."""
+    """Reports on their way to their commit: no task waits for any of them, the store's answer ends their replies.
+
+    Single events are gathered until `send_gathered`.
+    """
 
     def __init__(
         self, database: Database, settings: MeterSettings, clock: Clock, nursery: trio.Nursery, log: logging.Logger
@@ -181,6 +198,7 @@ class _Reports:
         self._in_flight = 0
         self._settled = trio.lowlevel.ParkingLot()
         self._closed = False
+        self._gathered: dict[tuple[str | None, str], list[Report]] = {}
 
     async def take(self, message: Report) -> None:
         """Refuse what came too late or too early, and send the rest to the store; waits while too much is in flight.
@@ -207,6 +225,10 @@ class _Reports:
             left_out = {index for index, _ in found}
             events = [event for index, event in enumerate(events) if index not in left_out]
             places = [place for index, place in enumerate(places) if index not in left_out]
+        if _stands_alone(message):
+            self._gathered.setdefault((message.caller.tenant, message.caller.actor), []).append(message)
+            return
+        await self.send_gathered()  # what came first goes first
         unit = msgspec.structs.replace(
             _unit(message.caller, settings, now_us, events),
             partial=message.partial,
@@ -216,17 +238,90 @@ class _Reports:
         )
         await self._post(message, unit)
 
-    async def _post(self, message: Report, unit: RecordUsage | Recall) -> None:
-        while self._in_flight >= REPORTS_IN_FLIGHT:
-            await self._settled.park()
-        self._in_flight += 1
+    async def send_gathered(self) -> None:
+        """Send the single events that were gathered, those of one caller as one unit, which costs each half as much."""
+        while self._gathered:
+            messages = self._gathered.pop(next(iter(self._gathered)))
+            if len(messages) == 1:
+                await self._send_alone(messages[0])
+            else:
+                await self._send_together(messages)
+
+    async def _send_alone(self, message: Report) -> None:
         try:
-            await self._database.post(unit, partial(self._settle, message), idempotency=message.idempotency)
+            await self._post(message, self._unit(message))
+        except Exception as error:  # noqa: BLE001 -- one report must not stop the others
+            self._log.error("a %s could not be handled", type(message).__name__, exc_info=error)
+            message.reply.fail()
         except BaseException:
-            self._in_flight -= 1  # it never got on its way, so nobody settles it
+            message.reply.close()
             raise
 
-    def _settle(self, message: Report, outcome: Recorded | UsageConflict | Refusal | UnitFailedError) -> None:
+    async def _send_together(self, messages: list[Report]) -> None:
+        try:
+            unit = msgspec.structs.replace(self._unit(*messages), partial=True, places=list(range(len(messages))))
+            await self._send(unit, partial(self._settle_each, messages), len(messages))
+        except Exception:  # noqa: BLE001 -- it happens again to the one whose it is
+            await self._send_each(messages)
+        except BaseException:
+            for message in messages:
+                message.reply.close()
+            raise
+
+    async def _send_each(self, messages: list[Report]) -> None:
+        """Send reports one by one, in their order."""
+        left = deque(messages)
+        try:
+            while left:
+                await self._send_alone(left.popleft())
+        finally:
+            for message in left:
+                message.reply.close()
+
+    def _unit(self, *messages: Report) -> RecordUsage:
+        events = [message.events[0] for message in messages]
+        return _unit(messages[0].caller, self._settings, self._clock.now_us(), events)
+
+    async def _post(self, message: Report, unit: RecordUsage | Recall) -> None:
+        await self._send(unit, partial(self._settle, message), 1, message.idempotency)
+
+    async def _send(
+        self, unit: RecordUsage | Recall, settle: Callable[[_Outcome], None], count: int, key: Idempotency | None = None
+    ) -> None:
+        while self._in_flight >= REPORTS_IN_FLIGHT:
+            await self._settled.park()
+        self._in_flight += count
+        try:
+            await self._database.post(unit, settle, idempotency=key)
+        except BaseException:
+            self._in_flight -= count  # it never got on its way, so nobody settles it
+            raise
+
+    def _settle_each(self, messages: list[Report], outcome: _Outcome) -> None:
+        """Tell each of the reports that went together what became of its event; who is left goes again, alone."""
+        self._in_flight -= len(messages)
+        self._settled.unpark_all()
+        again: list[Report] = []
+        match outcome:
+            case Recorded(ids=ids, places=list(places), resent=resent):
+                found, repeats = dict(zip(places, ids, strict=True)), set(resent)
+                for place, message in enumerate(messages):
+                    if place in found:
+                        message.reply.send(_of_one(message, found[place], is_repeat=place in repeats))
+                    else:
+                        again.append(message)
+            case Refusal(code=code) if code != "invalid":
+                for message in messages:
+                    message.reply.send(outcome)
+            case _:
+                again = messages  # of one that was refused or failed nobody knows which it was: nothing was written
+        if not self._closed:
+            self._nursery.start_soon(self._send_each, again)
+            return
+        for message in again:
+            message.reply.close()
+
+    def _settle(self, message: Report, outcome: _Outcome) -> None:
         self._in_flight -= 1
         self._settled.unpark_all()
         match outcome:
@@ -259,6 +354,22 @@ class _Reports:
     def close(self) -> None:
         """What the store answers from now on is passed on, but no conflict is explained any more."""
         self._closed = True
+        for messages in self._gathered.values():
+            for message in messages:
+                message.reply.close()
+
+
+def _of_one(message: Report, event_id: str, *, is_repeat: bool) -> Recorded:
+    unprotected = not is_repeat and not message.events[0].id
+    return Recorded(int(not is_repeat), int(is_repeat), int(unprotected), [event_id])
+
+
+def _stands_alone(message: Report) -> bool:
+    """Whether a report is one event that nothing but its identity connects with others: it may share their unit."""
+    if len(message.events) != 1 or message.partial or message.idempotency or message.attribution:
+        return False
+    event = message.events[0]
+    return event.delegation is None and event.reservation is None
 
 
 async def _explain_conflict(message: Report, outcome: UsageConflict, database: Database) -> Refusal:

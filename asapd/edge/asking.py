@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import trio
@@ -48,19 +49,33 @@ async def post_to_actor(
 ) -> None:
     """Ask and go on, waiting only for room; `then` is called with the answer, unless the actor never gives one."""
 
-    def told(reply: Reply[Any]) -> None:
-        try:
-            answer: T | Refusal = reply.result_nowait()
-        except AnswererGone as error:
-            answer = unknown(error)
-        except HandlerFailed:
-            answer = _BUG
-        then(answer)
-
     try:
-        await post(mailbox, build, told)
+        await post(mailbox, build, partial(_tell, then))
     except AnswererGone as error:
         then(unknown(error))
+
+
+def post_to_actor_nowait(
+    mailbox: trio.MemorySendChannel[Any],
+    build: Callable[[Reply[Any]], Answerable[T]],
+    then: Callable[[T | Refusal], None],
+) -> bool:
+    """The same for who cannot wait: false when the actor has no room or is away, and nothing was done."""
+    try:
+        mailbox.send_nowait(build(Reply(partial(_tell, then))))
+    except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+        return False
+    return True
+
+
+def _tell(then: Callable[[T | Refusal], None], reply: Reply[Any]) -> None:
+    try:
+        answer: T | Refusal = reply.result_nowait()
+    except AnswererGone as error:
+        answer = unknown(error)
+    except HandlerFailed:
+        answer = _BUG
+    then(answer)
 
 
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")

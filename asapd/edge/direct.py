@@ -18,7 +18,7 @@ class DirectStream:
 
     def __init__(self, stream: SocketTransport) -> None:
         self._stream = stream
-        self._fd = stream.socket.fileno()
+        self.fd = stream.socket.fileno()
         self._began = False
 
     async def receive_some(self, max_bytes: int) -> bytes:
@@ -28,17 +28,26 @@ class DirectStream:
             return bytes(await self._stream.receive_some(max_bytes))
         # The turn of the others is mostly as long as a client needs for its next request.
         await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                return os.read(self._fd, max_bytes)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._fd)
+        while (data := self.receive_nowait(max_bytes)) is None:
+            await trio.lowlevel.wait_readable(self.fd)
+        return data
+
+    def receive_nowait(self, max_bytes: int) -> bytes | None:
+        """What has come, or None. Not for the first read. Raises OSError when the connection broke."""
+        try:
+            return os.read(self.fd, max_bytes)
+        except BlockingIOError:
+            return None
+
+    def send_nowait(self, data: bytes) -> int:
+        """How many bytes of it the kernel takes now. Raises OSError when the connection broke."""
+        try:
+            return os.write(self.fd, data)
+        except BlockingIOError:
+            return 0
 
     async def send_all(self, data: bytes) -> None:
         """Sends all of it, without a turn for others where the kernel takes it whole. Raises as the stream does."""
-        try:
-            sent = os.write(self._fd, data)
-        except BlockingIOError:
-            sent = 0
+        sent = self.send_nowait(data)
         if sent < len(data):
             await self._stream.send_all(data[sent:])

@@ -32,10 +32,11 @@ from asapd.edge.direct import DirectStream
 from asapd.edge.early import bare_response
 from asapd.edge.ingest import FREE_BYTES, PushbackStream
 from asapd.edge.json_body import json_body
+from asapd.edge.poller import Poller
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import ASK_S, Services
 from asapd.edge.sockets import Peer
-from asapd.edge.usage_request import PATHS, UsageRequest, answer
+from asapd.edge.usage_request import PATHS, UsageRequest, answer, answer_nowait, is_plain
 from asapd.runtime.room import Room
 from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
 
@@ -55,6 +56,7 @@ LOOK_S = 0.5
 _PATHS = {path.encode(): path for path in (*PATHS, AUTHORIZE)}
 _STARTS = (b"POST /usage", b"POST %b" % AUTHORIZE.encode())
 _ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 _GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
 _NO_ROOM = Refusal(
@@ -69,6 +71,8 @@ _TOO_LATE = Refusal(
     "counted once",
     retry_after_s=1,
 )
+
+_Outcome = tuple[int, dict[str, Any]] | Refusal
 
 HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
 
@@ -86,6 +90,7 @@ class _Sent(msgspec.Struct, frozen=True):
     request: UsageRequest
     caller: Caller | Refusal
     keep_alive: bool
+    is_plain: bool
 
 
 class _HeadParser:
@@ -110,6 +115,7 @@ class _Head(msgspec.Struct, frozen=True):
     fields: _Fields
     body_bytes: int
     keep_alive: bool
+    is_plain: bool
 
 
 def _read_head(raw: bytes, max_body_bytes: int) -> _Head | None:
@@ -131,7 +137,8 @@ def _read_head(raw: bytes, max_body_bytes: int) -> _Head | None:
         return None
     if "host" not in fields or "transfer-encoding" in fields or "expect" in fields or int(length) > max_body_bytes:
         return None
-    return _Head(_PATHS[path], query, fields, int(length), parser.should_keep_alive())
+    name = _PATHS[path]
+    return _Head(name, query, fields, int(length), parser.should_keep_alive(), is_plain(name, query, fields))
 
 
 class FastLane:
@@ -150,6 +157,7 @@ class FastLane:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.room = room
+        self.poller = Poller()
         self._services = services
         self._hand_over = hand_over
         self._log = log
@@ -181,6 +189,7 @@ class FastLane:
         async with trio.open_nursery() as outside:
             outside.start_soon(self._stop_when_cancelled)
             outside.start_soon(self._end_waits)
+            outside.start_soon(self.poller.run)
             async with trio.open_nursery() as connections:
                 # Cancellation is turned into a stop, which sets the deadline of this shield.
                 connections.cancel_scope.shield = True
@@ -259,9 +268,20 @@ class FastLane:
         """Tells of a client that does not read."""
         self._log.debug("a client of the fast lane did not read for %s s and was cut off", self._limits.send_s)
 
+    def answer_nowait(self, sent: _Sent, told: Callable[[_Outcome], None]) -> bool:
+        """Whether the answer to a request needs no task that waits for it: `told` hears its outcome, now or later."""
+        if not sent.is_plain or isinstance(sent.caller, Refusal):
+            return False
+        try:
+            return answer_nowait(self._services, sent.caller, sent.request, told)
+        except Exception:  # noqa: BLE001 -- as in `answer`
+            self._log.exception("POST %s failed", sent.request.path)
+            told(_BUG)
+            return True
+
     async def answer(self, sent: _Sent) -> bytes:
         """The response to a request; whatever goes wrong in it is a response too."""
-        outcome: tuple[int, dict[str, Any]] | Refusal
+        outcome: _Outcome
         if isinstance(sent.caller, Refusal):
             outcome = sent.caller
         else:
@@ -273,7 +293,7 @@ class FastLane:
                 outcome = _BUG
         return self.respond(outcome, keep_alive=sent.keep_alive and not self._stopped.is_set())
 
-    def respond(self, outcome: tuple[int, dict[str, Any]] | Refusal, *, keep_alive: bool) -> bytes:
+    def respond(self, outcome: _Outcome, *, keep_alive: bool) -> bytes:
         """An outcome as a response."""
         if not isinstance(outcome, Refusal):
             kind = b"application/json" if outcome[0] < 400 else PROBLEM_JSON.encode()
@@ -309,7 +329,7 @@ class FastLane:
             self._date_at_s, self._date = now_s, format_date_time(now_s).encode()
         return b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\ndate: %b\r\n%b%b%b\r\n%b" % (
             status,
-            HTTPStatus(status).phrase.encode(),
+            _PHRASES[status],
             content_type,
             len(body),
             self._date,
@@ -320,7 +340,7 @@ class FastLane:
         )
 
 
-async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> tuple[int, dict[str, Any]] | Refusal:
+async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> _Outcome:
     if request.path != AUTHORIZE:
         return await answer(services, caller, request, patient=True)
     headers = request.headers
@@ -367,6 +387,13 @@ class _Connection:
         self._doing = _Doing.ANSWERING
         self._waiting = trio.CancelScope()
         self._due_s = inf
+        self._is_in_hand = False
+        self._unsent = b""
+        self._is_last = False
+        self._is_needed = False
+        self._error: Exception | None = None
+        self._found: list[_Sent] = []
+        self._task = trio.lowlevel.ParkingLot()
 
     def stop_if_idle(self) -> None:
         """Ends the connection unless a request has begun."""
@@ -379,6 +406,7 @@ class _Connection:
                 await self._talk()
         finally:
             self._give_back()
+            self._is_in_hand = False
         if self._waiting.cancelled_caught:
             await self._too_slow()
         elif self._is_foreign:
@@ -389,15 +417,17 @@ class _Connection:
         wait_s = self._limits.header_s
         while True:
             found = self._take()
+            if self._begin(found):
+                found = await self._be_served()
+                wait_s = self._limits.keep_alive_s
             if found:
                 await self._answer(found)
-                if not found[-1].keep_alive or self._lane.is_stopping:
-                    self._is_foreign = False
-                    self._doing_until(_Doing.ANSWERING, inf)
-                    await self._linger()
-                    return
-                self._since_s = trio.current_time()
                 wait_s = self._limits.keep_alive_s
+            if self._is_last or (found and (not found[-1].keep_alive or self._lane.is_stopping)):
+                self._is_foreign = False
+                self._doing_until(_Doing.ANSWERING, inf)
+                await self._linger()
+                return
             if self._is_foreign or (not found and not await self._receive(wait_s)):
                 return
 
@@ -443,7 +473,8 @@ class _Connection:
             body = bytes(self._buffer[: head.body_bytes])
             del self._buffer[: head.body_bytes]
             self._head = None
-            found.append(_Sent(UsageRequest(head.path, head.query, head.fields, body), self._caller, keep_alive))
+            request = UsageRequest(head.path, head.query, head.fields, body)
+            found.append(_Sent(request, self._caller, keep_alive, head.is_plain))
             if not keep_alive:
                 break
         return found
@@ -482,6 +513,72 @@ class _Connection:
                 self._heads[raw] = head
         return head
 
+    def _begin(self, found: list[_Sent]) -> bool:
+        """Whether all that has come is one request that is on its way, and whoever has its answer will send it."""
+        if len(found) != 1 or self._buffer or not found[0].keep_alive:
+            return False
+        self._is_in_hand, self._is_needed = True, False
+        self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
+        if self._lane.answer_nowait(found[0], self._told):
+            return True
+        self._is_in_hand = False
+        return False
+
+    def _told(self, outcome: _Outcome) -> None:
+        if not self._is_in_hand:
+            return  # the client was told that nobody knows
+        self._is_in_hand = False
+        self._give_back()
+        self._is_last = self._lane.is_stopping
+        data = self._lane.respond(outcome, keep_alive=not self._is_last)
+        self._since_s = trio.current_time()
+        self._doing_until(_Doing.IDLE, self._since_s + self._limits.keep_alive_s)
+        sent = 0
+        with suppress(OSError):  # the task meets it too, and ends
+            sent = self._direct.send_nowait(data)
+        self._unsent = data[sent:]
+        self._is_needed = self._is_needed or self._is_last or sent < len(data)
+        if self._is_needed:
+            self._task.unpark_all()
+
+    def _ready(self) -> None:
+        """Serve the request that has come, if nothing has to be waited for; else this connection's task is needed."""
+        if self._waiting.cancel_called:
+            return
+        try:
+            if not self._is_in_hand and self._is_served():
+                return
+        except Exception as error:  # noqa: BLE001 -- it is raised in the task, and ends this connection only
+            self._error = error
+        self._is_needed = True
+        self._lane.poller.forget(self._direct.fd)
+        self._task.unpark_all()
+
+    def _is_served(self) -> bool:
+        data = self._direct.receive_nowait(RECEIVE_BYTES)
+        if data is None:
+            return True
+        self._buffer += data
+        self._since_s = trio.current_time()
+        self._found = self._take()
+        return self._begin(self._found)
+
+    async def _be_served(self) -> list[_Sent]:
+        """Leave the connection to the poller; return once there is something to do for this task, such as requests."""
+        self._found = []
+        self._lane.poller.watch(self._direct.fd, self._ready)
+        try:
+            while self._is_in_hand or not self._is_needed:
+                await self._task.park()
+        finally:
+            self._lane.poller.forget(self._direct.fd)
+        if self._error is not None:
+            raise self._error
+        if self._unsent:
+            await self._send(self._unsent)
+            self._unsent = b""
+        return self._found
+
     async def _answer(self, found: list[_Sent]) -> None:
         """Answers requests in their order."""
         self._responses = responses = [b""] * len(found)
@@ -497,7 +594,9 @@ class _Connection:
                 for place, sent in enumerate(found):
                     nursery.start_soon(one, place, sent)
         self._give_back()
+        self._responses = []
         await self._send(b"".join(responses))
+        self._since_s = trio.current_time()
 
     def _give_back(self) -> None:
         """Leaves the room of a body that was answered; a client that does not read its answer must not hold it."""

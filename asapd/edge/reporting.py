@@ -14,7 +14,7 @@ from asapd.actors.meter import untimely
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
-from asapd.edge.asking import ask_actor, post_to_actor
+from asapd.edge.asking import ask_actor, post_to_actor, post_to_actor_nowait
 from asapd.edge.services import Services
 from asapd.runtime.ask import Reply
 from asapd.wire.cloudevents import USAGE_TYPES, decode_batch, decode_binary, decode_structured
@@ -62,6 +62,28 @@ async def report(
     if idempotency is not None:  # a repeat of the request is answered with this reply, and records nothing
         recorded = msgspec.structs.replace(recorded, unprotected=0)
     return prepared.reply(recorded)
+
+
+def report_nowait(
+    services: Services, caller: Caller, body: bytes, told: Callable[[dict[str, Any] | Refusal], None]
+) -> bool:
+    """Send what a small JSON body holds on its way; `told` hears, now or after the commit, what `report` would return.
+
+    False when the body is large or the meter has no room: nothing was done then. A meter that crashes with the report
+    in its mailbox never tells, so the caller keeps a deadline.
+    """
+    if len(body) >= LARGE_BYTES:
+        return False
+    decoded = decode_events(body)
+    prepared = decoded if isinstance(decoded, Refusal) else _prepared(decoded, caller)
+    if isinstance(prepared, Refusal):
+        told(prepared)
+        return True
+
+    def answered(recorded: Recorded | Refusal) -> None:
+        told(recorded if isinstance(recorded, Refusal) else prepared.reply(recorded))
+
+    return post_to_actor_nowait(services.mailboxes.meter, partially(prepared.message, caller, None), answered)
 
 
 class _Prepared(msgspec.Struct, frozen=True):
@@ -134,6 +156,12 @@ async def _prepare(
     decoded = await _decoded(services, body, written)
     if isinstance(decoded, Refusal):
         return decoded
+    return _prepared(decoded, caller, partial=partial, attribution=attribution)
+
+
+def _prepared(
+    decoded: Events, caller: Caller, *, partial: bool = False, attribution: Attribution | None = None
+) -> _Prepared | Refusal:
     elsewhere = [] if attribution is None else _under_another(decoded, attribution)
     refusal = decoded.refusal or _check_agents(decoded, caller) or _conflict(elsewhere)
     if refusal is not None and not partial:

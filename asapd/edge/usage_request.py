@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -13,7 +13,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge import idempotency
 from asapd.edge.http.parameters import Parameters, RefusedError
-from asapd.edge.reporting import BinaryEvent, Written, attribute, report, validate
+from asapd.edge.reporting import BinaryEvent, Written, attribute, report, report_nowait, validate
 from asapd.edge.services import Services
 from asapd.wire.bodies import unpack
 from asapd.wire.cloudevents import BATCH_TYPE, HEADERS, STRUCTURED_TYPE, is_binary
@@ -22,6 +22,7 @@ PATHS: Final = ("/usage", "/usage/batch", "/usage/validate")
 DELEGATION_HEADER: Final = "x-asap-delegation-token"
 """A token under which the whole request reports."""
 
+_SPECIAL = ("content-encoding", "idempotency-key", DELEGATION_HEADER)
 _FORMATS: dict[str, Written] = {
     "": "json",
     "application/json": "json",
@@ -62,9 +63,8 @@ async def answer(
 
     With `patient` the caller bounds the wait for the meter, which is refused at once otherwise when it has no room.
     """
-    if not caller.may(Permission.INGEST):
-        detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
-        return Refusal("forbidden", detail)
+    if (denied := _denied(caller)) is not None:
+        return denied
     only_validate = request.path == PATHS[2]
     partial = False
     if request.query and not only_validate:
@@ -107,6 +107,41 @@ async def answer(
         attribution=attribution,
     )
     return outcome if isinstance(outcome, Refusal) else (201, outcome)
+
+
+def is_plain(path: str, query: bytes, headers: Mapping[str, str]) -> bool:
+    """Whether a request with this head reports JSON, and asks for nothing but that: `answer_nowait` is for these."""
+    if path != PATHS[0] or query or any(headers.get(name) for name in _SPECIAL):
+        return False
+    return written_as(headers) == "json"
+
+
+def answer_nowait(
+    services: Services,
+    caller: Caller,
+    request: UsageRequest,
+    told: Callable[[tuple[int, dict[str, Any]] | Refusal], None],
+) -> bool:
+    """`answer` to a plain request without a wait: `told` hears it, now or later; false when that cannot be.
+
+    An actor that crashes never tells, so the caller keeps a deadline.
+    """
+    refusal = _denied(caller)
+    body = unpack(request.body, None, services.settings().http.max_body_bytes)
+    if refusal is not None or isinstance(body, Refusal):
+        return False
+
+    def reported(outcome: dict[str, Any] | Refusal) -> None:
+        told(outcome if isinstance(outcome, Refusal) else (201, outcome))
+
+    return report_nowait(services, caller, body, reported)
+
+
+def _denied(caller: Caller) -> Refusal | None:
+    if caller.may(Permission.INGEST):
+        return None
+    detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
+    return Refusal("forbidden", detail)
 
 
 def _bound(

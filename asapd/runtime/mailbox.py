@@ -31,6 +31,7 @@ async def serve(
     *,
     failed: Callable[[M, Exception], None],
     passes_on: Callable[[M], Awaitable[bool]] | None = None,
+    rests: Callable[[], Awaitable[None]] | None = None,
     concurrency: int = 1,
     beat: Callable[[], None] = _no_beat,
     max_failures_in_a_row: int = 20,
@@ -43,7 +44,8 @@ async def serve(
     owns it.
 
     `passes_on` sees each message first, in the loop itself, where no task is made for it: true says that the message is
-    seen to, and its reply ends now or later, by whoever has it then.
+    seen to, and its reply ends now or later, by whoever has it then. `rests` is called whenever no message waits, and
+    after each burst of them: what `passes_on` gathered goes on its way then.
 
     A message's attribute `reply`, if it is a `Reply`, is closed after the handler in every case. When the handler
     raises, the reply fails, `failed(message, error)` is called and the loop goes on. A crash that arrives mixed with a
@@ -99,7 +101,7 @@ async def serve(
             failures_in_a_row = 0
         return passed
 
-    inbox = _Inbox(mailbox, beat, beat_every_s)
+    inbox = _Inbox(mailbox, beat, beat_every_s, rests)
     if concurrency == 1:
         while True:
             try:
@@ -137,8 +139,15 @@ def _reply_of(message: object) -> Reply[object] | None:
 class _Inbox(Generic[M]):
     """Takes messages, in bursts while there are more."""
 
-    def __init__(self, mailbox: trio.MemoryReceiveChannel[M], beat: Callable[[], None], beat_every_s: float) -> None:
+    def __init__(
+        self,
+        mailbox: trio.MemoryReceiveChannel[M],
+        beat: Callable[[], None],
+        beat_every_s: float,
+        rests: Callable[[], Awaitable[None]] | None,
+    ) -> None:
         self._mailbox = mailbox
+        self._rests = rests
         self._beat = beat
         self._beat_every_s = beat_every_s
         self._taken = 0
@@ -151,6 +160,8 @@ class _Inbox(Generic[M]):
         message = self._take_nowait() if self._taken < BURST else None
         if message is None:
             self._taken = 0
+            if self._rests is not None:
+                await self._rests()
             message = await self._wait()
         self._taken += 1
         self._beat()

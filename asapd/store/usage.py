@@ -181,9 +181,10 @@ class _Pass:
         fresh: list[_Fresh] = []
         ids: list[str] = []
         taken: list[int] = []
+        resent: list[int] = []
         conflicts: list[tuple[int, int]] = []
         tenant = tx.intern(unit.tenant)
-        duplicates = unprotected = 0
+        unprotected = 0
         contents = unit.contents or [content_digest(event) for event in unit.events]
         for index, (event, cost, key, content) in enumerate(zip(unit.events, unit.costs, keys, contents, strict=True)):
             source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
@@ -195,7 +196,7 @@ class _Pass:
                 holder = known.get(key)
                 if holder is not None:
                     if holder[1] == content:
-                        duplicates += 1
+                        resent.append(index)
                         source.resent += 1
                         ids.append(event_id)
                         taken.append(index)
@@ -218,11 +219,20 @@ class _Pass:
             raise RefuseError(UsageConflict(conflicts))
         without_permission = self._charge(unit, tenant, fresh)
         if unit.places is None:
-            return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission)
+            return Recorded(len(fresh), len(resent), unprotected, ids, conflicts, without_permission)
         places = unit.places
         conflicts = [(places[index], seq) for index, seq in conflicts]
-        placed = [places[index] for index in taken]
-        return Recorded(len(fresh), duplicates, unprotected, ids, conflicts, without_permission, placed, late=unit.late)
+        return Recorded(
+            len(fresh),
+            len(resent),
+            unprotected,
+            ids,
+            conflicts,
+            without_permission,
+            [places[index] for index in taken],
+            unit.late,
+            [places[index] for index in resent],
+        )
 
     def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> int:
         """Debit what the fresh events of a unit used, and make their rows and audit entries.

@@ -128,17 +128,30 @@ def decode_events(body: bytes, body_format: BodyFormat = "json") -> Events | Ref
 
     A `Refusal` is for what is not events at all: `malformed`, `too_many_events`.
     """
-    steps = decode_steps(body, body_format)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            decoded: Events | Refusal = end.value
-            return decoded
+    read = _read(body, body_format)
+    if not isinstance(read, tuple):
+        return read
+    typed, is_batch = read
+    found = _Found(is_batch)
+    found.take(typed, 0)
+    return found.events()
 
 
 def decode_steps(body: bytes, body_format: BodyFormat = "json") -> Generator[None, None, Events | Refusal]:
     """`decode_events` for who has others waiting: yields about every millisecond, and returns the same at its end."""
+    read = _read(body, body_format)
+    if not isinstance(read, tuple):
+        return read
+    typed, is_batch = read
+    found = _Found(is_batch)
+    for start in range(0, len(typed), SLICE):
+        yield
+        found.take(typed[start : start + SLICE], start)
+    return found.events()
+
+
+def _read(body: bytes, body_format: BodyFormat) -> tuple[list[WireEvent], bool] | Events | Refusal:
+    """What a body holds, in its own form, and whether as a batch; what is wrong with it otherwise."""
     lines = None
     if body_format == "ndjson":
         texts = [line for line in body.splitlines() if line.strip()]
@@ -154,8 +167,7 @@ def decode_steps(body: bytes, body_format: BodyFormat = "json") -> Generator[Non
         return _not_by_line(len(typed), lines)
     if len(typed) > MAX_EVENTS:
         return too_many(len(typed))
-    yield
-    return (yield from _normalise_all(typed, is_batch))
+    return typed, is_batch
 
 
 def _not_by_line(count: int, lines: int | None) -> Refusal:
@@ -196,20 +208,31 @@ SLICE = 250
 """Events normalised at a stretch: about a millisecond."""
 
 
-def _normalise_all(typed: list[WireEvent], is_batch: bool) -> Generator[None, None, Events]:
-    events: list[UsageEvent] = []
-    places: list[int] = []
-    errors: list[FieldError] = []
-    for index, wire in enumerate(typed):
-        if index % SLICE == SLICE - 1:
-            yield
-        event = normalise(wire)
-        if isinstance(event, UsageEvent):
-            events.append(event)
-            places.append(index)
-        else:
-            errors += [FieldError(bad.field, bad.reason, index if is_batch else None) for bad in event]
-    return Events(events, places, tuple(errors), is_batch)
+class _Found:
+    """What the events of a body are, as far as they were taken in."""
+
+    __slots__ = ("_errors", "_events", "_is_batch", "_places")
+
+    def __init__(self, is_batch: bool) -> None:
+        self._is_batch = is_batch
+        self._events: list[UsageEvent] = []
+        self._places: list[int] = []
+        self._errors: list[FieldError] = []
+
+    def take(self, typed: list[WireEvent], start: int) -> None:
+        """Take in what comes next, from the place `start` on."""
+        for index, wire in enumerate(typed, start):
+            event = normalise(wire)
+            if isinstance(event, UsageEvent):
+                self._events.append(event)
+                self._places.append(index)
+            else:
+                place = index if self._is_batch else None
+                self._errors += [FieldError(bad.field, bad.reason, place) for bad in event]
+
+    def events(self) -> Events:
+        """All of it."""
+        return Events(self._events, self._places, tuple(self._errors), self._is_batch)
 
 
 def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:

@@ -18,6 +18,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from asapd.actors.messages import Recorded, Report
 from asapd.core.delegation import Claims
 from asapd.core.rates import Rate
 from asapd.core.types import DAY_US
@@ -25,6 +26,7 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE
 from asapd.edge.fastlane import PIPELINED, FastLane
 from asapd.edge.ingest import run_ingest
+from asapd.edge.services import Services
 from asapd.edge.sockets import Peer, open_tcp, open_unix
 from asapd.edge.throttle import Throttle
 from asapd.runtime.room import Room
@@ -436,6 +438,136 @@ async def test_an_answer_that_does_not_come_in_time_is_a_503_behind_those_that_d
         assert headers["retry-after"] == "1"
         assert await client.is_closed()
         assert trio.current_time() - began == pytest.approx(35, abs=1)
+
+
+async def test_a_request_behind_one_that_is_not_answered_yet_waits_for_its_turn(
+    edge: Edge, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client = await lane.tcp()
+        await client.send(post(event("e1"), key=lane.key))
+        await wait_all_tasks_blocked()
+        await client.send(post(event("e2"), key=lane.key)[:30])
+        await wait_all_tasks_blocked()
+        await client.send(post(event("e2"), key=lane.key)[30:] + post(b"{", key=lane.key))
+        await wait_all_tasks_blocked()
+        assert len(held) == 1
+        held[0].reply.send(Recorded(1, 0, 0, ["e1"]))
+        assert (await client.answer())[2]["ids"] == ["e1"]
+        await wait_all_tasks_blocked()
+        held[1].reply.send(Recorded(1, 0, 0, ["e2"]))
+        assert (await client.answer())[2]["ids"] == ["e2"]
+        assert (await client.answer())[0] == 400
+        # and from one request on to the next again
+        await client.send(post(event("e3"), key=lane.key))
+        await wait_all_tasks_blocked()
+        held[2].reply.send(Recorded(1, 0, 0, ["e3"]))
+        assert (await client.answer())[2]["ids"] == ["e3"]
+
+
+async def test_a_connection_goes_between_plain_requests_and_all_others(lane: Lane) -> None:
+    client = await lane.tcp()
+    for turn in range(3):
+        assert (await client.ask(post(event(f"a{turn}"), key=lane.key)))[0] == 201
+        whole = post(event(f"b{turn}"), key=lane.key)
+        for part in (whole[:9], whole[9:-4]):
+            await client.send(part)
+            await wait_all_tasks_blocked()
+        assert (await client.ask(whole[-4:]))[0] == 201
+        assert (await client.ask(post(b"{", key=lane.key)))[0] == 400
+        assert (await client.ask(post(event(), key="nobody")))[0] == 401
+        assert (await client.ask(post([event(f"c{turn}")], "/usage/batch", key=lane.key)))[0] == 201
+        assert (await client.ask(post(event("k"), key=lane.key, idempotency_key="k")))[0] == 201
+    assert lane.rows() == 10
+    await client.send(b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    assert (await client.answer())[0] == 404
+
+
+async def test_answers_that_the_kernel_does_not_take_at_once_come_whole(lane: Lane) -> None:
+    client = await lane.tcp()
+    client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    long = post(event(agent="urn:asap:agent:" + "x" * 200 + "!"), key=lane.key)
+    count = 3_000
+    async with trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            for _ in range(count):
+                await client.send(long)
+
+        nursery.start_soon(send)
+        for _ in range(count):
+            assert (await client.answer())[0] == 422
+
+
+async def test_a_reset_while_the_meter_has_the_report_ends_that_connection_only(
+    edge: Edge, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client, other = await lane.tcp(), await lane.tcp()
+        for sender in (client, other):
+            await sender.send(post(event("e1"), key=lane.key))
+        await wait_all_tasks_blocked()
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.stream.socket.close()
+        await wait_all_tasks_blocked()
+        for report in held:
+            report.reply.send(Recorded(1, 0, 0, ["e1"]))
+        assert (await other.answer())[0] == 201
+
+
+async def test_a_stop_while_the_meter_has_the_report_lets_its_answer_be_the_last(edge: Edge, tmp_path: Path) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client = await lane.tcp()
+        await client.send(post(event("e1"), key=lane.key))
+        await wait_all_tasks_blocked()
+        lane.scope.cancel()
+        await wait_all_tasks_blocked()
+        held[0].reply.send(Recorded(1, 0, 0, ["e1"]))
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"]) == (201, "close")
+        assert await client.is_closed()
+
+
+async def test_an_answer_that_comes_too_late_is_not_sent_behind_the_503(
+    edge: Edge, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client = await lane.tcp()
+        await client.send(post(event("e1"), key=lane.key))
+        status, headers, problem = await client.answer()
+        assert (status, problem["code"], headers["connection"]) == (503, "outcome_unknown", "close")
+        held[0].reply.send(Recorded(1, 0, 0, ["e1"]))
+        assert await client.is_closed()
+
+
+async def test_a_meter_without_room_is_waited_for(edge: Edge, tmp_path: Path, autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Report](0)
+    services = replace(edge.services, mailboxes=replace(edge.services.mailboxes, meter=send))
+    async with lane_of(edge, tmp_path, services=services) as lane:
+        client = await lane.tcp()
+        await client.send(post(event("e1"), key=lane.key))
+        await wait_all_tasks_blocked()
+        (await receive.receive()).reply.send(Recorded(1, 0, 0, ["e1"]))
+        assert (await client.answer())[0] == 201
+    await send.aclose()
+    await receive.aclose()
+
+
+def held_up(edge: Edge, held: list[Report]) -> Services:
+    """Services whose meter answers nothing: its messages are put into `held`."""
+
+    class Holding:
+        def send_nowait(self, message: Report) -> None:
+            held.append(message)
+
+        async def send(self, message: Report) -> None:
+            held.append(message)
+
+    return replace(edge.services, mailboxes=replace(edge.services.mailboxes, meter=Holding()))
 
 
 async def test_beyond_the_connections_allowed_clients_wait(edge: Edge, tmp_path: Path) -> None:

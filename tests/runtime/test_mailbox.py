@@ -294,6 +294,41 @@ async def test_a_message_that_is_passed_on_needs_no_hand_and_its_reply_ends_late
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
+async def test_what_was_gathered_goes_on_after_each_burst_and_before_every_wait(
+    nursery: trio.Nursery, concurrency: int
+) -> None:
+    send, receive = trio.open_memory_channel[Job](200)
+    gathered: list[int] = []
+    sent: list[list[int]] = []
+
+    async def gather(job: Job) -> bool:
+        gathered.append(job.number)
+        return True
+
+    async def rest() -> None:
+        if gathered:
+            sent.append(gathered[:])
+            gathered.clear()
+
+    async def handle(job: Job) -> None:
+        raise AssertionError
+
+    nursery.start_soon(
+        lambda: serve(receive, handle, failed=Failures(), passes_on=gather, rests=rest, concurrency=concurrency)
+    )
+    await wait_all_tasks_blocked()
+    for number in range(BURST + 5):
+        send.send_nowait(Job(number))
+    await wait_all_tasks_blocked()
+    send.send_nowait(Job(99))
+    await wait_all_tasks_blocked()
+    # The first is taken by the wait itself.
+    assert [len(numbers) for numbers in sent] in ([1, BURST, 4, 1], [BURST, 5, 1], [BURST + 1, 4, 1])
+    assert [number for numbers in sent for number in numbers] == [*range(BURST + 5), 99]
+    await send.aclose()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
 async def test_a_message_that_cannot_be_passed_on_fails_alone_until_too_many_do(concurrency: int) -> None:
     failures = Failures()
     jobs = [Job(1), Job(2), Job(3, None), Job(4)]

@@ -46,6 +46,7 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     unauthorised: int = 0
     places: list[int] | None = None
     late: list[tuple[int, str]] = []
+    resent: list[int] = []
 
 
 class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
