@@ -25,7 +25,13 @@ from asapd.store.units.agents import AgentsChanged
 from asapd.store.units.delegations import (
     AuthorizationDenied as AuthorizationDenied,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )
-from asapd.store.units.delegations import ReservationChanged, Reserved, Revoked
+from asapd.store.units.delegations import (
+    ReservationChanged,
+    Revoked,
+)
+from asapd.store.units.delegations import (
+    Reserved as Reserved,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
+)
 from asapd.store.units.exchange import (
     Idempotency as Idempotency,  # noqa: PLC0414 -- handed on to the doors, which do not know the store
 )

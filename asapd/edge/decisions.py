@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final, assert_never
 from urllib.parse import parse_qsl
 
 import msgspec
 
-from asapd.actors.messages import AuthorizationDenied, Authorize
+from asapd.actors.messages import AuthorizationDenied, Authorize, Reserved
 from asapd.core.access import Caller, Permission
 from asapd.core.budgets import Shortfall, amount_value
 from asapd.core.denial import Denied
@@ -15,10 +16,11 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Estimate, Remaining
 from asapd.core.types import MAX_INT, SECOND_US, format_us
 from asapd.edge import idempotency
-from asapd.edge.asking import ask_actor
+from asapd.edge.asking import ask_actor, post_to_actor_nowait
 from asapd.edge.http.carried import decode_carrying, token_in
 from asapd.edge.http.parameters import Parameters, RefusedError, Usd, usd_field
 from asapd.edge.services import Services
+from asapd.runtime.ask import Reply
 from asapd.wire.problem import explained, problem, usd
 from asapd.wire.usage import CONTROL
 
@@ -51,6 +53,10 @@ class AuthorizationRequest(msgspec.Struct, forbid_unknown_fields=True):
     ttl_seconds: Ttl | None = None
 
 
+Answer = tuple[int, dict[str, Any]] | Refusal
+"""Status and body of an answer; a denial is a 403 problem."""
+
+
 async def authorize(
     services: Services,
     caller: Caller,
@@ -59,11 +65,36 @@ async def authorize(
     query: bytes,
     *,
     patient: bool = False,
-) -> tuple[int, dict[str, Any]] | Refusal:
-    """Ask for a reservation; status and body of the answer, where a denial is a 403 problem.
+) -> Answer:
+    """Ask for a reservation.
 
     With `patient` the caller bounds the wait for the registry, which is refused at once otherwise when it has no room.
     """
+    question = _question(services, caller, body, idempotency_key, query)
+    if isinstance(question, Refusal):
+        return question
+    return _answer(await ask_actor(services.mailboxes.registry, question, patient=patient))
+
+
+def authorize_nowait(services: Services, caller: Caller, body: bytes, told: Callable[[Answer], None]) -> bool:
+    """The same without a wait and an Idempotency-Key: `told` hears the answer, now or later; false when that cannot be.
+
+    A registry that crashes never tells, so the caller keeps a deadline.
+    """
+    question = _question(services, caller, body, None, b"")
+    if isinstance(question, Refusal):
+        told(question)
+        return True
+    return post_to_actor_nowait(services.mailboxes.registry, question, lambda outcome: told(_answer(outcome)))
+
+
+_Outcome = Reserved | AuthorizationDenied | Denied | Refusal
+
+
+def _question(
+    services: Services, caller: Caller, body: bytes, idempotency_key: str | None, query: bytes
+) -> Callable[[Reply[_Outcome]], Authorize] | Refusal:
+    """What the registry is asked."""
     if not caller.may(Permission.INGEST):
         detail = f"a caller with role {caller.role} may not do this, which needs the right to {Permission.INGEST}"
         return Refusal("forbidden", detail)
@@ -79,24 +110,23 @@ async def authorize(
         return key
     estimate = Estimate(cost, sent.estimate.tasks, sent.estimate.tokens)
     ttl_us = None if sent.ttl_seconds is None else sent.ttl_seconds * SECOND_US
-    outcome = await ask_actor(
-        services.mailboxes.registry,
-        lambda to: Authorize(
-            caller,
-            token,
-            sent.delegation,
-            sent.action,
-            sent.task_id,
-            sent.delegate,
-            sent.consumer,
-            sent.project,
-            estimate,
-            ttl_us,
-            key,
-            to,
-        ),
-        patient=patient,
+    return lambda to: Authorize(
+        caller,
+        token,
+        sent.delegation,
+        sent.action,
+        sent.task_id,
+        sent.delegate,
+        sent.consumer,
+        sent.project,
+        estimate,
+        ttl_us,
+        key,
+        to,
     )
+
+
+def _answer(outcome: _Outcome) -> Answer:
     match outcome:
         case AuthorizationDenied(denied=denied, remaining=left, shortfall=shortfall):
             return 403, _denial(denied, left, shortfall)
@@ -104,13 +134,15 @@ async def authorize(
             return 403, _denial(outcome, None, None)
         case Refusal():
             return outcome
-        case reserved:
+        case Reserved():
             return 200, {
                 "decision": "allow",
-                "delegation": reserved.delegation,
-                "reservation": {"id": reserved.reservation, "expires_at": format_us(reserved.expires_at_us)},
-                "remaining": shown_remaining(reserved.remaining),
+                "delegation": outcome.delegation,
+                "reservation": {"id": outcome.reservation, "expires_at": format_us(outcome.expires_at_us)},
+                "remaining": shown_remaining(outcome.remaining),
             }
+        case _:
+            assert_never(outcome)
 
 
 def _read(body: bytes) -> tuple[AuthorizationRequest, str | None]:

@@ -27,7 +27,7 @@ from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
 from asapd.edge.connection import Limits, SocketTransport
-from asapd.edge.decisions import AUTHORIZE, authorize
+from asapd.edge.decisions import AUTHORIZE, authorize, authorize_nowait
 from asapd.edge.direct import DirectStream
 from asapd.edge.early import bare_response
 from asapd.edge.ingest import FREE_BYTES, PushbackStream
@@ -36,7 +36,7 @@ from asapd.edge.poller import Poller
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import ASK_S, Services
 from asapd.edge.sockets import Peer
-from asapd.edge.usage_request import PATHS, UsageRequest, answer, answer_nowait, is_plain
+from asapd.edge.usage_request import PATHS, UsageRequest, answer, answer_nowait, is_bare, is_plain
 from asapd.runtime.room import Room
 from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
 
@@ -138,7 +138,8 @@ def _read_head(raw: bytes, max_body_bytes: int) -> _Head | None:
     if "host" not in fields or "transfer-encoding" in fields or "expect" in fields or int(length) > max_body_bytes:
         return None
     name = _PATHS[path]
-    return _Head(name, query, fields, int(length), parser.should_keep_alive(), is_plain(name, query, fields))
+    plain = is_bare(query, fields) if name == AUTHORIZE else is_plain(name, query, fields)
+    return _Head(name, query, fields, int(length), parser.should_keep_alive(), plain)
 
 
 class FastLane:
@@ -273,7 +274,13 @@ class FastLane:
         if not sent.is_plain or isinstance(sent.caller, Refusal):
             return False
         try:
-            return answer_nowait(self._services, sent.caller, sent.request, told)
+            if sent.request.path != AUTHORIZE:
+                return answer_nowait(self._services, sent.caller, sent.request, told)
+            body = _decision(self._services, sent.request)
+            if not isinstance(body, Refusal):
+                return authorize_nowait(self._services, sent.caller, body, told)
+            told(body)
+            return True
         except Exception:  # noqa: BLE001 -- as in `answer`
             self._log.exception("POST %s failed", sent.request.path)
             told(_BUG)
@@ -343,13 +350,18 @@ class FastLane:
 async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> _Outcome:
     if request.path != AUTHORIZE:
         return await answer(services, caller, request, patient=True)
-    headers = request.headers
-    limit = services.settings().http.max_body_bytes
-    body = json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)
+    body = _decision(services, request)
     if isinstance(body, Refusal):
         return body
-    key = headers.get("idempotency-key")
+    key = request.headers.get("idempotency-key")
     return await authorize(services, caller, body, key, request.query, patient=True)
+
+
+def _decision(services: Services, request: UsageRequest) -> bytes | Refusal:
+    """The body of a request for an authorisation."""
+    headers = request.headers
+    limit = services.settings().http.max_body_bytes
+    return json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)
 
 
 class _Doing(Enum):

@@ -109,11 +109,14 @@ async def answer(
     return outcome if isinstance(outcome, Refusal) else (201, outcome)
 
 
+def is_bare(query: bytes, headers: Mapping[str, str]) -> bool:
+    """Whether a request is no more than its body."""
+    return not query and not any(headers.get(name) for name in _SPECIAL)
+
+
 def is_plain(path: str, query: bytes, headers: Mapping[str, str]) -> bool:
     """Whether a request with this head reports JSON, and asks for nothing but that: `answer_nowait` is for these."""
-    if path != PATHS[0] or query or any(headers.get(name) for name in _SPECIAL):
-        return False
-    return written_as(headers) == "json"
+    return path == PATHS[0] and is_bare(query, headers) and written_as(headers) == "json"
 
 
 def answer_nowait(

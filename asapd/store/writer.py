@@ -59,8 +59,8 @@ FOLD_EVERY_S = 0.03
 little holds them up for 27 ms at the 99th percentile beside full ingest, folding every 0.1 s for 64."""
 
 STATEMENTS = 1_024
-"""Places for prepared statements. Each row of an `executemany` takes a new one and the oldest is dropped (APSW 3.54): with
-the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost."""
+"""Places for prepared statements. Each row of an `executemany` takes a new one and drops what was in it (APSW 3.54):
+with the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost."""
 
 RECEIVE_BYTES = 1 << 20
 """Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
