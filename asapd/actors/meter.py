@@ -315,7 +315,7 @@ class _Reports:
                     message.reply.send(outcome)
             case _:
                 again = messages  # of one that was refused or failed nobody knows which it was: nothing was written
-        if not self._closed:
+        if again and not self._closed:
             self._nursery.start_soon(self._send_each, again)
             return
         for message in again:

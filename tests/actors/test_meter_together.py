@@ -23,7 +23,7 @@ from asapd.core.usage import UsageEvent
 from asapd.runtime.ask import AnswererGone, HandlerFailed, Reply
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units.exchange import Answer
-from asapd.store.units.unit import NotWritten
+from asapd.store.units.unit import Failed, NotWritten
 from asapd.store.units.usage import Recorded, RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 from tests.actors.choking import Choking
@@ -84,9 +84,13 @@ def run(reports: Sequence[tuple[Caller, UsageEvent]], *, together: bool) -> tupl
 
     with database() as connection:
         heard = trio.run(main, clock=MockClock(autojump_threshold=0))
-        rows = list(connection.execute("SELECT tenant, agent, tokens_in, id FROM usage WHERE id NOT LIKE 'use_%'"))
+        rows = list(
+            connection.execute(
+                "SELECT name, tokens_in, usage.id FROM usage JOIN name ON name.id = tenant WHERE usage.id LIKE 'e%'"
+            )
+        )
         sums = list(
-            connection.execute("SELECT tenant, agent, sum(events), sum(tokens_in) FROM usage_hour GROUP BY 1, 2")
+            connection.execute("SELECT name, hour, events, tokens_in FROM usage_hour JOIN name ON name.id = tenant")
         )
         return heard, sorted(rows), sorted(sums)
 
@@ -160,4 +164,37 @@ async def test_a_meter_that_ends_leaves_nobody_waiting(
     connection = inline_database[1]
     async with Meter((Database(Stuck(Writer(connection)), InlineReaders(connection)), connection)).running() as meter:
         replies = await hear(meter, [(ONE, event("a")), *[(OTHER, event(f"e{number}")) for number in range(count)]])
+    assert {told(reply) for reply in replies} == {AnswererGone}
+
+
+async def test_who_would_have_to_go_again_hears_of_a_meter_that_has_ended(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    answers: list[Any] = []
+
+    class Late(InlineRunner):
+        async def post(self, unit: Any, then: Any, **options: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            answers.append(then)
+
+    connection = inline_database[1]
+    meter = Meter((Database(Late(Writer(connection)), InlineReaders(connection)), connection))
+    async with meter.running():
+        replies = await hear(meter, [(ONE, event("e1")), (ONE, event("e2"))])
+    answers[-1](Answer(1, Failed("a bug")))
+    assert {told(reply) for reply in replies} == {AnswererGone}
+
+
+@pytest.mark.parametrize("poison", [2**70, 1])
+async def test_a_meter_that_ends_while_it_sends_one_by_one_leaves_nobody_waiting(
+    inline_database: Inline, autojump_clock: MockClock, poison: int
+) -> None:
+    class Stuck(InlineRunner):
+        async def post(self, unit: Any, *arguments: Any, **options: Any) -> None:
+            if isinstance(unit, RecordUsage):
+                await trio.sleep_forever()
+
+    connection = inline_database[1]
+    async with Meter((Database(Stuck(Writer(connection)), InlineReaders(connection)), connection)).running() as meter:
+        replies = await hear(meter, [(ONE, event(f"e{place}", tokens_in=poison if place else 1)) for place in range(3)])
     assert {told(reply) for reply in replies} == {AnswererGone}

@@ -44,5 +44,9 @@ def arrays(count: int, name: str, *, random_ids: bool = False) -> list[bytes]:
 
 
 def singles(count: int, name: str) -> list[bytes]:
-    """`count` bodies of one event each."""
-    return [msgspec.json.encode(event) for event in events(count, name)]
+    """`count` bodies of one event each, which are sent as they happen: now, in their order."""
+    now_s = time.time()
+    return [
+        msgspec.json.encode({**event, "timestamp": now_s + number * 1e-6})
+        for number, event in enumerate(events(count, name))
+    ]

@@ -517,6 +517,16 @@ async def test_a_reset_while_the_meter_has_the_report_ends_that_connection_only(
         assert (await other.answer())[0] == 201
 
 
+async def test_a_reset_between_plain_requests_ends_its_own_connection_only(lane: Lane) -> None:
+    client, other = await lane.tcp(), await lane.tcp()
+    for sender in (client, other):
+        assert (await sender.ask(post(event("e1"), key=lane.key)))[0] == 201
+    client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.stream.socket.close()
+    await wait_all_tasks_blocked()
+    assert (await other.ask(post(event("e2"), key=lane.key)))[0] == 201
+
+
 async def test_a_stop_while_the_meter_has_the_report_lets_its_answer_be_the_last(edge: Edge, tmp_path: Path) -> None:
     held: list[Report] = []
     async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
