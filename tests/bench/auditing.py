@@ -1,12 +1,13 @@
 """What the audit log costs: `python -m tests.bench.auditing [--entries N]`.
 
-Fills a log through the writer's own code, and measures in one process: growing the tree, verifying everything, and a
-proof of inclusion.
+Fills a log through the writer's own code, and measures in one process: what of an event's cost is its audit entry's,
+growing the tree, verifying everything, and a proof of inclusion.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -19,6 +20,7 @@ from asapd.core.merkle import Tree
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import seals, verifying
 from asapd.store.database import prepare
+from asapd.store.tx import Tx
 from asapd.store.units.audit import Seal
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.usage import RecordUsage
@@ -35,18 +37,14 @@ def main() -> int:
     parser.add_argument("--entries", type=int, default=200_000)
     entries = parser.parse_args().entries
     with tempfile.TemporaryDirectory(prefix="asapd-bench-") as directory:
+        _compare(Path(directory))
         path = Path(directory) / "asapd.db"
         prepare(path)
         with closing(open_for_writing(path)) as connection:
             writer = Writer(connection)
             began = time.perf_counter()
             for first in range(0, entries, BATCH):
-                events = [
-                    UsageEvent(f"task-{number}", "urn:asap:agent:worker", "desk", NOW_US + number, 10, 20, 30, 1)
-                    for number in range(first, first + BATCH)
-                ]
-                unit = RecordUsage("default", "key:bench", NOW_US + first, events, [Cost(5)] * BATCH)
-                writer.run([Envelope(first, unit, False)])
+                writer.run([Envelope(first, _unit(first, BATCH), False)])
             _say("recorded through the writer", entries, time.perf_counter() - began)
             began = time.perf_counter()
             tree, nodes = Tree(), []
@@ -70,6 +68,51 @@ def main() -> int:
                 assert proof.root == tree.root()
             print(f"a proof of inclusion: {statistics.median(took_ms):.2f} ms, at most {max(took_ms):.2f} ms")
     return 0
+
+
+def _unit(first: int, count: int) -> RecordUsage:
+    events = [
+        UsageEvent(
+            f"task-{number}", "urn:asap:agent:worker", "desk", NOW_US + number, 10, 20, 30, 1, id=f"e{number:09}"
+        )
+        for number in range(first, first + count)
+    ]
+    return RecordUsage("default", "key:bench", NOW_US + first, events, [Cost(5)] * count)
+
+
+class _Silent(Tx):
+    """A writer's transaction that enters nothing into the log."""
+
+    def audit_all(self, *_: object) -> None:
+        """Nothing."""
+
+
+def _writing_us(directory: Path, size: int, *, audited: bool, events: int = 40_000) -> float:
+    """The writer's CPU time for an event, in commits of `size`."""
+    path = directory / f"{size}-{audited}.db"
+    path.unlink(missing_ok=True)
+    prepare(path)
+    with closing(open_for_writing(path)) as connection:
+        writer = Writer(connection)
+        if not audited:
+            writer._tx = _Silent(connection, os.urandom)  # what a writer without a log would be is not in the product
+        units = [Envelope(first, _unit(first, size), False) for first in range(0, events, size)]
+        began = time.process_time()
+        for unit in units:
+            writer.run([unit])
+        return (time.process_time() - began) / events * 1e6
+
+
+def _compare(directory: Path) -> None:
+    for size in (32, 1_000):
+        pairs = [
+            (_writing_us(directory, size, audited=True), _writing_us(directory, size, audited=False)) for _ in range(5)
+        ]
+        own, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(with_it / without for with_it, without in pairs)
+        print(
+            f"an event in commits of {size}: {own:.1f} us of the writer, {bare:.1f} without the log, {ratio:.2f} times"
+        )
 
 
 def _say(what: str, entries: int, seconds: float) -> None:
