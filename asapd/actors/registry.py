@@ -556,33 +556,22 @@ class _Registry:
         if isinstance(chain, Denied):
             return _unattributed(chain)
         leaf = chain.tokens[-1]
-        denied = self._judge(chain, action=None, delegate=None)
+        denied = self._judge(chain, action=None, delegate=None) or _not_the_reporters(chain, caller)
         if denied is None:
             known = self._attributed.get((leaf.digest, caller.tenant))
             if known is not None:
                 return Attribution(known, chain.leaf.id)
-            if caller.may_touch(chain.leaf.delegate):
-                outcome = await self._take_in(chain, caller)
-                if isinstance(outcome, Refusal):
-                    # Usage that happened is recorded, and debits nothing of another tenant.
-                    is_foreign = outcome.code == FOREIGN.code
-                    return Attribution(None, chain.leaf.id, NOT_FOUND, outcome.detail) if is_foreign else outcome
-                if isinstance(outcome, Registered):
-                    if len(self._attributed) >= MAX_ATTRIBUTED:
-                        self._attributed.pop(next(iter(self._attributed)))
-                    self._attributed[leaf.digest, caller.tenant] = outcome.id
-                    return Attribution(outcome.id, chain.leaf.id)
-                denied = outcome
-            else:
-                denied = deny(
-                    Reason.WRONG_DELEGATE,
-                    "reporter",
-                    f"given to {chain.leaf.delegate}, for whom this key may not report",
-                    "report with a key of that agent",
-                    token=chain.leaf.id,
-                    position=0,
-                    granted=chain.leaf.delegate,
-                )
+            outcome = await self._take_in(chain, caller)
+            if isinstance(outcome, Refusal):
+                # Usage that happened is recorded, and debits nothing of another tenant.
+                is_foreign = outcome.code == FOREIGN.code
+                return Attribution(None, chain.leaf.id, NOT_FOUND, outcome.detail) if is_foreign else outcome
+            if isinstance(outcome, Registered):
+                if len(self._attributed) >= MAX_ATTRIBUTED:
+                    self._attributed.pop(next(iter(self._attributed)))
+                self._attributed[leaf.digest, caller.tenant] = outcome.id
+                return Attribution(outcome.id, chain.leaf.id)
+            denied = outcome
         name = (chain.leaf.delegator, chain.leaf.id)
         found = await self._database.read(ledger_queries.find_registered, *name, leaf.digest, caller.tenant)
         return Attribution(found, chain.leaf.id, str(denied.reason), denied.detail)
@@ -609,6 +598,20 @@ def parent_unknown(chain: Chain) -> Denied:
         token=child.id,
         position=position,
         asked=parent,
+    )
+
+
+def _not_the_reporters(chain: Chain, caller: Caller) -> Denied | None:
+    if caller.may_touch(chain.leaf.delegate):
+        return None
+    return deny(
+        Reason.WRONG_DELEGATE,
+        "reporter",
+        f"given to {chain.leaf.delegate}, for whom this key may not report",
+        "report with a key of that agent",
+        token=chain.leaf.id,
+        position=0,
+        granted=chain.leaf.delegate,
     )
 
 

@@ -40,6 +40,9 @@ from asapd.wire.revocations import (
 PAGE = 20
 """Pieces of news in one read, of up to 500 tokens each."""
 
+PART = 10_000
+"""Entries of a part of the list: with the longest names under 7 MB, which every daemon takes by default."""
+
 _LOOK_EVERY_S = 1.0
 
 
@@ -276,9 +279,19 @@ class Revocations:
         self._list = await self._database.read(self._make, after_us)
         return self._list
 
+    async def since(self, number: int) -> SignedList:
+        """What came to the list behind a number, at most `PART` entries, signed as a list of its own."""
+        after_us = self._clock.now_us() - self._skew_us()
+        return await self._database.read(self._part, number, after_us)
+
     def _make(self, connection: Any, after_us: int) -> SignedList:
         """In a reader's thread, with the signature: a list may have ten thousands of entries."""
-        standing = revocations.standing(connection, after_us)
+        return self._sign(revocations.standing(connection, after_us))
+
+    def _part(self, connection: Any, number: int, after_us: int) -> SignedList:
+        return self._sign(revocations.recorded_since(connection, number, after_us, PART))
+
+    def _sign(self, standing: revocations.Standing) -> SignedList:
         body = sign_list(
             (Entry(one.issuer, one.jti, one.revoked_us, one.expires_us) for one in standing.entries),
             self._identity,

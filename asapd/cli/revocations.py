@@ -24,16 +24,24 @@ def revocations() -> None:
 
 @revocations.command("export")
 @click.argument("file", type=click.Path(path_type=Path), default="-")
+@click.option(
+    "--since", type=click.IntRange(0), metavar="NUMBER", help="Only what came behind this number of the list."
+)
 @asks_daemon
-def export_list(session: Session, file: Path) -> None:
+def export_list(session: Session, file: Path, since: int | None) -> None:
     """Write the signed list to a file, or to stdout.
+
+    A list that is too long for others goes in parts: from --since 0, and then from the number in each part, until one
+    has no entries.
 
     \b
     Examples:
       asapctl delegation revocations export revoked.json
       asapctl delegation revocations export | ssh other asapctl delegation revocations import -
+      asapctl delegation revocations export --since 0 part.json
     """
-    _, parts = session.door.download("/delegations/revocations")
+    query = "" if since is None else f"?since={since}"
+    _, parts = session.door.download(f"/delegations/revocations{query}")
     with written(file) as out:
         for part in parts:
             out.write(part)

@@ -109,7 +109,8 @@ class Request:
                 self.task.describe(delegation=outcome.delegation, reservation=outcome.reservation)
                 return None
             case Denied():
-                return _problem(403, outcome.problem)
+                # What a budget of this host has spent is for its people, not for whoever asks for work.
+                return _problem(403, {name: what for name, what in outcome.problem.items() if name != "budget"})
             case Unavailable():
                 self._meter.counters.complain("requests are turned away, nobody can authorise them: %s", outcome.reason)
                 detail = "whether the delegation allows this cannot be asked at present: try again"

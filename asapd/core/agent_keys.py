@@ -11,7 +11,8 @@ from msgspec import Struct
 Source = Literal["held", "configuration", "api", "import", "tenant", "manifest", "identity", "former"]
 """Where a key comes from: a file of `keys_dir`, a pin of the configuration, `POST /agents`, an import by an operator of
 the host or by one of the agent's tenant, a manifest; `identity` is the daemon's own key, which signs no tokens.
-`former`: it was retired before its agent left the directory, and does not come back by adding the agent again."""
+`former`: it was retired before its agent left the directory, or before a manifest claimed it again, and comes back
+neither by adding the agent again nor by a manifest."""
 
 KeyState = Literal["active", "claimed", "retired"]
 """`claimed`: a manifest was signed with it, and nobody said that it is the agent's."""

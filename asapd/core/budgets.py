@@ -111,6 +111,7 @@ class Shortfall(Struct, frozen=True):
     needed: int
     period_start_us: int
     renews_at_us: int
+    match: Match
 
     @property
     def left(self) -> int:
@@ -230,7 +231,7 @@ def _shortfall(standing: Standing, unit: BudgetUnit, needed: int) -> Shortfall |
     if limit is None:
         return None
     spent, reserved = balance.spent(unit), balance.reserved(unit)
-    return Shortfall(budget.name, unit, limit, spent, reserved, needed, balance.start_us, balance.end_us)
+    return Shortfall(budget.name, unit, limit, spent, reserved, needed, balance.start_us, balance.end_us, budget.match)
 
 
 def _denied(reason: Reason, short: Shortfall) -> Denied:
@@ -238,8 +239,8 @@ def _denied(reason: Reason, short: Shortfall) -> Denied:
     return deny(
         reason,
         f"budget.{unit}",
-        f"budget {short.budget}: {amount_text(unit, short.left)} of {amount_text(unit, short.limit)} left in this "
-        f"period ({amount_text(unit, short.spent)} spent, {amount_text(unit, short.reserved)} reserved), "
+        # Not its limit: with what is left that is what others spent, which is not for everybody to know.
+        f"budget {short.budget}: {amount_text(unit, short.left)} left in this period, "
         f"{amount_text(unit, short.needed)} needed",
         f"it is renewed at {format_us(short.renews_at_us)}",
         granted=str(amount_value(unit, short.left)),

@@ -436,11 +436,13 @@ def _check_leaf(leaf: Claims, action: str | None, delegate: str | None) -> Denie
             asked=legible(delegate),
         )
     if action is not None and not scope_allows(leaf.scopes, action):
+        where = f"is not in its scopes ({', '.join(leaf.scopes)})" if is_action(action) else "is not the name of one"
+        remedy = f"ask {leaf.delegator} for a token with that scope" if is_action(action) else "name one, such as a.b"
         return deny(
             Reason.ACTION_NOT_ALLOWED,
             "action",
-            f"action {legible(action)} is not in its scopes ({', '.join(leaf.scopes)})",
-            f"ask {leaf.delegator} for a token with that scope",
+            f"action {legible(action)} {where}",
+            remedy,
             token=leaf.id,
             position=0,
             granted=leaf.scopes,

@@ -20,13 +20,18 @@ FLAG_UNPRICED = 4
 FLAG_UNAUTHORISED = 8
 """Under a delegation that is unknown, revoked, expired, or does not allow the action."""
 FLAG_CLOSED_RESERVATION = 16
-"""Names a reservation that is unknown or no longer open: debited without a hold."""
+"""Names a reservation that is unknown, another agent's beside a delegation of its own, or no longer open: debited
+without a hold."""
 FLAG_UNTIMED = 32
 """Nobody said how long it took: its duration of 0 is no latency. No flag of the ledger's, so it is shown by itself."""
 FLAG_ACROSS_RESERVATION = 64
 """Debited to a reservation although its row is of another tenant. For the ledger alone, so it is not shown."""
 FLAG_ACROSS_DELEGATION = 128
 """The same of a delegation."""
+FLAG_NOT_BY_RESERVATION = 256
+"""Debited to the delegation that it names although it names a reservation that is there. For the ledger alone."""
+FLAGS_OF_THE_LEDGER = FLAG_ACROSS_RESERVATION | FLAG_ACROSS_DELEGATION | FLAG_NOT_BY_RESERVATION
+"""What says to which account a row was debited, and so goes with each that is about it."""
 
 FLAG_NAMES = {
     FLAG_UNRESERVED: "unreserved",

@@ -10,7 +10,7 @@ import msgspec
 
 from asapd.actors.messages import AuthorizationDenied, Authorize, Reserved
 from asapd.core.access import Caller, Permission
-from asapd.core.budgets import Shortfall, amount_value
+from asapd.core.budgets import Shortfall, amount_value, is_within
 from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Estimate, Remaining
@@ -73,7 +73,7 @@ async def authorize(
     question = _question(services, caller, body, idempotency_key, query)
     if isinstance(question, Refusal):
         return question
-    return _answer(await ask_actor(services.mailboxes.registry, question, patient=patient))
+    return _answer(caller, await ask_actor(services.mailboxes.registry, question, patient=patient))
 
 
 def authorize_nowait(services: Services, caller: Caller, body: bytes, told: Callable[[Answer], None]) -> bool:
@@ -85,7 +85,7 @@ def authorize_nowait(services: Services, caller: Caller, body: bytes, told: Call
     if isinstance(question, Refusal):
         told(question)
         return True
-    return post_to_actor_nowait(services.mailboxes.registry, question, lambda outcome: told(_answer(outcome)))
+    return post_to_actor_nowait(services.mailboxes.registry, question, lambda outcome: told(_answer(caller, outcome)))
 
 
 _Outcome = Reserved | AuthorizationDenied | Denied | Refusal
@@ -126,12 +126,12 @@ def _question(
     )
 
 
-def _answer(outcome: _Outcome) -> Answer:
+def _answer(caller: Caller, outcome: _Outcome) -> Answer:
     match outcome:
         case AuthorizationDenied(denied=denied, remaining=left, shortfall=shortfall):
-            return 403, _denial(denied, left, shortfall)
+            return 403, _denial(caller, denied, left, shortfall)
         case Denied():
-            return 403, _denial(outcome, None, None)
+            return 403, _denial(caller, outcome, None, None)
         case Refusal():
             return outcome
         case Reserved():
@@ -163,7 +163,7 @@ def _read(body: bytes) -> tuple[AuthorizationRequest, str | None]:
     return sent, token
 
 
-def _denial(denied: Denied, left: Remaining | None, shortfall: Shortfall | None) -> dict[str, Any]:
+def _denial(caller: Caller, denied: Denied, left: Remaining | None, shortfall: Shortfall | None) -> dict[str, Any]:
     """A denied authorisation is a 403 problem with decision, code, reason and remaining."""
     extra = {
         "decision": "deny",
@@ -173,22 +173,22 @@ def _denial(denied: Denied, left: Remaining | None, shortfall: Shortfall | None)
         "remaining": shown_remaining(left),
     }
     if shortfall is not None:
-        extra["budget"] = _budget(shortfall)
+        extra["budget"] = _budget(caller, shortfall)
     return problem(Refusal(str(denied.reason), denied.detail, extra=extra), status=403)
 
 
-def _budget(short: Shortfall) -> dict[str, Any]:
-    """Which budget said no, its numbers in its unit, and when to try again."""
-    amounts = {
-        "limit": short.limit,
-        "spent": short.spent,
-        "reserved": short.reserved,
-        "remaining": short.left,
-        "needed": short.needed,
-    }
+def _budget(caller: Caller, short: Shortfall) -> dict[str, Any]:
+    """Which budget said no, its numbers in its unit, and when to try again.
+
+    Who may not see the budget is told what is left of it, as with every answer, and not what others spent.
+    """
+    is_seen = caller.tenant is None and is_within(short.match, caller.agents)
+    all_work = {"limit": short.limit, "spent": short.spent, "reserved": short.reserved}
+    amounts = {"remaining": short.left, "needed": short.needed}
     return {
         "name": short.budget,
         "unit": short.unit,
+        **{name: amount_value(short.unit, amount) if is_seen else None for name, amount in all_work.items()},
         **{name: amount_value(short.unit, amount) for name, amount in amounts.items()},
         "period_start": format_us(short.period_start_us),
         "renews_at": format_us(short.renews_at_us),

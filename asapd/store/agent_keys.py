@@ -64,7 +64,8 @@ def _take_over(tx: Tx, now_us: int) -> None:
     seen = fetch(
         tx.connection,
         "SELECT m.agent, m.public_key, m.fetched_us FROM manifest m JOIN agent a ON a.id = m.agent "
-        "WHERE m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id) AND m.fetched_us >= a.added_us "
+        "WHERE m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id) "
+        "AND m.fetched_us >= max(a.added_us, a.held_since_us) "
         "AND m.public_key IS NOT NULL AND m.verification IN ('verified', 'self_signed') "
         "AND NOT EXISTS (SELECT 1 FROM agent_key k WHERE k.agent = a.id AND k.source = 'manifest')",
     )
@@ -138,14 +139,18 @@ def _refuse_fixed(rows: list[AgentKey]) -> None:
 def place(tx: Tx, agent: str, source: Source, key: bytes | None, actor: str, now_us: int, overlap_us: int) -> bool:
     """Make `key` the one active key of a source, or with None leave it none; whether anything changed.
 
-    A key that is replaced keeps its overlap; one that is taken away without another has none. A key that a manifest
-    had shown is replaced with it: it would outlive the overlap otherwise.
+    A key that is replaced keeps its overlap; one that is taken away without another has none. What a manifest had
+    shown goes with it, or the key would outlive its overlap: any key, or of one that is taken away the same, unless
+    another source has it.
     """
     rows = keys_of(tx.connection, agent)
+    active = [row for row in rows if row.state == "active"]
+    given = {row.public_key for row in active if row.source not in (source, "manifest")}
+    taken = {row.public_key for row in active if row.source == source} - given
     changed = False
-    replaced = {source} if key is None else {source, "manifest"}
-    for row in rows:
-        if row.source in replaced and row.state == "active" and row.public_key != key:
+    for row in active:
+        is_shown = row.source == "manifest" and (key is not None or row.public_key in taken)
+        if (row.source == source or is_shown) and row.public_key != key:
             _retire(tx, row, actor, now_us, 0 if key is None else overlap_us)
             changed = True
     if key is None or _find(rows, key, source, "active") is not None:
@@ -170,6 +175,10 @@ def see(tx: Tx, agent: str, key: bytes | None, now_us: int) -> None:
                 _put(tx, AgentKey(agent, key, "manifest", "active", now_us))
         case Sighting.CHANGED:
             if _find(rows, key, "manifest", "claimed") is None:
+                retired = _find(rows, key, "manifest", "retired")
+                if retired is not None:
+                    # The claim takes its row, and is forgotten with the agent: that the key was retired is not.
+                    _put(tx, msgspec.structs.replace(retired, source="former"))
                 claim = AgentKey(agent, key, "manifest", "claimed", now_us)
                 _put(tx, claim)
                 active = {jwk_thumbprint(row.public_key) for row in rows if row.state == "active"}

@@ -172,7 +172,8 @@ def _write(
             )
             changed.append(agent.id)
             if is_handed_on:
-                # What it was with the other is not for this one to see.
+                # What it was with the other is not for this one to see, and the other's keys speak for it no more.
+                agent_keys.forget(tx, agent.id, actor, now_us)
                 tx.execute("UPDATE agent SET held_since_us = ? WHERE id = ?", (now_us, agent.id))
                 known = None
         else:

@@ -10,6 +10,7 @@ from asapd.core.usage import (
     FLAG_ACROSS_DELEGATION,
     FLAG_ACROSS_RESERVATION,
     FLAG_CLOSED_RESERVATION,
+    FLAG_NOT_BY_RESERVATION,
     FLAG_OVERRUN,
     FLAG_UNAUTHORISED,
     FLAG_UNPRICED,
@@ -19,7 +20,7 @@ from asapd.core.usage import (
 from asapd.store.budgets import Book
 from asapd.store.ledger import count_task, debit, knows_task, path_of
 from asapd.store.parties import is_party
-from asapd.store.reservations import load, spend
+from asapd.store.reservations import Reservation, load, spend
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RecordUsage
 
@@ -59,6 +60,8 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
         across = FLAG_ACROSS_RESERVATION
         if unit.is_bound and not is_party(tx.connection, found.account, unit.tenant):
             found, across = None, 0
+    if found is not None and event.delegation is not None and _is_beside(tx, found, event):
+        found, flags = None, FLAG_NOT_BY_RESERVATION
     if event.reservation is not None and (found is None or not found.is_open(now_us)):
         flags |= FLAG_CLOSED_RESERVATION
     if found is not None:
@@ -107,12 +110,26 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
     return _Charged(flags, ids, None if found is None else found.id, settlement)
 
 
+def _is_beside(tx: Tx, found: Reservation, event: UsageEvent) -> bool:
+    """Whether an event names another agent's reservation beside a delegation of its own, which it then debits."""
+    row = tx.row("SELECT delegate FROM delegation WHERE account = ?", (found.account,))
+    if row == (event.agent,):
+        return False
+    return tx.row("SELECT delegate FROM delegation WHERE id = ?", (event.delegation,)) == (event.agent,)
+
+
 def reach(tx: Tx, delegation: str | None, unit: RecordUsage) -> tuple[int, str] | None:
     """The account of a delegation that a unit may debit, and for which tenant that was registered."""
     row = tx.row("SELECT account, tenant FROM delegation WHERE id = ?", (delegation,))
-    if row is None or (unit.is_bound and row[1] != unit.tenant and not is_party(tx.connection, row[0], unit.tenant)):
-        return None
-    return row[0], row[1]
+    return None if row is None or not may_debit(tx, row[0], unit) else (row[0], row[1])
+
+
+def may_debit(tx: Tx, account: int, unit: RecordUsage) -> bool:
+    """Whether usage of a unit debits an account that it names."""
+    if not unit.is_bound:
+        return True
+    registered_for = tx.row("SELECT tenant FROM delegation WHERE account = ?", (account,))
+    return registered_for == (unit.tenant,) or is_party(tx.connection, account, unit.tenant)
 
 
 def _over(account: Account) -> bool:

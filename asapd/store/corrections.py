@@ -13,10 +13,9 @@ from asapd.core.repricing import Correction, CostedEvent
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
 from asapd.core.usage import (
-    FLAG_ACROSS_DELEGATION,
-    FLAG_ACROSS_RESERVATION,
     FLAG_CLOSED_RESERVATION,
     FLAG_OVERRUN,
+    FLAGS_OF_THE_LEDGER,
     UsageEvent,
 )
 from asapd.store import budgets, ledger, usage_days
@@ -99,7 +98,7 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "priced_microusd": change.priced_more_microusd,
         "reported_microusd": None,
         "price_version": unit.price_version,
-        "flags": flags | was["flags"] & (FLAG_ACROSS_DELEGATION | FLAG_ACROSS_RESERVATION),
+        "flags": flags | was["flags"] & FLAGS_OF_THE_LEDGER,
         "committed_us": unit.now_us,
         "reported_by": unit.actor,
     }

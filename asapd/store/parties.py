@@ -17,7 +17,7 @@ from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT, pattern_matches
-from asapd.core.usage import FLAG_ACROSS_DELEGATION, FLAG_ACROSS_RESERVATION
+from asapd.core.usage import FLAG_ACROSS_DELEGATION, FLAG_ACROSS_RESERVATION, FLAG_NOT_BY_RESERVATION
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.visibility import Visibility
 
@@ -46,8 +46,8 @@ UNLIMITED: Final = "only a key without a tenant that matches every agent"
 def paid(row: str = "usage") -> str:
     """Whether a row of usage was debited to reservation `r` of delegation `d` that it names, as SQL."""
     return (
-        f"((SELECT name FROM name WHERE id = {row}.tenant) IN (r.tenant, d.tenant) "
-        f"OR {row}.flags & {FLAG_ACROSS_RESERVATION})"
+        f"(NOT {row}.flags & {FLAG_NOT_BY_RESERVATION} AND ((SELECT name FROM name WHERE id = {row}.tenant) "
+        f"IN (r.tenant, d.tenant) OR {row}.flags & {FLAG_ACROSS_RESERVATION}))"
     )
 
 

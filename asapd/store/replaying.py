@@ -16,7 +16,12 @@ import msgspec
 
 from asapd.core.ledger import MOST, Estimate, Hold, open_hold, release, reserved_after, settle, spent_after
 from asapd.core.types import datetime_us
-from asapd.core.usage import FLAG_ACROSS_DELEGATION, FLAG_ACROSS_RESERVATION, FLAG_CLOSED_RESERVATION
+from asapd.core.usage import (
+    FLAG_ACROSS_DELEGATION,
+    FLAG_ACROSS_RESERVATION,
+    FLAG_CLOSED_RESERVATION,
+    FLAG_NOT_BY_RESERVATION,
+)
 from asapd.store.erasures import Erasures
 from asapd.store.rows import fetch, fetch_one
 
@@ -265,14 +270,15 @@ class ReplayedLedger:
 
     def _debited(self, usage: _Usage) -> tuple[Account | None, Reservation | None]:
         """The account that usage is debited to, and the reservation that pays, by the rules of `charging`."""
-        found = self._reservation(usage.reservation)
+        reservation = None if usage.flags & FLAG_NOT_BY_RESERVATION else usage.reservation
+        found = self._reservation(reservation)
         if found is not None and not usage.flags & FLAG_ACROSS_RESERVATION:
             account = self.account(found.delegation)
             sql = "SELECT tenant FROM reservation WHERE id = ?"
             if account is not None and usage.tenant != account.tenant:
                 made_by = fetch_one(self._connection, sql, (found.id,))
                 found = found if made_by is not None and made_by[0] == usage.tenant else None
-        if found is None and usage.reservation is not None and self._is_beginning_gone(usage.reservation):
+        if found is None and reservation is not None and self._is_beginning_gone(reservation):
             return None, None
         account = self.account(usage.delegation if found is None else found.delegation)
         if account is None or account.delegate != usage.agent:

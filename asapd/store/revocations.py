@@ -272,6 +272,22 @@ def standing(connection: apsw.Connection, after_us: int) -> Standing:
     return Standing(newest_number(connection), max((row[4] for row in rows), default=None), entries)
 
 
+def recorded_since(connection: apsw.Connection, number: int, after_us: int, limit: int) -> Standing:
+    """The first revocations behind a number of tokens that expire after a time, in the order in which they came.
+
+    Its own number is where the next part begins: the last one's, or where no more stand behind them the highest given.
+    """
+    newest = newest_number(connection)
+    rows = fetch(
+        connection,
+        "SELECT issuer, jti, revoked_us, expires_us, recorded_us, number FROM revocation "
+        "WHERE number > ? AND expires_us > ? ORDER BY number LIMIT ?",
+        (number, after_us, limit),
+    )
+    through = rows[-1][5] if len(rows) == limit else newest
+    return Standing(through, max((row[4] for row in rows), default=None), [Revocation(*row[:4]) for row in rows])
+
+
 def newest_number(connection: apsw.Connection) -> int:
     """The highest number ever given."""
     row = fetch_one(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'revocation'")

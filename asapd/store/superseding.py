@@ -14,7 +14,7 @@ import msgspec
 from asapd.core.budgets import Work
 from asapd.core.periods import period_bounds
 from asapd.core.usage import UsageEvent
-from asapd.store import budgets, identity, ledger, outcomes, voids
+from asapd.store import budgets, charging, identity, ledger, outcomes, voids
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RecordUsage, VoidUsage
 
@@ -36,6 +36,7 @@ class Instead:
             for place, (event, cost) in reversed(list(enumerate(zip(unit.events, unit.costs, strict=True))))
             if place not in left_out
         }
+        self._unit = unit
         known = identity.holders(tx.connection, list(events))
         self._debits = [
             _Debit(event, microusd, event.tokens_in + event.tokens_out)
@@ -47,6 +48,8 @@ class Instead:
         """Whether the same accounts and hard limits are debited as much as a row debited them; once for each debit."""
         agent, consumer, project = (voids.name_of(tx, was[column]) for column in ("agent", "consumer", "project"))
         account = voids.account_of(tx, unit.seq, agent)
+        if account is not None and not charging.may_debit(tx, account, self._unit):
+            return False  # what comes in its place debits nothing, whatever it names
         path = [] if account is None else ledger.path_of(tx, account)
         book = budgets.open_book(tx, unit.actor, unit.now_us)
         work = Work(agent, consumer, project, tuple(on_path.id for on_path in path))

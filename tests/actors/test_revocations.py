@@ -21,6 +21,7 @@ from asapd.store.delegation_news import News, Party
 from asapd.store.units.delegations import ImportRevocations, Revocation
 from asapd.store.units.house import Sweep
 from asapd.store.writer import Writer
+from asapd.wire.revocations import decode_list, verify_list
 
 NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
@@ -127,6 +128,23 @@ async def test_a_list_is_made_anew_only_when_a_token_came_or_lapsed(host: Host) 
     assert [entry["id"] for entry in json.loads(fewer.body)["entries"]] == ["late"]
     assert (fewer.number, fewer.etag != full.etag) == (full.number, True)
     assert (await host.revocations().current()).body == fewer.body
+
+
+async def test_a_list_goes_in_parts_from_one_number_to_the_next(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.actors.revocations.PART", 2)
+    await host.revoke("one", "two", "gone", expires_us=NOW_US + HOUR_US)
+    await host.revoke("late", expires_us=NOW_US + 2 * HOUR_US)
+    shown = host.revocations()
+    told, number = [], 0
+    while (part := decode_list((await shown.since(number)).body)).entries:
+        assert verify_list(part, [bytes(SigningKey(b"k" * 32).verify_key)]) is not None
+        told.append([entry.id for entry in part.entries])
+        number = part.number
+    assert (told, number) == ([["one", "two"], ["gone", "late"]], (await shown.current()).number)
+    assert decode_list((await shown.since(3)).body).number == 4
+    assert decode_list((await shown.since(100)).body).number == 4, "the daemon is not where the caller was"
+    host.clock.us += HOUR_US + SECOND_US
+    assert [entry.id for entry in decode_list((await shown.since(0)).body).entries] == ["late"]
 
 
 async def test_news_come_in_order_and_a_gap_in_the_place_of_what_is_gone(host: Host) -> None:

@@ -42,6 +42,8 @@ def test_a_list_goes_out_and_comes_back(
     document: dict[str, Any] = json.loads(file.read_text())
     assert [entry["id"] for entry in document["entries"]] == [made["id"]]
     assert file.stat().st_mode & 0o077 == 0
+    assert ctl(*export, "--since", "0").json["entries"] == document["entries"]
+    assert ctl(*export, "--since", str(document["number"])).json["entries"] == []
 
     imported = ("delegation", "revocations", "import")
     ran = ctl(*imported, file)

@@ -230,8 +230,9 @@ def test_without_a_token_the_application_is_not_called(
 
 
 @ways
-def test_a_denial_is_handed_on_as_it_is(way: str, meter: Meter, fake: Fake) -> None:
-    fake.http = lambda path, headers, body: (403, {**DENIED, "type": "urn:asapd:problem:revoked"})
+def test_a_denial_is_handed_on_but_for_what_a_budget_has_spent(way: str, meter: Meter, fake: Fake) -> None:
+    denial = {**DENIED, "type": "urn:asapd:problem:revoked", "budget": {"name": "research", "spent": 7}}
+    fake.http = lambda path, headers, body: (403, denial)
     status, headers, body = served(way, meter, Rules(require_delegation=True))(headers={"x-asap-delegation": "{}"})
     assert (status, headers["content-type"]) == (403, "application/problem+json")
     assert json.loads(body) == {**DENIED, "type": "urn:asapd:problem:revoked", "status": 403}

@@ -251,6 +251,15 @@ def test_rules_are_asked_in_a_fixed_order() -> None:
     assert check((root, child), **changes) is None
 
 
+@pytest.mark.parametrize("action", ["*", "data.*", "data read", "", "a" * 129])
+def test_what_no_scope_allows_is_not_sent_for_a_token_with_that_scope(action: str) -> None:
+    denied = refusal((replace(ROOT, scopes=("*",)),), action=action, delegate=None)
+    assert denied.reason is Reason.ACTION_NOT_ALLOWED
+    assert "ask " not in denied.detail
+    assert denied.explain is not None
+    assert denied.explain.remedy == "name one, such as a.b"
+
+
 def test_a_link_that_states_no_limit_inherits() -> None:
     child = replace(MIDDLE, max_tasks=None, max_cost_microusd=None, not_before_us=None)
     assert check((ROOT, child), delegate=None) is None

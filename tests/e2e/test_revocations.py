@@ -229,6 +229,10 @@ async def test_a_list_that_did_not_change_is_not_sent_again(daemon: Daemon) -> N
         fresh = await client.get("/delegations/revocations", headers={"If-None-Match": tag})
         assert fresh.status_code == 200
         assert fresh.json()["number"] > first.json()["number"]
+        part = (await client.get(f"/delegations/revocations?since={first.json()['number']}")).json()
+        assert [entry["id"] for entry in part["entries"]] == [jti_of(token)]
+        assert (await client.get(f"/delegations/revocations?since={part['number']}")).json()["entries"] == []
+        assert (await client.get("/delegations/revocations?since=x")).status_code == 400
     daemon.stop()
     daemon.start()
     async with daemon.client() as client:

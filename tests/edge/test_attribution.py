@@ -116,6 +116,9 @@ async def test_a_key_registers_only_for_its_own_agents(edge: Edge) -> None:
     await edge.new_key("of-c", "ingest", C)
     answer = (await report(edge, event(C), token(), key="of-c")).ok(201)
     assert (answer["delegation"], answer["denied"]["code"]) == (None, "wrong_delegate")
+    (await report(edge, event(), token())).ok(201)
+    answer = (await report(edge, event(C), token(), key="of-c")).ok(201)
+    assert answer["denied"]["code"] == "wrong_delegate", "that others used it changes nothing"
 
 
 async def test_a_validation_does_not_look_at_the_token(edge: Edge) -> None:

@@ -135,7 +135,12 @@ def test_a_claim_is_withdrawn_by_the_known_key_and_by_another_claim(store: Store
     store.configure(None)
     for key in (K1, K2, K3, K1, K3):
         store.manifest(key)
-    assert store.entries() == {(K1, "manifest", "active"), (K2, "manifest", "retired"), (K3, "manifest", "claimed")}
+    assert store.entries() == {
+        (K1, "manifest", "active"),
+        (K2, "manifest", "retired"),
+        (K3, "former", "retired"),
+        (K3, "manifest", "claimed"),
+    }
     assert [event for event in store.log() if event[2] != "K1"] == [
         ("claimed", "asapd", "K2"),
         ("claimed", "asapd", "K3"),
@@ -306,9 +311,24 @@ def test_a_key_that_an_operator_retired_is_not_taken_from_a_manifest_again(store
     store.manifest(K1)
     store.retire(K1, 0)
     store.manifest(K1)
-    assert store.entries() == {(K1, "manifest", "claimed")}
+    assert store.entries() == {(K1, "former", "retired"), (K1, "manifest", "claimed")}
     store.manifest(K2)
     assert (K2, "manifest", "claimed") in store.entries()
+
+
+def test_a_retired_key_that_a_manifest_claims_does_not_come_back_by_adding_its_agent_again(store: Store) -> None:
+    store.put(None)
+    store.manifest(K1)
+    store.retire(K1, 0)
+    store.manifest(K1)
+    assert store.put(K1).code == "invalid"
+    store.run(RemoveAgent, A, "key:x", store.now_us + 1)
+    store.put(None)
+    store.manifest(K1)
+    assert still_verifies(store) == set()
+    assert store.put(K1).code == "invalid"
+    store.add(K1)
+    assert still_verifies(store) == {K1}
 
 
 def test_a_key_that_is_not_there_cannot_be_retired(store: Store) -> None:
@@ -370,3 +390,56 @@ def test_a_key_that_is_replaced_is_so_too_where_a_manifest_had_shown_it(connecti
     else:
         give(store, None)
     assert still_verifies(store) == set()
+
+
+@pytest.mark.parametrize("give", [Store.put, Store.configure])
+def test_a_key_that_is_taken_away_is_so_too_where_a_manifest_had_shown_it(
+    connection: apsw.Connection, give: Any
+) -> None:
+    store = Store(connection)
+    give(store, K1)
+    store.manifest(K1, "verified")
+    give(store, None)
+    assert still_verifies(store) == set()
+    store.manifest(K1)
+    assert still_verifies(store) == set()
+
+
+def test_a_key_that_another_source_has_as_well_is_not_taken_away(store: Store) -> None:
+    store.put(K1)
+    store.manifest(K1, "verified")
+    store.configure(K1)
+    assert store.entries() == {
+        (K1, "api", "retired"),
+        (K1, "configuration", "active"),
+        (K1, "manifest", "active"),
+    }
+
+
+def test_an_agent_that_is_given_to_another_tenant_leaves_its_keys_behind(store: Store) -> None:
+    store.put(None)
+    store.manifest(K1)
+    store.add(K2, is_bound=True)
+    store.add(K3)
+    record = AgentRecord(A, "http://127.0.0.1:1", "acme", None)
+    store.run(PutAgent, record, "key:x", store.now_us + 1, OVERLAP_US)
+    assert still_verifies(store) == {K3}
+    assert (K2, "tenant", "active") not in store.entries()
+
+
+def test_a_start_does_not_take_what_an_agent_showed_under_its_former_tenant(store: Store) -> None:
+    store.put(None)
+    store.manifest(K1)
+    record = AgentRecord(A, "http://127.0.0.1:1", "acme", None)
+    store.run(PutAgent, record, "key:x", store.now_us + 1, OVERLAP_US)
+    store.sync()
+    assert still_verifies(store) == set()
+
+
+def test_a_key_that_a_tenant_replaced_has_no_overlap_with_the_next_tenant(store: Store) -> None:
+    store.put(K1)
+    store.put(K2)
+    record = AgentRecord(A, "http://127.0.0.1:1", "acme", public_base64(K3))
+    store.run(PutAgent, record, "key:x", store.now_us + 1, OVERLAP_US)
+    rows = keys_of(store.connection, A)
+    assert verifying(rows, issued_at_us=0, now_us=store.now_us, believe_manifests=True) == {K3}

@@ -11,11 +11,13 @@ from msgspec.structs import replace
 from asapd.core.delegation import Reason
 from asapd.core.denial import explanation
 from asapd.core.ledger import Remaining
+from asapd.core.repricing import Correction
 from asapd.core.types import MAX_INT, format_us
 from asapd.store import audit, verifying
 from asapd.store.task_spend import spend_by_task
 from asapd.store.units.delegations import Registered, Reserved, Revoked
 from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import CorrectCosts
 from tests.store.ledger_desk import (
     CHILD,
     GRANDCHILD,
@@ -433,6 +435,25 @@ def test_usage_under_an_unknown_delegation_or_reservation_is_flagged(ledger: Led
     assert ledger.use(1, reservation="none") == {"unauthorised", "reservation_closed"}
     assert ledger.use(1, reservation="none", delegation="root") == {"reservation_closed"}
     assert ledger.counters("root") == (1, 0, 1, 0)
+
+
+def test_a_reservation_of_another_agent_does_not_keep_usage_from_the_delegation_that_it_names(ledger: Ledger) -> None:
+    ledger.register(ROOT, CHILD)
+    reservation = ledger.reserved(ROOT)
+    named = {"agent": C, "delegation": "child", "reservation": reservation}
+    assert ledger.use(2 * USD, **named) == {"reservation_closed"}
+    assert ledger.counters("child") == (2 * USD, 0, 1, 0)
+    assert ledger.counters("root") == (2 * USD, USD, 1, 0)
+    assert spend_by_task(ledger.connection, 2, limit=9).tasks[0].spent_microusd == 2 * USD
+    event = ledger.newest()
+    ledger.submit(CorrectCosts([Correction(event, 2 * USD, 3 * USD, "priced", USD)], "v2", "key:o", ledger.now_us))
+    assert ledger.counters("child") == (3 * USD, 0, 1, 0)
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+    assert ledger.void(event).refunded_microusd == 3 * USD
+    assert ledger.counters("root") == (0, USD, 1, 0)
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+    assert ledger.use(1, agent=C, delegation="root", reservation=reservation) == {"unauthorised"}
+    assert ledger.counters("root") == (0, USD, 1, 0)
 
 
 def test_one_tenant_cannot_spend_what_belongs_to_another(ledger: Ledger) -> None:

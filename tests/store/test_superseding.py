@@ -43,7 +43,10 @@ def ledger(connection: apsw.Connection) -> Ledger:
 def report(ledger: Ledger, *events: UsageEvent, by: Visibility = OF_B, near_us: int = 0, **told: Any) -> Any:
     """Report events at a dollar for each token."""
     costs = [Cost(event.tokens_in * USD, "priced") for event in events]
-    usage = RecordUsage("default", "key:b", ledger.now_us, list(events), costs, partial="spans" in told)
+    is_bound = by.tenant is not None
+    usage = RecordUsage(
+        "default", "key:b", ledger.now_us, list(events), costs, partial="spans" in told, is_bound=is_bound
+    )
     return ledger.submit(RecordTelemetry(usage, 0, near_us, by=by, **told))
 
 
@@ -92,6 +95,15 @@ def test_calls_that_are_debited_as_much_take_the_place_of_their_agents_span(ledg
     call_below(ledger, replace(SPENT, id="b", tokens_in=tokens))
     assert counted(ledger) == tokens
     assert debited(ledger) == (tokens, 1)
+
+
+def test_a_call_of_a_tenant_that_debits_nothing_of_another_makes_nothing_good(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(ROOT, tenant="acme")
+    agents_span(ledger, by=EVERYTHING)
+    call_below(ledger, replace(SPENT, id="b"), by=Visibility("default", ("*",)))
+    assert counted(ledger) == 10
+    assert debited(ledger) == (10, 1)
 
 
 def test_a_call_makes_good_for_one_span_only(ledger: Ledger) -> None:

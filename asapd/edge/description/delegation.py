@@ -16,7 +16,7 @@ from asapd.edge.description.operation import (
     reference,
     shows,
 )
-from asapd.edge.description.queries import AGENT, PAGE, TASK, named
+from asapd.edge.description.queries import AGENT, NUMBER, PAGE, TASK, named
 from asapd.edge.http.delegations import NewDelegation, TokenQuestion
 from asapd.edge.http.reservations import ReservationChange
 from asapd.wire.problem import PROBLEM_JSON
@@ -80,6 +80,7 @@ OPERATIONS = (
         "The signed list of what is revoked, with an ETag",
         _READ,
         (shows(), Answer(304, "It is the same as before", {})),
+        {"since": {**NUMBER, "description": "only what came behind this number of the list"}},
     ),
     Operation(
         "POST /delegations/revocations",

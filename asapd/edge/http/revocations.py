@@ -8,6 +8,7 @@ from quart_trio import QuartTrio
 from asapd.actors.messages import ImportRevocationList
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
+from asapd.core.types import MAX_INT
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters
@@ -15,6 +16,7 @@ from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 
 _SHOWN = 100
+_WHOLE = -1
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -23,8 +25,10 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/delegations/revocations")
     async def get_revocations() -> Response:
         require_everything(Permission.READ)
-        Parameters().done()
-        found = await services.revocations.current()
+        parameters = Parameters()
+        since = parameters.number("since", _WHOLE, 0, MAX_INT)
+        parameters.done()
+        found = await (services.revocations.current() if since == _WHOLE else services.revocations.since(since))
         if _matches(request.headers.get("If-None-Match"), found.etag):
             # Without a body Quart makes one that needs asyncio.
             response = Response(b"", 304, content_type="application/json")

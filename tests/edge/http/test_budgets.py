@@ -11,7 +11,7 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.store.units.delegations import SyncBudgets
 from tests.edge.house import NOW, T0, A, B, Edge
-from tests.edge.http.test_delegations import authorize
+from tests.edge.http.test_delegations import authorize, token
 
 USD = 1_000_000
 RESEARCH = Budget("research/eu west", Match(agent=B), "day", "UTC", Limits(USD // 2), Limits(USD, 1_000, 3))
@@ -86,9 +86,22 @@ async def test_a_refusal_names_the_budget_its_numbers_and_the_renewal(host: Edge
         "period_start": "2027-01-15T00:00:00.000000Z",
         "renews_at": "2027-01-16T00:00:00.000000Z",
     }
-    assert "budget research/eu west" in denied["detail"]
+    assert denied["detail"].startswith("budget research/eu west: 500 tokens left in this period, 600 tokens needed")
     settled = (await host.post(f"/reservations/{reservation}/settle", {"cost_usd": "0.10", "tokens": 30})).ok()
     assert settled["remaining"] == {"cost_usd": Decimal("0.9"), "tasks": 2, "tokens": 970}
+
+
+async def test_who_may_not_see_a_budget_is_not_told_what_others_spent(host: Edge) -> None:
+    await host.new_key("of b", "ingest", B)
+    await host.new_key("of tenant", "ingest", "*", tenant="default")
+    await use(host, cost_usd="0.40")
+    asked = {"token": token(), "task_id": "t1", "estimate": {"cost_usd": "0.70", "tokens": 10}}
+    seen = (await host.post("/delegations/authorize", asked, key="of b")).refused(403)["budget"]
+    assert (seen["limit"], seen["spent"], seen["reserved"]) == (Decimal("1.0"), Decimal("0.4"), 0)
+    denied = (await host.post("/delegations/authorize", asked, key="of tenant")).refused(403)
+    assert denied["budget"] == {**seen, "limit": None, "spent": None, "reserved": None}
+    assert "0.4" not in denied["detail"]
+    assert "1.0" not in denied["detail"]
 
 
 async def test_an_alert_of_a_budget_is_a_breach_of_no_agent(host: Edge) -> None:
