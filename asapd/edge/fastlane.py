@@ -544,12 +544,15 @@ class _Connection:
         self._is_last = self._lane.is_stopping
         data = self._lane.respond(outcome, keep_alive=not self._is_last)
         self._since_s = trio.current_time()
-        self._doing_until(_Doing.IDLE, self._since_s + self._limits.keep_alive_s)
         sent = 0
         with suppress(OSError):  # the task meets it too, and ends
             sent = self._direct.send_nowait(data)
         self._unsent = data[sent:]
-        self._is_needed = self._is_needed or self._is_last or sent < len(data)
+        if self._unsent:
+            self._doing_until(_Doing.SENDING, self._since_s + self._limits.send_s)
+        else:
+            self._doing_until(_Doing.IDLE, self._since_s + self._limits.keep_alive_s)
+        self._is_needed = self._is_needed or self._is_last or bool(self._unsent)
         if self._is_needed:
             self._task.unpark_all()
 
@@ -558,7 +561,7 @@ class _Connection:
         if self._waiting.cancel_called:
             return
         try:
-            if not self._is_in_hand and self._is_served():
+            if not (self._is_in_hand or self._is_needed) and self._is_served():
                 return
         except Exception as error:  # noqa: BLE001 -- it is raised in the task, and ends this connection only
             self._error = error
@@ -572,8 +575,11 @@ class _Connection:
             return True
         self._buffer += data
         self._since_s = trio.current_time()
-        self._found = self._take()
-        return self._begin(self._found)
+        found = self._take()
+        if self._begin(found):
+            return True
+        self._found = found
+        return False
 
     async def _be_served(self) -> list[_Sent]:
         """Leave the connection to the poller; return once there is something to do for this task, such as requests."""

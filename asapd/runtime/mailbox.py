@@ -44,8 +44,8 @@ async def serve(
     owns it.
 
     `passes_on` sees each message first, in the loop itself, where no task is made for it: true says that the message is
-    seen to, and its reply ends now or later, by whoever has it then. `rests` is called whenever no message waits, and
-    after each burst of them: what `passes_on` gathered goes on its way then.
+    seen to, and its reply ends now or later, by whoever has it then. `rests` is called whenever no message waits, at
+    the end too, and after each burst of them: what `passes_on` gathered goes on its way then.
 
     A message's attribute `reply`, if it is a `Reply`, is closed after the handler in every case. When the handler
     raises, the reply fails, `failed(message, error)` is called and the loop goes on. A crash that arrives mixed with a
@@ -170,7 +170,7 @@ class _Inbox(Generic[M]):
     def _take_nowait(self) -> M | None:
         try:
             return self._mailbox.receive_nowait()
-        except trio.WouldBlock:
+        except (trio.WouldBlock, trio.EndOfChannel):
             return None
 
     async def _wait(self) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 import socket
 import struct
@@ -466,6 +467,36 @@ async def test_a_request_behind_one_that_is_not_answered_yet_waits_for_its_turn(
         assert (await client.answer())[2]["ids"] == ["e3"]
 
 
+@pytest.mark.parametrize("then", ["another", "end", "stop"])
+async def test_a_request_that_was_answered_is_not_begun_again_by_what_comes_meanwhile(
+    edge: Edge, tmp_path: Path, then: str
+) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client = await lane.tcp()
+        for place in range(2):  # the poller has the second
+            await client.send(post(event(), key=lane.key))
+            await wait_all_tasks_blocked()
+            if place == 0:
+                held[0].reply.send(Recorded(1, 0, 1, ["use_0"]))
+                await client.answer()
+        if then == "another":
+            await client.send(post(b"{", key=lane.key))
+        elif then == "end":
+            await client.stream.send_eof()
+        else:
+            lane.scope.cancel()
+        await wait_all_tasks_blocked()
+        held[1].reply.send(Recorded(1, 0, 1, ["use_1"]))
+        await wait_all_tasks_blocked()
+        assert len(held) == 2
+        assert (await client.answer())[2]["ids"] == ["use_1"]
+        if then == "another":
+            assert (await client.answer())[0] == 400
+        else:
+            assert await client.is_closed()
+
+
 async def test_a_connection_goes_between_plain_requests_and_all_others(lane: Lane) -> None:
     client = await lane.tcp()
     for turn in range(3):
@@ -498,6 +529,34 @@ async def test_answers_that_the_kernel_does_not_take_at_once_come_whole(lane: La
         nursery.start_soon(send)
         for _ in range(count):
             assert (await client.answer())[0] == 422
+
+
+@pytest.mark.parametrize("then", ["another", "stop"])
+async def test_an_answer_that_is_sent_in_parts_is_not_cut_by_what_comes_meanwhile(
+    edge: Edge, tmp_path: Path, then: str
+) -> None:
+    held: list[Report] = []
+    long = "x" * 500_000
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        # Whether the poller or the connection's task has the first turn is chance.
+        for _ in range(12 if then == "another" else 1):
+            client = await lane.tcp()
+            for event_id in ("", long):
+                held.clear()
+                await client.send(post(event(), key=lane.key))
+                await wait_all_tasks_blocked()
+                held[0].reply.send(Recorded(1, 0, 1, [event_id]))
+                if not event_id:
+                    await client.answer()
+            if then == "another":
+                os.write(client.stream.socket.fileno(), post(b"{", key=lane.key))
+            else:
+                lane.fast.stop()
+            assert (await client.answer())[2]["ids"] == [long]
+            if then == "another":
+                assert (await client.answer())[0] == 400
+            else:
+                assert await client.is_closed()
 
 
 async def test_a_reset_while_the_meter_has_the_report_ends_that_connection_only(

@@ -329,6 +329,30 @@ async def test_what_was_gathered_goes_on_after_each_burst_and_before_every_wait(
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
+async def test_what_was_gathered_goes_on_before_the_end_of_the_mailbox(concurrency: int) -> None:
+    send, receive = trio.open_memory_channel[Job](200)
+    gathered: list[int] = []
+    sent: list[int] = []
+
+    async def gather(job: Job) -> bool:
+        gathered.append(job.number)
+        return True
+
+    async def rest() -> None:
+        sent.extend(gathered)
+        gathered.clear()
+
+    async def handle(job: Job) -> None:
+        raise AssertionError
+
+    for number in range(5):
+        send.send_nowait(Job(number))
+    send.close()
+    await serve(receive, handle, failed=Failures(), passes_on=gather, rests=rest, concurrency=concurrency)
+    assert (sent, gathered) == ([*range(5)], [])
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
 async def test_a_message_that_cannot_be_passed_on_fails_alone_until_too_many_do(concurrency: int) -> None:
     failures = Failures()
     jobs = [Job(1), Job(2), Job(3, None), Job(4)]
