@@ -9,6 +9,7 @@ from typing import Any
 
 from asapd.actors.promises import HeldTo, promising
 from asapd.actors.unseen import Unseen
+from asapd.core.calm import FOREVER_US, Ahead, calm_until_us
 from asapd.core.evidence_parts import FORM, MOST_SEGMENTS
 from asapd.core.exclusions import observe, said, said_until
 from asapd.core.intervals import Interval, cut, holds
@@ -16,7 +17,7 @@ from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
 from asapd.core.types import HOUR_US
 from asapd.core.uptime import Segment, UptimeTimeline
-from asapd.core.windows import TaskWindow, window_bounds
+from asapd.core.windows import TaskWindow, step_us, window_bounds
 from asapd.store.agents import DirectoryAgent, ProbeFact
 from asapd.store.sla_queries import Followed, Position, ProbeHistory, Slots, TaskCount
 
@@ -36,6 +37,7 @@ class AgentBook:
         "_tasks",
         "_timeline",
         "agent",
+        "calm_until_us",
         "excluded",
         "exclusions",
         "held_to",
@@ -43,6 +45,7 @@ class AgentBook:
         "stale",
         "through",
         "unseen",
+        "will_spend",
     )
 
     def __init__(
@@ -62,6 +65,10 @@ class AgentBook:
         self.probe_seq = 0
         self.stale = False
         """Whether the clock fell back so far that the book is to be read afresh from the store."""
+        self.calm_until_us = 0
+        """Until when no term can come to be broken by time alone; whoever judges says so."""
+        self.will_spend = True
+        """Whether burn rates are to be looked at; whoever judges says so."""
         self._tasks = {window_us: TaskWindow(window_us) for window_us in windows_us}
         # Probes roll through windows as tasks do: each counts as one completed.
         self._probes = {window_us: TaskWindow(window_us) for window_us in windows_us}
@@ -155,6 +162,23 @@ class AgentBook:
         """Whether anything failed in a window, or was down, counting or not."""
         tasks = self._tasks[window_us]
         return tasks.failed > 0 or self._timeline.uptime(*tasks.bounds).down_us > 0
+
+    def rest(self, metrics: Metrics, min_samples: int, spending_us: int) -> None:
+        """Note until when the agent, of whom no term is broken by `metrics`, needs to be judged only for what is added.
+
+        `spending_us` is the window in which nothing may be spent for that to hold of burn rates too.
+        """
+        ahead = self._ahead(metrics.window_us)
+        self.calm_until_us = calm_until_us(
+            metrics, self.held_to.promise, ahead, min_samples=min_samples, step_us=step_us(metrics.window_us)
+        )
+        spending = self._ahead(spending_us)
+        self.will_spend = spending.is_down or spending.failed > 0
+
+    def _ahead(self, window_us: int) -> Ahead:
+        tasks = self._tasks[window_us]
+        is_down = self._timeline.uptime(tasks.bounds[0], FOREVER_US).down_us > 0
+        return Ahead(is_down, *tasks.bad())
 
     def counts(self, window_us: int) -> Metrics:
         """The same without latencies, which cost most to sum up."""

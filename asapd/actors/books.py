@@ -76,6 +76,8 @@ class Books:
         self._followed = ""
         self._unseen = Unseen()
         self._touched: set[str] = set()
+        self._level_us = 0
+        self._is_set_back = False
         self.sla = settings.sla
         self.by_agent: dict[str, AgentBook] = {}
 
@@ -143,6 +145,7 @@ class Books:
             await self._refresh()
 
     async def _refresh(self) -> None:
+        self._mind_clock()
         # Only what has to be is read again: a latency promise is counted exactly, so another one needs the raw rows.
         seen, sla = self._directory_changed.count, self._settings.sla
         windows_us = tuple(sorted({*sla.windows_us, sla.breach_window_us, *burnrate.WINDOWS_US}))
@@ -214,8 +217,22 @@ class Books:
         )
         return book
 
+    def level(self) -> bool:
+        """Count all books as advanced to now, though none moves; False if the clock was set back since last time."""
+        self._mind_clock()
+        was_set_back, self._is_set_back, self._level_us = self._is_set_back, False, self._clock.now_us()
+        return not was_set_back
+
+    def _mind_clock(self) -> None:
+        """When the clock was set back, move all books to where it was at the last `level`, as if each had been then."""
+        if self._clock.now_us() < self._level_us:
+            for book in self.by_agent.values():
+                book.advance(self._level_us)
+            self._is_set_back, self._level_us = True, self._clock.now_us()
+
     async def advance(self, agents: Iterable[str]) -> None:
         """Move the windows of agents up to now; books that the clock has left behind are read again."""
+        self._mind_clock()
         now_us = self._clock.now_us()
         books = [book for agent in agents if (book := self.by_agent.get(agent)) is not None]
         for book in books:

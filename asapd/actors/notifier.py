@@ -108,7 +108,8 @@ class Subscription:
         Raises:
             FeedClosed: at shutdown, once all that was published has been handed out.
         """
-        await trio.lowlevel.checkpoint()
+        if self._cursor < self._feed.last:
+            await trio.lowlevel.checkpoint()
         if self._cursor > self._feed.last:
             # A cursor from before a restore is ahead of this log: it must not hide what comes now.
             _, newest = await self._database.read(alert_bounds)

@@ -203,7 +203,10 @@ class _Watch:
     # --- following
 
     async def follow(self) -> None:
-        """Count what is committed and judge whom it touches; judge all whenever `evaluate_every` has passed."""
+        """Count what is committed and judge whom it touches; the others whenever `evaluate_every` has passed.
+
+        Of these, only whom time alone can have brought something: most are calm, and would be found so again.
+        """
         due_s = -math.inf
         while True:
             self._beat()
@@ -211,7 +214,7 @@ class _Watch:
             await self._books.catch_up()
             touched = news = self._books.take_touched()
             if self._clock.monotonic_s() >= due_s:
-                touched = {*self._books.by_agent, *(agent for agent, _ in self._breaches), *self._unsure}
+                touched = {*news, *self._restless(), *(agent for agent, _ in self._breaches), *self._unsure}
                 due_s = self._clock.monotonic_s() + self._books.sla.evaluate_every_us / SECOND_US
             await self._books.advance(touched)
             for agent in sorted(touched):
@@ -221,6 +224,18 @@ class _Watch:
             await trio.sleep(min(max(_LEAST_PAUSE_S, worked_s * _PAUSE_FOR_WORK), _MOST_PAUSE_S))
             with trio.move_on_after(max(0.0, min(due_s - self._clock.monotonic_s(), _BEAT_EVERY_S))):
                 await self.doorbell.wait(rung)
+
+    def _restless(self) -> list[str]:
+        books = self._books.by_agent
+        if not self._books.level():
+            return list(books)
+        now_us, now_s = self._clock.now_us(), self._clock.monotonic_s()
+        return [
+            agent
+            for agent, book in books.items()
+            if now_us >= book.calm_until_us
+            or (book.will_spend and self._burn_pause_is_over(agent, now_s, _BURN_EVERY_S))
+        ]
 
     async def _judge(self, agent: str, *, is_news: bool) -> None:
         """Let each term of an agent take at most one step, and write the transitions."""
@@ -233,10 +248,14 @@ class _Watch:
             return
         found: dict[str, _Found] = {}
         terms: tuple[TermType, ...] = _TERMS
+        metrics = None
+        is_calm = not any((agent, term) in self._breaches for term in _TERMS)
         if book is not None:
             if book.stale:
                 return
-            for verdict in evaluate(book.metrics(sla.breach_window_us), book.held_to.promise):
+            book.calm_until_us = 0
+            metrics = book.metrics(sla.breach_window_us)
+            for verdict in evaluate(metrics, book.held_to.promise):
                 found[verdict.breach_type] = _Found(verdict, sla.breach_window_us)
             if self._burn_is_due(book, is_news=is_news):
                 burning = self._burning(book)
@@ -260,11 +279,14 @@ class _Watch:
                 min_samples=sla.min_samples,
                 promise_changed=changed,
             )
+            is_calm = is_calm and state == breach.NONE
             if transition is None:
                 self._keep(agent, term, _Breach(state, known.row))
             else:
                 row = self._row(sla, book, known.row, judged, transition, now_us)
                 await self._write(transition, row, state, now_us)
+        if is_calm and book is not None and metrics is not None:
+            book.rest(metrics, sla.min_samples, burnrate.WINDOWS_US[-1])
 
     def _hold_us(self, agent: str, term: str, state: BreachState, now_us: int) -> int:
         sla = self._books.sla
@@ -288,14 +310,22 @@ class _Watch:
         if (agent, "burn_rate") not in self._breaches and not book.has_spent(burnrate.WINDOWS_US[-1]):
             return False
         now_s = self._clock.monotonic_s()
-        if now_s - self._burn_seen_s.get(agent, -math.inf) < (_BURN_PAUSE_S if is_news else _BURN_EVERY_S):
+        if not self._burn_pause_is_over(agent, now_s, _BURN_PAUSE_S if is_news else _BURN_EVERY_S):
             return False
         self._burn_seen_s[agent] = now_s
         return True
 
+    def _burn_pause_is_over(self, agent: str, now_s: float, pause_s: float) -> bool:
+        return now_s - self._burn_seen_s.get(agent, -math.inf) >= pause_s
+
     def _burning(self, book: AgentBook) -> _Found | None:
+        """What there is to say of burn rates; nothing where none is told of and none burns."""
+        promise, min_samples = book.held_to.promise, self._books.sla.min_samples
+        is_told_of = (book.agent.id, "burn_rate") in self._breaches
+        if not is_told_of and not burnrate.is_burning(book.counts, promise, min_samples):
+            return None
         by_window = {window_us: book.counts(window_us) for window_us in burnrate.WINDOWS_US}
-        burning = burnrate.burning(by_window, book.held_to.promise, self._books.sla.min_samples)
+        burning = burnrate.burning(by_window, promise, min_samples)
         found = burnrate.verdict(burning)
         return None if found is None else _Found(found[0], found[1].rule.long_us, found[1])
 

@@ -6,7 +6,7 @@ goes. Factors and windows are those of the Site Reliability Workbook, chapter 5,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
@@ -78,6 +78,17 @@ def burning(by_window: Mapping[int, Metrics], promise: Promise, min_samples: int
         for term in _BUDGETS
         if _has_budget(promise, term)
     ]
+
+
+def is_burning(figures_of: Callable[[int], Metrics], promise: Promise, min_samples: int) -> bool:
+    """Whether any of `burning` fires, with the figures of as few windows as that takes: mostly the short ones."""
+    for rule in RULES:
+        short = figures_of(rule.short_us)
+        burn, factor = burns(short, promise), Fraction(rule.factor)
+        fast = [term for term in _BUDGETS if _has_budget(promise, term) and (burn.get(term) or 0) >= factor]
+        if any(hold(rule, term, figures_of(rule.long_us), short, promise, min_samples).fires for term in fast):
+            return True
+    return False
 
 
 def verdict(found: list[Burning]) -> tuple[TermVerdict, Burning] | None:

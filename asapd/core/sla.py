@@ -215,7 +215,7 @@ def percent_text(percent: Decimal) -> str:
 
 def _availability(metrics: Metrics, promised: Decimal) -> TermVerdict:
     known_us = metrics.up_us + metrics.down_us
-    allowed = _complement(promised)
+    allowed = allowed_downtime(promised)
     return _share_verdict("availability", promised, metrics.up_us, metrics.down_us, known_us, allowed, metrics.probes)
 
 
@@ -265,8 +265,9 @@ def _shown_p95(p95_ms: float, over_promise: int, samples: int, promised_ms: int 
 
 
 @lru_cache(maxsize=1024)
-def _complement(percent: Decimal) -> Fraction:
-    return 100 - Fraction(percent)
+def allowed_downtime(promised_percent: Decimal) -> Fraction:
+    """What an availability leaves, in percent and exact."""
+    return 100 - Fraction(promised_percent)
 
 
 @lru_cache(maxsize=1024)

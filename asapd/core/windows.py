@@ -125,6 +125,14 @@ class TaskWindow:
         """Start and end of what the figures cover; (0, 0) before the first `advance`."""
         return (0, 0) if self._newest is None else window_bounds(self.window_us, self._now_us)
 
+    def bad(self) -> tuple[int, int]:
+        """Failed tasks and samples over the promise, of the window and of what waits for it."""
+        waiting = self._waiting.values()
+        return (
+            self._sum.failed + sum(cell.failed for cell in waiting),
+            self._sum.over_promise + sum(cell.over_promise for cell in waiting),
+        )
+
     def steps(self) -> dict[int, tuple[int, int, int]]:
         """Of each step of the window, by its start: completed, failed, over the promise; empty ones are left out."""
         return {

@@ -73,7 +73,8 @@ class Feed(Generic[T]):
 
         Raises FeedClosed once the feed is closed, whether or not there are items left: `after` still hands those out.
         """
-        await trio.lowlevel.checkpoint()
+        if self._closed or self._last > seq:
+            await trio.lowlevel.checkpoint()
         while not self._closed and self._last <= seq:
             await self._followers.park()
         if self._closed:
@@ -109,7 +110,8 @@ class Wakeup:
 
     async def wait(self, seen: int) -> int:
         """Return the count once it is above `seen`, at once if it is already."""
-        await trio.lowlevel.checkpoint()
+        if self._count > seen:
+            await trio.lowlevel.checkpoint()
         while self._count <= seen:
             await self._waiters.park()
         return self._count

@@ -13,18 +13,18 @@ import re
 import socket
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 from urllib.parse import SplitResult, urlsplit
 
-import httpcore2
+import h11
 import msgspec
 import trio
 
+from asapd.runtime.http1 import BrokenExchangeError, ServerConnection
 from asapd.runtime.idle import IdleConnections
 
 Network = IPv4Network | IPv6Network
@@ -68,14 +68,6 @@ class FetchFailed(msgspec.Struct, frozen=True):
     doubt: Doubt | None = None
 
 
-class _UnreachableError(Exception):
-    """The way to the server ended before HTTP began; carries the outcome through the HTTP library."""
-
-    def __init__(self, failed: FetchFailed) -> None:
-        super().__init__(failed.detail)
-        self.failed = failed
-
-
 # What the kernel says before a packet has left the host.
 _OWN_FAILURES = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENOBUFS})
 # What it says when nothing answered, next door or farther off.
@@ -101,21 +93,12 @@ class Fetcher:
         max_idle: int = 64,
         keepalive_s: float = 75.0,
     ) -> None:
-        self._user_agent = user_agent
-        # Made once: a pool would load all authorities again for each connection.
-        context = ssl.create_default_context() if ssl_context is None else ssl_context
-        network = _GuardedNetwork(tuple(allowed_networks))
-
-        def pool(idle: int) -> httpcore2.AsyncConnectionPool:
-            return httpcore2.AsyncConnectionPool(
-                ssl_context=context,
-                max_connections=None,  # the caller bounds how many run at once; a queue here would eat their deadlines
-                max_keepalive_connections=idle,
-                keepalive_expiry=keepalive_s,
-                network_backend=network,
-            )
-
-        self._idle = IdleConnections(pool, max_origins=max_idle, keepalive_s=keepalive_s)
+        self._user_agent = user_agent.encode()
+        self._allowed = tuple(allowed_networks)
+        # Made once: it loads all authorities.
+        self._tls = ssl.create_default_context() if ssl_context is None else ssl_context
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._idle = IdleConnections(max_origins=max_idle, keepalive_s=keepalive_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,7 +108,8 @@ class Fetcher:
 
     async def aclose(self) -> None:
         """Close the idle connections."""
-        await self._idle.aclose()
+        self._idle.close()
+        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def get(
         self, url: str, *, deadline_s: float, max_bytes: int, accept: str = "application/json"
@@ -139,7 +123,7 @@ class Fetcher:
         """
         headers = [(b"Accept", accept.encode())]
         return await self._exchange(
-            b"GET", url, headers, None, deadline_s, lambda response, started_s: _read(response, max_bytes, started_s)
+            b"GET", url, headers, None, deadline_s, lambda *answer: _read(*answer, max_bytes=max_bytes)
         )
 
     async def post(
@@ -164,14 +148,15 @@ class Fetcher:
         headers: list[tuple[bytes, bytes]],
         body: bytes | None,
         deadline_s: float,
-        read: Callable[[httpcore2.Response, float], Awaitable[Fetched | FetchFailed]],
+        read: Callable[[ServerConnection, h11.Response, float], Awaitable[Fetched | FetchFailed]],
     ) -> Fetched | FetchFailed:
         target = _target(url)
         if isinstance(target, FetchFailed):
             return target
+        path = (target.path or "/") + (f"?{target.query}" if target.query else "")
         sent = [
             (b"Host", target.netloc.encode()),
-            (b"User-Agent", self._user_agent.encode()),
+            (b"User-Agent", self._user_agent),
             # Without it a few compressed bytes could stand for gigabytes.
             (b"Accept-Encoding", b"identity"),
             *headers,
@@ -181,29 +166,48 @@ class Fetcher:
         with trio.move_on_after(deadline_s):
             while True:
                 attempt = _Attempt()
-                _ATTEMPT.set(attempt)
-                try:
-                    async with (
-                        self._idle.using(f"{target.scheme}://{target.netloc}") as pool,
-                        pool.stream(
-                            method,
-                            url.partition("#")[0],
-                            headers=sent,
-                            content=body,
-                            extensions={"trace": attempt.trace},
-                        ) as response,
-                    ):
-                        return await read(response, started_s)
-                except _UnreachableError as error:
-                    return error.failed
-                except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-                    if attempt.may_repeat:
-                        continue
-                    return FetchFailed("protocol", f"{attempt.phase} failed: {str(error) or type(error).__name__}")
+                with self._idle.using(f"{target.scheme}://{target.netloc}") as place:
+                    connection = place.take() or await self._connect(target, attempt)
+                    if isinstance(connection, FetchFailed):
+                        return connection
+                    try:
+                        await connection.send(method, path.encode(), sent, body)
+                        attempt.phase = "waiting for the answer"
+                        response = await connection.receive_head()
+                        attempt.answered, attempt.phase = True, _BODY
+                        return await read(connection, response, started_s)
+                    except BrokenExchangeError as error:
+                        if not attempt.may_repeat:
+                            return FetchFailed("protocol", f"{attempt.phase} failed: {error}")
+                    finally:
+                        place.give(connection)
         # A server that answers and then drips is another trouble than one that does not answer.
         reason: Reason = "slow_body" if attempt.phase == _BODY else "timeout"
         detail = f"no whole answer within {deadline_s:g} s: {attempt.phase} took too long"
         return FetchFailed(reason, detail, attempt.doubt)
+
+    async def _connect(self, target: SplitResult, attempt: _Attempt) -> ServerConnection | FetchFailed:
+        """A fresh connection to one of the allowed addresses of a server."""
+        attempt.reused = False
+        host, is_tls = target.hostname or "", target.scheme == "https"
+        stream = await _open(host, target.port or (443 if is_tls else 80), self._allowed, attempt)
+        if isinstance(stream, FetchFailed):
+            return stream
+        if is_tls:
+            attempt.phase = "the TLS handshake"
+            secure = trio.SSLStream(stream, self._tls, server_hostname=host, https_compatible=True)
+            try:
+                await secure.do_handshake()
+            except trio.BrokenResourceError as error:
+                stream.socket.close()
+                return FetchFailed("tls", str(error.__cause__ or "the connection was closed in the handshake"))
+            except trio.Cancelled:
+                stream.socket.close()
+                raise
+            attempt.phase = _SENDING
+            return ServerConnection(secure)
+        attempt.phase = _SENDING
+        return ServerConnection(stream)
 
 
 class _Attempt:
@@ -231,131 +235,62 @@ class _Attempt:
         is_silent = self.phase == _CONNECTING or (self.reused and not self.answered)
         return "network" if is_silent and not self.is_near else None
 
-    async def trace(self, event: str, info: dict[str, Any]) -> None:  # noqa: ARG002 -- the library's signature
-        match event:
-            case "connection.connect_tcp.started":
-                self.reused = False
-            case "connection.start_tls.started":
-                self.phase = "the TLS handshake"
-            case "http11.receive_response_headers.started":
-                self.phase = "waiting for the answer"
-            case "http11.receive_response_headers.complete":
-                self.answered = True
-                self.phase = _BODY
+
+async def _open(host: str, port: int, allowed: Sequence[Network], attempt: _Attempt) -> trio.SocketStream | FetchFailed:
+    """Connect to one of the addresses of a host, in turn.
+
+    Raises:
+        OSError: it is this host that cannot reach any.
+    """
+    attempt.phase = _LOOKING_UP
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno in _ANSWERS:
+            return FetchFailed("dns", f"{host} has no address: {error}")
+        detail = f"no resolver answers for {host}: {error}"
+        return FetchFailed("dns", detail, "resolver")
+    except UnicodeError as error:
+        return FetchFailed("dns", f"{host} has no address: {error}")
+    attempt.phase = _CONNECTING
+    usable = [(family, where) for family, _, _, _, where in found if _is_allowed(str(where[0]), allowed)]
+    if not usable:
+        addresses = ", ".join(dict.fromkeys(str(where[0]) for *_, where in found))
+        detail = f"{host} is at {addresses}, outside the allowed networks"
+        return FetchFailed("not_allowed", detail)
+    attempt.is_near = any(ip_address(str(where[0])).is_loopback for _, where in usable)
+    failure = ""
+    is_silent = not attempt.is_near
+    own_failures: list[OSError] = []
+    for tried, (family, where) in enumerate(usable):
+        # An address that swallows packets must leave time for those behind it; the last may use it all.
+        left = len(usable) - tried
+        share_s = (trio.current_effective_deadline() - trio.current_time()) / left if left > 1 else math.inf
+        with trio.move_on_after(share_s):
+            connection = trio.socket.socket(family, socket.SOCK_STREAM)
+            try:
+                await connection.connect(where)
+            except OSError as error:
+                connection.close()
+                failure = f"{where[0]} port {port}: {error.strerror or error}"
+                if error.errno in _OWN_FAILURES:
+                    own_failures.append(error)
+                elif error.errno not in _SILENCES:
+                    is_silent = False
+                continue
+            attempt.phase = _SENDING
+            return trio.SocketStream(connection)
+        failure = f"{where[0]} port {port}: no answer"
+    if len(own_failures) == len(usable):
+        raise own_failures[0]
+    return FetchFailed("refused", failure, "network" if is_silent else None)
 
 
-_ATTEMPT: ContextVar[_Attempt] = ContextVar("attempt")
-"""What connects does so in the task of the attempt, but the HTTP library passes nothing on to it."""
-
-
-class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
-    def __init__(self, allowed: tuple[Network, ...]) -> None:
-        self._allowed = allowed
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ARG002 -- the deadline around the whole operation bounds this
-        local_address: str | None = None,  # noqa: ARG002 -- the library's signature
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,  # noqa: ARG002 -- the library's signature
-    ) -> httpcore2.AsyncNetworkStream:
-        attempt = _ATTEMPT.get()
-        attempt.phase = _LOOKING_UP
-        try:
-            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            if error.errno in _ANSWERS:
-                raise _UnreachableError(FetchFailed("dns", f"{host} has no address: {error}")) from None
-            detail = f"no resolver answers for {host}: {error}"
-            raise _UnreachableError(FetchFailed("dns", detail, "resolver")) from None
-        except UnicodeError as error:
-            raise _UnreachableError(FetchFailed("dns", f"{host} has no address: {error}")) from None
-        attempt.phase = _CONNECTING
-        usable = [(family, where) for family, _, _, _, where in found if self._is_allowed(str(where[0]))]
-        if not usable:
-            addresses = ", ".join(dict.fromkeys(str(where[0]) for *_, where in found))
-            detail = f"{host} is at {addresses}, outside the allowed networks"
-            raise _UnreachableError(FetchFailed("not_allowed", detail))
-        attempt.is_near = any(ip_address(str(where[0])).is_loopback for _, where in usable)
-        failure = ""
-        is_silent = not attempt.is_near
-        own_failures: list[OSError] = []
-        for tried, (family, where) in enumerate(usable):
-            # An address that swallows packets must leave time for those behind it; the last may use it all.
-            left = len(usable) - tried
-            share_s = (trio.current_effective_deadline() - trio.current_time()) / left if left > 1 else math.inf
-            with trio.move_on_after(share_s):
-                connection = trio.socket.socket(family, socket.SOCK_STREAM)
-                try:
-                    await connection.connect(where)
-                except OSError as error:
-                    connection.close()
-                    failure = f"{where[0]} port {port}: {error.strerror or error}"
-                    if error.errno in _OWN_FAILURES:
-                        own_failures.append(error)
-                    elif error.errno not in _SILENCES:
-                        is_silent = False
-                    continue
-                attempt.phase = _SENDING
-                return _Stream(trio.SocketStream(connection))
-            failure = f"{where[0]} port {port}: no answer"
-        if len(own_failures) == len(usable):
-            raise own_failures[0]
-        raise _UnreachableError(FetchFailed("refused", failure, "network" if is_silent else None))
-
-    def _is_allowed(self, address: str) -> bool:
-        ip: IPv4Address | IPv6Address = ip_address(address)
-        if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return not ip.is_link_local and any(ip in network for network in self._allowed)
-
-
-class _Stream(httpcore2.AsyncNetworkStream):
-    def __init__(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
-        self._stream = stream
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 -- as above
-        try:
-            return bytes(await self._stream.receive_some(max_bytes))
-        except trio.BrokenResourceError as error:
-            raise httpcore2.ReadError("the connection was reset") from error
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 -- as above
-        try:
-            await self._stream.send_all(buffer)
-        except trio.BrokenResourceError as error:
-            raise httpcore2.WriteError("the connection was reset") from error
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ARG002 -- as above
-    ) -> httpcore2.AsyncNetworkStream:
-        assert isinstance(self._stream, trio.SocketStream)
-        secure = trio.SSLStream(self._stream, ssl_context, server_hostname=server_hostname, https_compatible=True)
-        try:
-            await secure.do_handshake()
-        except trio.BrokenResourceError as error:
-            self._stream.socket.close()
-            detail = str(error.__cause__ or "the connection was closed in the handshake")
-            raise _UnreachableError(FetchFailed("tls", detail)) from None
-        except trio.Cancelled:
-            # The library forgets a connection that is cancelled here, and leaves its socket open.
-            self._stream.socket.close()
-            raise
-        return _Stream(secure)
-
-    def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":  # asked of an idle connection: readable means closed by the server
-            stream = self._stream
-            transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-            return transport.socket.is_readable()
-        return None
+def _is_allowed(address: str, allowed: Sequence[Network]) -> bool:
+    ip: IPv4Address | IPv6Address = ip_address(address)
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    return not ip.is_link_local and any(ip in network for network in allowed)
 
 
 def _target(url: str) -> SplitResult | FetchFailed:
@@ -369,48 +304,46 @@ def _target(url: str) -> SplitResult | FetchFailed:
     return parts
 
 
-async def _read(response: httpcore2.Response, max_bytes: int, started_s: float) -> Fetched | FetchFailed:
-    if 300 <= response.status < 400:
-        return FetchFailed("redirect", f"answered with status {response.status}; redirects are not followed")
-    coding = next((value for name, value in response.headers if name.lower() == b"content-encoding"), b"identity")
+async def _read(
+    connection: ServerConnection, response: h11.Response, started_s: float, *, max_bytes: int
+) -> Fetched | FetchFailed:
+    if 300 <= response.status_code < 400:
+        return _redirected(response)
+    coding = next((value for name, value in response.headers if name == b"content-encoding"), b"identity")
     if coding.lower() != b"identity":
         return FetchFailed("protocol", "answered with a compressed body, which was not asked for")
     parts: list[bytes] = []
     size = 0
-    async with aclosing(response.aiter_stream()) as chunks:
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > max_bytes:
-                return FetchFailed("too_large", f"the body is larger than {max_bytes} bytes")
-            parts.append(chunk)
+    while (part := await connection.receive_part()) is not None:
+        size += len(part)
+        if size > max_bytes:
+            return FetchFailed("too_large", f"the body is larger than {max_bytes} bytes")
+        parts.append(part)
     return _fetched(response, b"".join(parts), started_s)
 
 
-async def _read_status(response: httpcore2.Response, started_s: float) -> Fetched | FetchFailed:
+async def _read_status(connection: ServerConnection, response: h11.Response, started_s: float) -> Fetched | FetchFailed:
     """The answer without its body: a short one is read, so that the connection can be kept, and any other let go."""
-    if 300 <= response.status < 400:
-        return FetchFailed("redirect", f"answered with status {response.status}; redirects are not followed")
+    if 300 <= response.status_code < 400:
+        return _redirected(response)
     answer = _fetched(response, b"", started_s)
     size = 0
-    with trio.move_on_after(_DRAIN_S):
-        try:
-            async with aclosing(response.aiter_stream()) as chunks:
-                async for chunk in chunks:
-                    size += len(chunk)
-                    if size > _DRAIN_BYTES:
-                        break
-        except (httpcore2.NetworkError, httpcore2.ProtocolError):
-            pass  # it has said what it had to say
+    # What breaks off now has said what it had to say.
+    with trio.move_on_after(_DRAIN_S), suppress(BrokenExchangeError):
+        while size <= _DRAIN_BYTES and (part := await connection.receive_part()) is not None:
+            size += len(part)
     return answer
 
 
-def _fetched(response: httpcore2.Response, body: bytes, started_s: float) -> Fetched:
+def _redirected(response: h11.Response) -> FetchFailed:
+    return FetchFailed("redirect", f"answered with status {response.status_code}; redirects are not followed")
+
+
+def _fetched(response: h11.Response, body: bytes, started_s: float) -> Fetched:
     headers = {
-        name.lower().decode("ascii"): value.decode("latin-1")
-        for name, value in response.headers
-        if name.lower() in _KEPT_HEADERS
+        name.decode("ascii"): value.decode("latin-1") for name, value in response.headers if name in _KEPT_HEADERS
     }
-    return Fetched(response.status, body, math.ceil((trio.current_time() - started_s) * 1000), headers)
+    return Fetched(response.status_code, body, math.ceil((trio.current_time() - started_s) * 1000), headers)
 
 
 def host_networks(

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.burnrate import RULES, WINDOWS_US, as_verdict, burning, forecast, hold, shown_burn, verdict
+from asapd.core.burnrate import (
+    RULES,
+    WINDOWS_US,
+    as_verdict,
+    burning,
+    forecast,
+    hold,
+    is_burning,
+    shown_burn,
+    verdict,
+)
 from asapd.core.exclusions import Observed
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
@@ -43,6 +53,26 @@ def test_both_windows_have_to_burn() -> None:
     assert not held((857, 143), (85, 15))
     assert not held((856, 144), (99, 1))
     assert not held((856, 144), (0, 0))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 60), st.integers(0, 900), st.integers(0, 90), st.integers(0, 60)),
+        min_size=len(WINDOWS_US),
+        max_size=len(WINDOWS_US),
+    ),
+    st.sampled_from([BOTH, ERRORS, Promise(), Promise(Decimal(100), None, Decimal(0)), Promise(Decimal(90))]),
+    st.integers(1, 40),
+)
+def test_it_burns_when_any_rule_fires(
+    counted: list[tuple[int, int, int, int, int]], promise: Promise, min_samples: int
+) -> None:
+    by_window = {
+        window_us: window(window_us, completed, failed, up=up, down=down, probes=probes)
+        for window_us, (completed, failed, up, down, probes) in zip(WINDOWS_US, counted, strict=True)
+    }
+    fires = any(one.fires for one in burning(by_window, promise, min_samples))
+    assert is_burning(by_window.__getitem__, promise, min_samples) == fires
 
 
 def test_three_requests_a_day_page_nobody() -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 
-import httpcore2
 import pytest
 import trio
 from trio.testing import MockClock
 
 from asapd.runtime.fetch import LOOPBACK, Fetched, Fetcher
-from asapd.runtime.idle import IdleConnections
+from asapd.runtime.http1 import ServerConnection
+from asapd.runtime.idle import IdleConnections, Place
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -94,23 +94,65 @@ async def test_what_was_not_used_for_long_is_closed_and_gives_up_its_place(autoj
         assert (old.open, new.ever) == (0, 1)
 
 
-async def test_a_pool_in_use_is_not_swept(autojump_clock: MockClock) -> None:
-    idle = IdleConnections(lambda most: httpcore2.AsyncConnectionPool(), max_origins=2, keepalive_s=10)
-    async with idle.using("a") as first:
+async def test_a_place_in_use_is_not_swept(autojump_clock: MockClock) -> None:
+    idle = IdleConnections(max_origins=2, keepalive_s=10)
+    with idle.using("a") as first:
         await trio.sleep(25)
-        async with idle.using("b"), idle.using("a") as second:
+        with idle.using("b"), idle.using("a") as second:
             assert second is first
-    await idle.aclose()
+    idle.close()
 
 
-async def test_closing_while_a_pool_is_in_use_forgets_it(autojump_clock: MockClock) -> None:
-    idle = IdleConnections(lambda most: httpcore2.AsyncConnectionPool(), max_origins=1, keepalive_s=10)
-    async with AsyncExitStack() as uses:
-        first = await uses.enter_async_context(idle.using("a"))
-        await idle.aclose()
-        second = await uses.enter_async_context(idle.using("a"))
-        assert first is not second
-    await idle.aclose()
+async def test_closing_while_a_place_is_in_use_forgets_it() -> None:
+    idle = IdleConnections(max_origins=1, keepalive_s=10)
+    ours, theirs = await stream_pair()
+    with idle.using("a") as first:
+        idle.close()
+        with idle.using("a") as second:
+            assert first is not second
+        first.give(ServerConnection(ours))
+        assert first.is_empty
+    async with theirs:
+        assert await theirs.receive_some() == b""
+    idle.close()
+
+
+async def test_of_several_the_one_used_last_is_taken_and_old_ones_are_closed(autojump_clock: MockClock) -> None:
+    place = Place(2, 10)
+    pairs = [await stream_pair() for _ in range(3)]
+    connections = [ServerConnection(ours) for ours, _ in pairs]
+    for connection in connections:
+        place.give(await used(connection, pairs))
+        await trio.sleep(4)
+    assert await pairs[2][1].receive_some() == b""
+    assert place.take() is connections[1]
+    place.give(await used(connections[1], pairs))
+    await trio.sleep(4)
+    assert place.take() is connections[1]
+    assert await pairs[0][1].receive_some() == b""
+    assert place.take() is None
+    connections[1].close()
+    for _, theirs in pairs:
+        await theirs.aclose()
+
+
+async def stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    ours, theirs = trio.socket.socketpair()
+    return trio.SocketStream(ours), trio.SocketStream(theirs)
+
+
+async def used(
+    connection: ServerConnection, pairs: list[tuple[trio.SocketStream, trio.SocketStream]]
+) -> ServerConnection:
+    """A connection behind an exchange."""
+    await connection.send(b"GET", b"/", [(b"Host", b"a")], None)
+    theirs = next(theirs for ours, theirs in pairs if ours is connection._stream)
+    await theirs.receive_some()
+    await theirs.send_all(OK)
+    assert (await connection.receive_head()).status_code == 200
+    while await connection.receive_part() is not None:
+        pass
+    return connection
 
 
 @pytest.mark.parametrize("most", [0, 1])
