@@ -53,7 +53,7 @@ from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units.alerts import BreachRow
 from asapd.store.units.house import ApiKey
 from asapd.store.units.promises import Maintenance
-from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter
+from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter, places
 from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint
 
@@ -69,6 +69,7 @@ __all__ = [
     "Reads",
     "StoredManifest",
     "StoredProbe",
+    "places",
 ]
 
 
@@ -154,22 +155,25 @@ class Reads:
         limit: int,
         offset: int,
         zone: ZoneInfo = UTC,
-    ) -> tuple[list[dict[str, Any]], int]:
+        after: usage_queries.Place | None = None,
+    ) -> tuple[usage_queries.Grouped, int]:
         """Sums by groups, and from when on raw events are complete; periods are those of a zone's clocks.
 
         The time is in microseconds since the epoch, 0 when no event was retired.
         """
         query = UsageFilter(visibility(caller), **filters)
 
-        def read(connection: Any) -> tuple[list[dict[str, Any]], int]:
-            rows = usage_queries.aggregate(connection, query, group_by, limit, offset, zone)
-            return rows, retention.retired_before(connection)
+        def read(connection: Any) -> tuple[usage_queries.Grouped, int]:
+            groups = usage_queries.aggregate(connection, query, group_by, limit, offset, zone, after)
+            return groups, retention.retired_before(connection)
 
         return await self._database.read(read)
 
-    async def find_event(self, caller: Caller, event: str, agent: str | None, source: str | None) -> list[int]:
+    async def find_event(
+        self, caller: Caller, event: str, agent: str | None, source: str | None, seq: int | None
+    ) -> list[int]:
         """The rows of the events that bear an id, of agents that the caller may see."""
-        return await self._database.read(voids.find_event, visibility(caller), event, agent, source)
+        return await self._database.read(voids.find_event, visibility(caller), event, agent, source, seq)
 
     async def sources(
         self, caller: Caller, *, agent: str | None, source: str | None, limit: int, after: sources.Key | None
@@ -265,9 +269,14 @@ class Reads:
         """One task with its totals and those of its descendants."""
         return await self._database.read(tasks.get_task, visibility(caller), task)
 
-    async def usage_summary(self, caller: Caller, filters: dict[str, Any]) -> dict[str, Any]:
-        """Totals."""
-        return await self._database.read(usage_queries.summary, UsageFilter(visibility(caller), **filters))
+    async def usage_summary(self, caller: Caller, filters: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Totals, and from when on raw events are complete, as `usage_aggregate` has it."""
+        query = UsageFilter(visibility(caller), **filters)
+
+        def read(connection: Any) -> tuple[dict[str, Any], int]:
+            return usage_queries.summary(connection, query), retention.retired_before(connection)
+
+        return await self._database.read(read)
 
     async def usage_stats(self, caller: Caller) -> dict[str, Any]:
         """How much there is and since when."""

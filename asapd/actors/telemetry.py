@@ -249,13 +249,17 @@ def _collect(deltas: list[Delta], memory: Memory) -> dict[bytes, _Collection]:
         part = CollectionPart(delta.point.bucket, delta.tokens, delta.calls)
         if stream not in one.after and len(one.after) >= MAX_PARTS:
             one.beyond.append(delta)
-        elif one.after.setdefault(stream, part) != part:
+        elif msgspec.structs.replace(one.after.setdefault(stream, part), is_void=False) != part:
             one.contradicted.append(delta)
     return found
 
 
 def _parts(parts: dict[bytes, CollectionPart]) -> dict[bytes, Part]:
-    return {stream: Part(cast("Bucket", part.bucket), part.tokens, part.calls) for stream, part in parts.items()}
+    """What is counted of the parts: what was voided stays so in an event that takes the place of another."""
+    return {
+        stream: Part(cast("Bucket", part.bucket), 0 if part.is_void else part.tokens, 0 if part.is_void else part.calls)
+        for stream, part in parts.items()
+    }
 
 
 def _without(points: list[MetricPoint], deltas: list[Delta], rejected: list[str], reason: str) -> list[MetricPoint]:

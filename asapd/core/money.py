@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, ROUND_CEILING, Context, Decimal, InvalidOperation
 from typing import NewType
 
 Microusd = NewType("Microusd", int)
@@ -13,6 +13,8 @@ MICRO = 1_000_000
 MAX_MICROUSD = 2**53 - 1
 """Nine billion dollars: the largest integer that every JSON reader keeps exact."""
 
+# What is written is never rounded, nor becomes 0.
+_EXACT = Context(prec=MAX_PREC, Emin=MIN_EMIN, Emax=MAX_EMAX)
 # What Decimal reads and no sender means: 1_000, spaces around, digits of other scripts.
 _UNMEANT = re.compile(r"[_\s]|[^\x00-\x7f]")
 
@@ -46,8 +48,8 @@ def parse_usd(value: float | str | Decimal, *, round_up: bool = False) -> Microu
         raise MoneyError("must not be negative")
     if amount > MAX_MICROUSD // MICRO:
         raise MoneyError(f"must be at most {MAX_MICROUSD // MICRO} USD")
-    scaled = amount.scaleb(6)
-    whole = scaled.to_integral_value(rounding=ROUND_CEILING)
+    scaled = amount.scaleb(6, _EXACT)
+    whole = scaled.to_integral_value(ROUND_CEILING, _EXACT)
     if whole != scaled and not round_up:
         raise MoneyError("must have at most six decimals")
     return Microusd(int(whole))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from asapd.core.errors import FieldError
+from asapd.core.money import MoneyError, parse_usd
 from asapd.core.pricing import Price, PriceTable, specific_first
 from asapd.core.types import datetime_us
 
-_PICO = 10**12
 RATES = {
     "input_per_mtok": "input_pico",
     "output_per_mtok": "output_pico",
@@ -114,7 +115,7 @@ def _row(row: dict[str, Any], where: str, problems: list[FieldError]) -> list[Pr
     known = {"model", "provider", *RATES, *_DATES}
     problems.extend(FieldError(f"{where}.{key}", "is not a setting of a price") for key in row.keys() - known)
     models, providers = _several(row.get("model")), _several(row.get("provider", ""))
-    if not all(isinstance(one, str) and one for one in models):
+    if not all(isinstance(one, str) and one and "*" not in one[:-1] for one in models):
         problems.append(FieldError(f"{where}.model", "must name a model or a prefix ending in *, or a list of such"))
         return []
     if not all(isinstance(one, str) for one in providers):
@@ -139,15 +140,11 @@ def _several(value: Any) -> list[Any]:
 
 
 def _scaled(value: Any, field: str, problems: list[FieldError]) -> int | None:
-    try:
-        amount = Decimal(str(value)) if isinstance(value, str | int | Decimal) and not isinstance(value, bool) else None
-    except InvalidOperation:
-        amount = None
-    scaled = amount.scaleb(6) if amount is not None and amount.is_finite() and 0 <= amount < _PICO else None
-    if scaled is None or scaled != scaled.to_integral_value():
-        problems.append(FieldError(field, "must be USD, not negative, with at most six decimals"))
-        return None
-    return int(scaled)
+    if isinstance(value, str | int | Decimal):
+        with suppress(MoneyError):
+            return parse_usd(value)
+    problems.append(FieldError(field, "must be USD, not negative, with at most six decimals"))
+    return None
 
 
 def _day_us(value: Any, field: str, problems: list[FieldError]) -> int | None:

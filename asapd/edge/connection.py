@@ -341,7 +341,8 @@ class _Http(HTTPStream):
         await super().handle(event)
 
     async def _send_error_response(self, status_code: int) -> None:
-        headers, body = refusal_response(status_code, _asked(self.scope["path"].encode(), self.scope["headers"]))
+        asked = _asked(self.scope["path"].encode(), self.scope["headers"])
+        status_code, headers, body = refusal_response(status_code, asked)
         await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
         if self.scope["method"] != "HEAD":
             await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
@@ -361,7 +362,7 @@ class _Ws(WSStream):
             await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
 
     async def _send_error_response(self, status_code: int) -> None:
-        headers, body = refusal_response(status_code)
+        _, headers, body = refusal_response(status_code)
         await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
         await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
         await self.send(stream_events.EndBody(stream_id=STREAM_ID))
@@ -416,7 +417,7 @@ class _Http11(H11Protocol):
 
     async def _send_error_response(self, status_code: int) -> None:
         request = self._request
-        headers, body = refusal_response(
+        status_code, headers, body = refusal_response(
             status_code, None if request is None else _asked(request.target, request.headers)
         )
         headers += self.config.response_headers("h11")

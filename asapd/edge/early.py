@@ -12,6 +12,9 @@ from asapd.wire.otlp import CONTENT_TYPES, Encoding, encode_status
 from asapd.wire.problem import PROBLEM_JSON, encode_json, problem
 
 OTLP_PATHS: Final = ("/v1/traces", "/v1/metrics")
+VALIDATIONS: Final = ("/usage/validate", "/asap/usage/validate")
+"""What always has an answer, which may be that a report of this would be refused."""
+
 OTLP_TYPES: Final[dict[Encoding, str]] = {encoding: name for name, encoding in CONTENT_TYPES.items()}
 
 # With codes that the application uses as well.
@@ -37,12 +40,18 @@ class Asked(msgspec.Struct, frozen=True):
     content_type: str
 
 
-def refusal_response(status: int, asked: Asked | None = None) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body: a problem document, and for exporters of OpenTelemetry what those understand."""
+def refusal_response(status: int, asked: Asked | None = None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body: a problem document, for exporters of OpenTelemetry what those understand.
+
+    What would be too large to report is the verdict of a validation.
+    """
     refusal = _REFUSALS.get(status, _REFUSALS[400])
     content_type, body = PROBLEM_JSON, encode_json(problem(refusal, status=status))
     if asked is not None and asked.path in OTLP_PATHS:
         content_type, body = otlp_error(refusal.code, refusal.detail, asked.content_type)
+    elif asked is not None and asked.path in VALIDATIONS and status == 413:
+        verdict = {"valid": False, "error": refusal.detail, "code": refusal.code}
+        status, content_type, body = 200, "application/json", encode_json(verdict)
     headers = [
         (b"content-type", content_type.encode()),
         (b"content-length", str(len(body)).encode()),
@@ -50,12 +59,12 @@ def refusal_response(status: int, asked: Asked | None = None) -> tuple[list[tupl
     ]
     if status == 503:
         headers.append((b"retry-after", b"1"))
-    return headers, body
+    return status, headers, body
 
 
 def bare_response(status: int) -> bytes:
     """The same as a whole HTTP/1.1 response."""
-    headers, body = refusal_response(status)
+    _, headers, body = refusal_response(status)
     first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
     return b"\r\n".join([first, *(name + b": " + value for name, value in headers), b"", body])
 

@@ -76,6 +76,7 @@ def write(tx: Tx, unit: WriteBreach) -> AlertWritten:
     alert = Alert(seq, unit.event, breach.agent_id, breach.severity, breach.tenant, params, marked.held, unit.now_us)
     body = msgspec.json.encode(alert)
     tx.execute("INSERT INTO alert VALUES (?,?,?,?,?)", (seq, unit.now_us, breach.id, unit.event, body))
+    tx.has_alerted = True
     details = {
         "actual": breach.actual,
         "agent": breach.agent_id,

@@ -1,6 +1,7 @@
 """What a budget would have counted: usage that is already recorded when it, or its limit of tasks, is introduced.
 
 Cost is what each event was recorded with; reservations that were open before the budget are not held against it.
+A budget with a hard limit counts usage as well that was taken back from every figure but from hard limits.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.budgets import Match
+from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.types import HOUR_US
 from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
+from asapd.store.void_kinds import WITHHELD
 
 
 class HourSum(msgspec.Struct, frozen=True):
@@ -31,10 +33,22 @@ _SUMS = ", ".join(
     f"sum(({column}) >> 32), sum(({column}) & 4294967295)"
     for column in ("events", "unpriced", "cost_microusd", "tokens_in", "tokens_out")
 )
-# Both a row that was voided and the row that voids it: together they are nothing.
-LIVE = (
-    "NOT EXISTS (SELECT 1 FROM usage_void v WHERE v.seq = usage.seq OR v.voids = usage.seq) AND NOT EXISTS ("
-    "SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE r.seq = usage.seq)"
+
+
+def _live(taken_back: str) -> str:
+    # Both a row that was voided and the row that voids it: together they are nothing.
+    return (
+        f"NOT EXISTS (SELECT 1 FROM usage_void v WHERE v.seq = usage.seq OR (v.voids = usage.seq {taken_back})) "
+        "AND NOT EXISTS (SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event "
+        f"WHERE r.seq = usage.seq {taken_back})"
+    )
+
+
+_LIVE = {False: _live(""), True: _live(f"AND v.superseded <> {WITHHELD}")}
+# The rows of what is withheld, and what corrects their cost.
+_WITHHELD = (
+    f"(seq IN (SELECT voids FROM usage_void WHERE superseded = {WITHHELD}) OR seq IN (SELECT r.seq "
+    f"FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE v.superseded = {WITHHELD}))"
 )
 # A row that corrects the cost of another is no usage of its own.
 _USAGE = "NOT EXISTS (SELECT 1 FROM usage_repriced r WHERE r.seq = usage.seq)"
@@ -75,8 +89,9 @@ coalesce(
 """
 
 
-def recount(connection: apsw.Connection, match: Match, start_us: int, end_us: int) -> list[HourSum]:
+def recount(connection: apsw.Connection, budget: Budget, start_us: int, end_us: int) -> list[HourSum]:
     """The recorded usage of a period by hours: from the hourly sums, the edges of a period and paths from raw rows."""
+    match, is_hard = budget.match, budget.hard != Limits()
     first_hour, last_hour = -(-start_us // HOUR_US), end_us // HOUR_US
     parts: list[str] = []
     values: list[Any] = []
@@ -88,9 +103,13 @@ def recount(connection: apsw.Connection, match: Match, start_us: int, end_us: in
         where += ["tenant IN (SELECT tenant FROM tenants)", "hour >= ?", "hour < ?"]
         parts = [f"{_ROLLUP} WHERE {' AND '.join(where)}"]
         values += [first_hour, last_hour]
+        if is_hard and first_hour < last_hour:
+            condition, bound = _in_raw(match, first_hour * HOUR_US, last_hour * HOUR_US, is_hard=True)
+            parts.append(f"{_RAW} WHERE {condition} AND {_WITHHELD}")
+            values += bound
     for low_us, high_us in spans:
         if low_us < high_us:
-            condition, bound = _in_raw(match, low_us, high_us)
+            condition, bound = _in_raw(match, low_us, high_us, is_hard=is_hard)
             parts.append(f"{_RAW} WHERE {condition}")
             values += bound
     rows = fetch(
@@ -107,9 +126,9 @@ def _hour_sum(hour: int, *halves: int) -> HourSum:
 
 
 def recount_tasks(
-    connection: apsw.Connection, match: Match, budget: int, period: int, *, task_id: str | None = None, but_seq: int = 0
+    connection: apsw.Connection, budget: Budget, rule: int, period: int, *, task_id: str | None = None, but_seq: int = 0
 ) -> list[str]:
-    """The distinct tasks that a period has counted as used, or whether one of them is, without row `but_seq`.
+    """The distinct tasks that a period of a budget has counted as used, or whether one is, without row `but_seq`.
 
     Usage under a reservation belongs to the period that the reservation is held on, other usage to that of its time;
     in a period before the budget's first only what came after its introduction was counted.
@@ -120,7 +139,8 @@ def recount_tasks(
         "WHERE p.id = ?",
         (period,),
     )[0]
-    condition, values = _in_raw(match, start_us, end_us)
+    is_hard = budget.hard != Limits()
+    condition, values = _in_raw(budget.match, start_us, end_us, is_hard=is_hard)
     after_seq = 0 if start_us >= since_us else since_seq
     one, named = ("", []) if task_id is None else ("AND task_id = ?", [task_id])
     found = fetch(
@@ -128,17 +148,17 @@ def recount_tasks(
         f"SELECT task_id FROM usage WHERE {condition} AND {_USAGE} AND +seq > ? AND seq <> ? {one} AND NOT (EXISTS ("
         "SELECT 1 FROM reservation_budget b JOIN budget_period p ON p.id = b.period "
         f"WHERE b.reservation = usage.reservation AND p.budget = ?) AND {_PAYS}) "
-        f"UNION SELECT task_id FROM usage WHERE reservation IN ({_HELD}) AND seq <> ? AND {_PAYS} AND {LIVE} "
+        f"UNION SELECT task_id FROM usage WHERE reservation IN ({_HELD}) AND seq <> ? AND {_PAYS} AND {_LIVE[is_hard]} "
         f"AND {_USAGE} {one} "
         f"UNION SELECT task_id FROM reservation WHERE id IN ({_HELD}) AND state = 'settled' {one}",
-        (*values, after_seq, but_seq, *named, budget, period, but_seq, *named, period, *named),
+        (*values, after_seq, but_seq, *named, rule, period, but_seq, *named, period, *named),
     )
     return [task for (task,) in found]
 
 
-def _in_raw(match: Match, start_us: int, end_us: int) -> tuple[str, list[Any]]:
+def _in_raw(match: Match, start_us: int, end_us: int, *, is_hard: bool) -> tuple[str, list[Any]]:
     where, values = _conditions(match)
-    where += ["timestamp_us >= ?", "timestamp_us < ?", LIVE]
+    where += ["timestamp_us >= ?", "timestamp_us < ?", _LIVE[is_hard]]
     values += [start_us, end_us]
     if match.delegation is not None:
         where.append(_ON_PATH)

@@ -137,7 +137,7 @@ class Book:
         at_us = self._now_us
         while True:
             page = self._page(rule, at_us)
-            for one in recount(self._tx.connection, rule.budget.match, page.start_us, page.end_us):
+            for one in recount(self._tx.connection, rule.budget, page.start_us, page.end_us):
                 page.events += one.events
                 page.unpriced += one.unpriced
                 page.spend(one.microusd, one.tokens)
@@ -150,7 +150,7 @@ class Book:
 
     def _count_tasks(self, page: Page) -> None:
         """Count the tasks of a period that did not count them."""
-        used = set(recount_tasks(self._tx.connection, page.budget.match, page.rule.id, page.id))
+        used = set(recount_tasks(self._tx.connection, page.budget, page.rule.id, page.id))
         holds: dict[str, int] = {}
         reservations = fetch(
             self._tx.connection,
@@ -252,7 +252,7 @@ class Book:
             page.events -= 1
             page.unpriced -= cost_microusd is None
             if page.tasks_used is not None and not recount_tasks(
-                self._tx.connection, page.budget.match, page.rule.id, page.id, task_id=task_id, but_seq=seq
+                self._tx.connection, page.budget, page.rule.id, page.id, task_id=task_id, but_seq=seq
             ):
                 page.drop_task(task_id)
             self._spend_in_hour(page.rule, at_us // HOUR_US, -cost, -tokens)

@@ -13,7 +13,7 @@ from asapd.store.erasures import Erasures
 from asapd.store.findings import Findings
 from asapd.store.rows import fetch
 from asapd.store.usage_notes import Says, UsageEntry
-from asapd.store.voids import BY_HAND, SUPERSEDED, WITHHELD
+from asapd.store.void_kinds import BY_HAND, SUPERSEDED, WITHHELD
 
 Columns = tuple[Any, ...]
 

@@ -22,6 +22,7 @@ import trio
 from nacl.signing import SigningKey
 
 from asapd.core.errors import Refusal
+from asapd.store.units.alerts import AlertWritten
 from asapd.store.units.exchange import Answer, AnyResult, AnyUnit, Envelope, Idempotency
 from asapd.store.units.unit import Failed, NotWritten, Unit
 from asapd.store.writer import HEADER, MASKS, ROWS_PER_COMMIT, Writer, open_for_writing
@@ -58,7 +59,12 @@ Then = Callable[[Answer | Refusal], None]
 """Told the answer to one unit. It must not raise, and does not hold up what follows."""
 
 OnCommit = Callable[[Sequence[AnyResult] | None], None]
-"""Told the results of each commit, or None when something may have been committed that nobody answered."""
+"""Told the results of each commit, or None when something may have been committed that nobody answered.
+
+Where units wrote transitions of breaches beside what they answer, there is an `AlertWritten` more.
+"""
+
+_ALERTED = AlertWritten(None)
 
 
 class Runner(Protocol):
@@ -182,7 +188,7 @@ class InlineRunner:
         await trio.lowlevel.checkpoint()
         self._number += 1
         (answer,) = self._writer.run([Envelope(self._number, unit, urgent, idempotency)])
-        self._on_commit([answer.result])
+        self._on_commit([answer.result, *([_ALERTED] if answer.alerts else ())])
         return answer
 
 
@@ -428,6 +434,8 @@ class ProcessRunner:
             self._in_flight_bytes -= size
             then(answer)
             results.append(answer.result)
+            if answer.alerts:
+                results.append(_ALERTED)
         del buffer[:start]
         if results:
             self._on_commit(results)

@@ -17,6 +17,7 @@ from asapd.core.usage import UsageEvent
 from asapd.store import budgets, charging, identity, ledger, outcomes, voids
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RecordUsage, VoidUsage
+from asapd.store.void_kinds import SUPERSEDED, WITHHELD
 
 
 class _Debit(msgspec.Struct):
@@ -91,6 +92,6 @@ def supersede(tx: Tx, unit: VoidUsage, instead: Instead) -> None:
     if was is None or tx.row("SELECT 1 FROM usage_void WHERE voids = ?", (unit.seq,)) is not None:
         return
     is_withheld = voids.withheld(tx, was, unit) is not None and not instead.makes_good(tx, was, unit)
-    voids.take_back(tx, was, unit, voids.WITHHELD if is_withheld else voids.SUPERSEDED)
+    voids.take_back(tx, was, unit, WITHHELD if is_withheld else SUPERSEDED)
     if not was["partial"]:
         outcomes.settle(tx, was["tenant"], was["agent"], was["task_id"])

@@ -205,7 +205,7 @@ def family_of(connection: apsw.Connection, visible: Visibility, task: str) -> tu
         parents = msgspec.json.encode(level).decode()
         rows = fetch(
             connection,
-            f"SELECT task_id FROM usage WHERE parent_task_id IN (SELECT value FROM json_each(?)){condition} "
+            f"SELECT task_id FROM usage WHERE parent_task_id IN (SELECT value FROM json_each(?)){condition} AND {LIVE} "
             f"UNION SELECT task_id FROM task WHERE parent_task_id IN (SELECT value FROM json_each(?)){condition} "
             "ORDER BY 1 LIMIT ?",
             (parents, *values, parents, *values, MAX_FAMILY + 1),

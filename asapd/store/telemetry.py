@@ -32,6 +32,7 @@ from asapd.store.units.usage import (
     UsageConflict,
     VoidUsage,
 )
+from asapd.store.void_kinds import BY_HAND
 from asapd.wire.otlp import digest
 
 # As many as an export brings anew, and more: the tables shrink faster than they can grow by exports that are kept.
@@ -49,6 +50,8 @@ _COVERED = "a span below it counts"
 _OUTRANKED = "better telemetry of its resource tells of the same calls"
 _REGROUPED = "counted anew with what came later of the same collection"
 _TRACE = 16
+# An operator took back the event of a collection: its points must not come back with others of it.
+_IS_VOID = f"EXISTS (SELECT 1 FROM usage_void v WHERE v.voids = otlp_collection.seq AND v.superseded = {BY_HAND})"
 
 _trees: msgspec.msgpack.Decoder[SpanTree] = msgspec.msgpack.Decoder(SpanTree)
 _parts: msgspec.msgpack.Decoder[dict[bytes, CollectionPart]] = msgspec.msgpack.Decoder(dict[bytes, CollectionPart])
@@ -72,11 +75,14 @@ def remembered(connection: apsw.Connection, tenant: str, streams: list[bytes], c
     )
     parts = fetch(
         connection,
-        "SELECT key, parts FROM otlp_collection "
+        f"SELECT key, parts, {_IS_VOID} FROM otlp_collection "
         "WHERE tenant = (SELECT id FROM name WHERE name = ?) AND key IN (SELECT unhex(value) FROM json_each(?))",
         (tenant, _hex(collections)),
     )
-    return Memory({row[0]: StreamValue(*row[1:]) for row in found}, {key: _parts.decode(raw) for key, raw in parts})
+    return Memory(
+        {row[0]: StreamValue(*row[1:]) for row in found},
+        {key: _read_parts(raw, is_void) for key, raw, is_void in parts},
+    )
 
 
 def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
@@ -292,8 +298,13 @@ def _value(tx: Tx, tenant: int, stream: bytes) -> StreamValue | None:
 
 
 def _parts_of(tx: Tx, tenant: int, key: bytes) -> dict[bytes, CollectionPart] | None:
-    row = tx.row("SELECT parts FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, key))
-    return None if row is None else _parts.decode(row[0])
+    row = tx.row(f"SELECT parts, {_IS_VOID} FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, key))
+    return None if row is None else _read_parts(*row)
+
+
+def _read_parts(raw: bytes, is_void: int) -> dict[bytes, CollectionPart]:
+    parts = _parts.decode(raw)
+    return {key: msgspec.structs.replace(part, is_void=True) for key, part in parts.items()} if is_void else parts
 
 
 def _forget(tx: Tx, unit: RecordTelemetry) -> None:

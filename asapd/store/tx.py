@@ -66,6 +66,8 @@ class Tx:
         self._pending_audit: list[Row] = []
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
+        self.has_alerted = False
+        """Whether a unit wrote a transition of a breach, until somebody is told."""
         self.has_digests = has_digests(connection)
         """Whether there are rows that are found by the digest of their identity only."""
         self._load_head()

@@ -52,6 +52,9 @@ GROUPS = {
 
 TIME_GROUPS = frozenset({"minute", "hour", "day", "week", "month"})
 
+# What clocks show twice is two groups.
+_BY_OFFSET = frozenset({"minute", "hour"})
+
 LIVE = (
     "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void) AND NOT EXISTS ("
     "SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE r.seq = usage.seq)"
@@ -355,8 +358,10 @@ def _offsets_of(connection: apsw.Connection, query: UsageFilter, zone: ZoneInfo)
         return [(0, 0)]
     low = first if query.start_us is None else max(first, query.start_us // HOUR_US)
     high = last if query.end_us is None else min(last, query.end_us // HOUR_US)
+    if low > high:
+        return [(0, 0)]  # there is nothing, and a calendar may not go so far
     # To whole weeks, or the cache would be of no use while time goes on.
-    return _offsets(zone, low // 168 * 168, (max(low, high) // 168 + 1) * 168)
+    return _offsets(zone, low // 168 * 168, (high // 168 + 1) * 168)
 
 
 _PLAIN = ", ".join(f"sum({field})" for field in RollupSums._fields)
@@ -385,6 +390,23 @@ def _sums(connection: apsw.Connection, sql: str, values: Sequence[Any]) -> list[
     ]
 
 
+Place = tuple[int | str, ...]
+"""Where a group stands among those of one `group_by` and zone, whatever others come and go: its `places`."""
+
+
+class Grouped(NamedTuple):
+    """Groups in their order, and the place of the last of them; None without any."""
+
+    rows: list[dict[str, Any]]
+    last: Place | None
+
+
+def places(group_by: Sequence[str]) -> list[str]:
+    """By what groups are ordered: periods by their time, of hours that come twice in the order they came."""
+    order = [f"k{index}" if group in TIME_GROUPS else f"ifnull(g{index}, '')" for index, group in enumerate(group_by)]
+    return [*order, "offset_s"] if _BY_OFFSET.intersection(group_by) else order
+
+
 def aggregate(
     connection: apsw.Connection,
     query: UsageFilter,
@@ -392,8 +414,9 @@ def aggregate(
     limit: int,
     offset: int,
     zone: ZoneInfo = _UTC,
-) -> list[dict[str, Any]]:
-    """Sums by any of `GROUPS`, in the order of the groups; periods are those of a zone's clocks.
+    after: Place | None = None,
+) -> Grouped:
+    """Sums by any of `GROUPS`, in the order of the groups, from behind the place `after`; periods by a zone's clocks.
 
     By the minute, and where clocks stand off UTC by a part of an hour, raw rows are summed up.
     """
@@ -414,20 +437,21 @@ def aggregate(
     ]
     keys = [f"{group.key} AS k{index}" for index, group in enumerate(columns)]
     grouped = [f"k{index}" for index in range(len(columns))]
-    if {"hour", "minute"} & set(timed):  # an hour that comes twice is two groups, in the order they came
+    if _BY_OFFSET.intersection(timed):
         keys.append("offset_s")
         grouped.append("offset_s")
-    order = [f"k{index}" if group in TIME_GROUPS else f"g{index}" for index, group in enumerate(group_by)]
+    order = places(group_by)
+    beyond = "" if after is None else f"WHERE ({', '.join(order)}) > ({', '.join('?' * len(order))})"
     # A group of one agent has one agent.
     unique = ["1" if name in group_by else f"count(DISTINCT {name})" for name in ("agent", "consumer")]
     found = _sums(
         connection,
         f"SELECT {', '.join(texts)}, * FROM (SELECT {', '.join(keys)}, {', '.join(unique)}, {{sums}} "
-        f"FROM (SELECT *, {standing} AS offset_s FROM ({source})) GROUP BY {', '.join(grouped)}) "
+        f"FROM (SELECT *, {standing} AS offset_s FROM ({source})) GROUP BY {', '.join(grouped)}) {beyond} "
         f"ORDER BY {', '.join(order)} LIMIT ? OFFSET ?",
-        (*values, limit, offset),
+        (*values, *(after or ()), limit, offset),
     )
-    return [
+    rows = [
         {
             **({} if timed else {"period": "all"}),
             **{group.column: row[index] for index, group in enumerate(columns)},
@@ -435,6 +459,12 @@ def aggregate(
         }
         for row, sums in found
     ]
+    if not found:
+        return Grouped(rows, None)
+    last, _ = found[-1]
+    count = len(columns)
+    place = [last[count + index] if name in TIME_GROUPS else last[index] or "" for index, name in enumerate(group_by)]
+    return Grouped(rows, (*place, *last[2 * count : -2]))
 
 
 def summary(connection: apsw.Connection, query: UsageFilter) -> dict[str, Any]:

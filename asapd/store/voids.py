@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import apsw
 
@@ -18,6 +18,7 @@ from asapd.store.units.usage import Voided, VoidUsage
 from asapd.store.usage import COLUMNS
 from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names
+from asapd.store.void_kinds import BY_HAND, WITHHELD
 
 _COUNTS = (
     "tokens_in",
@@ -30,11 +31,6 @@ _COUNTS = (
     "cache_write_1h_tokens",
 )
 _NEGATED = (*_COUNTS, "cost_microusd", "priced_microusd", "reported_microusd")
-
-BY_HAND: Final = 0
-SUPERSEDED: Final = 1
-WITHHELD: Final = 2
-"""Kinds of voids; one of the last was superseded as well, but delegations and hard limits go on to count its event."""
 
 _NO_SUCH = "there is no usage event {} that counts: check the id, and name its agent and source"
 
@@ -306,9 +302,16 @@ def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
 
 
 def find_event(
-    connection: apsw.Connection, visible: Visibility, event_id: str, agent: str | None, source: str | None
+    connection: apsw.Connection,
+    visible: Visibility,
+    event_id: str,
+    agent: str | None,
+    source: str | None,
+    seq: int | None = None,
 ) -> list[int]:
     """The rows of events with an id that were reported by agents the caller may see; at most one unless ambiguous.
+
+    `seq` is the row that is meant: two tenants may have the same agent, source and id.
 
     Ids are kept with their agent and source, so every source that was ever met is tried; one that the
     daemon gave is found by its time in the audit log.
@@ -327,8 +330,10 @@ def find_event(
     )
     held = identity.holders(connection, [(*origin, event_id) for origin in sources])
     if not held and event_id.startswith("use_"):
-        return [seq for (seq,) in _given_by_daemon(connection, event_id, condition, values)]
-    return sorted(held.values())[:2]
+        rows = [row for (row,) in _given_by_daemon(connection, event_id, condition, values)]
+    else:
+        rows = sorted(held.values())
+    return [row for row in rows if seq in {None, row}][:2]
 
 
 def _given_by_daemon(connection: apsw.Connection, event_id: str, condition: str, values: list[Any]) -> list[Row]:

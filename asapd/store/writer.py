@@ -131,6 +131,9 @@ class Writer:
             _log.error("commit of %d units failed: %s", len(group), error)
             outcome = NotWritten(str(error) or type(error).__name__, full=isinstance(error, apsw.FullError))
             return [Answer(envelope.number, outcome) for envelope in group]
+        if tx.has_alerted:
+            tx.has_alerted = False
+            answers[-1] = msgspec.structs.replace(answers[-1], alerts=True)
         return answers
 
     def _run_together(self, envelopes: Sequence[Envelope]) -> list[Answer] | None:

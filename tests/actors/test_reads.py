@@ -48,9 +48,10 @@ async def test_rows_are_narrowed_to_what_the_caller_may_see(inline_database: Inl
     reads = await reads_of(inline_database)
     found = await reads.usage(caller, {}, limit=10, after=None, offset=0, descending=False)
     assert len(found) == rows
-    assert (await reads.usage_summary(caller, {}))["total_tasks"] == rows
+    totals, _ = await reads.usage_summary(caller, {})
+    assert totals["total_tasks"] == rows
     groups, _ = await reads.usage_aggregate(caller, {}, ("agent",), limit=10, offset=0)
-    assert len(groups) == rows
+    assert len(groups.rows) == rows
     assert (await reads.usage_stats(caller))["total_events"] == rows
     assert len(await reads.breaches(caller, {}, limit=10)) == rows
     assert (await reads.breach(caller, "brc_1") is not None) is bool(rows)

@@ -445,6 +445,23 @@ async def test_parts_of_one_collection_are_priced_together(host: Host) -> None:
     assert reasons == [("counted anew with what came later of the same collection",)]
 
 
+@pytest.mark.parametrize("delta", [True, False])
+async def test_what_an_operator_voided_does_not_come_back_with_others_of_its_collection(
+    host: Host, delta: bool
+) -> None:
+    parts = export_metrics("alone", [(True, 10, 4, 1)], T0, delta=delta)
+    await send(host, [parts[0]])
+    first = host.totals()
+    await host.database.submit(VoidUsage(1, "a test run", "key:o", T0))
+    await send(host, parts[1:])
+    later = host.totals()
+    assert later.events == 1
+    assert (later.tokens_in, later.tokens_out) == (10 - first.tokens_in, 1 - first.tokens_out)
+    for part in parts:
+        assert (await host.metrics(part.SerializeToString())).rejected == []
+    assert host.totals() == later
+
+
 async def test_a_collection_does_not_grow_without_end(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asapd.actors.telemetry.MAX_PARTS", 2)
     points = export_metrics("spans", [(True, 10, 4, 1)], T0, delta=False)

@@ -49,6 +49,9 @@ def test_usd_becomes_micro_usd(value: float | str | Decimal, microusd: int) -> N
         (0.0000001, "six decimals"),
         ("0.2500001", "six decimals"),
         ("1e-999999", "six decimals"),
+        ("1e-1000000000", "six decimals"),
+        ("1e-9999999999999999999999", "such as|six decimals"),
+        (f"0.25{'0' * 59}1", "six decimals"),
     ],
 )
 def test_what_is_no_amount_of_usd_is_refused_with_the_reason(value: float | str, reason: str) -> None:
@@ -56,7 +59,18 @@ def test_what_is_no_amount_of_usd_is_refused_with_the_reason(value: float | str,
         parse_usd(value)
 
 
-@pytest.mark.parametrize(("value", "microusd"), [("0.0000001", 1), (0.2500001, 250_001), ("0.25", 250_000)])
+@pytest.mark.parametrize(
+    ("value", "microusd"),
+    [
+        ("0.0000001", 1),
+        (0.2500001, 250_001),
+        ("0.25", 250_000),
+        ("1e-1000000000", 1),
+        ("0e-1000000000", 0),
+        (f"0.25{'0' * 59}1", 250_001),
+        (f"9007199253.{'9' * 53}", 9_007_199_254_000_000),
+    ],
+)
 def test_a_reported_cost_with_more_decimals_rounds_up(value: float | str, microusd: int) -> None:
     assert parse_usd(value, round_up=True) == microusd
 

@@ -135,8 +135,10 @@ async def test_a_hundred_megabytes_are_413_long_before_they_are_sent(daemon: Dae
         for headers in (length, {"Content-Type": "application/json"}):
             answer = await client.post("/usage", content=endless(), headers=headers)
             check_problem(answer, 413, "too_large")
+            verdict = await client.post("/usage/validate", content=endless(), headers=headers)
+            assert (verdict.status_code, verdict.json()["code"]) == (200, "too_large")
             assert (await client.get("/healthz")).status_code == 200
-    assert sent <= 2 * 1_600 * 65_536
+    assert sent <= 4 * 1_600 * 65_536
 
 
 async def test_a_bomb_is_413(daemon: Daemon) -> None:

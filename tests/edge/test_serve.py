@@ -510,6 +510,15 @@ async def test_a_body_that_says_it_is_too_large_is_not_waited_for() -> None:
         assert "swallow" not in site.seen
 
 
+async def test_a_validation_of_what_is_too_large_has_a_verdict() -> None:
+    async with running(limits=Limits(max_body_bytes=1000)) as site, await site.connect() as stream:
+        await stream.send_all(b"POST /usage/validate HTTP/1.1\r\nhost: a\r\ncontent-length: 1001\r\n\r\n")
+        answer = await until_closed(stream)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b'{"valid":false' in answer
+        assert b'"code":"too_large"' in answer
+
+
 async def test_lingering_ends_for_a_client_that_never_stops_sending(clock: MockClock) -> None:
     async with (
         running(limits=Limits(linger_bytes=1_000_000, max_body_bytes=10**10)) as site,

@@ -96,7 +96,7 @@ def test_a_first_price_makes_an_event_known_even_when_it_is_nothing(
     correct(writer, (1, None, 0))
     assert total(connection) == (to_usd(0), 1, 2, 2)
     assert q.unpriced_events(connection) == 1
-    (minute,) = q.aggregate(connection, ALL, ("minute",), 10, 0)  # from raw rows
+    (minute,) = q.aggregate(connection, ALL, ("minute",), 10, 0).rows  # from raw rows
     assert (minute["total_cost_usd"], minute["unpriced_events"], minute["total_events"]) == (to_usd(0), 1, 2)
 
 
@@ -131,7 +131,7 @@ def test_a_void_takes_out_what_an_event_costs_by_then(writer: Writer, connection
     rows = q.list_usage(connection, ALL, 10, None)
     assert sum(row["cost_usd"] for row in rows if row["cost_usd"] is not None) == 0
     assert total(connection) == (None, 1, 1, 1)
-    assert q.aggregate(connection, ALL, ("minute",), 10, 0)[0]["total_cost_usd"] is None
+    assert q.aggregate(connection, ALL, ("minute",), 10, 0).rows[0]["total_cost_usd"] is None
     assert correct(writer, (1, 6, 7)).skipped == [1]
     for seq in (3, 4):
         assert submit(writer, VoidUsage(seq, "why", "key:o", NOW_US)).code == "usage_not_found"
@@ -337,7 +337,7 @@ def check_sums(connection: apsw.Connection, known: list[Known]) -> None:
     priced = [one.cost for one in live if one.cost is not None]
     expected = (to_usd(sum(priced)) if priced or not live else None, len(live) - len(priced), len(live), len(live))
     assert total(connection) == expected
-    raw = q.aggregate(connection, ALL, ("minute",), 10, 0)
+    raw = q.aggregate(connection, ALL, ("minute",), 10, 0).rows
     assert sum(row["unpriced_events"] for row in raw) == len(live) - len(priced)
     assert sum(row["total_cost_usd"] or 0 for row in raw) == to_usd(sum(priced))
     assert sum(row["total_events"] for row in raw) == len(live)

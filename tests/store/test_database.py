@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import database, verifying
@@ -34,7 +35,9 @@ from asapd.store.database import (
     WriterDiedError,
     prepare,
 )
-from asapd.store.units.exchange import AnyUnit, Idempotency
+from asapd.store.units.alerts import AlertWritten
+from asapd.store.units.delegations import SyncBudgets
+from asapd.store.units.exchange import AnyResult, AnyUnit, Idempotency
 from asapd.store.units.house import Note
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import Recorded, RecordUsage
@@ -228,14 +231,16 @@ class Process:
     def __init__(self, path: Path, nursery: trio.Nursery, **options: Any) -> None:
         self.path = path
         self.commits = 0
+        self.with_alerts = 0
         self.runner = ProcessRunner(path, **({"synchronous": "normal", "on_commit": self._committed} | options))
         self.nursery = nursery
         self.scope = trio.CancelScope()
         self.died: BaseException | None = None
         self.ended = trio.Event()
 
-    def _committed(self, results: object) -> None:
+    def _committed(self, results: Sequence[AnyResult] | None) -> None:
         self.commits += 1
+        self.with_alerts += any(isinstance(result, AlertWritten) for result in results or ())
 
     async def start(self) -> int:
         """Start the process and wait until it serves."""
@@ -296,6 +301,18 @@ async def test_units_run_in_the_process_and_followers_are_woken(process: Process
     await process.close()
     assert process.died is None
     assert stored(process.path) == ["a"]
+
+
+async def test_a_commit_that_alerts_says_so_whatever_it_did(process: Process) -> None:
+    await process.start()
+    soft = Budget("all", Match(), "day", "UTC", Limits(tokens=10), Limits())
+    await process.submit(SyncBudgets([soft], "key:x", NOW_US))
+    await process.submit(usage("a", tokens_in=9))
+    assert process.with_alerts == 0
+    await process.submit(usage("b", tokens_in=1))
+    assert process.with_alerts == 1
+    await process.submit(usage("c", tokens_in=1))
+    assert process.with_alerts == 1
 
 
 async def test_before_it_runs_and_after_it_closed_units_are_refused(process: Process) -> None:

@@ -193,7 +193,7 @@ def check(connection: apsw.Connection, model: Model, zone: ZoneInfo) -> None:
     for groups in [(name,) for name in GROUPS] + [
         (name, time) for name, time in zip(GROUPS, reversed(TIME_GROUPS), strict=False)
     ]:
-        found = q.aggregate(connection, everything, groups, 1000, 0, zone)
+        found = q.aggregate(connection, everything, groups, 1000, 0, zone).rows
         assert found == recount.aggregate(live, groups, zone), groups
     assert_days_hold_their_hours(connection)
     assert q.newest_seq(connection) == len(model.rows)

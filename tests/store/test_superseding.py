@@ -188,3 +188,40 @@ def test_metrics_that_a_span_outranks_stay_debited(ledger: Ledger) -> None:
     report(ledger, EMPTY, near_us=HOUR_US, **told)
     assert counted(ledger) == 0
     assert debited(ledger)[0] == 10
+
+
+def hard_and_soft(ledger: Ledger, match: Match, timezone: str) -> dict[str, tuple[int, int, int, int | None]]:
+    """What a hard and a soft budget count: events, micro-dollars, tokens and tasks."""
+    hard = Budget("hard", match, "day", timezone, hard=Limits(tokens=100, tasks=9))
+    ledger.submit(SyncBudgets([hard, replace(hard, name="soft", soft=hard.hard, hard=Limits())], "key:x", NOW_US))
+    return counted_by_budgets(ledger)
+
+
+def counted_by_budgets(ledger: Ledger) -> dict[str, tuple[int, int, int, int | None]]:
+    rows = ledger.connection.execute(
+        "SELECT name, events, spent_microusd, spent_tokens, tasks_used FROM budget_period p JOIN budget b "
+        "ON b.id = p.budget WHERE p.start_us <= ?1 AND p.end_us > ?1",
+        (NOW_US,),
+    )
+    return {row[0]: row[1:] for row in rows.fetchall()}
+
+
+@pytest.mark.parametrize("match", [Match(), Match(delegation="root"), Match(agent=B)])
+def test_a_hard_limit_that_is_counted_anew_counts_what_is_withheld(ledger: Ledger, match: Match) -> None:
+    hard_and_soft(ledger, match, "UTC")
+    agents_span(ledger)
+    call_below(ledger, replace(EMPTY, tokens_in=1))
+    before = counted_by_budgets(ledger)
+    assert before == {"hard": (2, 11 * USD, 11, 1), "soft": (1, USD, 1, 1)}
+    assert hard_and_soft(ledger, match, "Etc/UTC") == before
+
+
+@pytest.mark.parametrize("match", [Match(), Match(delegation="root")])
+def test_a_hard_limit_goes_on_to_count_the_task_of_what_is_withheld(ledger: Ledger, match: Match) -> None:
+    hard_and_soft(ledger, match, "UTC")
+    agents_span(ledger)
+    call_below(ledger, replace(EMPTY, tokens_in=1))
+    ledger.submit(VoidUsage(ledger.connection.execute("SELECT max(seq) FROM usage").get, "why", "key:o", NOW_US))
+    after = counted_by_budgets(ledger)
+    assert after == {"hard": (1, 10 * USD, 10, 1), "soft": (0, 0, 0, 0)}
+    assert hard_and_soft(ledger, match, "Etc/UTC") == after

@@ -15,7 +15,7 @@ from asapd.store.tasks import TaskFilter, family_of, get_task, list_tasks
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
 from asapd.store.units.unit import RowWritten
-from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
+from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 
@@ -112,3 +112,14 @@ def test_a_family_is_met_once_even_when_it_is_a_ring(
     assert get_task(connection, Visibility("other"), "a") is None
     monkeypatch.setattr(tasks, "MAX_FAMILY", 1)
     assert family_of(connection, EVERYTHING, "a") == (["b"], ["a", "b"], True)
+
+
+def test_who_was_a_parent_by_mistake_is_none_once_that_is_voided(writer: Writer, connection: apsw.Connection) -> None:
+    for event_id, parent in (("wrong", "p"), ("right", "q")):
+        usage = UsageEvent("child", A, "c", NOW_US, tokens_in=5, id=event_id, parent_task_id=parent)
+        submit(writer, RecordUsage("default", "key:x", NOW_US, [usage], [UNKNOWN_COST]))
+    submit(writer, VoidUsage(1, "another's child", "key:o", NOW_US))
+    assert get_task(connection, EVERYTHING, "p") is None
+    found = get_task(connection, EVERYTHING, "q")
+    assert found is not None
+    assert (found["children"], found["with_descendants"]["total_tokens"]) == (["child"], 5)

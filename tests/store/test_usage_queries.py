@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import apsw
@@ -150,8 +151,19 @@ def test_aggregates_equal_a_recount_of_the_raw_events(
         for before_us in data.draw(st.lists(times, max_size=2)):
             Writer(connection).run([Envelope(1, AddUpDays(before_us), False)])
         fill(connection, rows[len(rows) - late :], voided)
-        assert q.aggregate(connection, query, tuple(groups), 1000, 0, zone) == expected
-        assert q.aggregate(connection, query, tuple(groups), 1, 1, zone) == expected[1:2]
+        assert q.aggregate(connection, query, tuple(groups), 1000, 0, zone).rows == expected
+        assert q.aggregate(connection, query, tuple(groups), 1, 1, zone).rows == expected[1:2]
+        paged: list[dict[str, Any]] = []
+        after: q.Place | None = None
+        while True:
+            page = q.aggregate(connection, query, tuple(groups), 2, 0, zone, after)
+            paged += page.rows
+            if len(page.rows) < 2:
+                break
+            assert page.last is not None
+            assert len(page.last) == len(q.places(groups))
+            after = page.last
+        assert paged == expected
         assert q.summary(connection, query) == recount.totals(kept)
 
 
@@ -163,7 +175,7 @@ def test_sums_past_64_bits_are_exact(connection: apsw.Connection) -> None:
     Writer(connection).run([Envelope(1, unit, False) for unit in units])
     query = q.UsageFilter(EVERYTHING)
     assert q.summary(connection, query) == recount.totals(rows)
-    assert q.aggregate(connection, query, ("agent", "week"), 10, 0) == recount.aggregate(rows, ("agent", "week"))
+    assert q.aggregate(connection, query, ("agent", "week"), 10, 0).rows == recount.aggregate(rows, ("agent", "week"))
     nobody = q.UsageFilter(EVERYTHING, agent="none")
     assert q.summary(connection, nobody) == recount.totals([])
 

@@ -71,7 +71,7 @@ def test_a_void_is_a_row_of_its_own_with_the_negative(writer: Writer, connection
 def test_a_group_of_which_nothing_is_left_is_gone(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT)
     void(writer, 1)
-    assert q.aggregate(connection, q.UsageFilter(EVERYTHING), ("agent",), 10, 0) == []
+    assert q.aggregate(connection, q.UsageFilter(EVERYTHING), ("agent",), 10, 0).rows == []
     assert q.summary(connection, q.UsageFilter(EVERYTHING))["unique_agents"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -439,3 +440,24 @@ def test_a_field_nobody_knows_is_refused_and_leaves_the_rest_of_the_batch(event:
     found = decoded([event, {**event, typo: 0}, event])
     assert found.errors == (FieldError(typo, "is not a field of a usage event; what is yours goes into labels", 1),)
     assert found.places == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"\n" * 300_000, None),
+        (b" \n" * 300_000, None),
+        (b"1\n" * 300_000, "too_many_events"),
+        (b"1\r" * (MAX_EVENTS + 1), "too_many_events"),
+    ],
+)
+def test_ndjson_of_short_and_blank_lines_is_not_taken_apart(body: bytes, code: str | None) -> None:
+    tracemalloc.start()
+    try:
+        found = decode_events(body, "ndjson")
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 2_000_000
+    assert (found.code if isinstance(found, Refusal) else None) == code
+    assert code is not None or (isinstance(found, Events) and found.events == [])

@@ -134,7 +134,7 @@ OPERATIONS = (
         "Take an event out of every sum",
         (Permission.OPERATE,),
         (made(OBJECT, "It was voided"),),
-        {**AGENT, "source": TEXT},
+        {**AGENT, "source": TEXT, "seq": {**NUMBER, "description": "the row, where several events have the id"}},
         body={JSON: VoidReason},
         idempotency_key=True,
     ),

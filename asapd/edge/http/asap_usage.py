@@ -100,8 +100,8 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         filters = _filters(parameters)
         parameters.done()
-        rows, _ = await services.reads.usage_aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
-        return [picked(row, GROUPS[group_by]) for row in rows]
+        groups, _ = await services.reads.usage_aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
+        return [picked(row, GROUPS[group_by]) for row in groups.rows]
 
     @app.get("/asap/usage/summary")
     async def get_asap_summary() -> Response:
@@ -109,7 +109,8 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters = _filters(parameters)
         parameters.done()
-        return plain(picked(await services.reads.usage_summary(caller, filters), SUMMARY))
+        totals, _ = await services.reads.usage_summary(caller, filters)
+        return plain(picked(totals, SUMMARY))
 
     @app.get("/asap/usage/stats")
     async def get_asap_stats() -> Response:

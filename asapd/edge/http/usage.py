@@ -10,7 +10,7 @@ from quart import Response, request
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import ReportTask, TaskEvent
-from asapd.actors.reads import GROUPS, TIME_GROUPS
+from asapd.actors.reads import GROUPS, TIME_GROUPS, places
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, format_us
@@ -21,6 +21,14 @@ from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.edge.usage_request import DELEGATION_HEADER, UsageRequest, answer
 from asapd.wire.usage import parse_timestamp
+
+
+class GroupPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Behind which group a page goes on: how groups are told, by whose clocks, and the last of the page before."""
+
+    groups: tuple[str, ...]
+    timezone: str
+    last: tuple[Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | str, ...]
 
 
 class TaskStep(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,18 +129,28 @@ def register(app: QuartTrio, services: Services) -> None:
             raise bad_parameter("group_by", "can hold one of minute, hour, day, week and month")
         zone = time_zone(parameters)
         filters, limit, offset = usage_filters(parameters), parameters.limit(), parameters.offset()
-        after = parameters.cursor(int)
+        after: GroupPlace | None = parameters.cursor(GroupPlace)
         parameters.done()
-        start = offset if after is None else after
-        rows, raw_since_us = await services.reads.usage_aggregate(
-            caller, filters, groups, limit=limit, offset=start, zone=zone
+        if after is not None and (
+            (after.groups, after.timezone) != (groups, zone.key) or len(after.last) != len(places(groups))
+        ):
+            raise bad_parameter("cursor", "must be the next_cursor of a page of the same group_by and timezone")
+        grouped, raw_since_us = await services.reads.usage_aggregate(
+            caller,
+            filters,
+            groups,
+            limit=limit,
+            offset=offset if after is None else 0,
+            zone=zone,
+            after=None if after is None else after.last,
         )
         shown = {
             "group_by": group_by,
             "timezone": zone.key,
-            "raw_since": format_us(raw_since_us) if raw_since_us else None,
+            "raw_since": _raw_since(raw_since_us),
         }
-        return reply({**shown, **page(rows, limit, start + limit)})
+        position = None if grouped.last is None else GroupPlace(groups, zone.key, grouped.last)
+        return reply({**shown, **page(grouped.rows, limit, position)})
 
     @app.get("/usage/summary")
     async def get_summary() -> Response:
@@ -140,7 +158,8 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters = usage_filters(parameters)
         parameters.done()
-        return reply(await services.reads.usage_summary(caller, filters))
+        totals, raw_since_us = await services.reads.usage_summary(caller, filters)
+        return reply({**totals, "raw_since": _raw_since(raw_since_us)})
 
     @app.get("/usage/stats")
     async def get_stats() -> Response:
@@ -163,6 +182,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if isinstance(outcome, Refusal):
             return reply(outcome)
         return reply({"status": "recorded", "task_id": task.task_id, "state": task.state}, 201)
+
+
+def _raw_since(retired_before_us: int) -> str | None:
+    return format_us(retired_before_us) if retired_before_us else None
 
 
 def _task_event(sent: TaskStep) -> TaskEvent:

@@ -11,6 +11,7 @@ from quart_trio import QuartTrio
 from asapd.actors.messages import VoidRequest
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
+from asapd.core.types import MAX_INT
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, require, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
@@ -42,14 +43,15 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         parameters = Parameters()
         agent, source = parameters.text("agent", "agent_id"), parameters.text("source")
+        seq = parameters.number("seq", 0, 1, MAX_INT) or None
         parameters.done()
         body = await sent_json()
         sent = decode_body(body, VoidReason)
-        found = await services.reads.find_event(caller, event, agent, source)
+        found = await services.reads.find_event(caller, event, agent, source, seq)
         if not found:
             raise RefusedError(Refusal("usage_not_found", f"there is no usage event {event}: check the id"))
         if len(found) > 1:
-            detail = f"several events have the id {event}: name one by agent and source"
+            detail = f"several events have the id {event}: name one by agent and source, or by its seq"
             raise RefusedError(Refusal("usage_ambiguous", detail))
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(

@@ -220,3 +220,5 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     number: int
     result: AnyResult
     replayed: bool = False
+    alerts: bool = False
+    """Whether units up to this one in its commit wrote transitions of breaches, whatever their results say."""

@@ -97,11 +97,12 @@ class StreamChanged(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CollectionPart(msgspec.Struct, frozen=True, array_like=True):
-    """What one point added to its collection."""
+    """What one point added to its collection; `is_void` once an operator voided the event that it was counted in."""
 
     bucket: str
     tokens: int
     calls: int
+    is_void: bool = False
 
 
 class CollectionChanged(msgspec.Struct, frozen=True, array_like=True):

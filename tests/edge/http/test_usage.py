@@ -14,6 +14,7 @@ from asapd import config
 from asapd.actors.messages import ReconfigureMeter
 from asapd.core.pricing import PriceTable
 from asapd.core.types import MINUTE_US, SECOND_US, format_us
+from asapd.edge.http.parameters import encode_cursor
 from asapd.runtime.ask import ask
 from tests.edge.house import NOW, T0, A, B, C, Edge
 
@@ -256,6 +257,35 @@ async def test_sums_by_every_group(edge: Edge) -> None:
     assert page["next_cursor"] is not None
     assert (await edge.get("/usage/aggregate?group_by=project&limit=1000")).ok()["count"] == 102
     assert (await edge.get("/usage/aggregate?limit=1001")).refused(400)["errors"][0]["field"] == "limit"
+
+
+async def test_pages_of_groups_miss_and_repeat_none_while_others_come(edge: Edge) -> None:
+    await edge.post("/usage", [event(f"e{number}", project=f"p{number}") for number in range(5)])
+    found, cursor, url = [], "", "/usage/aggregate?group_by=project,hour&limit=2&offset=1&timezone=Europe/Berlin"
+    while cursor is not None:
+        page = (await edge.get(url + cursor)).ok()
+        found += [row["project"] for row in page["data"]]
+        cursor = page["next_cursor"] and f"&cursor={page['next_cursor']}"
+        await edge.post("/usage", [event(f"new{len(found)}"), event(f"z{len(found)}", project=f"p0{len(found)}")])
+    assert found == ["p1", "p2", "p3", "p4"]
+    cursor = (await edge.get(url)).ok()["next_cursor"]
+    for other in ("group_by=project,day&timezone=Europe/Berlin", "group_by=project,hour", "group_by=agent"):
+        problem = (await edge.get(f"/usage/aggregate?{other}&cursor={cursor}")).refused(400)
+        assert problem["errors"][0]["field"] == "cursor"
+    for place in ([], ["p", 1], ["p", 1, 2, 3], ["p", 2**63, 0]):
+        forged = encode_cursor((("project", "hour"), "Europe/Berlin", place))
+        assert (await edge.get(f"{url}&cursor={forged}")).refused(400)["errors"][0]["field"] == "cursor"
+
+
+@pytest.mark.parametrize(
+    "range_", ["start=9999-12-31T23:59:59Z", "end=0001-01-01T00:00:00Z", "start=9999-01-01T00:00:00Z"]
+)
+async def test_a_time_of_which_there_is_nothing_has_no_groups_by_any_clock(edge: Edge, range_: str) -> None:
+    await edge.post("/usage", event("e1"))
+    for zone in ("UTC", "Asia/Kathmandu", "Europe/Berlin", "Pacific/Kiritimati"):
+        for group in ("minute", "hour", "day", "week", "month"):
+            found = (await edge.get(f"/usage/aggregate?group_by={group}&timezone={zone}&{range_}")).ok()
+            assert found["data"] == []
 
 
 async def test_totals(edge: Edge) -> None:

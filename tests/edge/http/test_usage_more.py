@@ -72,6 +72,20 @@ async def test_an_id_that_several_sources_used_has_to_be_told_apart(edge: Edge) 
     assert (await edge.post("/usage/e1/void?source=x", {"reason": "r"})).ok(201)["voids"] == "e1"
 
 
+async def test_an_id_that_several_tenants_used_is_told_apart_by_its_row(edge: Edge) -> None:
+    nowhere = "urn:asap:agent:in-no-directory"
+    await edge.new_key("other", "ingest", tenant="other")
+    await edge.post("/usage", event("e1", agent=nowhere))
+    (await edge.post("/usage", event("e1", agent=nowhere), key="other")).ok(201)
+    told = f"/usage/e1/void?agent={nowhere}&source="
+    assert (await edge.post(told, {"reason": "r"})).refused(409)["code"] == "usage_ambiguous"
+    assert (await edge.post("/usage/e1/void?seq=3", {"reason": "r"})).refused(404)["code"] == "usage_not_found"
+    assert (await edge.post("/usage/e1/void?seq=2", {"reason": "r"})).ok(201)["voids"] == "e1"
+    rows = (await edge.get("/usage")).ok()["data"]
+    assert [row["seq"] for row in rows if row["voided_by"]] == [2]
+    assert (await edge.post("/usage/e1/void?seq=x", {"reason": "r"})).refused(400)["errors"][0]["field"] == "seq"
+
+
 async def test_an_event_that_the_daemon_named_is_voided_by_that_name(edge: Edge) -> None:
     (given,) = (await edge.post("/usage", event())).ok(201)["ids"]
     assert (await edge.post(f"/usage/{given}/void", {"reason": "r"})).ok(201)["voids"] == given
@@ -265,7 +279,9 @@ async def test_retention_says_what_would_go_and_takes_it(edge: Edge) -> None:
     assert (await edge.get("/usage")).ok()["count"] == 3
     assert (await edge.post("/retention")).ok()["usage"]["count"] == 3
     assert (await edge.get("/usage")).ok()["count"] == 0
-    assert (await edge.get("/usage/summary")).ok()["total_events"] == 3
+    total = (await edge.get("/usage/summary")).ok()
+    assert total["total_events"] == 3
+    assert total["raw_since"] == (await edge.get("/usage/aggregate")).ok()["raw_since"] is not None
     entry = (await edge.get("/audit/logs?event_type=retention.applied")).ok()["data"][0]
     assert (entry["details"]["count"], entry["details"]["first_row"], entry["details"]["last_row"]) == (3, 1, 3)
 
