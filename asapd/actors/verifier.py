@@ -15,7 +15,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, SECOND_US, format_us
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
-from asapd.store import verifying
+from asapd.store import excuses, verifying
 from asapd.store.database import Database, ReadTooLongError
 from asapd.store.units.house import Note
 from asapd.store.verifying import Progress, Report, Request
@@ -27,6 +27,9 @@ SHORT = 20_000
 
 AT_ONCE = 2
 """Walks under way: each may take a core for minutes."""
+
+VOUCHED_NAMED = 100
+"""Entries that are named of those that an operator vouches for."""
 
 FIRST_AFTER_S = 5.0
 """The first walk by itself begins when the start is over."""
@@ -72,7 +75,7 @@ class Verifier:
         self, since: int, remembered: tuple[str, ...], *, reconcile: bool
     ) -> AsyncGenerator[Progress | Report | Refusal, None]:
         """Like `verify`, with the progress of a long walk before its outcome."""
-        former = tuple(load_public(key) for key in self.settings.former_keys)
+        former = self._former_keys()
         witnesses = tuple(load_public(witness.public_key) for witness in self.settings.witnesses)
         kept = str(self._checkpoints)
         request = Request(since, remembered, kept, self._public_key, reconcile, former, witnesses)
@@ -120,6 +123,26 @@ class Verifier:
             note = Note("log.alarm", "asapd", "audit", {"reason": reason}, self._clock.now_us())
             await self._database.submit(note, urgent=True)
         return 0
+
+    def _former_keys(self) -> tuple[bytes, ...]:
+        return tuple(load_public(key) for key in self.settings.former_keys)
+
+    async def vouch(self, reason: str, actor: str, *, dry_run: bool) -> dict[str, Any] | Refusal:
+        """Take the word of an operator for entries that explain gaps and that older builds did not sign."""
+        found = await self._database.read(excuses.from_before, (self._public_key, *self._former_keys()))
+        if found and not dry_run:
+            details = {"count": len(found), "first_seq": found[0].seq, "last_seq": found[-1].seq, "reason": reason}
+            note = Note(excuses.VOUCHED, actor, "audit", details, self._clock.now_us())
+            written = await self._database.submit(note, urgent=True)
+            if isinstance(written, Refusal):
+                return written
+        return {
+            "dry_run": dry_run,
+            "count": len(found),
+            "first_seq": found[0].seq if found else None,
+            "last_seq": found[-1].seq if found else None,
+            "named": [f"entry {one.seq} ({one.kind} {one.subject}): {one.what}" for one in found[:VOUCHED_NAMED]],
+        }
 
     def status(self) -> dict[str, Any] | None:
         """The newest walk, for the daemon's status."""

@@ -206,7 +206,14 @@ def verify(file: Path, public_key: str | None) -> int:
     is_flag=True,
     help="Do not hold FILE to checkpoints.log in DIR, which is of another log, and set that aside.",
 )
-def restore(file: Path, state_dir: Path, give_up_checkpoints: bool) -> int:
+@click.option(
+    "--config",
+    "config_path",
+    type=_FILE,
+    metavar="FILE",
+    help="The configuration, whose audit.former_keys may have signed FILE's checkpoints.",
+)
+def restore(file: Path, state_dir: Path, give_up_checkpoints: bool, config_path: Path | None) -> int:
     """Put a backup into the place of the database.
 
     FILE is what `asapctl backup` wrote. It is copied and verified first: every entry and hash, all that they record,
@@ -217,14 +224,21 @@ def restore(file: Path, state_dir: Path, give_up_checkpoints: bool) -> int:
     Example:
       systemctl stop asapd && asapd restore asapd.backup --state-dir /var/lib/asapd
     """
+    from asapd import config
     from asapd.cli.options import now_us
     from asapd.daemon.restoring import BadBackupError, CannotRestoreError
     from asapd.daemon.restoring import restore as restored_from
+    from asapd.wire.keys import KeyFormatError, load_public
 
     def progress(verified: int, entries: int) -> None:
         if sys.stderr.isatty():
             click.echo(f"\r{verified:,} of {entries:,} entries", err=True, nl=False)
 
+    try:
+        settings = config.Config() if config_path is None else config.load(config_path)
+        former = [load_public(key) for key in settings.audit.former_keys]
+    except (config.ConfigError, KeyFormatError) as error:
+        raise Failure(Exit.USAGE, str(error)) from None
     try:
         done = restored_from(
             file,
@@ -232,6 +246,7 @@ def restore(file: Path, state_dir: Path, give_up_checkpoints: bool) -> int:
             actor=f"uid:{os.getuid()} pid:{os.getpid()}",
             now_us=now_us(),
             give_up_checkpoints=give_up_checkpoints,
+            former_keys=former,
             progress=progress,
         )
     except CannotRestoreError as error:

@@ -336,3 +336,30 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
     click.echo(
         f"{consumer}: {first['entries']} entries, {first['usage']} events, {first['task']} steps of tasks {would}"
     )
+
+
+@audit.command()
+@click.option("--reason", required=True, help="Why, such as the upgrade; it is entered into the log.")
+@click.option("--dry-run", is_flag=True, help="Only name them.")
+@asks_daemon
+def vouch(session: Session, reason: str, dry_run: bool) -> None:
+    """Vouch for entries of older builds that explain gaps, and that those did not sign.
+
+    Look at each of them first: `audit verify` takes your word for it from then on. Only those from before the first
+    signed one can be vouched for.
+
+    \b
+    Examples:
+      asapctl audit vouch --reason "upgrade of 2026-11-21" --dry-run
+    """
+    done = session.door.post("/audit/vouch?dry_run=true" if dry_run else "/audit/vouch", {"reason": reason})
+    if session.as_json:
+        show_json(done)
+        return
+    for line in done["named"]:
+        click.echo(line)
+    if done["count"]:
+        would = "could be vouched for" if dry_run else "vouched for"
+        click.echo(f"{done['count']} entries {would}, {done['first_seq']} to {done['last_seq']}")
+    else:
+        click.echo("there is nothing to vouch for")

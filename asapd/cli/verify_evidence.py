@@ -63,6 +63,8 @@ def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
                 faults.append("arithmetic: is not what the evidence makes")
         except EvidenceError as problem:
             faults.append(f"evidence: {problem}")
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            faults.append(f"evidence: it has not the form of evidence: {problem!r}")
     said = f"{breach.get('breach_type')} breach {breach.get('id')} of {breach.get('agent_id') or breach.get('budget')}"
     measured = f"promised {breach.get('threshold')}, measured {breach.get('actual')}"
     return EvidenceVerdict(faults, f"{said}: {measured}, signed by asapd/{key_id(key)}", trusted)

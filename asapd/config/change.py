@@ -62,7 +62,7 @@ def diff(old: Config, new: Config) -> Changes:
         metering=old.metering != new.metering,
         budgets=old.budgets != new.budgets,
         alerts=old.alerts != new.alerts,
-        audit=old.audit != new.audit.model_copy(update={"mask": old.audit.mask}),
+        audit=old.audit != new.audit,
         retention=old.retention != new.retention,
         settings=tuple(name for name in _changed(old, new) if name != "agents" and not _is_within(name, waiting)),
         restart_required=waiting,
@@ -86,8 +86,6 @@ def _is_within(name: str, settings: tuple[str, ...]) -> bool:
 def _restart_required(old: Config, new: Config) -> Iterator[str]:
     if old.state_dir != new.state_dir:
         yield "state_dir"
-    if old.audit.mask != new.audit.mask:
-        yield "audit.mask"
     for section in _NEEDS_RESTART:
         before, after = getattr(old, section), getattr(new, section)
         for name, field in type(before).model_fields.items():

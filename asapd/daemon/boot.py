@@ -119,8 +119,13 @@ class Premises:
 
     state_dir: Path
     runtime_dir: Path
-    lock_descriptor: int
+    locks: tuple[int, ...]
     identity: SigningKey
+
+    def release(self) -> None:
+        """Let others have it, now that nothing of ours is open in it."""
+        for descriptor in self.locks:
+            os.close(descriptor)
 
     @property
     def database(self) -> Path:
@@ -160,15 +165,19 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
         chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
         if chosen.stat().st_mode & 0o022:
             raise BootError(f"others may write in the state directory {chosen}: chmod go-w it, or name another")
-        descriptor = lock.acquire(
-            chosen / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
-        )
+        locks = [
+            lock.acquire(
+                chosen / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
+            )
+        ]
         try:
+            locks.append(lock.hold(chosen / "asapd.db"))
             identity = _identity(chosen / "identity.pem")
             prepare(chosen / "asapd.db")
             (chosen / "asapd.db.backup").unlink(missing_ok=True)  # what a daemon that was killed began to copy
         except BaseException:
-            os.close(descriptor)
+            for descriptor in locks:
+                os.close(descriptor)
             raise
     except lock.LockedError as error:
         raise BootError(f"{error}: stop it first, or choose another directory with --state-dir") from None
@@ -177,7 +186,7 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
     except OSError as error:
         what = f"{error.filename or chosen}: {error.strerror or error}"
         raise BootError(f"the state directory cannot be used: {what}; name a writable one with --state-dir") from None
-    return Premises(chosen, config.default_runtime_dir(environ, is_root, chosen), descriptor, identity)
+    return Premises(chosen, config.default_runtime_dir(environ, is_root, chosen), tuple(locks), identity)
 
 
 def _identity(path: Path) -> SigningKey:

@@ -64,7 +64,7 @@ from asapd.store.database import Database, ProcessRunner, ThreadReaders
 from asapd.store.units.alerts import AlertWritten
 from asapd.store.units.delegations import AuthorizationDenied, Reserved, RevocationsImported, Revoked
 from asapd.store.units.exchange import AnyResult
-from asapd.store.units.house import ApiKey, CreateKey
+from asapd.store.units.house import ApiKey, CreateKey, SetMasks
 from asapd.store.units.usage import Recorded
 from asapd.wire.frames import MAX_FRAME_BYTES
 from asapd.wire.keys import key_id, public_base64
@@ -114,7 +114,7 @@ class House:
             group_commit_wait_us=loaded.config.store.group_commit_wait_us,
             masks=loaded.config.audit.mask,
             key=premises.identity,
-            inherit=(premises.lock_descriptor,),
+            inherit=premises.locks,
             on_commit=self._on_commit,
         )
         self._lag = LoopLag()
@@ -513,6 +513,12 @@ class House:
         self._auditing.adopt(settings.audit)
         self._registry.skew_us = settings.metering.clock_skew_max_us
         self._fetcher.allow(settings.prober.allow)
+
+    async def mask(self, patterns: Sequence[str]) -> Refusal | None:
+        """Mask entries by other patterns from now on, also in a writer that takes the place of this one."""
+        self._runner.hand_down(patterns)
+        done = await self._database.submit(SetMasks(list(patterns)), urgent=True)
+        return done if isinstance(done, Refusal) else None
 
     def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
         """Push alerts to the targets of a configuration."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ class Target(Protocol):
 
     def adopt(self, settings: config.Config) -> None:
         """Make a configuration the one in force."""
+        ...
+
+    async def mask(self, patterns: Sequence[str]) -> Refusal | None:
+        """Mask entries by other patterns from now on."""
         ...
 
     def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
@@ -87,7 +91,6 @@ class Reloader:
             return self._refuse(error)
         # What only a restart applies stays as it is until then.
         kept: dict[str, Any] = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
-        kept["audit"] = fresh.config.audit.model_copy(update={"mask": self._loaded.config.audit.mask})
         changes = config.diff(self._loaded.config, fresh.config)
         effective = fresh.config.model_copy(update=kept)
         refusal = await self._apply(fresh, effective, actor)
@@ -127,6 +130,9 @@ class Reloader:
         )
         if isinstance(changed, Refusal):
             return changed
+        refused = await self._target.mask(effective.audit.mask)
+        if refused is not None:
+            return refused
         self._target.adopt(effective)
         self._target.retarget(effective, fresh.secrets)
         for outcome in (

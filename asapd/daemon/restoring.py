@@ -44,13 +44,14 @@ def restore(
     actor: str,
     now_us: int,
     give_up_checkpoints: bool = False,
+    former_keys: Sequence[bytes] = (),
     progress: Callable[[int, int], None] = lambda _verified, _entries: None,
 ) -> Restored:
     """Put a backup into the place of the database in a state directory, which is made if it is not there.
 
     In this order, so that an end at any step leaves a database that is whole: the copy, its verification, the entry
     `log.restored`, the checkpoints that it has not aside, another name for the database that was, and the copy in its
-    place.
+    place. `former_keys` are those that the daemon had before the one in the directory.
 
     Raises:
         CannotRestoreError, BadBackupError: nothing was replaced.
@@ -64,10 +65,17 @@ def restore(
         raise CannotRestoreError(f"{error}: stop the daemon first") from None
     except OSError as error:
         raise CannotRestoreError(f"{error.filename or state_dir}: {error.strerror}: nothing was replaced") from None
-    fresh = state_dir / "asapd.db.restoring"
+    fresh, current = state_dir / "asapd.db.restoring", state_dir / "asapd.db"
+    locks = [descriptor]
     try:
+        if current.exists():
+            locks.append(lock.hold(current))
         _give_to_owner(state_dir / "asapd.lock", state_dir)
-        return _restore(file, state_dir, fresh, actor, now_us, progress, give_up_checkpoints=give_up_checkpoints)
+        return _restore(
+            file, state_dir, fresh, actor, now_us, progress, former_keys, give_up_checkpoints=give_up_checkpoints
+        )
+    except lock.LockedError as error:
+        raise CannotRestoreError(f"{error}: stop it first") from None
     except (NotOurDatabaseError, DatabaseTooNewError) as error:
         raise CannotRestoreError(str(error)) from None
     except CopyFailedError as error:
@@ -76,7 +84,8 @@ def restore(
         raise CannotRestoreError(f"{error.filename or state_dir}: {error.strerror}") from None
     finally:
         fresh.unlink(missing_ok=True)
-        os.close(descriptor)
+        for descriptor in locks:
+            os.close(descriptor)
 
 
 def _restore(
@@ -86,6 +95,7 @@ def _restore(
     actor: str,
     now_us: int,
     progress: Callable[[int, int], None],
+    former_keys: Sequence[bytes],
     *,
     give_up_checkpoints: bool,
 ) -> Restored:
@@ -95,11 +105,11 @@ def _restore(
     found = restoring.head(fresh)
     if found is None:
         raise BadBackupError("it has no audit log")
-    key, remarks = _key(state_dir, restoring.origin(fresh))
+    keys, remarks = _keys(state_dir, restoring.origin(fresh), former_keys)
     known = list(checkpoint_log.read(state_dir / "checkpoints.log"))
-    own = [checkpoint for checkpoint in known if not key or is_signed_by(checkpoint, key)]
+    own = [checkpoint for checkpoint in known if not keys or any(is_signed_by(checkpoint, key) for key in keys)]
     within = [checkpoint for checkpoint in own if checkpoint.size <= found.entries]
-    _verify(fresh, key, () if give_up_checkpoints else within, progress)
+    _verify(fresh, keys, () if give_up_checkpoints else within, progress)
     current = state_dir / "asapd.db"
     before = restoring.head(current) if current.exists() else None
     beyond = [Head(checkpoint.size, checkpoint.root) for checkpoint in own if checkpoint.size > found.entries]
@@ -113,26 +123,29 @@ def _restore(
     return Restored(found, abandoned, kept, remarks)
 
 
-def _key(state_dir: Path, origin: str | None) -> tuple[bytes, tuple[str, ...]]:
-    """The public key that the log is signed with, as far as the directory has it, else none and why not."""
+def _keys(state_dir: Path, origin: str | None, former: Sequence[bytes]) -> tuple[tuple[bytes, ...], tuple[str, ...]]:
+    """The public keys that the log may be signed with, as far as they are known, else none and why not."""
     path = state_dir / "identity.pem"
     try:
         key = bytes(load_private_pem(path.read_bytes()).verify_key)
     except FileNotFoundError:
-        return b"", (
+        return (), (
             f"signatures were not checked: {path} is not there; without it the daemon makes itself another key",
         )
     except KeyFormatError as error:
         raise CannotRestoreError(f"{path} is not an Ed25519 key ({error}): restore it, or move it away") from None
-    if origin in {None, origin_of(key)}:
-        return key, ()
+    keys = (key, *former)
+    if origin is None or origin in map(origin_of, keys):
+        return keys, ()
     remark = f"signatures were not checked: the log is {origin}, and {path} is of {origin_of(key)}; "
-    return b"", (remark + "put the key of that log there, or list it in audit.former_keys",)
+    return (), (remark + "put the key of that log there, or list it in audit.former_keys and give --config",)
 
 
-def _verify(fresh: Path, key: bytes, held_to: Sequence[Checkpoint], progress: Callable[[int, int], None]) -> None:
+def _verify(
+    fresh: Path, keys: Sequence[bytes], held_to: Sequence[Checkpoint], progress: Callable[[int, int], None]
+) -> None:
     report: Report | None = None
-    for said in restoring.verify(fresh, key, held_to):
+    for said in restoring.verify(fresh, keys, held_to):
         match said:
             case Progress(verified=verified, entries=entries):
                 progress(verified, entries)
@@ -144,6 +157,8 @@ def _verify(fresh: Path, key: bytes, held_to: Sequence[Checkpoint], progress: Ca
         hint = ""
         if "a checkpoint that was remembered" in fault.reason:
             hint = "; if checkpoints.log is of another log, --give-up-checkpoints sets it aside"
+        elif "audit.former_keys" in fault.reason:
+            hint = ", and give --config"
         raise BadBackupError(f"entry {fault.seq} ({fault.id or 'no id'}): {fault.reason}{hint}")
     for tally in report.tallies or ():
         if tally.findings:

@@ -10,10 +10,11 @@ import apsw
 import msgspec
 from ulid import base32
 
+from asapd.core.masking import compiled
 from asapd.core.types import format_us
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
-from asapd.store.units.house import Note
+from asapd.store.units.house import Note, SetMasks
 from asapd.store.units.unit import RowWritten
 
 
@@ -24,6 +25,12 @@ def note(tx: Tx, unit: Note) -> RowWritten:
     row = tx.row("SELECT max(seq) FROM audit")
     assert row is not None
     return RowWritten(row[0])
+
+
+def set_masks(tx: Tx, unit: SetMasks) -> RowWritten:
+    """Have entries masked by other patterns from now on. Nothing is written."""
+    tx.masks = compiled(unit.patterns)
+    return RowWritten(0)
 
 
 class UnreadableEntryError(Exception):

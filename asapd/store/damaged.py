@@ -19,12 +19,26 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "name": ("id", "name"),
     },
     "task": {"task": ("seq", "task_id", "state"), "name": ("id", "name")},
+    "usage_identity": {"usage": ("seq", "id"), "name": ("id", "name")},
     "usage_hour": {"name": ("id", "name")},
     "ledger": {
         "delegation": ("account", "id", "delegate"),
         "reservation": ("CAST(id AS BLOB)", "id", "task_id", "state", "reason", "action", "created_by"),
     },
     "delegation": {"delegation": ("account", "id", "delegator", "delegate", "scopes", "expires_us")},
+    "api_key": {"api_key": ("CAST(id AS BLOB)", "id", "name", "role", "agents", "tenant")},
+    "agent": {"agent": ("CAST(id AS BLOB)", "id", "url", "tenant", "origin", "public_key", "tier", "sla", "health")},
+    "agent_key": {"agent_key": ("CAST(agent AS BLOB)", "agent", "source", "state")},
+    "agent_event": {"agent_event": ("seq", "agent", "tenant", "event", "actor", "old_state", "new_state", "reason")},
+    "manifest": {"manifest": ("seq", "agent", "digest", "verification", "sla", "sla_error", "public_key")},
+    "promise": {"promise": ("seq", "agent", "tenant", "source", "sla", "manifest_digest", "error")},
+    "maintenance": {"maintenance": ("CAST(id AS BLOB)", "id", "agent", "reason", "declared_by", "ended_by")},
+    "silence": {
+        "silence": ("CAST(id AS BLOB)", "id", "agent", "breach_type", "severity", "tenant", "author", "comment"),
+    },
+    "breach_ack": {"breach_ack": ("CAST(breach AS BLOB)", "breach", "actor", "comment")},
+    "blind": {"blind": ("start_us", "cause")},
+    "revocation": {"revocation": ("number", "issuer", "jti")},
     "breach": {"breach": ("CAST(id AS BLOB)", "id", "state", "severity"), "alert": ("seq", "breach", "event")},
 }  # fmt: skip
 """What a comparison with the log reads beside it: tables, the number of a row, and columns that can be unreadable."""
@@ -46,6 +60,8 @@ def _is_text(value: bytes | int) -> None:
 _READERS: dict[str, tuple[Callable[[bytes | int], None], str]] = {
     "labels": (_is_json, "JSON"),
     "scopes": (_is_json, "JSON"),
+    "agents": (_is_json, "JSON"),
+    "sla": (_is_json, "JSON"),
     "expires_us": (_is_time, "a time"),
 }
 

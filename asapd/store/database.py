@@ -290,7 +290,7 @@ class ProcessRunner:
         on_commit: OnCommit = lambda _: None,
     ) -> None:
         self._arguments = (str(path), synchronous, str(group_commit_max), str(group_commit_wait_us))
-        self._environ = {MASKS: msgspec.json.encode(masks).decode()}
+        self.hand_down(masks)
         self._key = key
         self._inherit = tuple(inherit)
         self._on_commit = on_commit
@@ -307,6 +307,10 @@ class ProcessRunner:
         self._connected = False
         self._closing = False
         self.pid: int | None = None
+
+    def hand_down(self, masks: Sequence[str]) -> None:
+        """Have writers that are started from now on mask entries by these patterns."""
+        self._environ = {MASKS: msgspec.json.encode(masks).decode()}
 
     @property
     def pending(self) -> int:

@@ -19,7 +19,7 @@ _ASKED_KINDS = (
     "'sla.breach')"
 )
 """Entries of rows that may be older than what retention took: of others nobody asks, and they may be millions."""
-EXPLAINING = "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored')"
+EXPLAINING = "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored', 'log.vouched')"
 """Entries that say why something is gone: they are never erased."""
 
 

@@ -79,7 +79,7 @@ from asapd.store.units.delegations import (
     SyncBudgets,
 )
 from asapd.store.units.exchange import AnyResult, AnyUnit
-from asapd.store.units.house import CreateKey, Note, RevokeKey, Sweep
+from asapd.store.units.house import CreateKey, Note, RevokeKey, SetMasks, Sweep
 from asapd.store.units.promises import (
     DeclareMaintenance,
     EndMaintenance,
@@ -150,6 +150,7 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], AnyResult]] = {
     RecordPromises: promises.record,
     KeepHolds: holds.keep,
     CreateKey: keys.create,
+    SetMasks: audit.set_masks,
     RevokeKey: keys.revoke,
     Note: audit.note,
     Seal: seals.seal,

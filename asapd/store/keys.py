@@ -6,6 +6,7 @@ import apsw
 import msgspec
 
 from asapd.core.errors import Refusal
+from asapd.core.row_digest import row_digest
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
@@ -31,7 +32,14 @@ def create(tx: Tx, unit: CreateKey) -> ApiKey:
             key.created_us,
         ),
     )
-    details = {"agents": key.agents, "id": key.id, "name": key.name, "role": key.role, "tenant": key.tenant}
+    details = {
+        "agents": key.agents,
+        "id": key.id,
+        "name": key.name,
+        "role": key.role,
+        "row_digest": unsaid_digest(key),
+        "tenant": key.tenant,
+    }
     tx.audit("key.created", unit.actor, key.id, details, unit.now_us)
     return key
 
@@ -51,6 +59,11 @@ def revoke(tx: Tx, unit: RevokeKey) -> ApiKey:
 
 def _key(row: Row) -> ApiKey:
     return ApiKey(row[0], row[1], row[2], msgspec.json.decode(row[3]), row[4], bool(row[5]), row[6], row[7], row[8])
+
+
+def unsaid_digest(key: ApiKey) -> str:
+    """The digest of what the entry of a key does not say: that of its secret, and whether it may sign."""
+    return row_digest((key.digest, int(key.may_sign)))
 
 
 def list_keys(connection: apsw.Connection) -> list[ApiKey]:

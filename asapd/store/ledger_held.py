@@ -93,6 +93,9 @@ def _tasks(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> Non
                 f"delegation {account.name}: task {task_id} is counted as used {used}, held {holds}, "
                 f"and the log comes to {is_used}, {held}"
             )
+    strays = "SELECT account, task_id FROM account_task WHERE account NOT IN (SELECT account FROM delegation)"
+    for number, task_id in connection.execute(strays):
+        add(f"account_task {number} {task_id}: there is no such delegation")
 
 
 def _reservations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> tuple[int, int]:

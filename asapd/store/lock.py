@@ -39,6 +39,24 @@ def acquire(path: Path, *, patience_s: float, monotonic_s: Callable[[], float], 
     return descriptor
 
 
+def hold(database: Path) -> int:
+    """Lock a database by the file itself, which is made when it is not there; returns the descriptor that holds it.
+
+    It holds whatever becomes of the lock file, and by whatever other name the database is reached. To close it takes
+    the locks of SQLite's own connections in this process away as well: only when there are none any more.
+
+    Raises:
+        LockedError: another process has it.
+    """
+    descriptor = os.open(database, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LockedError(f"{database} is in use by another process, which holds no lock file here") from None
+    return descriptor
+
+
 def _owner(descriptor: int) -> int | None:
     with contextlib.suppress(ValueError):
         return int(os.pread(descriptor, 20, 0).decode("ascii", "replace").strip())

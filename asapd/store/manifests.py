@@ -7,6 +7,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.row_digest import row_digest
 from asapd.store import agent_history, agent_keys
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
@@ -31,6 +32,7 @@ class StoredManifest(msgspec.Struct, frozen=True):
 
 def record(tx: Tx, unit: RecordManifest) -> RowWritten:
     """Keep a version of an agent's manifest."""
+    sla = None if unit.sla is None else msgspec.json.encode(unit.sla, order="sorted").decode()
     tx.execute(
         "INSERT INTO manifest (agent, fetched_us, digest, body, verification, sla, sla_error, ttl_seconds, public_key) "
         "VALUES (?,?,?,?,?,?,?,?,?)",
@@ -40,14 +42,20 @@ def record(tx: Tx, unit: RecordManifest) -> RowWritten:
             unit.digest,
             unit.body,
             unit.verification,
-            None if unit.sla is None else msgspec.json.encode(unit.sla, order="sorted").decode(),
+            sla,
             unit.sla_error,
             unit.ttl_seconds,
             unit.public_key,
         ),
     )
     seq = tx.connection.last_insert_rowid()
-    details = {"digest": unit.digest, "id": unit.agent, "sla_error": unit.sla_error, "verification": unit.verification}
+    details = {
+        "digest": unit.digest,
+        "id": unit.agent,
+        "row_digest": row_digest((unit.body, sla, unit.ttl_seconds, unit.public_key)),
+        "sla_error": unit.sla_error,
+        "verification": unit.verification,
+    }
     tx.audit("agent.manifest", "asapd", unit.agent, details, unit.fetched_us)
     kept = {"digest": unit.digest, "verification": unit.verification}
     agent_history.note(tx, unit.agent, "manifest", "asapd", unit.fetched_us, details=kept)

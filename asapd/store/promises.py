@@ -40,6 +40,7 @@ def record(tx: Tx, unit: RecordPromises) -> RowWritten:
             "since_us": one.since_us,
             "sla": one.sla,
             "source": one.source,
+            "tenant": one.tenant,
         }
         tx.audit("agent.promise", "asapd", one.agent, details, one.since_us)
     return RowWritten(seq)

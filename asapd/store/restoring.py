@@ -79,14 +79,15 @@ def head(path: Path) -> Head | None:
         return None
 
 
-def verify(path: Path, public_key: bytes, held_to: Sequence[Checkpoint]) -> Iterator[Progress | Report]:
+def verify(path: Path, keys: Sequence[bytes], held_to: Sequence[Checkpoint]) -> Iterator[Progress | Report]:
     """Verify a database whole, and hold it to checkpoints; the last that comes is the report.
 
-    Without a public key, the signatures of its own checkpoints are not checked.
+    `keys` are the daemon's own, the one that it has now first. Without any no signature is checked.
     """
     remembered = tuple(checkpoint.note.encode() for checkpoint in held_to)
     with contextlib.closing(apsw.Connection(str(path))) as connection:
-        yield from verification(connection, Request(remembered=remembered, public_key=public_key))
+        known = Request(remembered=remembered, public_key=keys[0] if keys else b"", former_keys=tuple(keys[1:]))
+        yield from verification(connection, known)
 
 
 def mark(path: Path, restored: Head, abandoned: Head | None, actor: str, now_us: int) -> None:

@@ -192,6 +192,7 @@ def _record_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
             "issuer": entry.issuer,
             "jti": entry.jti,
             "reason": act.reason,
+            "revoked_us": entry.revoked_us,
             "source": act.source,
         }
         tx.audit("delegation.revoked", act.actor, entry.jti, details, act.now_us)

@@ -146,6 +146,7 @@ def remove(tx: Tx, unit: RemoveSilence) -> Silence:
 def _details(silence: Silence) -> dict[str, Any]:
     return {
         "agent": silence.agent,
+        "author": silence.author,
         "breach_type": silence.breach_type,
         "comment": silence.comment,
         "ends_us": silence.ends_us,

@@ -17,7 +17,7 @@ from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
 from asapd.wire.attestation import attested
 
-EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed")
+EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed", "log.vouched")
 """Entries that explain to verification why something is gone, or what it was: they are signed."""
 
 
@@ -58,7 +58,8 @@ class Tx:
         key: SigningKey | None = None,
     ) -> None:
         self.connection = connection
-        self._masks = masks
+        self.masks = masks
+        """What is masked in the free text of entries, besides secrets."""
         self._key = key
         self._entropy = entropy
         self._names: dict[str, int] = {"": 0}
@@ -141,7 +142,7 @@ class Tx:
 
     def audit(self, event_type: str, actor: str, subject: str, details: dict[str, Any], now_us: int) -> None:
         """Chain one entry to the log; it is written with its unit or not at all."""
-        said = masked_details(details, self._masks)
+        said = masked_details(details, self.masks)
         if event_type in EXCUSES and self._key is not None:
             said = attested(event_type, actor, subject, said, self._audit_hash, self._key)
         self.audit_all(event_type, actor, [(subject, canonical_details(said))], now_us)

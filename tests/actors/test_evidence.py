@@ -349,3 +349,10 @@ async def test_a_signature_is_by_the_key_that_is_named(autojump_clock: MockClock
     with pytest.raises(StatementMalformed):
         decode_statement(raw.replace(b'"version":1', b'"version":1,"x":"\\ud800"'))
     assert not is_statement([])
+
+
+async def test_evidence_that_is_not_of_its_form_is_a_fault_and_no_crash(autojump_clock: MockClock, host: Host) -> None:
+    row = (await broken(host))["availability"]
+    for name in ("hold_us", "segments_left_out", "tasks_completed", "probes"):
+        said = verify_evidence(sign_evidence(shown(row), {**row.evidence, name: "5"}, KEY, T0), None)
+        assert said.faults, name

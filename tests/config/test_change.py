@@ -55,7 +55,13 @@ def test_what_a_reload_applies_is_named_as_in_the_file() -> None:
     text += '[metering.pricing]\nprefer = "reported"\n'
     more = '[[alerts.webhook]]\nurl = "http://127.0.0.1/"\n[[sla.tier]]\nname = "gold"\n'
     changes = diff(parse(""), parse(text + more + AGENT.format("a", 1)))
-    assert changes.settings == ("metering.pricing.prefer", "prober.interval", "sla.tier", "alerts.webhook")
+    assert changes.settings == (
+        "metering.pricing.prefer",
+        "prober.interval",
+        "sla.tier",
+        "alerts.webhook",
+        "audit.mask",
+    )
 
 
 def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:
@@ -76,13 +82,10 @@ def test_what_only_a_restart_applies_is_named_as_in_the_file() -> None:
         rate_burst = 1
         [store]
         group_commit_wait = "1ms"
-        [audit]
-        mask = ["corp"]
     """)
     changes = diff(parse(""), new)
     assert changes.restart_required == (
         "state_dir",
-        "audit.mask",
         "http.bind",
         "http.max_body",
         "http.tls",

@@ -36,7 +36,7 @@ def closed_afterwards() -> Iterator[list[int]]:
 
 def taken(state_dir: Path, descriptors: list[int], **environ: str) -> Premises:
     premises = occupy(config.Config(), state_dir, environ)
-    descriptors.append(premises.lock_descriptor)
+    descriptors += premises.locks
     return premises
 
 
@@ -131,7 +131,8 @@ def test_later_starts_keep_the_identity(
     tmp_path: Path, descriptors: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = taken(tmp_path / "s", descriptors)
-    os.close(descriptors.pop())
+    first.release()
+    descriptors.clear()
     (tmp_path / "s" / "identity.pem").chmod(0o644)
     second = taken(tmp_path / "s", descriptors)
     assert second.identity == first.identity
@@ -149,7 +150,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_environme
         (config.Config(), None, "environment"),
     ):
         premises = occupy(loaded, state_dir, environ)
-        descriptors.append(premises.lock_descriptor)
+        descriptors += premises.locks
         assert premises.state_dir == tmp_path / expected
 
 
@@ -204,7 +205,7 @@ def test_a_database_that_is_not_ours_or_newer_is_refused_and_left_alone(tmp_path
         occupy(config.Config(), other, {})
     newer = tmp_path / "newer"
     premises = occupy(config.Config(), newer, {})
-    os.close(premises.lock_descriptor)
+    premises.release()
     connection = apsw.Connection(str(newer / "asapd.db"))
     connection.execute("PRAGMA user_version = 9999")
     connection.close()
@@ -227,3 +228,10 @@ def test_a_private_file_is_written_whole_and_replaces_the_old_one(tmp_path: Path
 
 def test_there_is_patience_for_a_dead_owners_writer() -> None:
     assert boot.LOCK_PATIENCE_S >= 5
+
+
+def test_nobody_gets_in_beside_a_daemon_whose_lock_file_was_deleted(tmp_path: Path, descriptors: list[int]) -> None:
+    taken(tmp_path, descriptors)
+    (tmp_path / "asapd.lock").unlink()
+    with pytest.raises(BootError, match=r"asapd\.db is in use by another process"):
+        occupy(config.Config(), tmp_path, {})

@@ -62,7 +62,7 @@ class Running:
                 await self.until(self.house._is_ready)
                 task_status.started()
         finally:
-            os.close(premises.lock_descriptor)
+            premises.release()
             self.ended.set()
 
     async def admin(self, method: str, path: str, **options: Any) -> Any:
@@ -199,7 +199,7 @@ async def test_a_hangup_before_the_daemon_serves_is_ignored(tmp_path: Path) -> N
         await house._reload_on_signal()
         assert house._reloader.status()["state"] == "ok"
     finally:
-        os.close(premises.lock_descriptor)
+        premises.release()
 
 
 async def test_a_door_that_cannot_be_opened_ends_the_daemon_cleanly(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class House:
     reloader: Reloader = None  # type: ignore[assignment]  # made from this
     adopted: int = 0
     hooks: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
+    refusal: Refusal | None = None
 
     @property
     def mailboxes(self) -> dict[str, trio.MemorySendChannel[Any]]:
@@ -42,6 +44,10 @@ class House:
 
     def retarget(self, settings: config.Config, secrets: Mapping[Path, bytes]) -> None:
         self.hooks = [hook.target for hook in settings.alerts.webhooks]
+
+    async def mask(self, patterns: Sequence[str]) -> Refusal | None:
+        self.masks = list(patterns)
+        return self.refusal
 
     def adopt(self, settings: config.Config) -> None:
         self.edge.settings = settings
@@ -193,3 +199,12 @@ async def test_without_a_file_there_is_nothing_to_show_but_the_defaults(house: H
     assert (status["state"], status["errors"], status["path"]) == ("ok", [], None)
     assert status["loaded_at"] == NOW.replace("Z", ".000000Z")
     assert isinstance(await reloader.reload("uid:0"), dict)
+
+
+async def test_patterns_of_masks_are_handed_on_and_a_store_that_is_away_refuses_the_reload(house: House) -> None:
+    assert isinstance(await house.reload("[audit]\nmask = ['corp']\n"), dict)
+    assert house.masks == ["corp"]
+    adopted = house.adopted
+    house.refusal = Refusal("overloaded", "the writer is away")
+    assert await house.reload("") == house.refusal
+    assert house.adopted == adopted

@@ -213,10 +213,25 @@ def test_an_empty_directory_has_nothing_to_give_up(backup: Path, tmp_path: Path)
 
 def test_a_key_of_another_log_is_said_and_one_that_is_none_refused(backup: Path, tmp_path: Path) -> None:
     other = Host(tmp_path / "other", OTHER)
-    assert "or list it in audit.former_keys" in other.restore(backup).remarks[0]
+    assert "or list it in audit.former_keys and give --config" in other.restore(backup).remarks[0]
     (other.directory / "identity.pem").write_text("no key")
     with pytest.raises(CannotRestoreError, match="is not an Ed25519 key"):
         other.restore(backup)
+
+
+def test_checkpoints_of_a_former_key_are_held_to_it(host: Host, tmp_path: Path) -> None:
+    host.record("a")
+    host.key = OTHER
+    (host.directory / "identity.pem").write_bytes(private_pem(OTHER))
+    host.record("b")
+    file = tmp_path / "asapd.backup"
+    copy_database(host.database, file)
+    with pytest.raises(BadBackupError, match=r"list it in audit\.former_keys, and give --config"):
+        host.restore(file)
+    done = host.restore(file, former_keys=[bytes(KEY.verify_key)])
+    assert (done.remarks, done.abandoned) == ((), done.head)
+    assert host.ids() == {"a", "b"}
+    assert not (host.directory / "checkpoints.abandoned.log").exists()
 
 
 def test_a_database_that_is_damaged_is_replaced_and_kept_with_its_wal(host: Host, backup: Path) -> None:

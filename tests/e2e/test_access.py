@@ -131,6 +131,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/audit/verify", None, READ, 200),
     ("POST", "/audit/verify", {}, READ, 422),
     ("POST", "/audit/erase", {}, frozenset({"admin"}), 422),
+    ("POST", "/audit/vouch", {}, frozenset({"admin"}), 422),
     ("GET", "/audit/export?format=csv", None, READ, 200),
     ("GET", "/audit/checkpoint", None, READ, 200),
     ("GET", "/audit/pack?agent=urn:asap:agent:nobody&start=2026-01-01T00:00:00Z", None, READ, 404),

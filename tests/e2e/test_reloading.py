@@ -151,8 +151,26 @@ async def test_a_configured_pattern_is_masked_before_it_reaches_an_entry() -> No
             await until(is_taken, within_s=PATIENCE_S)
             (entry,) = daemon.admin_get(f"/audit/logs?task=t{number}").json()["data"]
             assert (entry["details"]["error"], entry["details"]["consumer"]) == ("[masked] hung up", "ann@corp")
-            daemon.config.write_text(QUICK)
-            assert daemon.admin_request("POST", "/reload").json()["restart_required"] == ["audit.mask"]
+            if number == 0:
+                os.kill(daemon.status()["store"]["writer_pid"], signal.SIGKILL)
+        assert daemon.admin_get("/audit/verify").json()["valid"]
+
+
+async def test_a_pattern_is_masked_from_the_reload_on_and_by_a_writer_that_comes_later() -> None:
+    with running() as daemon:
+        daemon.config.write_text(QUICK + '\n[audit]\nmask = ["[a-z]{1,30}@corp"]\n')
+        answer = daemon.admin_request("POST", "/reload").json()
+        assert (answer["applied"], answer["restart_required"]) == ({"audit": True}, [])
+        for number in range(2):
+            told = {"task_id": f"t{number}", "agent": "urn:asap:agent:a", "consumer": "ann@corp", "state": "failed"}
+            told |= {"error": "ann@corp hung up", "timestamp": "2026-11-20T09:00:00Z"}
+
+            async def is_taken(sent: dict[str, str] = told) -> bool:
+                return bool(daemon.admin_request("POST", "/tasks", json=sent).status_code == 201)
+
+            await until(is_taken, within_s=PATIENCE_S)
+            (entry,) = daemon.admin_get(f"/audit/logs?task=t{number}").json()["data"]
+            assert entry["details"]["error"] == "[masked] hung up"
             if number == 0:
                 os.kill(daemon.status()["store"]["writer_pid"], signal.SIGKILL)
         assert daemon.admin_get("/audit/verify").json()["valid"]

@@ -169,3 +169,5 @@ async def test_what_was_taken_while_the_daemon_was_down_is_not_explained_by_a_ch
         assert broken.returncode == 1
         assert f"entry {seq + 1} (erasure.applied ers_x) was not signed by this daemon's key" in broken.stdout
         assert "1 of the rows 1 to 8 of usage are not there, and nobody says who took them" in broken.stdout
+        asked_to_vouch = await trio.to_thread.run_sync(asapctl, daemon, "audit", "vouch", "--reason", "trust me")
+        assert asked_to_vouch.stdout == "there is nothing to vouch for\n"

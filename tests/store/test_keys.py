@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
+from asapd.core.row_digest import row_digest
 from asapd.store import audit, keys
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
@@ -79,4 +80,6 @@ def test_no_secret_and_no_digest_reaches_the_log(store: Store) -> None:
     store.create()
     entry = audit.get_entry(store.connection, "1")
     assert entry is not None
-    assert entry["details"].keys() == {"agents", "id", "name", "role", "tenant"}
+    assert entry["details"].keys() == {"agents", "id", "name", "role", "row_digest", "tenant"}
+    assert entry["details"]["row_digest"] == row_digest((KEY.digest, 1))
+    assert KEY.digest.hex() not in str(entry)

@@ -111,6 +111,11 @@ def test_what_is_gone_put_in_or_renamed_is_named(ledger: Ledger, sql: str, said:
     assert any(said in finding for finding in found), found
 
 
+def test_a_task_of_no_delegation_is_named(ledger: Ledger) -> None:
+    (found,) = altered(ledger, "INSERT INTO account_task VALUES (99, 't', 1, 0)")
+    assert found == "account_task 99 t: there is no such delegation"
+
+
 def test_a_log_is_walked_in_steps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "STEP", 3)
     assert compared(ledger) == ([], Held(10, 35, 0))
@@ -189,6 +194,18 @@ def test_retired_rows_of_usage_are_done_again_from_their_entries(ledger: Ledger)
     ledger.submit(EraseConsumer("max", "ers_1", [6], "r", "key:x", ledger.now_us, None))
     found, told = compared(ledger)
     assert (found, told.retired) == ([], 9)  # all but the delegation that came last
+
+
+def test_the_end_of_a_reservation_is_not_held_to_usage_of_which_nothing_is_left(connection: apsw.Connection) -> None:
+    ledger = Ledger(connection)
+    ledger.register(ROOT, CHILD)
+    held = ledger.reserved(ROOT, CHILD)
+    ledger.use(5, agent=C, consumer="max", reservation=held)
+    ledger.now_us += 5
+    ledger.release(held)
+    erase(ledger, "max")
+    ledger.submit(RetireUsage(ledger.now_us + 1, "asapd", ledger.now_us))
+    assert compared(ledger)[0] == []
 
 
 def test_entries_from_before_they_said_so_are_read_with_their_rows(ledger: Ledger) -> None:

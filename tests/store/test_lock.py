@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from asapd.store import lock
-from asapd.store.lock import LockedError, acquire
+from asapd.store.lock import LockedError, acquire, hold
 
 
 @dataclass
@@ -144,3 +144,15 @@ def test_a_child_that_inherits_the_descriptor_holds_the_lock_on(tmp_path: Path, 
         Patience().acquire(path)
     child.communicate(b"\n")
     held.append(Patience().acquire(path))
+
+
+def test_a_database_is_held_by_any_of_its_names_and_without_a_lock_file(tmp_path: Path, held: list[int]) -> None:
+    database, other = tmp_path / "asapd.db", tmp_path / "other.db"
+    descriptor = hold(database)
+    assert stat.S_IMODE(database.stat().st_mode) == 0o600
+    other.hardlink_to(database)
+    for name in (database, other):
+        with pytest.raises(LockedError, match=f"{name} is in use by another process"):
+            hold(name)
+    os.close(descriptor)
+    held.append(hold(other))

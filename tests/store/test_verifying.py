@@ -20,9 +20,10 @@ from asapd.core.delegation import Claims
 from asapd.core.merkle import Tree
 from asapd.core.types import DAY_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import checkpoint_log, reconciling, seals, verifying
+from asapd.store import checkpoint_log, numbered_rows, reconciling_usage, seals, verifying
 from asapd.store.erasure import entries_of
 from asapd.store.reconciling import reconcile
+from asapd.store.reconciling_house import read_house
 from asapd.store.units.alerts import BreachRow, WriteBreach
 from asapd.store.units.audit import EraseConsumer, Seal
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Revoke
@@ -150,11 +151,13 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
     assert [(tally.table, tally.rows, tally.entries) for tally in found.tallies] == [
         ("usage", 291, 291),
         ("task", 2, 2),
+        ("usage_identity", 291, 0),
         ("usage_hour", 1, 0),
         ("delegation", 1, 1),
         ("ledger", 1, 1),
         ("breach", 2, 2),
         ("usage_day", 0, 0),
+        *((part.log.table, 0, 0) for part in read_house(log)),
         ("erasure", 0, 0),
     ]
 
@@ -208,7 +211,8 @@ def test_an_older_copy_of_the_file_is_found_by_checkpoints_kept_beside_or_elsewh
     checkpoint_log.append(file, newest.note)
     with closing(copied(log)) as old:
         old.execute("DELETE FROM audit WHERE seq > 280; DELETE FROM audit_checkpoint WHERE size > 280")
-        old.execute("DELETE FROM usage WHERE seq > 280; DELETE FROM task; DELETE FROM delegation")
+        old.execute("DELETE FROM usage WHERE seq > 280; DELETE FROM usage_identity WHERE seq > 280")
+        old.execute("DELETE FROM task; DELETE FROM delegation")
         old.execute("DELETE FROM alert; DELETE FROM breach; DELETE FROM sqlite_sequence; DELETE FROM usage_void")
         old.execute(f"DELETE FROM usage_hour; {SUMS}")
         assert report(old).is_valid  # by itself it is a good log
@@ -722,8 +726,9 @@ def test_a_log_of_many_steps_comes_to_the_same(connection: apsw.Connection, monk
     connection.execute("DELETE FROM audit WHERE details ->> 'row' BETWEEN 200 AND 260")
     whole = reconcile(connection)
     assert whole[0].findings == 64
-    monkeypatch.setattr(reconciling, "STEP", 10)
-    monkeypatch.setattr(reconciling, "WAITING", 20)
+    monkeypatch.setattr(reconciling_usage, "STEP", 10)
+    monkeypatch.setattr(numbered_rows, "STEP", 10)
+    monkeypatch.setattr(reconciling_usage, "WAITING", 20)
     assert [msgspec.structs.replace(tally, named=()) for tally in reconcile(connection)] == [
         msgspec.structs.replace(tally, named=()) for tally in whole
     ]

@@ -67,7 +67,7 @@ from asapd.store.units.delegations import (
     SyncBudgets,
 )
 from asapd.store.units.exchange import Answer, AnyUnit, Envelope, Idempotency
-from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, Sweep
+from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, SetMasks, Sweep
 from asapd.store.units.promises import (
     BreachHold,
     DeclareMaintenance,
@@ -431,6 +431,7 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
             ),
         ),
         CreateKey: st.builds(CreateKey, key, actor, at),
+        SetMasks: st.builds(SetMasks, st.sampled_from(([], ["x"]))),
         RevokeKey: st.builds(RevokeKey, st.sampled_from(("key_1", "two")), actor, at),
         Note: st.builds(Note, st.just("config.reloaded"), actor, st.just("asapd"), st.just({"n": 1}), at),
         EraseConsumer: st.builds(

@@ -17,7 +17,7 @@ from asapd.edge.description.operation import (
     shows,
 )
 from asapd.edge.description.queries import AGENT, DRY_RUN, NUMBER, ORDER, PAGE, PERIOD, TASK, named
-from asapd.edge.http.audit import Erasure
+from asapd.edge.http.audit import Erasure, Vouching
 
 _READ_ALL = (Permission.READ_ALL,)
 _NOTE = "text/plain"
@@ -56,6 +56,14 @@ OPERATIONS = (
         (shows(OBJECT, "What went"),),
         DRY_RUN,
         body={JSON: Erasure},
+    ),
+    Operation(
+        "POST /audit/vouch",
+        "Vouch for entries that explain gaps, which older builds did not sign",
+        (Permission.ADMINISTER,),
+        (shows(OBJECT, "For which"),),
+        DRY_RUN,
+        body={JSON: Vouching},
     ),
     Operation(
         "GET /audit/checkpoint",

@@ -37,6 +37,12 @@ class Erasure(msgspec.Struct, forbid_unknown_fields=True):
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 
 
+class Vouching(msgspec.Struct, forbid_unknown_fields=True):
+    """Why somebody vouches for what nobody signed."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
 def register(app: QuartTrio, services: Services) -> None:
     """Add the routes."""
 
@@ -86,6 +92,15 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         body = decode_body(await sent_json(), Erasure)
         return reply(await services.erase(body.consumer, body.reason, caller.actor, dry_run))
+
+    @app.post("/audit/vouch")
+    async def post_vouch() -> Response:
+        caller = require_everything(Permission.ADMINISTER)
+        parameters = Parameters()
+        dry_run = parameters.flag("dry_run")
+        parameters.done()
+        body = decode_body(await sent_json(), Vouching)
+        return reply(await services.verifier.vouch(body.reason, caller.actor, dry_run=dry_run))
 
     @app.get("/audit/logs/<entry>")
     async def get_entry(entry: str) -> Response:

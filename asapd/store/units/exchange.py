@@ -69,7 +69,7 @@ from asapd.store.units.delegations import (
     SettleReservation,
     SyncBudgets,
 )
-from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, Sweep, Swept
+from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, SetMasks, Sweep, Swept
 from asapd.store.units.promises import (
     DeclareMaintenance,
     EndMaintenance,
@@ -148,6 +148,7 @@ AnyUnit = (
     | KeepHolds
     | UndoJump
     | CreateKey
+    | SetMasks
     | RevokeKey
     | RecordTask
     | Note

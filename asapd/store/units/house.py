@@ -50,6 +50,12 @@ class Note(Unit[RowWritten], frozen=True):
     now_us: int
 
 
+class SetMasks(Unit[RowWritten], frozen=True):
+    """Mask what matches these patterns in the entries of units that come after this one."""
+
+    patterns: list[str]
+
+
 class Swept(msgspec.Struct, frozen=True, tag=True):
     """What a sweep did, and whether there is more of it to do."""
 

@@ -225,3 +225,24 @@ async def test_the_log_is_held_to_checkpoints_that_come_with_the_question(edge: 
     half = kept + b"\n" + kept[:40]
     for body in (b"nonsense", b"\xff", b"", b"\n\n", half):
         assert (await edge.post("/audit/verify", body)).refused(422)["code"] == "invalid"
+
+
+async def test_an_admin_vouches_for_what_an_older_build_did_not_sign(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"reason": "upgrade"}
+    nothing = {"count": 0, "dry_run": False, "first_seq": None, "last_seq": None, "named": []}
+    assert (await edge.post("/audit/vouch", asked)).ok() == nothing
+    with monkeypatch.context() as older:
+        older.setattr("asapd.store.tx.EXCUSES", ())
+        await edge.database.submit(Note("retention.applied", "asapd", "probe", {"count": 3}, T0))
+    seq = await head(edge)
+    assert "see `asapctl audit vouch`" in json.dumps((await edge.get("/audit/verify")).ok()["reconciled"])
+    dry = (await edge.post("/audit/vouch?dry_run=true", asked)).ok()
+    assert dry["named"] == [f"entry {seq} (retention.applied probe): count 3"]
+    assert (await edge.post("/audit/vouch", asked, key="operator")).refused(403)["code"] == "forbidden"
+    assert (await edge.post("/audit/vouch", {})).refused(422)["code"] == "invalid"
+    assert (await edge.get("/audit/verify")).ok()["valid"] is False
+    assert (await edge.post("/audit/vouch", asked)).ok() == {**dry, "dry_run": False}
+    assert (await edge.get("/audit/verify")).ok()["valid"] is True
+    assert (await edge.post("/audit/vouch", asked)).ok() == nothing

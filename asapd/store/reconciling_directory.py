@@ -1,0 +1,275 @@
+"""Whether the directory is what the log says: agents, their keys, their history, their manifests and promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.agent_keys import AgentKey
+from asapd.core.masking import is_masked_form
+from asapd.core.row_digest import row_digest
+from asapd.store.agent_keys import keys_of, read_key
+from asapd.store.findings import Tally
+from asapd.store.numbered_rows import count_gone, rows_of
+from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.standing import Entry, Standing, StandingRow
+from asapd.wire.keys import public_base64
+
+STEP = 2_000
+
+
+class Agents:
+    """The directory itself, but for the state of health, which probes make."""
+
+    kinds = ("agent.added", "agent.changed", "agent.removed", "agent.key_retired")
+
+    def __init__(self) -> None:
+        self.log = Standing("agent")
+
+    def do(self, entry: Entry) -> None:
+        """Take in what an agent is from now on."""
+        told = entry.details
+        match entry.kind:
+            case "agent.removed":
+                self.log.end(entry.subject, entry.seq)
+            case "agent.key_retired":
+                self._retire_key(entry)
+            case _:
+                made = {"added_us": entry.at_us} if entry.kind == "agent.added" else {}
+                self.log.say(entry.subject, entry.seq, **told, **made)
+
+    def _retire_key(self, entry: Entry) -> None:
+        """A key that was posted with its agent and is retired by itself leaves the agent's row as well."""
+        known = self.log.said(entry.subject)
+        if known is None or entry.details["source"] != "api" or known["origin"] != "api":
+            return
+        if read_key(known["public_key"]) == read_key(entry.details["public_key"]):
+            self.log.say(entry.subject, entry.seq, public_key=None)
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        """Hold the rows to it."""
+        names = ("id", "url", "tenant", "origin", "public_key", "tier", "sla", "health", "added_us")
+        rows = fetch(connection, f"SELECT {', '.join(names)} FROM agent")
+        return self.log.compare(StandingRow(row[0], row[-1], dict(zip(names, row, strict=True))) for row in rows)
+
+
+class AgentKeys:
+    """What verifies the tokens and manifests of agents. Of each key and source, the last that was said.
+
+    Some changes have no entry of their own: a manifest shows a key that another source has, and an agent that leaves
+    takes keys along that verified nothing any more, as does one whose manifest claims a retired key again.
+    """
+
+    kinds = ("agent.key_added", "agent.key_claimed", "agent.key_withdrawn", "agent.key_retired", "agent.removed")
+
+    def __init__(self) -> None:
+        self.log = Standing("agent_key")
+        self._added: set[tuple[str, str]] = set()
+        self._told: set[tuple[str, str]] = set()
+        self._removed: dict[str, int] = {}
+
+    def do(self, entry: Entry) -> None:
+        """Take in what became of a key."""
+        told, agent = entry.details, entry.subject
+        if entry.kind == "agent.removed":
+            self._removed[agent] = entry.seq
+            return
+        key = (agent, told["public_key"], told["source"])
+        self._told.add(key[:2])
+        match entry.kind:
+            case "agent.key_added":
+                self._added.add(key[:2])
+                self.log.say(key, entry.seq, state="active", since_us=entry.at_us, until_us=None)
+            case "agent.key_claimed":
+                self.log.say(key, entry.seq, state="claimed", since_us=entry.at_us, until_us=None)
+            case "agent.key_withdrawn":
+                self.log.say(key, entry.seq, state="retired", until_us=entry.at_us)
+            case _:
+                self.log.say(key, entry.seq, state="retired", until_us=told["until_us"])
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        """Hold the rows to it."""
+        keys = keys_of(connection)
+        there = {(key.agent, public_base64(key.public_key)) for key in keys if key.source == "former"}
+        rows = list(self._judged(keys))
+        found = {row.key for row in rows}
+        for key in self.log.known():
+            said = self.log.said(key)
+            if key in found or said is None or not isinstance(key, tuple) or said["state"] == "active":
+                continue
+            if key[:2] in there or self._removed.get(key[0], 0) or said["state"] == "claimed":
+                self.log.forget(key)
+        return self.log.compare(rows)
+
+    def _judged(self, keys: list[AgentKey]) -> Iterator[StandingRow]:
+        elsewhere = {(key.agent, key.public_key) for key in keys if key.source != "manifest"}
+        for key in keys:
+            name = (key.agent, public_base64(key.public_key), key.source)
+            was_added = name[:2] in self._added
+            is_known = was_added or (self.log.erased > 0 and (key.agent, key.public_key) in elsewhere)
+            is_shown = key.source == "manifest" and key.state == "active" and is_known
+            if is_shown or (key.source == "former" and key.state == "retired" and name[:2] in self._told):
+                self.log.forget(name)  # no entry says so, and the key is one that the log knows
+                continue
+            yield StandingRow(name, key.since_us, msgspec.to_builtins(key))
+
+
+class Manifests:
+    """Every version of a manifest, by its agent and time; of two of one moment in their order."""
+
+    kinds: tuple[str, ...] = ("agent.manifest",)
+
+    def __init__(self) -> None:
+        self.log = Standing("manifest")
+        self._count: Counter[tuple[str, int]] = Counter()
+
+    def do(self, entry: Entry) -> None:
+        """Take in one version."""
+        at = (entry.subject, entry.at_us)
+        self._count[at] += 1
+        self.log.say((*at, self._count[at]), entry.seq, **{n: v for n, v in entry.details.items() if n != "id"})
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        """Hold the rows to it."""
+        return self.log.compare(self._rows(connection))
+
+    def _rows(self, connection: apsw.Connection) -> Iterator[StandingRow]:
+        columns = "seq, agent, fetched_us, digest, verification, sla_error, body, sla, ttl_seconds, public_key"
+        count: Counter[tuple[str, int]] = Counter()
+        for _, agent, at_us, digest, verification, error, *unsaid in rows_of(
+            connection, "manifest", columns, *_bounds(connection, "manifest")
+        ):
+            count[agent, at_us] += 1
+            values = {"digest": digest, "verification": verification, "sla_error": error}
+            values["row_digest"] = row_digest(unsaid)
+            yield StandingRow((agent, at_us, count[agent, at_us]), at_us, values)
+
+
+class Promises:
+    """What agents were held to, by agent and time; of two of one moment in their order.
+
+    That one promises nothing from the start has no entry. What an upgrade took from manifests has theirs.
+    """
+
+    kinds = ("agent.promise", "agent.manifest")
+
+    def __init__(self) -> None:
+        self.log = Standing("promise")
+        self._count: Counter[tuple[str, int]] = Counter()
+        self._manifests: set[tuple[str, int, str]] = set()
+
+    def do(self, entry: Entry) -> None:
+        """Take in what an agent is held to from now on."""
+        told = entry.details
+        if entry.kind == "agent.manifest":
+            self._manifests.add((entry.subject, entry.at_us, told["digest"]))
+            return
+        at = (entry.subject, told["since_us"])
+        self._count[at] += 1
+        self.log.say((*at, self._count[at]), entry.seq, **{name: value for name, value in told.items() if name != "id"})
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        """Hold the rows to it."""
+        return self.log.compare(self._rows(connection))
+
+    def _rows(self, connection: apsw.Connection) -> Iterator[StandingRow]:
+        names = ("seq", "agent", "tenant", "since_us", "source", "sla", "manifest_digest", "error")
+        count: Counter[tuple[str, int]] = Counter()
+        seen: set[tuple[str, str]] = set()
+        for row in rows_of(connection, "promise", ", ".join(names), *_bounds(connection, "promise")):
+            values: dict[str, Any] = dict(zip(names, row, strict=True))
+            values["sla"] = None if values["sla"] is None else msgspec.json.decode(values["sla"])
+            agent, since_us = values["agent"], values["since_us"]
+            is_first = (agent, values["tenant"]) not in seen
+            seen.add((agent, values["tenant"]))
+            key = (agent, since_us, count[agent, since_us] + 1)
+            if is_first and values["source"] is None and values["error"] is None:
+                continue
+            is_taken_over = (agent, since_us, values["manifest_digest"]) in self._manifests
+            if self.log.said(key) is None and is_taken_over and values["source"] == "manifest":
+                continue
+            count[agent, since_us] += 1
+            yield StandingRow(key, since_us, values)
+
+
+class AgentEvents:
+    """What happened to agents: each event was written with an entry, of the same time, by the same actor."""
+
+    kinds: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.log = Standing("agent_event")
+        self._newest = 0
+
+    def do(self, entry: Entry) -> None:
+        """Nothing: entries of events may be very many, and are looked up by their times."""
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        """Hold every event to the entry of its moment, and see that none is missing between them."""
+        after, last = _bounds(connection, "agent_event")
+        columns = "seq, agent, ts_us, event, actor, old_state, new_state, reason"
+        count, step = 0, []
+        for row in rows_of(connection, "agent_event", columns, after, last):
+            count += 1
+            step.append(row)
+            if len(step) == STEP:
+                self._step(connection, step)
+                step = []
+        self._step(connection, step)
+        numbered = fetch_one(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'agent_event'")
+        count_gone(connection, "agent_event", max(last, 0 if numbered is None else numbered[0]), 0, self.log.findings)
+        return self.log.tally(count)
+
+    def _step(self, connection: apsw.Connection, events: list[Row]) -> None:
+        times = msgspec.json.encode(sorted({row[2] for row in events})).decode()
+        said: dict[tuple[str | None, int], list[tuple[int, str, str, dict[str, Any]]]] = {}
+        lost: set[tuple[str, int]] = set()
+        for entry, kind, at_us, actor, subject, details in fetch(
+            connection,
+            "SELECT seq, event_type, timestamp_us, actor, subject, details FROM audit "
+            "WHERE timestamp_us IN (SELECT value FROM json_each(?)) AND event_type GLOB 'agent.*'",
+            (times,),
+        ):
+            if details is None:
+                lost.add((kind, at_us))
+            else:
+                said.setdefault((subject, at_us), []).append((entry, kind, actor, msgspec.json.decode(details)))
+        taken: set[tuple[int, str]] = set()
+        for seq, agent, at_us, event, actor, old, new, reason in events:
+            kinds = _TOLD_AS.get(event, (f"agent.{event}",))
+            states = {"from": old, "to": new}
+            for entry, kind, by, told in said.get((agent, at_us), ()):
+                is_same = "from" not in told or (
+                    {name: told[name] for name in states} == states and is_masked_form(told["reason"], reason)
+                )
+                if kind in kinds and actor == by and is_same and (entry, event) not in taken:
+                    taken.add((entry, event))
+                    self.log.entries += 1
+                    if entry < self._newest:
+                        self.log.findings.add(f"agent_event row {seq} was not written where entry {entry} was")
+                    self._newest = max(self._newest, entry)
+                    break
+            else:
+                if any((kind, at_us) in lost for kind in kinds):
+                    self.log.retired += 1
+                else:
+                    where = f"agent_event row {seq} ({event} of {agent})"
+                    self.log.findings.add(f"{where} has no entry in the log that says the same")
+
+
+_TOLD_AS = {
+    "added": ("agent.added", "agent.changed"),
+    "removed": ("agent.removed", "agent.changed"),
+    "sla_rejected": ("agent.manifest",),
+}
+"""An agent that another tenant gets is removed from the one and added to the other, and the log has one change."""
+
+
+def _bounds(connection: apsw.Connection, table: str) -> tuple[int, int]:
+    """Behind which number, and up to which, all rows of a table are, forged ones before the first too."""
+    first, last = fetch(connection, f"SELECT min(seq), max(seq) FROM {table}")[0]
+    return min(first or 0, 1) - 1, last or 0

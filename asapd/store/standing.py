@@ -1,0 +1,116 @@
+"""Things that stand until they are changed or go: what the log last said of each, against the rows there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import msgspec
+
+from asapd.core.masking import FREE_TEXT, is_masked_form
+from asapd.store.findings import Findings, Tally, takes
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An entry of the log whose content is there."""
+
+    seq: int
+    kind: str
+    at_us: int
+    actor: str
+    subject: str
+    details: dict[str, Any]
+
+
+class StandingRow(msgspec.Struct, frozen=True):
+    """A row of a table: by what the log knows it, when it was made, and what an entry may say of it."""
+
+    key: Hashable
+    made_us: int | None
+    values: dict[str, Any]
+
+
+class Standing:
+    """What the log says of the things in one table.
+
+    A thing that was changed or made by an entry whose content is gone is counted as retired, not judged.
+    """
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        self.findings = Findings()
+        self.entries = self.erased = self.retired = self.lost_seq = 0
+        self._said: dict[Hashable, tuple[int, dict[str, Any] | None]] = {}
+        self._lost: Counter[int] = Counter()
+
+    def lose(self, seq: int, at_us: int) -> None:
+        """An entry about one of the things has no content any more."""
+        self.erased += 1
+        self.lost_seq = max(self.lost_seq, seq)
+        self._lost[at_us] += 1
+
+    def say(self, key: Hashable, seq: int, **values: Any) -> None:
+        """An entry says so of a thing, beside what was said before."""
+        self._said[key] = seq, {**(self.said(key) or {}), **values}
+
+    def end(self, key: Hashable, seq: int) -> None:
+        """An entry says that a thing went."""
+        self._said[key] = seq, None
+
+    def forget(self, key: Hashable) -> None:
+        """What was said of a thing does not hold any more, and nothing is known of it."""
+        self._said.pop(key, None)
+
+    def said(self, key: Hashable) -> dict[str, Any] | None:
+        """What was said of a thing so far; None of one that went, or that nobody spoke of."""
+        return self._said.get(key, (0, None))[1]
+
+    def known(self) -> list[Hashable]:
+        """All that the log speaks of."""
+        return list(self._said)
+
+    def was_lost(self, at_us: int) -> bool:
+        """Whether an entry of a time lost its content, for which many rows may be."""
+        return self._lost[at_us] > 0
+
+    def is_lost(self, made_us: int | None) -> bool:
+        """Whether an entry of a time lost its content, which then answers for one row."""
+        return takes(self._lost, made_us)
+
+    def compare(self, rows: Iterable[StandingRow]) -> Tally:
+        """Hold the rows, which are read now, to what was said."""
+        count = 0
+        for row in rows:
+            count += 1
+            seq, values = self._said.pop(row.key, (0, None))
+            if seq < self.lost_seq and (seq or self.is_lost(row.made_us)):
+                self.retired += 1
+            elif not seq:
+                self.findings.add(f"{self.table} {_shown(row.key)} has no entry in the log")
+            elif values is None:
+                self.findings.add(f"{self.table} {_shown(row.key)} is there, and entry {seq} says that it went")
+            else:
+                self._hold(row, seq, values)
+        for key, (seq, values) in self._said.items():
+            if values is not None and seq > self.lost_seq:
+                self.findings.add(f"{self.table} {_shown(key)} is not there, and entry {seq} says that it is")
+        return self.tally(count)
+
+    def tally(self, rows: int) -> Tally:
+        """What was found, of so many rows."""
+        named = tuple(self.findings.named)
+        return Tally(self.table, rows, self.entries, self.retired, self.erased, self.findings.count, named)
+
+    def _hold(self, row: StandingRow, seq: int, values: dict[str, Any]) -> None:
+        for name, said in values.items():
+            value = row.values.get(name)
+            is_so = is_masked_form(said, value) if name in FREE_TEXT else said == value
+            if not is_so:
+                self.findings.add(
+                    f"{self.table} {_shown(row.key)}: {name} is {value!r}, and the log says {said!r} (entry {seq})"
+                )
+
+
+def _shown(key: Hashable) -> str:
+    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
