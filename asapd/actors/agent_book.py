@@ -12,7 +12,7 @@ from asapd.actors.unseen import Unseen
 from asapd.core.calm import FOREVER_US, Ahead, calm_until_us
 from asapd.core.evidence_parts import FORM, MOST_SEGMENTS
 from asapd.core.exclusions import observe, said, said_until
-from asapd.core.intervals import Interval, cut, holds
+from asapd.core.intervals import Interval, cut, holds, joined
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
 from asapd.core.types import HOUR_US
@@ -38,6 +38,7 @@ class AgentBook:
         "_timeline",
         "agent",
         "calm_until_us",
+        "disregarded",
         "excluded",
         "exclusions",
         "held_to",
@@ -61,6 +62,7 @@ class AgentBook:
         self.unseen = Unseen() if unseen is None else unseen
         self.exclusions = self.unseen.exclusions_of(agent.id, held_to)
         self.excluded: list[Interval] = self.unseen.excluded(self.exclusions)
+        self.disregarded: list[Interval] = disregarded(agent, self.excluded)
         self.through = Position()
         self.probe_seq = 0
         self.stale = False
@@ -80,7 +82,7 @@ class AgentBook:
     def followed(self) -> Followed:
         """What the store needs to know to count this agent's further tasks."""
         latency_ms = self.held_to.promise.max_latency_p95_ms
-        return Followed(self.agent.id, self.agent.tenant, latency_ms, self.through, self.excluded)
+        return Followed(self.agent.id, self.agent.tenant, latency_ms, self.through, self.disregarded)
 
     def slots(self) -> list[Slots]:
         """The part of the past that each window needs, in the order of the windows."""
@@ -90,6 +92,7 @@ class AgentBook:
         """Go on with a later layout of the same exclusions."""
         self.unseen = unseen
         self.excluded = unseen.excluded(self.exclusions)
+        self.disregarded = disregarded(self.agent, self.excluded)
 
     # --- filling
 
@@ -101,7 +104,7 @@ class AgentBook:
 
     def add_probe_history(self, history: ProbeHistory) -> None:
         """Take over the uptime and the probes that the store knows."""
-        for segment in said(history.segments, history.unsaid):
+        for segment in said(history.segments, joined([*history.unsaid, *others_time(self.agent)])):
             self._timeline.extend(segment.start_us, segment.end_us, segment.up)
         newest_us, last = history.newest_us, self._timeline.last
         if newest_us is not None and (last is None or newest_us >= last.start_us):
@@ -123,6 +126,8 @@ class AgentBook:
 
     def add_probe(self, probe: ProbeFact) -> None:
         """Count a probe that was committed behind `probe_seq`."""
+        if probe.ts_us < self.agent.held_since_us:
+            return
         self._timeline.extend(probe.ts_us, said_until(self.excluded, probe.ts_us, probe.hold_us), probe.up)
         if holds(self.excluded, probe.ts_us):
             return
@@ -251,6 +256,16 @@ class AgentBook:
         left_out = [[part.start_us, part.end_us, bool(part.up)] for part in segments[:-MOST_SEGMENTS]]
         digest = sha256(json.dumps(left_out, separators=(",", ":")).encode()).hexdigest()
         return {"until_us": until_us, "up_us": seen.up_us, "down_us": seen.down_us, "sha256": digest}
+
+
+def others_time(agent: DirectoryAgent) -> list[Interval]:
+    """When an agent was with another tenant: what it did then is nobody's to see or be held to now."""
+    return [(0, agent.held_since_us)] if agent.held_since_us else []
+
+
+def disregarded(agent: DirectoryAgent, excluded: Sequence[Interval]) -> list[Interval]:
+    """Time whose tasks and probes are in no figure: what is excluded, and what was another tenant's."""
+    return joined([*others_time(agent), *excluded])
 
 
 def promise_terms(promise: Promise) -> dict[str, Any]:

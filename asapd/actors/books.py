@@ -11,6 +11,7 @@ import trio
 
 from asapd import config
 from asapd.actors.agent_book import AgentBook, horizon_us
+from asapd.actors.credit_record import CreditKeeper
 from asapd.actors.promise_record import PromiseKeeper
 from asapd.actors.promises import HeldTo, held_to
 from asapd.actors.unseen import AHEAD_US, Unseen
@@ -62,6 +63,7 @@ class Books:
     ) -> None:
         self._database = database
         self._promises = PromiseKeeper(database, log)
+        self._credits = CreditKeeper(database)
         self._clock = clock
         self._settings = settings
         self._committed = committed
@@ -98,12 +100,14 @@ class Books:
             self.through = await self._database.read(sla_queries.newest_tasks)
             self.probe_seq = await self._database.read(sla_queries.newest_probe_seq)
             await self._promises.start()
+            await self._credits.start()
             await self._refresh()
 
     async def catch_up(self) -> None:
         """Count everything that was committed before this call."""
         async with self._lock:
             await self._promises.tell()
+            await self._credits.tell()
             if self._is_worn(self._clock.now_us()) or self._directory_changed.count != self._seen_directory:
                 await self._refresh()
             seen_commits = self._committed.count
@@ -152,6 +156,7 @@ class Books:
         listed = await self._database.read(directory, EVERYTHING)
         held_by = {agent.id: (agent, held_to(agent, sla)) for agent in listed}
         await self._promises.keep(held_by, self._clock.now_us())
+        await self._credits.keep(sla.credits, self._clock.now_us())
         unseen = await self._read_unseen(windows_us)
         books: dict[str, AgentBook] = {}
         for agent, held in held_by.values():
@@ -160,7 +165,7 @@ class Books:
                 book is None
                 or book.stale
                 or windows_us != self._windows_us
-                or agent.tenant != book.agent.tenant
+                or (agent.tenant, agent.held_since_us) != (book.agent.tenant, book.agent.held_since_us)
                 or held.promise.max_latency_p95_ms != book.held_to.promise.max_latency_p95_ms
                 or unseen.exclusions_of(agent.id, held) != book.exclusions
             ):
@@ -213,7 +218,7 @@ class Books:
         assert through is not None
         book.through = through
         book.add_probe_history(
-            await self._database.read(sla_queries.probe_history, agent.id, slots, since_us, book.excluded)
+            await self._database.read(sla_queries.probe_history, agent.id, slots, since_us, book.disregarded)
         )
         return book
 

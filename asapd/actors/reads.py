@@ -25,6 +25,7 @@ from asapd.store import (
     audit,
     breaches,
     budget_queries,
+    credit_terms,
     horizon,
     identity,
     keys,
@@ -52,7 +53,7 @@ from asapd.store.task_spend import SpendPage, spend_by_task
 from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units.alerts import BreachRow
 from asapd.store.units.house import ApiKey
-from asapd.store.units.promises import Maintenance
+from asapd.store.units.promises import CreditTerms, Maintenance
 from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter, places
 from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint
@@ -495,9 +496,15 @@ class Reads:
 
         return await self._database.read(query)
 
+    async def credits_before(self, end_us: int) -> CreditTerms | None:
+        """The credit tiers that were in force when a period ended."""
+        return await self._database.read(credit_terms.before, end_us)
+
     async def cost_of(self, agent: DirectoryAgent, start_us: int, end_us: int) -> tuple[int, int]:
         """What an agent's usage cost between two whole hours, in micro-USD, and how many events nobody knows it of."""
-        return await self._database.read(sla_queries.cost_between, agent.id, agent.tenant, start_us, end_us)
+        return await self._database.read(
+            sla_queries.cost_between, agent.id, agent.tenant, start_us, end_us, agent.held_since_us
+        )
 
     async def maintenance(
         self, caller: Caller, *, agent: str | None, state: str | None, limit: int, before: str | None

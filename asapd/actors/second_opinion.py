@@ -1,7 +1,8 @@
 """A second opinion: whether a probe that failed in silence says something of the agent, or of this host.
 
 Nothing came back, or no resolver answered. When that is so of every other machine that can be compared as well, at the
-same time, it is this host's resolver or network that is away, and nobody knows how the agents are.
+same time, it is this host's resolver or network that is away, and nobody knows how the agents are. Where too few can be
+compared, what the kernel says of this host's own way to the agent decides.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from asapd.runtime.fetch import Doubt, Fetched, FetchFailed
 from asapd.runtime.lookup import is_address, is_answered, is_own
+from asapd.runtime.own_network import why_away
 
 ASKED = 3
 """Others that are asked at once, those that answered last first."""
@@ -34,9 +36,11 @@ class SecondOpinion:
         *,
         resolves: Callable[[str, float], Awaitable[bool]] = is_answered,
         is_near: Callable[[str], bool] = is_own,
+        own_way: Callable[[str], Awaitable[str | None]] = why_away,
     ) -> None:
         self._ask = ask
         self._resolves = resolves
+        self._own_way = own_way
         self._find_near = is_near
         self._near: dict[str, bool] = {}
         self._reached_s: dict[str, float] = {}
@@ -68,24 +72,23 @@ class SecondOpinion:
         host = _host(url)
         match failed.doubt:
             case "network" if not self._is_near(host):
-                silent = await self._compare_reach(host, started_s, others)
-                if silent is None:
+                blamed = await self._compare_reach(host, started_s, others)
+                if blamed is None:
                     self._down.add(host)
-                    return None
-                return f"this host reaches no other machine either, {', '.join(silent)} among them"
+                return blamed
             case "resolver":
                 return await self._compare_names(host, started_s, others, deadline_s)
             case _:
                 return None
 
-    async def _compare_reach(self, mine: str, started_s: float, others: Iterable[str]) -> list[str] | None:
-        """Who else is silent; None when somebody is not, or too few can be compared."""
+    async def _compare_reach(self, mine: str, started_s: float, others: Iterable[str]) -> str | None:
+        """What of this host is away; None when somebody else is not silent, or nothing tells."""
         if self._is_any_reached(mine, started_s):
             return None
         known = {_host(other): other for other in others}
         wanted = [host for host in known if host != mine and host not in self._down and not self._is_near(host)]
         if len(wanted) < LEAST_OTHERS:
-            return None
+            return await self._own_way(mine)
         asked = self._latest_first(wanted)[:ASKED]
         async with self._asking:
             if not self._was_silent("network", started_s) and not self._is_any_reached(mine, started_s):
@@ -95,7 +98,9 @@ class SecondOpinion:
                         nursery.start_soon(self._reach, known[host])
                 if not self._is_any_reached(mine, started_s):
                     self._silent_s["network"] = begun_s
-        return None if self._is_any_reached(mine, started_s) else asked
+        if self._is_any_reached(mine, started_s):
+            return None
+        return f"this host reaches no other machine either, {', '.join(asked)} among them"
 
     async def _reach(self, url: str) -> None:
         # What this host itself cannot do is no answer either.

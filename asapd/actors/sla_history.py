@@ -9,10 +9,11 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from asapd import config
+from asapd.actors.agent_book import disregarded, others_time
 from asapd.actors.promises import HeldTo, held_to, recorded
 from asapd.actors.unseen import Unseen
 from asapd.core.exclusions import observe, said
-from asapd.core.intervals import Interval, holds
+from asapd.core.intervals import Interval, holds, joined
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, measure
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
@@ -91,6 +92,7 @@ def read_past(
     last_us = min(end_us, (start_us // step_us + limit) * step_us)
     unseen = _unseen(connection, agent, record, start_us, last_us)
     excluded = unseen.excluded(unseen.exclusions_of(agent.id, record.before(last_us).held))
+    ignored = disregarded(agent, excluded)
     periods = [
         (max(start_us, number * step_us), min(last_us, (number + 1) * step_us))
         for number in range(start_us // step_us, -(-last_us // step_us))
@@ -101,7 +103,7 @@ def read_past(
         zip(periods, judged, strict=True), key=lambda one: one[1].held.promise.max_latency_p95_ms
     ):
         part = [period for period, _ in group]
-        followed = Followed(agent.id, agent.tenant, promised_ms, Position(), excluded)
+        followed = Followed(agent.id, agent.tenant, promised_ms, Position(), ignored)
         tasks = sla_queries.tasks_between(connection, followed, part[0][0], part[-1][1], step_us, _MOST_ROWS)
         # What was taken back comes with a negative sign: after what it takes back.
         for count in sorted(tasks.counts, key=lambda one: one.count, reverse=True):
@@ -109,10 +111,10 @@ def read_past(
         if tasks.end_us < part[-1][1]:
             last_us = tasks.end_us
             break
-    timeline = _timeline(connection, agent.id, start_us, last_us, excluded)
+    timeline = _timeline(connection, agent, start_us, last_us, ignored)
     probes: dict[int, int] = {}
     for ts_us in sla_queries.probe_times(connection, agent.id, start_us, last_us):
-        if not holds(excluded, ts_us):
+        if not holds(ignored, ts_us):
             probes[ts_us // step_us] = probes.get(ts_us // step_us, 0) + 1
     rows: list[Metrics] = []
     for period, held in zip(periods, judged, strict=True):
@@ -141,7 +143,7 @@ def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_u
     record = _Record(connection, agent, sla)
     unseen = _unseen(connection, agent, record, start_us, end_us)
     excluded = unseen.excluded(unseen.exclusions_of(agent.id, record.before(end_us).held))
-    timeline = _timeline(connection, agent.id, start_us, end_us, excluded)
+    timeline = _timeline(connection, agent, start_us, end_us, disregarded(agent, excluded))
     return measure(
         agent.id,
         window_us=end_us - start_us,
@@ -163,9 +165,11 @@ def _unseen(connection: Any, agent: DirectoryAgent, record: _Record, start_us: i
     return Unseen(start_us, end_us, watching.blind_intervals(connection, start_us, end_us), windows, hours)
 
 
-def _timeline(connection: Any, agent: str, start_us: int, end_us: int, excluded: list[Interval]) -> UptimeTimeline:
+def _timeline(
+    connection: Any, agent: DirectoryAgent, start_us: int, end_us: int, ignored: list[Interval]
+) -> UptimeTimeline:
     timeline = UptimeTimeline()
-    unsaid = sla_queries.unsaid_between(connection, agent, excluded)
-    for segment in said(sla_queries.segments_between(connection, agent, start_us, end_us), unsaid):
+    unsaid = joined([*sla_queries.unsaid_between(connection, agent.id, ignored), *others_time(agent)])
+    for segment in said(sla_queries.segments_between(connection, agent.id, start_us, end_us), unsaid):
         timeline.extend(segment.start_us, segment.end_us, segment.up)
     return timeline

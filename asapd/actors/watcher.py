@@ -267,10 +267,10 @@ class _Watch:
             known, judged = self._breaches.get((agent, term), _UNBROKEN), found.get(term)
             hold_us = self._hold_us(agent, term, known.state, now_us)
             verdict_of = None if judged is None else judged.verdict
-            changed = False
+            changed = _is_anothers(known.row, book)
             if term == "burn_rate":
                 verdict_of = None if verdict_of is None else replace(verdict_of, threshold=_ANY_FACTOR)
-                changed = book is not None and known.row is not None and _is_promise_changed(known.row, book)
+                changed |= book is not None and known.row is not None and _is_promise_changed(known.row, book)
             state, transition = breach.step(
                 known.state,
                 verdict_of,
@@ -579,6 +579,11 @@ def _hold_row(key: tuple[str, str], state: BreachState) -> BreachHold:
     if held is None:
         return BreachHold(*key, None)
     return BreachHold(*key, *held, None if state.threshold is None else str(state.threshold))
+
+
+def _is_anothers(row: BreachRow | None, book: AgentBook | None) -> bool:
+    """Whether an open breach is of a tenant that the agent is not with any more."""
+    return row is not None and book is not None and row.tenant != book.agent.tenant
 
 
 def _is_promise_changed(row: BreachRow, book: AgentBook) -> bool:

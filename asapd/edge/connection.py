@@ -30,6 +30,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 from wsproto.events import CloseConnection
 
 from asapd.edge.early import Asked, refusal_response
+from asapd.edge.last_words import LastWords
 
 RECEIVE_BYTES = 65_536
 SEND_BYTES = 65_536
@@ -53,8 +54,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 30.0
     send_s: float = 30.0
     """A piece of 64 KiB that the client does not take within this closes the connection."""
+    websocket_stuck_s: float = 10.5
+    """What a subscriber of a WebSocket has to take a message, and a bit: then the room kept for a close is given."""
     websocket_send_s: float = 11.0
-    """The same for a WebSocket: what a subscriber has to take a message, and a second for the close behind it."""
+    """The same for a WebSocket: with no room even so, the connection is cut."""
     linger_s: float = 5.0
     """After a last response: how long unread input is discarded, so that the client sees the response and no reset."""
     linger_idle_s: float = 1.0
@@ -107,6 +110,7 @@ class HttpConnection:
         limits: Limits,
         stream: Transport,
         sock: trio.socket.SocketType,
+        last_words: LastWords,
         *,
         half_close: Callable[[], Awaitable[None]] | None,
         tls: bool,
@@ -118,6 +122,7 @@ class HttpConnection:
         self._limits = limits
         self._stream = stream
         self._sock = sock
+        self._last_words = last_words
         self._half_close = half_close
         self._tls = tls
         self._log = log
@@ -249,6 +254,10 @@ class HttpConnection:
             return
         is_websocket = isinstance(self._protocol.connection, H11WSConnection)
         send_s = self._limits.websocket_send_s if is_websocket else self._limits.send_s
+        stream = self._stream
+        if is_websocket:
+            self._last_words.keep_room()
+            stream = stream if self._tls else self._last_words
         # Shielded, because half a response corrupts the connection; a first deadline for whoever writes before us.
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * send_s) as scope:
             try:
@@ -258,7 +267,7 @@ class HttpConnection:
                     with memoryview(data) as view:
                         for start in range(0, len(view), SEND_BYTES):
                             scope.deadline = trio.current_time() + send_s
-                            await self._stream.send_all(view[start : start + SEND_BYTES])
+                            await stream.send_all(view[start : start + SEND_BYTES])
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self.abort()
         if scope.cancelled_caught:

@@ -23,6 +23,7 @@ from hypercorn.utils import parse_socket_addr
 
 from asapd.edge.connection import AsgiApp, HttpConnection, Limits, SocketTransport, Transport
 from asapd.edge.early import bare_response
+from asapd.edge.last_words import LastWords
 
 # accept(2) when the process or the host is out of something: it comes back, a connection at a time.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
@@ -231,9 +232,9 @@ class HttpServer:
         client = parse_socket_addr(sock.family, sock.getpeername())
         server = parse_socket_addr(sock.family, sock.getsockname())
         transport: Transport = stream
+        last_words = LastWords(cast("trio.abc.Stream", stream), sock, self._limits.websocket_stuck_s)
         if ssl_context is not None:
-            tcp = cast("trio.SocketStream", stream)
-            transport = tls = trio.SSLStream(tcp, ssl_context, server_side=True, https_compatible=True)
+            transport = tls = trio.SSLStream(last_words, ssl_context, server_side=True, https_compatible=True)
             with trio.move_on_after(self._limits.header_s) as handshake:
                 await tls.do_handshake()
             if handshake.cancelled_caught:
@@ -245,6 +246,7 @@ class HttpServer:
             self._limits,
             transport,
             sock,
+            last_words,
             half_close=None if ssl_context is not None else stream.send_eof,
             tls=ssl_context is not None,
             client=client,

@@ -32,8 +32,8 @@ GOING_AWAY = 1001
 POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 
-# A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection gives a frame
-# that is under way a second more (`Limits.websocket_send_s`), so that the close can follow it.
+# A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection then makes
+# room for what is under way (`Limits.websocket_stuck_s`), so that the close can follow it.
 SEND_S = 10.0
 
 

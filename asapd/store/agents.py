@@ -11,7 +11,7 @@ from asapd.core.agent_keys import AgentKey
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.flapping import Flaps
 from asapd.core.uptime import Segment, fold_probe
-from asapd.store import agent_history, agent_keys
+from asapd.store import agent_history, agent_keys, maintenance
 from asapd.store.manifests import StoredManifest, read_manifest
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -25,7 +25,8 @@ _COLUMNS = "url, tenant, public_key, tier, sla, health"
 class DirectoryAgent(msgspec.Struct, frozen=True):
     """An agent as the directory holds it, with its newest manifest and probe, and its keys but for held ones.
 
-    `last_good` is the newest manifest with an SLA that counts, where that of the newest one does not.
+    `last_good` is the newest manifest with an SLA that counts, where that of the newest one does not. What was before
+    `held_since_us` was with another tenant.
     """
 
     id: str
@@ -46,6 +47,7 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     health: str = "probe"
     flaps: Flaps = Flaps()
     last_good: StoredManifest | None = None
+    held_since_us: int = 0
 
 
 class StoredProbe(msgspec.Struct, frozen=True):
@@ -161,6 +163,8 @@ def _write(
                 (agent.id, origin, *values, now_us, now_us, min(held_since_us, now_us)),
             )
             added.append(agent.id)
+            if held_since_us > now_us:
+                maintenance.end_all(tx, agent.id, actor, now_us)
         elif known != (origin, *values):
             is_handed_on = known[2] != agent.tenant
             if is_handed_on:
@@ -172,9 +176,7 @@ def _write(
             )
             changed.append(agent.id)
             if is_handed_on:
-                # What it was with the other is not for this one to see, and the other's keys speak for it no more.
-                agent_keys.forget(tx, agent.id, actor, now_us)
-                tx.execute("UPDATE agent SET held_since_us = ? WHERE id = ?", (now_us, agent.id))
+                _begin_anew(tx, agent.id, actor, now_us)
                 known = None
         else:
             continue
@@ -197,6 +199,20 @@ def _write(
             # What the API said of an agent ends when the configuration takes it over.
             agent_keys.place(tx, agent.id, "api", None, actor, now_us, 0)
     return AgentsChanged(added, changed)
+
+
+def _begin_anew(tx: Tx, agent: str, actor: str, now_us: int) -> None:
+    """What an agent was with another tenant is not for this one to see, nor to be judged by.
+
+    The other's keys speak for it no more.
+    """
+    agent_keys.forget(tx, agent, actor, now_us)
+    tx.execute(
+        "UPDATE agent SET held_since_us = ?1, since_us = ?1, state = iif(state = 'paused', state, 'unknown'), "
+        "ok_streak = 0, fail_streak = 0, changed = 0, verdict = NULL, flapping_since_us = NULL WHERE id = ?2",
+        (now_us, agent),
+    )
+    maintenance.end_all(tx, agent, actor, now_us)
 
 
 def _note_written(
@@ -283,7 +299,7 @@ SELECT a.id, a.url, a.tenant, a.origin, a.public_key, a.tier, a.sla, a.added_us,
        a.fail_streak, m.fetched_us, m.digest, m.verification, m.sla, m.sla_error, m.ttl_seconds, m.public_key,
        p.ts_us, p.up, p.status, p.latency_us, p.reason, p.detail, p.hold_us, p.pushed, p.agent_status, a.health,
        a.changed, a.verdict, a.flapping_since_us,
-       g.fetched_us, g.digest, g.verification, g.sla, g.sla_error, g.ttl_seconds, g.public_key
+       g.fetched_us, g.digest, g.verification, g.sla, g.sla_error, g.ttl_seconds, g.public_key, a.held_since_us
 FROM agent a
 LEFT JOIN manifest m ON m.fetched_us >= a.held_since_us AND m.seq = (SELECT max(seq) FROM manifest WHERE agent = a.id)
 LEFT JOIN manifest g ON m.sla_error IS NOT NULL AND g.fetched_us >= a.held_since_us
@@ -323,7 +339,8 @@ def _directory_agent(*row: Any) -> DirectoryAgent:
         None if probed_us is None else _probe(*row[19:28]),
     )
     good = None if row[32] is None else read_manifest(row[32:39])
-    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, row[39], row[28], Flaps(*row[29:32]), good])
+    rest = (row[40], row[28], Flaps(*row[29:32]), good, row[39])
+    return DirectoryAgent(*[*row[:6], _json(row[6]), *row[7:12], *newest, *rest])
 
 
 def _probe(ts_us: int, up: int, *rest: Any) -> StoredProbe:

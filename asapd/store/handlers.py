@@ -16,6 +16,7 @@ from asapd.store import (
     breaches,
     budgets,
     corrections,
+    credit_terms,
     delivery,
     erasure,
     holds,
@@ -86,6 +87,7 @@ from asapd.store.units.promises import (
     KeepAlive,
     KeepHolds,
     RecordBlind,
+    RecordCredits,
     RecordPromises,
     UndoJump,
 )
@@ -148,6 +150,7 @@ _HANDLERS: dict[type[Any], Callable[[Tx, Any], AnyResult]] = {
     RecordBlind: watching.record_blind,
     UndoJump: watching.undo_jump,
     RecordPromises: promises.record,
+    RecordCredits: credit_terms.record,
     KeepHolds: holds.keep,
     CreateKey: keys.create,
     SetMasks: audit.set_masks,

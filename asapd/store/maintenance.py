@@ -50,6 +50,17 @@ def end(tx: Tx, unit: EndMaintenance) -> Maintenance:
     return ended
 
 
+def end_all(tx: Tx, agent: str, actor: str, now_us: int) -> None:
+    """End what was declared for an agent alone, which goes to another tenant."""
+    rows = fetch(
+        tx.connection,
+        "SELECT id FROM maintenance WHERE agent = ? AND ended_us IS NULL AND end_us > ? ORDER BY id",
+        (agent, now_us),
+    )
+    for (window,) in rows:
+        end(tx, EndMaintenance(window, actor, now_us))
+
+
 def _note(tx: Tx, event: str, found: Maintenance, actor: str, now_us: int) -> None:
     details = {
         "agent": found.agent,
@@ -68,11 +79,16 @@ def effect(found: Maintenance) -> Interval:
 
 
 def windows_between(connection: apsw.Connection, start_us: int, end_us: int) -> list[Maintenance]:
-    """Windows of all agents that take something out of a period, in the order of their ids."""
+    """Windows of all agents that take something out of a period, in the order of their ids.
+
+    What was declared for an agent while another tenant had it is not among them.
+    """
     rows = fetch(
         connection,
         f"SELECT {_COLUMNS} FROM maintenance WHERE end_us > ? AND start_us < ? "
-        "AND (ended_us IS NULL OR ended_us > max(start_us, ?)) ORDER BY id",
+        "AND (ended_us IS NULL OR ended_us > max(start_us, ?)) "
+        "AND coalesce(declared_us >= (SELECT held_since_us FROM agent a WHERE a.id = maintenance.agent), 1) "
+        "ORDER BY id",
         (start_us, end_us, start_us),
     )
     return [Maintenance(*row) for row in rows]
@@ -90,6 +106,9 @@ def list_windows(
 ) -> list[Maintenance]:
     """Windows of agents that a caller may see, and those of all agents, the newest declared first."""
     where, values = visible_text(visible, ("agent",), ("(SELECT tenant FROM agent a WHERE a.id = maintenance.agent)",))
+    if visible.tenant is not None:
+        # What another tenant declared for the agent, while it was that one's, stays with it.
+        where.append("declared_us >= (SELECT held_since_us FROM agent a WHERE a.id = maintenance.agent)")
     concerns = f"(agent IS NULL OR ({' AND '.join(where)}))" if where else "1"
     conditions: list[str] = [concerns]
     wanted: list[Any] = list(values)

@@ -384,14 +384,24 @@ def probe_times(connection: apsw.Connection, agent: str, start_us: int, end_us: 
     return [ts_us for (ts_us,) in rows]
 
 
-def cost_between(connection: apsw.Connection, agent: str, tenant: str, start_us: int, end_us: int) -> tuple[int, int]:
-    """What an agent's usage between two whole hours cost in micro-USD, and how many events nobody knows it of."""
+def cost_between(
+    connection: apsw.Connection, agent: str, tenant: str, start_us: int, end_us: int, held_since_us: int = 0
+) -> tuple[int, int]:
+    """What an agent's usage between two whole hours cost in micro-USD, and how many events nobody knows it of.
+
+    Sums are of hours. Of that in which the agent came to its tenant only what the tenant itself reported counts: the
+    rest may have been for the one before.
+    """
     row = fetch_one(
         connection,
         "SELECT coalesce(sum(cost_microusd), 0), coalesce(sum(unpriced), 0) FROM usage_hour "
         "WHERE agent = (SELECT id FROM name WHERE name = ?1) AND hour >= ?2 AND hour < ?3 "
-        f"AND tenant IN ({_TENANTS.format('?4')})",
-        (agent, start_us // HOUR_US, end_us // HOUR_US, tenant),
+        f"AND tenant IN ({_TENANTS.format('?4')}) "
+        f"AND (hour >= ?5 OR hour >= ?6 AND tenant <> (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))",
+        (
+            *(agent, start_us // HOUR_US, end_us // HOUR_US, tenant),
+            *(-(-held_since_us // HOUR_US), held_since_us // HOUR_US),
+        ),
     )
     assert row is not None
     return row[0], row[1]

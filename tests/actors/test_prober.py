@@ -32,6 +32,7 @@ from asapd.actors.messages import (
 )
 from asapd.actors.probe_answers import judge, read_manifest
 from asapd.actors.prober import PROBES_AT_ONCE, DirectoryNotSyncedError, ProberSettings, run_prober
+from asapd.actors.second_opinion import SecondOpinion
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.core.uptime import Segment, Uptime, UptimeTimeline
@@ -652,6 +653,35 @@ async def test_the_actor_beats_while_idle_and_while_probes_hang(autojump_clock: 
     gaps = [later - sooner for sooner, later in zip(virtual.beats, virtual.beats[1:], strict=False)]
     assert len(gaps) >= 8
     assert max(gaps) <= 1
+
+
+async def test_a_dead_network_of_this_host_is_not_the_downtime_of_its_only_remote_agent(
+    autojump_clock: MockClock, virtual: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = ["the interface eth0 of this host has no link"]
+
+    async def own_way(host: str) -> str | None:
+        assert host == "10.0.0.1"
+        return away[0] if away else None
+
+    monkeypatch.setattr(prober, "SecondOpinion", partial(SecondOpinion, own_way=own_way))
+
+    async def silence() -> FetchFailed:
+        await trio.sleep(4)
+        return FetchFailed("timeout", "no answer", "network")
+
+    virtual.network.set("10.0.0.1", health())
+    async with virtual.running(agent(A, "http://10.0.0.1")):
+        await trio.sleep(95)
+        virtual.network.set("10.0.0.1", silence)
+        await trio.sleep(100)
+        assert {segment.up for segment in virtual.segments(A)} == {True}
+        note = virtual.settings.unprobed.get(A)
+        assert note is not None
+        assert (note.reason, note.detail) == ("host_failed", away[0])
+        away.clear()
+        await trio.sleep(100)
+        assert [segment.up for segment in virtual.segments(A)] == [True, False]
 
 
 async def test_an_outage_of_this_host_is_unknown_and_an_agents_own_is_down(

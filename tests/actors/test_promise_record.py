@@ -20,12 +20,14 @@ from asapd.core.agent_keys import AgentKey
 from asapd.core.errors import Refusal
 from asapd.core.sla import Metrics, Promise, evaluate
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
+from asapd.store import credit_terms
 from asapd.store.agents import directory
+from asapd.store.database import Database, UnitFailedError
 from asapd.store.manifests import StoredManifest
 from asapd.store.promises import errors, held
 from asapd.store.units.agents import RecordManifest
 from asapd.store.units.exchange import Answer, AnyUnit
-from asapd.store.units.promises import RecordPromises
+from asapd.store.units.promises import CreditTerms, RecordCredits, RecordPromises
 from asapd.store.visibility import EVERYTHING
 from asapd.wire.keys import public_base64
 from tests.actors.test_promises_day import declare, end
@@ -196,6 +198,32 @@ async def test_what_the_store_did_not_take_is_offered_again_with_its_own_time(
     async with watching(host):
         await trio.sleep(20)
         assert [one.since_us for one in await host.database.read(held, A, "default")] == [T0]
+
+
+async def test_credit_tiers_are_kept_from_when_on_and_offered_again(
+    autojump_clock: MockClock, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, refusals = Database.submit, [Refusal("storage_full", "the disk is full"), UnitFailedError(1, "a bug")]
+
+    async def refusing(database: Database, unit: Any, **more: Any) -> Any:
+        if isinstance(unit, RecordCredits) and refusals:
+            answer = refusals.pop()
+            if isinstance(answer, UnitFailedError):
+                raise answer
+            return answer
+        return await submit(database, unit, **more)
+
+    monkeypatch.setattr(Database, "submit", refusing)
+    began_us = host.clock.now_us()
+    async with watching(host) as watcher:
+        await trio.sleep(60)
+        assert not refusals
+        await watcher.reconfigure(sla_of(credit=[{"below": "99.90%", "credit": "10%"}]))
+    changed_us = host.clock.now_us()
+    async with watching(host):
+        await trio.sleep(60)
+    assert await host.database.read(credit_terms.before, changed_us) == CreditTerms(began_us, [])
+    assert await host.database.read(credit_terms.newest) == CreditTerms(changed_us, [("99.9%", "10.0%")])
 
 
 async def test_what_was_kept_is_read_again_as_it_was_held(autojump_clock: MockClock, host: Host) -> None:

@@ -29,6 +29,8 @@ class World:
     up: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    away: str | None = None
+    looked_at: list[str] = field(default_factory=list)
 
     async def ask(self, url: str) -> Fetched | FetchFailed:
         self.asked.append(url)
@@ -41,7 +43,17 @@ class World:
         return name in self.names
 
     def opinion(self) -> SecondOpinion:
-        return SecondOpinion(self.ask, resolves=self.resolves, is_near=lambda host: host in ("127.0.0.1", "near.test"))
+        return SecondOpinion(
+            self.ask,
+            resolves=self.resolves,
+            is_near=lambda host: host in ("127.0.0.1", "near.test"),
+            own_way=self.own_way,
+        )
+
+    async def own_way(self, host: str) -> str | None:
+        self.looked_at.append(host)
+        await trio.sleep(9)
+        return self.away
 
 
 async def failing(opinion: SecondOpinion, url: str, others: tuple[str, ...] = ALL) -> str | None:
@@ -107,6 +119,21 @@ async def test_too_few_others_tell_nothing_and_what_is_down_is_no_other(autojump
     opinion.heard(B, OK)
     await trio.sleep(30)
     assert await failing(opinion, B, (A, B, C)) is not None
+
+
+async def test_with_too_few_others_this_hosts_own_way_to_the_agent_decides(autojump_clock: MockClock) -> None:
+    world = World(away="the gateway does not answer")
+    opinion = world.opinion()
+    for others in ((A,), (A, B, NEAR)):
+        assert await failing(opinion, A, others) == "the gateway does not answer"
+    assert await failing(opinion, NEAR, (NEAR,)) is None
+    assert world.looked_at == ["10.0.0.1", "10.0.0.1"]
+    # A single other that answers is enough to know better.
+    opinion.heard(B, OK)
+    assert await opinion.blames_host(A, silent(), 0.0, (A, B), 5) is None
+    await trio.sleep(1)
+    assert await failing(opinion, A, ALL) is not None
+    assert len(world.looked_at) == 2
 
 
 async def test_what_comes_in_time_from_the_agent_itself_tells_nothing(autojump_clock: MockClock) -> None:

@@ -70,12 +70,14 @@ from asapd.store.units.exchange import Answer, AnyUnit, Envelope, Idempotency
 from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, SetMasks, Sweep
 from asapd.store.units.promises import (
     BreachHold,
+    CreditTerms,
     DeclareMaintenance,
     EndMaintenance,
     KeepAlive,
     KeepHolds,
     PromiseRecord,
     RecordBlind,
+    RecordCredits,
     RecordPromises,
     UndoJump,
 )
@@ -413,6 +415,9 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         KeepHolds: st.builds(
             KeepHolds,
             st.lists(st.builds(BreachHold, agents, st.just("latency"), st.none() | st.just("pending"), at), max_size=2),
+        ),
+        RecordCredits: st.builds(
+            RecordCredits, st.builds(CreditTerms, at, st.lists(st.just(("99.9%", "10.0%")), max_size=1))
         ),
         RecordPromises: st.builds(
             RecordPromises,

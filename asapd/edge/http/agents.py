@@ -10,6 +10,7 @@ from quart_trio import QuartTrio
 
 from asapd.actors.messages import AgentRecord, Figures, FiguresRequest, PutAgentRequest, RemoveAgentRequest
 from asapd.config import check_agent_url
+from asapd.config.values import check_support_hours
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, DEFAULT_TENANT, Role, format_us
@@ -173,9 +174,12 @@ def _record(sent: NewAgent, caller: Caller, tiers: list[str]) -> AgentRecord:
             errors.append(FieldError("public_key", str(error)))
     if sent.sla is not None:
         try:
-            parse_sla(sent.sla)
+            if (hours := parse_sla(sent.sla).support_hours) is not None:
+                check_support_hours(hours)
         except ManifestError as error:
             errors.append(FieldError("sla", str(error)))
+        except ValueError as error:
+            errors.append(FieldError("sla.support_hours", str(error)))
     if sent.tier is not None and sent.tier not in tiers:
         known = f"there are {', '.join(tiers)}" if tiers else "the configuration declares none"
         errors.append(FieldError("tier", f"must be the name of a [[sla.tier]]: {known}"))

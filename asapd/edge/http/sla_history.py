@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -30,8 +31,8 @@ _MOST_SKIPPED = 10_000
 """Periods that are skipped are counted first; whoever wants to go further has a cursor."""
 _PENALTY_RULE = (
     "the highest credit of the tiers whose availability was missed, of the cost of the period, rounded down to a "
-    "micro-dollar; "
-    "null while no tier is configured, no time of the period is known, or the cost of an event is not known"
+    "micro-dollar; the tiers are those that were in force when the period ended, the first that were kept for what was "
+    "before them; null where there was none, no time of the period is known, or the cost of an event is not known"
 )
 _PERIOD = re.compile(r"([0-9]{4})-(0[1-9]|1[0-2])\Z")
 
@@ -137,8 +138,9 @@ def register(app: QuartTrio, services: Services) -> None:
         until_us = min(end_us, now_us)
         metrics = await services.reads.uptime_past(known[0], sla, start_us, until_us)
         cost_microusd, unpriced = await services.reads.cost_of(known[0], start_us, end_us)
-        tiers = [(tier.below_percent, tier.credit_percent) for tier in sla.credits]
-        found = credit(metrics.up_us, metrics.down_us, None if unpriced else cost_microusd, tiers)
+        terms = await services.reads.credits_before(end_us)
+        tiers = [] if terms is None else terms.tiers
+        found = credit(metrics.up_us, metrics.down_us, None if unpriced else cost_microusd, map(_percents, tiers))
         known_us = metrics.up_us + metrics.down_us
         return reply(
             {
@@ -154,7 +156,8 @@ def register(app: QuartTrio, services: Services) -> None:
                 "excluded_seconds": metrics.excluded_us / SECOND_US,
                 "cost_usd": None if unpriced else to_usd(cost_microusd),
                 "unpriced_events": unpriced,
-                "tiers": [{"below": percent_text(below), "credit": percent_text(share)} for below, share in tiers],
+                "tiers": [{"below": below, "credit": share} for below, share in tiers],
+                "tiers_since": None if terms is None or terms.since_us >= end_us else format_us(terms.since_us),
                 "credit_percent": None if found is None else float(found.percent),
                 "credit_usd": None if found is None or found.microusd is None else to_usd(found.microusd),
                 "explain": {
@@ -180,6 +183,10 @@ def _month(text: str | None, now_us: int) -> tuple[int, int]:
     if found is None or not 1970 <= int(found[1]) <= 9998:
         raise bad_parameter("period", 'must be a month such as "2026-11"')
     return period_bounds("month", utc, datetime_us(datetime(int(found[1]), int(found[2]), 1, tzinfo=utc)))
+
+
+def _percents(tier: tuple[str, str]) -> tuple[Decimal, Decimal]:
+    return Decimal(tier[0].removesuffix("%")), Decimal(tier[1].removesuffix("%"))
 
 
 def _unknown(agent: str) -> Refusal:

@@ -6,6 +6,7 @@ from asapd.store.schema import (
     agent_keys,
     alerts,
     arrival,
+    credit_terms,
     days,
     delivery,
     directory,
@@ -42,4 +43,5 @@ MIGRATIONS: tuple[str, ...] = (
     alerts.SCRIPT,
     promise_record.SCRIPT,
     retirement.SCRIPT,
+    credit_terms.SCRIPT,
 )

@@ -77,6 +77,7 @@ from asapd.store.units.promises import (
     KeepHolds,
     Maintenance,
     RecordBlind,
+    RecordCredits,
     RecordPromises,
     UndoJump,
 )
@@ -145,6 +146,7 @@ AnyUnit = (
     | KeepAlive
     | RecordBlind
     | RecordPromises
+    | RecordCredits
     | KeepHolds
     | UndoJump
     | CreateKey

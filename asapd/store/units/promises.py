@@ -100,3 +100,16 @@ class RecordPromises(Unit[RowWritten], frozen=True):
     """Remember what agents are held to from now on."""
 
     promises: list[PromiseRecord]
+
+
+class CreditTerms(msgspec.Struct, frozen=True):
+    """What is given back from a time on: pairs of percentages, below which availability and what share of the cost."""
+
+    since_us: int
+    tiers: list[tuple[str, str]]
+
+
+class RecordCredits(Unit[RowWritten], frozen=True):
+    """Remember what is given back from now on."""
+
+    terms: CreditTerms

@@ -106,6 +106,8 @@ async def test_an_agent_is_added_changed_shown_and_removed(edge: Edge) -> None:
         ({"health": "guess"}, "health"),
         ({"sla": {"availability": "99.5.5%"}}, "sla"),
         ({"sla": {"max_error_rate": "-5%"}}, "sla"),
+        ({"sla": {"support_hours": "Foo"}}, "sla.support_hours"),
+        ({"sla": {"support_hours": "business Europe/Nowhere"}}, "sla.support_hours"),
     ],
 )
 async def test_a_wrong_agent_names_its_field(edge: Edge, changes: dict[str, Any], field: str) -> None:

@@ -11,9 +11,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from asapd import config
+from asapd.actors.messages import ReconfigureWatcher
 from asapd.cli.verify_evidence import verify_evidence
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, datetime_us, format_us
 from asapd.edge.http.parameters import encode_cursor
+from asapd.runtime.ask import ask
 from asapd.store.units.agents import RecordProbe
 from asapd.store.units.promises import DeclareMaintenance
 from tests.edge.house import T0, A, B, C, Edge
@@ -138,13 +140,19 @@ async def test_evidence_is_a_signed_statement_that_can_be_verified(edge: Edge) -
     assert (await edge.get("/breaches/brc_0/evidence")).refused(404)["code"] == "breach_not_found"
 
 
+async def give_back(edge: Edge, *tiers: tuple[str, str]) -> None:
+    """Reload other credit tiers."""
+    sla = config.Sla.model_validate({"credit": [{"below": below, "credit": share} for below, share in tiers]})
+    edge.with_settings(sla=sla)
+    await ask(edge.mailboxes["watcher"][0], lambda to: ReconfigureWatcher(sla, to), deadline_s=5)
+
+
 async def test_a_penalty_is_the_highest_credit_that_was_missed(edge: Edge) -> None:
     await prepare(edge)
     route = f"/agents/{A}/sla/penalty"
     bare = (await edge.get(route)).ok()
     assert (bare["period"], bare["complete"], bare["credit_usd"]) == ("2027-01", False, None)
-    tiers = [{"below": "99.9%", "credit": "10%"}, {"below": "99%", "credit": "33.3333%"}]
-    edge.with_settings(sla=config.Sla.model_validate({"credit": tiers}))
+    await give_back(edge, ("99.9%", "10%"), ("99%", "33.3333%"))
     found = (await edge.get(f"{route}?period=2027-01")).ok()
     assert found["cost_usd"] == Decimal("1.8")
     # Two hours of three, and what the last probe still holds.
@@ -158,9 +166,35 @@ async def test_a_penalty_is_the_highest_credit_that_was_missed(edge: Edge) -> No
     assert (await edge.get("/agents/urn:asap:agent:none/sla/penalty")).refused(404)
 
 
+async def test_a_month_that_is_over_goes_by_the_tiers_of_then(edge: Edge) -> None:
+    await prepare(edge)
+    edge.clock.us += SECOND_US
+    await give_back(edge, ("99%", "10%"))
+    promised_us = edge.clock.us
+    edge.clock.us = datetime_us(datetime(2027, 2, 1, tzinfo=UTC))
+    await give_back(edge, ("99%", "10.0%"))  # the same, written otherwise
+    await give_back(edge, ("99%", "50%"), ("90%", "100%"))
+    january = (await edge.get(f"/agents/{A}/sla/penalty?period=2027-01")).ok()
+    assert (january["complete"], january["credit_percent"], january["credit_usd"]) == (True, 10, Decimal("0.18"))
+    assert (january["tiers"], january["tiers_since"]) == (
+        [{"below": "99.0%", "credit": "10.0%"}],
+        format_us(promised_us),
+    )
+    now = (await edge.get(f"/agents/{A}/sla/penalty")).ok()
+    assert (now["period"], len(now["tiers"]), now["tiers_since"]) == ("2027-02", 2, format_us(edge.clock.us))
+    # Nothing was kept of December: what was kept first is taken for it, and that is said.
+    december = (await edge.get(f"/agents/{A}/sla/penalty?period=2026-12")).ok()
+    assert (december["tiers"], december["tiers_since"]) == ([], None)
+    entries = (await edge.get("/audit/logs?event_type=sla.credits")).ok()["data"]
+    assert [entry["details"]["tiers"] for entry in entries] == [
+        [{"below": "99.0%", "credit": "10.0%"}],
+        [{"below": "99.0%", "credit": "50.0%"}, {"below": "90.0%", "credit": "100.0%"}],
+    ]
+
+
 async def test_a_cost_that_nobody_knows_has_no_credit(edge: Edge) -> None:
     await prepare(edge, cost_usd=None)
-    edge.with_settings(sla=config.Sla.model_validate({"credit": [{"below": "99%", "credit": "10%"}]}))
+    await give_back(edge, ("99%", "10%"))
     found = (await edge.get(f"/agents/{A}/sla/penalty")).ok()
     assert (found["unpriced_events"], found["cost_usd"], found["credit_usd"]) == (180, None, None)
     assert found["credit_percent"] == 10
