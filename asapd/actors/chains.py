@@ -22,13 +22,15 @@ MAX_REMEMBERED_CHARS = 4 * 1024 * 1024
 class Chain:
     """A chain whose signatures hold, root first, with the key that verified each.
 
-    `narrows` says that its links were found to narrow, which no later moment can change.
+    `narrows` says that its links were found to narrow, which no later moment can change. `registered` is the id under
+    which the ledger has the last token, once it said so: it stays for good.
     """
 
     tokens: tuple[SignedToken, ...]
     keys: tuple[bytes, ...]
     claims: tuple[Claims, ...]
     narrows: bool = False
+    registered: str = ""
 
     @property
     def leaf(self) -> Claims:

@@ -412,8 +412,9 @@ class _Registry:
             caller.actor,
             caller.tenant or DEFAULT_TENANT,
             self._clock.now_us(),
-            chain=[] if message.token is None else chain.links,
-            delegation=delegation,
+            # A chain that was registered is four kilobytes to send and read that the ledger has.
+            chain=[] if message.token is None or chain.registered else chain.links,
+            delegation=chain.registered or delegation,
             delegate=chain.leaf.delegate,
             consumer=message.consumer,
             project=message.project,
@@ -446,7 +447,7 @@ class _Registry:
         if not isinstance(unit, Reserve):
             return False
         self._in_flight += 1
-        settle = partial(self._settle, message)
+        settle = partial(self._settle, message, chain)
         try:
             await self._database.post(unit, settle, urgent=True, idempotency=message.idempotency)
         except BaseException:
@@ -457,9 +458,12 @@ class _Registry:
     def _settle(
         self,
         message: Authorize,
+        chain: Chain,
         outcome: Reserved | AuthorizationDenied | Denied | Refusal | UnitFailedError,
     ) -> None:
         self._in_flight -= 1
+        if isinstance(outcome, Reserved) and message.idempotency is None:
+            chain.registered = outcome.delegation
         if isinstance(outcome, UnitFailedError):
             self._log.error("a %s could not be handled", type(message).__name__, exc_info=outcome)
             message.reply.fail()

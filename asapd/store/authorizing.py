@@ -11,10 +11,10 @@ from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_ho
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
-from asapd.store.ledger import PATH, RESERVED_AFTER, register_chain
+from asapd.store.ledger import RESERVED_AFTER, path_from, register_chain
 from asapd.store.parties import FOREIGN, is_party
 from asapd.store.reservations import expire_lapsed, left
-from asapd.store.rows import fetch
+from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied, Reserve, Reserved
 
@@ -69,37 +69,45 @@ class _Path(NamedTuple):
     known: list[bool]
 
 
-_PATH = f"""
-SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?)
-FROM ({PATH}) path JOIN delegation USING (account)
-"""
+def _path_from(leaf: str) -> str:
+    return (
+        "SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?) "
+        f"FROM ({path_from(leaf)}) path JOIN delegation USING (account)"
+    )
+
+
+_PATH_OF_ACCOUNT = _path_from("?")
+_PATH_OF_ID = _path_from("(SELECT account FROM delegation WHERE id = ?)")
+_PATH_OF_NAME = _path_from("(SELECT account FROM delegation WHERE delegator = ? AND jti = ?)")
 
 
 def _find(tx: Tx, unit: Reserve) -> _Path | None:
     """The path of a delegation that is registered; None when this is not the chain that was registered, if one was."""
     if not unit.chain:
-        row = tx.row("SELECT account FROM delegation WHERE id = ?", (unit.delegation,))
-        if row is None:
+        rows = _read(tx, unit, _PATH_OF_ID, unit.delegation)
+        if not rows:
             detail = f"there is no delegation {unit.delegation}: send its token instead"
             raise RefuseError(Refusal("delegation_not_found", detail))
-        return _read(tx, row[0], unit)[0]
+        return _path(rows)
     claims = unit.chain[-1].claims
-    row = tx.row("SELECT account FROM delegation WHERE delegator = ? AND jti = ?", (claims.delegator, claims.id))
-    if row is None:
-        return None
-    path, digests = _read(tx, row[0], unit)
-    return path if digests == [link.digest for link in reversed(unit.chain)] else None
+    rows = _read(tx, unit, _PATH_OF_NAME, claims.delegator, claims.id)
+    return _path(rows) if [row[-2] for row in rows] == [link.digest for link in reversed(unit.chain)] else None
 
 
-def _read(tx: Tx, account: int, unit: Reserve) -> tuple[_Path, list[bytes]]:
-    rows = fetch(tx.connection, _PATH, (unit.task_id, account))
-    if unit.is_bound and not is_party(tx.connection, account, unit.tenant):
+def _read(tx: Tx, unit: Reserve, sql: str, *leaf: str | int) -> list[Row]:
+    """The accounts of a path, leaf first, each with its digest and whether it counts the task; none is no such leaf."""
+    rows = fetch(tx.connection, sql, (unit.task_id, *leaf))
+    if rows and unit.is_bound and not is_party(tx.connection, rows[0][0], unit.tenant):
         raise RefuseError(FOREIGN)
-    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows]), [row[-2] for row in rows]
+    return rows
+
+
+def _path(rows: list[Row]) -> _Path:
+    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows])
 
 
 def _register(tx: Tx, unit: Reserve) -> _Path:
-    return _read(tx, register_chain(tx, unit).account, unit)[0]
+    return _path(_read(tx, unit, _PATH_OF_ACCOUNT, register_chain(tx, unit).account))
 
 
 def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:

@@ -20,15 +20,21 @@ from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import RegisterDelegation, Registered, Reserve
 
-PATH = """
+
+def path_from(leaf: str) -> str:
+    """The statement that reads an account and its ancestors, leaf first; `leaf` is SQL for the account's number."""
+    return f"""
 WITH RECURSIVE path (account, depth) AS (
-  SELECT ?, 0 UNION ALL
+  SELECT {leaf}, 0 UNION ALL
   SELECT parent, depth + 1 FROM delegation JOIN path USING (account) WHERE parent IS NOT NULL
 )
 SELECT account, id, delegator, delegate, max_cost_microusd, max_tasks, spent_microusd, reserved_microusd,
        tasks_used, tasks_reserved, not_before_us, expires_us, revoked_us IS NOT NULL
 FROM path JOIN delegation USING (account) ORDER BY depth
 """
+
+
+PATH = path_from("?")
 
 
 def path_of(tx: Tx, account: int) -> list[Account]:

@@ -16,7 +16,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -33,6 +32,7 @@ from asapd.core.errors import Refusal
 from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
 from asapd.store import handlers, usage
+from asapd.store.folding import Folding
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied
@@ -54,9 +54,8 @@ BUSY_GAP_US = 300
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
-FOLD_EVERY_S = 0.03
-"""Between two looks at the WAL. While what was folded is made durable, commits wait for the disk: folding often and
-little holds them up for 27 ms at the 99th percentile beside full ingest, folding every 0.1 s for 64."""
+DECISIONS_PER_COMMIT = 64
+"""With so many in a commit it no longer waits for those that come meanwhile: they take some 6 ms."""
 
 STATEMENTS = 1_024
 """Places for prepared statements. Each row of an `executemany` takes a new one and drops what was in it (APSW 3.54):
@@ -106,14 +105,16 @@ class Writer:
     ) -> None:
         self._tx = Tx(connection, entropy, compiled(masks), key)
 
-    def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
+    def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
         """Run envelopes in one transaction, each in its own savepoint, and commit.
 
         A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
-        every answer is `NotWritten`: nothing of the group is in the file. `is_awaited` is asked after every few
-        envelopes: at true the commit is cut short, and only the answers to those that are in it are returned.
+        every answer is `NotWritten`: nothing of the group is in the file. `joining` is asked for decisions after every
+        few envelopes, or first of all without a group: the commit ends with them, and with those that come meanwhile.
+        Only what is in it is answered, decisions first.
         """
         tx = self._tx
+        joined = [] if group else list(joining())
         try:
             tx.execute("BEGIN IMMEDIATE")
             answers: list[Answer] = []
@@ -121,16 +122,23 @@ class Writer:
                 is_plain = len(envelopes) > 1 and _is_plain_report(envelopes[0])
                 together = self._run_together(envelopes) if is_plain else None
                 answers += together or [self._run_one(envelope) for envelope in envelopes]
-                if len(answers) < len(group) and is_awaited():
+                joined += joining()
+                if joined:
                     break
+            decided: list[Answer] = []
+            for envelope in joined:
+                decided.append(self._run_one(envelope))
+                if len(decided) == len(joined) < DECISIONS_PER_COMMIT:
+                    joined += joining()
             tx.execute("COMMIT")
         except apsw.Error as error:
             if tx.connection.in_transaction:
                 tx.execute("ROLLBACK")
             tx.forget()
-            _log.error("commit of %d units failed: %s", len(group), error)
+            _log.error("commit of %d units failed: %s", len(joined) + len(group), error)
             outcome = NotWritten(str(error) or type(error).__name__, full=isinstance(error, apsw.FullError))
-            return [Answer(envelope.number, outcome) for envelope in group]
+            return [Answer(envelope.number, outcome) for envelope in (*joined, *group)]
+        answers = decided + answers
         if tx.has_alerted:
             tx.has_alerted = False
             answers[-1] = msgspec.structs.replace(answers[-1], alerts=True)
@@ -245,10 +253,10 @@ def weigh(envelope: Envelope) -> int:
 
 
 class _Frames:
-    """Length-prefixed msgpack over blocking sockets: read from all of them, answered on the first."""
+    """Length-prefixed msgpack over blocking sockets: answered on the first, decisions come on the last."""
 
     def __init__(self, socks: Sequence[socket.socket]) -> None:
-        self._answers = socks[0]
+        self._answers, self._decisions = socks[0], socks[-1]
         self._open = {sock: bytearray() for sock in socks}
         self._chunk = memoryview(bytearray(RECEIVE_BYTES))
         self._decoder = msgspec.msgpack.Decoder(Envelope)
@@ -259,12 +267,16 @@ class _Frames:
         """Whether nothing more will come."""
         return not self._open
 
-    def receive(self, timeout_s: float | None) -> list[Envelope]:
-        """What has arrived, or some of much; None waits for at least one envelope, or until the peer is gone."""
+    def receive(self, timeout_s: float | None, *, decisions_only: bool = False) -> list[Envelope]:
+        """What has arrived, or some of much; None waits for at least one envelope, or until the peer is gone.
+
+        With `decisions_only` bulk stays where it is: a decision would wait until it is decoded.
+        """
         received: list[Envelope] = []
         left_bytes = RECEIVE_BYTES
-        while self._open and (left_bytes > 0 or not received):
-            ready, _, _ = select.select(list(self._open), [], [], 0 if received else timeout_s)
+        while left_bytes > 0 or not received:
+            watched = [sock for sock in self._open if sock is self._decisions or not decisions_only]
+            ready = select.select(watched, [], [], 0 if received else timeout_s)[0] if watched else []
             if not ready:
                 break
             for sock in ready:
@@ -308,13 +320,16 @@ def serve(
     wait_us: int = 0,
     busy_wait_us: int = BUSY_WAIT_US,
     busy_gap_us: int = BUSY_GAP_US,
+    rest: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer envelopes until the other side closes its ends; what had arrived by then is still committed.
 
     `decisions` is a way in for them alone, where no half of a large report is before them. They have commits of their
-    own, and cut short one of bulk ingest that is under way; between two of theirs goes at least a step of what waits.
+    own, between two of which goes at least a step of what waits; one of bulk ingest that is under way is cut short, and
+    they share it.
     With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits. Without, it
     waits only after a commit that many shared, and while units keep coming: a lone client never waits.
+    `rest` is called after each commit, once it is answered.
     """
     frames = _Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
@@ -322,30 +337,33 @@ def serve(
     waiting_rows = 0
     busy = False
 
-    def take(timeout_s: float | None) -> int:
+    def take(timeout_s: float | None, *, decisions_only: bool = False) -> int:
         rows = 0
-        for envelope in frames.receive(timeout_s):
+        for envelope in frames.receive(timeout_s, decisions_only=decisions_only):
             (urgent if envelope.urgent else bulk).append(envelope)
             rows += 0 if envelope.urgent else weigh(envelope)
         return rows
 
-    def is_awaited() -> bool:
+    def joining() -> list[Envelope]:
         nonlocal waiting_rows
-        if not urgent:
-            waiting_rows += take(0)
-        return bool(urgent)
+        waiting_rows += take(0, decisions_only=True)
+        came = list(urgent)
+        urgent.clear()
+        return came
 
     def answer(answers: list[Answer]) -> None:
         # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             frames.send(answers)
+        rest()
 
     owed = False
     while True:
-        idle = not urgent and not bulk
-        if idle and frames.ended:
+        if not urgent and not bulk and frames.ended:
             return
-        waiting_rows += take(None if idle else 0)
+        waiting_rows += take(0, decisions_only=True)
+        if not urgent or owed:
+            waiting_rows += take(0 if urgent or bulk else None)
         patience_us, gap_us = (wait_us, wait_us) if wait_us else (busy_wait_us, busy_gap_us) if busy else (0, 0)
         deadline_s = time.monotonic() + patience_us / SECOND_US
         while not urgent and not owed and waiting_rows < rows_per_commit and not frames.ended:
@@ -355,9 +373,7 @@ def serve(
             if not came and (left_s <= 0 or not wait_us):
                 break
         if urgent and not owed:
-            group = list(urgent)
-            urgent.clear()
-            answer(writer.run(group))
+            answer(writer.run([], joining))
             owed = bool(bulk)
             continue
         group, rows = [], 0
@@ -367,10 +383,12 @@ def serve(
         waiting_rows -= rows
         busy, owed = len(group) >= BUSY, False
         if group:
-            answers = writer.run(group, is_awaited)
-            for envelope in reversed(group[len(answers) :]):
-                bulk.appendleft(envelope)
-                waiting_rows += weigh(envelope)
+            answers = writer.run(group, joining)
+            answered = {answer.number for answer in answers}
+            for envelope in reversed(group):
+                if envelope.number not in answered:
+                    bulk.appendleft(envelope)
+                    waiting_rows += weigh(envelope)
             answer(answers)
 
 
@@ -397,19 +415,13 @@ def main(arguments: Sequence[str]) -> int:
         gc.freeze()
         gc.set_threshold(200_000, 20, 20)
         _keep_arenas()
-        done = threading.Event()
-        folding = threading.Thread(target=fold_wal, args=(path, done))
-        folding.start()
-        try:
+        with contextlib.closing(connection), Folding(connection, path) as folding:
             rows, wait_us = int(arguments[4]), int(arguments[5])
             masks = msgspec.json.decode(os.environ.get(MASKS, "[]"), type=list[str])
             seed = sys.stdin.buffer.read()
             writer = Writer(connection, masks=masks, key=SigningKey(seed) if seed else None)
-            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us)
-        finally:
-            done.set()
-            folding.join()
-            connection.close()
+            rest = folding.begin_anew
+            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us, rest=rest)
     return 0
 
 
@@ -425,24 +437,6 @@ def _keep_arenas() -> None:
     """
     filled = [bytes(480) for _ in range(_ARENAS * 2_048)]
     _kept.extend(filled[::1_024])
-
-
-def fold_wal(path: Path, done: threading.Event) -> None:
-    """Copy what was committed from the WAL into the database while commits go on.
-
-    Done by a commit itself, every 64 MiB, it held up decisions for a quarter of a second. Here it holds up nobody; what
-    is left for that commit is little.
-    """
-    connection = apsw.Connection(str(path))
-    connection.pragma("journal_mode")  # a connection that has read nothing knows of no WAL, and copies none of it
-    wal, seen = path.with_name(f"{path.name}-wal"), 0
-    while not done.wait(FOLD_EVERY_S):
-        with contextlib.suppress(apsw.Error, FileNotFoundError):  # busy, full: the next time, or a commit, does it
-            changed = wal.stat().st_mtime_ns
-            if changed != seen:
-                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-                seen = changed
-    connection.close()
 
 
 def _inherited(number: str) -> socket.socket:

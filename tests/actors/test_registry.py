@@ -48,7 +48,7 @@ from asapd.store.units.agents import (
     RetireAgentKey,
     SyncKeys,
 )
-from asapd.store.units.delegations import AuthorizationDenied, ReservationChanged, Reserved, Revoke, Revoked
+from asapd.store.units.delegations import AuthorizationDenied, ReservationChanged, Reserve, Reserved, Revoke, Revoked
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
 from asapd.wire.token import sign, sign_document
@@ -564,6 +564,40 @@ async def test_a_valid_token_is_registered_by_its_first_authorisation(desk: Desk
     longer = reserved(await desk.authorize(token(), task_id="t3", ttl_us=HOUR_US))
     assert longer.expires_at_us == T0 + HOUR_US
     assert code(await desk.authorize(delegation="del_unknown")) == "delegation_not_found"
+
+
+class Overhears:
+    """Keeps the units that are posted, and passes them on."""
+
+    def __init__(self, inner: InlineRunner) -> None:
+        self.inner = inner
+        self.execute = inner.execute
+        self.reserves: list[Reserve] = []
+
+    async def post(self, unit: AnyUnit, *rest: Any, **said: Any) -> None:
+        assert isinstance(unit, Reserve)
+        self.reserves.append(unit)
+        await self.inner.post(unit, *rest, **said)
+
+
+async def test_a_chain_goes_to_the_ledger_until_that_has_it_and_is_named_from_then_on(
+    inline_database: Inline, tmp_path: Path
+) -> None:
+    database, connection = inline_database
+    runner = Overhears(database._runner)  # type: ignore[arg-type]  # the fixture's inline one
+    key = Idempotency(b"k" * 16, b"r" * 16, T0)
+    async with Desk((Database(runner, InlineReaders(connection)), connection), tmp_path).open() as desk:
+        assert code(await desk.authorize(token(), cost=2_000_000)) == Reason.INSUFFICIENT_BUDGET
+        first = reserved(await desk.authorize(token(), idempotency=key))
+        # What an Idempotency-Key brings back says nothing of today's ledger.
+        second = reserved(await desk.authorize(token(), task_id="t2"))
+        third = reserved(await desk.authorize(token(), task_id="t3"))
+        assert first.delegation == second.delegation == third.delegation
+        assert code(await desk.authorize(token(), cost=2_000_000)) == Reason.INSUFFICIENT_BUDGET
+        named = [(len(unit.chain), unit.delegation) for unit in runner.reserves]
+        assert named == [(1, ""), (1, ""), (1, ""), (0, first.delegation), (0, first.delegation)]
+        other = Caller("x", Role.INGEST, ("*",), tenant="other")
+        assert code(await desk.authorize(token(), caller=other)) == "forbidden"
 
 
 async def test_authorising_is_for_who_may_act_for_the_delegate(desk: Desk) -> None:

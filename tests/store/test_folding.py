@@ -2,33 +2,109 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-from asapd.store.writer import fold_wal, open_for_writing
+import apsw
+import pytest
+
+from asapd.store import folding
+from asapd.store.folding import Folding
+from asapd.store.writer import open_for_writing
 
 WAIT_S = 10.0
 MEBIBYTE = 1 << 20
 
 
-def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(tmp_path: Path) -> None:
-    path = tmp_path / "a.db"
-    path.touch()
-    done = threading.Event()
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where an empty file lies."""
+    (tmp_path / "a.db").touch()
+    return tmp_path / "a.db"
+
+
+@pytest.fixture
+def connection(path: Path) -> Iterator[apsw.Connection]:
+    """One that writes, with a table to fill."""
     with closing(open_for_writing(path)) as connection:
         connection.execute("CREATE TABLE filled (content BLOB)")
-        folding = threading.Thread(target=fold_wal, args=(path, done))
-        folding.start()
-        try:
-            for _ in range(2):  # it goes on folding
-                before = path.stat().st_size
-                connection.execute("INSERT INTO filled VALUES (zeroblob(?))", (MEBIBYTE,))
-                deadline_s = time.monotonic() + WAIT_S
-                while path.stat().st_size < before + MEBIBYTE:
-                    assert time.monotonic() < deadline_s, "nothing was folded"
-                    time.sleep(0.01)
-        finally:
-            done.set()
-            folding.join()
+        yield connection
+
+
+def fill(connection: apsw.Connection, count_bytes: int) -> None:
+    connection.execute("INSERT INTO filled VALUES (zeroblob(?))", (count_bytes,))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it did not come to be"
+        time.sleep(0.01)
+
+
+def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
+    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FOLD_PAGES", 200)
+    monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
+    with Folding(connection, path):
+        for _ in range(2):  # it goes on folding
+            before = path.stat().st_size
+            fill(connection, MEBIBYTE)
+            wait_until(lambda: path.stat().st_size >= before + MEBIBYTE)  # noqa: B023 -- called before it changes
+
+
+def test_a_small_commit_is_folded_after_a_while(path: Path, connection: apsw.Connection) -> None:
+    with Folding(connection, path):
+        before = path.stat().st_size
+        fill(connection, 10_000)
+        wait_until(lambda: path.stat().st_size > before)
+
+
+def test_what_another_program_folds_meanwhile_is_folded_the_next_time(
+    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FOLD_EVERY_S", 0.001)
+    failures = iter([apsw.BusyError("database is locked")])
+    real = Folding._checkpoint
+
+    def checkpoint(self: Folding, connection: apsw.Connection) -> bool:
+        return next(failures, None) is None and real(self, connection)
+
+    monkeypatch.setattr(Folding, "_checkpoint", checkpoint)
+    with Folding(connection, path):
+        before = path.stat().st_size
+        fill(connection, 10_000)
+        wait_until(lambda: path.stat().st_size > before)
+
+
+def test_a_long_wal_is_begun_anew_between_two_commits(
+    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FOLD_PAGES", 1_000_000)
+    monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
+    monkeypatch.setattr(folding, "MAX_PAGES", 100)
+    wal = path.with_name(f"{path.name}-wal")
+    with Folding(connection, path) as folding_:
+        fill(connection, MEBIBYTE)
+        size = wal.stat().st_size
+        for _ in range(30):
+            folding_.begin_anew()
+            fill(connection, 100_000)
+        assert wal.stat().st_size == size, "its pages are written over"
+
+
+def test_a_wal_that_cannot_be_folded_grows_and_no_commit_fails(
+    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "MAX_PAGES", 10)
+    with Folding(connection, path) as folding_, closing(apsw.Connection(str(path))) as other:
+        other.execute("BEGIN")
+        assert other.execute("SELECT count(*) FROM filled").get == 0
+        for _ in range(3):
+            fill(connection, 100_000)
+            folding_.begin_anew()
+        other.execute("COMMIT")
+        assert other.execute("SELECT count(*) FROM filled").get == 3

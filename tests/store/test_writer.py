@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -100,7 +101,7 @@ from asapd.store.units.usage import (
     VoidUsage,
 )
 from asapd.store.visibility import EVERYTHING, Visibility
-from asapd.store.writer import HEADER, Writer, replay, serve
+from asapd.store.writer import HEADER, Writer, _Frames, replay, serve
 from asapd.wire.keys import jwk_thumbprint, public_base64
 
 NOW_US = 1_795_169_203_000_000
@@ -769,19 +770,24 @@ class Served:
         with self.theirs:
             serve(self.theirs, self, **options)  # type: ignore[arg-type] -- only `run` is used, and it is this class's
 
-    def run(self, group: Sequence[Envelope], is_awaited: Callable[[], bool] = lambda: False) -> list[Answer]:
+    def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
         """As the writer does it, with one envelope to a step."""
+        joined = [] if group else list(joining())
         self.commits.append([])
         answers: list[Answer] = []
         for envelope in group:
-            self.commits[-1].append(envelope.number)
-            self.first.set()
-            assert self.gate.wait(10)
-            answers.append(Answer(envelope.number, RowWritten(envelope.number)))
-            self.after_step(envelope.number)
-            if len(answers) < len(group) and is_awaited():
+            answers.append(self._step(envelope))
+            joined += joining()
+            if joined:
                 break
-        return answers
+        return [self._step(envelope) for envelope in joined] + answers
+
+    def _step(self, envelope: Envelope) -> Answer:
+        self.commits[-1].append(envelope.number)
+        self.first.set()
+        assert self.gate.wait(10)
+        self.after_step(envelope.number)
+        return Answer(envelope.number, RowWritten(envelope.number))
 
     def send(self, *envelopes: Envelope) -> None:
         bodies = [msgspec.msgpack.encode(envelope) for envelope in envelopes]
@@ -826,11 +832,11 @@ def test_decisions_go_ahead_of_the_ingest_that_waits() -> None:
         assert server.first.wait(10)
         server.send(bulk(2, 3), bulk(3, 2), decision(4), bulk(5), decision(6))
         server.gate.set()
-        assert server.receive(6) == [1, 4, 6, 2, 3, 5]
-        assert server.commits == [[1], [4, 6], [2], [3, 5]]
+        assert server.receive(6) == [4, 6, 1, 2, 3, 5]
+        assert server.commits == [[1, 4, 6], [2], [3, 5]]
 
 
-def test_a_decision_cuts_short_the_commit_that_is_under_way() -> None:
+def test_decisions_cut_short_the_commit_that_is_under_way_and_share_it() -> None:
     with served(rows_per_commit=10) as server:
         arriving = {3: (decision(8), decision(9)), 4: (decision(10),)}
         server.after_step = lambda number: server.send(*arriving.pop(number, ()))
@@ -838,29 +844,73 @@ def test_a_decision_cuts_short_the_commit_that_is_under_way() -> None:
         assert server.first.wait(10)
         server.send(*(bulk(number) for number in range(2, 7)))
         server.gate.set()
-        assert server.receive(9) == [1, 2, 3, 8, 9, 4, 10, 5, 6]
-        assert server.commits == [[1], [2, 3], [8, 9], [4], [10], [5, 6]]
+        assert server.receive(9) == [1, 8, 9, 2, 3, 10, 4, 5, 6]
+        assert server.commits == [[1], [2, 3, 8, 9], [4, 10], [5, 6]]
 
 
 def test_decisions_that_keep_coming_leave_ingest_a_step_between_them() -> None:
     with served(rows_per_commit=10) as server:
-        server.after_step = lambda number: server.send(decision(number + 1)) if 10 <= number < 13 else None
+        server.after_step = lambda number: server.send(decision(number + 1)) if 10 <= number < 14 else None
         server.send(bulk(1))
         assert server.first.wait(10)
         server.send(bulk(2), bulk(3), bulk(4), decision(10))
         server.gate.set()
-        server.receive(8)
-        assert server.commits == [[1], [10], [2], [11], [3], [12], [4], [13]]
+        server.receive(9)
+        assert server.commits == [[1, 10], [11], [2, 12], [13], [3, 14], [4]]
+
+
+def coming(*waves: Sequence[Envelope]) -> Callable[[], Sequence[Envelope]]:
+    """Decisions that come one wave after the other, each when it is asked for."""
+    left = deque(waves)
+    return lambda: left.popleft() if left else ()
 
 
 def test_a_commit_that_is_cut_short_has_what_was_done_and_nothing_else(connection: apsw.Connection) -> None:
     writer = Writer(connection)
     group = [bulk(1, 600), bulk(2, 400), bulk(3, 1), bulk(4, 1)]
-    (answers, later) = (writer.run(group, lambda: True), group[2:])
-    assert [answer.number for answer in answers] == [1, 2], "as many as run together"
+    answers = writer.run(group, coming([decision(5), decision(6)]))
+    assert [answer.number for answer in answers] == [5, 6, 1, 2], "as many as run together"
     assert connection.execute("SELECT count(*) FROM usage").get == 1_000
-    assert [answer.number for answer in writer.run(later, lambda: True)] == [3, 4]
+    assert [answer.number for answer in writer.run(group[2:], coming())] == [3, 4]
     assert connection.execute("SELECT count(*) FROM usage").get == 1_002
+
+
+def test_a_commit_takes_in_the_decisions_that_come_while_it_decides_up_to_a_number(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.store.writer.DECISIONS_PER_COMMIT", 3)
+    waves = coming([decision(1)], [decision(2), decision(3)], [decision(4)])
+    assert [answer.number for answer in Writer(connection).run([], waves)] == [1, 2, 3]
+    assert [envelope.number for envelope in waves()] == [4]
+
+
+def test_decisions_that_share_a_commit_which_fails_are_told_so(connection: apsw.Connection) -> None:
+    def fail() -> None:
+        raise apsw.IOError("disk I/O error")
+
+    writer = Writer(connection)
+    connection.create_scalar_function("fail", fail, 0)
+    connection.execute("CREATE TEMP TRIGGER bad_sector AFTER INSERT ON main.task BEGIN SELECT fail(); END")
+    task = RecordTask(TaskEvent("t", "a", "b", "started", NOW_US), "key:x", "default", NOW_US)
+    before = contents(connection)
+    answers = writer.run([bulk(1), bulk(2)], coming([decision(3), Envelope(4, task, True)]))
+    assert {answer.number: type(answer.result) for answer in answers} == dict.fromkeys([1, 2, 3, 4], NotWritten)
+    assert contents(connection) == before
+
+
+def test_bulk_is_not_read_ahead_of_the_decisions_that_wait() -> None:
+    ours, theirs = socket.socketpair()
+    urgent, theirs_urgent = socket.socketpair()
+    with ours, theirs, urgent, theirs_urgent:
+        frames = _Frames([theirs, theirs_urgent])
+        for sock, envelope in ((ours, bulk(1)), (urgent, decision(2))):
+            body = msgspec.msgpack.encode(envelope)
+            sock.sendall(HEADER.pack(len(body)) + body)
+        assert [envelope.number for envelope in frames.receive(0, decisions_only=True)] == [2]
+        urgent.close()
+        assert frames.receive(0, decisions_only=True) == []
+        assert [envelope.number for envelope in frames.receive(None)] == [1]
+        assert not frames.ended
 
 
 def test_a_request_larger_than_a_commit_is_a_commit_of_its_own() -> None:
@@ -880,7 +930,7 @@ def test_what_had_arrived_when_the_peer_left_is_still_committed() -> None:
     assert server.first.wait(10)
     server.send(bulk(2), decision(3), bulk(4))
     server.end()
-    assert server.commits == [[1], [3], [2], [4]]
+    assert server.commits == [[1, 3], [2], [4]]
 
 
 def test_a_peer_that_leaves_without_reading_its_answers_ends_the_service() -> None:
@@ -947,6 +997,21 @@ def test_a_commit_that_many_shared_makes_the_next_one_wait_for_what_comes() -> N
         server.send(bulk(11))
         assert server.receive(1) == [11]
     assert server.commits == [list(range(1, 9)), [9, 10], [11]]
+
+
+def test_what_nobody_waits_for_is_done_once_a_commit_is_answered() -> None:
+    answered: list[int] = []
+    rested = threading.Event()
+
+    def rest() -> None:
+        answered.extend(server.receive(1))
+        rested.set()
+
+    with served(rest=rest) as server:
+        server.gate.set()
+        server.send(decision(1))
+        assert rested.wait(10)
+    assert answered == [1]
 
 
 def test_the_wait_of_busy_times_ends_when_nothing_comes() -> None:
