@@ -270,6 +270,25 @@ def test_the_verifier_printed_in_the_documentation_accepts_a_real_log_and_finds_
     assert "entry 2 is missing" in verdict([entries[0], entries[2]]).stderr
 
 
+def leaves(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command below one, by its whole name."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    for word, inner in command.commands.items():
+        yield from leaves(inner, f"{name} {word}")
+
+
+def test_every_command_of_asapctl_takes_json_and_socket() -> None:
+    wanted = {"--json", "--socket"}
+    lacking = [
+        name
+        for name, command in leaves(asapctl, "asapctl")
+        if wanted - {option for one in command.params for option in one.opts}
+    ]
+    assert lacking == []
+
+
 # --- rooms and files
 
 

@@ -69,17 +69,21 @@ async def run_gatekeeper(
     ring: KeyRing,
     clock: Clock,
     entropy: Callable[[int], bytes],
+    seed: bytes,
     beat: Callable[[], None],
     log: logging.Logger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve key requests until the mailbox is closed."""
+    """Serve key requests until the mailbox is closed.
+
+    `seed` are 16 to 64 secret bytes that stay the same over restarts.
+    """
     ring.replace(await database.read(list_keys))
 
     async def handle(message: GatekeeperMessage) -> None:
         match message:
             case CreateKeyRequest():
-                outcome = await _create(message, database, clock.now_us(), entropy)
+                outcome = await _create(message, database, clock.now_us(), entropy, seed)
                 ring.replace(await database.read(list_keys))
                 message.reply.send(outcome)
             case RevokeKeyRequest():
@@ -99,21 +103,37 @@ async def run_gatekeeper(
 
 
 async def _create(
-    message: CreateKeyRequest, database: Database, now_us: int, entropy: Callable[[int], bytes]
+    message: CreateKeyRequest, database: Database, now_us: int, entropy: Callable[[int], bytes], seed: bytes
 ) -> NewKey | Refusal:
     if message.role not in set(Role):
         roles = ", ".join(Role)
         return Refusal("invalid", "no key was made", (FieldError("role", f"must be one of {roles}"),))
-    secret = entropy(32).hex()
+    fresh = entropy(32)
+    key_id = entropy(5).hex()
+
+    def secret_of(key_id: str) -> str:
+        """Of a key that is made once however often it is asked for, it can be computed again: it is kept nowhere."""
+        if message.idempotency is None:
+            return fresh.hex()
+        made_of = key_id.encode() + message.idempotency.key + message.idempotency.request
+        return hashlib.blake2b(made_of, digest_size=32, key=seed, person=b"asapd api key").hexdigest()
+
     key = ApiKey(
-        entropy(5).hex(),
+        key_id,
         message.name,
         message.role,
         list(message.agents),
         message.tenant,
         message.may_sign,
-        digest_of(secret),
+        digest_of(secret_of(key_id)),
         now_us,
     )
-    made = await database.submit(CreateKey(key, message.caller.actor, now_us), urgent=True)
-    return made if isinstance(made, Refusal) else NewKey(key, f"{KEY_PREFIX}_{key.id}_{secret}")
+    unit = CreateKey(key, message.caller.actor, now_us)
+    made = await database.submit(unit, urgent=True, idempotency=message.idempotency)
+    if isinstance(made, Refusal):
+        return made
+    secret = secret_of(made.id)
+    if digest_of(secret) != made.digest:
+        detail = f"this request made {made.name} before, whose secret went with the daemon's former key: revoke it"
+        return Refusal("key_name_taken", f"{detail}, and make another")
+    return NewKey(made, f"{KEY_PREFIX}_{made.id}_{secret}")

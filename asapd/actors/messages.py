@@ -463,6 +463,7 @@ class CreateKeyRequest:
     tenant: str | None
     may_sign: bool
     reply: Reply[NewKey | Refusal]
+    idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True, slots=True)

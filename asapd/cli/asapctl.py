@@ -13,17 +13,21 @@ from asapd.cli.alerts import alerts, breaches, silences
 from asapd.cli.audit import audit
 from asapd.cli.backup import backup
 from asapd.cli.budgets import budgets
+from asapd.cli.configuration import config, reload
 from asapd.cli.conformance import conformance
+from asapd.cli.dashboard import dashboard
 from asapd.cli.delegation import delegation
-from asapd.cli.door import RefusedError, segment
+from asapd.cli.doctor import doctor
+from asapd.cli.door import segment
 from asapd.cli.keys import keys
 from asapd.cli.maintenance import maintenance
 from asapd.cli.options import SETTINGS, Session, asks_daemon
-from asapd.cli.outcome import Exit, run
+from asapd.cli.outcome import run
 from asapd.cli.prices import prices
 from asapd.cli.retention import retention
-from asapd.cli.show import cell, show_json, show_pairs, show_table
+from asapd.cli.show import show_json, show_pairs, show_table
 from asapd.cli.sla import sla
+from asapd.cli.top import top
 from asapd.cli.usage import usage
 
 
@@ -113,41 +117,6 @@ def _uptime(seconds: int) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-@asapctl.command()
-@asks_daemon
-def reload(session: Session) -> int:
-    """Read the configuration again.
-
-    Waits for the outcome. A file with a problem changes nothing: each problem is printed as file:line: field: reason,
-    and the exit code is 2.
-
-    \b
-    Example:
-      asapctl reload
-    """
-    try:
-        outcome = session.door.post("/reload")
-    except RefusedError as refused:
-        if refused.problem.get("code") != "config_refused":
-            raise
-        if session.as_json:
-            show_json(refused.problem)
-        for problem in refused.problem.get("problems") or [str(refused)]:
-            click.echo(problem, err=True)
-        return Exit.USAGE
-    if session.as_json:
-        show_json(outcome)
-        return Exit.DONE
-    changed = [(name, what) for name, what in outcome["applied"].items() if what not in (None, False, 0, [], {})]
-    for name, what in changed:
-        click.echo(f"applied: {name}" if what is True else f"applied: {name}: {cell(what)}")
-    for name in outcome["restart_required"]:
-        click.echo(f"restart required: {name}")
-    if not changed and not outcome["restart_required"]:
-        click.echo("nothing changed in the configuration")
-    return Exit.DONE
-
-
 @asapctl.group()
 def actor() -> None:
     """The parts of the daemon."""
@@ -172,7 +141,8 @@ def restart(session: Session, name: str) -> None:
         click.echo(f"restarted: {outcome['restarted']}")
 
 
-asapctl.add_command(conformance)
+for command in (conformance, dashboard, doctor, reload, top):
+    asapctl.add_command(command)
 for group in (
     agents,
     usage,
@@ -188,6 +158,7 @@ for group in (
     alerts,
     audit,
     keys,
+    config,
 ):
     asapctl.add_command(group)
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from asapd.cli.options import json_option, text_or_file
+from asapd.cli.options import needs_no_daemon, text_or_file
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import cell, show_json
 from asapd.core.types import AGENT_URN
@@ -41,7 +41,7 @@ _LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}\Z")
     metavar="SECONDS",
     help="For each request.",
 )
-@json_option
+@needs_no_daemon
 def conformance(
     url: str,
     agent: str | None,

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asapd.cli.door import RefusedError, segment
-from asapd.cli.options import Session, asks_daemon, duration, json_option, now_us, open_door, text_or_file, usd
+from asapd.cli.options import (
+    Session,
+    asks_daemon,
+    duration,
+    json_option,
+    needs_no_daemon,
+    now_us,
+    open_door,
+    text_or_file,
+    usd,
+)
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.revocations import revocations
 from asapd.cli.show import cell, show_json, show_pairs, show_table
@@ -142,7 +152,7 @@ def _signed_by_daemon(socket: Path | None, terms: dict[str, Any]) -> Any:
 
 @delegation.command()
 @click.argument("token", type=text_or_file)
-@json_option
+@needs_no_daemon
 def inspect(token: str, as_json: bool) -> None:
     """Show what a token and its parents say.
 

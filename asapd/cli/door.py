@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ from asapd.cli.outcome import Exit, Failure
 READ_S = 60.0
 CONNECT_S = 5.0
 PAGE = 1000
+_UCRED = struct.Struct("3i")  # pid, uid, gid
 _SERVICE_SOCKET = Path("/run/asapd/admin.sock")
 
 
@@ -198,6 +200,16 @@ class Door:
                 connection.close()
 
         return {name.lower(): value for name, value in response.getheaders()}, parts()
+
+    def owner_uid(self) -> int:
+        """The user that the daemon runs as, as the kernel knows it."""
+        try:
+            with self._connect() as connected:
+                known = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        except OSError as error:
+            raise unreachable(self.path, error) from None
+        _, uid, _ = _UCRED.unpack(known)
+        return int(uid)
 
     def _connect(self) -> socket.socket:
         connected = socket.socket(socket.AF_UNIX)

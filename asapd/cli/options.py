@@ -89,6 +89,11 @@ def json_option(function: Command) -> Command:
     return command
 
 
+def needs_no_daemon(function: Command) -> Command:
+    """Give a command `--json`, and `--socket`, which it takes no notice of: scripts give that to every command."""
+    return click.option("--socket", type=click.Path(), hidden=True, expose_value=False)(json_option(function))
+
+
 def asks_daemon(function: Command) -> Command:
     """Give a command `--json` and `--socket`, and hand it a `Session` first."""
 

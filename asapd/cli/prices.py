@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from asapd.cli.options import Session, asks_daemon, json_option, moment
+from asapd.cli.options import Session, asks_daemon, moment, needs_no_daemon
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import show_json, show_pairs, show_table
 from asapd.cli.written import written
@@ -70,7 +70,7 @@ def _day(value: Any) -> Any:
 
 @prices.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@json_option
+@needs_no_daemon
 def check(file: Path, as_json: bool) -> int:
     """Check a price table.
 
@@ -176,7 +176,7 @@ def _added(known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="Where to write the table; stdout unless given.",
 )
-@json_option
+@needs_no_daemon
 def seed(wanted: tuple[str, ...], file: Path | None, as_json: bool) -> None:
     """Write a price table to begin with.
 

@@ -1,7 +1,7 @@
 """The configuration file: parse it whole, name every problem by line, compare two of them."""
 
 from asapd.config.change import Changes, diff
-from asapd.config.load import ConfigError, Problem, load, parse, resolve
+from asapd.config.load import ConfigError, Problem, load, parse, parse_at, read, resolve
 from asapd.config.model import (
     Admin,
     Agent,
@@ -36,6 +36,7 @@ from asapd.config.model import (
 from asapd.config.places import default_runtime_dir, default_state_dir
 from asapd.config.values import Bind, check_agent_url, duration_text, read_duration
 from asapd.config.without_effect import remarks, settings_without_effect
+from asapd.config.written import as_toml, flat, masked, written
 
 __all__ = [
     "Admin",
@@ -71,15 +72,21 @@ __all__ = [
     "Webhook",
     "Witness",
     "WitnessedLog",
+    "as_toml",
     "check_agent_url",
     "default_runtime_dir",
     "default_state_dir",
     "diff",
     "duration_text",
+    "flat",
     "load",
+    "masked",
     "parse",
+    "parse_at",
+    "read",
     "read_duration",
     "remarks",
     "resolve",
     "settings_without_effect",
+    "written",
 ]

@@ -59,15 +59,32 @@ def load(path: Path) -> Config:
     Raises:
         ConfigError: it cannot be read, is not UTF-8, or has problems.
     """
+    return parse_at(path, read(path))
+
+
+def parse_at(path: Path, text: str) -> Config:
+    """Check a text as if it stood in a file.
+
+    Raises:
+        ConfigError: it has problems.
+    """
+    return resolve(parse(text, path=str(path)), path.absolute().parent)
+
+
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
         raise ConfigError([Problem(None, "file", reason)], str(path)) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ConfigError([Problem(line, "file", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
-    return resolve(parse(text, path=str(path)), path.absolute().parent)
 
 
 def parse(text: str, *, path: str = "<config>") -> Config:

@@ -91,6 +91,20 @@ def duration_text(us: int) -> str:
     return f"{us}us"
 
 
+def size_text(size_bytes: int) -> str:
+    """The shortest way to write a size: 8MiB, 1500B."""
+    unit = max(
+        (unit for unit, unit_bytes in _UNITS_BYTES.items() if size_bytes % unit_bytes == 0),
+        key=lambda unit: _UNITS_BYTES[unit],
+    )
+    return f"{size_bytes // _UNITS_BYTES[unit]}{unit}"
+
+
+def rate_text(rate: Rate) -> str:
+    """As `read_rate` takes it."""
+    return f"{rate.count}/{next(unit for unit in 'smh' if _UNITS_US[unit] == rate.period_us)}"
+
+
 def read_duration(value: object) -> int:
     """`"30s"` to microseconds; units us, ms, s, m, h, d, w."""
     if not isinstance(value, str):

@@ -8,7 +8,7 @@ from typing import Any
 OF_AGENT = ("usage.", "task.", "agent.", "sla.", "maintenance.")
 """Kinds of entries that belong to an agent when they name it."""
 
-OF_HOST = ("config.reloaded", "budgets.changed", "watch.interrupted", "watch.corrected", "log.alarm")
+OF_HOST = ("config.loaded", "config.reloaded", "budgets.changed", "watch.interrupted", "watch.corrected", "log.alarm")
 """Kinds of entries that concern every agent of a host; only who may see the whole host is given them."""
 
 MADE, REVOKED = "delegation.created", "delegation.revoked"

@@ -33,13 +33,14 @@ class BootError(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration together with what the files it names hold."""
+    """A configuration together with what the files it names hold. `text` is of the file, None without one."""
 
     config: Config
     prices: PriceTable
     pinned: dict[str, bytes]
     agents: list[AgentRecord]
     secrets: dict[Path, bytes] = field(default_factory=dict)
+    text: str | None = None
 
 
 def load(path: Path | None) -> Loaded:
@@ -48,7 +49,8 @@ def load(path: Path | None) -> Loaded:
     Raises:
         ConfigError: with every problem of either file.
     """
-    loaded = config.parse("") if path is None else config.load(path)
+    text = None if path is None else config.read(path)
+    loaded = config.parse("") if path is None or text is None else config.parse_at(path, text)
     name = "<defaults>" if path is None else str(path)
     prices = _prices(loaded.metering.pricing.file)
     pinned: dict[str, bytes] = {}
@@ -77,7 +79,7 @@ def load(path: Path | None) -> Loaded:
     for remark in config.remarks(loaded):
         _log.warning("%s: %s", name, remark)
     secrets = read_secrets(loaded.alerts, name)
-    return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents], secrets)
+    return Loaded(loaded, prices, pinned, [_record(agent) for agent in loaded.agents], secrets, text)
 
 
 def _prices(path: Path | None) -> PriceTable:
@@ -146,6 +148,11 @@ class Premises:
     def archives(self) -> Path:
         """Where what retention takes out of the audit log is written first."""
         return self.state_dir / "audit"
+
+    @property
+    def versions(self) -> Path:
+        """Where the configurations are that were accepted."""
+        return self.state_dir / "config"
 
     @property
     def admin_key(self) -> Path:

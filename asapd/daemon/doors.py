@@ -35,6 +35,7 @@ class Doors:
         self.http: list[Door] = []
         self.lane: list[trio.SocketListener] = []
         self.addresses: list[str] = []
+        self.pages: list[str] = []
 
     async def open(self) -> trio.SocketListener:
         """Open the HTTP and admin doors, the fast lane, and the ingest socket, which is returned."""
@@ -53,7 +54,8 @@ class Doors:
         for door in self.http:
             _check_inherited(door.listener, http)
         scheme = "http" if tls is None else "https"
-        self.addresses = [_address(door.listener, scheme) for door in self.http]
+        self.pages = [_address(door.listener, scheme) for door in self.http]
+        self.addresses = list(self.pages)
         admin = self._open_local(self._settings.admin, "admin.sock")
         self.http.append(Door(admin, "admin", lambda stream: {"peer": sockets.peer_credentials(stream)}))
         await self._open_lane()

@@ -37,10 +37,12 @@ from asapd.core.types import Role
 from asapd.daemon import descriptors
 from asapd.daemon.auditing import Auditing
 from asapd.daemon.boot import BootError, Loaded, Premises, write_private
+from asapd.daemon.configuration import Configuration
 from asapd.daemon.doors import Doors, names_of
 from asapd.daemon.reloading import Reloader
 from asapd.daemon.showing import Showing
 from asapd.daemon.targets import SwappableFetcher, Targets
+from asapd.daemon.versions import Versions
 from asapd.edge.auth import ingest_socket_caller
 from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.fastlane import FastLane
@@ -49,6 +51,7 @@ from asapd.edge.ingest import run_ingest
 from asapd.edge.reporting import post_frame
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
+from asapd.edge.sessions import Sessions
 from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import SystemClock
@@ -102,6 +105,7 @@ class House:
         self._ready = False
         self._stop = trio.Event()
         self._addresses: list[str] = []
+        self._pages: list[str] = []
         self._server: HttpServer | None = None
         self._committed = Wakeup()
         self._transitions = Wakeup()
@@ -152,7 +156,9 @@ class House:
         self._writer_supervisor = self._supervise([Actor("writer", self._runner.run, lambda: self._runner.pending)])
         self._actors = self._supervise(self._make_actors())
         self._loops = self._supervise(self._make_loops())
-        self._reloader = Reloader(config_path, loaded, self)
+        versions = Versions(premises.versions)
+        self._reloader = Reloader(config_path, loaded, self, versions)
+        self._configuration = Configuration(config_path, self._reloader, versions)
 
     # --- wiring
 
@@ -188,7 +194,13 @@ class House:
                 directory_changed=self._directory_changed,
                 new_breach_id=partial(_new_id, "brc"),
             ),
-            self._actor("gatekeeper", run_gatekeeper, ring=self._ring, entropy=os.urandom),
+            self._actor(
+                "gatekeeper",
+                run_gatekeeper,
+                ring=self._ring,
+                entropy=os.urandom,
+                seed=bytes(self._premises.identity),
+            ),
             self._actor("auditor", run_auditor),
         ]
 
@@ -302,6 +314,9 @@ class House:
             receipts=self._auditing.receipts,
             packs=self._auditing.packs,
             backups=self._auditing.backups,
+            sessions=Sessions(self._clock, self._ring, os.urandom),
+            pages=lambda: self._pages,
+            configuration=self._configuration,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
         )
@@ -368,6 +383,7 @@ class House:
             await actors.start(self._actors.run)
             async with trio.open_nursery() as loops:
                 await loops.start(self._loops.run)
+                await self._reloader.started()
                 await self._run_doors()
                 loops.cancel_scope.cancel()
             for send, _ in self._channels.values():
@@ -389,7 +405,7 @@ class House:
         opening = Doors(self._settings, self._premises.runtime_dir, self._environ)
         with contextlib.closing(opening):
             ingest = await opening.open()
-            self._addresses = opening.addresses
+            self._addresses, self._pages = opening.addresses, opening.pages
             lane = self._fast_lane(services, server, limits)
             await self._serve(server, opening, ingest, services, lane)
 

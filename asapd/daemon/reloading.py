@@ -21,6 +21,7 @@ from asapd.config import Changes, ConfigError
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import format_us
 from asapd.daemon.boot import Loaded, load
+from asapd.daemon.versions import Version, Versions
 from asapd.edge.asking import ask_actor
 from asapd.runtime.clock import Clock
 
@@ -57,10 +58,15 @@ class Target(Protocol):
 class Reloader:
     """The configuration in force, and the outcome of the last attempt to change it."""
 
-    def __init__(self, path: Path | None, loaded: Loaded, target: Target) -> None:
+    def __init__(self, path: Path | None, loaded: Loaded, target: Target, versions: Versions) -> None:
         self._path = path
         self._loaded = loaded
         self._target = target
+        self._versions = versions
+        self.accepted = loaded.config
+        """What the file said when it was read last and accepted: some of it may wait for a restart."""
+        self.version: Version | None = None
+        """That among those that are kept."""
         self._busy = trio.Lock()
         self._errors: list[str] = []
         self._loaded_us = self._tried_us = target.clock.now_us()
@@ -75,6 +81,16 @@ class Reloader:
             "path": None if self._path is None else str(self._path),
             "without_effect": config.settings_without_effect(self._loaded.config),
         }
+
+    @property
+    def in_force(self) -> config.Config:
+        """What the daemon goes by."""
+        return self._loaded.config
+
+    async def started(self) -> None:
+        """Keep what the daemon was started with, and have the log tell when it is new."""
+        if await self._keep(self._loaded.text):
+            await self._remark("config.loaded", "asapd", self._told())
 
     async def reload(self, actor: str) -> dict[str, Any] | Refusal:
         """Read the file again and apply it, or say why not."""
@@ -100,10 +116,16 @@ class Reloader:
         applied = _summary(changes)
         if fresh.prices != self._loaded.prices:
             applied["prices"] = fresh.prices.version
-        self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents, fresh.secrets)
+        self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents, fresh.secrets, fresh.text)
+        self.accepted = fresh.config
+        await self._keep(fresh.text)
         self._errors = []
         self._loaded_us = self._target.clock.now_us()
-        details = {"applied": sorted(applied), "restart_required": list(changes.restart_required)}
+        details = {
+            "applied": sorted(applied),
+            "restart_required": list(changes.restart_required),
+            **self._told(),
+        }
         await self._remark("config.reloaded", actor, details)
         if changes.restart_required:
             _log.warning("reloaded; a restart is needed for %s", ", ".join(changes.restart_required))
@@ -146,6 +168,25 @@ class Reloader:
             if isinstance(outcome, Refusal):
                 return outcome
         return None
+
+    def _told(self) -> dict[str, Any]:
+        """What entries of the audit log say of the text."""
+        kept = self.version
+        return {} if kept is None else {"version": kept.number, "sha256": kept.sha256}
+
+    async def _keep(self, text: str | None) -> bool:
+        """Whether a text is kept now and was not before. It is in force whether it can be kept or not."""
+        if text is None:
+            return False
+        now_us = self._target.clock.now_us()
+        try:
+            kept = await trio.to_thread.run_sync(self._versions.keep, text, now_us)
+        except OSError as error:
+            self.version = None
+            _log.error("this configuration is in force, and cannot be gone back to: it was not kept: %s", error)
+            return False
+        self.version = kept
+        return kept.accepted_us == now_us
 
     async def _remark(self, event_type: str, actor: str, details: dict[str, Any]) -> None:
         outcome = await ask_actor(

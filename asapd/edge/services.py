@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from asapd.actors.witnesses import Witnesses
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
+from asapd.edge.sessions import Sessions
 from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import Clock
@@ -59,6 +60,26 @@ class Subscribe(Protocol):
 
     def __call__(self, *, resume_after: int | None, wanted: Callable[[Any], bool]) -> Subscription:
         """From behind `resume_after`, or from now on."""
+        ...
+
+
+class Configured(Protocol):
+    """The configuration as it is shown; a refusal says what is not there, or would not be accepted."""
+
+    async def show(self) -> dict[str, Any]:
+        """What is in force, without secrets."""
+        ...
+
+    async def diff(self, number: int | None) -> dict[str, Any] | Refusal:
+        """What would change by a reload of the file, or with an earlier version of it."""
+        ...
+
+    async def versions(self) -> list[dict[str, Any]] | Refusal:
+        """Every version of the file that was accepted and is kept."""
+        ...
+
+    async def text(self, number: int) -> str | Refusal:
+        """The text of a version, secrets and all."""
         ...
 
 
@@ -115,6 +136,12 @@ class Services:
     """Signed evidence of what an agent did."""
     backups: Backups
     """Copies of the database."""
+    sessions: Sessions
+    """Logins to the page."""
+    pages: Callable[[], Sequence[str]]
+    """The addresses of the HTTP door."""
+    configuration: Configured
+    """What is in force, and what was."""
     throttle: Throttle | None = None
     """Counts requests where there is a rate limit."""
     unprobed: Unprobed = field(default_factory=Unprobed)

@@ -19,6 +19,7 @@ from asapd.edge.alert_stream import Frames, alert_filter, known_to_reference, ow
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
+from asapd.edge.sessions import COOKIE
 from asapd.runtime.fanout import FeedClosed
 from asapd.wire import jsonrpc
 from asapd.wire.jsonrpc import Fault, Request
@@ -35,6 +36,7 @@ TRY_AGAIN_LATER = 1013
 # A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection then makes
 # room for what is under way (`Limits.websocket_stuck_s`), so that the close can follow it.
 SEND_S = 10.0
+LOOK_S = 60.0
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -84,7 +86,10 @@ def _caller(services: Services) -> Caller | Refusal:
             found = services.ring.find(protocol.removeprefix(_BEARER))
             if found is not None:
                 return found
-    return tcp_caller(websocket.headers, services.ring, services.settings().http)
+    found_by_key = tcp_caller(websocket.headers, services.ring, services.settings().http)
+    if isinstance(found_by_key, Refusal):
+        return services.sessions.find(websocket.cookies.get(COOKIE)) or found_by_key
+    return found_by_key
 
 
 class _Piece(msgspec.Struct, frozen=True):
@@ -122,9 +127,10 @@ class _Session:
         changed = self._services.ring.changed
         seen = changed.count
         while self._may_stay():
-            await changed.wait(seen)
+            with trio.move_on_after(LOOK_S):  # nobody tells that a session came to its end
+                await changed.wait(seen)
             seen = changed.count
-        await self._close(POLICY_VIOLATION, "the key was revoked")
+        await self._close(POLICY_VIOLATION, self._services.sessions.why_gone(self._caller) or "")
 
     async def _handle(self, message: str | bytes, nursery: trio.Nursery) -> None:
         if self._is_reference and (beat := jsonrpc.heartbeat(message)) is not None:
@@ -158,7 +164,7 @@ class _Session:
             await self._send(jsonrpc.result(request.id, answer))
 
     def _may_stay(self) -> bool:
-        return self._services.ring.is_in_use(self._caller)
+        return self._services.sessions.why_gone(self._caller) is None
 
     # --- alerts
 

@@ -15,7 +15,7 @@ from trio.testing import MockClock
 
 from asapd.actors import gatekeeper
 from asapd.actors.gatekeeper import KEY_PREFIX, KeyRing, digest_of, run_gatekeeper
-from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
+from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, Idempotency, NewKey, RevokeKeyRequest
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US, Role
@@ -35,8 +35,9 @@ class Gate:
 
     async def create(self, name: str = "n", role: str = "reader", **fields: Any) -> NewKey | Refusal:
         agents, tenant, sign = fields.get("agents", ("*",)), fields.get("tenant"), fields.get("sign", False)
+        once = fields.get("idempotency")
         outcome: NewKey | Refusal = await ask(
-            self.send, lambda to: CreateKeyRequest(ADMIN, name, role, agents, tenant, sign, to), deadline_s=5
+            self.send, lambda to: CreateKeyRequest(ADMIN, name, role, agents, tenant, sign, to, once), deadline_s=5
         )
         return outcome
 
@@ -46,7 +47,7 @@ class Gate:
 
 
 @asynccontextmanager
-async def running(inline: Inline) -> AsyncIterator[Gate]:
+async def running(inline: Inline, seed: bytes = b"s" * 32) -> AsyncIterator[Gate]:
     database, _ = inline
     ring = KeyRing()
     numbers = count(1)
@@ -59,6 +60,7 @@ async def running(inline: Inline) -> AsyncIterator[Gate]:
             ring=ring,
             clock=TrioClock(T0),
             entropy=lambda size: next(numbers).to_bytes(size, "big"),
+            seed=seed,
             beat=lambda: None,
             log=logging.getLogger("test.gatekeeper"),
             task_status=task_status,
@@ -123,6 +125,33 @@ async def test_a_name_in_use_and_a_role_nobody_has_are_refused(
         assert wrong.errors[0].field == "role"
         await gate.revoke(first.key.id)
         assert isinstance(await gate.create("n"), NewKey)
+
+
+async def test_a_key_that_is_asked_for_again_is_made_once_and_its_secret_is_nowhere_kept(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    once, other = Idempotency(b"k" * 16, b"r" * 16, T0), Idempotency(b"K" * 16, b"r" * 16, T0)
+    async with running(inline_database) as gate:
+        first = made(await gate.create("n", idempotency=once))
+        assert made(await gate.create("n", idempotency=once)) == first
+        found = gate.ring.find(first.secret)
+        assert found is not None
+        assert found.actor == f"key:{first.key.id}"
+        reused = await gate.create("m", idempotency=Idempotency(b"k" * 16, b"R" * 16, T0))
+        assert isinstance(reused, Refusal)
+        assert reused.code == "idempotency_key_reused"
+        second = made(await gate.create("m", idempotency=other))
+        assert second.secret.rpartition("_")[2] != first.secret.rpartition("_")[2]
+        _, connection = inline_database
+        kept = repr([list(connection.execute(f"SELECT * FROM {table}")) for table in ("api_key", "idempotency")])
+        assert first.secret.rpartition("_")[2] not in kept
+    async with running(inline_database) as gate:
+        assert made(await gate.create("n", idempotency=once)) == first, "after a restart too"
+    async with running(inline_database, seed=b"new" * 10) as gate:
+        gone = await gate.create("n", idempotency=once)
+        assert isinstance(gone, Refusal)
+        assert gone.code == "key_name_taken"
+        assert "former key" in gone.detail
 
 
 async def test_a_handler_that_fails_is_answered_and_logged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from asapd import config
 from asapd.core.errors import Refusal
 from asapd.daemon.boot import load
 from asapd.daemon.reloading import Reloader
+from asapd.daemon.versions import Versions
 from asapd.runtime.clock import Clock
 from asapd.store.database import Database
 from tests.edge.house import NOW, A, B, C, Edge, open_edge
@@ -29,6 +31,7 @@ class House:
     edge: Edge
     file: Path
     reloader: Reloader = None  # type: ignore[assignment]  # made from this
+    versions: Versions = None  # type: ignore[assignment]  # where it keeps them
     adopted: int = 0
     hooks: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
@@ -72,7 +75,8 @@ async def house(inline_database: tuple[Database, apsw.Connection], tmp_path: Pat
         made = House(edge, file)
         loaded = load(file)
         made.adopt(loaded.config)
-        made.reloader = Reloader(file, loaded, made)
+        made.versions = Versions(tmp_path / "config")
+        made.reloader = Reloader(file, loaded, made, made.versions)
         assert isinstance(await made.reload(BASE), dict)
         yield made
 
@@ -194,7 +198,9 @@ async def test_reloads_follow_one_another(house: House) -> None:
 
 
 async def test_without_a_file_there_is_nothing_to_show_but_the_defaults(house: House) -> None:
-    reloader = Reloader(None, load(None), house)
+    reloader = Reloader(None, load(None), house, house.versions)
+    await reloader.started()
+    assert reloader.version is None
     status = reloader.status()
     assert (status["state"], status["errors"], status["path"]) == ("ok", [], None)
     assert status["loaded_at"] == NOW.replace("Z", ".000000Z")
@@ -208,3 +214,35 @@ async def test_patterns_of_masks_are_handed_on_and_a_store_that_is_away_refuses_
     house.refusal = Refusal("overloaded", "the writer is away")
     assert await house.reload("") == house.refusal
     assert house.adopted == adopted
+
+
+async def test_what_is_accepted_is_kept_and_audited_with_its_number(house: House) -> None:
+    await house.reloader.started()
+    assert house.reloader.version == house.versions.all()[0]
+    assert isinstance(await house.reload('[sla]\nhold = "1s"\n'), dict)
+    assert isinstance(await house.reload("[sla]\nhold = 5\n"), Refusal)
+    assert house.reloader.version == house.versions.all()[0]
+    assert [version.number for version in house.versions.all()] == [2, 1]
+    assert house.versions.text(1) == BASE
+    assert [entry["details"]["version"] for entry in await house.remarks()] == [1, 2]
+
+
+async def test_what_a_start_brings_is_audited_once(house: House) -> None:
+    fresh = Reloader(house.file, load(house.file), house, Versions(house.file.with_name("kept")))
+    for _ in range(2):
+        await fresh.started()
+        house.edge.clock.us += 1
+    entries = (await house.edge.get("/audit/logs?event_type=config.loaded")).ok()["data"]
+    assert [(entry["actor"], entry["details"]) for entry in entries] == [
+        ("asapd", {"version": 1, "sha256": hashlib.sha256(BASE.encode()).hexdigest()})
+    ]
+
+
+async def test_a_version_that_cannot_be_kept_does_not_hold_up_a_reload(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.file.with_name("blocked").write_text("")
+    house.reloader = Reloader(house.file, load(house.file), house, Versions(house.file.with_name("blocked")))
+    assert isinstance(await house.reload(BASE), dict)
+    assert house.reloader.version is None
+    assert "it was not kept" in caplog.text

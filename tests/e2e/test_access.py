@@ -137,6 +137,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/audit/pack?agent=urn:asap:agent:nobody&start=2026-01-01T00:00:00Z", None, READ, 404),
     ("GET", "/audit/proof/inclusion?id=1", None, READ, 200),
     ("GET", "/audit/proof/consistency?from=1", None, READ, 200),
+    ("POST", "/login", None, READ, 201),
     ("GET", "/status", None, READ, 200),
     ("GET", "/metrics", None, READ, 200),
     ("POST", "/agents", {}, frozenset({"operator", "admin"}), 422),
@@ -148,6 +149,10 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/keys", None, frozenset({"admin"}), 200),
     ("POST", "/keys", {}, frozenset({"admin"}), 422),
     ("DELETE", "/keys/none", None, frozenset({"admin"}), 404),
+    ("GET", "/config", None, READ, 200),
+    ("GET", "/config/diff", None, READ, 200),
+    ("GET", "/config/versions", None, READ, 200),
+    ("GET", "/config/versions/1", None, frozenset({"admin"}), 200),
     ("POST", "/reload", None, frozenset({"admin"}), 200),
     ("POST", "/actors/none/restart", None, frozenset({"admin"}), 404),
 ]
@@ -200,6 +205,8 @@ async def test_every_route_there_is_was_tried(daemon: Daemon) -> None:
         ("GET", "/reservations/*"),
         ("POST", "/delegations"),
     }
+    # They are for who has no key: tests/edge/http/test_login.py
+    tried |= {("GET", "/login"), ("DELETE", "/login")}
     # Their refusals are no problem documents: tests/e2e/test_ways_in.py
     tried |= {("POST", "/v1/traces"), ("POST", "/v1/metrics")}
     # A stream does not end: tests/edge/http/test_usage_more.py, tests/edge/http/test_events.py

@@ -280,5 +280,6 @@ def test_after_a_stop_the_one_file_holds_everything(daemon: Daemon) -> None:
         "asapd.db",
         "asapd.lock",
         "checkpoints.log",
+        "config",
         "identity.pem",
     ]

@@ -280,6 +280,26 @@ async def test_page_asks_for_a_key_refuses_a_wrong_one_and_says_what_to_do_when_
         assert all("401" in error for error in page.errors), page.errors
 
 
+async def test_a_one_time_address_opens_the_page_whose_scripts_cannot_see_the_session_and_which_logs_out() -> None:
+    async with daemon_with() as (daemon, _), chromium_page() as page:
+        made = await daemon.post("/login", {})
+        assert made["url"] == f"http://{daemon.address}{made['path']}"
+        await page.open(made["url"])
+        await page.wait_text("#connection", "live")
+        assert await page.evaluate("location.href") == f"http://{daemon.address}/"
+        assert await page.evaluate("document.cookie") == ""
+        entries = await page.call("Page.getNavigationHistory")
+        assert not [entry["url"] for entry in entries["entries"] if "token" in entry["url"]]
+        assert page.errors == []
+        assert await page.wait_text("#forget", "Log out")
+        await page.evaluate("document.getElementById('forget').click()")
+        await page.wait_text("#problem", "Logged out.")
+        await page.open(f"http://{daemon.address}/?again")
+        await page.wait_text("#key-form", "asapctl dashboard")
+        await page.open(made["url"])
+        await page.wait_text("body", "login_gone")
+
+
 async def test_markup_that_an_agent_sends_is_shown_as_text() -> None:
     hostile = "<img src=x onerror=document.title=1>"
     async with daemon_with(part("liar", **{hostile: 1})) as (daemon, _), chromium_page() as page:

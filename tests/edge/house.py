@@ -51,6 +51,7 @@ from asapd.core.types import HOUR_US, SECOND_US, Role
 from asapd.edge.http.app import create_app
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
+from asapd.edge.sessions import Sessions
 from asapd.edge.sockets import Peer, open_tcp, open_unix, peer_credentials
 from asapd.runtime.ask import ask
 from asapd.runtime.fanout import Feed, Wakeup
@@ -91,6 +92,22 @@ class SilentFetcher:
     async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> FetchFailed:
         await trio.sleep_forever()
         raise AssertionError
+
+
+class NotConfigured:
+    """A daemon without a configuration file."""
+
+    async def show(self) -> dict[str, Any]:
+        return {"path": None}
+
+    async def diff(self, number: int | None) -> Refusal:
+        return Refusal("no_config_file", "there is none")
+
+    async def versions(self) -> Refusal:
+        return Refusal("no_config_file", "there is none")
+
+    async def text(self, number: int) -> Refusal:
+        return Refusal("config_version_not_found", f"there is no version {number}")
 
 
 class Reply(msgspec.Struct):
@@ -341,6 +358,9 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
         witnesses=Witnesses(database, clock, IDENTITY, settings.audit, LOG, post_text),
         receipts=Receipts(database, clock, sealer),
         packs=Packs(database, clock, sealer, IDENTITY),
+        sessions=Sessions(clock, ring, lambda size: next(entropy_numbers).to_bytes(size, "big")),
+        pages=lambda: ["http://127.0.0.1:8727"],
+        configuration=NotConfigured(),
         backups=Backups(database, clock, sealer, Path(connection.filename), tmp_path / "asapd.db.backup"),
         verifier=Verifier(
             database,
@@ -382,7 +402,10 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             new_breach_id=lambda now_us: f"brc_{next(ids)}",
         ),
         "gatekeeper": partial(
-            run_gatekeeper, ring=ring, entropy=lambda size: next(entropy_numbers).to_bytes(size, "big")
+            run_gatekeeper,
+            ring=ring,
+            entropy=lambda size: next(entropy_numbers).to_bytes(size, "big"),
+            seed=bytes(IDENTITY),
         ),
         "auditor": run_auditor,
     }

@@ -29,6 +29,7 @@ from wsproto.events import (
 from asapd import config
 from asapd.core.types import Role
 from asapd.edge.connection import Limits
+from asapd.edge.sessions import COOKIE, SESSION_US
 from asapd.edge.ws import GOING_AWAY, POLICY_VIOLATION, SEND_S, TRY_AGAIN_LATER
 from asapd.store.database import Database
 from tests.edge.house import A, B, Edge, open_edge
@@ -93,6 +94,7 @@ async def listening(
     port: int,
     *,
     key: str | None = None,
+    fields: dict[str, str] | None = None,
     offered: list[str] | None = None,
     host: str = "localhost",
     path: Path | None = None,
@@ -104,7 +106,8 @@ async def listening(
     if receive_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     await sock.connect(("127.0.0.1", port) if path is None else str(path))
-    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    fields = {**(fields or {}), **({} if key is None else {"authorization": f"Bearer {key}"})}
+    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     async with trio.SocketStream(sock) as stream:
         client = Listener(stream)
         request = Request(host=host, target=target, extra_headers=headers, subprotocols=offered or [])
@@ -377,3 +380,31 @@ async def test_an_idle_connection_ends_when_its_key_is_revoked(edge: Edge, port:
             closed = await client.closed()
         assert (closed.code, closed.reason) == (POLICY_VIOLATION, "the key was revoked")
         assert await other.ask("ping") == {"pong": True}
+
+
+async def test_the_session_of_a_page_listens_until_it_is_over(edge: Edge, tmp_path: Path) -> None:
+    owner = edge.services.ring.find(edge.keys["reader"])
+    assert owner is not None
+    cookie, _ = edge.services.sessions.open(owner)
+    session = {"cookie": f"{COOKIE}={cookie}"}
+    async with edge.served(tmp_path) as (_, port, _):
+        for fields in ({}, {"cookie": f"{COOKIE}=other"}, {**session, "origin": "http://localhost:9000"}):
+            async with listening(port, fields=fields) as client:
+                assert isinstance(await client.next(), RejectConnection)
+        async with accepted(port, fields=session) as client:
+            assert (await client.ask("sla.subscribe"))["subscribed"]
+            edge.services.sessions.close(cookie)
+            close = await client.closed()
+            assert (close.code, close.reason) == (POLICY_VIOLATION, "the session is over")
+
+
+async def test_a_session_that_came_to_its_end_is_noticed(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_edge(inline_database[1], tmp_path) as edge, edge.served(tmp_path) as (_, port, _):
+        owner = edge.services.ring.find(edge.keys["reader"])
+        assert owner is not None
+        cookie, _ = edge.services.sessions.open(owner)
+        async with accepted(port, fields={"cookie": f"{COOKIE}={cookie}"}) as client:
+            edge.clock.us += SESSION_US
+            assert (await client.closed()).reason == "the session is over"

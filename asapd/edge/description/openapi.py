@@ -13,6 +13,7 @@ from asapd.core.types import Role
 from asapd.edge.description import agents, audit, compatible, delegation, host, metering
 from asapd.edge.description.operation import JSON, Answer, Operation, Schema, Shape, reference
 from asapd.edge.description.shapes import SHAPES
+from asapd.edge.sessions import COOKIE
 from asapd.wire.problem import PROBLEM_JSON
 from asapd.wire.usage import WireEvent
 
@@ -60,7 +61,10 @@ def document(version: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": {**_decoded(operations), **SHAPES},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "An API key"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "An API key"},
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description": "The page's session"},
+            },
         },
     }
 
@@ -71,12 +75,14 @@ def roles(needs: tuple[Permission, ...]) -> list[str]:
 
 
 def _described(operation: Operation, tag: str) -> dict[str, Any]:
+    allowed = roles(operation.needs)
     described: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").rstrip("_"),
         "tags": [tag],
         "summary": operation.summary,
         # Of several requirements one has to be met, and each names a role: OpenAPI 3.1, Security Requirement Object.
-        "security": [{"key": [role]} for role in roles(operation.needs)],
+        "security": [{"key": [role]} for role in allowed]
+        + ([{"session": []}] if operation.method == "GET" and Role.READER in allowed else []),
         "parameters": _parameters(operation),
         "responses": {str(answer.status): _answer(answer) for answer in operation.answers},
     }

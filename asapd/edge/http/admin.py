@@ -13,7 +13,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us, may_match_an_agent
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import require_everything, sent_json
+from asapd.edge.http.context import idempotency, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -41,7 +41,8 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_key() -> Response:
         caller = require_everything(Permission.ADMINISTER)
         Parameters().done()
-        sent = decode_body(await sent_json(), NewKey)
+        body = await sent_json()
+        sent = decode_body(body, NewKey)
         bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")
@@ -50,9 +51,12 @@ def register(app: QuartTrio, services: Services) -> None:
         if strange and sent.role is Role.INGEST:
             reason = f"{strange[0]} matches no agent: an agent's name has the form urn:asap:agent:<name>"
             raise RefusedError(Refusal("invalid", f"no key was made: {reason}", (FieldError("agents", reason),)))
+        repeated = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(
             gatekeeper,
-            lambda to: CreateKeyRequest(caller, sent.name, sent.role, tuple(sent.agents), sent.tenant, sent.sign, to),
+            lambda to: CreateKeyRequest(
+                caller, sent.name, sent.role, tuple(sent.agents), sent.tenant, sent.sign, to, repeated
+            ),
         )
         if isinstance(outcome, Refusal):
             return refuse(outcome)

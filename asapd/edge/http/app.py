@@ -25,9 +25,11 @@ from asapd.edge.http import (
     audit_verify,
     backup,
     budgets,
+    configuration,
     delegations,
     description,
     events,
+    login,
     maintenance,
     operations,
     otlp,
@@ -106,7 +108,11 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
             return refuse(foreign)
         if request.path in OPEN_PATHS or request.path.startswith("/web/"):
             return None
+        if request.path.rstrip("/") == login.PATH and request.method != "POST":
+            return None
         found = tcp_caller(request.headers, services.ring, services.settings().http)
+        if isinstance(found, Refusal):
+            found = login.session_caller(services) or found
         if isinstance(found, Refusal):
             return refuse(found)
         return admit(found)
@@ -168,6 +174,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         audit_verify,
         backup,
         operations,
+        login,
+        configuration,
         description,
         admin,
         asap,

@@ -45,8 +45,8 @@ async def _events(services: Services, caller: Caller, subscription: Subscription
         except FeedClosed:
             yield b"event: goodbye\ndata: {}\n\n"
             return
-        if not services.ring.is_in_use(caller):
-            yield b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n'
+        if (reason := services.sessions.why_gone(caller)) is not None:
+            yield b"event: goodbye\ndata: " + encode_json({"reason": reason}) + b"\n\n"
             return
         for one in found:
             if isinstance(one, Gap):

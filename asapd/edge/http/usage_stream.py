@@ -57,8 +57,8 @@ async def _events(
         part = await services.reads.usage_after(
             caller, filters, seq, window=WINDOW, limit=MOST_ROWS, most_bytes=MOST_BYTES, encode=_event
         )
-        if not services.ring.is_in_use(caller):
-            yield b'event: goodbye\ndata: {"reason":"the key was revoked"}\n\n'
+        if (reason := services.sessions.why_gone(caller)) is not None:
+            yield b"event: goodbye\ndata: " + encode_json({"reason": reason}) + b"\n\n"
             return
         if part.retired_through > resumed_at and seq == resumed_at:
             # Rows were retired by their time, not their number: some behind this one may be gone.

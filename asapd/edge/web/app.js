@@ -8,6 +8,7 @@ const POLL_HIDDEN_MS = 30000;
 const PING_MS = 20000;
 const RETRY_MAX_MS = 15000;
 const KEY_ITEM = "asapd.key";
+const SESSION_ITEM = "asapd.session";
 const NO_DATA = "no data";
 const MAX_RESOLVED = 8;
 
@@ -18,11 +19,13 @@ const byId = (id) => document.getElementById(id);
 const keyring = {
   value: null,
   load() {
-    // The address may carry a key behind the #, which browsers do not send; it does not stay in the address.
-    const given = new URLSearchParams(location.hash.slice(1)).get("key");
-    if (given) {
+    // The address may carry a key behind the #, which browsers do not send; it does not stay in the address. After a
+    // login there is the word that a session is open: its cookie is not ours to see.
+    const given = new URLSearchParams(location.hash.slice(1));
+    if (given.has("key") || given.has("session")) {
       history.replaceState(null, "", location.pathname + location.search);
-      this.set(given);
+      this.markSession(given.has("session"));
+      this.set(given.get("key"));
       return;
     }
     try {
@@ -30,6 +33,33 @@ const keyring = {
     } catch {
       this.value = null;
     }
+  },
+  get hasSession() {
+    try {
+      return sessionStorage.getItem(SESSION_ITEM) !== null;
+    } catch {
+      return false;
+    }
+  },
+  markSession(isOpen) {
+    try {
+      if (isOpen) sessionStorage.setItem(SESSION_ITEM, "open");
+      else sessionStorage.removeItem(SESSION_ITEM);
+    } catch {
+      /* Storage is switched off: the page works, but cannot offer to log out. */
+    }
+  },
+  /** What to say of a caller that is not known; what is known no more is forgotten. */
+  refused() {
+    const hint =
+      this.value !== null
+        ? "This key is not known here, or it was revoked."
+        : this.hasSession
+          ? "The session is over."
+          : null;
+    this.markSession(false);
+    this.set(null);
+    return hint;
   },
   set(value) {
     this.value = value;
@@ -569,6 +599,7 @@ async function readAll() {
     ask("/delegations?state=active"),
     readBreaches(),
   ]);
+  if (!running) return;
   drawBreaches();
   drawAgents(agents);
   drawTiles(summary, agents);
@@ -590,11 +621,12 @@ async function refresh() {
   clearTimeout(timer);
   try {
     await readAll();
-    showProblem(null);
+    if (running) showProblem(null);
   } catch (error) {
-    if (error instanceof Refused && error.status === 401) {
-      keyring.set(null);
-      askForKey("This key is not known here, or it was revoked.");
+    if (!running) {
+      // Logged out meanwhile: what was under way is of no interest any more.
+    } else if (error instanceof Refused && error.status === 401) {
+      askForKey(keyring.refused());
     } else if (error instanceof Unreachable) {
       showProblem(error.message);
       showConnection("offline", "no answer");
@@ -615,9 +647,7 @@ async function start() {
     await ask("/usage/summary");
   } catch (error) {
     if (error instanceof Refused && error.status === 401) {
-      const hint = keyring.value === null ? null : "This key is not known here, or it was revoked.";
-      keyring.set(null);
-      askForKey(hint);
+      askForKey(keyring.refused());
       return;
     }
     showProblem(error.message);
@@ -628,7 +658,8 @@ async function start() {
     }
   }
   byId("key-form").hidden = true;
-  byId("forget").hidden = keyring.value === null;
+  byId("forget").hidden = keyring.value === null && !keyring.hasSession;
+  byId("forget").textContent = keyring.value === null ? "Log out" : "Forget key";
   running = true;
   await refresh();
   if (running) live.open();
@@ -644,9 +675,19 @@ byId("key-form").addEventListener("submit", (event) => {
   showConnection("connecting", "connecting");
   start();
 });
-byId("forget").addEventListener("click", () => {
-  keyring.set(null);
-  askForKey("The key was forgotten.");
+byId("forget").addEventListener("click", async () => {
+  if (keyring.value !== null) {
+    keyring.set(null);
+    askForKey("The key was forgotten.");
+    return;
+  }
+  try {
+    await fetch("/login", { method: "DELETE" });
+    keyring.markSession(false);
+    askForKey("Logged out.");
+  } catch {
+    showProblem("asapd does not answer: the session is still open.");
+  }
 });
 byId("verify").addEventListener("click", verifyAudit);
 byId("window").addEventListener("change", refresh);

@@ -59,7 +59,7 @@ function contents(content) {
 }
 
 function drawOperation(path, method, operation) {
-  const roles = operation.security.flatMap((one) => one.key);
+  const roles = operation.security.flatMap((one) => one.key || []);
   const summary = make("summary", make("code", `${method.toUpperCase()} ${path}`), ` ${operation.summary} `);
   summary.append(quiet(roles.length ? `(${roles.join(", ")})` : "(no key)"));
   const parameters = operation.parameters.map((one) => [

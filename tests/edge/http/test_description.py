@@ -12,6 +12,7 @@ import pytest
 from asapd.core.types import Role
 from asapd.edge.description.openapi import SUBJECTS, document, roles
 from asapd.edge.description.operation import Operation
+from asapd.edge.sessions import COOKIE
 from tests.edge.house import Edge, Reply
 
 AGENT = "urn:asap:agent:a"
@@ -166,3 +167,18 @@ async def test_it_is_open_and_says_of_which_version_it_is(edge: Edge) -> None:
     assert "/web/docs.js" in parts
     for part in parts:
         assert (await edge.get(part, key="")).status == 200, part
+
+
+STREAMS = {"/events", "/usage/stream", "/ws", "/asap/ws"}
+
+
+async def test_the_session_of_the_page_is_named_where_it_is_served(edge: Edge) -> None:
+    owner = edge.services.ring.find(edge.keys["admin"])
+    assert owner is not None
+    fields = {"Cookie": f"{COOKIE}={edge.services.sessions.open(owner)[0]}"}
+    for operation in OPERATIONS:
+        if not operation.needs or operation.path in STREAMS:
+            continue
+        described = DOCUMENT["paths"][operation.path][operation.method.lower()]
+        answer = await edge.call(operation.method, address(operation), key=None, headers=fields)
+        assert (answer.status not in {401, 403}) is ({"session": []} in described["security"]), operation.route

@@ -121,6 +121,16 @@ async def test_a_reader_of_what_is_no_agent_is_told_so(edge: Edge) -> None:
         assert [note.split()[0] for note in made["notes"]] == noted
 
 
+async def test_a_key_is_made_once_under_an_idempotency_key(edge: Edge) -> None:
+    body, once = {"name": "n", "role": "reader", "agents": [A]}, {"Idempotency-Key": "once"}
+    made = (await edge.post("/keys", body, headers=once)).ok(201)
+    assert (await edge.post("/keys", body, headers=once)).ok(201) == made
+    assert [row["name"] for row in (await edge.get("/keys")).ok()["data"]].count("n") == 1
+    other = (await edge.post("/keys", {**body, "name": "m"}, headers=once)).refused(422)
+    assert other["code"] == "idempotency_key_reused"
+    assert (await edge.post("/keys", body, headers={"Idempotency-Key": ""})).refused(422)["code"] == "invalid"
+
+
 async def test_keys_are_listed_in_pages(edge: Edge) -> None:
     for number in range(3):
         await edge.new_key(f"n{number}", "reader")
