@@ -60,6 +60,8 @@ __all__ = ["WatcherSettings", "run_watcher"]
 # come. After a single event the next turn is milliseconds away; under full ingest there are some twenty a second.
 _PAUSE_FOR_WORK = 4
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.002, 0.05
+# Of those that are due, judged in one turn: a millisecond and a pause of four, in which an alert may have to wait.
+_AT_ONCE = 8
 _BEAT_EVERY_S = 1.0
 _TERMS: tuple[TermType, ...] = get_args(TermType)
 # The windows of burn rates move by ten seconds; at each event they are looked at once a second at most.
@@ -205,23 +207,28 @@ class _Watch:
     async def follow(self) -> None:
         """Count what is committed and judge whom it touches; the others whenever `evaluate_every` has passed.
 
-        Of these, only whom time alone can have brought something: most are calm, and would be found so again.
+        Of these, only whom time alone can have brought something: most are calm, and would be found so again. They are
+        judged few by few, so that what is committed meanwhile need not wait for all of them.
         """
         due_s = -math.inf
+        due: deque[str] = deque()
         while True:
             self._beat()
             rung, began_s = self.doorbell.count, self._clock.monotonic_s()
             await self._books.catch_up()
-            touched = news = self._books.take_touched()
-            if self._clock.monotonic_s() >= due_s:
-                touched = {*news, *self._restless(), *(agent for agent, _ in self._breaches), *self._unsure}
+            news = self._books.take_touched()
+            if not due and self._clock.monotonic_s() >= due_s:
+                due = deque(sorted({*self._restless(), *(agent for agent, _ in self._breaches), *self._unsure}))
                 due_s = self._clock.monotonic_s() + self._books.sla.evaluate_every_us / SECOND_US
+            touched = {*news, *(due.popleft() for _ in range(min(len(due), _AT_ONCE)))}
             await self._books.advance(touched)
             for agent in sorted(touched):
                 await self._judge(agent, is_news=agent in news)
             await self._tell_holds()
             worked_s = self._clock.monotonic_s() - began_s
             await trio.sleep(min(max(_LEAST_PAUSE_S, worked_s * _PAUSE_FOR_WORK), _MOST_PAUSE_S))
+            if due:
+                continue
             with trio.move_on_after(max(0.0, min(due_s - self._clock.monotonic_s(), _BEAT_EVERY_S))):
                 await self.doorbell.wait(rung)
 
