@@ -13,12 +13,12 @@ from asapd.cli.show import show_json
 def dashboard(session: Session) -> None:
     """Print an address that opens the page of figures, once.
 
-    It opens within five minutes, for one browser, which may then read for eight hours what this user may read.
+    It opens within five minutes, for one browser, which may then read for eight hours what this user may read. Paste it
+    there: the arguments of a program such as xdg-open are everybody's to read.
 
     \b
-    Examples:
+    Example:
       asapctl dashboard
-      xdg-open "$(asapctl dashboard)"
     """
     made = session.door.post("/login")
     if session.as_json:

@@ -75,6 +75,8 @@ class Door:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.owners: set[int] = set()
+        """The users whose programs answered, as the kernel knows them; who owns the directory may swap the socket."""
 
     def get(self, path: str, **parameters: Any) -> Any:
         """A resource; parameters that are None are left out."""
@@ -201,21 +203,13 @@ class Door:
 
         return {name.lower(): value for name, value in response.getheaders()}, parts()
 
-    def owner_uid(self) -> int:
-        """The user that the daemon runs as, as the kernel knows it."""
-        try:
-            with self._connect() as connected:
-                known = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        except OSError as error:
-            raise unreachable(self.path, error) from None
-        _, uid, _ = _UCRED.unpack(known)
-        return int(uid)
-
     def _connect(self) -> socket.socket:
         connected = socket.socket(socket.AF_UNIX)
         try:
             connected.settimeout(CONNECT_S)
             connected.connect(str(self.path))
+            known = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            self.owners.add(_UCRED.unpack(known)[1])
             connected.settimeout(READ_S)
         except BaseException:
             connected.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,8 @@ class Versions:
         newest = next(self._newest_first(), None)
         if newest is not None and self.text(newest.number) == text:
             return newest
-        number = 1 if newest is None else newest.number + 1
+        # One that cannot be read still has its number.
+        number = max(self._numbers(), default=0) + 1
         path = self._path(number)
         write_private(path, text.encode())
         os.utime(path, ns=(now_us * 1000, now_us * 1000))
@@ -56,22 +58,26 @@ class Versions:
         return list(self._newest_first())
 
     def text(self, number: int) -> str | None:
-        """The text of a version; None when it is not kept.
+        """The text of a version; None when it is not kept, or is no text any more.
 
         Raises:
             OSError: it cannot be read.
         """
         try:
             return self._path(number).read_bytes().decode()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
 
-    def _newest_first(self) -> Iterator[Version]:
+    def _numbers(self) -> list[int]:
         names = self._directory.glob("*.toml") if self._directory.is_dir() else ()
-        for number in sorted((int(path.stem) for path in names if path.stem.isdecimal()), reverse=True):
+        return sorted((int(path.stem) for path in names if path.stem.isdecimal()), reverse=True)
+
+    def _newest_first(self) -> Iterator[Version]:
+        for number in self._numbers():
             text = self.text(number)
             if text is not None:
-                yield Version(number, self._path(number).stat().st_mtime_ns // 1000, _digest(text))
+                with suppress(FileNotFoundError):  # the oldest may go meanwhile
+                    yield Version(number, self._path(number).stat().st_mtime_ns // 1000, _digest(text))
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number}.toml"

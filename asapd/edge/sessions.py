@@ -97,6 +97,11 @@ class Sessions:
 _MARK = " session:"
 
 
+def is_session(caller: Caller) -> bool:
+    """Whether a caller came with a cookie, and may only read."""
+    return _MARK in caller.actor
+
+
 def _name(secret: str) -> str:
     """What a secret is looked up by: who guesses learns nothing from how long that takes."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

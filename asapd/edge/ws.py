@@ -19,7 +19,7 @@ from asapd.edge.alert_stream import Frames, alert_filter, known_to_reference, ow
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
-from asapd.edge.sessions import COOKIE
+from asapd.edge.sessions import COOKIE, is_session
 from asapd.runtime.fanout import FeedClosed
 from asapd.wire import jsonrpc
 from asapd.wire.jsonrpc import Fault, Request
@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 SUBPROTOCOL = "asapd.v1"
 _BEARER = "asapd.bearer."
+_SESSION_READS = Refusal(
+    "forbidden", "a page's session may only read, and a cursor is its holder's: use an API key for one"
+)
 GOING_AWAY = 1001
 POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
@@ -175,6 +178,9 @@ class _Session:
             return
         resume_after = wanted.resume_after
         answer: dict[str, Any] = {"subscribed": True}
+        if wanted.cursor is not None and is_session(self._caller):
+            await self._refuse(request, _SESSION_READS)
+            return
         if wanted.cursor is not None:
             place = await self._services.desk.open_cursor(self._caller, wanted.cursor, resume_after)
             if isinstance(place, Refusal):
@@ -206,6 +212,9 @@ class _Session:
         given = jsonrpc.decode_ack(request.params)
         if isinstance(given, str):
             await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {given}")
+            return
+        if is_session(self._caller):
+            await self._refuse(request, _SESSION_READS)
             return
         place = await self._services.desk.acknowledge_through(self._caller, given.cursor, given.seq)
         if isinstance(place, Refusal):

@@ -64,19 +64,34 @@ class AgentKeys:
     takes keys along that verified nothing any more, as does one whose manifest claims a retired key again.
     """
 
-    kinds = ("agent.key_added", "agent.key_claimed", "agent.key_withdrawn", "agent.key_retired", "agent.removed")
+    kinds = (
+        "agent.key_added",
+        "agent.key_claimed",
+        "agent.key_withdrawn",
+        "agent.key_retired",
+        "agent.removed",
+        "agent.added",
+        "agent.changed",
+    )
 
     def __init__(self) -> None:
         self.log = Standing("agent_key")
         self._added: set[tuple[str, str]] = set()
         self._told: set[tuple[str, str]] = set()
         self._removed: dict[str, int] = {}
+        self._tenants: dict[str, str] = {}
 
     def do(self, entry: Entry) -> None:
         """Take in what became of a key."""
         told, agent = entry.details, entry.subject
         if entry.kind == "agent.removed":
             self._removed[agent] = entry.seq
+            return
+        if entry.kind in ("agent.added", "agent.changed"):
+            # Given to another tenant it leaves its keys behind as well; what it had may have been erased.
+            if entry.kind == "agent.changed" and self._tenants.get(agent) != told["tenant"]:
+                self._removed[agent] = entry.seq
+            self._tenants[agent] = told["tenant"]
             return
         key = (agent, told["public_key"], told["source"])
         self._told.add(key[:2])
@@ -89,6 +104,8 @@ class AgentKeys:
             case "agent.key_withdrawn":
                 self.log.say(key, entry.seq, state="retired", until_us=entry.at_us)
             case _:
+                if (self.log.said(key) or {}).get("state") == "claimed":
+                    self.log.forget(key)  # somebody may have confirmed it since, of which no entry says when
                 self.log.say(key, entry.seq, state="retired", until_us=told["until_us"])
 
     def compare(self, connection: apsw.Connection) -> Tally:

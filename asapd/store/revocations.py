@@ -237,7 +237,8 @@ def _json(entries: Sequence[Revocation]) -> str:
 def forget_lapsed(tx: Tx, before_us: int, limit: int) -> int:
     """Forget revocations of tokens that expired before then: nobody can use those anyway. Returns how many."""
     tx.execute(
-        "DELETE FROM revocation WHERE number IN (SELECT number FROM revocation WHERE expires_us < ? LIMIT ?)",
+        "DELETE FROM revocation WHERE number IN (SELECT number FROM revocation "
+        "WHERE expires_us < min(?, coalesce((SELECT max(timestamp_us) FROM audit), 0)) LIMIT ?)",
         (before_us, limit),
     )
     return tx.connection.changes()

@@ -6,7 +6,7 @@ from asapd.store import budgets, delegation_news, reservations, revocations, tas
 from asapd.store.tx import Tx
 from asapd.store.units.house import Sweep, Swept
 
-_KEYS = {"idempotency": "key", "probe": "seq", "uptime_segment": "(agent, start_us)", "blind": "start_us"}
+_KEYS = {"idempotency": "key", "probe": "seq", "uptime_segment": "(agent, start_us)"}
 
 
 def sweep(tx: Tx, unit: Sweep) -> Swept:
@@ -20,7 +20,6 @@ def sweep(tx: Tx, unit: Sweep) -> Swept:
         ("idempotency", "created_us", unit.idempotency_before_us),
         ("probe", "ts_us", unit.probes_before_us),
         ("uptime_segment", "end_us", unit.uptime_before_us),
-        ("blind", "end_us", unit.uptime_before_us),
     ):
         key = _KEYS[table]
         columns = key.strip("()")

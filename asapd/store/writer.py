@@ -374,6 +374,8 @@ def serve(
                 break
         if urgent and not owed:
             answer(writer.run([], joining))
+            # What came on the other way in meanwhile is owed its step as well.
+            waiting_rows += 0 if bulk else take(0)
             owed = bool(bulk)
             continue
         group, rows = [], 0

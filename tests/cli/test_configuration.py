@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import tomllib
 import urllib.error
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from asapd.cli.door import Door
-from asapd.cli.outcome import Failure
 from tests.cli.programs import CONFIG, Daemon, Program
 
 HOLD = CONFIG.replace("min_samples = 1", 'min_samples = 1\nhold = "1s"')
@@ -114,7 +114,8 @@ def test_another_users_word_for_where_the_file_is_is_not_taken(
     file = own_daemon.config
     file.write_text(HOLD)
     assert ctl("reload").code == 0
-    monkeypatch.setattr(Door, "owner_uid", lambda _: os.geteuid() + 1)
+    ours = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: ours + 1)
     refused = ctl("config", "rollback")
     assert refused.code == 2
     assert f"add --file {file}" in refused.err
@@ -127,10 +128,32 @@ def test_another_users_word_for_where_the_file_is_is_not_taken(
     assert file.read_text() == CONFIG
 
 
-def test_who_the_daemon_runs_as_is_known_by_the_kernel(daemon: Daemon, tmp_path: Path) -> None:
-    assert Door(daemon.socket).owner_uid() == os.geteuid()
-    with pytest.raises(Failure):
-        Door(tmp_path / "none.sock").owner_uid()
+def test_who_the_daemon_runs_as_is_known_by_the_kernel_for_each_answer(daemon: Daemon) -> None:
+    door = Door(daemon.socket)
+    assert door.owners == set()
+    door.get("/config")
+    assert door.owners == {os.geteuid()}
+
+
+def test_a_socket_that_was_swapped_between_two_answers_is_not_taken_at_its_word(
+    ctl: Program, own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_daemon.config.write_text(HOLD)
+    assert ctl("reload").code == 0
+    connect, asked = Door._connect, []
+
+    def swapped(door: Door) -> socket.socket:
+        connected = connect(door)
+        asked.append(door)
+        if len(asked) == 3:  # who tells the text
+            door.owners.add(os.geteuid() + 1)
+        return connected
+
+    monkeypatch.setattr(Door, "_connect", swapped)
+    refused = ctl("config", "rollback")
+    assert refused.code == 2
+    assert "add --file" in refused.err
+    assert own_daemon.config.read_text() == HOLD
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

@@ -100,3 +100,6 @@ def test_versions_are_private_and_so_many_are_kept(tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "config").iterdir()} == {0o600}
     (tmp_path / "config" / "notes.toml").write_text("someone's")
     assert versions.keep("# 0", 5).number == KEPT + 4, "what is accepted again is a version of its own"
+    (tmp_path / "config" / "99.toml").write_bytes(b"\xff\xfe")
+    assert versions.text(99) is None
+    assert versions.keep("# 1", 6).number == 100, "the number of one that cannot be read is not given again"

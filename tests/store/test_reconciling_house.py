@@ -22,7 +22,7 @@ from asapd.store.units.agents import (
 from asapd.store.units.alerts import AckBreach, AddSilence, BreachRow, RemoveSilence, Silence, WriteBreach
 from asapd.store.units.audit import KeepArchive, RetireAudit
 from asapd.store.units.delegations import ImportRevocations, Revocation
-from asapd.store.units.house import ApiKey, CreateKey, RevokeKey
+from asapd.store.units.house import ApiKey, CreateKey, RevokeKey, Sweep
 from asapd.store.units.promises import (
     DeclareMaintenance,
     EndMaintenance,
@@ -222,6 +222,27 @@ def test_a_key_that_a_manifest_claims_and_then_does_not_is_known(house: Ledger) 
 
 def test_an_agent_that_another_tenant_gets_has_both_events(house: Ledger) -> None:
     house.submit(PutAgent(AgentRecord(C, "http://c", "elsewhere"), "key:k1", NOW_US + 9))
+    assert findings(house.connection) == []
+
+
+@pytest.mark.parametrize("key", [KEYS[1], None])
+def test_an_agent_that_another_tenant_gets_leaves_its_keys_behind(house: Ledger, key: bytes | None) -> None:
+    house.submit(PutAgent(AgentRecord(A, "http://a", "u", key and public_base64(key)), "key:k1", NOW_US + 9))
+    house.submit(PutAgent(AgentRecord(C, "http://c", "u"), "key:k1", NOW_US + 9))
+    assert findings(house.connection) == []
+
+
+def test_a_claimed_key_that_an_operator_confirmed_may_be_retired_later(house: Ledger) -> None:
+    claimed = RecordManifest(C, NOW_US + 7, "d5", b"", "key_changed", None, None, None, public_base64(KEYS[2]))
+    house.submit(claimed)
+    house.submit(ImportAgentKey(C, KEYS[2], "key:k1", NOW_US + 8, 0))
+    assert findings(house.connection) == []
+    house.submit(RetireAgentKey(C, jwk_thumbprint(KEYS[2]), "key:k1", NOW_US + 9, 0))
+    assert findings(house.connection) == []
+
+
+def test_what_a_quiet_daemon_sweeps_is_not_missed(house: Ledger) -> None:
+    house.submit(Sweep(NOW_US + 9 * HOUR_US, 0, 0, revocations_before_us=NOW_US + 8 * HOUR_US, uptime_before_us=2**60))
     assert findings(house.connection) == []
 
 

@@ -24,7 +24,7 @@ from asapd.store.units.delegations import (
     Revocation,
     RevocationsImported,
 )
-from asapd.store.units.house import Sweep
+from asapd.store.units.house import Note, Sweep
 from asapd.store.writer import open_for_writing
 from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger, link, reason
 
@@ -201,6 +201,9 @@ def test_whoever_remembers_a_number_finds_what_came_after_changes_too(ledger: Le
 def test_a_revocation_is_forgotten_once_its_token_has_expired(ledger: Ledger) -> None:
     take(ledger, of(A, "x"), of(A, "y", expires_us=LATER_US + 1))
     number = revocations.newest_number(ledger.connection)
+    ledger.submit(Sweep(LATER_US, 0, 0, revocations_before_us=LATER_US + 9))
+    assert len(listed(ledger)) == 2, "verification goes by the time of the newest entry"
+    ledger.submit(Note("daemon.started", "asapd", "asapd", {}, LATER_US + 9))
     for before_us, left in ((LATER_US, 2), (LATER_US + 1, 1), (LATER_US + 2, 0)):
         ledger.submit(Sweep(LATER_US, 0, 0, revocations_before_us=before_us))
         assert len(listed(ledger)) == left

@@ -859,6 +859,36 @@ def test_decisions_that_keep_coming_leave_ingest_a_step_between_them() -> None:
         assert server.commits == [[1, 10], [11], [2, 12], [13], [3, 14], [4]]
 
 
+def test_bulk_is_read_though_a_decision_comes_during_every_commit() -> None:
+    urgent, theirs = socket.socketpair()
+
+    class Busy(Served):
+        left = 50
+
+        def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
+            answers = super().run(group, joining)
+            if self.left:  # as the commit goes to the disk
+                self.left -= 1
+                body = msgspec.msgpack.encode(decision(100 + self.left))
+                urgent.sendall(HEADER.pack(len(body)) + body)
+            return answers
+
+    with urgent, theirs:
+        server = Busy(rows_per_commit=10, decisions=theirs)
+        server.thread.start()
+        try:
+            body = msgspec.msgpack.encode(decision(99))
+            urgent.sendall(HEADER.pack(len(body)) + body)
+            assert server.first.wait(10)
+            server.send(bulk(1))
+            server.gate.set()
+            server.receive(51)
+            urgent.close()
+        finally:
+            server.end()
+    assert [1] in [commit[:1] for commit in server.commits[:5]]
+
+
 def coming(*waves: Sequence[Envelope]) -> Callable[[], Sequence[Envelope]]:
     """Decisions that come one wave after the other, each when it is asked for."""
     left = deque(waves)
