@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.writer import Writer, open_for_writing
+
+# A shell ignores SIGINT for what it starts in the background, and children inherit that: those that are interrupted
+# here would never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
