@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from trio import Nursery
+import trio
 from trio.testing import wait_all_tasks_blocked
 
 from asapd.edge.poller import BURST, Poller
@@ -23,7 +23,7 @@ def pairs() -> Iterator[list[Pair]]:
             sock.close()
 
 
-async def test_who_watches_is_called_when_something_comes_or_ends(nursery: Nursery, pairs: list[Pair]) -> None:
+async def test_who_watches_is_called_when_something_comes_or_ends(nursery: trio.Nursery, pairs: list[Pair]) -> None:
     poller, called = Poller(), []
     nursery.start_soon(poller.run)
     for number, (ours, _) in enumerate(pairs):
@@ -46,7 +46,9 @@ async def test_who_watches_is_called_when_something_comes_or_ends(nursery: Nurse
     assert called == [(3, b"")]
 
 
-async def test_who_has_forgotten_is_not_called_even_by_one_called_before(nursery: Nursery, pairs: list[Pair]) -> None:
+async def test_who_has_forgotten_is_not_called_even_by_one_called_before(
+    nursery: trio.Nursery, pairs: list[Pair]
+) -> None:
     poller, called = Poller(), []
     (one, its), (other, others) = pairs[:2]
 
