@@ -10,15 +10,16 @@ from nacl.signing import SigningKey
 
 from asapd.core.delegation import Claims
 from asapd.core.money import to_usd
-from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US
+from asapd.core.types import MAX_INT, SECOND_US
 from asapd.wire.strict_json import TokenMalformed, parse_strict_json, shown
 from asapd.wire.token_claims import (
-    MAX_NAME_CHARS,
     MAX_NUMERIC_DATE_S,
     SIGNATURE_BYTES,
     Level,
     check_max_cost,
     check_scopes,
+    is_agent,
+    is_name,
     read_agent,
     read_constraints,
     read_max_cost,
@@ -60,17 +61,15 @@ class _Constraints(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     max_cost_usd: int | float | None = None
 
 
-_Name = Annotated[str, msgspec.Meta(pattern=rf"^[!-~]{{1,{MAX_NAME_CHARS}}}\Z")]
-_Agent = Annotated[str, msgspec.Meta(pattern=f"^{AGENT_URN.pattern}")]
 _Seconds = Annotated[int, msgspec.Meta(gt=0, le=MAX_NUMERIC_DATE_S)]
 
 
 class _Payload(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """A payload as the programs in use write it: these claims in this order."""
 
-    iss: _Agent
-    aud: _Agent
-    jti: _Name
+    iss: str
+    aud: str
+    jti: str
     iat: _Seconds
     exp: _Seconds
     nbf: _Seconds | None = None
@@ -111,6 +110,8 @@ def _read_common(raw: bytes) -> tuple[Claims, str | None] | None:
     try:
         payload = _PAYLOAD.decode(raw)
         if payload.scp is None or _ENCODER.encode(payload) != raw:
+            return None
+        if not (is_name(payload.jti) and is_agent(payload.iss) and is_agent(payload.aud)):
             return None
     except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         return None
