@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+from wsproto.frame_protocol import FrameProtocol
+
 from asapd.actors.notifier import Alert
 from asapd.core.access import Caller
 from asapd.wire import jsonrpc
@@ -37,22 +40,30 @@ def known_to_reference(alert: Alert) -> bool:
     return alert.event == "opened" and alert.params["breach"]["breach_type"] in _REFERENCE_TYPES
 
 
+class Frame(msgspec.Struct, frozen=True, gc=False):
+    """A notification as text, and as the frame that carries it over a WebSocket (RFC 6455)."""
+
+    text: str
+    raw: bytes
+
+
 class Frames:
-    """Notifications as text, made once for all who follow."""
+    """Notifications, made once for all who follow."""
 
     def __init__(self, shape: Callable[[Alert], dict[str, Any]]) -> None:
         self._shape = shape
-        self._made: dict[int, str] = {}
+        self._made: dict[int, Frame] = {}
 
-    def of(self, alert: Alert) -> str:
+    def of(self, alert: Alert) -> Frame:
         """The notification of an alert."""
-        text = self._made.get(alert.seq)
-        if text is None:
+        frame = self._made.get(alert.seq)
+        if frame is None:
             text = jsonrpc.notification("sla.breach", self._shape(alert))
+            frame = Frame(text, bytes(FrameProtocol(client=False, extensions=[]).send_data(text)))
             if len(self._made) >= _KEPT_FRAMES:
                 del self._made[next(iter(self._made))]
-            self._made[alert.seq] = text
-        return text
+            self._made[alert.seq] = frame
+        return frame
 
 
 def own_shape(alert: Alert) -> dict[str, Any]:

@@ -9,6 +9,7 @@ all writes go through one lock, and closing is decided in one place.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
@@ -23,10 +24,11 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import events as stream_events
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
 from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
+from wsproto.connection import ConnectionState as WsState
 from wsproto.events import CloseConnection
 
 from asapd.edge.early import Asked, refusal_response
@@ -91,6 +93,14 @@ class SocketTransport(Transport, Protocol):
     async def send_eof(self) -> None: ...
 
 
+class Sent(Enum):
+    """How much of a frame the kernel took."""
+
+    NOTHING = auto()
+    BEGINNING = auto()
+    ALL = auto()
+
+
 class Phase(Enum):
     """What the reader waits for, which decides its deadline."""
 
@@ -135,6 +145,8 @@ class HttpConnection:
         self._closing = False
         self._wrote_last = False
         self._aborted = False
+        self._begun = b""
+        """The end of a frame whose beginning the kernel took: it goes out before anything else does."""
         self._tasks = _Tasks()
         self._protocol = _Http11(
             app,
@@ -165,6 +177,38 @@ class HttpConnection:
                 background.cancel_scope.cancel()
         finally:
             self.abort()
+
+    def send_now(self, frame: bytes) -> Sent:
+        """Give the kernel a whole frame of the WebSocket without waiting, which is a third of what `send` costs.
+
+        Of a frame that has begun, `finish` sends the rest.
+        """
+        stream = self._protocol.stream
+        if (
+            self._tls
+            or self._aborted
+            or self._send_lock.locked()
+            or not isinstance(stream, _Ws)
+            or not stream.is_open
+            or self._begun
+        ):
+            return Sent.NOTHING
+        self._last_words.keep_room()
+        try:
+            count = os.write(self._sock.fileno(), frame)
+        except BlockingIOError:
+            return Sent.NOTHING
+        except OSError:
+            self.abort()
+            return Sent.NOTHING
+        self._begun = frame[count:]
+        return Sent.BEGINNING if self._begun else Sent.ALL
+
+    async def finish(self) -> None:
+        """Send the rest of a frame that has begun."""
+        await self._write(b"")
+        # Shielded until here: whoever's patience ended meanwhile is told now.
+        await trio.lowlevel.checkpoint()
 
     def drain(self) -> None:
         """The server is stopping: an idle connection ends now, a busy one after its response."""
@@ -250,7 +294,7 @@ class HttpConnection:
                 self._receiving.deadline = self._read_deadline()
 
     async def _write(self, data: bytes | None) -> None:
-        if not data or self._aborted:
+        if not (data or self._begun) or self._aborted:
             return
         is_websocket = isinstance(self._protocol.connection, H11WSConnection)
         send_s = self._limits.websocket_send_s if is_websocket else self._limits.send_s
@@ -264,6 +308,7 @@ class HttpConnection:
                 async with self._send_lock:
                     if self._wrote_last:
                         return
+                    data, self._begun = self._begun + (data or b""), b""
                     with memoryview(data) as view:
                         for start in range(0, len(view), SEND_BYTES):
                             scope.deadline = trio.current_time() + send_s
@@ -360,6 +405,11 @@ class _Http(HTTPStream):
 
 
 class _Ws(WSStream):
+    @property
+    def is_open(self) -> bool:
+        """Whether messages may be sent: neither side has said goodbye."""
+        return self.state is ASGIWebsocketState.CONNECTED and self.connection.state is WsState.OPEN
+
     async def close(self, code: int) -> None:
         if self.handshake.accepted and not self.closed:
             await self._send_wsproto_event(CloseConnection(code=code))

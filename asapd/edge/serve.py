@@ -43,8 +43,9 @@ _GONE = (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceErr
 class Door(msgspec.Struct, frozen=True):
     """A listener, and what is said of connections that come in by it.
 
-    `annotate` is called once a connection; what it returns is merged into `scope["asapd"]` beside `door`, the name.
-    It may raise OSError (the client is gone). `ssl_context` gets HTTP/1.1 as its only ALPN protocol.
+    `annotate` is called once a connection; what it returns is merged into `scope["asapd"]` beside `door`, the name, and
+    `connection`, the `HttpConnection`. It may raise OSError (the client is gone). `ssl_context` gets HTTP/1.1 as its
+    only ALPN protocol.
     """
 
     listener: trio.SocketListener
@@ -254,6 +255,7 @@ class HttpServer:
             state=self._state.copy(),
             log=self._log,
         )
+        annotations["connection"] = connection
         self._connections.add(connection)
         try:
             await connection.run()

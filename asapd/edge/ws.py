@@ -17,6 +17,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.alert_stream import Frames, alert_filter, known_to_reference, own_shape, reference_shape
 from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
+from asapd.edge.connection import HttpConnection, Sent
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
 from asapd.edge.sessions import COOKIE, is_session
@@ -96,11 +97,15 @@ def _caller(services: Services) -> Caller | Refusal:
 
 
 class _Piece(msgspec.Struct, frozen=True):
-    """A message to send; `late` is said when it is not taken, `seq` is what it brings a subscriber of alerts to."""
+    """A message to send; `late` is said when it is not taken.
+
+    `seq` is what it brings a subscriber of alerts to, `frame` its frame where that is made already.
+    """
 
     text: str
     late: str | None = None
     seq: int | None = None
+    frame: bytes | None = None
 
 
 class _Session:
@@ -111,6 +116,7 @@ class _Session:
         self._caller = caller
         self._frames = frames
         self._is_reference = is_reference
+        self._connection: HttpConnection = websocket.scope["asapd"]["connection"]  # type: ignore[typeddict-item]  # put there by the server
         self._sending = trio.Lock()
         self._following: dict[str, trio.CancelScope] = {}
         self._sent_seq = 0
@@ -206,7 +212,8 @@ class _Session:
         if isinstance(found, Gap):
             yield _gap("gap", found)
             return
-        yield _Piece(self._frames.of(found), seq=found.seq)
+        frame = self._frames.of(found)
+        yield _Piece(frame.text, seq=found.seq, frame=frame.raw)
 
     async def _acknowledge(self, request: Request) -> None:
         given = jsonrpc.decode_ack(request.params)
@@ -294,12 +301,22 @@ class _Session:
         await self._send_piece(_Piece(text))
 
     async def _send_piece(self, piece: _Piece) -> None:
+        sent = Sent.NOTHING
+        if piece.frame is not None and not self._sending.locked():
+            sent = self._connection.send_now(piece.frame)
+        if piece.seq is not None and sent is not Sent.NOTHING:
+            self._sent_seq = piece.seq
+        if sent is Sent.ALL:
+            return
         with trio.move_on_after(SEND_S) as patience:
             async with self._sending:
-                if piece.seq is not None:
-                    # What is begun goes out whole before the close does, or neither arrives.
-                    self._sent_seq = piece.seq
-                await websocket.send(piece.text)
+                if sent is Sent.BEGINNING:
+                    await self._connection.finish()
+                elif not self._is_closing:
+                    if piece.seq is not None:
+                        # What is begun goes out whole before the close does, or neither arrives.
+                        self._sent_seq = piece.seq
+                    await websocket.send(piece.text)
         if patience.cancelled_caught:
             await self._close(TRY_AGAIN_LATER, piece.late or f"too slow: resume_after {self._sent_seq}")
 

@@ -795,7 +795,7 @@ async def test_a_door_says_who_came_in_by_it(tmp_path: Path) -> None:
         await nursery.start(site.run, doors)
         site.port = tcp.socket.getsockname()[1]
         async with await site.connect() as stream:
-            assert (await Client(stream)("GET", "/scope"))[1] == b'{"door":"public"}\n'
+            assert b'"door":"public"' in (await Client(stream)("GET", "/scope"))[1]
         async with await trio.open_unix_socket(tmp_path / "a.sock") as stream:
             assert b'"peer":"Peer(pid=' in (await Client(stream)("GET", "/scope"))[1]
         site.cancel.cancel()
