@@ -25,8 +25,9 @@ from asapd.core.rates import Rate
 from asapd.core.types import DAY_US
 from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE
-from asapd.edge.fastlane import PIPELINED, FastLane
+from asapd.edge.fastlane import FastLane
 from asapd.edge.ingest import run_ingest
+from asapd.edge.lane_connection import PIPELINED
 from asapd.edge.services import Services
 from asapd.edge.sockets import Peer, open_tcp, open_unix
 from asapd.edge.throttle import Throttle

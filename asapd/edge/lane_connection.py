@@ -1,0 +1,352 @@
+"""A connection of the fast lane: what one client sends, in whose hands it is, and until when."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from enum import Enum, auto
+from itertools import takewhile
+from math import inf
+from typing import TYPE_CHECKING, assert_never
+
+import trio
+
+from asapd.core.access import Caller
+from asapd.core.errors import Refusal
+from asapd.edge.connection import SocketTransport
+from asapd.edge.direct import DirectStream
+from asapd.edge.early import bare_response
+from asapd.edge.ingest import FREE_BYTES, PushbackStream
+from asapd.edge.lane_request import STARTS, Head, Outcome, Received, read_head
+from asapd.edge.services import ASK_S
+from asapd.edge.sockets import Peer
+from asapd.edge.usage_request import UsageRequest
+
+if TYPE_CHECKING:
+    from asapd.edge.fastlane import FastLane
+
+RECEIVE_BYTES = 65_536
+SEND_BYTES = 65_536
+# Requests of one connection in hand at once. They share commits; their answers keep their order.
+PIPELINED = 64
+# Heads that a connection remembers: those of one client differ in the length of the body.
+HEADS = 8
+HEAD_BYTES = 1_024
+# For the answer to a request, of which actors are asked at most twice. Who has none by then is told that nobody knows.
+ANSWER_S = ASK_S + 5.0
+
+GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+_NO_ROOM = Refusal(
+    "overloaded",
+    "other large bodies are being received and left no room for this one: try again, or send smaller ones",
+    retry_after_s=5,
+)
+_TOO_LATE = Refusal(
+    "outcome_unknown",
+    "the request was not answered in time, and may still take effect: send it again, an event with an id is still "
+    "counted once",
+    retry_after_s=1,
+)
+
+
+class _Doing(Enum):
+    """What a connection waits for, which says what it means when that takes too long."""
+
+    IDLE = auto()
+    READING = auto()
+    WAITING = auto()
+    ANSWERING = auto()
+    SENDING = auto()
+
+
+class LaneConnection:
+    """One client: what has come is answered together, and only then is more read.
+
+    One cancel scope bounds all its waits, and the lane looks whose time is up: a deadline for each, which moves with
+    all that a connection does, would cost a tenth of a small request.
+    """
+
+    def __init__(self, lane: FastLane, stream: SocketTransport, peer: Peer | None) -> None:
+        self._lane = lane
+        self._stream = stream
+        self._direct = DirectStream(stream)
+        self._peer = peer
+        self._limits = lane.limits
+        self._buffer = bytearray()
+        self._head: Head | None = None
+        self._heads: dict[bytes, Head] = {}
+        self._responses: list[bytes] = []
+        self._caller: Caller | Refusal
+        """Who sent the head that was read last."""
+        self._held_bytes = 0
+        self._searched = 0
+        self._since_s = trio.current_time()
+        self._is_foreign = False
+        self._doing = _Doing.ANSWERING
+        self._waiting = trio.CancelScope()
+        self._due_s = inf
+        self._is_in_hand = False
+        self._unsent = b""
+        self._is_last = False
+        self._is_needed = False
+        self._error: Exception | None = None
+        self._found: list[Received] = []
+        self._task = trio.lowlevel.ParkingLot()
+
+    def stop_if_idle(self) -> None:
+        """Ends the connection unless a request has begun."""
+        if self._doing is _Doing.IDLE:
+            self._waiting.cancel()
+
+    async def run(self) -> None:
+        try:
+            with self._waiting:
+                await self._talk()
+        finally:
+            self._give_back()
+            self._is_in_hand = False
+        if self._waiting.cancelled_caught:
+            await self._too_slow()
+        elif self._is_foreign:
+            await self._lane.hand_over(PushbackStream(self._stream, bytes(self._buffer)), self._peer)
+
+    async def _talk(self) -> None:
+        """Serves requests until the connection ends or is to be handed over."""
+        wait_s = self._limits.header_s
+        while True:
+            found = self._take()
+            if self._begin(found):
+                found = await self._be_served()
+                wait_s = self._limits.keep_alive_s
+            if found:
+                await self._answer(found)
+                wait_s = self._limits.keep_alive_s
+            if self._is_last or (found and (not found[-1].keep_alive or self._lane.is_stopping)):
+                self._is_foreign = False
+                self._doing_until(_Doing.ANSWERING, inf)
+                await self._linger()
+                return
+            if self._is_foreign or (not found and not await self._receive(wait_s)):
+                return
+
+    def end_if_due(self, now_s: float) -> None:
+        """Ends the wait at hand if its time is up."""
+        if self._due_s <= now_s:
+            self._waiting.cancel()
+
+    def _doing_until(self, doing: _Doing, due_s: float) -> None:
+        self._doing, self._due_s = doing, due_s
+
+    async def _too_slow(self) -> None:
+        match self._doing:
+            case _Doing.IDLE:
+                return
+            case _Doing.SENDING:
+                self._lane.cut_off()
+                return
+            case _Doing.READING:
+                last = bare_response(408)
+            case _Doing.WAITING:
+                last = self._lane.respond(_NO_ROOM, keep_alive=False)
+            case _Doing.ANSWERING:
+                last = b"".join(takewhile(bool, self._responses)) + self._lane.respond(_TOO_LATE, keep_alive=False)
+            case _:
+                assert_never(self._doing)
+        with trio.move_on_after(self._limits.send_s):
+            await self._stream.send_all(last)
+            await self._linger()
+
+    def _take(self) -> list[Received]:
+        """The whole requests that have come, as many as may be in hand at once."""
+        found: list[Received] = []
+        while len(found) < PIPELINED and self._has_head():
+            head = self._head
+            assert head is not None, "has just been read"
+            keep_alive = head.keep_alive
+            if len(self._buffer) < head.body_bytes:
+                if not isinstance(self._caller, Refusal):
+                    break
+                # The body of somebody who is not heard is not waited for.
+                keep_alive = False
+            body = bytes(self._buffer[: head.body_bytes])
+            del self._buffer[: head.body_bytes]
+            self._head = None
+            request = UsageRequest(head.path, head.query, head.fields, body)
+            found.append(Received(request, self._caller, keep_alive, head.is_plain))
+            if not keep_alive:
+                break
+        return found
+
+    def _has_head(self) -> bool:
+        """Whether the head of the next request has been read; sees to it if it has come."""
+        if self._head is not None:
+            return True
+        buffer = self._buffer
+        if not buffer or self._is_foreign:
+            return False
+        end = buffer.find(b"\r\n\r\n", max(0, self._searched - 3))
+        if end < 0:
+            self._searched = len(buffer)
+            is_ours = any(buffer.startswith(start[: len(buffer)]) for start in STARTS)
+            self._is_foreign = not is_ours or len(buffer) > self._limits.max_header_bytes or b"\n\n" in buffer
+            return False
+        self._searched = 0
+        head = self._known_head(bytes(buffer[: end + 4]))
+        if head is None:
+            self._is_foreign = True
+            return False
+        self._head = head
+        self._caller = self._lane.identify(head.fields, self._peer)
+        del buffer[: end + 4]
+        return True
+
+    def _known_head(self, raw: bytes) -> Head | None:
+        """A head, read once however often it comes; None when its request is not one for the lane."""
+        head = self._heads.get(raw)
+        if head is None and len(raw) <= self._limits.max_header_bytes + 4:
+            head = read_head(raw, self._limits.max_body_bytes)
+            if head is not None and len(raw) <= HEAD_BYTES:
+                if len(self._heads) >= HEADS:
+                    self._heads.clear()
+                self._heads[raw] = head
+        return head
+
+    def _begin(self, found: list[Received]) -> bool:
+        """Whether all that has come is one request that is on its way, and whoever has its answer will send it."""
+        if len(found) != 1 or self._buffer or not found[0].keep_alive:
+            return False
+        self._is_in_hand, self._is_needed = True, False
+        self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
+        if self._lane.answer_nowait(found[0], self._told):
+            return True
+        self._is_in_hand = False
+        return False
+
+    def _told(self, outcome: Outcome) -> None:
+        if not self._is_in_hand:
+            return  # the client was told that nobody knows
+        self._is_in_hand = False
+        self._give_back()
+        self._is_last = self._lane.is_stopping
+        data = self._lane.respond(outcome, keep_alive=not self._is_last)
+        self._since_s = trio.current_time()
+        sent = 0
+        with suppress(OSError):  # the task meets it too, and ends
+            sent = self._direct.send_nowait(data)
+        self._unsent = data[sent:]
+        if self._unsent:
+            self._doing_until(_Doing.SENDING, self._since_s + self._limits.send_s)
+        else:
+            self._doing_until(_Doing.IDLE, self._since_s + self._limits.keep_alive_s)
+        self._is_needed = self._is_needed or self._is_last or bool(self._unsent)
+        if self._is_needed:
+            self._task.unpark_all()
+
+    def _ready(self) -> None:
+        """Serve the request that has come, if nothing has to be waited for; else this connection's task is needed."""
+        if self._waiting.cancel_called:
+            return
+        try:
+            if not (self._is_in_hand or self._is_needed) and self._is_served():
+                return
+        except Exception as error:  # noqa: BLE001 -- it is raised in the task, and ends this connection only
+            self._error = error
+        self._is_needed = True
+        self._lane.poller.forget(self._direct.fd)
+        self._task.unpark_all()
+
+    def _is_served(self) -> bool:
+        data = self._direct.receive_nowait(RECEIVE_BYTES)
+        if data is None:
+            return True
+        self._buffer += data
+        self._since_s = trio.current_time()
+        found = self._take()
+        if self._begin(found):
+            return True
+        self._found = found
+        return False
+
+    async def _be_served(self) -> list[Received]:
+        """Leave the connection to the poller; return once there is something to do for this task, such as requests."""
+        self._found = []
+        self._lane.poller.watch(self._direct.fd, self._ready)
+        try:
+            while self._is_in_hand or not self._is_needed:
+                await self._task.park()
+        finally:
+            self._lane.poller.forget(self._direct.fd)
+        if self._error is not None:
+            raise self._error
+        if self._unsent:
+            await self._send(self._unsent)
+            self._unsent = b""
+        return self._found
+
+    async def _answer(self, found: list[Received]) -> None:
+        """Answers requests in their order."""
+        self._responses = responses = [b""] * len(found)
+        self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
+
+        async def one(place: int, sent: Received) -> None:
+            responses[place] = await self._lane.answer(sent)
+
+        if len(found) == 1:
+            await one(0, found[0])
+        else:
+            async with trio.open_nursery() as nursery:
+                for place, sent in enumerate(found):
+                    nursery.start_soon(one, place, sent)
+        self._give_back()
+        self._responses = []
+        await self._send(b"".join(responses))
+        self._since_s = trio.current_time()
+
+    def _give_back(self) -> None:
+        """Leaves the room of a body that was answered; a client that does not read its answer must not hold it."""
+        if self._held_bytes:
+            self._lane.room.give_back(self._held_bytes)
+            self._held_bytes = 0
+
+    async def _receive(self, wait_s: float) -> bool:
+        """Waits for more; False when none comes."""
+        limits = self._limits
+        is_idle = not self._buffer and self._head is None
+        if is_idle:
+            self._doing_until(_Doing.IDLE, self._since_s + wait_s)
+        elif self._head is None:
+            self._doing_until(_Doing.READING, self._since_s + limits.header_s)
+        else:
+            if self._head.body_bytes > FREE_BYTES and not self._held_bytes:
+                self._doing_until(_Doing.WAITING, trio.current_time() + limits.room_s)
+                self._held_bytes = await self._lane.room.take(self._head.body_bytes)
+                self._since_s = trio.current_time()
+            whole_s = self._since_s + limits.header_s + limits.body_s
+            self._doing_until(_Doing.READING, min(whole_s, trio.current_time() + limits.body_idle_s))
+        if is_idle and self._lane.is_stopping:
+            return False
+        data = await self._direct.receive_some(RECEIVE_BYTES)
+        if self._waiting.cancel_called:
+            # What came together with the deadline came too late; to begin on it would be to leave it unanswered.
+            await trio.lowlevel.checkpoint()
+        if is_idle:
+            self._since_s = trio.current_time()
+        self._buffer += data
+        return bool(data)
+
+    async def _send(self, data: bytes) -> None:
+        for start in range(0, len(data), SEND_BYTES):
+            self._doing_until(_Doing.SENDING, trio.current_time() + self._limits.send_s)
+            await self._direct.send_all(data[start : start + SEND_BYTES])
+
+    async def _linger(self) -> None:
+        """Discards input for a while: closing on what is unread would reset the answer away."""
+        left_bytes = self._limits.linger_bytes
+        with trio.move_on_after(self._limits.linger_s), suppress(*GONE):
+            await self._stream.send_eof()
+            while left_bytes > 0:
+                data: bytes | bytearray = b""
+                with trio.move_on_after(self._limits.linger_idle_s):
+                    data = await self._stream.receive_some(RECEIVE_BYTES)
+                if not data:
+                    return
+                left_bytes -= len(data)
