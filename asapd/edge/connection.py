@@ -408,7 +408,8 @@ class _Ws(WSStream):
     @property
     def is_open(self) -> bool:
         """Whether messages may be sent: neither side has said goodbye."""
-        return self.state is ASGIWebsocketState.CONNECTED and self.connection.state is WsState.OPEN
+        is_connected = self.state is ASGIWebsocketState.CONNECTED and not self.closed
+        return is_connected and self.connection.state is WsState.OPEN
 
     async def close(self, code: int) -> None:
         if self.handshake.accepted and not self.closed:
