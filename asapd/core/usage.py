@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
+from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US, Outcome
 
 FLAG_UNRESERVED = 1
@@ -91,6 +92,13 @@ class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 UNKNOWN_COST = Cost()
+
+PAST_64_BITS: Final = Refusal(
+    "invalid",
+    "nothing was written: what one agent used in an hour for one consumer, with one model, project and outcome, would "
+    "pass 64 bits: check the counts",
+)
+"""The refusal of what no sum of an hour can hold: over a thousand reports of the most that one may say."""
 
 OTLP = "otlp"
 """The `source` of every event that comes from OpenTelemetry."""

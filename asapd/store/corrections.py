@@ -105,6 +105,9 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
     tx.execute(f"INSERT INTO usage ({', '.join(now)}) VALUES ({','.join('?' * len(now))})", tuple(now.values()))
     in_ledger = account is None or spent is not None
     tx.execute("INSERT INTO usage_repriced VALUES (?,?,?,?)", (seq, change.seq, change.was_microusd, in_ledger))
+    spent_now = change.now_microusd if account is None or spent is None else spent + adjusted.microusd
+    if spent_now != change.now_microusd:
+        tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, spent_now))
     for table, period, number in usage_days.holding(tx.connection, was["timestamp_us"] // HOUR_US):
         tx.execute(
             f"UPDATE {table} SET cost_microusd = cost_microusd + ?, unpriced = unpriced - ? "
@@ -136,6 +139,8 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "timestamp_us": was["timestamp_us"],
         "was_microusd": change.was_microusd,
     }
+    if spent_now != change.now_microusd:
+        details["estimate_microusd"] = spent_now
     tx.audit("usage.repriced", unit.actor, row_id, details, unit.now_us)
     return not in_ledger
 
@@ -182,15 +187,20 @@ def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us
 
 
 def _spent(tx: Tx, was: dict[str, Any], change: Correction) -> int | None:
-    """What an event spent of its path so far: its cost, or the estimate it was settled at; None when nobody knows."""
-    before = tx.row("SELECT min(ledger) FROM usage_repriced WHERE event = ?", (change.seq,))
-    if before is not None and before[0] == 0:
+    """What an event spent of its path so far, None when nobody knows.
+
+    Its cost, or the estimate it was settled at, or what stayed spent because it had been refunded: a later price that
+    is higher must not take that a second time.
+    """
+    before = tx.row("SELECT min(ledger), max(seq) FROM usage_repriced WHERE event = ?", (change.seq,))
+    assert before is not None
+    if before[0] == 0:
         return None
+    kept = tx.row("SELECT microusd FROM usage_estimate WHERE seq = ?", (before[1] or change.seq,))
+    if kept is not None:
+        return int(kept[0])
     if change.was_microusd is not None:
         return change.was_microusd
-    estimate = tx.row("SELECT microusd FROM usage_estimate WHERE seq = ?", (change.seq,))
-    if estimate is not None:
-        return int(estimate[0])
     under_hold = was["reservation"] is not None and not was["flags"] & FLAG_CLOSED_RESERVATION
     # Only an event from before estimates were kept was under a hold and has none here.
     return None if under_hold else 0

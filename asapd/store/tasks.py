@@ -14,7 +14,7 @@ from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask
-from asapd.store.usage_queries import LIVE, OF_TASK, totals_of_tasks
+from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK, totals_of_tasks
 from asapd.store.visibility import Visibility, visible_names
 
 STATES = ("started", "completed", "failed", "abandoned")
@@ -82,9 +82,10 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
 
 
 def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
-    """Give up tasks that began before a time and did not end; returns how many were closed.
+    """Give up tasks of which nothing was heard since a time and that did not end; returns how many were closed.
 
-    A task whose usage has come in ended as that says: only one of which nothing was heard again is abandoned.
+    A task whose usage has come in ended as that says. One with interim reports since is still running, and is looked at
+    again when these are as old.
     """
     overdue = fetch(
         tx.connection,
@@ -94,12 +95,19 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
         "FROM task_open o JOIN task s USING (seq) WHERE o.started_us < ? ORDER BY o.started_us LIMIT ?",
         (before_us, limit),
     )
+    closed = 0
     for seq, tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name in overdue:
+        of_task = f"{OF_TASK} AND tenant = ? AND agent = ? AND {LIVE}"
+        key = (task_id, task_id, tenant, agent)
         heard = tx.row(
-            f"SELECT outcome, timestamp_us, error, id FROM usage WHERE {OF_TASK} AND tenant = ? AND agent = ? "
-            f"AND NOT partial AND {LIVE} ORDER BY timestamp_us DESC, seq DESC LIMIT 1",
-            (task_id, task_id, tenant, agent),
+            f"SELECT outcome, timestamp_us, error, id FROM usage WHERE {of_task} AND NOT partial "
+            "ORDER BY timestamp_us DESC, seq DESC LIMIT 1",
+            key,
         )
+        interim = tx.row(f"SELECT max(timestamp_us) FROM usage WHERE {of_task} AND partial AND NOT ({CORRECTION})", key)
+        if heard is None and interim is not None and (interim[0] or 0) >= before_us:
+            tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (interim[0], seq))
+            continue
         details: dict[str, Any] = {
             "agent": agent_name,
             "consumer": consumer_name,
@@ -118,7 +126,8 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
         tx.execute("DELETE FROM task_open WHERE seq = ?", (seq,))
         outcomes.settle(tx, tenant, agent, task_id)
         tx.audit(f"task.{state}", "asapd", task_id, details, now_us)
-    return len(overdue)
+        closed += 1
+    return closed
 
 
 class TaskFilter(msgspec.Struct, frozen=True):

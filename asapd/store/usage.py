@@ -7,11 +7,11 @@ from typing import NoReturn
 
 import msgspec
 
-from asapd.core.errors import Refusal
 from asapd.core.types import Outcome
 from asapd.core.usage import (
     FLAG_UNAUTHORISED,
     FLAG_UNTIMED,
+    PAST_64_BITS,
     Cost,
     RollupKey,
     RollupSums,
@@ -350,7 +350,7 @@ class _Pass:
         self._write_rows()
         hours = [(tenant, *hour) for tenant, priced in self._priced.items() for hour in rollup(priced).items()]
         if any(max(sums) > _MAX_SUM for _, _, sums in hours):
-            raise RefuseError(Refusal("invalid", "nothing was written: the sums would pass 64 bits"))
+            raise RefuseError(PAST_64_BITS)
         rows = [
             (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
             for tenant, key, sums in hours

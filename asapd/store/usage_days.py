@@ -2,6 +2,9 @@
 
 `usage_day` holds every hour before `through`, and none from it on. What changes an hour that it holds changes the day
 in the same commit. A report of today's usage costs only the look at that number.
+
+A day of which a sum would pass 64 bits is given up: it stands in `usage_day_by_hour`, and its hours are read for ever.
+Others go on, whatever somebody reports.
 """
 
 from __future__ import annotations
@@ -56,14 +59,39 @@ def add_late(tx: Tx, hours: Sequence[Row]) -> None:
         return
     before = through(tx.connection)
     late = [(row[0], row[1] // DAY_HOURS, *row[2:]) for row in hours if row[1] < before]
-    if late:
-        tx.insert_many(_PUT, late)
+    if not late:
+        return
+    given_up = by_hour(tx.connection)
+    for row in late:
+        if row[1] not in given_up and not _put(tx, row[1], _PUT, row):
+            given_up.add(row[1])
+
+
+def by_hour(connection: apsw.Connection) -> set[int]:
+    """The days that were given up."""
+    return {day for (day,) in fetch(connection, "SELECT day FROM usage_day_by_hour")}
+
+
+def _put(tx: Tx, day: int, sql: str, values: Row) -> bool:
+    """Add to a day; False when it cannot hold that, and was given up."""
+    try:
+        tx.execute(sql, values)
+        return True
+    except apsw.ConstraintError as error:
+        if getattr(error, "extendedresult", None) != apsw.SQLITE_CONSTRAINT_DATATYPE:
+            raise
+        # An integer that grew past 64 bits became a REAL; the statement has undone itself.
+        tx.execute("DELETE FROM usage_day WHERE day = ?", (day,))
+        tx.execute("INSERT INTO usage_day_by_hour VALUES (?)", (day,))
+        return False
 
 
 def holding(connection: apsw.Connection, hour: int) -> list[tuple[str, str, int]]:
     """Where the sums of an hour stand: the tables, and by which column and value of it."""
     hours = ("usage_hour", "hour", hour)
-    return [hours, ("usage_day", "day", hour // DAY_HOURS)] if hour < through(connection) else [hours]
+    day = hour // DAY_HOURS
+    is_in_day = hour < through(connection) and day not in by_hour(connection)
+    return [hours, ("usage_day", "day", day)] if is_in_day else [hours]
 
 
 def is_due(connection: apsw.Connection, before_us: int) -> bool:
@@ -72,15 +100,17 @@ def is_due(connection: apsw.Connection, before_us: int) -> bool:
 
 
 def add_up(tx: Tx, unit: AddUpDays) -> DaysAddedUp:
-    """Add the next hours to their days; the last of what is due ends its day, with or without usage in between.
-
-    A day whose sums would pass 64 bits is refused, and queries go on to read the hours from there on.
-    """
+    """Add the next hours to their days; the last of what is due ends its day, with or without usage in between."""
     hour = _next(tx.connection, through(tx.connection), unit.before_us)
-    rows = 0
+    rows, given_up = 0, by_hour(tx.connection)
     while hour is not None and rows < STEP_ROWS:
-        tx.execute(_FOLD, (hour // DAY_HOURS, hour))
-        rows += tx.connection.changes()
+        day = hour // DAY_HOURS
+        if day in given_up:
+            rows += 1  # looked at, and a step has its bound
+        elif _put(tx, day, _FOLD, (day, hour)):
+            rows += tx.connection.changes()
+        else:
+            given_up.add(day)
         following = _next(tx.connection, hour + 1, unit.before_us)
         reached = (hour // DAY_HOURS + 1) * DAY_HOURS if following is None else following
         tx.execute("UPDATE usage_day_through SET hour = ?", (reached,))
@@ -95,10 +125,10 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> int:
         connection, "SELECT DISTINCT hour FROM usage_hour WHERE hour < ? ORDER BY hour", (through(connection),)
     ):
         hours.setdefault(hour // DAY_HOURS, []).append(hour)
-    rows = 0
+    rows, given_up = 0, by_hour(connection)
     for day in sorted(hours.keys() | {day for (day,) in fetch(connection, "SELECT DISTINCT day FROM usage_day")}):
         kept, made = _sums(connection, "usage_day WHERE day = ?", (day,)), {}
-        if day in hours:
+        if day in hours and day not in given_up:
             of_day = f"usage_hour WHERE tenant IN {TENANTS} AND hour BETWEEN ? AND ?"
             made = _sums(connection, of_day, (hours[day][0], hours[day][-1]))
         rows += len(kept)

@@ -315,11 +315,13 @@ def _source(
             if high is not None:
                 where.append(f"{period} < ?")
                 bound.append(high)
-            condition = f"WHERE {' AND '.join(where)}" if where else ""
-            parts.append(
-                f"SELECT {period} * {_PERIODS_S[period]} AS at_s, {_DIMS}, {_FIELDS} FROM usage_{period} {condition}"
-            )
+            parts.append(_rollup_of(period, where))
             values += bound
+            given_up = _given_up(connection, low, high) if period == "day" else []
+            if given_up:
+                where, bound = _conditions(query, raw=False)
+                parts.append(_rollup_of("hour", [*where, f"tenant IN {TENANTS}", _OF_DAYS]))
+                values += [*bound, msgspec.json.encode(given_up).decode()]
         if start is not None and first_hour is not None and first_hour * HOUR_US > start:
             raw_ranges.append((start, first_hour * HOUR_US))
         if end is not None and last_hour is not None and last_hour * HOUR_US < end:
@@ -336,6 +338,22 @@ def _source(
         parts.append(f"{_RAW} WHERE {' AND '.join(where)}")
         values += bound
     return " UNION ALL ".join(parts), values
+
+
+_OF_DAYS = (
+    f"hour IN (SELECT d.value * {DAY_HOURS} + h.value FROM json_each(?) d, json_each('{list(range(DAY_HOURS))}') h)"
+)
+
+
+def _given_up(connection: apsw.Connection, low: int | None, high: int | None) -> list[int]:
+    """The days of a stretch that have no sums of their own."""
+    days = sorted(usage_days.by_hour(connection))
+    return [day for day in days if (low is None or low <= day) and (high is None or day < high)]
+
+
+def _rollup_of(period: str, where: list[str]) -> str:
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    return f"SELECT {period} * {_PERIODS_S[period]} AS at_s, {_DIMS}, {_FIELDS} FROM usage_{period} {condition}"
 
 
 _HOURS = f"""

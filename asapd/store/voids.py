@@ -39,8 +39,9 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     """Write the compensating row, and take the event out of the rollup, the ledger and the budgets.
 
     Raises:
-        RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void, or
-            `forbidden` where what would be given back is not for `unit.by` to give.
+        RefuseError: `usage_not_found`, or `usage_voided` for an event that was voided before or is itself a void,
+            `invalid` for the correction of a cost, or `forbidden` where what would be given back is not for `unit.by`
+            to give.
     """
     was = row_of(tx, unit.seq)
     if was is None:
@@ -49,8 +50,10 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     if known is not None:
         what = "is itself a void" if known[0] == unit.seq else "was voided before"
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
-    if tx.row("SELECT 1 FROM usage_repriced WHERE seq = ?", (unit.seq,)) is not None:
-        raise RefuseError(Refusal("usage_not_found", _NO_SUCH.format(was["id"])))
+    of = tx.row("SELECT id FROM usage_repriced r JOIN usage ON usage.seq = r.event WHERE r.seq = ?", (unit.seq,))
+    if of is not None:
+        detail = f"{was['id']} is no usage, but corrects the cost of {of[0]}: void that, or price it again"
+        raise RefuseError(Refusal("invalid", detail))
     refusal = withheld(tx, was, unit)
     if refusal is not None:
         raise RefuseError(refusal)
@@ -309,7 +312,7 @@ def find_event(
     source: str | None,
     seq: int | None = None,
 ) -> list[int]:
-    """The rows of events with an id that were reported by agents the caller may see; at most one unless ambiguous.
+    """The rows with an id, of usage of agents that the caller may see; at most one unless ambiguous.
 
     `seq` is the row that is meant: two tenants may have the same agent, source and id.
 
@@ -347,7 +350,7 @@ def _given_by_daemon(connection: apsw.Connection, event_id: str, condition: str,
     return fetch(
         connection,
         "SELECT row FROM (SELECT details ->> 'row' AS row FROM audit WHERE timestamp_us >= ? AND timestamp_us < ? "
-        "AND event_type = 'usage.recorded' AND subject = ?) noted "
+        "AND event_type IN ('usage.recorded', 'usage.voided', 'usage.repriced') AND subject = ?) noted "
         f"WHERE row IN ({admitted}) LIMIT 2",
         (made_us, made_us + 1_000, event_id, *values, event_id),
     )

@@ -31,6 +31,7 @@ from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
 from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
+from asapd.core.usage import PAST_64_BITS
 from asapd.store import handlers, usage
 from asapd.store.folding import Folding
 from asapd.store.migrations import migrate
@@ -185,7 +186,7 @@ class Writer:
                 return self._failed(envelope, mark, error)
             # An integer that grew past 64 bits would have become a REAL, which no column here takes.
             self._undo(mark)
-            return Answer(envelope.number, Refusal("invalid", "nothing was written: the sums would pass 64 bits"))
+            return Answer(envelope.number, PAST_64_BITS)
         except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
             raise
         except Exception as error:  # noqa: BLE001 -- a unit's bug is its own caller's only

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.delegation import Claims
+from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
 from asapd.core.money import to_usd
 from asapd.core.repricing import Correction
@@ -23,7 +24,14 @@ from asapd.store import audit, verifying
 from asapd.store import usage_queries as q
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
-from asapd.store.units.delegations import NewDelegation, RefundReservation, RegisterDelegation, Reserve, SyncBudgets
+from asapd.store.units.delegations import (
+    NewDelegation,
+    RefundReservation,
+    RegisterDelegation,
+    Reserve,
+    SettleReservation,
+    SyncBudgets,
+)
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
 from asapd.store.units.usage import (
@@ -134,7 +142,7 @@ def test_a_void_takes_out_what_an_event_costs_by_then(writer: Writer, connection
     assert q.aggregate(connection, ALL, ("minute",), 10, 0).rows[0]["total_cost_usd"] is None
     assert correct(writer, (1, 6, 7)).skipped == [1]
     for seq in (3, 4):
-        assert submit(writer, VoidUsage(seq, "why", "key:o", NOW_US)).code == "usage_not_found"
+        assert submit(writer, VoidUsage(seq, "why", "key:o", NOW_US)).code == "invalid"
 
 
 def test_neither_tasks_nor_service_levels_see_a_correction(writer: Writer, connection: apsw.Connection) -> None:
@@ -226,6 +234,29 @@ def test_no_more_is_given_back_than_was_not_refunded(writer: Writer, connection:
     submit(writer, RefundReservation(reservation, 2, "why", "key:x", NOW_US))
     correct(writer, (1, 3, 0))
     assert account(connection)[0] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=8), is_settled=st.booleans())
+def test_what_was_refunded_is_debited_by_no_later_price(
+    open_store: OpenStore, changes: list[tuple[bool, int]], is_settled: bool
+) -> None:
+    with open_store() as connection:
+        writer = Writer(connection)
+        submit(writer, RegisterDelegation([link("root")], "key:x", "default", NOW_US))
+        reservation, cost, refunded = held(writer), 3, 0
+        record(writer, replace(EVENT, reservation=reservation))
+        if is_settled:
+            submit(writer, SettleReservation(reservation, None, "key:x", NOW_US))
+        for is_refund, amount in changes:
+            if is_refund:
+                answer = submit(writer, RefundReservation(reservation, amount, "why", "key:x", NOW_US))
+                refunded = answer.refunded_microusd if not isinstance(answer, Refusal) else refunded
+            elif amount != cost:
+                correct(writer, (1, cost, amount))
+                cost = amount
+            assert account(connection)[0] == max(cost - refunded, 0)
+        assert verifying.report(connection, verifying.Request()).is_valid
 
 
 def test_a_first_price_takes_the_place_of_the_estimate(writer: Writer, connection: apsw.Connection) -> None:

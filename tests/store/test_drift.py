@@ -166,8 +166,7 @@ class Ending:
         return AddUpDays(self.before_us)
 
     def check(self, _: Model, answer: Any) -> None:
-        # A hostile day whose sums would pass 64 bits is read by the hour for ever.
-        assert isinstance(answer, DaysAddedUp) or answer.code == "invalid"
+        assert isinstance(answer, DaysAddedUp)
 
 
 Step = Batch | Void | Ending

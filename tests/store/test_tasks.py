@@ -91,6 +91,19 @@ def test_a_task_with_usage_ended_as_that_says(
     assert states(connection) == [("t", state)]
 
 
+def test_a_task_that_is_still_reported_of_is_not_abandoned(writer: Writer, connection: apsw.Connection) -> None:
+    step(writer, STARTED)
+    step(writer, replace(STARTED, task_id="gone"))
+    interim = UsageEvent("t", A, "c", NOW_US + 7, tokens_in=1, partial=True, id="interim")
+    submit(writer, RecordUsage("default", "key:x", NOW_US, [interim], [UNKNOWN_COST]))
+    assert sweep(writer, NOW_US + 5).tasks_abandoned == 1
+    assert states(connection) == [("t", "started"), ("gone", "abandoned")]
+    assert sweep(writer, NOW_US + 7).tasks_abandoned == 0
+    assert sweep(writer, NOW_US + 8).tasks_abandoned == 1
+    (*_, entry) = audit.list_entries(connection, audit.AuditFilter(event_type="task.abandoned"), 9, 0, descending=False)
+    assert (entry["subject"], entry["details"]["started_us"]) == ("t", NOW_US)
+
+
 def test_a_long_list_of_overdue_tasks_is_worked_off_in_steps(writer: Writer, connection: apsw.Connection) -> None:
     for number in range(3):
         step(writer, replace(STARTED, task_id=f"t{number}"))

@@ -8,7 +8,6 @@ from typing import Any
 import apsw
 import pytest
 
-from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import migrations, schema, usage_days, verifying
@@ -127,15 +126,45 @@ def test_what_comes_late_or_is_taken_back_changes_the_day_too(connection: apsw.C
     assert days_of(connection) == [(0, 3)]
 
 
-def test_a_day_whose_sums_pass_64_bits_is_read_by_the_hour(connection: apsw.Connection) -> None:
-    rows = [stored(0, hour, tokens=2**53 - 1) for hour in (1, 2) for _ in range(600)] + [stored(-1, 1), stored(1, 1)]
+HUGE = 2**53 - 1
+
+
+def test_a_day_whose_sums_pass_64_bits_is_read_by_the_hour_and_holds_up_no_other(connection: apsw.Connection) -> None:
+    rows = [stored(0, hour, tokens=HUGE) for hour in (1, 2) for _ in range(600)] + [stored(-1, 1), stored(1, 1)]
+    other = [stored(0, 3, tenant="two"), stored(2, 3, tenant="two")]
     record(connection, *rows)
-    submit(connection, AddUpDays(T0))
-    assert isinstance(submit(connection, AddUpDays(T0 + 2 * DAY_US)), Refusal)
-    check(connection, rows)
-    late = stored(0, 0)
-    record(connection, late)
-    check(connection, [*rows, late])
+    record(connection, *other)
+    assert not submit(connection, AddUpDays(T0 + 3 * DAY_US)).more
+    assert not usage_days.is_due(connection, T0 + 3 * DAY_US)
+    assert days_of(connection) == [(-1, 1), (1, 1), (2, 1)]
+    check(connection, rows + other)
+    late = [stored(0, 0), stored(0, 2), stored(1, 0)]
+    record(connection, *late)
+    submit(connection, VoidUsage(1, "wrong", "key:o", T0))
+    submit(connection, VoidUsage(1202, "wrong", "key:o", T0))
+    check(connection, [*rows[1:1201], *other, *late])
+    for start_us, end_us in ((T0, None), (T0 + HOUR_US, T0 + DAY_US), (None, T0 - DAY_US), (T0 - DAY_US, T0 + DAY_US)):
+        inside = [
+            row for row in [*rows[1:1201], *other, *late] if (start_us or 0) <= row[1].timestamp_us < (end_us or 2**62)
+        ]
+        assert q.summary(connection, q.UsageFilter(EVERYTHING, start_us=start_us, end_us=end_us)) == recount.totals(
+            inside
+        )
+
+
+def test_what_comes_late_to_a_full_day_is_taken(connection: apsw.Connection) -> None:
+    rows = [stored(0, 1, tokens=HUGE) for _ in range(1000)] + [stored(1, 1), stored(2, 1)]
+    record(connection, *rows)
+    submit(connection, AddUpDays(T0 + 3 * DAY_US))
+    late = [stored(1, 0), stored(0, 5), *(stored(0, 2, tokens=HUGE) for _ in range(1000)), stored(0, 6), stored(2, 0)]
+    assert record(connection, *late).recorded == 1004
+    assert days_of(connection) == [(1, 2), (2, 2)]
+    check(connection, rows + late)
+    again = [stored(0, 7), stored(2, 2)]
+    record(connection, *again)
+    check(connection, rows + late + again)
+    connection.execute("DELETE FROM usage_day_by_hour")
+    assert not verifying.report(connection, verifying.Request()).is_valid
 
 
 def test_the_days_of_an_older_file_are_added_up_from_its_first_hour(tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ async def raw_body() -> bytes:
     return body
 
 
+async def no_body() -> None:
+    """Refuse a body where all is said in the query, or a `dry_run` that nobody reads would do what it asks about."""
+    if (await raw_body()).strip() not in {b"", b"{}"}:
+        raise RefusedError(
+            Refusal("invalid", "nothing was done: this route takes its parameters in the query, no body")
+        )
+
+
 async def sent_json(*, optional: bool = False) -> bytes:
     """The body of a route that takes JSON, without its content encoding; a 415 for what is something else.
 

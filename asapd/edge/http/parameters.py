@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import AsyncIterator, Iterable, Mapping
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import msgspec
@@ -33,6 +34,13 @@ class RefusedError(Exception):
 def bad_parameter(name: str, reason: str) -> RefusedError:
     """The refusal of one query parameter."""
     return RefusedError(Refusal("bad_parameter", f"{name} {reason}", (FieldError(name, reason),)))
+
+
+class _Place(msgspec.Struct, frozen=True, array_like=True):
+    """A position in the answers to one question."""
+
+    question: str
+    position: msgspec.Raw
 
 
 class Parameters:
@@ -118,14 +126,30 @@ class Parameters:
         if value is None:
             return None
         try:
-            raw = base64.urlsafe_b64decode(value.encode("ascii") + b"=" * (-len(value) % 4))
-            position = msgspec.json.decode(raw, type=shape)
+            return _position(base64.urlsafe_b64decode(value.encode("ascii") + b"=" * (-len(value) % 4)), shape)
         except (msgspec.DecodeError, binascii.Error, UnicodeError):
-            position = None
-        parts = position if isinstance(position, tuple) else (position,)
-        if position is None or any(isinstance(part, int) and not 0 <= part <= _MAX_POSITION for part in parts):
-            raise bad_parameter("cursor", "must be the next_cursor of the page before")
-        return position
+            raise bad_parameter("cursor", "must be the next_cursor of the page before") from None
+
+    def cursor_of(self, kind: str, shape: type[Any]) -> Any:
+        """Where the page before ended, None on the first; refused unless that page was of this `kind` and question."""
+        place: _Place | None = self.cursor(_Place)
+        if place is None:
+            return None
+        if place.question != self._question(kind):
+            raise bad_parameter("cursor", "is of a page with other parameters: repeat those, or begin without a cursor")
+        try:
+            return _position(place.position, shape)
+        except msgspec.DecodeError:
+            raise bad_parameter("cursor", "must be the next_cursor of the page before") from None
+
+    def place(self, kind: str, position: Any | None) -> Any | None:
+        """A position that `cursor_of` takes for this question only; None stays None."""
+        return None if position is None else _Place(self._question(kind), msgspec.Raw(msgspec.json.encode(position)))
+
+    def _question(self, kind: str) -> str:
+        """What is asked for, but for how much of it and from where on."""
+        asked = sorted(item for item in self._args.items() if item[0] not in {"limit", "offset", "cursor"})
+        return blake2b(msgspec.json.encode((kind, asked)), digest_size=9).hexdigest()
 
     def outcome(self) -> int | None:
         """An outcome as stored."""
@@ -139,6 +163,19 @@ class Parameters:
                 raise bad_parameter(
                     name, f"is not a parameter here; there are {', '.join(sorted(self._known)) or 'none'}"
                 )
+
+
+def _position(raw: bytes | msgspec.Raw, shape: type[Any]) -> Any:
+    """A position as it was encoded.
+
+    Raises:
+        msgspec.DecodeError: it is none of this shape, or has a number that no position has.
+    """
+    position = msgspec.json.decode(raw, type=shape)
+    parts = position if isinstance(position, tuple) else (position,)
+    if position is None or any(isinstance(part, int) and not 0 <= part <= _MAX_POSITION for part in parts):
+        raise msgspec.DecodeError("no position")
+    return position
 
 
 def _others(name: str, given: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from asapd.core.money import to_usd
 from asapd.core.pricing import Price
 from asapd.core.types import format_us
 from asapd.core.usage import UsageEvent
-from asapd.edge.http.context import require_everything
+from asapd.edge.http.context import no_body, require_everything
 from asapd.edge.http.parameters import Parameters, RefusedError, encode_cursor
 from asapd.edge.http.replies import reply
 from asapd.edge.services import Services
@@ -53,14 +53,16 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require_everything(Permission.OPERATE if dry_run else Permission.ADMINISTER)
         start_us, end_us = parameters.time_us("start"), parameters.time_us("end")
         model = parameters.text("model")
-        after: Progress | None = parameters.cursor(Progress)
+        after: Progress | None = parameters.cursor_of("prices", Progress)
         parameters.done()
+        await no_body()
         request = RepriceRequest(caller.actor, dry_run, start_us, end_us, model, after)
         done = await services.reprice(request)
         if isinstance(done, Refusal):
             raise RefusedError(done)
         shown, progress = done
-        return reply({**shown, "next_cursor": None if progress is None else encode_cursor(progress)})
+        position = parameters.place("prices", progress)
+        return reply({**shown, "next_cursor": None if position is None else encode_cursor(position)})
 
 
 def public(price: Price) -> dict[str, Any]:

@@ -26,11 +26,12 @@ def register(app: QuartTrio, services: Services) -> None:
             "consumer": parameters.text("consumer", "consumer_id"),
             "state": parameters.choice("state", STATES),
         }
-        limit, after = parameters.limit(), parameters.cursor(int)
+        limit, after = parameters.limit(), parameters.cursor_of("tasks", int)
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
         parameters.done()
         rows = await services.reads.tasks(caller, filters, limit=limit, after=after, descending=descending)
-        return reply(page([row for _, row in rows], limit, rows[-1][0] if rows else None))
+        position = parameters.place("tasks", rows[-1][0] if rows else None)
+        return reply(page([row for _, row in rows], limit, position))
 
     @app.get("/tasks/<path:task>")
     async def get_task(task: str) -> Response:

@@ -24,10 +24,8 @@ from asapd.wire.usage import parse_timestamp
 
 
 class GroupPlace(msgspec.Struct, frozen=True, array_like=True):
-    """Behind which group a page goes on: how groups are told, by whose clocks, and the last of the page before."""
+    """Behind which group a page goes on: the last of the page before."""
 
-    groups: tuple[str, ...]
-    timezone: str
     last: tuple[Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | str, ...]
 
 
@@ -94,7 +92,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters, limit, offset = usage_filters(parameters), parameters.limit(), parameters.offset()
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
-        after = parameters.cursor(tuple[int, int])
+        after = parameters.cursor_of("usage", tuple[int, int])
         parameters.done()
         # The position of a page before is behind what was skipped on the first.
         skipped = offset if after is None else 0
@@ -104,7 +102,7 @@ def register(app: QuartTrio, services: Services) -> None:
         position = None
         if rows:
             position = (parse_timestamp(rows[-1]["timestamp"]), rows[-1]["seq"])
-        return reply(page(rows, limit, position))
+        return reply(page(rows, limit, parameters.place("usage", position)))
 
     @app.get("/usage/aggregate")
     async def get_aggregate() -> Response:
@@ -129,12 +127,11 @@ def register(app: QuartTrio, services: Services) -> None:
             raise bad_parameter("group_by", "can hold one of minute, hour, day, week and month")
         zone = time_zone(parameters)
         filters, limit, offset = usage_filters(parameters), parameters.limit(), parameters.offset()
-        after: GroupPlace | None = parameters.cursor(GroupPlace)
+        kind = f"usage by {','.join(groups)}"
+        after: GroupPlace | None = parameters.cursor_of(kind, GroupPlace)
         parameters.done()
-        if after is not None and (
-            (after.groups, after.timezone) != (groups, zone.key) or len(after.last) != len(places(groups))
-        ):
-            raise bad_parameter("cursor", "must be the next_cursor of a page of the same group_by and timezone")
+        if after is not None and len(after.last) != len(places(groups)):
+            raise bad_parameter("cursor", "must be the next_cursor of the page before")
         grouped, raw_since_us = await services.reads.usage_aggregate(
             caller,
             filters,
@@ -149,8 +146,8 @@ def register(app: QuartTrio, services: Services) -> None:
             "timezone": zone.key,
             "raw_since": _raw_since(raw_since_us),
         }
-        position = None if grouped.last is None else GroupPlace(groups, zone.key, grouped.last)
-        return reply({**shown, **page(grouped.rows, limit, position)})
+        position = None if grouped.last is None else GroupPlace(grouped.last)
+        return reply({**shown, **page(grouped.rows, limit, parameters.place(kind, position))})
 
     @app.get("/usage/summary")
     async def get_summary() -> Response:

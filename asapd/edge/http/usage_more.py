@@ -13,7 +13,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import Refusal
 from asapd.core.types import MAX_INT
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, require, require_everything, sent_json
+from asapd.edge.http.context import idempotency, no_body, require, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import reply
 from asapd.edge.services import Services
@@ -33,10 +33,11 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         parameters = Parameters()
         agent, source = parameters.text("agent", "agent_id"), parameters.text("source")
-        limit, after = parameters.limit(), parameters.cursor(tuple[int, int, int])
+        limit, after = parameters.limit(), parameters.cursor_of("sources", tuple[int, int, int])
         parameters.done()
         rows = await services.reads.sources(caller, agent=agent, source=source, limit=limit, after=after)
-        return reply(page([row for _, row in rows], limit, rows[-1][0] if rows else None))
+        position = parameters.place("sources", rows[-1][0] if rows else None)
+        return reply(page([row for _, row in rows], limit, position))
 
     @app.post("/usage/<path:event>/void")
     async def post_void(event: str) -> Response:
@@ -68,4 +69,5 @@ def register(app: QuartTrio, services: Services) -> None:
         dry_run = parameters.flag("dry_run")
         caller = require_everything(Permission.READ_ALL if dry_run else Permission.ADMINISTER)
         parameters.done()
+        await no_body()
         return reply(await services.retain(caller.actor, dry_run))

@@ -8,6 +8,7 @@ from asapd.store.schema import (
     arrival,
     credit_terms,
     days,
+    days_by_hour,
     delivery,
     directory,
     horizon,
@@ -44,4 +45,5 @@ MIGRATIONS: tuple[str, ...] = (
     promise_record.SCRIPT,
     retirement.SCRIPT,
     credit_terms.SCRIPT,
+    days_by_hour.SCRIPT,
 )

@@ -124,8 +124,11 @@ async def test_a_part_goes_on_where_the_one_before_ended(edge: Edge, monkeypatch
     assert (changed, part["more"]) == (3, False)
     assert (await edge.post("/prices/reprice?cursor=bm9uc2Vuc2U")).refused(400)["errors"][0]["field"] == "cursor"
     first = (await edge.post("/prices/reprice?dry_run=1")).ok()["next_cursor"]
+    for other in ("", "dry_run=1&model=m*&"):
+        problem = (await edge.post(f"/prices/reprice?{other}cursor={first}")).refused(400)
+        assert problem["errors"][0]["field"] == "cursor"
     await put_in_force(edge, TABLE + "# other")
-    assert (await edge.post(f"/prices/reprice?cursor={first}")).refused(409)["code"] == "prices_changed"
+    assert (await edge.post(f"/prices/reprice?dry_run=1&cursor={first}")).refused(409)["code"] == "prices_changed"
     assert (await edge.post("/prices/reprice?modell=m")).refused(400)["code"] == "bad_parameter"
 
 
@@ -136,3 +139,25 @@ async def test_only_what_is_selected_is_priced_again(edge: Edge) -> None:
     for query in ("model=m-*", "end=2027-01-15T08:00:00Z", "start=2027-01-15T07:00:00Z&end=2027-01-15T07:30:00Z"):
         would = (await edge.post(f"/prices/reprice?dry_run=true&{query}")).ok()
         assert [(row["model"], row["events"]) for row in would["data"]] == [("m-2", 1)]
+
+
+async def test_the_correction_of_a_cost_is_not_voided_by_itself(edge: Edge) -> None:
+    await record(edge, id="e1")
+    await put_in_force(edge, TABLE)
+    (await edge.post("/prices/reprice")).ok()
+    event, correction = (await edge.get("/usage")).ok()["data"]
+    for which in (correction["id"], f"{correction['id']}?seq={correction['seq']}"):
+        path, _, query = which.partition("?")
+        problem = (await edge.post(f"/usage/{path}/void?{query}", {"reason": "r"})).refused(422)
+        assert "corrects the cost of e1" in problem["detail"]
+    assert (await edge.post("/usage/e1/void", {"reason": "r"})).ok(201)["voids"] == event["id"]
+    assert (await edge.get("/usage/summary")).ok()["total_events"] == 0
+
+
+async def test_a_body_that_nobody_reads_is_refused(edge: Edge) -> None:
+    await record(edge, id="e1")
+    await put_in_force(edge, TABLE)
+    for path in ("/prices/reprice", "/retention"):
+        assert "query" in (await edge.post(path, {"dry_run": True})).refused(422)["detail"]
+        (await edge.post(path, {})).ok()
+        (await edge.post(f"{path}?dry_run=true")).ok()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 from decimal import Decimal
 from functools import partial
@@ -272,9 +273,38 @@ async def test_pages_of_groups_miss_and_repeat_none_while_others_come(edge: Edge
     for other in ("group_by=project,day&timezone=Europe/Berlin", "group_by=project,hour", "group_by=agent"):
         problem = (await edge.get(f"/usage/aggregate?{other}&cursor={cursor}")).refused(400)
         assert problem["errors"][0]["field"] == "cursor"
-    for place in ([], ["p", 1], ["p", 1, 2, 3], ["p", 2**63, 0]):
-        forged = encode_cursor((("project", "hour"), "Europe/Berlin", place))
+    question, _ = msgspec.json.decode(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    for place in ([[]], [["p", 1]], [["p", 1, 2, 3]], [["p", 2**63, 0]], "p", None):
+        forged = encode_cursor((question, place))
         assert (await edge.get(f"{url}&cursor={forged}")).refused(400)["errors"][0]["field"] == "cursor"
+
+
+async def test_a_cursor_is_for_the_question_it_was_made_under(edge: Edge) -> None:
+    await edge.post("/usage", [event(f"e{number}", source=f"s{number}") for number in range(3)])
+    for number in range(2):
+        step = {
+            "task_id": f"t{number}",
+            "agent": A,
+            "consumer": C,
+            "state": "started",
+            "timestamp": "2027-01-15T08:00:00Z",
+        }
+        (await edge.post("/tasks", step)).ok(201)
+    await edge.post("/usage", [event("b", agent=C, consumer=A)])
+    cursors: dict[str, str] = {}
+    for path in ("/usage?limit=1", "/usage/agents?limit=1", "/usage/sources?limit=1", "/tasks?limit=1"):
+        cursors[path] = (await edge.get(path)).ok()["next_cursor"]
+    for path, cursor in cursors.items():
+        assert (await edge.get(f"{path}&cursor={cursor}")).ok()["count"] == 1, path
+        assert (await edge.get(f"{path[:-1]}2&cursor={cursor}")).ok()["count"] >= 1, path
+        for other in (f"{path}&agent={A}", *(elsewhere for elsewhere in cursors if elsewhere != path)):
+            problem = (await edge.get(f"{other}&cursor={cursor}")).refused(400)
+            assert problem["errors"][0]["field"] == "cursor", other
+    for path in ("/usage?limit=1", "/tasks?limit=1"):
+        problem = (await edge.get(f"{path}&order=desc&cursor={cursors[path]}")).refused(400)
+        assert "other parameters" in problem["detail"]
+    consumers = (await edge.get(f"/usage/consumers?limit=1&cursor={cursors['/usage/agents?limit=1']}")).refused(400)
+    assert "other parameters" in consumers["detail"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ async def test_a_void_takes_an_event_out_once(edge: Edge) -> None:
     voided = (await edge.post("/usage/e%2F1/void", reason, key="operator")).ok(201)
     assert (voided["status"], voided["voids"]) == ("voided", "e/1")
     assert (await edge.post("/usage/e%2F1/void", reason)).refused(409)["code"] == "usage_voided"
-    assert (await edge.post(f"/usage/{voided['id']}/void", reason)).refused(404)["code"] == "usage_not_found"
+    assert (await edge.post(f"/usage/{voided['id']}/void", reason)).refused(409)["code"] == "usage_voided"
     assert (await edge.post("/usage/none/void", reason)).refused(404)["code"] == "usage_not_found"
     total = (await edge.get("/usage/summary")).ok()
     assert (total["total_tasks"], total["total_cost_usd"]) == (1, Decimal("0.25"))
