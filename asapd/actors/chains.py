@@ -201,7 +201,7 @@ def _key_begins_nothing(root: Claims, position: int) -> Denied:
 def unreadable(error: TokenMalformed, max_depth: int) -> Denied:
     """The denial of a token that cannot be read."""
     if error.too_deep:
-        return too_deep(None, None, max_depth)
+        return too_deep(error.token, None, max_depth)
     return deny(
         Reason.MALFORMED,
         "form",

@@ -81,7 +81,8 @@ class Settlement(Struct, frozen=True):
     """What usage under a reservation does to every account of its path.
 
     Add `spend_microusd` to spent, take `release_microusd` from reserved and `release_tasks` from
-    reserved tasks. `excess_microusd` is the part of the spend that no reservation covered.
+    reserved tasks; all of them are negative where usage is taken back. `excess_microusd` is the part of the spend that
+    no reservation covered.
     """
 
     spend_microusd: int
@@ -176,6 +177,36 @@ def settle(hold: Hold, cost_microusd: int | None, *, another_task: bool = False,
         excess_microusd=spend_microusd - release_microusd,
         spend_tokens=tokens,
         release_tokens=release_tokens,
+    )
+
+
+def take_back(
+    hold: Hold, estimate: Estimate, cost_microusd: int, *, another_task: bool = False, tokens: int = 0
+) -> Settlement:
+    """What it does under a hold that is still open that usage of this cost, no more than it used, counts no longer.
+
+    The reverse of `settle`: what was authorised stays authorised, so it goes back to the hold, as far as that and what
+    is used beside it leave room in the estimate, and only what was beyond it becomes free. `another_task` is a task
+    that no account of the path counts any more, other than the one that was named.
+    """
+    used_microusd = hold.used_microusd - cost_microusd
+    back_microusd = max(0, (estimate.cost_microusd or 0) - used_microusd - hold.cost_microusd)
+    back_tasks = 1 if another_task and hold.tasks_extra < _tasks_extra(estimate) else 0
+    back_tokens = max(0, min(tokens, (estimate.tokens or 0) - hold.tokens))
+    return Settlement(
+        spend_microusd=-cost_microusd,
+        release_microusd=-back_microusd,
+        release_tasks=-back_tasks,
+        hold_after=Hold(
+            cost_microusd=hold.cost_microusd + back_microusd,
+            tasks_extra=hold.tasks_extra + back_tasks,
+            used_microusd=used_microusd,
+            tokens=hold.tokens + back_tokens,
+        ),
+        unpriced=False,
+        excess_microusd=0,
+        spend_tokens=-tokens,
+        release_tokens=-back_tokens,
     )
 
 

@@ -136,6 +136,11 @@ class Page:
         self.spent_microusd = _plus(self.spent_microusd, microusd)
         self.spent_tokens = _plus(self.spent_tokens, tokens)
 
+    def is_held(self, task_id: str) -> bool:
+        """Whether an open reservation names a task."""
+        known = self._task(task_id)
+        return known is not None and known[1] > 0
+
     def use_task(self, task_id: str) -> None:
         """Count a distinct task as used."""
         if self.tasks_used is not None:

@@ -230,10 +230,12 @@ class Book:
         task_id: str,
         seq: int,
         but_hard: bool = False,
+        settlement: Settlement | None = None,
     ) -> None:
         """Count an event no longer; to be called while its row `seq` and its hourly sums still stand.
 
-        With `but_hard` budgets with a hard limit go on to count it.
+        With `but_hard` budgets with a hard limit go on to count it. `settlement` is what an open reservation holds
+        again of it.
 
         What its reservation is held on gets back `refunded_microusd`, as the chain does, the rest what the event cost.
         """
@@ -248,14 +250,25 @@ class Book:
             if but_hard and page.rule.budget.hard != Limits():
                 continue
             cost = refunded_microusd if page in linked else cost_microusd or 0
+            if settlement is not None and page in linked:
+                page.release(settlement)
             page.spend(-cost, -tokens)
             page.events -= 1
             page.unpriced -= cost_microusd is None
-            if page.tasks_used is not None and not recount_tasks(
-                self._tx.connection, page.budget, page.rule.id, page.id, task_id=task_id, but_seq=seq
-            ):
+            if page.tasks_used is not None and not self._is_used(page, task_id, seq):
                 page.drop_task(task_id)
             self._spend_in_hour(page.rule, at_us // HOUR_US, -cost, -tokens)
+
+    def frees_task(self, reservation: str, task_id: str, seq: int) -> bool:
+        """Whether all that a reservation is held on counts a task no more, neither used nor held, without row `seq`."""
+        return all(
+            page.tasks_used is None or (not page.is_held(task_id) and not self._is_used(page, task_id, seq))
+            for page in self.linked(reservation)
+        )
+
+    def _is_used(self, page: Page, task_id: str, but_seq: int) -> bool:
+        connection = self._tx.connection
+        return bool(recount_tasks(connection, page.budget, page.rule.id, page.id, task_id=task_id, but_seq=but_seq))
 
     def correct(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 import msgspec
 
-from asapd.core.delegation import scope_allows
+from asapd.core.delegation import Reason, scope_allows
 from asapd.core.ledger import MOST, Account, Settlement, settle
 from asapd.core.usage import (
     FLAG_ACROSS_DELEGATION,
@@ -24,16 +26,28 @@ from asapd.store.reservations import Reservation, load, spend
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RecordUsage
 
+UNKNOWN: Final = "delegation_not_found"
+"""Why usage is not allowed that names no delegation its reporter may know."""
 
-def charge(
-    tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost_microusd: int | None
-) -> tuple[int, int | None]:
+
+class Charge(NamedTuple):
+    """The flags of an event, and what an open reservation paid for it where nobody knows its cost.
+
+    `under` is the delegation by which it was judged, and `code` why that does not allow it, None where it does.
+    """
+
+    flags: int
+    estimated_microusd: int | None
+    under: Account | None
+    code: str | None
+
+
+def charge(tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost_microusd: int | None) -> Charge:
     """Debit what an event used to its reservation or delegation, and to budgets, whatever their state.
 
-    Returns its flags, and what an open reservation paid for it where nobody knows its cost. Usage that happened is
-    always recorded: nothing here refuses. For a unit that is bound to a tenant, what other tenants have is as unknown
-    (a reservation is of both sides of its delegation and of who made it), and usage of an agent that is not the
-    delegate is flagged, never debited. The caller flushes the book.
+    Usage that happened is always recorded: nothing here refuses. For a unit that is bound to a tenant, what other
+    tenants have is as unknown (a reservation is of both sides of its delegation and of who made it), and usage of an
+    agent that is not the delegate is flagged, never debited. The caller flushes the book.
     """
     charged = _Charged()
     if event.reservation is not None or event.delegation is not None:
@@ -41,16 +55,23 @@ def charge(
     settlement, flags = charged.settlement, charged.flags
     if book is not None:
         flags |= book.use(event, cost_microusd, charged.path, charged.reservation, settlement)
-    return flags, settlement.spend_microusd if settlement is not None and settlement.unpriced else None
+    estimated = settlement.spend_microusd if settlement is not None and settlement.unpriced else None
+    flags |= 0 if charged.code is None else FLAG_UNAUTHORISED
+    return Charge(flags, estimated, charged.under, charged.code)
 
 
 class _Charged(msgspec.Struct, frozen=True):
-    """What an event did to the ledger: its flags, the ids it debited, the reservation, and what that paid."""
+    """What an event did to the ledger: its flags, the ids it debited, the reservation, and what that paid.
+
+    `under` and `code` as in `Charge`.
+    """
 
     flags: int = 0
     path: tuple[str, ...] = ()
     reservation: str | None = None
     settlement: Settlement | None = None
+    under: Account | None = None
+    code: str | None = None
 
 
 def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | None) -> _Charged:
@@ -69,22 +90,17 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
     else:
         reached = reach(tx, event.delegation, unit)
         if reached is None:
-            return _Charged(flags | FLAG_UNAUTHORISED)
+            return _Charged(flags, code=UNKNOWN)
         account, tenant = reached
         across = 0 if tenant == unit.tenant else FLAG_ACROSS_DELEGATION
         flags |= FLAG_UNRESERVED if event.reservation is None else 0
     path = path_of(tx, account)
     under_hold = found is not None and found.is_open(now_us)
-    if not under_hold and any(on_path.revoked or on_path.expires_at_us <= now_us for on_path in path):
-        flags |= FLAG_UNAUTHORISED
-    scopes = tx.row("SELECT scopes FROM delegation WHERE account = ?", (account,))
-    assert scopes is not None
-    allowed = scope_allows(msgspec.json.decode(scopes[0]), event.action)
-    if not allowed or path[0].delegate != event.agent:
-        flags |= FLAG_UNAUTHORISED
+    under: Account | None = path[0]
+    code: str | None = _why_not(tx, path, event, now_us, under_hold=under_hold)
     if path[0].delegate != event.agent:
-        # Naming an id is not holding a token: nobody drains the budget of another.
-        return _Charged(flags)
+        # Naming an id is not holding a token: nobody drains the budget of another, or learns whose a reservation is.
+        return _Charged(flags, under=under if path[0].id == event.delegation else None, code=code)
     flags |= across
     settlement = None
     if found is not None and under_hold:
@@ -107,7 +123,37 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
     if any(_over(on_path) for on_path in path_of(tx, account)):
         flags |= FLAG_OVERRUN
     ids = tuple(on_path.id for on_path in path)
-    return _Charged(flags, ids, None if found is None else found.id, settlement)
+    if code is None and event.delegation is not None and event.delegation not in ids:
+        under, code = _judge_named(tx, unit, event)
+    return _Charged(flags, ids, None if found is None else found.id, settlement, under, code)
+
+
+def _why_not(tx: Tx, path: list[Account], event: UsageEvent, now_us: int, *, under_hold: bool = False) -> Reason | None:
+    """The first rule by which a delegation, its path leaf first, does not allow an event.
+
+    What is reserved may be used `under_hold`, whatever became of the delegation since.
+    """
+    if not under_hold and any(account.revoked for account in path):
+        return Reason.REVOKED
+    if not under_hold and any(account.expires_at_us <= now_us for account in path):
+        return Reason.EXPIRED
+    if path[0].delegate != event.agent:
+        return Reason.WRONG_DELEGATE
+    scopes = tx.row("SELECT scopes FROM delegation WHERE account = ?", (path[0].account,))
+    assert scopes is not None
+    return None if scope_allows(msgspec.json.decode(scopes[0]), event.action) else Reason.ACTION_NOT_ALLOWED
+
+
+def _judge_named(tx: Tx, unit: RecordUsage, event: UsageEvent) -> tuple[Account | None, str | None]:
+    """The delegation that an event names beside a reservation of another one, and why it does not allow it.
+
+    The reservation pays; that it does is no reason to say that work was done under a token which forbids it.
+    """
+    reached = reach(tx, event.delegation, unit)
+    if reached is None:
+        return None, UNKNOWN
+    path = path_of(tx, reached[0])
+    return path[0], _why_not(tx, path, event, unit.now_us)
 
 
 def _is_beside(tx: Tx, found: Reservation, event: UsageEvent) -> bool:

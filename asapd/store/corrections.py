@@ -8,7 +8,7 @@ import apsw
 import msgspec
 
 from asapd.core.budgets import Work
-from asapd.core.ledger import MOST, Hold, Settlement, settle
+from asapd.core.ledger import MOST, Settlement, settle, take_back
 from asapd.core.repricing import Correction, CostedEvent
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
@@ -19,6 +19,7 @@ from asapd.core.usage import (
     UsageEvent,
 )
 from asapd.store import budgets, ledger, usage_days
+from asapd.store.reservations import load
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units.usage import CorrectCosts, CostsCorrected
@@ -122,6 +123,7 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "cost_source": change.source,
         "delegation": was["delegation"],
         "flags": now["flags"],
+        "held_microusd": 0 if adjusted.settlement is None else -adjusted.settlement.release_microusd,
         "in_ledger": in_ledger,
         "ledger_microusd": adjusted.microusd,
         "model": model,
@@ -156,20 +158,17 @@ class Adjusted(msgspec.Struct, frozen=True):
 def _adjust(tx: Tx, account: int, reservation: str | None, microusd: int, now_us: int) -> Adjusted:
     """Have a path spend more, or with a negative amount less, for usage that was debited to it before.
 
-    Under a reservation no more is given back than was spent and not refunded, and while it is open its hold pays first.
+    Under a reservation no more is given back than was spent and not refunded, and while it is open its hold pays first,
+    and gets back first.
     """
     settlement = None
-    row = tx.row(
-        "SELECT held_microusd, tasks_extra, used_microusd, held_tokens, refunded_microusd, state = 'open' AND "
-        "expires_us > ? FROM reservation WHERE id = ?",
-        (now_us, reservation),
-    )
-    if row is not None:
-        hold, refunded_microusd, is_open = Hold(*row[:4]), row[4], bool(row[5])
-        if is_open and microusd > 0:
-            settlement = settle(hold, microusd)
-        else:
-            microusd = max(microusd, refunded_microusd - hold.used_microusd)
+    found = None if reservation is None else load(tx, reservation)
+    if found is not None:
+        if microusd <= 0:
+            microusd = max(microusd, found.refunded_microusd - found.used_microusd)
+        if found.is_open(now_us):
+            more = microusd > 0
+            settlement = settle(found.hold, microusd) if more else take_back(found.hold, found.estimate, -microusd)
     released = 0 if settlement is None else settlement.release_microusd
     tx.execute(
         "UPDATE reservation SET used_microusd = min(used_microusd + ?, ?), held_microusd = held_microusd - ? "

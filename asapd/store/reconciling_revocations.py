@@ -31,6 +31,7 @@ class Revocations:
         self.log = Standing("revocation")
         self._lists = 0
         self._unseen: dict[tuple[str, str], tuple[int, int, int, int | None]] = {}
+        """By issuer and jti the newest entry of a token, its time, and the expiry and the revocation that it says."""
 
     def do(self, entry: Entry) -> None:
         """Remember which tokens were revoked before anybody showed them."""
@@ -40,7 +41,7 @@ class Revocations:
             told = entry.details
             expires_us = datetime_us(datetime.fromisoformat(told["expires_at"]))
             said = (entry.seq, entry.at_us, expires_us, told.get("revoked_us"))
-            self._unseen.setdefault((told["issuer"], told["jti"]), said)
+            self._unseen[told["issuer"], told["jti"]] = said
 
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold the rows to revoked delegations, and to what lists said of tokens that nobody has shown."""

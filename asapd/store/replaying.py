@@ -344,8 +344,15 @@ class ReplayedLedger:
             return
         self._give_back(account.path, told["refunded_microusd"], told.get("given_microusd"))
         self._count(account.path, usage.task_id, used=-1)
-        if found is not None:
+        if found is not None and "held_microusd" in told:  # it was open: its hold has back what it paid
+            self._spend(account.path, 0, -told["held_microusd"], -told["held_tasks"])
+            found.used_microusd -= told["refunded_microusd"]
+            found.held_microusd += told["held_microusd"]
+            found.tasks_extra += told["held_tasks"]
+            found.held_tokens += told["held_tokens"]
+        elif found is not None:
             found.refunded_microusd += told["refunded_microusd"]
+        if found is not None:
             self._put(found)
 
     def _correct(self, told: dict[str, Any], timestamp_us: int) -> None:
@@ -356,7 +363,9 @@ class ReplayedLedger:
             return
         released = 0
         if found is not None:
-            if found.state == "open" and timestamp_us < found.expires_us and more > 0:
+            if "held_microusd" in told:
+                released = -told["held_microusd"]
+            elif found.state == "open" and timestamp_us < found.expires_us and more > 0:
                 released = min(more, found.held_microusd)
             found.used_microusd = min(found.used_microusd + more, MOST)
             found.held_microusd -= released

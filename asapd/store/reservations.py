@@ -12,7 +12,7 @@ import msgspec
 from asapd.core import ledger as rules
 from asapd.core.budgets import Limits, narrowed
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.ledger import Account, Hold, Remaining, Settlement, lapses_us
+from asapd.core.ledger import Account, Estimate, Hold, Remaining, Settlement, lapses_us
 from asapd.core.money import to_usd
 from asapd.core.types import format_us
 from asapd.store import refunds
@@ -51,6 +51,13 @@ class Reservation(msgspec.Struct):
     held_tokens: int
     owner: str
     """The tenant that its delegation was registered for; `tenant` is that of whoever made it."""
+    tokens: int | None
+    tasks: int
+
+    @property
+    def estimate(self) -> Estimate:
+        """What it was made for."""
+        return Estimate(self.cost_microusd, self.tasks, self.tokens)
 
     @property
     def hold(self) -> Hold:
@@ -67,7 +74,8 @@ def load(tx: Tx, reservation: str) -> Reservation | None:
     row = tx.row(
         "SELECT id, account, tenant, task_id, state, reason, cost_microusd, held_microusd, tasks_extra, "
         "used_microusd, refunded_microusd, expires_us, held_tokens, "
-        "(SELECT tenant FROM delegation d WHERE d.account = reservation.account) FROM reservation WHERE id = ?",
+        "(SELECT tenant FROM delegation d WHERE d.account = reservation.account), tokens, tasks "
+        "FROM reservation WHERE id = ?",
         (reservation,),
     )
     return None if row is None else Reservation(*row)
@@ -90,7 +98,7 @@ def _load_known(tx: Tx, reservation: str) -> Reservation:
 
 
 def spend(tx: Tx, found: Reservation, path: list[Account], settlement: Settlement) -> None:
-    """Debit a whole path with what a reservation pays, out of what it holds as far as that reaches."""
+    """Debit a whole path with what a reservation pays, out of what it holds; or credit it with what is taken back."""
     for on_path in path:
         debit(
             tx,

@@ -121,7 +121,8 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
         ids += [branch.id for branch in branches]
         _revoke(tx, branches, cause, act)
     _put(tx, merged, unit.now_us)
-    _record_unseen(tx, [entry for entry in fresh if (entry.issuer, entry.jti) not in roots], act)
+    _audit_unseen(tx, [entry for entry in merged if (entry.issuer, entry.jti) not in registered], act)
+    _tell_unseen(tx, [entry for entry in fresh if (entry.issuer, entry.jti) not in registered], act)
     details = {
         "added": len(fresh),
         "digest": unit.digest.hex(),
@@ -182,8 +183,11 @@ def _revoke(tx: Tx, branches: Sequence[_Branch], cause: str, act: _Act) -> None:
     delegation_news.add_revoked(tx, params, told, act.now_us, next((one for one in told if one.id == cause), None))
 
 
-def _record_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
-    """Tell of tokens that are revoked before anybody showed them here."""
+def _audit_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
+    """Say of tokens that nobody showed here since when they are revoked, and until when that is remembered.
+
+    One that a list said other times of before is said again, with those that hold now.
+    """
     for entry in entries:
         details = {
             "cause": entry.jti,
@@ -196,6 +200,10 @@ def _record_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
             "source": act.source,
         }
         tx.audit("delegation.revoked", act.actor, entry.jti, details, act.now_us)
+
+
+def _tell_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
+    """Tell of tokens that are revoked before anybody showed them here."""
     delegation_news.add_revoked(
         tx,
         {"cause": None, "reason": act.reason, "revoked_at": format_us(act.now_us), "source": act.source},

@@ -72,7 +72,7 @@ class Instead:
             )
 
         alike = [debit for debit in self._debits if is_alike(debit.event)]
-        microusd: int = voids.at_current_cost(tx, was)["cost_microusd"] or 0
+        microusd = voids.spent_by(tx, voids.at_current_cost(tx, was))
         tokens: int = was["tokens_in"] + was["tokens_out"]
         if not alike or sum(one.microusd for one in alike) < microusd or sum(one.tokens for one in alike) < tokens:
             return False

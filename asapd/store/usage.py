@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import msgspec
 
+from asapd.core.ledger import Account
 from asapd.core.types import Outcome
 from asapd.core.usage import (
     FLAG_UNAUTHORISED,
@@ -249,11 +250,13 @@ class _Pass:
         for seq, reported, cost, event_id, content in fresh:
             event = reported if attribution is None else unauthorised.attribute(reported, attribution)
             flags = 0
+            under: Account | None = None
+            code: str | None = None
             estimated: int | msgspec.UnsetType | None = msgspec.UNSET
             if book is not None or event.reservation is not None or event.delegation is not None:
                 if event.reservation is not None and cost.microusd is None:
                     estimated = None  # only such an event can have one
-                flags, estimate = charging.charge(tx, book, unit, event, cost.microusd)
+                flags, estimate, under, code = charging.charge(tx, book, unit, event, cost.microusd)
                 if estimate is not None:
                     estimated = estimate
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))
@@ -261,8 +264,9 @@ class _Pass:
                 flags |= FLAG_UNTIMED
             if attribution is not None and attribution.code is not None:
                 flags |= FLAG_UNAUTHORISED
-            if flags & FLAG_UNAUTHORISED:
-                refused.append(unauthorised.Work(seq, event_id, event))
+                code = attribution.code
+            if code is not None:
+                refused.append(unauthorised.Work(seq, event_id, event, under, code))
             rows.append(
                 (
                     seq,

@@ -8,10 +8,13 @@ import apsw
 
 from asapd.core.budgets import Work
 from asapd.core.errors import Refusal
+from asapd.core.ledger import Account, Settlement
+from asapd.core.ledger import take_back as taken_back
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
 from asapd.store import budgets, identity, ledger, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
+from asapd.store.reservations import load, spend
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import Voided, VoidUsage
@@ -100,8 +103,8 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
         name_of(tx, was[column]) for column in ("tenant", "agent", "consumer", "project")
     )
     void_id, seq = tx.new_id("use", unit.now_us), tx.next_seq("usage")
-    returned = _give_back(tx, was, agent, is_withheld=kind == WITHHELD)
     book = budgets.open_book(tx, unit.actor, unit.now_us)
+    returned = _give_back(tx, book, was, agent, unit.now_us, is_withheld=kind == WITHHELD)
     if book is not None:
         tokens = was["tokens_in"] + was["tokens_out"]
         work = Work(agent, consumer, project, tuple(returned.path))
@@ -115,6 +118,7 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
             task_id=was["task_id"],
             seq=unit.seq,
             but_hard=kind == WITHHELD,
+            settlement=returned.settlement,
         )
     now = {
         **was,
@@ -159,6 +163,10 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
     }
     if kind == WITHHELD:
         details["withheld"] = True
+    if returned.settlement is not None:
+        details["held_microusd"] = -returned.settlement.release_microusd
+        details["held_tasks"] = -returned.settlement.release_tasks
+        details["held_tokens"] = -returned.settlement.release_tokens
     tx.audit("usage.voided", unit.actor, void_id, details, unit.now_us)
     return Voided(void_id, seq, was["id"], returned.microusd)
 
@@ -174,6 +182,14 @@ def at_current_cost(tx: Tx, was: dict[str, Any]) -> dict[str, Any]:
         return was
     corrected = {"cost_microusd": (was["cost_microusd"] or 0) + row[1]}
     return {**was, **corrected, "priced_microusd": (was["priced_microusd"] or 0) + row[2]}
+
+
+def spent_by(tx: Tx, was: dict[str, Any]) -> int:
+    """What a row at its current cost spent: that, or where nobody knows it, the estimate that it was settled at."""
+    if was["cost_microusd"] is not None:
+        return int(was["cost_microusd"])
+    row = tx.row("SELECT microusd FROM usage_estimate WHERE seq = ?", (was["seq"],))
+    return 0 if row is None or row[0] is None else int(row[0])
 
 
 def name_of(tx: Tx, number: int) -> str:
@@ -209,43 +225,71 @@ def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
 
 
 class Returned(NamedTuple):
-    """What an event gave back: to its delegation, to the budgets its reservation is held on, to each of its path."""
+    """What an event gave back: to its delegation, to the budgets its reservation is held on, to each of its path.
+
+    `settlement` is what an open reservation holds again of it.
+    """
 
     microusd: int
     budgets_microusd: int
     path: dict[str, int]
+    settlement: Settlement | None = None
 
 
-def _give_back(tx: Tx, was: dict[str, Any], agent: str, *, is_withheld: bool) -> Returned:
-    """Give what the event spent back to every account of its path.
+def _give_back(
+    tx: Tx, book: budgets.Book | None, was: dict[str, Any], agent: str, now_us: int, *, is_withheld: bool
+) -> Returned:
+    """Give what the event spent back to every account of its path, and to the hold that paid it if that is still open.
 
-    What a reservation gave back before is not given back again. An event without a cost gives back none, whatever
-    estimate it was settled at: a refund of the reservation does that.
+    What a reservation gave back before is not given back again.
     """
     account = account_of(tx, was["seq"], agent)
-    amount: int = was["cost_microusd"] or 0
+    amount = spent_by(tx, was)
     if account is None:
         return Returned(0, 0, {}) if is_withheld else Returned(amount, amount, {})
     accounts = ledger.path_of(tx, account)
     if is_withheld:
         return Returned(0, 0, {on_path.id: 0 for on_path in accounts})
     shares = dict.fromkeys([*(on_path.account for on_path in accounts), refunds.BUDGETS], amount)
+    uncounted = _uncount_task(tx, was, accounts)
     reservation = paying_for(tx, was["seq"])
+    rest, settlement = shares, None
     if reservation is not None:
-        shares = refunds.give_back(tx, reservation, amount, list(shares), list(shares))
-    still_used = _accounts_that_used(tx, was, accounts[-1].account)
-    for on_path in accounts:
-        number, uncounted = on_path.account, 0
-        if number not in still_used:
-            tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (number, was["task_id"]))
-            tx.execute(
-                "DELETE FROM account_task WHERE account = ? AND task_id = ? AND used = 0 AND holds = 0",
-                (number, was["task_id"]),
+        found = load(tx, reservation)
+        assert found is not None, "it pays for the event"
+        if found.is_open(now_us):
+            owed = refunds.owed(tx, reservation, list(shares))
+            settlement = taken_back(
+                found.hold,
+                found.estimate,
+                max(0, min(amount, *owed.values())),
+                another_task=len(uncounted) == len(accounts)
+                and (book is None or book.frees_task(reservation, was["task_id"], was["seq"])),
+                tokens=was["tokens_in"] + was["tokens_out"],
             )
-            uncounted = tx.connection.changes()
-        ledger.debit(tx, on_path, spent=-shares[number], tasks=-uncounted)
+            spend(tx, found, accounts, settlement)
+        back = 0 if settlement is None else -settlement.spend_microusd
+        rest = refunds.give_back(tx, reservation, amount - back, list(shares), list(shares))
+        shares = {number: back + share for number, share in rest.items()}
+    for on_path in accounts:
+        ledger.debit(tx, on_path, spent=-rest[on_path.account], tasks=-(on_path.account in uncounted))
     given = {on_path.id: shares[on_path.account] for on_path in accounts}
-    return Returned(shares[account], shares[refunds.BUDGETS], given)
+    return Returned(shares[account], shares[refunds.BUDGETS], given, settlement)
+
+
+def _uncount_task(tx: Tx, was: dict[str, Any], accounts: list[Account]) -> set[int]:
+    """Count the task of an event as used on none of its accounts where nothing else used it; which count it no more."""
+    still_used = _accounts_that_used(tx, was, accounts[-1].account)
+    uncounted: set[int] = set()
+    for number in (on_path.account for on_path in accounts if on_path.account not in still_used):
+        tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (number, was["task_id"]))
+        tx.execute(
+            "DELETE FROM account_task WHERE account = ? AND task_id = ? AND used = 0 AND holds = 0",
+            (number, was["task_id"]),
+        )
+        if tx.connection.changes():
+            uncounted.add(number)
+    return uncounted
 
 
 _PAYING = f"""

@@ -25,15 +25,16 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL
 class TokenMalformed(ValueError):  # noqa: N818 -- named after the denial code it becomes
     """The text is not a delegation token, or not strict JSON; whoever made it has to correct what the message names.
 
-    `too_deep` tells a token that only nests more parents than allowed from every other fault. `parent` says in which
-    token of the chain the fault is: 0 in the one presented, 1 in its parent, and so on.
+    `too_deep` tells a token that only nests more parents than allowed from every other fault; `token` is its id then.
+    `parent` says in which token of the chain the fault is: 0 in the one presented, 1 in its parent, and so on.
     """
 
-    def __init__(self, reason: str, *, too_deep: bool = False, parent: int = 0) -> None:
+    def __init__(self, reason: str, *, too_deep: bool = False, parent: int = 0, token: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.too_deep = too_deep
         self.parent = parent
+        self.token = token
 
 
 def parse_strict_json(raw: bytes, *, max_nesting: int = MAX_NESTING) -> Any:

@@ -82,7 +82,8 @@ def decode(
     token: SignedToken | None = None
     while rest is not None:
         if len(levels) == max_depth:
-            raise TokenMalformed(f"has more than {max_depth} tokens in its chain", too_deep=True, parent=len(levels))
+            reason = f"has more than {max_depth} tokens in its chain"
+            raise TokenMalformed(reason, too_deep=True, parent=len(levels), token=levels[0].claims.id)
         if levels and known is not None and (token := known(rest)) is not None:
             break
         try:

@@ -27,6 +27,7 @@ from asapd.core.ledger import (
     reserved_after,
     settle,
     spent_after,
+    take_back,
 )
 
 NOW_US = 1_795_169_203_000_000
@@ -202,6 +203,37 @@ def test_settling_loses_and_invents_nothing(held: int, costs: list[int | None]) 
         paid, excess = paid + step.release_microusd, excess + step.excess_microusd
     assert held == paid + release(hold).cost_microusd
     assert hold.used_microusd == spent == paid + excess
+
+
+@given(amounts, st.integers(0, 3), amounts, st.lists(st.tuples(amounts, amounts, st.booleans()), max_size=6), st.data())
+def test_what_is_taken_back_is_held_again_as_if_it_had_never_been_used(
+    cost: int, extra: int, tokens: int, used: list[tuple[int, int, bool]], data: st.DataObject
+) -> None:
+    estimate = Estimate(cost, 1 + extra, tokens)
+    hold = open_hold(estimate)
+    for microusd, count, another in used:
+        hold = settle(hold, microusd, another_task=another, tokens=count).hold_after
+    gone = data.draw(st.sets(st.integers(0, len(used) - 1))) if used else set()
+    for microusd, count, another in (used[at] for at in gone):
+        before = hold
+        step = take_back(hold, estimate, microusd, another_task=another, tokens=count)
+        hold = step.hold_after
+        assert (step.spend_microusd, step.spend_tokens) == (-microusd, -count)
+        assert (step.unpriced, step.excess_microusd) == (False, 0)
+        assert hold.cost_microusd - before.cost_microusd == -step.release_microusd <= microusd
+        assert hold.tokens - before.tokens == -step.release_tokens <= count
+        assert hold.tasks_extra - before.tasks_extra == -step.release_tasks <= another
+        assert hold.tokens <= tokens
+        assert hold.tasks_extra <= extra
+    kept = sum(microusd for at, (microusd, _, _) in enumerate(used) if at not in gone)
+    assert (hold.used_microusd, hold.cost_microusd) == (kept, max(0, cost - kept))
+    if len(gone) == len(used):
+        assert hold == open_hold(estimate)
+
+
+def test_what_was_made_for_nothing_holds_nothing_again() -> None:
+    hold = settle(open_hold(Estimate()), 4, tokens=3).hold_after
+    assert take_back(hold, Estimate(), 4, tokens=3).hold_after == Hold(0, 0)
 
 
 accounts = st.builds(

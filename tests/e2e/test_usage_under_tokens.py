@@ -158,6 +158,31 @@ async def test_what_is_named_in_the_event_and_not_allowed_is_told_too(daemon: Da
         assert not {"unauthorised", "delegation", "denied"} & set(plain)
 
 
+async def test_a_reservation_does_not_make_good_what_the_token_of_a_report_forbids(
+    daemon: Daemon, door: httpx2.AsyncClient
+) -> None:
+    pays, reads = ROOT.grant(WORKER, usd=10), ROOT.grant(WORKER, usd=10, scopes=("data.read",))
+    async with daemon.client() as client, door:
+        asked = {"token": pays, "task_id": "t", "estimate": {"cost_usd": 5}}
+        reservation = (await client.post("/delegations/authorize", json=asked)).json()["reservation"]["id"]
+        cases = [
+            (event(reservation=reservation), {HEADER: reads}, "action_not_allowed", jti_of(reads)),
+            (event(reservation=reservation, action="data.read"), {}, "action_not_allowed", jti_of(pays)),
+            (event(reservation=reservation, delegation="del_unknown"), {}, "delegation_not_found", "del_unknown"),
+        ]
+        for sent, headers, code, delegation in cases:
+            answer = await door.post("/usage", json=sent, headers=headers)
+            assert (answer.status_code, answer.json()["unauthorised"]) == (201, 1), answer.text
+            assert (await row_of(client, sent))["flags"] == ["unauthorised"]
+            entries = await client.get("/audit/logs", params={"event_type": "usage.unauthorised", "order": "desc"})
+            details = entries.json()["data"][0]["details"]
+            assert (details["events"], details["codes"], details["delegations"]) == ([sent["id"]], [code], [delegation])
+        allowed = event(reservation=reservation)
+        assert "unauthorised" not in (await door.post("/usage", json=allowed)).json()
+        held = exact(await client.get(f"/reservations/{reservation}"))
+        assert (float(held["used_usd"]), float(held["held_usd"])) == (1.0, 4.0)
+
+
 async def test_an_event_that_names_another_delegation_is_refused_by_name(
     daemon: Daemon, door: httpx2.AsyncClient
 ) -> None:

@@ -343,7 +343,7 @@ def test_a_void_takes_back_what_its_event_was_debited(desk: Desk) -> None:
     reservation = desk.reserved(task="held")
     desk.use(USD, tokens_in=5, task_id="held", reservation=reservation)
     desk.void()
-    assert desk.counters() == (1, 5, 1, 0, 5, 1)
+    assert desk.counters() == (1, 5, 1, 1, 10, 1)
     desk.settle(reservation, 0)
     assert desk.counters() == (1, 5, 2, 0, 0, 0)
     desk.submit(VoidUsage(1, "uncounted", "key:x", NOON_US))
@@ -658,6 +658,7 @@ class Held:
     def __init__(self, number: str, node: int, task: str, work: Work, ends_us: int, cost: int, tokens: int, extra: int):
         self.id, self.node, self.task, self.work, self.ends_us = number, node, task, work, ends_us
         self.cost, self.tokens, self.extra = cost, tokens, extra
+        self.estimated = cost, tokens, extra
         self.state = "open"
         self.used = self.refunded = 0
         self.on: dict[Counted, int] = {}
@@ -1008,12 +1009,30 @@ class BudgetMachine(RuleBasedStateMachine):
         fact = events[at % len(events)]
         back = fact.cost
         if fact.held is not None:
-            back = min(back, fact.held.used - fact.held.refunded)
-            fact.held.refunded += back
+            back = min(fact.spent, fact.held.used - fact.held.refunded)
+            if self.is_open(fact.held):
+                self.hold_again(fact, back)
+            else:
+                fact.held.refunded += back
         assert self.desk.submit(VoidUsage(fact.seq, "wrong", "key:x", self.desk.now_us)).refunded_microusd == back
-        # What is left of it is what the reservation paid for an event of unknown cost, or had given back before.
+        # What is left of it is what the reservation had given back before.
         fact.at_us, fact.seq, fact.task = None, None, None
         fact.cost, fact.tokens, fact.spent = 0, 0, fact.spent - back
+
+    def hold_again(self, voided: Fact, back: int) -> None:
+        """An open reservation has back what it was made for, as far as nothing else used it."""
+        hold = voided.held
+        assert hold is not None
+        cost, tokens, extra = hold.estimated
+        hold.used -= back
+        hold.cost = max(hold.cost, cost - hold.used)
+        hold.tokens = max(hold.tokens, min(hold.tokens + voided.tokens, tokens))
+        task, voided.task = voided.task, None
+        assert task is not None
+        is_known = any(self.knows(node, task) for node in range(hold.node + 1)) or any(
+            task in self.tasks_of(one, start_us) for one, start_us in hold.on.items() if one.budget.counts_tasks
+        )
+        hold.extra += not is_known and hold.extra < extra
 
     @rule(hours=st.sampled_from((0, 3)))
     def restart(self, hours: int) -> None:

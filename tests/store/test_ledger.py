@@ -18,6 +18,7 @@ from asapd.store.task_spend import spend_by_task
 from asapd.store.units.delegations import Registered, Reserved, Revoked
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.usage import CorrectCosts
+from asapd.store.visibility import Visibility
 from tests.store.ledger_desk import (
     CHILD,
     GRANDCHILD,
@@ -294,6 +295,45 @@ def test_refund_gives_back_no_more_than_was_spent(ledger: Ledger) -> None:
     assert ledger.counters("root")[0] == 0
 
 
+def test_a_void_makes_no_room_for_others_in_what_an_open_reservation_was_authorised_for(ledger: Ledger) -> None:
+    root = link("root", max_cost_microusd=2 * USD, max_tasks=2)
+    reservation = ledger.reserved(root, cost=2 * USD, tasks=2)
+    ledger.use(2 * USD, agent=root.claims.delegate, reservation=reservation, task_id="other")
+    assert ledger.void(ledger.newest()).refunded_microusd == 2 * USD
+    assert ledger.counters("root") == (0, 2 * USD, 1, 1)
+    assert reason(ledger.reserve(root, task="mine")) is Reason.TASK_LIMIT
+    assert reason(ledger.reserve(root)) is Reason.BUDGET_EXHAUSTED
+    assert ledger.use(2 * USD, agent=root.claims.delegate, reservation=reservation, task_id="other") == set()
+    closed = ledger.settle(reservation)
+    assert (closed.used_microusd, closed.refunded_microusd, closed.overrun_microusd) == (2 * USD, 0, 0)
+    ledger.void(ledger.newest())
+    assert ledger.counters("root") == (0, 0, 1, 0)
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+
+
+def test_a_void_gives_back_the_estimate_that_usage_of_unknown_cost_was_settled_at(ledger: Ledger) -> None:
+    reservation = ledger.reserved(ROOT, cost=5)
+    assert ledger.use(None, reservation=reservation) == {"unpriced"}
+    assert ledger.counters("root")[:2] == (5, 0)
+    assert ledger.void(ledger.newest()).refunded_microusd == 5
+    assert ledger.counters("root")[:2] == (0, 5)
+    assert ledger.use(None, reservation=reservation) == {"unpriced"}
+    ledger.settle(reservation)
+    assert ledger.void(ledger.newest()).refunded_microusd == 5
+    assert ledger.counters("root")[:2] == (0, 0)
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+
+
+def test_a_void_holds_again_no_more_than_every_account_gets_back(ledger: Ledger) -> None:
+    reservation = ledger.reserved(ROOT, CHILD, cost=5 * USD)
+    ledger.use(4 * USD, agent=CHILD.claims.delegate, reservation=reservation)
+    assert ledger.refund(reservation, 3 * USD, Visibility(None, (CHILD.claims.delegator,))).refunded_to == ["child"]
+    assert ledger.void(ledger.newest()).refunded_microusd == USD
+    assert ledger.counters("child")[:2] == (0, 2 * USD)
+    assert ledger.counters("root")[:2] == (0, 2 * USD)
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+
+
 def test_verbs_on_an_unknown_reservation_are_not_found(ledger: Ledger) -> None:
     for result in (ledger.settle("r"), ledger.release("r"), ledger.extend("r", 1), ledger.refund("r", 1)):
         assert code(result) == "reservation_not_found"
@@ -454,6 +494,20 @@ def test_a_reservation_of_another_agent_does_not_keep_usage_from_the_delegation_
     assert verifying.report(ledger.connection, verifying.Request()).is_valid
     assert ledger.use(1, agent=C, delegation="root", reservation=reservation) == {"unauthorised"}
     assert ledger.counters("root") == (0, USD, 1, 0)
+
+
+def test_usage_that_a_reservation_pays_has_to_be_allowed_by_the_delegation_that_it_names_too(ledger: Ledger) -> None:
+    ledger.register(ROOT, CHILD)
+    ledger.register(link("reads", scopes=("data.read",)))
+    ledger.register(link("also", max_cost_microusd=USD))
+    root, child = ledger.reserved(ROOT, cost=9), ledger.reserved(ROOT, CHILD, cost=9)
+    for named, flags in (("also", set()), ("root", set()), ("child", {"unauthorised"}), ("reads", {"unauthorised"})):
+        assert ledger.use(1, delegation=named, reservation=root) == flags, named
+    assert ledger.use(1, agent=C, delegation="root", reservation=child) == set(), "it is above"
+    ledger.revoke("also")
+    assert ledger.use(1, delegation="also", reservation=root) == {"unauthorised"}
+    assert ledger.counters("also") == (0, 0, 0, 0)
+    assert ledger.counters("root")[:2] == (6, 12)
 
 
 def test_one_tenant_cannot_spend_what_belongs_to_another(ledger: Ledger) -> None:

@@ -53,6 +53,7 @@ class Held:
             extra,
             expires_us,
         )
+        self.estimate, self.tasks_extra = held, extra
         self.state = "open"
         self.reason: str | None = None
         self.used = 0
@@ -320,7 +321,7 @@ class LedgerMachine(RuleBasedStateMachine):
             delegation=None if hold is not None else node.claims.id,
             reservation=None if hold is None else hold.id,
         )
-        self.events.append(Event(self.ledger.newest(), node, hold, cost or 0, task))
+        self.events.append(Event(self.ledger.newest(), node, hold, spent, task))
         assert named == {name for bit, name in FLAG_NAMES.items() if flags & bit}
 
     @precondition(lambda self: self.events)
@@ -328,13 +329,24 @@ class LedgerMachine(RuleBasedStateMachine):
     def void(self, at: int) -> None:
         event = self.events.pop(at % len(self.events))
         amount, hold = event.cost, event.hold
-        if hold is not None:
+        self.tasks.remove((event.node, event.task))
+        if hold is None:
+            self.spends.append((event.node, -amount, 0))
+        elif self.is_open(hold):
+            paid = min(amount, hold.used - hold.refunded)
+            hold.give_back(amount, event.node.path)
+            # Of what all of them get back, the hold has as much as it was made for and others did not use.
+            hold.given = {node: given - paid for node, given in hold.given.items()}
+            self.spends.append((event.node, -paid, 0))
+            hold.used -= paid
+            hold.held = max(hold.held, hold.estimate - hold.used)
+            if hold.extra < hold.tasks_extra and all(event.task not in self.known(node) for node in hold.node.path):
+                hold.extra += 1
+            amount = paid
+        else:
             refunded = hold.refunded
             hold.give_back(amount, event.node.path)
             amount = hold.refunded - refunded
-        else:
-            self.spends.append((event.node, -amount, 0))
-        self.tasks.remove((event.node, event.task))
         result = self.ledger.void(event.seq)
         assert isinstance(result, Voided)
         assert result.refunded_microusd == amount
@@ -397,6 +409,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def nothing_is_given_back_twice(self) -> None:
         for node in self.nodes:
             assert self.spent(node) >= 0
+
+    @invariant()
+    def what_was_authorised_stays_so_until_it_is_used_or_released(self) -> None:
+        for hold in self.holds:
+            if hold.open:
+                assert hold.held + hold.used >= hold.estimate
 
     @invariant()
     def no_limit_is_exceeded_by_what_was_authorised(self) -> None:

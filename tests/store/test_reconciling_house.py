@@ -261,6 +261,19 @@ def test_lists_may_say_other_times_and_tokens_that_nobody_showed(house: Ledger) 
         assert any(finding.startswith("revocation") for finding in altered(house.connection, statement)), statement
 
 
+def test_a_token_that_nobody_showed_is_held_to_the_times_that_lists_came_to(house: Ledger) -> None:
+    lists = ((NOW_US, HOUR_US), (NOW_US + 1, 3 * HOUR_US), (NOW_US - 5, HOUR_US), (NOW_US, 2 * HOUR_US))
+    for revoked_us, lifetime_us in lists:
+        said = Revocation(A, "unseen", revoked_us, NOW_US + lifetime_us)
+        house.submit(ImportRevocations([said], "them", "k", 1, b"d", 0, "key:k1", NOW_US + 5))
+    assert findings(house.connection) == []
+    for change in (f"expires_us = {NOW_US + 3 * HOUR_US - 1}", f"revoked_us = {NOW_US - 4}"):
+        (found,) = altered(house.connection, f"UPDATE revocation SET {change} WHERE jti = 'unseen'")
+        assert "its times are not what entry" in found
+    (found,) = altered(house.connection, "DELETE FROM revocation WHERE jti = 'unseen'")
+    assert "is not there" in found
+
+
 def test_rows_that_cannot_be_read_are_named(house: Ledger) -> None:
     broken = "CAST(x'ff' AS TEXT)"
     for table, column in (("api_key", "name"), ("agent", "url"), ("promise", "source"), ("maintenance", "reason")):

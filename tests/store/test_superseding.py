@@ -138,6 +138,19 @@ def test_what_is_withheld_goes_on_to_use_its_task(ledger: Ledger) -> None:
     assert debited(ledger) == (10, 1)
 
 
+@pytest.mark.parametrize(("cost", "spent"), [(1, 6), (5, 5)])
+def test_a_span_of_unknown_cost_is_made_good_by_the_estimate_that_it_was_settled_at(
+    ledger: Ledger, cost: int, spent: int
+) -> None:
+    span = replace(SPENT, delegation=None, reservation=ledger.reserved(ROOT, cost=5 * USD))
+    usage = RecordUsage("default", "key:b", ledger.now_us, [span], [Cost(None)], partial=True, is_bound=False)
+    ledger.submit(RecordTelemetry(usage, 0, 0, by=OF_B, spans=[SpanFact(PARENT, True)]))
+    assert debited(ledger) == (5, 1)
+    call_below(ledger, replace(span, id="b", tokens_in=cost, tokens_out=10))
+    assert counted(ledger) == cost
+    assert debited(ledger) == (spent, 1)
+
+
 def test_a_reservation_keeps_what_is_withheld(ledger: Ledger) -> None:
     held = ledger.reserved(ROOT, task="t")
     spent = replace(SPENT, delegation=None, reservation=held)

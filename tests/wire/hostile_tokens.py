@@ -530,10 +530,10 @@ def _refused() -> list[Case]:
         Case("given back to the root", jws(B, A, prf=PARENT), "cycle", position=0),
         Case("given back to the root by way of others", jws(C, A, prf=CHILD), "cycle", position=0),
         Case("given round under new ids", jws(A, B, jti="x", prf=jws(B, A, prf=PARENT)), "cycle", position=1),
-        Case("nine deep", tower(9), "chain_too_deep"),
-        Case("fourteen deep", tower(14), "chain_too_deep"),
-        Case("documents nine deep", doc_tower(9), "chain_too_deep"),
-        Case("documents forty deep", doc_tower(40), "chain_too_deep"),
+        Case("nine deep", tower(9), "chain_too_deep", position=0),
+        Case("fourteen deep", tower(14), "chain_too_deep", position=0),
+        Case("documents nine deep", doc_tower(9), "chain_too_deep", position=0),
+        Case("documents forty deep", doc_tower(40), "chain_too_deep", position=0),
     ]
 
 
