@@ -15,7 +15,7 @@ from asapd.core.exclusions import observe, said, said_until
 from asapd.core.intervals import Interval, cut, holds, joined
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, Promise, measure
-from asapd.core.types import HOUR_US
+from asapd.core.types import HOUR_US, MAX_INT
 from asapd.core.uptime import Segment, UptimeTimeline
 from asapd.core.windows import TaskWindow, step_us, window_bounds
 from asapd.store.agents import DirectoryAgent, ProbeFact
@@ -259,8 +259,9 @@ class AgentBook:
 
 
 def others_time(agent: DirectoryAgent) -> list[Interval]:
-    """When an agent was with another tenant: what it did then is nobody's to see or be held to now."""
-    return [(0, agent.held_since_us)] if agent.held_since_us else []
+    """When an agent was with another tenant: what it did then is not for this one to see, nor held against it."""
+    before = [(0, agent.held_since_us)] if agent.held_since_us else []
+    return before if agent.held_until_us is None else [*before, (agent.held_until_us, MAX_INT)]
 
 
 def disregarded(agent: DirectoryAgent, excluded: Sequence[Interval]) -> list[Interval]:

@@ -12,6 +12,7 @@ import trio
 from asapd import config
 from asapd.actors.probe_answers import disbelief
 from asapd.core.agent_keys import AgentKey, signers
+from asapd.core.flapping import MEMORY
 from asapd.core.health import AgentState, ProbeResult, State, Transition, step
 from asapd.core.types import SECOND_US
 from asapd.core.uptime import hold_us
@@ -79,6 +80,7 @@ class AgentWatch:
             result,
             healthy_after=prober.healthy_after,
             unhealthy_after=prober.unhealthy_after,
+            unhealthy_within=prober.unhealthy_within or 0,
             flapping_after=prober.flapping_after,
             settled_after=prober.settled_after,
         )
@@ -148,6 +150,7 @@ def watch_of(row: DirectoryAgent) -> AgentWatch:
         fail_streak=row.fail_streak,
         last_probe_us=None if probe is None else probe.ts_us,
         flaps=row.flaps,
+        failed=(1 << min(row.fail_streak, MEMORY)) - 1,
     )
     holds_until_us = 0 if probe is None else probe.ts_us + probe.hold_us
     return AgentWatch(

@@ -502,7 +502,8 @@ _Outcome = AgentsChanged | Refusal
 def _is_touched(watch: AgentWatch, wanted: AgentRecord | None) -> bool:
     if wanted is None:
         return watch.origin == "config"
-    return (watch.url, watch.public_key, watch.health) != (wanted.url, wanted.public_key, wanted.health)
+    mine = (watch.tenant, watch.url, watch.public_key, watch.health)
+    return mine != (wanted.tenant, wanted.url, wanted.public_key, wanted.health)
 
 
 def _join(url: str, path: str) -> str:

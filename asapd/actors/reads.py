@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -26,6 +26,7 @@ from asapd.store import (
     breaches,
     budget_queries,
     credit_terms,
+    former,
     horizon,
     identity,
     keys,
@@ -403,6 +404,18 @@ class Reads:
         """The directory."""
         return await self._database.read(agents.directory, visibility(caller), agent)
 
+    async def agents_held(self, caller: Caller, agent: str | None) -> list[DirectoryAgent]:
+        """The directory, or an agent of it; one that is not there any more as the caller's tenant had it last."""
+
+        def query(connection: Any) -> list[DirectoryAgent]:
+            found = agents.directory(connection, visibility(caller), agent)
+            if found or agent is None:
+                return found
+            left = former.last_held(connection, visibility(caller), agent)
+            return [] if left is None else [left]
+
+        return await self._database.read(query)
+
     async def agent_keys(self, agent: str) -> list[AgentKey]:
         """The public keys of an agent from every source, replaced and claimed ones too, the oldest first."""
         return await self._database.read(agent_keys.keys_of, agent)
@@ -467,6 +480,29 @@ class Reads:
 
         return await self._database.read(query)
 
+    async def breach_groups(
+        self, caller: Caller, by: Sequence[str], filters: dict[str, Any], *, limit: int, offset: int
+    ) -> list[dict[str, Any]]:
+        """Breaches put together, as users see it: the groups with most that are open first."""
+
+        def query(connection: Any) -> list[dict[str, Any]]:
+            found = breaches.group_breaches(connection, visibility(caller), by, limit, offset, **filters)
+            return [
+                {
+                    **{breaches.GROUPS[name]: value for name, value in zip(by, group.values, strict=True)},
+                    "count": group.count,
+                    "open": group.open,
+                    "critical": group.critical,
+                    "unacknowledged": group.unacknowledged,
+                    "first_detected_at": format_us(group.first_us),
+                    "last_detected_at": format_us(group.last_us),
+                    "seq": group.seq,
+                }
+                for group in found
+            ]
+
+        return await self._database.read(query)
+
     async def breach(self, caller: Caller, breach: str) -> tuple[BreachRow, dict[str, Any]] | None:
         """One breach."""
 
@@ -503,7 +539,8 @@ class Reads:
     async def cost_of(self, agent: DirectoryAgent, start_us: int, end_us: int) -> tuple[int, int]:
         """What an agent's usage cost between two whole hours, in micro-USD, and how many events nobody knows it of."""
         return await self._database.read(
-            sla_queries.cost_between, agent.id, agent.tenant, start_us, end_us, agent.held_since_us
+            sla_queries.cost_between,
+            *(agent.id, agent.tenant, start_us, end_us, agent.held_since_us, agent.held_until_us),
         )
 
     async def maintenance(

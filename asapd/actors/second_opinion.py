@@ -21,6 +21,10 @@ ASKED = 3
 """Others that are asked at once, those that answered last first."""
 LEAST_OTHERS = 2
 """Fewer silent machines besides the agent's may as well be down themselves."""
+WAY_HOLDS_S = 60.0
+"""To look at this host's own way takes longer than a probe holds where intervals are short: what is down would be
+unknown for most of the time. So a way that is good after so long a silence, in which the kernel has given up what is
+away, is taken for good for as long again."""
 REMEMBERED = 10_000
 """Machines, some hundred bytes each: more than one host's agents are on."""
 
@@ -46,6 +50,8 @@ class SecondOpinion:
         self._reached_s: dict[str, float] = {}
         """When something last came back from a machine, the latest last."""
         self._down: set[str] = set()
+        self._way_look_s: dict[str, tuple[float, float]] = {}
+        """Of a machine that is silent, since when, and from when on this host's own way to it is looked at again."""
         self._asking = trio.Lock()
         self._silent_s: dict[Doubt, float] = {}
         """When the last comparison began that found that nobody answers."""
@@ -59,6 +65,7 @@ class SecondOpinion:
         self._reached_s.pop(host, None)
         self._reached_s[host] = trio.current_time()
         self._down.discard(host)
+        self._way_look_s.pop(host, None)
         if len(self._reached_s) > REMEMBERED:
             del self._reached_s[next(iter(self._reached_s))]
 
@@ -88,7 +95,7 @@ class SecondOpinion:
         known = {_host(other): other for other in others}
         wanted = [host for host in known if host != mine and host not in self._down and not self._is_near(host)]
         if len(wanted) < LEAST_OTHERS:
-            return await self._own_way(mine)
+            return await self._why_away(mine)
         asked = self._latest_first(wanted)[:ASKED]
         async with self._asking:
             if not self._was_silent("network", started_s) and not self._is_any_reached(mine, started_s):
@@ -101,6 +108,17 @@ class SecondOpinion:
         if self._is_any_reached(mine, started_s):
             return None
         return f"this host reaches no other machine either, {', '.join(asked)} among them"
+
+    async def _why_away(self, mine: str) -> str | None:
+        if mine not in self._way_look_s and len(self._way_look_s) >= REMEMBERED:
+            self._way_look_s.clear()
+        since_s, next_s = self._way_look_s.setdefault(mine, (trio.current_time(), 0.0))
+        if trio.current_time() < next_s:
+            return None
+        begun_s, blamed = trio.current_time(), await self._own_way(mine)
+        if blamed is None and begun_s - since_s >= WAY_HOLDS_S:
+            self._way_look_s[mine] = since_s, trio.current_time() + WAY_HOLDS_S
+        return blamed
 
     async def _reach(self, url: str) -> None:
         # What this host itself cannot do is no answer either.

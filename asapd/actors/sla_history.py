@@ -16,7 +16,7 @@ from asapd.core.exclusions import observe, said
 from asapd.core.intervals import Interval, holds, joined
 from asapd.core.quantiles import Histogram
 from asapd.core.sla import Metrics, measure
-from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
+from asapd.core.types import DAY_US, HOUR_US, MAX_INT, MINUTE_US
 from asapd.core.uptime import UptimeTimeline
 from asapd.store import maintenance, promises, sla_queries, watching
 from asapd.store.agents import DirectoryAgent
@@ -160,7 +160,8 @@ def read_uptime(connection: Any, agent: DirectoryAgent, sla: config.Sla, start_u
 def _unseen(connection: Any, agent: DirectoryAgent, record: _Record, start_us: int, end_us: int) -> Unseen:
     # A probe in an exclusion that ended before may still hold.
     start_us = max(0, start_us - DAY_US)
-    windows = maintenance.windows_between(connection, start_us, end_us)
+    held = agent.held_since_us, MAX_INT if agent.held_until_us is None else agent.held_until_us
+    windows = maintenance.windows_of(connection, agent.id, held, start_us, end_us)
     hours = {agent.id: promises.hours_of([one for one in record.kept if one.since_us < end_us])}
     return Unseen(start_us, end_us, watching.blind_intervals(connection, start_us, end_us), windows, hours)
 

@@ -166,6 +166,8 @@ class _Watch:
         """Agents with a transition that the store may or may not have taken."""
         self._complained: set[tuple[str, str]] = set()
         self._burn_seen_s: dict[str, float] = {}
+        self._burn_news: set[str] = set()
+        """Agents with news since their burn rates were last looked at."""
         self._opened_us: dict[tuple[str, str], deque[int]] = {}
         """When breaches of a term were last opened."""
         self._held: set[tuple[str, str]] = set()
@@ -245,8 +247,7 @@ class _Watch:
         return [
             agent
             for agent, book in books.items()
-            if now_us >= book.calm_until_us
-            or (book.will_spend and self._burn_pause_is_over(agent, now_s, _BURN_EVERY_S))
+            if now_us >= book.calm_until_us or (book.will_spend and self._burn_pause_is_over(agent, now_s))
         ]
 
     async def _judge(self, agent: str, *, is_news: bool) -> None:
@@ -255,14 +256,16 @@ class _Watch:
         if agent in self._unsure:
             await self._reconcile(agent)
         sla, book, now_us = self._books.sla, self._books.by_agent.get(agent), self._clock.now_us()
-        if book is not None and book.agent.state == "paused":
-            self._suspend(agent)
-            return
         found: dict[str, _Found] = {}
         terms: tuple[TermType, ...] = _TERMS
         metrics = None
         is_calm = not any((agent, term) in self._breaches for term in _TERMS)
-        if book is not None:
+        if book is not None and book.agent.state == "paused":
+            self._suspend(agent)
+            # Whom the agent is not with any more waits for nobody to resume it.
+            rows = {term: self._breaches.get((agent, term), _UNBROKEN).row for term in _TERMS}
+            terms = tuple(term for term in _TERMS if _is_anothers(rows[term], book))
+        elif book is not None:
             if book.stale:
                 return
             book.calm_until_us = 0
@@ -321,13 +324,17 @@ class _Watch:
         agent = book.agent.id
         if (agent, "burn_rate") not in self._breaches and not book.has_spent(burnrate.WINDOWS_US[-1]):
             return False
+        if is_news:
+            self._burn_news.add(agent)
         now_s = self._clock.monotonic_s()
-        if not self._burn_pause_is_over(agent, now_s, _BURN_PAUSE_S if is_news else _BURN_EVERY_S):
+        if not self._burn_pause_is_over(agent, now_s):
             return False
         self._burn_seen_s[agent] = now_s
+        self._burn_news.discard(agent)
         return True
 
-    def _burn_pause_is_over(self, agent: str, now_s: float, pause_s: float) -> bool:
+    def _burn_pause_is_over(self, agent: str, now_s: float) -> bool:
+        pause_s = _BURN_PAUSE_S if agent in self._burn_news else _BURN_EVERY_S
         return now_s - self._burn_seen_s.get(agent, -math.inf) >= pause_s
 
     def _burning(self, book: AgentBook) -> _Found | None:

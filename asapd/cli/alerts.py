@@ -76,24 +76,65 @@ def breaches() -> None:
 
 
 @breaches.command()
-@click.argument("breach", metavar="ID")
+@click.argument("breach", metavar="[ID]", required=False)
+@click.option("--agent", metavar="PATTERN", help="All of an agent, or of names that begin so with * at the end.")
+@click.option("--type", "breach_type", metavar="TYPE", help="All of a type, such as latency.")
+@click.option("--severity", type=click.Choice(("warning", "critical")), help="All of a severity.")
 @click.option("--comment", default="", help="What is being done.")
 @asks_daemon
-def ack(session: Session, breach: str, comment: str) -> None:
-    """Acknowledge an open breach.
+def ack(
+    session: Session,
+    breach: str | None,
+    agent: str | None,
+    breach_type: str | None,
+    severity: str | None,
+    comment: str,
+) -> None:
+    """Acknowledge an open breach, or all that fit what is given.
 
-    It is pushed to webhooks and commands no more until it ends.
+    They are pushed to webhooks and commands no more until they end.
 
     \b
-    Example:
+    Examples:
       asapctl breaches ack brc_01JD0Q6Y8T5W3N9V2X4Z7B1C6D --comment 'restarting it'
+      asapctl breaches ack --agent 'urn:asap:agent:batch-*' --type latency
     """
-    outcome = session.door.post(f"/breaches/{segment(breach)}/ack", {"comment": comment})
+    wanted = {"agent": agent, "type": breach_type, "severity": severity}
+    if (breach is None) == (wanted == dict.fromkeys(wanted)):
+        raise click.UsageError("name a breach, or say which with --agent, --type or --severity")
+    if breach is None:
+        outcome = session.door.post("/breaches/ack", {**wanted, "comment": comment})
+    else:
+        outcome = session.door.post(f"/breaches/{segment(breach)}/ack", {"comment": comment})
     if session.as_json:
         show_json(outcome)
+    elif breach is None:
+        for one in outcome["acknowledged"]:
+            click.echo(f"acknowledged: {one}")
+        click.echo(f"{outcome['count']} acknowledged")
     else:
         known = outcome["acknowledged"]
         click.echo(f"acknowledged: {breach} by {known['by']} at {known['at']}")
+
+
+@breaches.command()
+@click.option("--by", default="agent", show_default=True, help="Any of agent, type and severity, joined by commas.")
+@click.option("--state", type=click.Choice(("open", "resolved")), help="Only those; without it all.")
+@asks_daemon
+def groups(session: Session, by: str, state: str | None) -> None:
+    """Put breaches together, those with most open first.
+
+    \b
+    Example:
+      asapctl breaches groups --by type,severity --state open
+    """
+    rows = list(session.door.rows("/breaches/groups", group_by=by, state=state))
+    if session.as_json:
+        show_json({"data": rows, "count": len(rows), "next_cursor": None})
+        return
+    keys = [name for name in ("agent_id", "breach_type", "severity") if rows and name in rows[0]]
+    fields = (*keys, "open", "critical", "unacknowledged", "count", "first_detected_at", "last_detected_at")
+    show_table([field.replace("_", " ") for field in fields], [[row[field] for field in fields] for row in rows])
 
 
 @click.group()

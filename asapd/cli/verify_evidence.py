@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from asapd.core import budget_evidence
 from asapd.core.evidence import EvidenceError, arithmetic, differences
+from asapd.core.evidence_form import malformed
 from asapd.core.evidence_parts import on_trust
 from asapd.wire.hours import read_support_hours
 from asapd.wire.keys import key_id, load_public
@@ -49,7 +50,10 @@ def verify_evidence(raw: bytes, public_key: str | None) -> EvidenceVerdict:
             faults.append(f"{name}: is {given}, and the statement's public_key is that of {expected}")
     breach = statement.breach
     trusted: tuple[str, ...] = ()
-    if breach.get("agent_id") is None:
+    # What is not of its form is not computed with.
+    if misshapen := malformed(breach, statement.evidence):
+        faults += misshapen
+    elif breach.get("agent_id") is None:
         try:
             faults += budget_evidence.faults(breach, statement.evidence, ZoneInfo)
             trusted = tuple(budget_evidence.on_trust(statement.evidence))

@@ -25,6 +25,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield from _doors(config)
     yield from _ingest_allow(config)
     yield from _metering(config)
+    yield from _prober(config)
     yield from _sla(config)
     yield from _budgets(config)
     yield from _agents(config)
@@ -85,6 +86,17 @@ def _metering(config: Config) -> Iterator[Finding]:
             f"metering.late_max ({duration_text(late_us)}) is longer than retention.usage ({duration_text(kept_us)}): "
             f"an event that late could no longer be told from a repeat; lower late_max or raise usage",
             (("retention", "usage"),),
+        )
+
+
+def _prober(config: Config) -> Iterator[Finding]:
+    after, within = config.prober.unhealthy_after, config.prober.unhealthy_within
+    if within is not None and within < after:
+        yield Finding(
+            ("prober", "unhealthy_within"),
+            f"among {within} results there are never the {after} failures that prober.unhealthy_after asks for: "
+            f"set it to {after} or more",
+            (("prober", "unhealthy_after"),),
         )
 
 

@@ -169,7 +169,7 @@ class Metering(_Section):
 class Prober(_Section):
     """How agents are probed. `jitter_percent` spreads each interval by up to that share either way.
 
-    `flapping_after` 0: no agent is ever called flapping.
+    `flapping_after` 0: no agent is ever called flapping. `unhealthy_within` None: only failures in a row count.
     """
 
     interval_us: Tick = Field(default=30 * SECOND_US, alias="interval")
@@ -177,6 +177,7 @@ class Prober(_Section):
     jitter_percent: Percent = Field(default=Decimal(10), alias="jitter")
     healthy_after: int = Field(default=1, ge=1, le=1_000)
     unhealthy_after: int = Field(default=2, ge=1, le=1_000)
+    unhealthy_within: int | None = Field(default=None, ge=1, le=MEMORY)
     flapping_after: int = Field(default=6, ge=0, le=MEMORY)
     settled_after: int = Field(default=12, ge=1, le=MEMORY)
     manifest_interval_us: Tick = Field(default=5 * MINUTE_US, alias="manifest_interval")

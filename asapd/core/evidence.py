@@ -104,12 +104,29 @@ def _judged(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours: 
         ("budget", breach.get("budget"), None),
     ):
         found += differs(f"breach.{name}", said, computed)
+    if "form" in evidence:
+        found += _sources(evidence)
     if evidence["min_samples"] < 0:
         found.append(f"min_samples: is {evidence['min_samples']}, which is below 0")
     if verdict.met is not False:
         found.append("verdict: the promise is kept by what the evidence holds, so there is no breach")
     if verdict.samples < evidence["min_samples"]:
         found.append(f"verdict: {verdict.samples} samples are below the {evidence['min_samples']} that are needed")
+    return found
+
+
+def _sources(evidence: Mapping[str, Any]) -> list[str]:
+    """Whether there are as many rows as were counted, and a manifest where one promised."""
+    found: list[str] = []
+    tasks, rows = evidence["tasks_completed"] + evidence["tasks_failed"], evidence["usage_seq"]
+    rows += evidence["task_outcome_seq"]
+    if tasks > rows:
+        found.append(f"usage_seq: there are {rows} rows up to here, and {tasks} tasks were counted")
+    if evidence["probes"] > evidence["probe_seq"]:
+        counted = f"{evidence['probes']} probes were counted"
+        found.append(f"probe_seq: there are {evidence['probe_seq']} rows up to here, and {counted}")
+    if evidence["promise_source"] == "manifest" and evidence["manifest_digest"] is None:
+        found.append("manifest_digest: is of none, and a manifest is what promised")
     return found
 
 

@@ -163,7 +163,10 @@ def _latencies(evidence: Mapping[str, Any]) -> list[str]:
 
 def _exclusions(evidence: Mapping[str, Any], read_hours: ReadHours) -> list[str]:
     """Whether what was excluded follows from support hours and maintenance, and from nothing else."""
-    *past, (_, text) = evidence["support_hours"]
+    *past, (last_us, text) = evidence["support_hours"]
+    ends_us = [evidence["period_start_us"], *(until_us for until_us, _ in past)]
+    if last_us is not None or None in ends_us or ends_us != sorted(set(ends_us)):
+        return ["support_hours: do not follow each other within the period, or the last of them end"]
     earlier = tuple(Hours(until_us, *(read_hours(before) or (ALWAYS, UTC))) for until_us, before in past)
     upkeep: tuple[Interval, ...] = tuple((first_us, last_us) for first_us, last_us in evidence["maintenance"])
     exclusions = Exclusions(*(read_hours(text) or (ALWAYS, UTC)), upkeep, earlier)

@@ -46,7 +46,10 @@ class ProbeResult(Struct, frozen=True):
 
 
 class AgentState(Struct, frozen=True):
-    """Where an agent stands. Streaks count consecutive results of a kind, in order of arrival."""
+    """Where an agent stands. Streaks count consecutive results of a kind, in order of arrival.
+
+    `failed` has a bit for each of the results that count within `unhealthy_within`, the newest lowest.
+    """
 
     state: State = "unknown"
     since_us: int = 0
@@ -54,6 +57,7 @@ class AgentState(Struct, frozen=True):
     fail_streak: int = 0
     last_probe_us: int | None = None
     flaps: Flaps = Flaps()
+    failed: int = 0
 
 
 class Transition(Struct, frozen=True):
@@ -71,14 +75,16 @@ def step(
     *,
     healthy_after: int,
     unhealthy_after: int,
+    unhealthy_within: int = 0,
     flapping_after: int = 0,
     settled_after: int = 1,
 ) -> tuple[AgentState, Transition | None]:
     """Fold a probe's result in.
 
     `healthy_after` results in a row bring an agent up, `unhealthy_after` failures in a row bring it down, from whatever
-    state. Healthy and degraded follow the agent's word at once. One that flaps (`asapd.core.flapping`) is degraded
-    until it has settled. A paused agent stays so: a probe that was under way tells only when it was.
+    state, and as many among the last `unhealthy_within` since it came up. Healthy and degraded follow the agent's word
+    at once. One that flaps (`asapd.core.flapping`) is degraded until it has settled. A paused agent stays so: a probe
+    that was under way tells only when it was.
     """
     if state.state == "paused":
         return replace(state, last_probe_us=result.ts_us), None
@@ -89,8 +95,11 @@ def step(
             new = "degraded" if result.status == "degraded" else "healthy"
     else:
         ok_streak, fail_streak = 0, state.fail_streak + 1
-        if fail_streak >= unhealthy_after:
-            new = "unhealthy"
+    failed = (state.failed << 1 | (not result.up)) & ((1 << unhealthy_within) - 1)
+    if not result.up and max(fail_streak, failed.bit_count()) >= unhealthy_after:
+        new = "unhealthy"
+    if result.up and new in ("healthy", "degraded") and state.state not in ("healthy", "degraded"):
+        failed = 0
     flaps = fold(
         state.flaps, _verdict(result), result.ts_us, flapping_after=flapping_after, settled_after=settled_after
     )
@@ -101,7 +110,7 @@ def step(
         reason = reason or "settled"
     changed = new != state.state
     since_us = result.ts_us if changed else state.since_us
-    after = AgentState(new, since_us, ok_streak, fail_streak, result.ts_us, flaps)
+    after = AgentState(new, since_us, ok_streak, fail_streak, result.ts_us, flaps, failed)
     return after, Transition(state.state, new, result.ts_us, reason) if changed else None
 
 

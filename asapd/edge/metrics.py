@@ -53,4 +53,12 @@ class _Collector:
         yield GaugeMetricFamily("asapd_store_pending_units", "Units that wait for their commit", store["pending"])
         unpriced = status["usage"]["unpriced_events"]
         yield GaugeMetricFamily("asapd_usage_unpriced_events", "Recorded events whose cost nobody knows", unpriced)
+        agents = status["agents"]
+        yield GaugeMetricFamily("asapd_agents", "Agents of the directory", agents["total"])
+        troubled = GaugeMetricFamily(
+            "asapd_agents_troubled", "Agents that /status names, at most 100 of a kind", labels=["trouble"]
+        )
+        for trouble in ("paused", "flapping", "not_probed", "sla_errors"):
+            troubled.add_metric([trouble], len(agents[trouble]))
+        yield troubled
         yield GaugeMetricFamily("asapd_alert_seq", "Number of the newest breach transition", status["last_alert"])

@@ -26,7 +26,7 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     """An agent as the directory holds it, with its newest manifest and probe, and its keys but for held ones.
 
     `last_good` is the newest manifest with an SLA that counts, where that of the newest one does not. What was before
-    `held_since_us` was with another tenant.
+    `held_since_us` was with another tenant, and what is from `held_until_us` on is with another or none.
     """
 
     id: str
@@ -48,6 +48,7 @@ class DirectoryAgent(msgspec.Struct, frozen=True):
     flaps: Flaps = Flaps()
     last_good: StoredManifest | None = None
     held_since_us: int = 0
+    held_until_us: int | None = None
 
 
 class StoredProbe(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import apsw
@@ -151,6 +152,29 @@ def list_breaches(
 
     Evidence may be a hundred times as large as all the rest of a breach.
     """
+    where, values = _filtered(visible, agent, state, severity, breach_type, start_us, end_us)
+    if before is not None:
+        where.append("(detected_at_us, id) < (?, ?)")
+        values.extend(before)
+    condition = f"WHERE {' AND '.join(where)}" if where else ""
+    columns = _COLUMNS if with_evidence else _COLUMNS.replace("evidence", "'{}'")
+    rows = fetch(
+        connection,
+        f"SELECT {columns}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
+        (*values, limit),
+    )
+    return [(_breach(row[:-1]), row[-1]) for row in rows]
+
+
+def _filtered(
+    visible: Visibility,
+    agent: str | None,
+    state: str | None,
+    severity: str | None,
+    breach_type: str | None,
+    start_us: int | None,
+    end_us: int | None,
+) -> tuple[list[str], list[Any]]:
     where, values = visible_text(visible, ("agent_id",))
     for column, value in (
         ("agent_id", agent),
@@ -167,17 +191,56 @@ def list_breaches(
     if end_us is not None:
         where.append("detected_at_us < ?")
         values.append(end_us)
-    if before is not None:
-        where.append("(detected_at_us, id) < (?, ?)")
-        values.extend(before)
+    return where, values
+
+
+GROUPS = {"agent": "agent_id", "type": "breach_type", "severity": "severity"}
+"""What breaches may be put together by, and its column."""
+
+
+class BreachGroup(msgspec.Struct, frozen=True):
+    """Breaches that are alike, by the values of what they are put together by, in that order.
+
+    `unacknowledged` are open, and nobody has seen to them. `seq` is of the newest transition.
+    """
+
+    values: tuple[str | None, ...]
+    count: int
+    open: int
+    critical: int
+    unacknowledged: int
+    first_us: int
+    last_us: int
+    seq: int
+
+
+def group_breaches(
+    connection: apsw.Connection,
+    visible: Visibility,
+    by: Sequence[str],
+    limit: int,
+    offset: int,
+    *,
+    agent: str | None = None,
+    state: str | None = None,
+    severity: str | None = None,
+    breach_type: str | None = None,
+    start_us: int | None = None,
+    end_us: int | None = None,
+) -> list[BreachGroup]:
+    """Breaches put together by some of `GROUPS`, the groups with most that are open first."""
+    where, values = _filtered(visible, agent, state, severity, breach_type, start_us, end_us)
+    columns = ", ".join(GROUPS[name] for name in by)
     condition = f"WHERE {' AND '.join(where)}" if where else ""
-    columns = _COLUMNS if with_evidence else _COLUMNS.replace("evidence", "'{}'")
     rows = fetch(
         connection,
-        f"SELECT {columns}, seq FROM breach {condition} ORDER BY detected_at_us DESC, id DESC LIMIT ?",
-        (*values, limit),
+        f"SELECT {columns}, count(*), sum(state = 'open') AS open, sum(state = 'open' AND severity = 'critical'), "
+        "sum(state = 'open' AND NOT EXISTS (SELECT 1 FROM breach_ack k WHERE k.breach = breach.id)), "
+        f"min(detected_at_us), max(detected_at_us), max(seq) FROM breach {condition} GROUP BY {columns} "
+        f"ORDER BY open DESC, {columns} LIMIT ? OFFSET ?",
+        (*values, limit, offset),
     )
-    return [(_breach(row[:-1]), row[-1]) for row in rows]
+    return [BreachGroup(tuple(row[: len(by)]), *row[len(by) :]) for row in rows]
 
 
 def get_breach(connection: apsw.Connection, breach: str) -> tuple[BreachRow, int] | None:

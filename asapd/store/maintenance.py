@@ -94,6 +94,20 @@ def windows_between(connection: apsw.Connection, start_us: int, end_us: int) -> 
     return [Maintenance(*row) for row in rows]
 
 
+def windows_of(
+    connection: apsw.Connection, agent: str, held: Interval, start_us: int, end_us: int
+) -> list[Maintenance]:
+    """The same of one agent, and of all, as they were declared while it was held."""
+    rows = fetch(
+        connection,
+        f"SELECT {_COLUMNS} FROM maintenance WHERE end_us > ? AND start_us < ? "
+        "AND (ended_us IS NULL OR ended_us > max(start_us, ?)) "
+        "AND (agent IS NULL OR agent = ? AND declared_us >= ? AND declared_us < ?) ORDER BY id",
+        (start_us, end_us, start_us, agent, *held),
+    )
+    return [Maintenance(*row) for row in rows]
+
+
 def list_windows(
     connection: apsw.Connection,
     visible: Visibility,

@@ -385,22 +385,31 @@ def probe_times(connection: apsw.Connection, agent: str, start_us: int, end_us: 
 
 
 def cost_between(
-    connection: apsw.Connection, agent: str, tenant: str, start_us: int, end_us: int, held_since_us: int = 0
+    connection: apsw.Connection,
+    agent: str,
+    tenant: str,
+    start_us: int,
+    end_us: int,
+    held_since_us: int = 0,
+    held_until_us: int | None = None,
 ) -> tuple[int, int]:
     """What an agent's usage between two whole hours cost in micro-USD, and how many events nobody knows it of.
 
-    Sums are of hours. Of that in which the agent came to its tenant only what the tenant itself reported counts: the
-    rest may have been for the one before.
+    Sums are of hours. Of that in which the agent came to its tenant, or left it, only what the tenant itself reported
+    counts: the rest may have been for the one before, or behind.
     """
+    until_us = end_us if held_until_us is None else held_until_us
     row = fetch_one(
         connection,
         "SELECT coalesce(sum(cost_microusd), 0), coalesce(sum(unpriced), 0) FROM usage_hour "
         "WHERE agent = (SELECT id FROM name WHERE name = ?1) AND hour >= ?2 AND hour < ?3 "
         f"AND tenant IN ({_TENANTS.format('?4')}) "
-        f"AND (hour >= ?5 OR hour >= ?6 AND tenant <> (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))",
+        f"AND (hour >= ?5 AND hour < ?7 "
+        f"OR hour >= ?6 AND hour < ?8 AND tenant <> (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))",
         (
             *(agent, start_us // HOUR_US, end_us // HOUR_US, tenant),
             *(-(-held_since_us // HOUR_US), held_since_us // HOUR_US),
+            *(until_us // HOUR_US, -(-until_us // HOUR_US)),
         ),
     )
     assert row is not None

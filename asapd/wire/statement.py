@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ from asapd.wire.strict_json import TokenMalformed, parse_strict_json
 
 KIND: Final = "asapd.breach-evidence"
 VERSION: Final = 1
+_MEMBERS = frozenset(
+    ("arithmetic", "breach", "evidence", "issued_at", "issuer", "key_id", "public_key", "statement", "version")
+)
 
 
 class StatementMalformed(ValueError):  # noqa: N818 -- says what the text is
@@ -84,9 +88,15 @@ def decode_statement(raw: bytes) -> Statement:
         document = floats(parse_strict_json(raw))
     except TokenMalformed as error:
         raise StatementMalformed(f"the statement {error.reason}") from None
-    if not is_statement(document) or document.get("version") != VERSION:
+    if not is_statement(document) or document.get("version") != VERSION or document["version"] is True:
         raise StatementMalformed(f"it is not a statement of kind {KIND}, version {VERSION}")
     signature = _signature(document.pop("signature", None))
+    if strange := sorted(document.keys() - _MEMBERS):
+        raise StatementMalformed(f"it has {', '.join(strange)}, which no statement has")
+    try:
+        datetime.fromisoformat(document.get("issued_at"))
+    except (TypeError, ValueError):
+        raise StatementMalformed("issued_at: must be a time") from None
     try:
         signed = canonical(document)
         public_key = load_public(str(document.get("public_key")))

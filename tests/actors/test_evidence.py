@@ -181,6 +181,64 @@ async def test_no_number_of_evidence_can_be_another(autojump_clock: MockClock, h
                 assert refused(row, fewer), (kind, name, number)
 
 
+# What may as well be so: nobody acknowledged it, or somebody else; hours that nobody understands are all; no such term.
+AS_GOOD = (
+    ("acknowledged", None),
+    ("by", "x"),
+    ("comment", "x"),
+    ("manifest_digest", None),
+    ("support_hours.0.1", "x"),
+    ("availability_percent", None),
+    ("max_error_rate_percent", None),
+    ("max_latency_p95_ms", None),
+)
+OTHERS = (None, "x", True, 1.5, [], {}, [1], -1)
+
+
+def members(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where anything stands in a document, of lists the first."""
+    if isinstance(value, dict | list) and value:
+        for key in value if isinstance(value, dict) else (0,):
+            yield (*at, key)
+            yield from members(value[key], (*at, key))
+
+
+def signed_again(document: dict[str, Any]) -> bytes:
+    document = {name: member for name, member in document.items() if name != "signature"}
+    return canonical({**document, "signature": base64.b64encode(KEY.sign(canonical(document)).signature).decode()})
+
+
+async def test_nothing_of_a_statement_can_be_of_another_kind_left_out_or_added(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    rows = await broken(host)
+    for kind, row in (("availability", rows["availability"]), ("burn_rate", rows["burn_rate"])):
+        acknowledged = {"at": "2027-01-15T08:00:00.000000Z", "by": "olga", "comment": None}
+        told = {**shown(row), "acknowledged": acknowledged}
+        whole = json.loads(sign_evidence(told, row.evidence, KEY, T0))
+        assert verify_evidence(canonical(whole), None).faults == []
+        for at in members(whole):
+            if at[0] == "signature":
+                continue
+            dotted, changed = ".".join(map(str, at[1:])), copy.deepcopy(whole)
+            place: Any = changed
+            for key in at[:-1]:
+                place = place[key]
+            was = place[at[-1]]
+            for other in OTHERS:
+                if type(other) is type(was) and other == was:
+                    continue
+                place[at[-1]] = other
+                if not any(dotted.endswith(name) and other == value for name, value in AS_GOOD):
+                    assert verify_evidence(signed_again(changed), None).faults, (kind, at, other)
+            if isinstance(place, dict):
+                del place[at[-1]]
+                if at[-1] != "acknowledged":
+                    assert verify_evidence(signed_again(changed), None).faults, (kind, at)
+                place |= {at[-1]: was, "extra": 1}
+                assert verify_evidence(signed_again(changed), None).faults, (kind, at, "extra")
+
+
 def refused(row: BreachRow, held: dict[str, Any]) -> bool:
     try:
         return bool(differences(shown(row), held))
@@ -220,7 +278,8 @@ async def test_evidence_says_what_is_not_computed_from_it(autojump_clock: MockCl
     said = verify_evidence(sign_evidence(shown(row), row.evidence, KEY, T0), None).on_trust
     assert len(said) == 1
     assert f"{row.evidence['probes']} probes were counted is asapd's word" in said[0]
-    old = {name: part for name, part in row.evidence.items() if name not in {"form", "steps", "maintenance", "untimed"}}
+    later = {"form", "steps", "maintenance", "untimed", "judged_us", "segments_before"}
+    old = {name: part for name, part in row.evidence.items() if name not in later}
     old |= {"hold_us": 60_000_000, "segments_left_out": 3}
     assert differences(shown(row), old) != []
     full = [[at, at + 1, bool(at % 2)] for at in range(old["period_end_us"] - 1000, old["period_end_us"])]
@@ -239,6 +298,7 @@ def test_stretches_that_are_left_out_are_bound_by_their_sums_and_a_digest() -> N
         book.add_probe(ProbeFact(number, A, T0 + number * SECOND_US, number % 2 == 0, 90 * SECOND_US))
     book.advance(T0 + 1500 * SECOND_US)
     held = {**book.evidence(HOUR_US), "breach_type": "availability", "min_samples": 20, "hold_us": 0}
+    held |= {"usage_seq": 0, "task_outcome_seq": 0, "probe_seq": 1500}
     (verdict,) = evaluate(book.metrics(HOUR_US), book.held_to.promise)
     assert (verdict.met, len(held["segments"]), held["segments_left_out"]) == (False, 1000, 500)
     row = BreachRow(
@@ -294,6 +354,23 @@ async def test_evidence_of_a_kept_promise_or_of_too_little_is_no_breach(autojump
     unpromised = copy.deepcopy(row.evidence)
     unpromised["promise"]["max_latency_p95_ms"] = None
     assert any(one.startswith("over_promise") for one in differences(shown(row), unpromised))
+
+
+async def test_what_was_counted_has_its_rows_and_what_was_promised_its_manifest(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    row = (await broken(host))["availability"]
+    hours = row.evidence["support_hours"]
+    for change, said in (
+        ({"usage_seq": 0, "task_outcome_seq": 0}, "usage_seq: there are 0 rows"),
+        ({"probe_seq": 0}, "probe_seq: there are 0 rows"),
+        ({"promise_source": "manifest", "manifest_digest": None}, "manifest_digest: is of none"),
+        ({"support_hours": [[row.evidence["period_end_us"], None]]}, "support_hours: do not follow"),
+        ({"support_hours": [[row.evidence["period_start_us"], None], *hours]}, "support_hours: do not follow"),
+        ({"support_hours": [[None, None], *hours]}, "support_hours: do not follow"),
+    ):
+        told = differences(shown(row), {**row.evidence, **change})
+        assert any(one.startswith(said) for one in told), (change, told)
 
 
 async def test_what_is_no_evidence_is_said_to_be_none(autojump_clock: MockClock, host: Host) -> None:

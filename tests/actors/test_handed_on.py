@@ -19,7 +19,7 @@ from asapd.store.agents import DirectoryAgent, directory
 from asapd.store.breaches import public
 from asapd.store.maintenance import list_windows
 from asapd.store.sla_queries import cost_between
-from asapd.store.units.agents import RemoveAgent
+from asapd.store.units.agents import ChangeAgentState, RemoveAgent
 from asapd.store.units.promises import DeclareMaintenance
 from asapd.store.units.usage import RecordUsage
 from asapd.store.visibility import EVERYTHING, Visibility
@@ -93,6 +93,23 @@ async def test_figures_and_breaches_begin_anew_with_the_new_tenant(autojump_cloc
         assert mine
         for row in mine:
             assert differences({**public(row), "seq": 1}, row.evidence, read_support_hours) == []
+
+
+async def test_a_breach_of_the_one_before_waits_for_nobody_to_resume_the_agent(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    await host.agent(sla=PROMISE, tenant="first")
+    async with watching(host):
+        await live(host, up=False)
+        assert {row.state for row in await host.breaches()} == {"open"}
+        await host.write(ChangeAgentState(A, "pause", "test", host.clock.now_us(), None))
+        host.directory_changed.notify()
+        await trio.sleep(5)
+        assert {row.state for row in await host.breaches()} == {"open"}
+        await host.agent(sla=PROMISE, tenant="second")
+        await trio.sleep(5)
+        assert (await of_directory(host)).state == "paused"
+        assert {(row.tenant, row.resolve_reason) for row in await host.breaches()} == {("first", "sla_changed")}
 
 
 async def test_the_past_and_what_it_costs_are_the_new_tenants_alone(autojump_clock: MockClock, host: Host) -> None:

@@ -1034,7 +1034,10 @@ async def test_the_result_of_a_probe_of_what_is_no_longer_in_the_directory_is_dr
     assert not [probe for probe in virtual.probes() if probe.ts_us == EPOCH_US]
 
 
-async def test_a_removal_waits_for_a_result_that_is_just_being_written(autojump_clock: MockClock, virtual: Rig) -> None:
+@pytest.mark.parametrize("change", ["remove", "hand_on"])
+async def test_a_change_waits_for_a_result_that_is_just_being_written(
+    autojump_clock: MockClock, virtual: Rig, change: str
+) -> None:
     virtual.network.set("a", health())
     order: list[str] = []
     gate = trio.Event()
@@ -1047,13 +1050,22 @@ async def test_a_removal_waits_for_a_result_that_is_just_being_written(autojump_
         return await inner(unit, urgent=urgent, idempotency=idempotency)
 
     virtual.runner.execute = execute  # type: ignore[method-assign]
-    async with virtual.running() as inbox, trio.open_nursery() as nursery:
-        await put(inbox, agent())
+    configured = [agent()] if change == "hand_on" else []
+    async with virtual.running(*configured) as inbox, trio.open_nursery() as nursery:
+        if change == "remove":
+            await put(inbox, agent())
         await trio.sleep(1)
-        nursery.start_soon(remove, inbox, A)
+        if change == "remove":
+            nursery.start_soon(remove, inbox, A)
+        else:
+            nursery.start_soon(reconfigure, inbox, settings(), AgentRecord(A, "http://a", "x"))
         await trio.sleep(1)
         gate.set()
-    assert order == ["SyncAgents", "PutAgent", "RecordProbe", "RemoveAgent"]
+        await trio.sleep(0.5)
+    if change == "remove":
+        assert order == ["SyncAgents", "PutAgent", "RecordProbe", "RemoveAgent"]
+    else:
+        assert order[:3] == ["SyncAgents", "RecordProbe", "SyncAgents"]
 
 
 async def test_a_refused_change_is_answered_and_changes_nothing(autojump_clock: MockClock, virtual: Rig) -> None:
@@ -1116,6 +1128,17 @@ async def test_a_restart_goes_on_from_the_stored_streaks(autojump_clock: MockClo
         await trio.sleep(1)
     assert (virtual.row().state, virtual.row().fail_streak) == ("unhealthy", 3)
     assert virtual.transitions()[-1] == (25, "healthy", "unhealthy", "refused")
+
+
+async def test_failures_that_are_not_in_a_row_bring_an_agent_down_where_the_settings_say_so(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.settings.prober = settings(unhealthy_after=2, unhealthy_within=3)
+    async with virtual.running(agent()):
+        for answer in (health(), REFUSED, health(), REFUSED):
+            virtual.network.set("a", answer)
+            await trio.sleep(10)
+    assert virtual.transitions() == [(0, "unknown", "healthy", None), (30, "healthy", "unhealthy", "refused")]
 
 
 async def test_a_restart_uses_the_newest_configuration(autojump_clock: MockClock, virtual: Rig) -> None:

@@ -246,6 +246,23 @@ async def full(watcher: Watcher) -> Any:
     )
 
 
+async def test_a_burn_rate_that_tips_within_a_burst_waits_a_second_at_most(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    await host.agent(sla={"max_error_rate": "1%"})
+    now_us = host.clock.now_us()
+    await host.events(*(event(now_us - minute * MINUTE_US) for minute in range(8, 59)))
+    async with watching(host):
+        await trio.sleep(20)
+        await host.tasks(1, failed=True)
+        await trio.sleep(0.3)
+        await host.tasks(30, failed=True)
+        tipped_us = host.clock.now_us()
+        await trio.sleep(15)
+        (row,) = [row for row in await host.breaches() if row.breach_type == "burn_rate"]
+        assert row.detected_at_us - tipped_us <= 2 * SECOND_US
+
+
 async def test_a_slow_burn_escalates_to_a_fast_one_and_a_changed_promise_ends_it(
     autojump_clock: MockClock, host: Host
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -134,6 +135,29 @@ async def test_with_too_few_others_this_hosts_own_way_to_the_agent_decides(autoj
     await trio.sleep(1)
     assert await failing(opinion, A, ALL) is not None
     assert len(world.looked_at) == 2
+
+
+async def test_a_way_that_was_good_is_not_looked_at_at_every_probe_of_what_is_down(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World()
+    opinion = world.opinion()
+    # Within the first minute the kernel may still hold for present what is away: five looks of 9 s, each after 5 s.
+    for _ in range(30):
+        assert await failing(opinion, A, (A,)) is None
+    looks = len(world.looked_at)
+    assert 6 <= looks <= 8
+    # What answers again and falls silent anew is a new case.
+    opinion.heard(A, OK)
+    world.away = "the gateway does not answer"
+    for _ in range(3):
+        assert await failing(opinion, A, (A,)) == world.away
+    assert len(world.looked_at) == looks + 3
+    world.away = None
+    monkeypatch.setattr(second_opinion, "REMEMBERED", 1)
+    for url in (A, B, A):
+        assert await failing(opinion, url, (url,)) is None
+    assert len(world.looked_at) == looks + 6
 
 
 async def test_what_comes_in_time_from_the_agent_itself_tells_nothing(autojump_clock: MockClock) -> None:

@@ -16,7 +16,7 @@ from asapd import config
 from asapd.actors import watcher as actor
 from asapd.core.types import SECOND_US
 from asapd.store import holds
-from asapd.store.units.agents import ChangeAgentState
+from asapd.store.units.agents import ChangeAgentState, RemoveAgent
 from asapd.store.units.promises import DeclareMaintenance
 from tests.actors.test_watcher import A, B, Host, Watcher, event, hosted, sla_of, watching
 from tests.actors.test_watcher import make_template as make_template
@@ -25,6 +25,7 @@ PROMISES: list[dict[str, Any]] = [
     {"availability": "90%", "max_error_rate": "20%"},
     {"availability": "99%", "max_latency_p95_ms": 500, "max_error_rate": "5%"},
     {"availability": "100%", "max_latency_p95_ms": 300},
+    {"availability": "90%", "max_error_rate": "20%", "support_hours": "Mon-Fri 00:00-08:00, Mon-Fri 08:20-23:55"},
     {},
 ]
 
@@ -41,6 +42,8 @@ loose_steps: st.SearchStrategy[Step] = st.one_of(
     st.tuples(st.just("promise"), agents, st.sampled_from(PROMISES)),
     st.tuples(st.just("maintenance"), agents, st.integers(-60, 60), st.integers(1, 200)),
     st.tuples(st.just("paused"), agents, st.booleans()),
+    st.tuples(st.just("tenant"), agents, st.sampled_from(["default", "other"]), st.sampled_from(PROMISES)),
+    st.tuples(st.just("removed"), agents),
     st.just(("ask",)),
 )
 
@@ -90,6 +93,11 @@ async def play(host: Host, watcher: Watcher, step: Step) -> None:
             unit = DeclareMaintenance(agent, start_us, start_us + length_s * SECOND_US, "work", "test", now_us)
             await host.database.submit(unit)
             await watcher.reconfigure(host.settings.sla)
+        case "tenant", agent, tenant, sla:
+            await host.agent(agent, sla, tenant=tenant)
+        case "removed", agent:
+            await host.database.submit(RemoveAgent(agent, "test", now_us))
+            host.directory_changed.notify()
         case "paused", agent, is_paused:
             await host.database.submit(
                 ChangeAgentState(agent, "pause" if is_paused else "resume", "test", now_us, None)

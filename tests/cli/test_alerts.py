@@ -48,6 +48,25 @@ def test_an_open_breach_is_acknowledged(ctl: Program, answers: object) -> None:
     assert ctl("breaches", "ack", "brc_1", "--json").json["acknowledged"]["comment"] == "on it"
 
 
+def test_many_breaches_are_put_together_and_acknowledged_together(ctl: Program, answers: object) -> None:
+    def say(reply: bytes) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(reply)
+        answers(head + reply)  # type: ignore[operator]  # a callable fixture
+
+    say(b'{"acknowledged":["brc_1","brc_2"],"count":2}')
+    assert ctl("breaches", "ack", "--type", "latency").out.splitlines()[-1] == "2 acknowledged"
+    assert ctl("breaches", "ack", "--severity", "critical", "--json").json["count"] == 2
+    for wrong in ((), ("brc_1", "--type", "latency")):
+        assert ctl("breaches", "ack", *wrong).code == Exit.USAGE
+    group = b'{"breach_type":"latency","count":3,"open":2,"critical":1,"unacknowledged":0,'
+    group += b'"first_detected_at":"2026-11-20","last_detected_at":"2026-11-21","seq":9}'
+    say(b'{"data":[%b],"count":1,"next_cursor":null}' % group)
+    assert ctl("breaches", "groups", "--by", "type").out.split()[:3] == ["BREACH", "TYPE", "OPEN"]
+    assert ctl("breaches", "groups", "--json").json["data"][0]["open"] == 2
+    say(b'{"data":[],"count":0,"next_cursor":null}')
+    assert ctl("breaches", "groups").code == Exit.DONE
+
+
 def test_dead_letters_and_targets_in_trouble_are_shown(ctl: Program, answers: object) -> None:
     target = b'{"name":"pager","kind":"webhook","state":"failing","cursor":1,"backlog":2,"dead_letters":1,'
     target += b'"delivered_at":null,"failing_since":"2026-11-20T10:00:00.000000Z","last_error":"refused: x"}'

@@ -128,6 +128,7 @@ max_bod = "3MiB"
 interval = 30
 healthy_after = "1"
 unhealthy_after = 0
+unhealthy_within = 61
 [metering]
 late_max = "500d"
 [[budget]]
@@ -153,12 +154,13 @@ url = "http://127.0.0.1:2"
         (10, "prober.interval"),
         (11, "prober.healthy_after"),
         (12, "prober.unhealthy_after"),
-        (14, "metering.late_max"),
-        (17, "budget[0].period"),
-        (22, "agents[0].tier"),
-        (23, "agents[1].id"),
-        (24, "agents[1].url"),
-        (26, "agents[2].id"),
+        (13, "prober.unhealthy_within"),
+        (15, "metering.late_max"),
+        (18, "budget[0].period"),
+        (23, "agents[0].tier"),
+        (24, "agents[1].id"),
+        (25, "agents[1].url"),
+        (27, "agents[2].id"),
     ]
 
 
@@ -326,6 +328,10 @@ def test_a_listed_agent_is_not_listed_again() -> None:
 
 def test_an_event_may_not_be_later_than_its_record_is_kept() -> None:
     assert parse('[metering]\nlate_max = "400d"').metering.late_max_us == 400 * DAY_US
+    assert parse("[prober]\nunhealthy_within = 2").prober.unhealthy_within == 2
+    few = only("[prober]\nunhealthy_after = 3\nunhealthy_within = 2")
+    assert (few.line, few.field) == (3, "prober.unhealthy_within")
+    assert "never the 3 failures" in few.reason
     late = only('[metering]\nlate_max = "401d"')
     assert (late.line, late.field) == (2, "metering.late_max")
     short = only('[prober]\n[retention]\nusage = "6d"')

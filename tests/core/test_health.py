@@ -45,6 +45,38 @@ def test_a_single_failure_does_not_make_an_agent_unhealthy() -> None:
     assert run(AgentState("healthy"), [bad(1), bad(2), bad(3)]) == [Transition("healthy", "unhealthy", 2, "timeout")]
 
 
+def run_within(results: str, within: int, down_after: int = 2, up_after: int = 1) -> list[tuple[State, int]]:
+    """Changes of state with the number of the result that brought each; `.` is a good result and `x` a failure."""
+    state, changes = AgentState(), []
+    for ts_us, sign in enumerate(results):
+        state, transition = step(
+            state,
+            bad(ts_us) if sign == "x" else good(ts_us),
+            healthy_after=up_after,
+            unhealthy_after=down_after,
+            unhealthy_within=within,
+        )
+        if transition is not None:
+            changes.append((transition.new, ts_us))
+    return changes
+
+
+def test_failures_among_the_last_results_bring_an_agent_down_in_a_row_or_not() -> None:
+    assert run_within(".x.x", 3) == [("healthy", 0), ("unhealthy", 3)]
+    assert run_within(".x..x", 3) == [("healthy", 0)]
+    assert run_within(".x..x", 4) == [("healthy", 0), ("unhealthy", 4)]
+    assert run_within("x.x", 3) == [("healthy", 1)]
+    # What brought it down once is not held against it once more when it has come up.
+    assert run_within(".x.x.x..x", 3) == [("healthy", 0), ("unhealthy", 3), ("healthy", 4)]
+    assert run_within(".x.x..xx", 3, up_after=2) == [("unhealthy", 3), ("healthy", 5), ("unhealthy", 7)]
+
+
+@given(st.text("x."), st.integers(1, 4), st.integers(1, 4))
+def test_among_as_many_results_as_failures_is_in_a_row(results: str, down_after: int, up_after: int) -> None:
+    within = [run_within(results, few, down_after, up_after) for few in range(down_after + 1)]
+    assert within == [within[0]] * len(within)
+
+
 def test_an_unknown_agent_that_fails_becomes_unhealthy() -> None:
     assert run(AgentState(), [bad(1), bad(2)]) == [Transition("unknown", "unhealthy", 2, "timeout")]
 

@@ -120,6 +120,8 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/sla/breaches", None, READ, 200),
     ("GET", "/breaches/none/evidence", None, READ, 404),
     ("POST", "/breaches/none/ack", {}, frozenset({"operator", "admin"}), 404),
+    ("GET", "/breaches/groups", None, READ, 200),
+    ("POST", "/breaches/ack", {}, frozenset({"operator", "admin"}), 422),
     ("GET", "/silences", None, READ, 200),
     ("POST", "/silences", {}, frozenset({"operator", "admin"}), 422),
     ("DELETE", "/silences/none", None, frozenset({"operator", "admin"}), 404),

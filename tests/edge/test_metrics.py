@@ -24,6 +24,13 @@ STATUS: dict[str, Any] = {
     },
     "store": {"size_bytes": 4096, "pending": 5},
     "usage": {"unpriced_events": 6},
+    "agents": {
+        "total": 8,
+        "paused": [],
+        "flapping": ["a"],
+        "not_probed": ["b", "c"],
+        "sla_errors": [{"agent": "d"}] * 3,
+    },
     "last_alert": 7,
 }
 
@@ -32,7 +39,7 @@ def test_every_figure_is_there_under_its_name() -> None:
     text = render(STATUS, [(0.001, 4), (1.0, 6), ("+Inf", 7)], 1.5).decode()
     assert text.endswith("# EOF\n")
     samples = {
-        (sample.name, sample.labels.get("actor") or sample.labels.get("le")): sample.value
+        (sample.name, next(iter(sample.labels.values()), None)): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -58,5 +65,10 @@ def test_every_figure_is_there_under_its_name() -> None:
         ("asapd_store_bytes", None): 4096,
         ("asapd_store_pending_units", None): 5,
         ("asapd_usage_unpriced_events", None): 6,
+        ("asapd_agents", None): 8,
+        ("asapd_agents_troubled", "paused"): 0,
+        ("asapd_agents_troubled", "flapping"): 1,
+        ("asapd_agents_troubled", "not_probed"): 2,
+        ("asapd_agents_troubled", "sla_errors"): 3,
         ("asapd_alert_seq", None): 7,
     }

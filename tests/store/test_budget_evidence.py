@@ -79,10 +79,15 @@ def test_what_is_no_evidence_of_a_budget_and_what_reached_nothing_are_told(conne
     below = copy.deepcopy(row.evidence)
     below["balance"]["spent_microusd"] = USD
     assert faults(public(row), below, ZoneInfo)[0].startswith("verdict: no limit is reached")
+    for name in (None, "balance", "match", "soft", "hard"):
+        added = copy.deepcopy(row.evidence)
+        (added if name is None else added[name])["extra"] = 1
+        (fault,) = verify_evidence(sign_evidence({**public(row), "seq": 1}, added, KEY, NOON_US), None).faults
+        assert fault == f"evidence{'' if name is None else '.' + name}: has extra, which does not belong there"
     for broken in (
         {},
         {**row.evidence, "timezone": "Nowhere/Else"},
         {**row.evidence, "balance": 5},
     ):
-        (fault,) = verify_evidence(sign_evidence(public(row), broken, KEY, NOON_US), None).faults
+        (fault,) = verify_evidence(sign_evidence({**public(row), "seq": 1}, broken, KEY, NOON_US), None).faults
         assert fault.startswith("evidence: it has not the form")

@@ -33,6 +33,7 @@ from asapd.edge.http.agent_keys import NewAgentKey
 from asapd.edge.http.agent_life import Heartbeat, PauseReason
 from asapd.edge.http.agents import NewAgent
 from asapd.edge.http.alerts import Acknowledgement, NewSilence
+from asapd.edge.http.breach_groups import Acknowledgements
 from asapd.edge.http.maintenance import NewMaintenance
 from asapd.edge.http.parameters import SEVERITIES
 
@@ -147,6 +148,20 @@ OPERATIONS = (
         body={JSON: Acknowledgement},
         may_be_empty=True,
         idempotency_key=True,
+    ),
+    Operation(
+        "GET /breaches/groups",
+        "Breaches put together",
+        _READ,
+        (page(),),
+        {"group_by": named("any of agent, type and severity, joined by commas"), **AGENT, **BREACHES, **PAGE, **OFFSET},
+    ),
+    Operation(
+        "POST /breaches/ack",
+        "Acknowledge all open breaches that fit",
+        _OPERATE,
+        (shows(OBJECT, "Those that nobody had"),),
+        body={JSON: Acknowledgements},
     ),
     Operation(
         "GET /silences",

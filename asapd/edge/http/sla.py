@@ -118,7 +118,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/agents/<agent>/sla/breaches")
     async def get_agent_breaches(agent: str) -> Response:
         caller = require(Permission.READ)
-        if not await services.reads.agents(caller, agent):
+        if not await services.reads.agents_held(caller, agent):
             return refuse(_unknown(agent))
         return await breaches(Parameters(), agent, caller)
 

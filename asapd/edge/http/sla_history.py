@@ -48,7 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/agents/<agent>/sla/history")
     async def get_agent_sla_history(agent: str) -> Response:
         caller = require(Permission.READ)
-        if not await services.reads.agents(caller, agent):
+        if not await services.reads.agents_held(caller, agent):
             return refuse(_unknown(agent))
         return await history(Parameters(), agent, caller)
 
@@ -73,7 +73,7 @@ def register(app: QuartTrio, services: Services) -> None:
                 raise bad_parameter("cursor", "must be the next_cursor of the page before")
         rows: list[dict[str, Any]] = []
         next_cursor: tuple[str, int, int, int] | None = None
-        known = [one for one in await services.reads.agents(caller, agent) if after is None or one.id >= after[0]]
+        known = [one for one in await services.reads.agents_held(caller, agent) if after is None or one.id >= after[0]]
         for one in known:
             from_us = start_us if after is None or one.id != after[0] else max(start_us, after[1])
             while from_us < end_us and len(rows) < limit + skip:
@@ -127,7 +127,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         period = parameters.text("period")
         parameters.done()
-        known = await services.reads.agents(caller, agent)
+        known = await services.reads.agents_held(caller, agent)
         if not known:
             return refuse(_unknown(agent))
         now_us = services.clock.now_us()
@@ -148,7 +148,7 @@ def register(app: QuartTrio, services: Services) -> None:
                 "period": format_us(start_us)[:7],
                 "period_start": format_us(start_us),
                 "period_end": format_us(end_us),
-                "complete": end_us <= now_us,
+                "complete": min(end_us, known[0].held_until_us or end_us) <= now_us,
                 "availability_percent": metrics.uptime_percent,
                 "up_seconds": metrics.up_us / SECOND_US,
                 "down_seconds": metrics.down_us / SECOND_US,

@@ -27,6 +27,10 @@ async def prepare(edge: Edge, **more: Any) -> None:
     """Two agents; one worked for three hours, and was down in the second."""
     for agent in (A, C):
         assert (await edge.post("/agents", {"id": agent, "url": "http://127.0.0.1:1", "sla": SLA})).ok(201)
+    await prepare_events(edge, **more)
+
+
+async def prepare_events(edge: Edge, **more: Any) -> None:
     events = [
         {
             "task_id": f"t{minute}",
@@ -190,6 +194,55 @@ async def test_a_month_that_is_over_goes_by_the_tiers_of_then(edge: Edge) -> Non
         [{"below": "99.0%", "credit": "10.0%"}],
         [{"below": "99.0%", "credit": "50.0%"}, {"below": "90.0%", "credit": "100.0%"}],
     ]
+
+
+async def test_who_had_an_agent_may_ask_for_the_time_that_was_its_own(edge: Edge) -> None:
+    for tenant in ("first", "second", "third"):
+        await edge.new_key(tenant, "reader", tenant=tenant)
+    await edge.new_key("elsewhere", "reader", C, tenant="first")
+    agent = {"id": A, "url": "http://127.0.0.1:1", "sla": SLA}
+    assert (await edge.post("/agents", {**agent, "tenant": "first"})).ok(201)
+    await prepare_events(edge)
+    await edge.database.submit(DeclareMaintenance(A, T0 - 30 * MINUTE_US, T0 - 20 * MINUTE_US, "ours", "olga", T0))
+    await give_back(edge, ("99.9%", "10%"))
+    span = f"start={format_us(T0 - 3 * HOUR_US)}&end={format_us(T0)}"
+
+    async def asked(path: str, key: str, status: int = 200) -> Any:
+        reply = await edge.get(f"/agents/{A}/sla/{path}", key=key)
+        return reply.ok() if status == 200 else reply.refused(status)
+
+    before = await asked(f"history?{span}", "first")
+    bill = await asked("penalty", "first")
+    assert (bill["cost_usd"], bill["credit_usd"], bill["complete"]) == (Decimal("1.8"), Decimal("0.18"), False)
+    assert before["data"][-1]["excluded_seconds"] == 600
+    edge.clock.us += 10 * SECOND_US
+    until_us = edge.clock.us
+    assert (await edge.post("/agents", {**agent, "tenant": "second"})).ok()
+    edge.clock.us += HOUR_US
+    assert await asked(f"history?{span}", "first") == before
+    assert (await edge.get(f"/sla/history?{span}&agent_id={A}", key="first")).ok() == before
+    assert {row["breach_type"] for row in (await asked("breaches", "first"))["data"]} == {"error_rate"}
+    # What it owes does not change any more; the minutes since are not the first one's to be given back for.
+    owed = await asked("penalty", "first")
+    assert (owed["cost_usd"], owed["credit_usd"], owed["complete"]) == (Decimal("1.8"), Decimal("0.18"), True)
+    assert owed["up_seconds"] + owed["down_seconds"] + owed["excluded_seconds"] <= 3 * 3600 + 10
+    assert owed["down_seconds"] == bill["down_seconds"]
+    after = await asked(f"history?start={format_us(until_us)}", "first")
+    assert {row["unknown_seconds"] for row in after["data"]} == {Decimal(3590), Decimal(10)}
+    nothing = await asked("penalty", "second")
+    assert (nothing["cost_usd"], nothing["availability_percent"]) == (0, None)
+    assert {row["excluded_seconds"] for row in (await asked(f"history?{span}", "second"))["data"]} == {0}
+    for stranger in ("third", "elsewhere"):
+        for path in ("history", "penalty", "breaches"):
+            await asked(path, stranger, 404)
+    # Who removed it may ask for it as well, and the host; the host is told of whoever had it last.
+    assert (await edge.delete(f"/agents/{A}")).ok()
+    for key in ("second", "reader"):
+        assert {row["tasks_failed"] for row in (await asked(f"history?{span}", key))["data"]} == {0}
+    assert await asked(f"history?{span}", "first") == before
+    # Had again, it begins anew for that one as well.
+    assert (await edge.post("/agents", {**agent, "tenant": "first"})).ok(201)
+    assert {row["tasks_failed"] for row in (await asked(f"history?{span}", "first"))["data"]} == {0}
 
 
 async def test_a_cost_that_nobody_knows_has_no_credit(edge: Edge) -> None:
