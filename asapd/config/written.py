@@ -27,7 +27,7 @@ def written(config: Config) -> dict[str, Any]:
 
 
 def masked(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A `written` configuration without what may be a secret in it: paths of webhooks, arguments of programs."""
+    """A `written` configuration without what may be a secret: paths of webhooks and witnesses, arguments."""
     shown = dict(document)
     alerts = {name: [dict(target) for target in document["alerts"][name]] for name in ("webhook", "command")}
     for hook in alerts["webhook"]:
@@ -35,8 +35,9 @@ def masked(document: Mapping[str, Any]) -> dict[str, Any]:
     for command in alerts["command"]:
         command["argv"] = _masked_arguments(command["argv"])
     shown["alerts"] = {**document["alerts"], **alerts}
-    witness = _masked_arguments(document["audit"]["witness_command"])
-    shown["audit"] = {**document["audit"], "witness_command": witness}
+    mailed = _masked_arguments(document["audit"]["witness_command"])
+    witness = [{**one, "url": _masked_url(one["url"])} for one in document["audit"]["witness"]]
+    shown["audit"] = {**document["audit"], "witness": witness, "witness_command": mailed}
     return shown
 
 

@@ -17,3 +17,8 @@ def row_digest(values: Iterable[Any]) -> str:
     No two values of SQLite look alike in it, as infinity and NULL, or bytes and a text, do in JSON.
     """
     return sha256(_encode(list(values))).hexdigest()
+
+
+def consumer_digest(salt: bytes, consumer: str) -> str:
+    """SHA-256, in hex, of 16 random bytes and a name, which nobody can guess any more once the bytes are gone."""
+    return sha256(salt + consumer.encode()).hexdigest()

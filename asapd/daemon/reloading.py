@@ -111,6 +111,9 @@ class Reloader:
         effective = fresh.config.model_copy(update=kept)
         refusal = await self._apply(fresh, effective, actor)
         if refusal is not None:
+            if effective.audit.mask != self.in_force.audit.mask:
+                # Also where the store did not say what became of it: a writer that comes later has these.
+                await self._target.mask(self.in_force.audit.mask)
             self._errors = [refusal.detail]
             return refusal
         applied = _summary(changes)

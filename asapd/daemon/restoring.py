@@ -69,7 +69,7 @@ def restore(
     locks = [descriptor]
     try:
         if current.exists():
-            locks.append(lock.hold(current))
+            locks.append(lock.hold(current, time.sleep))
         _give_to_owner(state_dir / "asapd.lock", state_dir)
         return _restore(
             file, state_dir, fresh, actor, now_us, progress, former_keys, give_up_checkpoints=give_up_checkpoints

@@ -10,11 +10,13 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.row_digest import row_digest
 from asapd.core.types import DEFAULT_TENANT
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.visibility import Visibility, visible_text
 
+COLUMNS = "agent, tenant, ts_us, event, actor, old_state, new_state, reason, details"
 _NEVER_US = 2**62
 
 
@@ -45,16 +47,14 @@ def note(
     states: tuple[str | None, str | None] = (None, None),
     reason: str | None = None,
     details: dict[str, Any] | None = None,
-) -> None:
-    """Keep an event of an agent, in the commit of what happened."""
+) -> str:
+    """Keep an event of an agent, in the commit of what happened; returns the digest that its entry has of it."""
     row = tx.row("SELECT tenant FROM agent WHERE id = ?", (agent,))
     tenant = DEFAULT_TENANT if row is None else row[0]
     written = None if details is None else msgspec.json.encode(details, order="sorted").decode()
-    tx.execute(
-        "INSERT INTO agent_event (agent, tenant, ts_us, event, actor, old_state, new_state, reason, details) "
-        "VALUES (?,?,?,?,?,?,?,?,?)",
-        (agent, tenant, now_us, event, actor, *states, reason, written),
-    )
+    values = (agent, tenant, now_us, event, actor, *states, reason, written)
+    tx.execute(f"INSERT INTO agent_event ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values)
+    return row_digest(values)
 
 
 def events(

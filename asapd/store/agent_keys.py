@@ -185,8 +185,9 @@ def see(tx: Tx, agent: str, key: bytes | None, now_us: int) -> None:
                 _tell(tx, "agent.key_claimed", claim, "asapd", now_us, active=sorted(active))
     for row in rows:
         if row.state == "claimed" and row.public_key != key:
-            _put(tx, _ended(row, now_us, 0))
-            _tell(tx, "agent.key_withdrawn", row, "asapd", now_us)
+            withdrawn = _ended(row, now_us, 0)
+            _put(tx, withdrawn)
+            _tell(tx, "agent.key_withdrawn", withdrawn, "asapd", now_us)
 
 
 def see_manifest(tx: Tx, agent: str, verification: str, key: str | None, now_us: int) -> None:
@@ -266,6 +267,7 @@ def _tell(tx: Tx, event: str, key: AgentKey, actor: str, now_us: int, **more: li
         "id": key.agent,
         "kid": jwk_thumbprint(key.public_key),
         "public_key": public_base64(key.public_key),
+        "retired_us": key.retired_us,
         "source": key.source,
         "until_us": key.until_us,
         **more,

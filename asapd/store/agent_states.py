@@ -41,12 +41,13 @@ def change(tx: Tx, unit: ChangeAgentState) -> AgentsChanged:
         ),
     )
     if known.flaps.since_us is not None and state.flaps.since_us is None:
-        agent_history.note(tx, unit.agent, "settled", unit.actor, unit.now_us, reason=reason)
-        tx.audit("agent.settled", unit.actor, unit.agent, {"id": unit.agent, "state": state.state}, unit.now_us)
+        noted = agent_history.note(tx, unit.agent, "settled", unit.actor, unit.now_us, reason=reason)
+        settled = {"history": [noted], "id": unit.agent, "state": state.state}
+        tx.audit("agent.settled", unit.actor, unit.agent, settled, unit.now_us)
     event = {"pause": "paused", "resume": "resumed", "silence": "state"}[unit.verb]
     states = (transition.old, transition.new)
-    agent_history.note(tx, unit.agent, event, unit.actor, unit.now_us, states=states, reason=reason)
-    details = {"from": transition.old, "id": unit.agent, "reason": reason, "to": transition.new}
+    noted = agent_history.note(tx, unit.agent, event, unit.actor, unit.now_us, states=states, reason=reason)
+    details = {"from": transition.old, "history": [noted], "id": unit.agent, "reason": reason, "to": transition.new}
     tx.audit(f"agent.{event}", unit.actor, unit.agent, details, unit.now_us)
     return AgentsChanged(changed=[unit.agent])
 

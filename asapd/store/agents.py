@@ -156,6 +156,7 @@ def _write(
         sla = None if agent.sla is None else msgspec.json.encode(agent.sla, order="sorted").decode()
         values = (agent.url, agent.tenant, agent.public_key, agent.tier, sla, agent.health)
         known = tx.row(f"SELECT origin, {_COLUMNS} FROM agent WHERE id = ?", (agent.id,))
+        history: list[str] = []
         if known is None:
             held_since_us = agent_history.held_since_us(tx.connection, Visibility(tenant=agent.tenant), agent.id)
             tx.execute(
@@ -169,7 +170,9 @@ def _write(
         elif known != (origin, *values):
             is_handed_on = known[2] != agent.tenant
             if is_handed_on:
-                agent_history.note(tx, agent.id, "removed", actor, now_us, reason="given to another tenant")
+                history.append(
+                    agent_history.note(tx, agent.id, "removed", actor, now_us, reason="given to another tenant")
+                )
             tx.execute(
                 "UPDATE agent SET origin = ?, url = ?, tenant = ?, public_key = ?, tier = ?, sla = ?, health = ? "
                 "WHERE id = ?",
@@ -182,8 +185,10 @@ def _write(
         else:
             continue
         event = "agent.added" if agent.id in added else "agent.changed"
+        history.append(_note_written(tx, agent.id, known, (origin, *values), actor, now_us))
         details = {
             "health": agent.health,
+            "history": history,
             "id": agent.id,
             "origin": origin,
             "public_key": agent.public_key,
@@ -193,7 +198,6 @@ def _write(
             "url": agent.url,
         }
         tx.audit(event, actor, agent.id, details, now_us)
-        _note_written(tx, agent.id, known, (origin, *values), actor, now_us)
         source = agent_keys.source_of(origin)
         agent_keys.place(tx, agent.id, source, agent_keys.read_key(agent.public_key), actor, now_us, key_overlap_us)
         if origin == "config":
@@ -218,16 +222,16 @@ def _begin_anew(tx: Tx, agent: str, actor: str, now_us: int) -> None:
 
 def _note_written(
     tx: Tx, agent: str, known: tuple[Any, ...] | None, new: tuple[Any, ...], actor: str, now_us: int
-) -> None:
-    """Keep what an agent was added as, or which of it changed from what to what."""
+) -> str:
+    """Keep what an agent was added as, or which of it changed from what to what; the digest of that."""
     names = ("origin", *_COLUMNS.split(", "))
     if known is None:
         reason = "stands in the configuration" if new[0] == "config" else "added by hand"
-        agent_history.note(tx, agent, "added", actor, now_us, reason=reason, details=dict(zip(names, new, strict=True)))
-        return
+        made = dict(zip(names, new, strict=True))
+        return agent_history.note(tx, agent, "added", actor, now_us, reason=reason, details=made)
     differ = {name: [old, now] for name, old, now in zip(names, known, new, strict=True) if old != now}
     reason = f"{', '.join(differ)} changed"
-    agent_history.note(tx, agent, "changed", actor, now_us, reason=reason, details=differ)
+    return agent_history.note(tx, agent, "changed", actor, now_us, reason=reason, details=differ)
 
 
 def _delete(tx: Tx, agents: list[str], actor: str, now_us: int) -> AgentsChanged:
@@ -235,9 +239,9 @@ def _delete(tx: Tx, agents: list[str], actor: str, now_us: int) -> AgentsChanged
         known = tx.row("SELECT origin, state FROM agent WHERE id = ?", (agent,))
         assert known is not None
         reason = "stands in the configuration no more" if known[0] == "config" else "removed by hand"
-        agent_history.note(tx, agent, "removed", actor, now_us, reason=reason, details={"state": known[1]})
+        gone = agent_history.note(tx, agent, "removed", actor, now_us, reason=reason, details={"state": known[1]})
         tx.execute("DELETE FROM agent WHERE id = ?", (agent,))
-        tx.audit("agent.removed", actor, agent, {"id": agent}, now_us)
+        tx.audit("agent.removed", actor, agent, {"history": [gone], "id": agent}, now_us)
         agent_keys.forget(tx, agent, actor, now_us)
     return AgentsChanged(removed=agents)
 
@@ -284,12 +288,19 @@ def record_probe(tx: Tx, unit: RecordProbe) -> RowWritten:
 
 def _note_health(tx: Tx, unit: RecordProbe) -> None:
     if unit.flap is not None:
-        agent_history.note(tx, unit.agent, unit.flap, "asapd", unit.ts_us)
-        tx.audit(f"agent.{unit.flap}", "asapd", unit.agent, {"id": unit.agent, "state": unit.state}, unit.ts_us)
+        noted = agent_history.note(tx, unit.agent, unit.flap, "asapd", unit.ts_us)
+        flap = {"history": [noted], "id": unit.agent, "state": unit.state}
+        tx.audit(f"agent.{unit.flap}", "asapd", unit.agent, flap, unit.ts_us)
     if unit.transition_from is not None:
         reason, states = unit.transition_reason or unit.reason, (unit.transition_from, unit.state)
-        agent_history.note(tx, unit.agent, "state", "asapd", unit.ts_us, states=states, reason=reason)
-        details = {"from": unit.transition_from, "id": unit.agent, "reason": reason, "to": unit.state}
+        noted = agent_history.note(tx, unit.agent, "state", "asapd", unit.ts_us, states=states, reason=reason)
+        details = {
+            "from": unit.transition_from,
+            "history": [noted],
+            "id": unit.agent,
+            "reason": reason,
+            "to": unit.state,
+        }
         tx.audit("agent.state", "asapd", unit.agent, details, unit.ts_us)
 
 

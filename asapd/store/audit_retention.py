@@ -10,7 +10,7 @@ import msgspec
 from asapd.core.errors import Refusal
 from asapd.core.types import format_us
 from asapd.store import seals
-from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
+from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import AuditRetired, KeepArchive, RetireAudit
@@ -18,6 +18,9 @@ from asapd.store.units.unit import RowWritten
 
 MOST = 50_000
 """Entries of one archive: some eight megabytes, written and verified in a few seconds."""
+
+
+_TAKEN = f"event_type NOT IN {EXPLAINING} AND event_type NOT IN {STANDING}"
 
 
 class Archive(msgspec.Struct, frozen=True):
@@ -77,7 +80,7 @@ def counted(connection: apsw.Connection, first: int, last: int) -> dict[str, Any
     count, low, high, oldest, newest_us = fetch(
         connection,
         "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM audit "
-        f"WHERE seq BETWEEN ? AND ? AND salt IS NOT NULL AND event_type NOT IN {EXPLAINING}",
+        f"WHERE seq BETWEEN ? AND ? AND salt IS NOT NULL AND {_TAKEN}",
         (first, last),
     )[0]
     return {"count": count, "first_seq": low, "last_seq": high, "oldest_us": oldest, "newest_us": newest_us}
@@ -124,7 +127,7 @@ def keep(tx: Tx, unit: KeepArchive) -> RowWritten:
 def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
     """Erase the content of the next entries that are in an archive, and say so in the log.
 
-    What explains to verification why content is gone stays for ever, and so does what an erasure took before.
+    What explains to verification why content is gone stays for ever, and so do decisions that stand.
     """
     archive = newest(tx.connection)
     if archive is None or archive.through_seq >= archive.last_seq:
@@ -132,7 +135,7 @@ def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
     through = min(archive.through_seq + unit.limit, archive.last_seq)
     rows = fetch(
         tx.connection,
-        f"SELECT seq FROM audit WHERE seq > ? AND seq <= ? AND salt IS NOT NULL AND event_type NOT IN {EXPLAINING}",
+        f"SELECT seq FROM audit WHERE seq > ? AND seq <= ? AND salt IS NOT NULL AND {_TAKEN}",
         (archive.through_seq, through),
     )
     seqs = [seq for (seq,) in rows]
@@ -146,6 +149,7 @@ def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
             "last_seq": seqs[-1],
             "sha256": archive.sha256,
             "table": "audit",
+            "through_seq": through,
             "usage_rows": runs(usage_rows_of(tx.connection, seqs)),
         }
         erase_payloads(tx, seqs)

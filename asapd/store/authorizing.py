@@ -8,6 +8,7 @@ from asapd.core.budgets import MissingUnits, OverBudget, Work, refuse
 from asapd.core.delegation import Denied, Reason
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_hold, remaining, reserve
+from asapd.core.row_digest import consumer_digest
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
 from asapd.store.budgets import open_book
@@ -128,12 +129,13 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
     _check_budgets(path, pages, unit)
     hold = open_hold(unit.estimate)
     reservation = tx.new_id("rsv", unit.now_us)
+    salt = None if unit.consumer is None else tx.salt()
     expires_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
-    tx.execute(
+    written = tx.row(
         "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
-        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by) "
+        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by, salt) "
         "VALUES (?1,?2,iif(?3, ?4, (SELECT tenant FROM delegation WHERE account = ?2)),"
-        "?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,'open',?16,?17,?18)",
+        "?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,'open',?16,?17,?18,?19) RETURNING tenant",
         (
             reservation,
             path[0].account,
@@ -153,8 +155,10 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
             unit.now_us,
             expires_us,
             unit.actor,
+            salt,
         ),
     )
+    assert written is not None
     tx.insert_many(
         "INSERT INTO account_task VALUES (?, ?, 0, 1) ON CONFLICT DO UPDATE SET holds = holds + 1",
         [(on_path.account, unit.task_id) for on_path in path],
@@ -173,13 +177,17 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
     details = {
         "action": unit.action,
         "budgets": [page.budget.name for page in pages],
+        "consumer_digest": None if unit.consumer is None or salt is None else consumer_digest(salt, unit.consumer),
         "cost_microusd": unit.estimate.cost_microusd,
+        "delegate": unit.delegate,
         "delegation": path[0].id,
         "expires_at": format_us(expires_us),
         "id": reservation,
         "path": [on_path.id for on_path in path],
+        "project": unit.project,
         "task_id": unit.task_id,
         "tasks": unit.estimate.tasks,
+        "tenant": written[0],
         "tokens": unit.estimate.tokens,
     }
     tx.audit("reservation.created", unit.actor, reservation, details, unit.now_us)

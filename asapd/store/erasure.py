@@ -83,7 +83,9 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     if is_whole and _number(connection, unit.pseudonym) < 0:
         # In the unit that erases the last entry, so that rows and entries never say different names.
         tx.rename(unit.consumer, unit.pseudonym)
-        tx.execute("UPDATE reservation SET consumer = ? WHERE consumer = ?", (unit.pseudonym, unit.consumer))
+        tx.execute(
+            "UPDATE reservation SET consumer = ?, salt = NULL WHERE consumer = ?", (unit.pseudonym, unit.consumer)
+        )
         tx.execute(
             f"UPDATE breach SET evidence = json_set(evidence, '$.match.consumer', ?) WHERE {_OF_BREACH}",
             (unit.pseudonym, unit.consumer),

@@ -21,6 +21,12 @@ _ASKED_KINDS = (
 """Entries of rows that may be older than what retention took: of others nobody asks, and they may be millions."""
 EXPLAINING = "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored', 'log.vouched')"
 """Entries that say why something is gone: they are never erased."""
+STANDING = (
+    "('key.created', 'key.revoked', 'agent.added', 'agent.changed', 'agent.removed', 'agent.key_added', "
+    "'agent.key_retired', 'agent.key_claimed', 'agent.key_withdrawn', 'agent.manifest', 'agent.promise', "
+    "'sla.credits', 'maintenance.declared', 'maintenance.ended', 'watch.interrupted', 'watch.corrected')"
+)
+"""Decisions that stand until another is entered, few as they are: retention leaves them their content."""
 
 
 def usage_rows_of(connection: apsw.Connection, seqs: list[int]) -> list[int]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import apsw
 import msgspec
 
+from asapd.core.row_digest import consumer_digest
 from asapd.store import replaying
-from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, decode
+from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, Terms, decode
 from asapd.store.rows import fetch
 
 Add = Callable[[str], None]
@@ -98,11 +99,23 @@ def _tasks(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> Non
         add(f"account_task {number} {task_id}: there is no such delegation")
 
 
+def _is_consumer(terms: Terms, consumer: str | None, salt: bytes | None, pseudonyms: set[str | None]) -> bool:
+    if terms.consumer_digest is None or consumer is None:
+        return (terms.consumer_digest, consumer, salt) == (None, None, None)
+    if salt is None:
+        return consumer in pseudonyms  # erased
+    return consumer_digest(salt, consumer) == terms.consumer_digest
+
+
 def _reservations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> tuple[int, int]:
     rows = hidden = 0
     hidden_accounts = {account.number for account in ledger.accounts.values() if ledger.is_hidden(account)}
-    for body, *values in connection.execute(
-        f"SELECT t.body, {', '.join(f'r.{name}' for name in COLUMNS)} FROM reservation r "
+    pseudonyms = {
+        name for (name,) in fetch(connection, "SELECT subject FROM audit WHERE event_type = 'erasure.applied'")
+    }
+    for body, tenant, delegate, project, consumer, salt, *values in connection.execute(
+        "SELECT t.body, r.tenant, r.delegate, r.project, r.consumer, r.salt, "
+        f"{', '.join(f'r.{name}' for name in COLUMNS)} FROM reservation r "
         "LEFT JOIN temp.replayed_reservation t USING (id)"
     ):
         rows += 1
@@ -116,6 +129,14 @@ def _reservations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add)
             for name in COLUMNS:
                 if row[name] != getattr(found, name):
                     add(f"reservation {found.id}: {name} is {row[name]!r}, the log comes to {getattr(found, name)!r}")
+            terms = found.terms
+            if terms is None:
+                continue
+            for name, value in (("tenant", tenant), ("delegate", delegate), ("project", project)):
+                if value != getattr(terms, name):
+                    add(f"reservation {found.id}: {name} is {value!r}, and the log says {getattr(terms, name)!r}")
+            if not _is_consumer(terms, consumer, salt, pseudonyms):
+                add(f"reservation {found.id}: its consumer is not the one that its entry knows")
     gone = "SELECT id FROM temp.replayed_reservation WHERE id NOT IN (SELECT id FROM reservation)"
     for name in (*ledger.open, *(name for (name,) in connection.execute(gone))):
         add(f"reservation {name} is not there, and the log has entries of it")

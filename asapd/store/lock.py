@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+_POLL_S = 0.05
+_HOLD_TRIES = 5
+
 
 class LockedError(Exception):
     """Another daemon owns the state directory: stop it, or name another directory."""
@@ -33,27 +36,33 @@ def acquire(path: Path, *, patience_s: float, monotonic_s: Callable[[], float], 
                 os.close(descriptor)
                 who = f"pid {owner}" if owner is not None else "another process"
                 raise LockedError(f"{path.parent} is in use by {who}") from None
-        sleep(0.05)
+        sleep(_POLL_S)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
 
 
-def hold(database: Path) -> int:
+def hold(database: Path, sleep: Callable[[float], None]) -> int:
     """Lock a database by the file itself, which is made when it is not there; returns the descriptor that holds it.
 
-    It holds whatever becomes of the lock file, and by whatever other name the database is reached. To close it takes
-    the locks of SQLite's own connections in this process away as well: only when there are none any more.
+    A process that ends gives up its descriptors one after the other, this one after that of the lock file: it is waited
+    for a moment. It holds whatever becomes of the lock file, and by whatever other name the database is reached.
+    To close it takes the locks of SQLite's own connections in this process away as well: only when there are none
+    any more.
 
     Raises:
         LockedError: another process has it.
     """
     descriptor = os.open(database, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise LockedError(f"{database} is in use by another process, which holds no lock file here") from None
+    for left in range(_HOLD_TRIES, 0, -1):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if left == 1:
+                os.close(descriptor)
+                raise LockedError(f"{database} is in use by another process, which holds no lock file here") from None
+        sleep(_POLL_S)
     return descriptor
 
 

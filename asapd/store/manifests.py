@@ -49,20 +49,22 @@ def record(tx: Tx, unit: RecordManifest) -> RowWritten:
         ),
     )
     seq = tx.connection.last_insert_rowid()
+    kept = {"digest": unit.digest, "verification": unit.verification}
+    history = [agent_history.note(tx, unit.agent, "manifest", "asapd", unit.fetched_us, details=kept)]
+    if unit.sla_error is not None:
+        wrong = unit.sla_error
+        history.append(
+            agent_history.note(tx, unit.agent, "sla_rejected", "asapd", unit.fetched_us, reason=wrong, details=kept)
+        )
     details = {
         "digest": unit.digest,
+        "history": history,
         "id": unit.agent,
         "row_digest": row_digest((unit.body, sla, unit.ttl_seconds, unit.public_key)),
         "sla_error": unit.sla_error,
         "verification": unit.verification,
     }
     tx.audit("agent.manifest", "asapd", unit.agent, details, unit.fetched_us)
-    kept = {"digest": unit.digest, "verification": unit.verification}
-    agent_history.note(tx, unit.agent, "manifest", "asapd", unit.fetched_us, details=kept)
-    if unit.sla_error is not None:
-        agent_history.note(
-            tx, unit.agent, "sla_rejected", "asapd", unit.fetched_us, reason=unit.sla_error, details=kept
-        )
     agent_keys.see_manifest(tx, unit.agent, unit.verification, unit.public_key, unit.fetched_us)
     return RowWritten(seq)
 

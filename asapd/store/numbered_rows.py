@@ -44,3 +44,13 @@ def count_gone(connection: apsw.Connection, table: str, numbered: int, explained
     gone = numbered - there - explained
     if gone > 0:
         findings.add(f"{gone} of the rows 1 to {numbered} of {table} are not there, and nobody says who took them")
+
+
+def count_gone_of(connection: apsw.Connection, table: str, findings: Findings) -> None:
+    """The same of a table of which nobody ever takes a row."""
+    newest, numbered = fetch(
+        connection,
+        f"SELECT (SELECT max(seq) FROM {table}), (SELECT max(seq) FROM sqlite_sequence WHERE name = ?)",
+        (table,),
+    )[0]
+    count_gone(connection, table, max(newest or 0, numbered or 0), 0, findings)

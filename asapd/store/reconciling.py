@@ -20,6 +20,7 @@ from asapd.store.reconciling_breaches import reconcile_breaches
 from asapd.store.reconciling_delegations import reconcile_delegations
 from asapd.store.reconciling_house import read_house
 from asapd.store.reconciling_identity import reconcile_identities
+from asapd.store.reconciling_outcomes import reconcile_outcomes
 from asapd.store.reconciling_tasks import reconcile_tasks
 from asapd.store.reconciling_usage import reconcile_usage
 
@@ -45,6 +46,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             ledger,
             _compared(connection, "breach", lambda connection: reconcile_breaches(connection, erasures)),
             _days(connection),
+            _compared(connection, "task_outcome", reconcile_outcomes),
             *(_compared(connection, part.log.table, part.compare) for part in read_house(connection)),
             _explained(_erased(erasures), connection, keys),
         )

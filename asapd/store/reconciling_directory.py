@@ -12,11 +12,13 @@ import msgspec
 from asapd.core.agent_keys import AgentKey
 from asapd.core.masking import is_masked_form
 from asapd.core.row_digest import row_digest
+from asapd.store import agent_history
 from asapd.store.agent_keys import keys_of, read_key
 from asapd.store.findings import Tally
-from asapd.store.numbered_rows import count_gone, rows_of
-from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.numbered_rows import count_gone_of, rows_of
+from asapd.store.rows import Row, fetch
 from asapd.store.standing import Entry, Standing, StandingRow
+from asapd.store.visibility import Visibility
 from asapd.wire.keys import public_base64
 
 STEP = 2_000
@@ -40,7 +42,8 @@ class Agents:
                 self._retire_key(entry)
             case _:
                 made = {"added_us": entry.at_us} if entry.kind == "agent.added" else {}
-                self.log.say(entry.subject, entry.seq, **told, **made)
+                said = {name: value for name, value in told.items() if name != "history"}
+                self.log.say(entry.subject, entry.seq, **said, **made)
 
     def _retire_key(self, entry: Entry) -> None:
         """A key that was posted with its agent and is retired by itself leaves the agent's row as well."""
@@ -54,6 +57,12 @@ class Agents:
         """Hold the rows to it."""
         names = ("id", "url", "tenant", "origin", "public_key", "tier", "sla", "health", "added_us")
         rows = fetch(connection, f"SELECT {', '.join(names)} FROM agent")
+        for agent, tenant, held_since_us in fetch(connection, "SELECT id, tenant, held_since_us FROM agent"):
+            # By their history, which is held to the log itself: what was before is another tenant's.
+            known_us = agent_history.held_since_us(connection, Visibility(tenant=tenant), agent)
+            if held_since_us != known_us:
+                told = f"held_since_us is {held_since_us}, and its history comes to {known_us}"
+                self.log.findings.add(f"agent {agent}: {told}")
         return self.log.compare(StandingRow(row[0], row[-1], dict(zip(names, row, strict=True))) for row in rows)
 
 
@@ -95,18 +104,19 @@ class AgentKeys:
             return
         key = (agent, told["public_key"], told["source"])
         self._told.add(key[:2])
+        retired = {name: told[name] for name in ("retired_us",) if name in told}  # earlier ones do not say
         match entry.kind:
             case "agent.key_added":
                 self._added.add(key[:2])
-                self.log.say(key, entry.seq, state="active", since_us=entry.at_us, until_us=None)
+                self.log.say(key, entry.seq, state="active", since_us=entry.at_us, until_us=None, **retired)
             case "agent.key_claimed":
-                self.log.say(key, entry.seq, state="claimed", since_us=entry.at_us, until_us=None)
+                self.log.say(key, entry.seq, state="claimed", since_us=entry.at_us, until_us=None, **retired)
             case "agent.key_withdrawn":
-                self.log.say(key, entry.seq, state="retired", until_us=entry.at_us)
+                self.log.say(key, entry.seq, state="retired", until_us=entry.at_us, **retired)
             case _:
                 if (self.log.said(key) or {}).get("state") == "claimed":
                     self.log.forget(key)  # somebody may have confirmed it since, of which no entry says when
-                self.log.say(key, entry.seq, state="retired", until_us=told["until_us"])
+                self.log.say(key, entry.seq, state="retired", until_us=told["until_us"], **retired)
 
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold the rows to it."""
@@ -128,7 +138,8 @@ class AgentKeys:
             name = (key.agent, public_base64(key.public_key), key.source)
             was_added = name[:2] in self._added
             is_known = was_added or (self.log.erased > 0 and (key.agent, key.public_key) in elsewhere)
-            is_shown = key.source == "manifest" and key.state == "active" and is_known
+            is_told = (self.log.said(name) or {}).get("state") == "active"
+            is_shown = key.source == "manifest" and key.state == "active" and is_known and not is_told
             if is_shown or (key.source == "former" and key.state == "retired" and name[:2] in self._told):
                 self.log.forget(name)  # no entry says so, and the key is one that the log knows
                 continue
@@ -148,21 +159,25 @@ class Manifests:
         """Take in one version."""
         at = (entry.subject, entry.at_us)
         self._count[at] += 1
-        self.log.say((*at, self._count[at]), entry.seq, **{n: v for n, v in entry.details.items() if n != "id"})
+        said = {name: value for name, value in entry.details.items() if name not in {"history", "id"}}
+        self.log.say((*at, self._count[at]), entry.seq, **said)
 
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold the rows to it."""
+        count_gone_of(connection, "manifest", self.log.findings)
         return self.log.compare(self._rows(connection))
 
     def _rows(self, connection: apsw.Connection) -> Iterator[StandingRow]:
         columns = "seq, agent, fetched_us, digest, verification, sla_error, body, sla, ttl_seconds, public_key"
         count: Counter[tuple[str, int]] = Counter()
-        for _, agent, at_us, digest, verification, error, *unsaid in rows_of(
+        newest = 0
+        for seq, agent, at_us, digest, verification, error, *unsaid in rows_of(
             connection, "manifest", columns, *_bounds(connection, "manifest")
         ):
             count[agent, at_us] += 1
             values = {"digest": digest, "verification": verification, "sla_error": error}
             values["row_digest"] = row_digest(unsaid)
+            newest = self.log.follow((agent, at_us, count[agent, at_us]), seq, newest)
             yield StandingRow((agent, at_us, count[agent, at_us]), at_us, values)
 
 
@@ -191,12 +206,14 @@ class Promises:
 
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold the rows to it."""
+        count_gone_of(connection, "promise", self.log.findings)
         return self.log.compare(self._rows(connection))
 
     def _rows(self, connection: apsw.Connection) -> Iterator[StandingRow]:
         names = ("seq", "agent", "tenant", "since_us", "source", "sla", "manifest_digest", "error")
         count: Counter[tuple[str, int]] = Counter()
         seen: set[tuple[str, str]] = set()
+        newest = 0
         for row in rows_of(connection, "promise", ", ".join(names), *_bounds(connection, "promise")):
             values: dict[str, Any] = dict(zip(names, row, strict=True))
             values["sla"] = None if values["sla"] is None else msgspec.json.decode(values["sla"])
@@ -210,6 +227,7 @@ class Promises:
             if self.log.said(key) is None and is_taken_over and values["source"] == "manifest":
                 continue
             count[agent, since_us] += 1
+            newest = self.log.follow(key, values["seq"], newest)
             yield StandingRow(key, since_us, values)
 
 
@@ -228,7 +246,7 @@ class AgentEvents:
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold every event to the entry of its moment, and see that none is missing between them."""
         after, last = _bounds(connection, "agent_event")
-        columns = "seq, agent, ts_us, event, actor, old_state, new_state, reason"
+        columns = f"seq, {agent_history.COLUMNS}"
         count, step = 0, []
         for row in rows_of(connection, "agent_event", columns, after, last):
             count += 1
@@ -237,12 +255,14 @@ class AgentEvents:
                 self._step(connection, step)
                 step = []
         self._step(connection, step)
-        numbered = fetch_one(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'agent_event'")
-        count_gone(connection, "agent_event", max(last, 0 if numbered is None else numbered[0]), 0, self.log.findings)
+        # Events and their entries are in one order: behind the last event there is no entry of another.
+        for seq, kind in fetch(connection, _OF_NO_EVENT, (self._newest,)):
+            self.log.findings.add(f"entry {seq} ({kind}): there is no such row in agent_event")
+        count_gone_of(connection, "agent_event", self.log.findings)
         return self.log.tally(count)
 
     def _step(self, connection: apsw.Connection, events: list[Row]) -> None:
-        times = msgspec.json.encode(sorted({row[2] for row in events})).decode()
+        times = msgspec.json.encode(sorted({row[3] for row in events})).decode()
         said: dict[tuple[str | None, int], list[tuple[int, str, str, dict[str, Any]]]] = {}
         lost: set[tuple[str, int]] = set()
         for entry, kind, at_us, actor, subject, details in fetch(
@@ -256,13 +276,17 @@ class AgentEvents:
             else:
                 said.setdefault((subject, at_us), []).append((entry, kind, actor, msgspec.json.decode(details)))
         taken: set[tuple[int, str]] = set()
-        for seq, agent, at_us, event, actor, old, new, reason in events:
+        for seq, *values in events:
+            agent, _, at_us, event, actor, old, new, reason, _ = values
             kinds = _TOLD_AS.get(event, (f"agent.{event}",))
             states = {"from": old, "to": new}
             for entry, kind, by, told in said.get((agent, at_us), ()):
-                is_same = "from" not in told or (
-                    {name: told[name] for name in states} == states and is_masked_form(told["reason"], reason)
-                )
+                if "history" in told:
+                    is_same = row_digest(values) in told["history"]
+                else:  # earlier ones say less
+                    is_same = "from" not in told or (
+                        {name: told[name] for name in states} == states and is_masked_form(told["reason"], reason)
+                    )
                 if kind in kinds and actor == by and is_same and (entry, event) not in taken:
                     taken.add((entry, event))
                     self.log.entries += 1
@@ -278,6 +302,10 @@ class AgentEvents:
                     self.log.findings.add(f"{where} has no entry in the log that says the same")
 
 
+_OF_NO_EVENT = (
+    "SELECT seq, event_type FROM audit WHERE seq > ? AND event_type GLOB 'agent.*' "
+    "AND json_valid(details) AND details ->> 'history' IS NOT NULL ORDER BY seq"
+)
 _TOLD_AS = {
     "added": ("agent.added", "agent.changed"),
     "removed": ("agent.removed", "agent.changed"),

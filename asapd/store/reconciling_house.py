@@ -5,7 +5,8 @@ All of it, with the directory and what is revoked, is read from the log in one w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import apsw
@@ -13,7 +14,9 @@ import msgspec
 
 from asapd.store.findings import Tally
 from asapd.store.keys import list_keys, unsaid_digest
+from asapd.store.numbered_rows import count_gone_of
 from asapd.store.reconciling_directory import AgentEvents, AgentKeys, Agents, Manifests, Promises
+from asapd.store.reconciling_retention import Retired
 from asapd.store.reconciling_revocations import Revocations
 from asapd.store.rows import fetch
 from asapd.store.standing import Entry, Standing, StandingRow
@@ -52,6 +55,8 @@ def read_house(connection: apsw.Connection) -> tuple[Part, ...]:
         _Silences(),
         _Acknowledgements(),
         _Blind(),
+        _Credits(),
+        Retired(),
         Revocations(),
     )
     by_kind: dict[str, list[Part]] = {}
@@ -152,6 +157,35 @@ class _Acknowledgements:
     def compare(self, connection: apsw.Connection) -> Tally:
         columns = "breach, at_us, actor, comment"
         return self.log.compare(_rows(connection, f"SELECT {columns} FROM breach_ack", columns, "at_us"))
+
+
+class _Credits:
+    kinds = ("sla.credits",)
+
+    def __init__(self) -> None:
+        self.log = Standing("credit_terms")
+        self._count: Counter[int] = Counter()
+
+    def do(self, entry: Entry) -> None:
+        told = entry.details
+        self._count[told["since_us"]] += 1
+        tiers = [[tier["below"], tier["credit"]] for tier in told["tiers"]]
+        self.log.say((told["since_us"], self._count[told["since_us"]]), entry.seq, tiers=tiers)
+
+    def compare(self, connection: apsw.Connection) -> Tally:
+        count_gone_of(connection, "credit_terms", self.log.findings)
+        return self.log.compare(self._rows(connection))
+
+    def _rows(self, connection: apsw.Connection) -> Iterator[StandingRow]:
+        count: Counter[int] = Counter()
+        newest = 0
+        for seq, since_us, text in fetch(connection, "SELECT seq, since_us, tiers FROM credit_terms ORDER BY seq"):
+            tiers = msgspec.json.decode(text)
+            if seq == 1 and not tiers:
+                continue  # that nothing is given back from the start has no entry
+            count[since_us] += 1
+            newest = self.log.follow((since_us, count[since_us]), seq, newest)
+            yield StandingRow((since_us, count[since_us]), since_us, {"tiers": tiers})
 
 
 class _Blind:

@@ -65,8 +65,20 @@ class Account:
         self.spent = self.reserved = self.tasks_reserved = 0
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What the entry of a reservation says of it that debits nothing."""
+
+    tenant: str
+    delegate: str | None
+    project: str | None
+    consumer_digest: str | None
+
+
 class Reservation(msgspec.Struct):
-    """A reservation as the log has it, in the names and order of its columns."""
+    """A reservation as the log has it, in the names and order of its columns.
+
+    `terms` is None in those of a build that said none.
+    """
 
     id: str
     account: int
@@ -87,6 +99,7 @@ class Reservation(msgspec.Struct):
     closed_us: int | None
     created_by: str
     delegation: str
+    terms: Terms | None
 
     @property
     def hold(self) -> Hold:
@@ -97,7 +110,7 @@ class Reservation(msgspec.Struct):
         self.tasks_extra, self.used_microusd = hold.tasks_extra, hold.used_microusd
 
 
-COLUMNS = Reservation.__struct_fields__[:-1]
+COLUMNS = Reservation.__struct_fields__[:-2]
 _encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Reservation).decode
 
@@ -397,6 +410,7 @@ class ReplayedLedger:
             None,
             actor,
             told["delegation"],
+            msgspec.convert(told, Terms) if "tenant" in told else None,
         )
         self._put(made)
         self._spend(account.path, 0, -hold.cost_microusd, -hold.tasks_extra)

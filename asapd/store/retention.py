@@ -51,6 +51,7 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
             "last_content": rows[-1][3].hex(),
             "last_row": max(seqs),
             "last_timestamp_us": rows[-1][1],
+            "outcomes_said": True,
             "table": "usage",
         }
         tx.audit("retention.applied", unit.actor, "usage", details, unit.now_us)
@@ -61,6 +62,9 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
         (unit.before_us, unit.limit),
     )
     outcomes = tx.connection.changes()
+    if outcomes:
+        said = {"before_us": unit.before_us, "count": outcomes, "table": "task_outcome"}
+        tx.audit("retention.applied", unit.actor, "task_outcome", said, unit.now_us)
     # Finds nothing to do in a file that was made before pages could be given back.
     fetch(tx.connection, f"PRAGMA incremental_vacuum({FREED_PAGES})")
     return UsageRetired(len(rows), more=unit.limit in {len(rows), outcomes})

@@ -121,10 +121,17 @@ def import_list(tx: Tx, unit: ImportRevocations) -> RevocationsImported:
         ids += [branch.id for branch in branches]
         _revoke(tx, branches, cause, act)
     _put(tx, merged, unit.now_us)
-    _audit_unseen(tx, [entry for entry in merged if (entry.issuer, entry.jti) not in registered], act)
-    _tell_unseen(tx, [entry for entry in fresh if (entry.issuer, entry.jti) not in registered], act)
+    unseen = {(one.issuer, one.jti): one for one in fresh if (one.issuer, one.jti) not in roots}
+    _record_unseen(tx, list(unseen.values()), act)
+    # Of one that a list names twice, the last that was merged is the one that stands.
+    last = {(one.issuer, one.jti): one for one in merged}
+    changed = [one for name, one in last.items() if one != unseen.get(name)]
+    for one in changed:
+        moved = {"expires_us": one.expires_us, "issuer": one.issuer, "jti": one.jti, "revoked_us": one.revoked_us}
+        tx.audit("revocation.changed", act.actor, one.jti, moved, act.now_us)
     details = {
         "added": len(fresh),
+        "changed": len(changed),
         "digest": unit.digest.hex(),
         "entries": len(unit.entries) - expired,
         "expired": expired,
@@ -183,11 +190,8 @@ def _revoke(tx: Tx, branches: Sequence[_Branch], cause: str, act: _Act) -> None:
     delegation_news.add_revoked(tx, params, told, act.now_us, next((one for one in told if one.id == cause), None))
 
 
-def _audit_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
-    """Say of tokens that nobody showed here since when they are revoked, and until when that is remembered.
-
-    One that a list said other times of before is said again, with those that hold now.
-    """
+def _record_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
+    """Tell of tokens that are revoked before anybody showed them here."""
     for entry in entries:
         details = {
             "cause": entry.jti,
@@ -200,10 +204,6 @@ def _audit_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
             "source": act.source,
         }
         tx.audit("delegation.revoked", act.actor, entry.jti, details, act.now_us)
-
-
-def _tell_unseen(tx: Tx, entries: Sequence[Revocation], act: _Act) -> None:
-    """Tell of tokens that are revoked before anybody showed them here."""
     delegation_news.add_revoked(
         tx,
         {"cause": None, "reason": act.reason, "revoked_at": format_us(act.now_us), "source": act.source},

@@ -12,6 +12,7 @@ from asapd.core.merkle import KEPT_LEVEL, MadeNode, Node, Tree
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units.audit import Seal, Sealed
+from asapd.wire.attestation import sealing
 from asapd.wire.checkpoint import Checkpoint
 
 BLOCK = 1 << KEPT_LEVEL
@@ -34,9 +35,10 @@ def seal(tx: Tx, unit: Seal) -> Sealed:
     """
     tx.insert_many("INSERT INTO audit_node VALUES (?,?,?) ON CONFLICT DO NOTHING", unit.nodes)
     if unit.note is not None:
+        signature = tx.signature_of(sealing(unit.size, unit.root, unit.now_us))
         tx.execute(
-            "INSERT INTO audit_checkpoint VALUES (?,?,?,?) ON CONFLICT DO NOTHING",
-            (unit.size, unit.root, unit.note, unit.now_us),
+            "INSERT INTO audit_checkpoint VALUES (?,?,?,?,?) ON CONFLICT DO NOTHING",
+            (unit.size, unit.root, unit.note, unit.now_us, signature),
         )
     return Sealed(unit.size)
 

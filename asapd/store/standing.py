@@ -66,6 +66,13 @@ class Standing:
         """What was said of a thing so far; None of one that went, or that nobody spoke of."""
         return self._said.get(key, (0, None))[1]
 
+    def follow(self, key: Hashable, number: int, newest: int) -> int:
+        """Rows are numbered in the order of their entries: the newest entry of them so far."""
+        seq = self._said.get(key, (0, None))[0]
+        if seq and seq < newest:
+            self.findings.add(f"{self.table} row {number} was not written where entry {seq} was")
+        return max(seq, newest)
+
     def known(self) -> list[Hashable]:
         """All that the log speaks of."""
         return list(self._said)

@@ -16,6 +16,7 @@ from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
 from asapd.wire.attestation import attested
+from asapd.wire.receipt import signature_of
 
 EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed", "log.vouched")
 """Entries that explain to verification why something is gone, or what it was: they are signed."""
@@ -137,6 +138,14 @@ class Tx:
             ids += [head + _PAIRS[at >> 10] + _PAIRS[at & 1023] for at in range(low, low + run)]
             number += run
         return ids
+
+    def signature_of(self, signed: bytes) -> str | None:
+        """The daemon's signature of something, in base64; None in a writer that has no key."""
+        return None if self._key is None else signature_of(signed, self._key)
+
+    def salt(self) -> bytes:
+        """16 random bytes."""
+        return self._entropy(16)
 
     # --- audit
 

@@ -16,7 +16,9 @@ from asapd.store import checkpoint_log, seals, witnessing
 from asapd.store.findings import Tally
 from asapd.store.reconciling import reconcile
 from asapd.store.rows import fetch, fetch_one
+from asapd.wire.attestation import sealing
 from asapd.wire.checkpoint import Checkpoint, is_signed_by, origin_of, read_checkpoint
+from asapd.wire.receipt import verifies
 from asapd.wire.signed_note import NoteMalformedError
 
 Known = list[tuple[str, bytes | str]]
@@ -229,18 +231,41 @@ def _sealed_between(
     """Checkpoints by size, those of the database first."""
     rows = fetch(
         connection,
-        "SELECT size, root, CAST(note AS BLOB) FROM audit_checkpoint WHERE size > ? AND size <= ? ORDER BY size",
+        "SELECT size, root, CAST(note AS BLOB), sealed_us, CAST(time_signature AS BLOB) FROM audit_checkpoint "
+        "WHERE size > ? AND size <= ? ORDER BY size",
         (after, through),
     )
+    # From the first on that has one every checkpoint has a signature of its time.
+    timed = fetch_one(
+        connection,
+        "SELECT size, sealed_us FROM audit_checkpoint WHERE time_signature IS NOT NULL ORDER BY size LIMIT 1",
+    )
+    timed_size, timed_us = timed or (2**63, 0)
     found: dict[int, Known] = {}
-    for size, root, note in rows:
-        found[size] = [("the checkpoint", misfit(size, root, note.decode(errors="replace"), keys.own) or root)]
+    for size, root, note, sealed_us, signature in rows:
+        wrong = misfit(size, root, note.decode(errors="replace"), keys.own)
+        # An earlier one that was put back from the file is of a later time than those that were there.
+        if wrong is None and (signature is not None or (size > timed_size and sealed_us >= timed_us)):
+            wrong = _mistimed(size, root, sealed_us, signature, keys.own)
+        found[size] = [("the checkpoint", wrong or root)]
     for size, wrong in witnessing.miscosigned(connection, after, through, keys.witnesses):
         found.setdefault(size, []).append(("the checkpoint", wrong))
     for size, known in others.items():
         if after < size <= through:
             found.setdefault(size, []).extend(known)
     return sorted(found.items())
+
+
+def _mistimed(size: int, root: bytes, sealed_us: int, signature: bytes | None, keys: tuple[bytes, ...]) -> str | None:
+    """Why a stored checkpoint was not made when it says; None when it was, or without keys."""
+    encoded = None if signature is None else signature.decode(errors="replace")
+    try:
+        said = sealing(size, root, sealed_us)
+    except (OverflowError, ValueError):
+        said = b""
+    if not keys or any(verifies(encoded, said, key) for key in keys):
+        return None
+    return f"the time of the stored checkpoint of {size} entries is not the one that this daemon signed"
 
 
 def misfit(size: int, root: bytes, note: str, keys: tuple[bytes, ...]) -> str | None:

@@ -77,6 +77,8 @@ def miscosigned(
             found.append((size, f"{which} is of no checkpoint that is there"))
         elif name in witnesses and not _is_cosigned(note, line, name, witnesses[name]):
             found.append((size, f"{which} does not verify"))
+        elif not line.startswith(b"\xe2\x80\x94 " + witness + b" "):
+            found.append((size, f"{which} is not by that name"))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from nacl.signing import SigningKey
 
 from asapd.core.audit import canonical_details
+from asapd.core.types import format_us
 from asapd.wire.receipt import signature_of, verifies
 
 KIND: Final = "asapd.attestation"
@@ -42,4 +43,11 @@ def _said(event_type: str, actor: str, subject: str, details: dict[str, Any], pr
             "details": details,
             "previous_hash": previous_hash.hex(),
         }
+    )
+
+
+def sealing(size: int, root: bytes, sealed_us: int) -> bytes:
+    """What is signed of when a checkpoint of a size and a root was: a checkpoint itself has no time in it."""
+    return canonical_details(
+        {"statement": "asapd.sealing", "root": root.hex(), "sealed_at": format_us(sealed_us), "size": size}
     )

@@ -28,6 +28,9 @@ from tests.config.test_examples import TEXT, UNHIDDEN
 SECRETS = """
 [audit]
 witness_command = ["mail", "--password", "hidden-1"]
+[[audit.witness]]
+url = "https://other.example.org/hidden-5/witness"
+public_key = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
 [[alerts.webhook]]
 url = "https://hooks.example.org/services/hidden-2"
 [[alerts.webhook]]
@@ -93,6 +96,7 @@ def test_what_may_be_a_secret_is_masked_and_the_rest_stays() -> None:
         "https://hooks.example.org",
     ]
     assert shown["alerts"]["command"][0]["argv"] == ["notify", "[masked]"]
+    assert shown["audit"]["witness"][0]["url"] == "https://other.example.org/[masked]"
     assert shown["audit"]["witness_command"] == ["mail", "[masked]", "[masked]"]
     assert document == written(parse(SECRETS)), "the original is left as it was"
     assert {name: shown[name] for name in shown if name not in {"alerts", "audit"}} == {

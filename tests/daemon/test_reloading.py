@@ -175,8 +175,9 @@ async def test_a_directory_that_cannot_be_changed_refuses_the_whole_reload(house
 @pytest.mark.parametrize("actor", ["meter", "registry", "watcher"])
 async def test_an_actor_that_is_away_makes_the_reload_fail_loudly(house: House, actor: str) -> None:
     house.edge.mailboxes[actor][0].close()
-    assert isinstance(await house.reload("[sla]\nmin_samples = 1\n"), Refusal)
+    assert isinstance(await house.reload("[sla]\nmin_samples = 1\n[audit]\nmask = ['corp']\n"), Refusal)
     assert house.reloader.status()["state"] == "error"
+    assert house.masks == []
 
 
 async def test_a_reload_that_cannot_be_audited_is_logged(house: House, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,6 +215,7 @@ async def test_patterns_of_masks_are_handed_on_and_a_store_that_is_away_refuses_
     house.refusal = Refusal("overloaded", "the writer is away")
     assert await house.reload("") == house.refusal
     assert house.adopted == adopted
+    assert house.masks == ["corp"]
 
 
 async def test_what_is_accepted_is_kept_and_audited_with_its_number(house: House) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
+from asapd.core.row_digest import row_digest
 from asapd.core.uptime import Segment, UptimeTimeline
 from asapd.store import agent_history, agents, audit
 from asapd.store.units.agents import (
@@ -173,6 +174,10 @@ def test_a_change_of_state_is_kept_with_its_reason(
         (NOW_US, "unknown", "healthy", None),
     ]
     (entry,) = audit.list_entries(connection, audit.AuditFilter(event_type="agent.state"), 1, 10, descending=True)
+    (digest,) = entry["details"].pop("history")
+    row = connection.execute(f"SELECT {agent_history.COLUMNS} FROM agent_event ORDER BY seq DESC").fetchone()
+    assert row is not None
+    assert digest == row_digest(row)
     assert entry["details"] == {"from": "healthy", "id": A, "reason": "timeout", "to": "unhealthy"}
 
 

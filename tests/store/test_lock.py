@@ -148,11 +148,20 @@ def test_a_child_that_inherits_the_descriptor_holds_the_lock_on(tmp_path: Path, 
 
 def test_a_database_is_held_by_any_of_its_names_and_without_a_lock_file(tmp_path: Path, held: list[int]) -> None:
     database, other = tmp_path / "asapd.db", tmp_path / "other.db"
-    descriptor = hold(database)
+    descriptor = hold(database, Patience().sleep)
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
     other.hardlink_to(database)
     for name in (database, other):
         with pytest.raises(LockedError, match=f"{name} is in use by another process"):
-            hold(name)
+            hold(name, Patience().sleep)
     os.close(descriptor)
-    held.append(hold(other))
+    held.append(hold(other, Patience().sleep))
+
+
+def test_a_database_of_a_process_that_is_just_ending_is_waited_for(tmp_path: Path, held: list[int]) -> None:
+    database = tmp_path / "asapd.db"
+    ending = hold(database, Patience().sleep)
+    clock = Patience()
+    clock.meanwhile = lambda: os.close(ending) if len(clock.slept) == 2 else None
+    held.append(hold(database, clock.sleep))
+    assert len(clock.slept) == 2

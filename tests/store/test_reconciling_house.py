@@ -6,6 +6,7 @@ import apsw
 import pytest
 from nacl.signing import SigningKey
 
+from asapd.core.usage import Cost, UsageEvent
 from asapd.store.reconciling import reconcile
 from asapd.store.units.agents import (
     AgentRecord,
@@ -31,6 +32,7 @@ from asapd.store.units.promises import (
     RecordPromises,
     UndoJump,
 )
+from asapd.store.units.usage import RecordUsage, RetireUsage
 from asapd.wire.keys import jwk_thumbprint, public_base64
 from tests.store.ledger_desk import CHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger
 
@@ -115,7 +117,7 @@ COLUMNS = {
     "api_key": ("name", "role", "agents", "tenant", "may_sign", "digest", "created_us", "revoked_us"),
     "agent": ("url", "tenant", "origin", "public_key", "tier", "sla", "health", "added_us"),
     "agent_key": ("agent", "public_key", "source", "state", "until_us"),
-    "agent_event": ("agent", "ts_us", "event", "actor"),
+    "agent_event": ("agent", "tenant", "ts_us", "event", "actor", "old_state", "new_state", "reason", "details"),
     "manifest": ("agent", "fetched_us", "digest", "body", "verification", "sla", "sla_error", "ttl_seconds"),
     "promise": ("agent", "tenant", "since_us", "source", "sla", "manifest_digest", "error"),
     "maintenance": ("agent", "start_us", "end_us", "declared_us", "declared_by", "ended_us", "ended_by"),
@@ -296,7 +298,8 @@ def test_what_retention_took_is_not_judged(house: Ledger) -> None:
     house.submit(RetireAudit("asapd", late_us))
     assert findings(house.connection) == []
     tallies = {tally.table: tally for tally in reconcile(house.connection)}
-    assert tallies["api_key"].retired == tallies["api_key"].rows == 2
+    assert tallies["silence"].retired == tallies["silence"].rows == 2
+    assert (tallies["api_key"].retired, tallies["api_key"].rows) == (0, 2)  # decisions that stand keep their entries
     assert altered(house.connection, PUT_IN["agent_key"].replace(str(NOW_US), "5"))
     house.submit(RevokeKey("k1", "asapd", late_us))
     house.submit(
@@ -306,3 +309,32 @@ def test_what_retention_took_is_not_judged(house: Ledger) -> None:
     )
     assert findings(house.connection) == []
     assert altered(house.connection, "UPDATE api_key SET revoked_us = NULL")
+
+
+def test_the_newest_events_of_agents_are_missed_even_where_their_numbers_went_with_them(house: Ledger) -> None:
+    found = altered(
+        house.connection,
+        "DELETE FROM agent_event WHERE seq = (SELECT max(seq) FROM agent_event)",
+        "UPDATE sqlite_sequence SET seq = seq - 1 WHERE name = 'agent_event'",
+    )
+    assert found == ["entry 24 (agent.paused): there is no such row in agent_event"]
+
+
+def test_what_lists_said_of_a_token_is_held_to_the_last_that_changed_it(house: Ledger) -> None:
+    for revoked_us, expires_us in ((5, HOUR_US), (9, HOUR_US), (3, 2 * HOUR_US)):
+        named = [Revocation(A, "unseen", NOW_US + revoked_us, NOW_US + expires_us)]
+        house.submit(ImportRevocations(named, "them", "k", 1, b"d", 0, "key:k1", NOW_US + revoked_us))
+    assert findings(house.connection) == []
+    for column in ("revoked_us", "expires_us", "recorded_us"):
+        found = altered(house.connection, f"UPDATE revocation SET {column} = {column} - 1 WHERE jti = 'unseen'")
+        assert found[0].startswith(f"revocation of unseen by {A}: its times are not what entry")
+    assert altered(house.connection, "DELETE FROM revocation WHERE jti = 'unseen'")
+
+
+@pytest.mark.parametrize("column", ["before_us", "through_seq", "events"])
+def test_how_far_retention_went_is_held_to_what_it_entered(house: Ledger, column: str) -> None:
+    house.submit(RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, B, NOW_US)], [Cost()]))
+    house.submit(RetireUsage(NOW_US + 1, "asapd", NOW_US + 2 * HOUR_US))
+    assert findings(house.connection) == []
+    found = altered(house.connection, f"UPDATE usage_retired SET {column} = 0")
+    assert any(finding.startswith("usage_retired is ") for finding in found)

@@ -157,6 +157,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("ledger", 1, 1),
         ("breach", 2, 2),
         ("usage_day", 0, 0),
+        ("task_outcome", 1, 0),
         *((part.log.table, 0, 0) for part in read_house(log)),
         ("erasure", 0, 0),
     ]
@@ -212,7 +213,7 @@ def test_an_older_copy_of_the_file_is_found_by_checkpoints_kept_beside_or_elsewh
     with closing(copied(log)) as old:
         old.execute("DELETE FROM audit WHERE seq > 280; DELETE FROM audit_checkpoint WHERE size > 280")
         old.execute("DELETE FROM usage WHERE seq > 280; DELETE FROM usage_identity WHERE seq > 280")
-        old.execute("DELETE FROM task; DELETE FROM delegation")
+        old.execute("DELETE FROM task; DELETE FROM task_outcome; DELETE FROM delegation")
         old.execute("DELETE FROM alert; DELETE FROM breach; DELETE FROM sqlite_sequence; DELETE FROM usage_void")
         old.execute(f"DELETE FROM usage_hour; {SUMS}")
         assert report(old).is_valid  # by itself it is a good log
@@ -380,9 +381,15 @@ def test_a_walk_can_begin_behind_any_entry(altered: apsw.Connection) -> None:
         ("INSERT INTO audit_node VALUES (8, 1, x'00')", "a node 8/1 of the tree is kept, and there are no entries"),
         ("INSERT INTO audit_node VALUES (7, 0, x'00')", "a node 7/0 of the tree is kept, and there are no entries"),
         ("INSERT INTO audit_node VALUES (8, -1, x'00')", "a node 8/-1 of the tree is kept, and there are no entries"),
-        ("INSERT INTO audit_checkpoint VALUES (-1, zeroblob(32), 'x', 0)", "the stored checkpoint of -1 entries"),
-        ("INSERT INTO audit_checkpoint SELECT 0, root, note, 0 FROM audit_checkpoint LIMIT 1", "another size or root"),
-        ("INSERT INTO audit_checkpoint SELECT 999, root, note, 0 FROM audit_checkpoint LIMIT 1", "another size or roo"),
+        ("INSERT INTO audit_checkpoint VALUES (-1, zeroblob(32), 'x', 0, NULL)", "the stored checkpoint of -1 entries"),
+        (
+            "INSERT INTO audit_checkpoint SELECT 0, root, note, 0, NULL FROM audit_checkpoint LIMIT 1",
+            "another size or root",
+        ),
+        (
+            "INSERT INTO audit_checkpoint SELECT 999, root, note, 0, NULL FROM audit_checkpoint LIMIT 1",
+            "another size or roo",
+        ),
         ("DELETE FROM audit_checkpoint WHERE size = 296; DELETE FROM audit WHERE seq > 290", "ok"),
     ],
 )
@@ -701,7 +708,8 @@ def test_what_retention_did_not_take_is_not_explained_by_who_says_so(connection:
     writer = Writer(connection)  # whoever has no key of the daemon
     writer.run([Envelope(0, RetireUsage(NOW_US + 3, "key:o", NOW_US + DAY_US), False)])
     assert findings(connection, "usage") == []
-    (found,) = findings(connection, "erasure")
+    found, outcomes = findings(connection, "erasure")
+    assert "(retention.applied task_outcome) was not" in outcomes
     assert "(retention.applied usage) was not signed by this daemon's key" in found
     assert "(count 4, first_row 1, last_row 281)" in found
     assert report(connection, Request(public_key=bytes(OTHER.verify_key), former_keys=(PUBLIC,))).is_valid is False
@@ -749,3 +757,34 @@ def test_a_revocation_is_held_to_its_entry(connection: apsw.Connection, column: 
     assert findings(connection, "delegation") == []
     connection.execute(f"UPDATE delegation SET {column} = {column} || '1' WHERE revoked_us IS NOT NULL")
     assert "when, by whom and why it was revoked is not" in findings(connection, "delegation")[0]
+
+
+def test_when_a_checkpoint_was_made_is_signed_from_the_first_on_that_says_so(connection: apsw.Connection) -> None:
+    fill(connection)  # by a build that signed no times
+    connection.execute("DROP TRIGGER audit_checkpoint_no_update; DROP TRIGGER audit_checkpoint_no_delete")
+    tree, _ = seals.grow_step(connection, Tree(), 296)
+    writer = Writer(connection, key=KEY)
+    for number, at_us in ((311, NOW_US + 5), (312, NOW_US + 6)):
+        writer.run([Envelope(0, RecordUsage("t", "key:x", NOW_US, [event(number)], [Cost()]), False)])
+        tree, made = seals.grow_step(connection, tree, 10_000)
+        note = sign_checkpoint(tree.size, tree.root(), KEY).note.encode()
+        writer.run([Envelope(0, Seal(tree.size, tree.root(), made, note, at_us), False)])
+    assert report(connection).is_valid
+    for change in (
+        "sealed_us = sealed_us - 1 WHERE size = 297",
+        "sealed_us = 1 << 62 WHERE size = 297",
+        "time_signature = NULL WHERE size = 298",
+        "time_signature = CAST(x'ff' AS TEXT) WHERE size = 298",
+        "time_signature = (SELECT time_signature FROM audit_checkpoint WHERE size = 298) WHERE size = 297",
+    ):
+        connection.execute(f"SAVEPOINT changing; UPDATE audit_checkpoint SET {change}")
+        size, reason = fault(connection)
+        assert size in {297, 298}
+        assert reason.startswith(f"the time of the stored checkpoint of {size} entries is not")
+        connection.execute("ROLLBACK TO changing; RELEASE changing")
+    # One of before that only the file had is put back later than those that were there, with a time of then.
+    row = connection.execute("SELECT root, note FROM audit_checkpoint WHERE size = 280").fetchone()
+    assert row is not None
+    connection.execute("DELETE FROM audit_checkpoint WHERE size = 280")
+    writer.run([Envelope(0, Seal(280, row[0], [], row[1], NOW_US + 9), False)])
+    assert report(connection).is_valid

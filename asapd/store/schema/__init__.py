@@ -18,8 +18,10 @@ from asapd.store.schema import (
     promise_record,
     promises,
     refunds,
+    reservations,
     retirement,
     revocations,
+    sealing_times,
     seals,
     v1,
     v2,
@@ -46,4 +48,6 @@ MIGRATIONS: tuple[str, ...] = (
     retirement.SCRIPT,
     credit_terms.SCRIPT,
     days_by_hour.SCRIPT,
+    reservations.SCRIPT,
+    sealing_times.SCRIPT,
 )

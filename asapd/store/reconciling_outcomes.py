@@ -1,0 +1,84 @@
+"""Whether the ends of tasks that service levels count are those of the steps and the usage there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import msgspec
+
+from asapd.core.types import Outcome
+from asapd.store.findings import Findings, Tally
+from asapd.store.numbered_rows import Names
+from asapd.store.outcomes import JUDGED
+from asapd.store.rows import fetch
+from asapd.store.usage_queries import OF_TASK
+
+_COLUMNS = "tenant, agent, task_id, timestamp_us, outcome, duration_ms"
+_COUNTED = f"SELECT {_COLUMNS}, sum(sign) FROM task_outcome GROUP BY {_COLUMNS} HAVING sum(sign) <> 0"
+# As `asapd.store.outcomes` settles each of them, with all of them in one statement.
+_WANTED = f"""
+SELECT e.tenant, e.agent, e.task_id, e.timestamp_us,
+       iif(e.state = 'completed', {Outcome.COMPLETED:d}, {Outcome.FAILED:d}),
+       iif(e.state = 'completed' AND e.timestamp_us >= s.timestamp_us, (e.timestamp_us - s.timestamp_us) / 1000, NULL),
+       1
+FROM task e
+LEFT JOIN task s ON s.tenant = e.tenant AND s.agent = e.agent AND s.task_id = e.task_id AND (s.state = 'started') = 1
+WHERE e.state <> 'started' AND NOT EXISTS (
+  SELECT 1 FROM usage WHERE {OF_TASK.replace("?", "e.task_id")}
+  AND usage.tenant = e.tenant AND usage.agent = e.agent AND {JUDGED})
+"""
+
+
+def reconcile_outcomes(connection: apsw.Connection) -> Tally:
+    """Hold what is counted to what follows from steps and usage, which are held to their entries elsewhere.
+
+    What retention took is not judged: of a task whose usage it took the end is not counted, and nothing tells why.
+    """
+    findings, names = Findings(), Names(connection)
+    rows = fetch(connection, "SELECT count(*) FROM task_outcome")[0][0]
+    before_us = _judged_from(connection, rows, findings)
+    wrong = [(row, "does not follow") for row in fetch(connection, f"{_COUNTED} EXCEPT {_WANTED}")]
+    if not before_us:
+        wrong += [(row, "is not counted, as it follows") for row in fetch(connection, f"{_WANTED} EXCEPT {_COUNTED}")]
+    for (tenant, agent, task_id, at_us, *_), said in wrong:
+        if at_us >= before_us:
+            of = f"task_outcome of {task_id} of {names[agent]} ({names[tenant]})"
+            findings.add(f"{of}: its end {said} from its steps and usage")
+    outside = fetch(
+        connection,
+        "SELECT seq FROM task_outcome WHERE seq < 1 OR sign NOT IN (1, -1) "
+        "OR seq > (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'task_outcome')",
+    )
+    for (seq,) in outside:
+        findings.add(f"task_outcome row {seq}: no such row was ever written")
+    return Tally("task_outcome", rows, 0, findings=findings.count, named=tuple(findings.named))
+
+
+def _judged_from(connection: apsw.Connection, rows: int, findings: Findings) -> int:
+    """From what time on all of it is there."""
+    before_us = taken = 0
+    is_said = True
+    for subject, details in fetch(
+        connection,
+        "SELECT subject, details FROM audit WHERE event_type = 'retention.applied' "
+        "AND subject IN ('usage', 'task_outcome') ORDER BY seq",
+    ):
+        if details is None:
+            continue
+        told: dict[str, Any] = msgspec.json.decode(details)
+        before_us = max(before_us, told["before_us"])
+        if subject == "task_outcome":
+            taken += told["count"]
+        elif not told.get("outcomes_said"):
+            is_said = False
+    numbered, oldest_us = fetch(
+        connection,
+        "SELECT (SELECT max(seq) FROM sqlite_sequence WHERE name = 'task_outcome'), "
+        "(SELECT min(timestamp_us) FROM task_outcome)",
+    )[0]
+    gone = (numbered or 0) - rows - taken
+    if gone > 0 and is_said:
+        findings.add(f"{gone} of the rows 1 to {numbered} of task_outcome are not there, and nobody says who took them")
+    # An earlier build took some without a word.
+    return before_us if gone <= 0 or is_said else max(before_us, oldest_us or 2**62)
