@@ -207,14 +207,20 @@ def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupS
         sums[1] += not event.partial
         sums[2] += event.tokens_in
         sums[3] += event.tokens_out
-        sums[4] += event.cached_tokens_in
-        sums[5] += event.cache_write_tokens
-        sums[6] += event.reasoning_tokens
-        sums[7] += event.duration_ms or 0
         sums[8] += event.api_calls
+        if event.duration_ms:
+            sums[7] += event.duration_ms
         if cost.microusd is None:
             sums[10] += 1
         else:
             sums[9] += cost.microusd
-        sums[11] += event.cache_write_1h_tokens
+        # What most events have none of: a look costs less than an addition, and the writer adds for each of them.
+        if event.cached_tokens_in:
+            sums[4] += event.cached_tokens_in
+        if event.reasoning_tokens:
+            sums[6] += event.reasoning_tokens
+        if event.cache_write_tokens:
+            sums[5] += event.cache_write_tokens
+        if event.cache_write_1h_tokens:
+            sums[11] += event.cache_write_1h_tokens
     return {RollupKey(*key): RollupSums(*sums) for key, sums in found.items()}

@@ -13,10 +13,13 @@ from typing import Self
 
 import apsw
 
-FOLD_PAGES = 400
-"""Committed since the last time, some four fifths of an array of a thousand events: folding begins right behind such a
-commit, while the next one is worked out and needs no disk. While what was folded is made durable, commits wait for the
-disk; often and little holds them up less than seldom and much."""
+LARGE_COMMIT_PAGES = 400
+"""Some four fifths of an array of a thousand events: folding begins right behind such a commit, while the next one is
+worked out and needs no disk. While what was folded is made durable, commits wait for the disk; often and little holds
+them up less than seldom and much."""
+
+FOLD_PAGES = 1_200
+"""Of smaller commits together. They write the same pages again and again, each of which is copied once."""
 
 FOLD_EVERY_S = 0.25
 """What is less is folded so often."""
@@ -61,25 +64,38 @@ class Folding:
             self._checkpoint(self._connection)
 
     def _committed(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
-        if pages < self._asked:  # begun anew
-            self._asked = 0
+        if pages < self._pages:  # begun anew
+            self._asked = self._pages = 0
+        is_large = pages - self._pages >= LARGE_COMMIT_PAGES
         self._pages = pages
         self._commits += 1
-        if pages - self._asked >= FOLD_PAGES:
+        if is_large or pages - self._asked >= FOLD_PAGES:
             self._asked = pages
             self._wanted.set()
         return apsw.SQLITE_OK
 
     def _fold(self) -> None:
-        with contextlib.closing(apsw.Connection(str(self._path))) as connection:
-            connection.pragma("journal_mode")  # one that has read nothing knows of no WAL, and copies none of it
+        with contextlib.ExitStack() as opened:
+            connection = None
             folded = 0
             while not self._done:
                 self._wanted.wait(FOLD_EVERY_S)
                 self._wanted.clear()
+                if connection is None and (connection := self._open()) is not None:
+                    opened.callback(connection.close)
                 commits = self._commits
-                if commits != folded and self._checkpoint(connection):
+                if connection is not None and commits != folded and self._checkpoint(connection):
                     folded = commits
+
+    def _open(self) -> apsw.Connection | None:
+        """A connection to fold with; None without a descriptor or memory for it: the next time there may be."""
+        with contextlib.ExitStack() as failed, contextlib.suppress(apsw.Error):
+            connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
+            failed.callback(connection.close)
+            connection.pragma("journal_mode")  # one that has read nothing knows of no WAL, and copies none of it
+            failed.pop_all()
+            return connection
+        return None
 
     def _checkpoint(self, connection: apsw.Connection) -> bool:
         try:

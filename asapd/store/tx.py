@@ -48,6 +48,45 @@ class RefuseError(Exception):
         self.value = value
 
 
+class Names(dict[str, int]):
+    """The numbers that stand for names in wide tables, each made on its first use: `names[name]`."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._new: list[str] = []
+        self.forget()
+
+    def __missing__(self, name: str) -> int:
+        row = fetch_one(self._connection, "SELECT id FROM name WHERE name = ?", (name,))
+        if row is None:
+            self._connection.execute("INSERT INTO name (name) VALUES (?)", (name,))
+            number = self._connection.last_insert_rowid()
+            self._new.append(name)
+        else:
+            number = int(row[0])
+        self[name] = number
+        return number
+
+    def mark(self) -> None:
+        """Remember what a rollback of the next unit returns to."""
+        self._new.clear()
+        if len(self) > MAX_NAMES:
+            self.forget()
+
+    def rewind(self) -> None:
+        """Forget what was made since the mark."""
+        for name in self._new:
+            del self[name]
+        self._new.clear()
+
+    def forget(self) -> None:
+        """Forget all that is remembered."""
+        self.clear()
+        self._new.clear()
+        self[""] = 0
+
+
 class Tx:
     """One write connection and what it caches; the caches follow savepoints and rollbacks."""
 
@@ -63,8 +102,8 @@ class Tx:
         """What is masked in the free text of entries, besides secrets."""
         self._key = key
         self._entropy = entropy
-        self._names: dict[str, int] = {"": 0}
-        self._new_names: list[str] = []
+        self.names = Names(connection)
+        """What `intern` finds, for those who look up thousands."""
         self._pending_audit: list[Row] = []
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
@@ -105,22 +144,12 @@ class Tx:
 
     def intern(self, name: str) -> int:
         """The number that stands for a name in wide tables; made on first use."""
-        number = self._names.get(name)
-        if number is None:
-            row = self.row("SELECT id FROM name WHERE name = ?", (name,))
-            if row is None:
-                self.execute("INSERT INTO name (name) VALUES (?)", (name,))
-                number = self.connection.last_insert_rowid()
-                self._new_names.append(name)
-            else:
-                number = row[0]
-            self._names[name] = number
-        return number
+        return self.names[name]
 
     def rename(self, name: str, to: str) -> None:
         """Have a number stand for another name from now on; without a number for it, nothing happens."""
         self.execute("UPDATE name SET name = ? WHERE name = ?", (to, name))
-        self._names.pop(name, None)
+        self.names.pop(name, None)
 
     def new_id(self, prefix: str, now_us: int) -> str:
         """A ULID with a type prefix, its time taken from the unit: `use_01J...`."""
@@ -183,24 +212,20 @@ class Tx:
 
     def mark(self) -> tuple[int, bytes]:
         """Remember the state that a rollback of the next unit returns to."""
-        self._new_names.clear()
-        if len(self._names) > MAX_NAMES:
-            self._names = {"": 0}
+        self.names.mark()
         return self._audit_seq, self._audit_hash
 
     def rewind(self, mark: tuple[int, bytes]) -> None:
         """Forget what the unit since `mark` cached, its SQL having been rolled back."""
-        for name in self._new_names:
-            del self._names[name]
-        self._new_names.clear()
+        self.names.rewind()
         self._pending_audit.clear()
         self.budget_rules = None
         self._audit_seq, self._audit_hash = mark
 
     def forget(self) -> None:
         """Forget everything cached, the whole transaction having been rolled back."""
-        self._names = {"": 0}
-        self._new_names.clear()
+        self.names.forget()
         self._pending_audit.clear()
         self.budget_rules = None
+        self.has_alerted = False
         self._load_head()

@@ -177,18 +177,19 @@ class _Pass:
 
     def record(self, unit: RecordUsage, keys: list[bytes | None]) -> Recorded:
         """Take in one unit."""
-        tx, known, delivered = self._tx, self._known, self._delivered
-        first = self._next
+        tx, known, delivered, claimed = self._tx, self._known, self._delivered, self._claimed
+        names = tx.names
+        first = following = self._next
         fresh: list[_Fresh] = []
         ids: list[str] = []
         taken: list[int] = []
         resent: list[int] = []
         conflicts: list[tuple[int, int]] = []
-        tenant = tx.intern(unit.tenant)
+        tenant = names[unit.tenant]
         unprotected = 0
         contents = unit.contents or [content_digest(event) for event in unit.events]
         for index, (event, cost, key, content) in enumerate(zip(unit.events, unit.costs, keys, contents, strict=True)):
-            source_key = (tenant, tx.intern(event.agent), tx.intern(event.source))
+            source_key = (tenant, names[event.agent], names[event.source])
             source = delivered.get(source_key)
             if source is None:
                 source = delivered[source_key] = sources.Delivered()
@@ -204,8 +205,8 @@ class _Pass:
                     else:
                         conflicts.append((index, holder[0] if holder[0] < first else 0))
                     continue
-                known[key] = (self._next, content)
-                self._claimed.append((key, self._next))
+                known[key] = (following, content)
+                claimed.append((key, following))
             else:
                 unprotected += 1
                 event_id = tx.new_id("use", unit.now_us)
@@ -214,8 +215,9 @@ class _Pass:
                 source.seqs.append(event.source_seq)
             ids.append(event_id)
             taken.append(index)
-            fresh.append((self._next, event, cost, event_id, content))
-            self._next += 1
+            fresh.append((following, event, cost, event_id, content))
+            following += 1
+        self._next = following
         if conflicts and not unit.partial:
             raise RefuseError(UsageConflict(conflicts))
         without_permission = self._charge(unit, tenant, fresh)
@@ -241,8 +243,9 @@ class _Pass:
         Returns how many of them were done without permission.
         """
         tx = self._tx
-        intern, rows = tx.intern, self._rows
-        notes: list[tuple[str, bytes]] = []
+        names, rows = tx.names, self._rows
+        subjects: list[str] = []
+        notes: list[UsageNote] = []
         priced = self._priced.setdefault(unit.tenant, [])
         book = open_book(tx, unit.actor, unit.now_us)
         refused: list[unauthorised.Work] = []
@@ -272,10 +275,10 @@ class _Pass:
                     seq,
                     event_id,
                     tenant,
-                    intern(event.source),
+                    names[event.source],
                     event.source_seq,
-                    intern(event.agent),
-                    intern(event.consumer),
+                    names[event.agent],
+                    names[event.consumer],
                     event.task_id,
                     event.timestamp_us,
                     event.tokens_in,
@@ -288,9 +291,9 @@ class _Pass:
                     event.outcome,
                     event.partial,
                     event.error,
-                    intern(event.model),
-                    intern(event.provider),
-                    intern(event.project),
+                    names[event.model],
+                    names[event.provider],
+                    names[event.project],
                     cost.microusd,
                     cost.source,
                     cost.priced_microusd,
@@ -310,30 +313,33 @@ class _Pass:
                 )
             )
             priced.append((event, cost))
-            note = UsageNote(
-                event.agent,
-                event.api_calls,
-                event.consumer,
-                content.hex(),
-                cost.microusd,
-                cost.source or msgspec.UNSET,
-                event.delegation,
-                event.duration_ms or 0,
-                estimated,
-                flags,
-                _OUTCOMES[event.outcome],
-                cost.price_version or msgspec.UNSET,
-                msgspec.UNSET if cost.priced_microusd is None else cost.priced_microusd,
-                event.reservation,
-                seq,
-                event.task_id,
-                unit.tenant,
-                event.timestamp_us,
-                event.tokens_in,
-                event.tokens_out,
+            subjects.append(event_id)
+            notes.append(
+                UsageNote(
+                    event.agent,
+                    event.api_calls,
+                    event.consumer,
+                    content.hex(),
+                    cost.microusd,
+                    cost.source or msgspec.UNSET,
+                    event.delegation,
+                    event.duration_ms or 0,
+                    estimated,
+                    flags,
+                    _OUTCOMES[event.outcome],
+                    cost.price_version or msgspec.UNSET,
+                    msgspec.UNSET if cost.priced_microusd is None else cost.priced_microusd,
+                    event.reservation,
+                    seq,
+                    event.task_id,
+                    unit.tenant,
+                    event.timestamp_us,
+                    event.tokens_in,
+                    event.tokens_out,
+                )
             )
-            notes.append((event_id, _note.encode(note)))
-        tx.audit_all("usage.recorded", unit.actor, notes, unit.now_us)
+        texts = _note.encode_lines(notes).splitlines()
+        tx.audit_all("usage.recorded", unit.actor, list(zip(subjects, texts, strict=True)), unit.now_us)
         if refused:
             unauthorised.tell(tx, unit, refused)
         if book is not None:

@@ -58,6 +58,10 @@ ROWS_PER_STEP = 1_000
 DECISIONS_PER_COMMIT = 64
 """With so many in a commit it no longer waits for those that come meanwhile: they take some 6 ms."""
 
+WARY_COMMITS = 32
+"""So many have a savepoint for each report after one that had to begin again because a report was refused: who is
+refused all the time has one commit in 33 done twice, and the others cost a tenth more."""
+
 STATEMENTS = 1_024
 """Places for prepared statements. Each row of an `executemany` takes a new one and drops what was in it (APSW 3.54):
 with the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost."""
@@ -105,9 +109,10 @@ class Writer:
         key: SigningKey | None = None,
     ) -> None:
         self._tx = Tx(connection, entropy, compiled(masks), key)
+        self._wary = 0
 
     def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
-        """Run envelopes in one transaction, each in its own savepoint, and commit.
+        """Run envelopes in one transaction and commit.
 
         A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
         every answer is `NotWritten`: nothing of the group is in the file. `joining` is asked for decisions after every
@@ -118,14 +123,15 @@ class Writer:
         joined = [] if group else list(joining())
         try:
             tx.execute("BEGIN IMMEDIATE")
-            answers: list[Answer] = []
-            for envelopes in _steps(group):
-                is_plain = len(envelopes) > 1 and _is_plain_report(envelopes[0])
-                together = self._run_together(envelopes) if is_plain else None
-                answers += together or [self._run_one(envelope) for envelope in envelopes]
-                joined += joining()
-                if joined:
-                    break
+            answers = self._run_bulk(group, joined, joining, guarded=self._wary > 0)
+            self._wary = max(0, self._wary - 1)
+            if answers is None:
+                self._wary = WARY_COMMITS
+                tx.execute("ROLLBACK")
+                tx.forget()
+                tx.execute("BEGIN IMMEDIATE")
+                answers = self._run_bulk(group, joined, joining, guarded=True)
+                assert answers is not None, "one by one each has its answer"
             decided: list[Answer] = []
             for envelope in joined:
                 decided.append(self._run_one(envelope))
@@ -145,14 +151,42 @@ class Writer:
             answers[-1] = msgspec.structs.replace(answers[-1], alerts=True)
         return answers
 
-    def _run_together(self, envelopes: Sequence[Envelope]) -> list[Answer] | None:
-        """Record reports with few statements for all of them: single events, many to a commit, cost a third of it.
+    def _run_bulk(
+        self,
+        group: Sequence[Envelope],
+        joined: list[Envelope],
+        joining: Callable[[], Sequence[Envelope]],
+        *,
+        guarded: bool,
+    ) -> list[Answer] | None:
+        """Run what is no decision, until decisions joined.
 
-        None when one does not go through: nothing of any is left then, and one by one each hears its own answer.
+        Reports next to each other share their statements: single events, many to a commit, cost a third of it. Unless
+        `guarded` they have no savepoint either, for which SQLite copies every page before it changes: None then says
+        that one of them does not go through, and the whole transaction has to be rolled back.
+        """
+        answers: list[Answer] = []
+        for envelopes in _steps(group):
+            recorded = None
+            if _is_plain_report(envelopes[0]) and (len(envelopes) > 1 or not guarded):
+                recorded = self._record_together(envelopes, guarded=guarded)
+                if recorded is None and not guarded:
+                    return None
+            answers += recorded or [self._run_one(envelope) for envelope in envelopes]
+            joined += joining()
+            if joined:
+                break
+        return answers
+
+    def _record_together(self, envelopes: Sequence[Envelope], *, guarded: bool) -> list[Answer] | None:
+        """Record reports with few statements for all of them; None when one does not go through.
+
+        With `guarded` nothing of any is left then, and one by one each hears its own answer.
         """
         tx = self._tx
         mark = tx.mark()
-        tx.execute("SAVEPOINT unit")
+        if guarded:
+            tx.execute("SAVEPOINT unit")
         try:
             units = [unit for envelope in envelopes if isinstance(unit := envelope.unit, RecordUsage)]
             results = usage.record_together(tx, units)
@@ -162,9 +196,11 @@ class Writer:
         except Exception:  # whatever it is, it happens again to the one whose it is
             if not tx.connection.in_transaction:
                 raise
-            self._undo(mark)
+            if guarded:
+                self._undo(mark)
             return None
-        tx.execute("RELEASE unit")
+        if guarded:
+            tx.execute("RELEASE unit")
         return [Answer(envelope.number, result) for envelope, result in zip(envelopes, results, strict=True)]
 
     def _run_one(self, envelope: Envelope) -> Answer:

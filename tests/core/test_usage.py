@@ -137,8 +137,12 @@ events = st.builds(
     timestamp_us=st.integers(0, 3 * HOUR_US),
     tokens_in=counts,
     tokens_out=counts,
-    duration_ms=counts,
+    duration_ms=st.none() | counts,
     api_calls=counts,
+    cached_tokens_in=counts,
+    cache_write_tokens=counts,
+    reasoning_tokens=counts,
+    cache_write_1h_tokens=counts,
     outcome=st.sampled_from(Outcome),
     partial=st.booleans(),
     model=st.sampled_from(("", "m")),
@@ -161,6 +165,9 @@ def test_splitting_and_reordering_change_no_sum(
             added[key] = RollupSums(*map(sum, zip(old, sums, strict=True)))
     assert added == whole
     assert sum(sums.events for sums in whole.values()) == len(batch)
+    for field in set(RollupSums._fields) & set(UsageEvent.__struct_fields__):
+        of_each = (getattr(event, field) or 0 for event, _ in batch)
+        assert sum(getattr(sums, field) for sums in whole.values()) == sum(of_each), field
 
 
 def test_flags_are_single_bits_with_a_name_each() -> None:

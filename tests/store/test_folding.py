@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import queue
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -37,15 +37,36 @@ def fill(connection: apsw.Connection, count_bytes: int) -> None:
     connection.execute("INSERT INTO filled VALUES (zeroblob(?))", (count_bytes,))
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < deadline_s, "it did not come to be"
-        time.sleep(0.01)
+class Told(queue.SimpleQueue[object]):
+    """What a thread tells of each thing that it did."""
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for as many as make something so.
+
+        Raises:
+            queue.Empty: it did not come to be.
+        """
+        while not is_so():
+            self.get(timeout=WAIT_S)
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Tells of each try to fold, once it is over."""
+    told = Told()
+    real = Folding._checkpoint
+
+    def checkpoint(self: Folding, connection: apsw.Connection) -> bool:
+        did = real(self, connection)
+        told.put(did)
+        return did
+
+    monkeypatch.setattr(Folding, "_checkpoint", checkpoint)
+    return told
 
 
 def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
-    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+    path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folding, "FOLD_PAGES", 200)
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
@@ -53,18 +74,29 @@ def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
         for _ in range(2):  # it goes on folding
             before = path.stat().st_size
             fill(connection, MEBIBYTE)
-            wait_until(lambda: path.stat().st_size >= before + MEBIBYTE)  # noqa: B023 -- called before it changes
+            folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)  # noqa: B023 -- called before it changes
 
 
-def test_a_small_commit_is_folded_after_a_while(path: Path, connection: apsw.Connection) -> None:
+def test_a_large_commit_is_folded_at_once(
+    path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "LARGE_COMMIT_PAGES", 200)
+    monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
+    with Folding(connection, path):
+        before = path.stat().st_size
+        fill(connection, MEBIBYTE)
+        folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)
+
+
+def test_a_small_commit_is_folded_after_a_while(path: Path, connection: apsw.Connection, folds: Told) -> None:
     with Folding(connection, path):
         before = path.stat().st_size
         fill(connection, 10_000)
-        wait_until(lambda: path.stat().st_size > before)
+        folds.until(lambda: path.stat().st_size > before)
 
 
 def test_what_another_program_folds_meanwhile_is_folded_the_next_time(
-    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+    path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 0.001)
     failures = iter([apsw.BusyError("database is locked")])
@@ -77,7 +109,29 @@ def test_what_another_program_folds_meanwhile_is_folded_the_next_time(
     with Folding(connection, path):
         before = path.stat().st_size
         fill(connection, 10_000)
-        wait_until(lambda: path.stat().st_size > before)
+        folds.until(lambda: path.stat().st_size > before)
+
+
+def test_a_file_that_could_not_be_opened_is_opened_the_next_time(
+    path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FOLD_EVERY_S", 0.001)
+    later = path.parent / "later"
+    tries = Told()
+    real = Folding._open
+
+    def open_(self: Folding) -> apsw.Connection | None:
+        opened = real(self)
+        tries.put(opened)
+        return opened
+
+    monkeypatch.setattr(Folding, "_open", open_)
+    with Folding(connection, later / path.name):
+        before = path.stat().st_size
+        fill(connection, 10_000)
+        assert tries.get(timeout=WAIT_S) is None
+        later.symlink_to(path.parent)
+        folds.until(lambda: path.stat().st_size > before)
 
 
 def test_a_long_wal_is_begun_anew_between_two_commits(

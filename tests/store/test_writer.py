@@ -101,7 +101,7 @@ from asapd.store.units.usage import (
     VoidUsage,
 )
 from asapd.store.visibility import EVERYTHING, Visibility
-from asapd.store.writer import HEADER, Writer, _Frames, replay, serve
+from asapd.store.writer import HEADER, WARY_COMMITS, Writer, _Frames, replay, serve
 from asapd.wire.keys import jwk_thumbprint, public_base64
 
 NOW_US = 1_795_169_203_000_000
@@ -585,7 +585,7 @@ def test_names_without_end_are_not_all_remembered(connection: apsw.Connection, m
     for number in range(40):
         unit = usage(event(id=f"e{number}", agent=f"urn:asap:agent:{number % 20}"))
         assert run(writer, unit).recorded == 1
-        assert len(writer._tx._names) <= 5 + len(("tenant", "agent", "consumer"))
+        assert len(writer._tx.names) <= 5 + len(("tenant", "agent", "consumer"))
     assert connection.execute("SELECT count(DISTINCT agent), count(DISTINCT tenant) FROM usage").fetchone() == (20, 1)
 
 
@@ -893,6 +893,43 @@ def coming(*waves: Sequence[Envelope]) -> Callable[[], Sequence[Envelope]]:
     """Decisions that come one wave after the other, each when it is asked for."""
     left = deque(waves)
     return lambda: left.popleft() if left else ()
+
+
+def test_a_report_that_is_refused_keeps_no_other_of_its_commit_from_its_answer(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    assert run(writer, usage(event(id="taken"))).recorded == 1
+    noted = Note("noted", "asapd", "x", {}, NOW_US)
+    conflict = usage(event(id="taken", tokens_in=7))
+    group = [bulk(1, 600), Envelope(2, noted, False), bulk(3, 600), Envelope(4, conflict, False), bulk(5, 2)]
+    answers = writer.run(group)
+    assert [answer.number for answer in answers] == [1, 2, 3, 4, 5]
+    assert [type(answer.result) for answer in answers] == [Recorded, RowWritten, Recorded, UsageConflict, Recorded]
+    assert connection.execute("SELECT count(*) FROM usage").get == 1 + 600 + 600 + 2
+    assert_log_is_whole(connection)
+
+
+def test_who_is_refused_all_the_time_has_few_commits_begin_again(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    assert run(writer, usage(event(id="taken"))).recorded == 1
+    rolled_back: list[int] = []
+    connection.set_rollback_hook(lambda: rolled_back.append(number))
+    for number in range(WARY_COMMITS + 2):
+        conflict = Envelope(number, usage(event(id="taken", tokens_in=7)), False)
+        answers = writer.run([bulk(1_000 + number, 2), conflict, bulk(2_000 + number, 2)])
+        assert [type(answer.result) for answer in answers] == [Recorded, UsageConflict, Recorded]
+    assert rolled_back == [0, WARY_COMMITS + 1]
+    assert_log_is_whole(connection)
+
+
+def test_a_commit_that_begins_again_takes_the_decisions_that_came_meanwhile(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    assert run(writer, usage(event(id="taken"))).recorded == 1
+    group = [bulk(1, 1_000), Envelope(2, usage(event(id="taken", tokens_in=7)), False)]
+    answers = writer.run(group, coming((), [decision(3)]))
+    assert [answer.number for answer in answers] == [3, 1], "cut short, so the rest is of the next commit"
+    assert isinstance(writer.run(group[1:])[0].result, UsageConflict)
+    assert connection.execute("SELECT count(*) FROM usage").get == 1_001
+    assert_log_is_whole(connection)
 
 
 def test_a_commit_that_is_cut_short_has_what_was_done_and_nothing_else(connection: apsw.Connection) -> None:
