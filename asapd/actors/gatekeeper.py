@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import trio
@@ -13,7 +13,7 @@ import trio
 from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
 from asapd.core.access import Caller, Tenants
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import Role
+from asapd.core.types import Role, format_us
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
@@ -84,8 +84,9 @@ async def run_gatekeeper(
         match message:
             case CreateKeyRequest():
                 outcome = await _create(message, database, clock.now_us(), entropy, seed)
-                ring.replace(await database.read(list_keys))
-                message.reply.send(outcome)
+                keys = await database.read(list_keys)
+                ring.replace(keys)
+                message.reply.send(_unless_revoked(outcome, keys))
             case RevokeKeyRequest():
                 unit = RevokeKey(message.id, message.caller.actor, clock.now_us())
                 revoked = await database.submit(unit, urgent=True)
@@ -137,3 +138,15 @@ async def _create(
         detail = f"this request made {made.name} before, whose secret went with the daemon's former key: revoke it"
         return Refusal("key_name_taken", f"{detail}, and make another")
     return NewKey(made, f"{KEY_PREFIX}_{made.id}_{secret}")
+
+
+def _unless_revoked(outcome: NewKey | Refusal, keys: Sequence[ApiKey]) -> NewKey | Refusal:
+    """What was made under an idempotency key may have been revoked before the request came again."""
+    if isinstance(outcome, Refusal):
+        return outcome
+    made = outcome.key
+    revoked_us = next((key.revoked_us for key in keys if key.id == made.id), None)
+    if revoked_us is None:
+        return outcome
+    what = f"this request made the key {made.id} ({made.name}) before, which was revoked at {format_us(revoked_us)}"
+    return Refusal("key_revoked", f"{what}: send another Idempotency-Key to make another")

@@ -36,7 +36,7 @@ def history(session: Session, urn: str, limit: int) -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many versions.")
 @asks_daemon
 def manifests(session: Session, urn: str, digest: str | None, limit: int) -> None:
-    """List every version of an agent's manifest, or show the one with a digest.
+    """List every version of an agent's manifest, or show one.
 
     \b
     Examples:

@@ -160,7 +160,7 @@ def keygen(out: Path) -> None:
     help="The key that has to have signed it: base64, PEM or @FILE; exports are the one kind without a signature.",
 )
 def verify(file: Path, public_key: str | None) -> int:
-    """Check an export, a checkpoint or a proof of the audit log, or what the daemon signed.
+    """Check an export, a proof, or what the daemon signed.
 
     Needs no daemon and no network; the exit code is 1 when something is wrong, and the first bad place is named. FILE
     is what `asapctl audit export`, `checkpoint`, `proof`, `receipt` and `pack` write, checkpoints.log, or the

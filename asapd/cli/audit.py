@@ -240,10 +240,11 @@ def checkpoint(session: Session, file: Path) -> None:
 )
 @asks_daemon
 def proof(session: Session, entry: str | None, file: Path, first: int | None, second: int | None) -> None:
-    """Write out what proves that ENTRY (an id or a number) is in the log.
+    """Write out what proves that an entry is in the log.
 
-    To FILE or to stdout, as a tlog-proof, or as JSON with --json. With --from instead of ENTRY: what proves that the
-    log of so many entries is the beginning of the log as it is now. Both are checked with `asapd verify`.
+    ENTRY is an id or a number. To FILE or to stdout, as a tlog-proof, or as JSON with --json. With --from instead of
+    ENTRY: what proves that the log of so many entries is the beginning of the log as it is now. Both are checked with
+    `asapd verify`.
 
     \b
     Examples:
@@ -343,10 +344,10 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only name them.")
 @asks_daemon
 def vouch(session: Session, reason: str, dry_run: bool) -> None:
-    """Vouch for entries of older builds that explain gaps, and that those did not sign.
+    """Vouch for entries of older builds that explain gaps.
 
-    Look at each of them first: `audit verify` takes your word for it from then on. Only those from before the first
-    signed one can be vouched for.
+    Those builds did not sign them. Look at each of them first: `audit verify` takes your word for it from then on.
+    Only those from before the first signed one can be vouched for.
 
     \b
     Examples:

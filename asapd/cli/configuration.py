@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import hashlib
 import os
 from pathlib import Path
@@ -14,6 +14,7 @@ from asapd.cli.door import RefusedError
 from asapd.cli.options import Session, asks_daemon
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import cell, show_json, show_table
+from asapd.cli.written import whole
 
 
 @click.command()
@@ -41,7 +42,7 @@ def reload(session: Session) -> int:
 
 @click.group()
 def config() -> None:
-    """The configuration: what is in force, and what was accepted before."""
+    """The configuration in force, and those before it."""
 
 
 @config.command()
@@ -80,7 +81,7 @@ def show(session: Session, number: int | None) -> None:
 @click.argument("number", metavar="[VERSION]", type=click.IntRange(1), required=False)
 @asks_daemon
 def diff(session: Session, number: int | None) -> int:
-    """Compare what is in force with the file, or with an earlier version of it.
+    """Compare what is in force with the file, or a version of it.
 
     With the file it is what `asapctl reload` would change. Where that would be refused, the problems are printed, and
     the exit code is 2.
@@ -111,9 +112,9 @@ def diff(session: Session, number: int | None) -> int:
 @config.command("versions")
 @asks_daemon
 def list_versions(session: Session) -> None:
-    """List the versions of the file that were accepted, the newest first.
+    """List the versions of the file that were accepted.
 
-    asapd keeps the last fifty.
+    The newest first; asapd keeps the last fifty.
 
     \b
     Example:
@@ -201,7 +202,8 @@ def _newest_other(versions: list[dict[str, Any]], now: bytes | None) -> int:
 
 
 def _digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
+    """As asapd has it: of the text alone, without the mark that some editors put before it."""
+    return hashlib.sha256(text.removeprefix(codecs.BOM_UTF8)).hexdigest()
 
 
 def _read(file: Path) -> bytes | None:
@@ -215,25 +217,10 @@ def _read(file: Path) -> bytes | None:
 
 def _write(file: Path, text: bytes, *, like: Path) -> None:
     """Write a file whole or not at all, for the same owner and with the same mode as another that may be there."""
-    fresh = file.with_name(f"{file.name}.new")
     try:
-        known = like.stat() if like.exists() else None
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o640)
-        try:
-            if known is not None:
-                os.fchmod(descriptor, known.st_mode & 0o777)
-                if (known.st_uid, known.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, known.st_uid, known.st_gid)
-            left = memoryview(text)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        fresh.rename(file)
+        with whole(file, like=like.stat() if like.exists() else None) as out:
+            out.write(text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         raise _cannot(file, error) from None
 
 

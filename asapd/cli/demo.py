@@ -179,8 +179,8 @@ def _summary(scene: Scene) -> list[tuple[str, str]]:
     first = "" if scene.first_breach_s is None else f", the first on screen after {scene.first_breach_s:.1f} s"
     lines.append(("breaches", f"{scene.opened} opened, {scene.resolved} resolved{first}"))
     if budget is not None:
-        refused = ", ".join(f"{count} x {code}" for code, count in scene.refused.items()) or "none"
-        spent = f"{usd(budget['spent_usd'])} of {usd(budget['constraints']['max_cost_usd'])} spent"
+        refused = ", ".join(f"{count} x {code}" for code, count in scene.refused_in_all.items()) or "none"
+        spent = f"{usd(budget['spent_usd'])} of the last {usd(budget['constraints']['max_cost_usd'])} spent"
         lines.append(("delegation", f"{spent}; authorizations refused: {refused}"))
     if audit is not None:
         verdict = f"{audit['verified']} entries intact" if audit["valid"] else "BROKEN"

@@ -49,6 +49,7 @@ class Scene:
     delegation: dict[str, Any] | None = None
     allowed: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    refused_in_all: Counter[str] = field(default_factory=Counter)
     breach: dict[str, Any] | None = None
     """Parameters of the newest notification `sla.breach`, opened or resolved."""
     breach_note: str = ""

@@ -159,6 +159,7 @@ class Story:
                 left = usd((found["remaining"] or {}).get("cost_usd"))
                 self._screen.say("refused", f"{agent.part.name} may not start {task['task_id']}: {code}, {left} left")
             scene.refused[code] += 1
+            scene.refused_in_all[code] += 1
             is_spent = is_spent or code == "budget_exhausted"
             await trio.sleep(2.0 if is_spent else 0.5)
 

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ _STYLES = {State.OK: "green", State.SKIPPED: "bright_black", State.WARNING: "yel
 )
 @asks_daemon
 def doctor(session: Session, config_file: Path | None, state_dir: Path | None) -> int:
-    """Check the host, the configuration and the daemon, and say what to mend.
+    """Check daemon, host and files, and say what to mend.
 
     Run it as root or the daemon's user: others cannot look into the state directory. It writes nothing but a file of a
     page there, which it removes.
@@ -141,24 +142,33 @@ def _of_files(home: Path) -> Iterator[Finding]:
     yield checkup.private("files", home, home.stat().st_mode, 0o022, "chmod go-w")
     for name in ("identity.pem", "admin.key", "asapd.db"):
         if name in names:
-            yield checkup.private("files", home / name, (home / name).stat().st_mode, 0o077, "chmod 600")
+            yield _of_private("files", home / name)
     if "asapd.db-wal" in names:
-        yield checkup.wal((home / "asapd.db-wal").stat().st_size)
+        with suppress(FileNotFoundError):  # a daemon that stops takes it away
+            yield checkup.wal((home / "asapd.db-wal").stat().st_size)
     yield _fsync(home)
 
 
 def _of_keys(directory: Path) -> Iterator[Finding]:
     try:
         mode, keys = directory.stat().st_mode, sorted(directory.glob("*.pem"))
-        modes = [key.stat().st_mode for key in keys]
     except FileNotFoundError:
         return  # asapd makes it when it first needs it
     except OSError as error:
         yield Finding("keys", State.SKIPPED, f"{directory} cannot be looked into: {error.strerror}")
         return
     yield checkup.private("keys", directory, mode, 0o022, "chmod go-w")
-    for key, key_mode in zip(keys, modes, strict=True):
-        yield checkup.private("keys", key, key_mode, 0o077, "chmod 600")
+    for key in keys:
+        yield _of_private("keys", key)
+
+
+def _of_private(check: str, file: Path) -> Finding:
+    try:
+        return checkup.private(check, file, file.stat().st_mode, 0o077, "chmod 600")
+    except OSError as error:
+        what = f"{file} is there and cannot be looked at: {error.strerror}"
+        why = "a link that leads nowhere, for example, is nothing to asapd"
+        return Finding(check, State.ERROR, what, why, f"put back what it was, or remove it: `ls -l {file}`")
 
 
 def _fsync(home: Path) -> Finding:

@@ -12,11 +12,12 @@ from asapd.cli.show import show_json, show_table
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @asks_daemon
 def retention(session: Session, dry_run: bool) -> None:
-    """Take away what is past its time, as the daemon does by itself.
+    """Take away what is past its time.
 
-    Usage events go by retention.usage and leave their sums behind; probes go by retention.probes, alerts by
-    retention.alerts. Entries of the audit log go by retention.audit: they are written into files in the state
-    directory, which are verified, and lose their content, but not their hashes. The audit log names what went.
+    The daemon does so by itself; this is for now. Usage events go by retention.usage and leave their sums behind;
+    probes go by retention.probes, alerts by retention.alerts. Entries of the audit log go by retention.audit: they
+    are written into files in the state directory, which are verified, and lose their content, but not their hashes.
+    The audit log names what went.
 
     \b
     Examples:

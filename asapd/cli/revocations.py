@@ -53,9 +53,10 @@ def export_list(session: Session, file: Path, since: int | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @asks_daemon
 def import_list(session: Session, file: Path) -> int:
-    """Revoke what a signed list says, of the tokens that are its signer's to revoke.
+    """Revoke what a signed list says.
 
-    The exit code is 1 when nobody here believes the list. FILE may be -, for stdin.
+    Of the tokens in it those that are its signer's to revoke. The exit code is 1 when nobody here believes the list.
+    FILE may be -, for stdin.
 
     \b
     Example:

@@ -64,6 +64,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """After a last response: how long unread input is discarded, so that the client sees the response and no reset."""
     linger_idle_s: float = 1.0
     linger_bytes: int = 128 * 1024 * 1024
+    half_closed_s: float = 30.0
+    """How long, since something was sent last, a client is answered that ended its own side behind its request."""
     abandon_s: float = 5.0
     """How long the application may go on once its connection has ended."""
     max_header_bytes: int = 32_768
@@ -144,6 +146,7 @@ class HttpConnection:
         self._send_lock = trio.Lock()
         self._closing = False
         self._wrote_last = False
+        self._wrote_at = trio.current_time()
         self._aborted = False
         self._begun = b""
         """The end of a frame whose beginning the kernel took: it goes out before anything else does."""
@@ -253,7 +256,21 @@ class HttpConnection:
                 self._enter(Phase.HEAD)
             await self._protocol.handle(RawData(bytes(data)))
             if not data:
+                await self._answer_half_closed()
                 return
+
+    async def _answer_half_closed(self) -> None:
+        """Waits for the end of an answer: that a client has no more to say is not to say that it left (RFC 9112, 9.6).
+
+        Which of the two it is shows when it is sent to. Subscribers leave so, and a stream of events has no end.
+        """
+        protocol = self._protocol
+        is_answering = protocol.connection.our_state in {h11.SEND_RESPONSE, h11.SEND_BODY}
+        if isinstance(protocol.connection, H11WSConnection) or not is_answering or protocol.streams_events:
+            return
+        self._wrote_at = trio.current_time()
+        while trio.current_time() < self._wrote_at + self._limits.half_closed_s:  # noqa: ASYNC110 -- the end cancels it
+            await trio.sleep_until(self._wrote_at + self._limits.half_closed_s)
 
     def _read_deadline(self) -> float:
         limits = self._limits
@@ -313,6 +330,7 @@ class HttpConnection:
                         for start in range(0, len(view), SEND_BYTES):
                             scope.deadline = trio.current_time() + send_s
                             await stream.send_all(view[start : start + SEND_BYTES])
+                            self._wrote_at = trio.current_time()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self.abort()
         if scope.cancelled_caught:
@@ -442,6 +460,9 @@ class _H11(h11.Connection):
 class _Http11(H11Protocol):
     """Hypercorn's HTTP/1.1 without a way to HTTP/2, answering problems, closing after an early answer."""
 
+    streams_events = False
+    """Whether the answer that is being given is a stream of events."""
+
     def __init__(self, app: AppWrapper, config: Config, *rest: Any, max_body_bytes: int) -> None:
         super().__init__(app, config, *rest)
         self._max_body_bytes = max_body_bytes
@@ -454,6 +475,9 @@ class _Http11(H11Protocol):
             await self._send_error_response(status)
 
     async def stream_send(self, event: stream_events.Event) -> None:
+        if isinstance(event, stream_events.Response):
+            kind = next((value for name, value in event.headers if name == b"content-type"), b"")
+            self.streams_events = kind.startswith(b"text/event-stream")
         if isinstance(event, stream_events.StreamClosed):
             # The application is told of the end in here and quart-trio cancels it, and with it us, for that.
             with trio.move_on_after(LAST_STEPS_S, shield=True) as scope:

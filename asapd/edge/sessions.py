@@ -54,23 +54,25 @@ class Sessions:
         """A session: what its cookie says, and until when it lasts."""
         return self._add(self._open, owner, SESSION_US)
 
-    def find(self, cookie: str | None) -> Caller | None:
-        """Who comes with a session; None when none is open that has this cookie."""
-        if cookie is None:
+    def find(self, cookies: Iterable[str]) -> Caller | None:
+        """Who comes with a session; None when none is open that has one of these cookies, or several are.
+
+        What listens on another port of the host can put a cookie before ours, so the first does not count by itself.
+        """
+        names = {_name(cookie) for cookie in cookies}
+        found = [(name, grant) for name in names if (grant := self._open.get(name)) and self._stands(grant)]
+        if len(found) != 1:
             return None
-        name = _name(cookie)
-        grant = self._open.get(name)
-        if grant is None or not self._stands(grant):
-            return None
+        name, grant = found[0]
         owner = grant.owner
         return Caller(_actor(owner, name), Role.READER, owner.agents, owner.tenant, False, owner.tenants)
 
-    def close(self, cookie: str | None) -> bool:
-        """End a session, at once also for what it listens to; whether there was one."""
-        ended = cookie is not None and self._open.pop(_name(cookie), None) is not None
+    def close(self, cookies: Iterable[str]) -> bool:
+        """End sessions, at once also for what they listen to; whether there was one."""
+        ended = [name for name in {_name(cookie) for cookie in cookies} if self._open.pop(name, None) is not None]
         if ended:
             self._ring.changed.notify()
-        return ended
+        return bool(ended)
 
     def why_gone(self, caller: Caller) -> str | None:
         """Why a caller may not stay; None while it may. What lives longer than a request asks again."""
@@ -117,7 +119,13 @@ def _actor(owner: Caller, name: str) -> str:
 
 
 def comes_from_elsewhere(headers: Fields) -> bool:
-    """Whether a browser says that another page than ours asks, one of another port of this host for example."""
+    """Whether a browser says that another page than ours asks, one of another port of this host for example.
+
+    Not all of them say so of a WebSocket, but all name its origin.
+    """
+    origin = headers.get("Origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("Host"):
+        return True
     return (headers.get("Sec-Fetch-Site") or "same-origin") not in {"same-origin", "none"}
 
 

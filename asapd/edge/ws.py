@@ -20,7 +20,7 @@ from asapd.edge.auth import admin_socket_caller, check_host, tcp_caller
 from asapd.edge.connection import HttpConnection, Sent
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
-from asapd.edge.sessions import COOKIE, is_session
+from asapd.edge.sessions import COOKIE, comes_from_elsewhere, is_session
 from asapd.runtime.fanout import FeedClosed
 from asapd.wire import jsonrpc
 from asapd.wire.jsonrpc import Fault, Request
@@ -91,8 +91,8 @@ def _caller(services: Services) -> Caller | Refusal:
             if found is not None:
                 return found
     found_by_key = tcp_caller(websocket.headers, services.ring, services.settings().http)
-    if isinstance(found_by_key, Refusal):
-        return services.sessions.find(websocket.cookies.get(COOKIE)) or found_by_key
+    if isinstance(found_by_key, Refusal) and not comes_from_elsewhere(websocket.headers):
+        return services.sessions.find(websocket.cookies.getlist(COOKIE)) or found_by_key
     return found_by_key
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import socket
 import ssl
@@ -272,7 +273,8 @@ async def _open(host: str, port: int, allowed: Sequence[Network], attempt: _Atte
                 await connection.connect(where)
             except OSError as error:
                 connection.close()
-                failure = f"{where[0]} port {port}: {error.strerror or error}"
+                # Trio's own text repeats the address.
+                failure = f"{where[0]} port {port}: {os.strerror(error.errno) if error.errno else error}"
                 if error.errno in _OWN_FAILURES:
                     own_failures.append(error)
                 elif error.errno not in _SILENCES:

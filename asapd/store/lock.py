@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _POLL_S = 0.05
-_HOLD_TRIES = 5
+_HOLD_TRIES = 40
 
 
 class LockedError(Exception):

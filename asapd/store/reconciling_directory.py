@@ -88,7 +88,7 @@ class AgentKeys:
         self._added: set[tuple[str, str]] = set()
         self._told: set[tuple[str, str]] = set()
         self._removed: dict[str, int] = {}
-        self._tenants: dict[str, str] = {}
+        self._tenants: dict[str, str | None] = {}
 
     def do(self, entry: Entry) -> None:
         """Take in what became of a key."""
@@ -97,10 +97,12 @@ class AgentKeys:
             self._removed[agent] = entry.seq
             return
         if entry.kind in ("agent.added", "agent.changed"):
-            # Given to another tenant it leaves its keys behind as well; what it had may have been erased.
-            if entry.kind == "agent.changed" and self._tenants.get(agent) != told["tenant"]:
+            # Given to another tenant it leaves its keys behind as well; what it had may have been erased. Entries of
+            # older builds do not say whose it is.
+            tenant = told.get("tenant")
+            if entry.kind == "agent.changed" and (tenant is None or self._tenants.get(agent) != tenant):
                 self._removed[agent] = entry.seq
-            self._tenants[agent] = told["tenant"]
+            self._tenants[agent] = tenant
             return
         key = (agent, told["public_key"], told["source"])
         self._told.add(key[:2])

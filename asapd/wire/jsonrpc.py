@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from asapd.wire.mismatch import field_error
+
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
 METHOD_NOT_FOUND = -32601
@@ -118,7 +120,8 @@ def _convert(params: dict[str, Any], shape: type[S]) -> S | str:
     try:
         return msgspec.convert(params, shape)
     except msgspec.ValidationError as error:
-        return str(error)
+        wrong = field_error(error, shape)
+        return f"{wrong.field} {wrong.reason}"
 
 
 def result(request_id: Id, value: Any) -> str:

@@ -53,6 +53,7 @@ CODES: dict[str, tuple[int, str]] = {
     "key_fixed": (409, "The agent's keys are decided elsewhere"),
     "maintenance_over": (409, "The maintenance is over"),
     "key_name_taken": (409, "The name is in use"),
+    "key_revoked": (409, "The key that was made was revoked since"),
     "breach_closed": (409, "The breach is over"),
     "target_gone": (409, "The target is no longer configured"),
     "too_many_silences": (409, "Too many silences are in force"),

@@ -20,6 +20,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US, datetime_us
 from asapd.core.usage import UsageEvent
+from asapd.wire.mismatch import reason_of
 
 MAX_EVENTS = 5_000
 """As many as one commit takes; more is 413 `too_many_events`."""
@@ -456,9 +457,5 @@ def _mismatch(value: Any, wanted: Any) -> str | None:
     try:
         msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
-        return _WORDING.sub(lambda found: _WORDS[found[0]], str(error).partition(" - at ")[0]).strip()
+        return reason_of(error, wanted)
     return None
-
-
-_WORDS = {"Expected": "must be", "`": "", ", got": ", not"}
-_WORDING = re.compile("|".join(map(re.escape, _WORDS)))

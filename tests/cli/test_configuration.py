@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -69,6 +70,25 @@ def test_a_change_is_compared_applied_and_rolled_back(ctl: Program, own_daemon: 
     assert not list(file.parent.glob("*.before-rollback"))
 
 
+def test_a_file_with_a_byte_order_mark_is_known_for_the_version_that_it_is(ctl: Program, own_daemon: Daemon) -> None:
+    own_daemon.config.write_text(HOLD, encoding="utf-8-sig")
+    assert ctl("reload").code == 0
+    assert ctl("config", "rollback", "--json").json["rolled_back_to"] == 1
+    assert own_daemon.config.read_text() == CONFIG
+    assert not list(own_daemon.config.parent.glob("*.before-rollback"))
+
+
+def test_what_lies_where_a_rollback_could_write_first_is_left_alone(ctl: Program, own_daemon: Daemon) -> None:
+    file = own_daemon.config
+    lying = file.with_name("asapd.toml.new")
+    lying.write_text("mine")
+    file.write_text(HOLD)
+    assert ctl("reload").code == 0
+    assert ctl("config", "rollback").code == 0
+    assert (file.read_text(), lying.read_text()) == (CONFIG, "mine")
+    assert sorted(path.name for path in file.parent.glob("*asapd.toml*")) == ["asapd.toml", "asapd.toml.new"]
+
+
 def test_a_file_that_was_refused_is_rolled_back_to_what_is_in_force_and_kept_beside(
     ctl: Program, own_daemon: Daemon
 ) -> None:
@@ -98,11 +118,19 @@ def test_a_version_that_is_refused_now_leaves_the_file_as_it_was(ctl: Program, o
     assert file.read_text() == without
 
 
-def test_a_file_that_cannot_be_written_is_left_alone(ctl: Program, own_daemon: Daemon) -> None:
+def test_a_file_that_cannot_be_written_is_left_alone(
+    ctl: Program, own_daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own_daemon.config.write_text(HOLD)
     assert ctl("reload").code == 0
-    own_daemon.config.with_name("asapd.toml.new").mkdir()  # in the way; root may write everywhere
-    refused = ctl("config", "rollback")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # root may write everywhere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused = ctl("config", "rollback")
+    assert [path.name for path in own_daemon.config.parent.glob("*asapd.toml*")] == ["asapd.toml"]
     assert refused.code == 4
     assert "config show --version N" in refused.err
     assert own_daemon.config.read_text() == HOLD

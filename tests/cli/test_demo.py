@@ -86,6 +86,7 @@ def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Room) -> None:
     assert float(breach[1]) < STORY_S
     assert '"method":"sla.breach","params":{"event":"opened"' in out
     assert re.search(r"refused +analyst may not start .*: (insufficient_budget|budget_exhausted)", out)
+    assert re.search(r"^delegation .* authorizations refused: \d+ x ", out, re.MULTILINE)
     assert re.search(r"audit +verified: \d+ entries intact", out)
     assert "BROKEN" not in out
     # In a pipe there is nothing but text.

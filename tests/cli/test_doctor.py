@@ -73,6 +73,21 @@ def test_what_has_to_be_mended_is_named_and_ends_it_with_1(ctl: Program, own_dae
     assert "the file was refused" in findings(ctl("doctor", "--json"))["config"][0]["what"]
 
 
+def test_links_that_lead_nowhere_are_named(ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ASAPD_SOCKET", str(tmp_path / "admin.sock"))
+    (tmp_path / "keys").mkdir()
+    for name in ("identity.pem", "asapd.db-wal", "keys/a.pem"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    (tmp_path / "keys/b.pem").touch(0o644)
+    ran = ctl("doctor", "--state-dir", tmp_path, "--json")
+    assert ran.code == 3
+    found = findings(ran)
+    assert [one["what"] for one in found["files"] if one["state"] == "error"] == [
+        f"{tmp_path}/identity.pem is there and cannot be looked at: No such file or directory"
+    ]
+    assert [one["state"] for one in found["keys"]] == ["ok", "error", "error"]
+
+
 def test_without_a_daemon_the_rest_is_looked_at(ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ASAPD_SOCKET", str(tmp_path / "admin.sock"))
     tmp_path.chmod(0o777)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -14,6 +14,7 @@ import pytest
 import asapd
 from asapd.cli import door, watch
 from asapd.cli.asapctl import asapctl
+from asapd.cli.asapd import asapd as asapd_program
 from asapd.cli.outcome import Exit, Failure, run
 from tests.cli.programs import Daemon, Program
 
@@ -21,6 +22,25 @@ from tests.cli.programs import Daemon, Program
 def http(status: int, body: bytes, kind: str = "application/problem+json") -> bytes:
     head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return head.encode() + body
+
+
+def lists(command: click.Command, above: click.Context | None = None, name: str = "asapctl") -> Iterator[str]:
+    """What each group of commands prints of those in it, on a terminal of 80 columns."""
+    context = click.Context(command, above, name, terminal_width=78)
+    if isinstance(command, click.Group):
+        yield command.get_help(context)
+        for each in command.list_commands(context):
+            below = command.get_command(context, each)
+            assert below is not None
+            yield from lists(below, context, each)
+
+
+@pytest.mark.parametrize("program", [asapctl, asapd_program])
+def test_what_a_command_does_is_listed_in_whole_sentences(program: click.Group) -> None:
+    cut = [
+        line for text in lists(program) for line in text.splitlines() if line.startswith("  ") and line.endswith("...")
+    ]
+    assert cut == []
 
 
 @pytest.mark.parametrize(

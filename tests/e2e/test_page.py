@@ -200,7 +200,7 @@ async def test_page_shows_agents_a_live_breach_money_and_an_audit_without_consol
         await page.wait_text("#agents", "promised ≤ 500 ms")
         # No task has run: latency and error rate are not zero but unknown.
         assert "no data" in await page.text("#agents")
-        assert await page.text("#open-breaches") == "All promises are kept."
+        assert await page.text("#open-breaches") == "No breach is open."
         assert "Nothing was reported today" in await page.text("#usage")
         assert key not in await page.evaluate("location.href")
 
@@ -253,7 +253,7 @@ async def test_breach_resolves_on_the_page_without_a_reload() -> None:
         await page.wait_text("#open-breaches", "slow: p95 latency")
         # Twenty in five hundred is below five per cent.
         await daemon.admin.post("/usage", json=events(agents[0], 500, duration_ms=90))
-        await page.wait_text("#open-breaches", "All promises are kept.")
+        await page.wait_text("#open-breaches", "No breach is open.")
         assert "recovered" in await page.text("#history")
         assert page.errors == []
 
@@ -271,7 +271,7 @@ async def test_page_asks_for_a_key_refuses_a_wrong_one_and_says_what_to_do_when_
         assert "asapctl agents add" in await page.wait_text("#agents", "No agents yet")
         assert "asapctl delegation issue" in await page.text("#delegations")
         assert "POST /usage" in await page.text("#usage")
-        assert await page.text("#open-breaches") == "All promises are kept."
+        assert await page.text("#open-breaches") == "No breach is open."
         assert await page.evaluate("localStorage.length") == 0
         await page.evaluate("document.getElementById('forget').click()")
         await page.wait_text("#problem", "forgotten")
@@ -297,7 +297,7 @@ async def test_a_one_time_address_opens_the_page_whose_scripts_cannot_see_the_se
         await page.open(f"http://{daemon.address}/?again")
         await page.wait_text("#key-form", "asapctl dashboard")
         await page.open(made["url"])
-        await page.wait_text("body", "login_gone")
+        await page.wait_text("#problem", "used before, or is older than five minutes")
 
 
 async def test_markup_that_an_agent_sends_is_shown_as_text() -> None:

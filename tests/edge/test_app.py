@@ -39,9 +39,13 @@ async def test_every_reply_is_hardened(edge: Edge) -> None:
 
 
 async def test_an_address_or_method_that_is_not_there_is_a_problem(edge: Edge) -> None:
-    assert (await edge.get("/nothing")).refused(404)["code"] == "not_found"
+    nothing = (await edge.get("/nothing")).refused(404)
+    assert (nothing["code"], nothing["detail"]) == ("not_found", "nothing is served at /nothing: /docs lists what is")
+    plain = (await edge.get("/ws")).refused(400)
+    assert (plain["code"], plain["detail"]) == ("malformed", "/ws is for WebSockets: connect with ws:// or wss://")
     reply = await edge.delete("/usage")
     assert reply.refused(405)["code"] == "method_not_allowed"
+    assert "does not take" in reply.json["detail"]
     assert "POST" in reply.headers["allow"]
     assert (await edge.get("/usage/")).status == 200
 

@@ -590,6 +590,37 @@ async def test_a_request_that_takes_long_is_no_slow_client(clock: MockClock) -> 
         assert content == b"late"
 
 
+async def test_a_client_that_ends_its_side_behind_a_request_is_answered(clock: MockClock) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(GET + b"GET /gated HTTP/1.1\r\nhost: a\r\n\r\n")
+        await stream.send_eof()
+        await trio.sleep(20)
+        site.gate.set()
+        assert (await until_closed(stream)).endswith(b"late")
+
+
+async def test_a_client_that_ends_its_side_is_not_waited_for_without_end(clock: MockClock) -> None:
+    async with running(limits=Limits(half_closed_s=7)) as site:
+        for path, waited_s in ((b"/gated", 7), (b"/events", 0)):
+            async with await site.connect() as stream:
+                began = trio.current_time()
+                await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nhost: a\r\n\r\n")
+                await trio.sleep(1)
+                await stream.send_eof()
+                await until_closed(stream)
+                assert trio.current_time() - began == pytest.approx(1 + waited_s, abs=0.9)
+
+
+async def test_a_client_that_ends_its_side_gets_the_whole_of_a_long_answer() -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n")
+        received = len(await stream.receive_some(1000))
+        await stream.send_eof()
+        while data := await stream.receive_some(2_000_000):
+            received += len(data)
+        assert received > 300 * 65_536
+
+
 async def test_a_client_that_does_not_read_its_response_is_cut_off(clock: MockClock) -> None:
     async with running(limits=Limits(send_s=7)) as site, await site.connect() as stream:
         await stream.send_all(b"GET /big HTTP/1.1\r\nhost: a\r\n\r\n")
@@ -938,7 +969,7 @@ async def test_an_application_that_ignores_its_client_leaving_is_cancelled_in_th
 
     (listener,) = await open_tcp("127.0.0.1:0")
     port = listener.socket.getsockname()[1]
-    limits = Limits(linger_s=2, abandon_s=5)
+    limits = Limits(linger_s=2, abandon_s=5, half_closed_s=0)
     server = HttpServer(app, max_connections=5, limits=limits, log=LOG)
     async with trio.open_nursery() as nursery:
         await nursery.start(server.run, [Door(listener=listener, name="x")])

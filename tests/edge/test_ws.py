@@ -388,14 +388,19 @@ async def test_the_session_of_a_page_listens_until_it_is_over(edge: Edge, tmp_pa
     cookie, _ = edge.services.sessions.open(owner)
     session = {"cookie": f"{COOKIE}={cookie}"}
     async with edge.served(tmp_path) as (_, port, _):
-        for fields in ({}, {"cookie": f"{COOKIE}=other"}, {**session, "origin": "http://localhost:9000"}):
+        for fields in (
+            {},
+            {"cookie": f"{COOKIE}=other"},
+            {**session, "origin": "http://localhost:9000"},
+            {**session, "sec-fetch-site": "same-site"},
+        ):
             async with listening(port, fields=fields) as client:
                 assert isinstance(await client.next(), RejectConnection)
         async with accepted(port, fields=session) as client:
             assert (await client.ask("sla.subscribe"))["subscribed"]
             for method, params in (("sla.subscribe", {"cursor": "c"}), ("sla.ack", {"cursor": "c", "seq": 1})):
                 assert "may only read" in str(await client.ask(method, **params))
-            edge.services.sessions.close(cookie)
+            edge.services.sessions.close([cookie])
             close = await client.closed()
             assert (close.code, close.reason) == (POLICY_VIOLATION, "the session is over")
 

@@ -242,6 +242,8 @@ async def test_a_closed_port_is_refused() -> None:
     async with Fetcher(LOOPBACK) as fetcher:
         outcome = await fetcher.get(f"http://127.0.0.1:{port}/", deadline_s=5, max_bytes=10)
     assert reason(outcome) == "refused"
+    assert isinstance(outcome, FetchFailed)
+    assert outcome.detail == f"127.0.0.1 port {port}: Connection refused"
 
 
 async def test_connections_are_kept_and_reused() -> None:

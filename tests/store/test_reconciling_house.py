@@ -234,6 +234,12 @@ def test_an_agent_that_another_tenant_gets_leaves_its_keys_behind(house: Ledger,
     assert findings(house.connection) == []
 
 
+def test_entries_of_older_builds_do_not_say_whose_an_agent_is(house: Ledger) -> None:
+    untold = "UPDATE audit SET details = json_remove(details, '$.tenant') WHERE event_type = '{}'"
+    kinds = ("agent.added", "agent.changed")
+    assert altered(house.connection, *(untold.format(kind) for kind in kinds)) == []
+
+
 def test_a_claimed_key_that_an_operator_confirmed_may_be_retired_later(house: Ledger) -> None:
     claimed = RecordManifest(C, NOW_US + 7, "d5", b"", "key_changed", None, None, None, public_base64(KEYS[2]))
     house.submit(claimed)

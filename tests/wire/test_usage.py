@@ -208,7 +208,7 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"timestamp": -1}, "timestamp", "epoch"),
         ({"timestamp": 10**18}, "timestamp", "epoch"),
         ({"timestamp": True}, "timestamp", "not bool"),
-        ({"outcome": "maybe"}, "outcome", "maybe"),
+        ({"outcome": "maybe"}, "outcome", "one of completed, failed"),
         ({"cost_usd": -1}, "cost_usd", "negative"),
         ({"cost_usd": "much"}, "cost_usd", "such as"),
         ({"cost_usd": "1_000"}, "cost_usd", "such as"),

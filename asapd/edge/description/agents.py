@@ -22,6 +22,7 @@ from asapd.edge.description.queries import (
     FLAG,
     HISTORY,
     LAST_EVENT,
+    MIN_SEVERITY,
     OFFSET,
     PAGE,
     PERIOD,
@@ -35,7 +36,6 @@ from asapd.edge.http.agents import NewAgent
 from asapd.edge.http.alerts import Acknowledgement, NewSilence
 from asapd.edge.http.breach_groups import Acknowledgements
 from asapd.edge.http.maintenance import NewMaintenance
-from asapd.edge.http.parameters import SEVERITIES
 
 _READ = (Permission.READ,)
 _OPERATE = (Permission.OPERATE,)
@@ -214,7 +214,7 @@ OPERATIONS = (
         "Follow alerts as server-sent events",
         _READ,
         (Answer(200, "Server-sent events `sla.breach`, `gap`, `goodbye`", {EVENTS: TEXT}),),
-        {**AGENT, "min_severity": one_of(*SEVERITIES), **LAST_EVENT},
+        {**AGENT, **MIN_SEVERITY, **LAST_EVENT},
     ),
     Operation("GET /ws", "Follow alerts and delegations over a WebSocket", _READ, (_UPGRADE,)),
     Operation("GET /asap/ws", "The same, for clients of the reference implementation", _READ, (_UPGRADE,)),

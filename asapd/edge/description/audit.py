@@ -16,7 +16,7 @@ from asapd.edge.description.operation import (
     reference,
     shows,
 )
-from asapd.edge.description.queries import AGENT, DRY_RUN, NUMBER, ORDER, PAGE, PERIOD, TASK, named
+from asapd.edge.description.queries import AGENT, DRY_RUN, NUMBER, ORDER, PAGE, PERIOD, TASK, formats, named
 from asapd.edge.http.audit import Erasure, Vouching
 
 _READ_ALL = (Permission.READ_ALL,)
@@ -25,7 +25,7 @@ _FILTERS = {"actor": TEXT, "subject": TEXT, "event_type": TEXT, **TASK, **AGENT,
 _VERIFYING = {
     "since": named("number of an entry, or a time: only what is behind it"),
     "reconcile": {**one_of("true", "false"), "default": "true"},
-    "format": {**one_of("json", "ndjson"), "default": "json"},
+    **formats("json", "ndjson"),
 }
 _VERDICT = (Answer(200, "The verdict, as lines with the progress before it", {JSON: OBJECT, NDJSON: TEXT}),)
 _CHECKPOINTS: dict[str, Shape] = {_NOTE: TEXT}
@@ -47,7 +47,7 @@ OPERATIONS = (
         "Export entries, as a stream",
         _READ_ALL,
         (Answer(200, "The entries", {JSON: OBJECT, NDJSON: TEXT, "text/csv": TEXT, _NOTE: TEXT}),),
-        {**_FILTERS, "format": {**one_of("json", "ndjson", "csv", "syslog"), "default": "ndjson"}},
+        {**_FILTERS, **formats("ndjson", "json", "csv", "syslog")},
     ),
     Operation(
         "POST /audit/erase",
@@ -70,14 +70,14 @@ OPERATIONS = (
         "A signed checkpoint of the log",
         _READ_ALL,
         (Answer(200, "A signed note (C2SP), or its parts", {_NOTE: TEXT, JSON: OBJECT}),),
-        {"size": NUMBER, "format": {**one_of("note", "json"), "default": "note"}},
+        {"size": NUMBER, **formats("note", "json")},
     ),
     Operation(
         "GET /audit/proof/inclusion",
         "What proves that an entry is in the log",
         _READ_ALL,
         (Answer(200, "The proof", {JSON: OBJECT, _NOTE: TEXT}),),
-        {"id": named("id or number of the entry"), "format": {**one_of("json", "tlog-proof"), "default": "json"}},
+        {"id": named("id or number of the entry"), **formats("json", "tlog-proof")},
         frozenset({"id"}),
     ),
     Operation(

@@ -15,14 +15,13 @@ from asapd.edge.description.operation import (
     reference,
     shows,
 )
-from asapd.edge.description.queries import AGENT, CONSUMER, FLAG, OFFSET, PERIOD, TASK, WINDOW
+from asapd.edge.description.queries import AGENT, CONSUMER, FLAG, OFFSET, PARTIAL, PERIOD, TASK, WINDOW
 from asapd.edge.http.parameters import MAX_LIMIT, SEVERITIES
 
 _READ = (Permission.READ,)
 _INGEST = (Permission.INGEST,)
 _OPERATE = (Permission.OPERATE,)
 _FILTERS = {**AGENT, **CONSUMER, **TASK, **PERIOD}
-_PARTIAL = {"partial": FLAG}
 _EVENTS: dict[str, Shape] = {JSON: reference("Usage")}
 _WANTED: dict[str, Shape] = {
     JSON: {
@@ -63,9 +62,9 @@ OPERATIONS = (
         _OPERATE,
         (Answer(204, "It is revoked", {}),),
     ),
-    Operation("POST /asap/usage", "Record one event", _INGEST, (made(),), _PARTIAL, body=_EVENTS, idempotency_key=True),
+    Operation("POST /asap/usage", "Record one event", _INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True),
     Operation(
-        "POST /asap/usage/batch", "Record events", _INGEST, (made(),), _PARTIAL, body=_EVENTS, idempotency_key=True
+        "POST /asap/usage/batch", "Record events", _INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True
     ),
     Operation("POST /asap/usage/validate", "Say whether an event would be taken", _INGEST, (shows(),), body=_EVENTS),
     Operation(

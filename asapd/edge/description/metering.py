@@ -24,15 +24,16 @@ from asapd.edge.description.queries import (
     AGENT,
     CONSUMER,
     DRY_RUN,
-    FLAG,
     LAST_EVENT,
     NUMBER,
     OFFSET,
     ORDER,
     PAGE,
+    PARTIAL,
     PERIOD,
     TIME,
     USAGE,
+    formats,
     named,
 )
 from asapd.edge.http.usage import TaskStep
@@ -48,7 +49,6 @@ _EVENTS: dict[str, Shape] = {
     "application/cloudevents+json": OBJECT,
     "application/cloudevents-batch+json": {"type": "array", "items": OBJECT},
 }
-_PARTIAL = {"partial": {**FLAG, "description": "leave wrong events out instead of refusing all"}}
 _OTLP: dict[str, Schema] = {"application/x-protobuf": BINARY, JSON: OBJECT}
 _TAKEN = Answer(200, "An OTLP response, with partial_success if something was left out", _OTLP)
 
@@ -58,7 +58,7 @@ OPERATIONS = (
         "Record usage events: all or none",
         _INGEST,
         (made(reference("Recorded"), "Recorded, after the commit"),),
-        query=_PARTIAL,
+        query=PARTIAL,
         body=_EVENTS,
         idempotency_key=True,
     ),
@@ -67,7 +67,7 @@ OPERATIONS = (
         "The same, for clients of the reference implementation",
         _INGEST,
         (made(reference("Recorded"), "Recorded, after the commit"),),
-        query=_PARTIAL,
+        query=PARTIAL,
         body=_EVENTS,
         idempotency_key=True,
     ),
@@ -117,7 +117,7 @@ OPERATIONS = (
         ),
         {
             **USAGE,
-            "format": {**one_of("json", "ndjson", "csv", "parquet"), "default": "ndjson"},
+            **formats("ndjson", "json", "csv", "parquet"),
             "after": {**NUMBER, "description": "seq of the last row that is known"},
             "through": {**NUMBER, "description": "seq of the last row that is wanted"},
         },

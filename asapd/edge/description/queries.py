@@ -18,6 +18,11 @@ def named(description: str) -> Schema:
     return {**TEXT, "description": description}
 
 
+def formats(*words: str) -> dict[str, Schema]:
+    """What an answer is written in: the first, unless another is asked for."""
+    return {"format": {**one_of(*words), "default": words[0]}}
+
+
 AGENT: dict[str, Schema] = {"agent": named("URN of an agent"), "agent_id": named("another name for agent")}
 CONSUMER: dict[str, Schema] = {
     "consumer": named("for whom the work was done"),
@@ -32,6 +37,8 @@ PAGE: dict[str, Schema] = {
 OFFSET: dict[str, Schema] = {"offset": {**NUMBER, "default": 0, "description": "rows to leave out; prefer cursor"}}
 ORDER: dict[str, Schema] = {"order": {**one_of("asc", "desc"), "default": "asc"}}
 WINDOW: dict[str, Schema] = {"window": named("one of sla.windows, such as 1h, 24h, 7d, 30d")}
+MIN_SEVERITY: dict[str, Schema] = {"min_severity": one_of(*SEVERITIES)}
+PARTIAL: dict[str, Schema] = {"partial": {**FLAG, "description": "leave wrong events out instead of refusing all"}}
 DRY_RUN: dict[str, Schema] = {"dry_run": {**FLAG, "description": "only say what would come of it"}}
 LAST_EVENT: dict[str, Schema] = {"last_event_id": {**NUMBER, "description": "stands in for Last-Event-ID"}}
 BREACHES: dict[str, Schema] = {

@@ -6,7 +6,8 @@ import logging
 
 from quart import Response, g, request
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.routing.exceptions import WebsocketMismatch
 
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
@@ -140,10 +141,16 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
             limit = services.settings().http.max_body_bytes
             return refuse(Refusal("too_large", f"a body may have {limit} bytes: send it in parts"))
         code = _STATUS_CODES.get(status, "malformed" if status < 500 else "internal")
-        response = refuse(Refusal(code, error.description or error.name), status)
-        if status == 405 and getattr(error, "valid_methods", None):
-            response.headers["Allow"] = ", ".join(sorted(error.valid_methods))  # type: ignore[attr-defined]
-        return response
+        if isinstance(error, NotFound):
+            return refuse(Refusal(code, f"nothing is served at {request.path}: /docs lists what is"), status)
+        if isinstance(error, MethodNotAllowed):
+            allowed = ", ".join(sorted(error.valid_methods or ()))
+            response = refuse(Refusal(code, f"{request.path} does not take {request.method}, but {allowed}"), status)
+            response.headers["Allow"] = allowed
+            return response
+        if isinstance(error, WebsocketMismatch):
+            return refuse(Refusal(code, f"{request.path} is for WebSockets: connect with ws:// or wss://"), status)
+        return refuse(Refusal(code, error.description or error.name), status)
 
     @app.errorhandler(Exception)
     async def broken(error: Exception) -> Response:

@@ -17,6 +17,10 @@ from asapd.edge.services import Services
 from asapd.edge.sessions import COOKIE, SESSION_US, comes_from_elsewhere, page_address
 
 PATH = "/login"
+_LED_HERE = Refusal(
+    "forbidden", "another page led here, and could let you in as somebody else: paste the address into the address bar"
+)
+_LOOKED_AT = Refusal("method_not_allowed", "a login address opens once, for a GET: it was not used up")
 _GONE = Refusal("login_gone", "this address opens once, within five minutes: `asapctl dashboard` prints another")
 
 
@@ -24,7 +28,7 @@ def session_caller(services: Services) -> Caller | Refusal | None:
     """Who comes with the session of a page; None without one. It may read, and nothing else."""
     if "Authorization" in request.headers or comes_from_elsewhere(request.headers):
         return None
-    caller = services.sessions.find(request.cookies.get(COOKIE))
+    caller = services.sessions.find(request.cookies.getlist(COOKIE))
     if caller is not None and request.method not in {"GET", "HEAD"}:
         return Refusal("forbidden", "the session of a page may only read: use an API key, or asapctl")
     return caller
@@ -49,7 +53,15 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         token = parameters.text("token")
         parameters.done()
+        if request.method == "HEAD":  # what shows a preview of an address
+            response = refuse(_LOOKED_AT)
+            response.headers["Allow"] = "GET"
+            return response
+        if comes_from_elsewhere(request.headers):
+            return refuse(_LED_HERE)
         grant = services.sessions.spend(token or "")
+        if grant is None and "text/html" in request.headers.get("Accept", ""):
+            return Response(b"", 303, headers={"Location": "/#login-gone"})
         if grant is None:
             return refuse(_GONE)
         owner = grant.owner
@@ -73,7 +85,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.delete("/login")
     async def delete_login() -> Response:
         Parameters().done()
-        ended = not comes_from_elsewhere(request.headers) and services.sessions.close(request.cookies.get(COOKIE))
+        ended = not comes_from_elsewhere(request.headers) and services.sessions.close(request.cookies.getlist(COOKIE))
         response = reply({"ended": ended})
         if ended:
             response.delete_cookie(COOKIE, httponly=True, secure=request.scheme == "https", samesite="Strict")

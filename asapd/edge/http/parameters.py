@@ -14,6 +14,7 @@ from quart import Response, request
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import Outcome
+from asapd.wire.mismatch import field_error
 from asapd.wire.usage import parse_timestamp
 
 DEFAULT_LIMIT = 100
@@ -234,6 +235,8 @@ def usd_field(amount: Usd, field: str, *, round_up: bool = False) -> int:
 
 def decode_body(body: bytes, shape: type[S]) -> S:
     """A JSON object as a struct; a wrong field is named."""
+    if not body.strip():
+        raise RefusedError(Refusal("malformed", "there is no body: send a JSON object"))
     try:
         try:
             return msgspec.json.decode(body, type=shape)
@@ -241,14 +244,7 @@ def decode_body(body: bytes, shape: type[S]) -> S:
             msgspec.json.decode(body)  # what is no JSON further on is malformed before it is invalid
             raise
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        field = where.rstrip("`").lstrip(".") or _missing_or_unknown(what)
-        reason = what.replace("`", "")
-        raise RefusedError(Refusal("invalid", f"{field}: {reason}", (FieldError(field, reason),))) from None
+        wrong = field_error(error, shape)
+        raise RefusedError(Refusal("invalid", f"{wrong.field} {wrong.reason}", (wrong,))) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(Refusal("malformed", f"the body cannot be read: {error}")) from None
-
-
-def _missing_or_unknown(what: str) -> str:
-    quoted = what.split("`")
-    return quoted[1] if len(quoted) > 2 and "field" in what else "body"

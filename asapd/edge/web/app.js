@@ -18,6 +18,8 @@ const byId = (id) => document.getElementById(id);
 
 const keyring = {
   value: null,
+  /** Whether it was an address of `asapctl dashboard` that led here, and did not open any more. */
+  cameTooLate: false,
   load() {
     // The address may carry a key behind the #, which browsers do not send; it does not stay in the address. After a
     // login there is the word that a session is open: its cookie is not ours to see.
@@ -27,6 +29,10 @@ const keyring = {
       this.markSession(given.has("session"));
       this.set(given.get("key"));
       return;
+    }
+    if (given.has("login-gone")) {
+      history.replaceState(null, "", location.pathname + location.search);
+      this.cameTooLate = true;
     }
     try {
       this.value = sessionStorage.getItem(KEY_ITEM);
@@ -56,7 +62,9 @@ const keyring = {
         ? "This key is not known here, or it was revoked."
         : this.hasSession
           ? "The session is over."
-          : null;
+          : this.cameTooLate
+            ? "That address was used before, or is older than five minutes."
+            : null;
     this.markSession(false);
     this.set(null);
     return hint;
@@ -212,7 +220,7 @@ function drawBreaches() {
   const open = [...breaches.values()].filter((breach) => breach.state === "open");
   open.sort((a, b) => b.seq - a.seq);
   draw("open-breaches", open, (list) => {
-    if (!list.length) return el("p", { class: "calm" }, "All promises are kept.");
+    if (!list.length) return el("p", { class: "calm" }, "No breach is open.");
     return list.map((breach) =>
       el(
         "div",

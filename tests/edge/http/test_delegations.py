@@ -113,7 +113,7 @@ async def test_to_issue_takes_an_operator_also_with_the_right_to_sign(edge: Edge
         ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": -1}}, "constraints.max_cost_usd"),
         ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": "1_000"}}, "constraints.max_cost_usd"),
         ({"constraints": {"expires_at": 1_900_000_000, "max_cost_usd": "\u0661"}}, "constraints.max_cost_usd"),
-        ({"constraints": {"expires_at": 1_900_000_000, "max_task": 1}}, "constraints"),
+        ({"constraints": {"expires_at": 1_900_000_000, "max_task": 1}}, "constraints.max_task"),
         ({"parent": "del_unknown"}, "parent"),
     ],
 )

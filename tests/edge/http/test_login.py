@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asapd.core.types import SECOND_US
-from asapd.edge.sessions import COOKIE, LOGIN_US, MOST, SESSION_US, page_address
+from asapd.edge.sessions import COOKIE, LOGIN_US, MOST, SESSION_US, comes_from_elsewhere, page_address
 from tests.edge.house import ME, A, B, Edge, Reply
 
 ADMIN_DOOR = {"door": "admin", "peer": ME}
@@ -106,6 +106,38 @@ async def test_pages_from_elsewhere_cannot_use_a_session(edge: Edge, site: str) 
     (await edge.get("/usage", key=None, headers={**session, "Sec-Fetch-Site": "same-origin"})).ok()
 
 
+async def test_an_address_is_not_used_up_by_who_only_looks_nor_by_a_link_of_another_page(edge: Edge) -> None:
+    """A page of another site could else let a person in as somebody else, who then sees what is shown."""
+    path = await address(edge)
+    looked = await edge.call("HEAD", path, key=None)
+    assert (looked.status, looked.headers["allow"]) == (405, "GET")
+    for site in ("cross-site", "same-site"):
+        led = await edge.get(path, key=None, headers={"Sec-Fetch-Site": site})
+        assert "address bar" in led.refused(403)["detail"]
+        assert "set-cookie" not in led.headers
+    assert (await edge.get(path, key=None, headers={"Sec-Fetch-Site": "none"})).status == 303
+
+
+async def test_a_browser_that_comes_too_late_is_led_to_the_page_which_says_so(edge: Edge) -> None:
+    late = await edge.get("/login?token=x", key=None, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert (late.status, late.headers["location"]) == (303, "/#login-gone")
+
+
+async def test_of_several_cookies_the_one_that_is_open_counts_and_of_several_open_ones_none(edge: Edge) -> None:
+    first, second = [(await open_session(edge))["Cookie"] for _ in range(2)]
+    for fields, status in (
+        (f"{COOKIE}=planted; {first}", 200),
+        (f"{first}; {COOKIE}=planted", 200),
+        (f"{first}; {first}", 200),
+        (f"{first}; {second}", 401),
+    ):
+        assert (await edge.get("/usage", key=None, headers={"Cookie": fields})).status == status
+    both = {"Cookie": f"{COOKIE}=planted; {first}; {second}"}
+    assert (await edge.delete("/login", key=None, headers=both)).ok() == {"ended": True}
+    for one in (first, second):
+        assert (await edge.get("/usage", key=None, headers={"Cookie": one})).refused(401)
+
+
 async def test_logging_out_ends_the_session_and_takes_the_cookie_back(edge: Edge) -> None:
     session = await open_session(edge)
     ended = await edge.delete("/login", key=None, headers=session)
@@ -149,3 +181,21 @@ async def test_so_many_of_one_holder_are_kept_and_those_of_others_stand(edge: Ed
 )
 def test_the_address_is_one_that_a_browser_opens(addresses: list[str], names: list[str], url: str | None) -> None:
     assert page_address(addresses, names) == url
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_elsewhere"),
+    [
+        ({}, False),
+        ({"Sec-Fetch-Site": "none"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, True),
+        ({"Origin": "http://127.0.0.1:8727"}, False),
+        ({"Origin": "http://127.0.0.1:9000"}, True),
+        ({"Origin": "null", "Sec-Fetch-Site": "same-origin"}, True),
+    ],
+)
+def test_a_page_of_another_origin_is_from_elsewhere_even_where_it_may_call(
+    fields: dict[str, str], is_elsewhere: bool
+) -> None:
+    """`http.allowed_origins` lets pages call with keys of their own; not all browsers tell the site of a WebSocket."""
+    assert comes_from_elsewhere({"Host": "127.0.0.1:8727", **fields}) is is_elsewhere

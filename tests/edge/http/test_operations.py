@@ -129,6 +129,9 @@ async def test_a_key_is_made_once_under_an_idempotency_key(edge: Edge) -> None:
     other = (await edge.post("/keys", {**body, "name": "m"}, headers=once)).refused(422)
     assert other["code"] == "idempotency_key_reused"
     assert (await edge.post("/keys", body, headers={"Idempotency-Key": ""})).refused(422)["code"] == "invalid"
+    (await edge.delete("/keys/n")).ok()
+    dead = (await edge.post("/keys", body, headers=once)).refused(409)
+    assert (dead["code"], made["id"] in dead["detail"]) == ("key_revoked", True)
 
 
 async def test_keys_are_listed_in_pages(edge: Edge) -> None:

@@ -1,0 +1,51 @@
+"""What is wrong with a body is said in words that name the field, and what it could be."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import msgspec
+import pytest
+
+from asapd.wire.mismatch import field_error
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Inner(msgspec.Struct, forbid_unknown_fields=True):
+    depth: int
+    names: list[str] = []
+
+
+class Sent(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    colour: Colour = Colour.RED
+    size: Literal["small", "large"] | None = None
+    inner: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "reason"),
+    [
+        ("{}", "name", "is missing"),
+        ('{"zz": 1}', "zz", "is not a field here; there are colour, inner, name, size"),
+        ('{"z`z": 1}', "z`z", "is not a field here; there are colour, inner, name, size"),
+        ('{"name": "n", "inner": {}}', "inner.depth", "is missing"),
+        ('{"name": "n", "inner": {"depth": 1, "zz": 2}}', "inner.zz", "is not a field here"),
+        ('{"name": "n", "inner": {"depth": 1, "names": [1]}}', "inner.names[0]", "must be str, not int"),
+        ('{"name": "n", "colour": "green"}', "colour", "must be one of red, blue"),
+        ('{"name": "n", "size": "huge"}', "size", "must be one of small, large"),
+        ('{"name": "n", "colour": 1}', "colour", "must be str, not int"),
+        ('{"name": ""}', "name", "must be str of length >= 1"),
+        ("[]", "body", "must be object, not array"),
+    ],
+)
+def test_the_field_and_the_reason_are_told(body: str, field: str, reason: str) -> None:
+    with pytest.raises(msgspec.ValidationError) as raised:
+        msgspec.json.decode(body, type=Sent)
+    wrong = field_error(raised.value, Sent)
+    assert (wrong.field, wrong.reason) == (field, reason)
