@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
+import coverage
 import pytest
 
 from asapd.store.database import Database, InlineReaders, InlineRunner
@@ -15,6 +17,15 @@ from asapd.store.writer import Writer, open_for_writing
 # A shell ignores SIGINT for what it starts in the background, and children inherit that: those that are interrupted
 # here would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where bytecode may not be written, each of the hundreds of programs started here would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_sessionfinish() -> None:
+    """Write down what was covered: a worker of pytest-xdist that takes 10 s to end is killed before it would."""
+    if (measured := coverage.Coverage.current()) is not None:
+        measured.save()
 
 
 @pytest.fixture

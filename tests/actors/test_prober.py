@@ -1353,7 +1353,7 @@ async def serving(real: RealAgent) -> AsyncIterator[str]:
 
 
 async def reached(rig: Rig, condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         seen = rig.committed.count
         while not condition():
             seen = await rig.committed.wait(seen)
@@ -1372,7 +1372,7 @@ async def reached(rig: Rig, condition: Callable[[], bool]) -> None:
     ],
 )
 async def test_a_real_agent_is_seen_as_it_is(rig: Rig, behaviour: str, state: str, reason: str | None) -> None:
-    rig.settings.prober = settings(interval="20ms", timeout="300ms")
+    rig.settings.prober = settings(interval="20ms", timeout="300ms" if behaviour == "slow" else "30s")
     async with serving(RealAgent(behaviour)) as url, Fetcher(LOOPBACK) as fetcher:
         rig.fetcher = fetcher
         async with rig.running(agent(url=url, public_key=public(KEY))):
@@ -1382,7 +1382,7 @@ async def test_a_real_agent_is_seen_as_it_is(rig: Rig, behaviour: str, state: st
 
 
 async def test_a_real_agent_that_is_killed_and_comes_back_is_followed(rig: Rig) -> None:
-    rig.settings.prober = settings(interval="20ms", timeout="1s", unhealthy_after=3)
+    rig.settings.prober = settings(interval="20ms", timeout="30s", unhealthy_after=3)
 
     async def serve(life: trio.CancelScope, listeners: list[trio.SocketListener]) -> None:
         with life:

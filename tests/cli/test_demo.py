@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 
 DEMO = (sys.executable, "-m", "asapd", "demo")
-# The story up to the audit takes 11 s after a start of one second; the rest is for a busy machine.
-STORY_S = 16
 END_S = 90
 
 
@@ -65,25 +63,29 @@ def processes_of(room: Room) -> list[str]:
     return found
 
 
-def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+def read_until(process: subprocess.Popen[str], *wanted: str) -> str:
+    """What it says until all of that was in it, in whatever order."""
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
         seen += line
-        if wanted in line:
+        if all(one in seen for one in wanted):
             return seen
-    raise AssertionError(f"no {wanted!r} in {seen}")
+    raise AssertionError(f"not all of {wanted!r} in {seen}")
 
 
 def test_demo_shows_the_main_job_and_leaves_nothing_behind(room: Room) -> None:
-    process = room.start("--seconds", str(STORY_S))
-    out, err = process.communicate(timeout=END_S)
+    process = room.start()
+    told = read_until(process, "BREACH", '"method":"sla.breach"', "may not start")
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=END_S)
+    out = told + rest
     assert process.returncode == 0, err
     assert err == ""
     assert re.search(r"dashboard +http://127\.0\.0\.1:\d+/", out)
     breach = re.search(r"^ *([\d.]+)s  BREACH +summarizer broke its promise: p95 latency", out, re.MULTILINE)
     assert breach is not None, out
-    assert float(breach[1]) < STORY_S
+    assert float(breach[1]) < 60  # as the README says
     assert '"method":"sla.breach","params":{"event":"opened"' in out
     assert re.search(r"refused +analyst may not start .*: (insufficient_budget|budget_exhausted)", out)
     assert re.search(r"^delegation .* authorizations refused: \d+ x ", out, re.MULTILINE)

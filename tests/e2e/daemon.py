@@ -26,7 +26,7 @@ from trio_websocket import WebSocketConnection, wrap_client_stream
 T = TypeVar("T")
 
 # How long anything that is expected may take on a busy machine with two cores.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 POLL_S = 0.02
 
 QUICK = """

@@ -129,7 +129,7 @@ async def send(daemon: Daemon, method: str, path: str, body: Any, key: str) -> t
     raw = json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: asapd\r\nIdempotency-Key: {key}\r\nContent-Length: {len(raw)}\r\n"
     head += "Connection: close\r\nContent-Type: application/json\r\n\r\n"
-    with trio.fail_after(3 * PATIENCE_S):
+    with trio.fail_after(PATIENCE_S):
         while True:
             received = b""
             try:

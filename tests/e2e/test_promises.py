@@ -39,12 +39,12 @@ class Subscriber:
         )
         return await self.receive()
 
-    async def receive(self, within_s: float = 5.0) -> dict[str, Any]:
+    async def receive(self, within_s: float = PATIENCE_S) -> dict[str, Any]:
         with trio.fail_after(within_s):
             found: dict[str, Any] = json.loads(await self.socket.get_message())
         return found
 
-    async def breach(self, within_s: float = 5.0) -> dict[str, Any]:
+    async def breach(self, within_s: float = PATIENCE_S) -> dict[str, Any]:
         message = await self.receive(within_s)
         assert message["method"] == "sla.breach"
         params: dict[str, Any] = message["params"]
@@ -119,7 +119,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             await work(client, agent, 900, 2)
             await live.hears_nothing()  # 2 of 40 are 5 %, which is allowed
             await work(client, agent, 900)
-            opened = await live.breach(within_s=PATIENCE_S)
+            opened = await live.breach()
             assert (opened["event"], opened["seq"]) == ("opened", 1)
             await check_detected_in_time(client, opened)
             breach = opened["breach"]
@@ -139,7 +139,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             assert report["compliance"]["latency"]["met"] is False
 
             await work(client, agent, 100, 300)
-            resolved = await live.breach(within_s=PATIENCE_S)
+            resolved = await live.breach()
             assert (resolved["event"], resolved["seq"]) == ("resolved", 2)
             await check_detected_in_time(client, resolved)
             assert resolved["breach"]["id"] == breach["id"]
@@ -171,7 +171,7 @@ async def test_one_breach_is_heard_once_and_resolved_once_and_replayed_across_a_
             assert [(await back.breach())[name] for name in ("seq",)] == [2]
             await promise_known(client, agent)
             await work(client, agent, 900, 30)
-            again = await back.breach(within_s=PATIENCE_S)
+            again = await back.breach()
             assert (again["event"], again["seq"]) == ("opened", 3)
             await check_detected_in_time(client, again)
             await back.hears_nothing()
@@ -187,7 +187,7 @@ async def test_a_breach_stays_one_breach_through_kill_9() -> None:
             await promise_known(client, agent)
             await work(client, agent, 10, 40)
             await work(client, agent, 10, outcome="failed")
-            opened = await live.breach(within_s=PATIENCE_S)
+            opened = await live.breach()
             assert opened["event"] == "opened"
             await check_detected_in_time(client, opened)
             before = (await client.get("/sla/breaches")).json()
@@ -200,7 +200,7 @@ async def test_a_breach_stays_one_breach_through_kill_9() -> None:
             assert after == before
             assert [row["state"] for row in after["data"]] == ["open"]
             await work(client, agent, 10, 200)
-            resolved = await live.breach(within_s=PATIENCE_S)
+            resolved = await live.breach()
             assert (resolved["event"], resolved["seq"], resolved["breach"]["id"]) == (
                 "resolved",
                 2,
@@ -216,7 +216,7 @@ async def test_a_typo_in_a_manifest_ends_no_breach_and_its_evidence_verifies() -
             await promise_known(client, agent)
             await work(client, agent, 10, 40)
             await work(client, agent, 10, outcome="failed")
-            assert (await live.breach(within_s=PATIENCE_S))["event"] == "opened"
+            assert (await live.breach())["event"] == "opened"
             agent.manifest["sla"] = {"max_error_rate": "99.5.5%"}
 
             async def told() -> bool:
@@ -233,7 +233,7 @@ async def test_a_typo_in_a_manifest_ends_no_breach_and_its_evidence_verifies() -
             assert [one["breach_type"] for one in report["open_breaches"]] == ["error_rate"]
             assert agent.urn in {one["agent"] for one in daemon.status()["agents"]["sla_errors"]}
             agent.manifest["sla"] = {"max_error_rate": "50%"}
-            resolved = await live.breach(within_s=PATIENCE_S)
+            resolved = await live.breach()
             assert (resolved["event"], resolved["breach"]["resolve_reason"]) == ("resolved", "sla_changed")
             rows = (await client.get(f"/agents/{agent.urn}/sla/history", params={"resolution": "minute"})).json()[
                 "data"
@@ -266,7 +266,7 @@ async def test_a_killed_agent_is_unhealthy_after_so_many_probes_and_loses_just_t
                 return bool((await client.get(f"/agents/{agent.urn}")).json()["state"] == "unhealthy")
 
             await until(unhealthy, within_s=PATIENCE_S)
-            opened = await live.breach(within_s=PATIENCE_S)
+            opened = await live.breach()
             assert (opened["event"], opened["breach"]["breach_type"]) == ("opened", "availability")
             await trio.sleep(0.6)
             metrics = (await client.get(f"/agents/{agent.urn}/sla", params={"window": "1h"})).json()["metrics"]

@@ -31,9 +31,9 @@ START = T0 - 2 * DAY_US
 async def fill(edge: Edge) -> None:
     """A day of an agent that broke its promise, gave a delegation, and gave one up."""
     await edge.get("/audit/checkpoint")
-    await prepare(edge)
+    await prepare(edge, every=3)
     rows: list[Any] = []
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while not rows:
             await trio.sleep(0.01)
             rows = (await edge.get(f"/agents/{A}/sla/breaches")).ok()["data"]
@@ -118,9 +118,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def altered(document: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
-    changed = copy.deepcopy(document)
-    at: Any = changed
+    changed = at = copy.copy(document)
     for step in path[:-1]:
+        at[step] = copy.copy(at[step])
         at = at[step]
     value = at[path[-1]]
     at[path[-1]] = value + 1 if isinstance(value, int) else f"{value}x"

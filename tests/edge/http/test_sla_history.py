@@ -23,14 +23,14 @@ from tests.edge.house import T0, A, B, C, Edge
 SLA = {"availability": "99%", "max_error_rate": "5%"}
 
 
-async def prepare(edge: Edge, **more: Any) -> None:
-    """Two agents; one worked for three hours, and was down in the second."""
+async def prepare(edge: Edge, *, every: int = 1, **more: Any) -> None:
+    """Two agents; one worked for three hours, a task in each so many minutes, and was down in the second."""
     for agent in (A, C):
         assert (await edge.post("/agents", {"id": agent, "url": "http://127.0.0.1:1", "sla": SLA})).ok(201)
-    await prepare_events(edge, **more)
+    await prepare_events(edge, every=every, **more)
 
 
-async def prepare_events(edge: Edge, **more: Any) -> None:
+async def prepare_events(edge: Edge, *, every: int = 1, **more: Any) -> None:
     events = [
         {
             "task_id": f"t{minute}",
@@ -42,7 +42,7 @@ async def prepare_events(edge: Edge, **more: Any) -> None:
             "cost_usd": "0.01",
             **more,
         }
-        for minute in range(1, 181)
+        for minute in range(1, 181, every)
     ]
     assert (await edge.post("/usage", events)).ok(201)
     for minute in range(180, 0, -1):
