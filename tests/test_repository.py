@@ -68,7 +68,7 @@ def readme_commands() -> list[str]:
 def test_readme_has_one_line_for_the_demo_and_one_for_the_tests_in_separate_environments() -> None:
     demo, tests = readme_commands()
     assert demo.endswith("/bin/asapd demo")
-    assert tests.partition(" -m pytest")[2] == " -n auto --dist loadfile --no-loadscope-reorder"
+    assert tests.partition(" -m pytest")[2] == " -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
     for command in (demo, tests):
         home = command.split()[3]
         assert f"&& {home}/bin/pip install -q " in command
