@@ -50,6 +50,8 @@ def charge(tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost
     agent that is not the delegate is flagged, never debited. The caller flushes the book.
     """
     charged = _Charged()
+    if book is not None and event.reservation is not None:
+        book.linked(event.reservation)  # a period that begins to count tasks counts what is held before this changes it
     if event.reservation is not None or event.delegation is not None:
         charged = _charge(tx, unit, event, cost_microusd)
     settlement, flags = charged.settlement, charged.flags

@@ -124,7 +124,7 @@ class Writer:
         try:
             tx.execute("BEGIN IMMEDIATE")
             answers = self._run_bulk(group, joined, joining, guarded=self._wary > 0)
-            self._wary = max(0, self._wary - 1)
+            self._wary = max(0, self._wary - (len(group) > 0))
             if answers is None:
                 self._wary = WARY_COMMITS
                 tx.execute("ROLLBACK")

@@ -212,7 +212,8 @@ def held(database: Database) -> list[str]:
 async def test_untouched_it_verifies_and_every_table_that_is_held_was_used(database: Database) -> None:
     found = database.report()
     assert found.is_valid, found
-    unused = {"audit_archive", "blind"}  # the one is used below, the other in tests/store/test_reconciling_house.py
+    # The first is used below, the others in tests/store/test_reconciling_house.py and test_usage_days.py.
+    unused = {"audit_archive", "blind", "usage_day_by_hour"}
     for table in held(database):
         assert some(database, table) or table in unused, f"{table} has no row: use what makes one in every_feature.py"
 

@@ -66,7 +66,9 @@ async def test_an_older_copy_of_the_database_is_found_at_the_start_and_by_what_w
         (alarm,) = daemon.status()["audit"]["alarms"]
         assert "an older copy of the database was put in its place" in alarm
         found = verify(daemon)
-        assert (found["valid"], "were cut off" in found["first_bad"]["reason"]) == (False, True)
+        assert found["valid"] is False
+        # On a slow host more is entered by then than was before, and sealed meanwhile.
+        assert any(said in found["first_bad"]["reason"] for said in ("were cut off", "are not those that were sealed"))
         await trio.to_thread.run_sync(daemon.stop)
         log.unlink()  # who rolls back the one can take away the other
         await trio.to_thread.run_sync(daemon.start)

@@ -1149,3 +1149,22 @@ def test_a_void_gives_back_nothing_that_was_never_debited(connection: apsw.Conne
     desk.void()
     assert connection.execute(counters).fetchall() == before
     assert connection.execute("SELECT refunded_microusd FROM reservation").get == 0
+
+
+def test_a_period_that_begins_to_count_tasks_with_usage_of_what_it_holds_counts_that_once(
+    open_store: OpenStore,
+) -> None:
+    class Machine(BudgetMachine):
+        pass
+
+    Machine.open_store = staticmethod(open_store)
+    state = Machine()
+    state.register()
+    state.reserve(consumer=None, cost=0, node=0, project=None, task="t", tasks=2, tokens=0, ttl_h=40)
+    state.configure(choice=3)
+    state.restart(hours=3)
+    state.time_passes(hours=11)
+    state.configure(choice=0)
+    state.use_reserved(at=0, cost=None, off_h=0, project="", task="u", tokens=0)
+    state.counters_are_sums()
+    state.teardown()

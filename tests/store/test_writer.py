@@ -914,6 +914,7 @@ def test_who_is_refused_all_the_time_has_few_commits_begin_again(connection: aps
     rolled_back: list[int] = []
     connection.set_rollback_hook(lambda: rolled_back.append(number))
     for number in range(WARY_COMMITS + 2):
+        assert len(writer.run([], coming([decision(3_000 + number)]))) == 1, "of which none is bulk"
         conflict = Envelope(number, usage(event(id="taken", tokens_in=7)), False)
         answers = writer.run([bulk(1_000 + number, 2), conflict, bulk(2_000 + number, 2)])
         assert [type(answer.result) for answer in answers] == [Recorded, UsageConflict, Recorded]
