@@ -186,11 +186,14 @@ def take_back(
     """What it does under a hold that is still open that usage of this cost, no more than it used, counts no longer.
 
     The reverse of `settle`: what was authorised stays authorised, so it goes back to the hold, as far as that and what
-    is used beside it leave room in the estimate, and only what was beyond it becomes free. `another_task` is a task
-    that no account of the path counts any more, other than the one that was named.
+    is used beside it leave room in the estimate, and only what was beyond it becomes free. Of tokens nobody knows here
+    how many are used beside it. `another_task` is a task that no account of the path counts any more, other than the
+    one that was named.
     """
     used_microusd = hold.used_microusd - cost_microusd
-    back_microusd = max(0, (estimate.cost_microusd or 0) - used_microusd - hold.cost_microusd)
+    room_microusd = (estimate.cost_microusd or 0) - used_microusd - hold.cost_microusd
+    # Never more than it cost: an asapd of before gave what was corrected to the accounts, where others may have it now.
+    back_microusd = max(0, min(cost_microusd, room_microusd))
     back_tasks = 1 if another_task and hold.tasks_extra < _tasks_extra(estimate) else 0
     back_tokens = max(0, min(tokens, (estimate.tokens or 0) - hold.tokens))
     return Settlement(

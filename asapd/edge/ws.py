@@ -40,6 +40,8 @@ TRY_AGAIN_LATER = 1013
 # A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection then makes
 # room for what is under way (`Limits.websocket_stuck_s`), so that the close can follow it.
 SEND_S = 10.0
+# What goes out at once does not wait, and a replay has thousands: then it is the turn of others.
+TURN = 8
 LOOK_S = 60.0
 
 
@@ -278,7 +280,9 @@ class _Session:
                         return
                     if not self._may_stay():
                         return
-                    for one in found:
+                    for number, one in enumerate(found, 1):
+                        if number % TURN == 0:
+                            await trio.lowlevel.checkpoint()
                         for piece in told(one):
                             await self._send_piece(piece)
 

@@ -74,7 +74,7 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     if is_agent:
         detail = f"{unit.consumer} is an agent as well: what it did cannot be told from what was done for it"
         raise RefuseError(Refusal("consumer_is_agent", detail))
-    seqs, is_whole = unit.seqs, False
+    seqs, is_whole, reservations = unit.seqs, False, 0
     if unit.after is not None:
         # What ingest entered since the entries were looked for: those of this very unit's commit are among it.
         tx.flush_audit()
@@ -86,6 +86,7 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         tx.execute(
             "UPDATE reservation SET consumer = ?, salt = NULL WHERE consumer = ?", (unit.pseudonym, unit.consumer)
         )
+        reservations = connection.changes()
         tx.execute(
             f"UPDATE breach SET evidence = json_set(evidence, '$.match.consumer', ?) WHERE {_OF_BREACH}",
             (unit.pseudonym, unit.consumer),
@@ -95,12 +96,13 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     delegation_news.rename_consumer(tx, unit.news, unit.consumer, unit.pseudonym)
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)
-    if seqs:
+    if seqs or reservations:
+        # A reservation is renamed with no entry of it erased: what was only authorised for the consumer has a digest.
         details = {
             "count": len(seqs),
             "entries": runs(seqs),
-            "first_seq": min(seqs),
-            "last_seq": max(seqs),
+            "first_seq": min(seqs, default=None),
+            "last_seq": max(seqs, default=None),
             "reason": unit.reason,
             "usage_rows": runs(usage_rows),
         }

@@ -405,7 +405,7 @@ def cost_between(
         "WHERE agent = (SELECT id FROM name WHERE name = ?1) AND hour >= ?2 AND hour < ?3 "
         f"AND tenant IN ({_TENANTS.format('?4')}) "
         f"AND (hour >= ?5 AND hour < ?7 "
-        f"OR hour >= ?6 AND hour < ?8 AND tenant <> (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))",
+        f"OR hour >= ?6 AND hour < ?8 AND tenant IS NOT (SELECT id FROM name WHERE name = '{DEFAULT_TENANT}'))",
         (
             *(agent, start_us // HOUR_US, end_us // HOUR_US, tenant),
             *(-(-held_since_us // HOUR_US), held_since_us // HOUR_US),

@@ -236,6 +236,12 @@ def test_what_was_made_for_nothing_holds_nothing_again() -> None:
     assert take_back(hold, Estimate(), 4, tokens=3).hold_after == Hold(0, 0)
 
 
+def test_no_more_is_held_again_than_it_cost() -> None:
+    # What a correction took off its usage had not come back to it, in an asapd of before, and may be others' by now.
+    settled = take_back(Hold(cost_microusd=4, tasks_extra=0, used_microusd=1), Estimate(cost_microusd=10), 1)
+    assert (settled.release_microusd, settled.hold_after.cost_microusd) == (-1, 5)
+
+
 accounts = st.builds(
     Account,
     account=st.just(1),

@@ -6,6 +6,7 @@ from typing import Any
 
 import apsw
 import pytest
+from msgspec import structs
 
 from asapd.core.errors import Refusal
 from asapd.core.usage import Cost, UsageEvent
@@ -18,6 +19,7 @@ from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
+from tests.store.ledger_desk import Ledger, link
 
 NOW_US = 1_795_169_203_000_000
 A, MAX, EVE = "urn:asap:agent:a", "mailto:max", "mailto:eve"
@@ -128,6 +130,15 @@ def test_a_name_stays_while_more_came_than_one_step_erases(
     assert result == Erased(2, is_whole=True)
     assert erasure.count_of(connection, MAX)["usage"] == 0
     assert verifying.report(connection, Request()).is_valid
+
+
+def test_a_consumer_that_only_reservations_name_is_erased_and_the_log_verifies(connection: apsw.Connection) -> None:
+    desk = Ledger(connection)
+    desk.register(link("root", max_cost_microusd=10))
+    desk.submit(structs.replace(desk.wish(delegation="root", cost=5), consumer=MAX))
+    assert desk.submit(EraseConsumer(MAX, "ers_1", [], "request 17", "key:admin", NOW_US, 0)) == Erased(0, True)
+    assert verifying.report(connection, Request()).is_valid
+    assert connection.execute("SELECT consumer, salt FROM reservation").fetchall() == [("ers_1", None)]
 
 
 def test_the_consumer_can_come_again_as_somebody_new(connection: apsw.Connection, writer: Writer) -> None:

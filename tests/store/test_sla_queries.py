@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from asapd.core.quantiles import bucket_of
 from asapd.core.types import HOUR_US, MAX_INT, SECOND_US, Outcome
 from asapd.core.uptime import Segment
-from asapd.core.usage import UNKNOWN_COST, UsageEvent
+from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 from asapd.store import sla_queries
 from asapd.store.sla_queries import Followed, Position, Slots, TaskCount
 from asapd.store.units.agents import AgentRecord, PutAgent, RecordProbe
@@ -111,6 +111,15 @@ def test_another_tenants_rows_do_not_count_but_the_default_tenants_do(connection
     )
     for counts in (page.counts, history.counts[0]):
         assert sorted(found.bucket or 0 for found in counts) == [bucket_of(100), bucket_of(200)]
+
+
+def test_the_hour_in_which_an_agent_came_costs_what_its_tenant_said_where_nobody_is_without_one(
+    connection: apsw.Connection,
+) -> None:
+    hour_us = T0 // HOUR_US * HOUR_US
+    run(connection, RecordUsage("ours", "test", T0, [task(hour_us + 1)], [Cost(70)]))
+    spent = sla_queries.cost_between(connection, A, "ours", hour_us, hour_us + HOUR_US, hour_us + 5, None)
+    assert spent == (70, 0)
 
 
 def test_a_history_read_in_steps_is_the_whole_as_of_one_row(connection: apsw.Connection) -> None:
