@@ -2,8 +2,9 @@
 
 To the frame at the subscriber, by the one clock of this host: from before the commit of the tipping event (its
 `recorded_at`), from its answer, which follows the commit by the way through the door, and from the detection
-(`detected_at` of the breach, before its commit); with one subscriber, and with a
-thousand of which fifty never read, to the last of those that do. Beside it run 200 events a second.
+(`detected_at` of the breach, before its commit); with one subscriber, and with a thousand of which fifty never read, to
+the last of those that do. Beside it run 200 events a second, and in a third case, with one subscriber, arrays of a
+thousand, one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tests.e2e.daemon import Daemon, running
 
 SUBSCRIBERS, SILENT = 1_000, 50
 LOAD_EVERY_S, LOAD_EVENTS = 0.05, 10
+# The first probes of all agents are another load.
+SETTLE_S = 5.0
 
 
 def settings(agents: int) -> str:
@@ -100,12 +103,12 @@ def event(agent: str, name: str, duration_ms: int) -> dict[str, object]:
     }
 
 
-def load(daemon: Daemon, stop: threading.Event) -> None:
+def load(daemon: Daemon, stop: threading.Event, every_s: float, count: int) -> None:
     """Work that breaks nothing, until told to stop."""
     connection, sent = HTTPConnection("127.0.0.1", daemon.port), 0
-    while not stop.wait(LOAD_EVERY_S):
-        post(connection, daemon.admin_key, [event(f"{urn(0)}-busy", f"l{sent + n}", 5) for n in range(LOAD_EVENTS)])
-        sent += LOAD_EVENTS
+    while not stop.wait(every_s):
+        post(connection, daemon.admin_key, [event(f"{urn(0)}-busy", f"l{sent + n}", 5) for n in range(count)])
+        sent += count
 
 
 def one_alert(daemon: Daemon, number: int, selector: selectors.BaseSelector, count: int) -> tuple[float, ...]:
@@ -143,17 +146,18 @@ def resident_mib(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def measure(readers: int, silent: int, alerts: int) -> None:
+def measure(readers: int, silent: int, alerts: int, every_s: float = LOAD_EVERY_S, count: int = LOAD_EVENTS) -> None:
     """One daemon, its subscribers, and what they say."""
     with running(settings(alerts + 1)) as daemon, selectors.DefaultSelector() as selector:
         stop = threading.Event()
-        worker = threading.Thread(target=load, args=(daemon, stop))
+        worker = threading.Thread(target=load, args=(daemon, stop, every_s, count))
         quiet = [subscriber(daemon, small=True) for _ in range(silent)]
         sockets = [subscriber(daemon) for _ in range(readers)]
         for sock in sockets:
             sock.setblocking(False)
             selector.register(sock, selectors.EVENT_READ)
         worker.start()
+        time.sleep(SETTLE_S)
         before = resident_mib(daemon.pid)
         try:
             took = []
@@ -168,6 +172,7 @@ def measure(readers: int, silent: int, alerts: int) -> None:
                 sock.close()
     figures = {
         "subscribers": readers,
+        "events_beside_s": None if not every_s else round(count / every_s),
         "silent": silent,
         "alerts": alerts,
         **{
@@ -186,10 +191,11 @@ def _spread(seconds: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Both cases."""
+    """All three cases."""
     is_quick = "--quick" in sys.argv
     measure(1, 0, 20 if is_quick else 200)
     measure(SUBSCRIBERS - SILENT, SILENT, 5 if is_quick else 60)
+    measure(1, 0, 5 if is_quick else 60, every_s=0.0, count=1_000)
 
 
 if __name__ == "__main__":
