@@ -168,6 +168,19 @@ class Sealer:
         found = await self._database.read(seals.checkpoint_at, size)
         return found or Refusal("no_such_size", f"there is no checkpoint of {size} entries")
 
+    async def current(self) -> SealedAt | Refusal:
+        """The newest checkpoint, or a new one if more was entered since than what witnessing enters.
+
+        A checkpoint has witnesses enter what they saw, and this log what they signed: two that are otherwise idle would
+        go on for ever, and the newest would never be one that is signed.
+        """
+        newest = await self.newest()
+        return await self.seal() if newest is None or await self.is_due(newest) else newest
+
+    async def is_due(self, newest: SealedAt | None) -> bool:
+        """Whether more was entered since the newest checkpoint than what witnessing enters."""
+        return await self._database.read(seals.is_due, 0 if newest is None else newest.size)
+
     async def seal(self) -> SealedAt | Refusal:
         """A checkpoint of the log as it is now: the newest, if nothing was entered since, else a new one."""
         async with self._lock:
@@ -272,7 +285,7 @@ async def run_sealer(
     told = -1
     while True:
         async with beating(beat):
-            sealed = await sealer.seal()
+            sealed = await sealer.current()
             if isinstance(sealed, Refusal):
                 log.warning("no checkpoint was made: %s", sealed.detail)
             elif sealed.size != told:

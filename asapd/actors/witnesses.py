@@ -12,6 +12,7 @@ from nacl.signing import SigningKey
 
 from asapd import config
 from asapd.core.errors import Refusal
+from asapd.core.types import MAX_INT
 from asapd.runtime.clock import Clock
 from asapd.runtime.posting import Posted, PostFailed
 from asapd.store import checkpoint_log, seals, witnessing
@@ -60,7 +61,16 @@ class Witnesses:
             return Refusal("witness_bad_signature", f"the checkpoint was not signed by the key of {checkpoint.origin}")
         if asked.old_size > checkpoint.size:
             return Refusal("malformed", f"a log of {checkpoint.size} entries does not go on from {asked.old_size}")
-        unit = Witness(checkpoint.origin, asked.old_size, checkpoint.size, checkpoint.root, list(asked.proof))
+        if checkpoint.size > MAX_INT:
+            return Refusal("malformed", f"no log has {checkpoint.size} entries: a size is below 2^53")
+        unit = Witness(
+            checkpoint.origin,
+            asked.old_size,
+            checkpoint.size,
+            checkpoint.root,
+            list(asked.proof),
+            self._clock.now_us(),
+        )
         taken = await self._database.submit(unit, urgent=True)
         if isinstance(taken, Refusal) or not taken.is_taken:
             return taken
@@ -140,7 +150,8 @@ class Witnesses:
             except NoteMalformedError:
                 continue
             if cosigned_us(body, signature, name, key) is not None:
-                await self._database.submit(KeepCosignature(sealed.size, name, signature.line()), urgent=True)
+                unit = KeepCosignature(sealed.size, name, signature.line(), self._clock.now_us())
+                await self._database.submit(unit, urgent=True)
                 self.alarms.pop(name, None)
                 return None
         return "it answered with no valid signature of its key"

@@ -199,7 +199,7 @@ def audit(status: Mapping[str, Any], sealed_ago_s: float | None, every_s: float)
     behind = log["seq"] - (log["checkpoint"] or 0)
     late_s = status["uptime_seconds"] if sealed_ago_s is None else sealed_ago_s
     # Between two checkpoints there are always entries: only when they wait for several intervals, none is made.
-    if behind and late_s > 3 * every_s + 60:
+    if behind and log["checkpoint_due"] and late_s > 3 * every_s + 60:
         yield Finding(
             "checkpoint",
             State.WARNING,

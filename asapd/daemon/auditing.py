@@ -88,6 +88,7 @@ class Auditing:
         sealed = await self.sealer.newest()
         return {
             "checkpoint": None if sealed is None else sealed.size,
+            "checkpoint_due": await self.sealer.is_due(sealed),
             "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values()],
             "verified": self.verifier.status(),
         }

@@ -24,6 +24,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "task_outcome": {"task_outcome": ("seq", "task_id"), "name": ("id", "name")},
     "credit_terms": {"credit_terms": ("seq", "tiers")},
     "audit_archive": {"audit_archive": ("first_seq", "file", "sha256")},
+    "audit_witnessed": {"audit_witnessed": ("CAST(origin AS BLOB)", "origin")},
     "ledger": {
         "delegation": ("account", "id", "delegate"),
         "reservation": ("CAST(id AS BLOB)", "id", "task_id", "state", "reason", "action", "created_by", "tenant",

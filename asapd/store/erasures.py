@@ -19,8 +19,11 @@ _ASKED_KINDS = (
     "'sla.breach')"
 )
 """Entries of rows that may be older than what retention took: of others nobody asks, and they may be millions."""
-EXPLAINING = "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored', 'log.vouched')"
-"""Entries that say why something is gone: they are never erased."""
+EXPLAINING = (
+    "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored', 'log.vouched', "
+    "'checkpoint.cosigned', 'log.witnessed')"
+)
+"""Entries that say why something is gone, and of witnessing, which is about no consumer: they are never erased."""
 STANDING = (
     "('key.created', 'key.revoked', 'agent.added', 'agent.changed', 'agent.removed', 'agent.key_added', "
     "'agent.key_retired', 'agent.key_claimed', 'agent.key_withdrawn', 'agent.manifest', 'agent.promise', "

@@ -87,21 +87,22 @@ class AgentKeys:
         self.log = Standing("agent_key")
         self._added: set[tuple[str, str]] = set()
         self._told: set[tuple[str, str]] = set()
-        self._removed: dict[str, int] = {}
+        self._left: set[str] = set()
+        self._claims: dict[str, set[tuple[str, str, str]]] = {}
         self._tenants: dict[str, str | None] = {}
 
     def do(self, entry: Entry) -> None:
         """Take in what became of a key."""
         told, agent = entry.details, entry.subject
         if entry.kind == "agent.removed":
-            self._removed[agent] = entry.seq
+            self._leave(agent)
             return
         if entry.kind in ("agent.added", "agent.changed"):
             # Given to another tenant it leaves its keys behind as well; what it had may have been erased. Entries of
             # older builds do not say whose it is.
             tenant = told.get("tenant")
             if entry.kind == "agent.changed" and (tenant is None or self._tenants.get(agent) != tenant):
-                self._removed[agent] = entry.seq
+                self._leave(agent)
             self._tenants[agent] = tenant
             return
         key = (agent, told["public_key"], told["source"])
@@ -112,6 +113,7 @@ class AgentKeys:
                 self._added.add(key[:2])
                 self.log.say(key, entry.seq, state="active", since_us=entry.at_us, until_us=None, **retired)
             case "agent.key_claimed":
+                self._claims.setdefault(agent, set()).add(key)
                 self.log.say(key, entry.seq, state="claimed", since_us=entry.at_us, until_us=None, **retired)
             case "agent.key_withdrawn":
                 self.log.say(key, entry.seq, state="retired", until_us=entry.at_us, **retired)
@@ -119,6 +121,12 @@ class AgentKeys:
                 if (self.log.said(key) or {}).get("state") == "claimed":
                     self.log.forget(key)  # somebody may have confirmed it since, of which no entry says when
                 self.log.say(key, entry.seq, state="retired", until_us=told["until_us"], **retired)
+
+    def _leave(self, agent: str) -> None:
+        self._left.add(agent)
+        for key in self._claims.pop(agent, ()):
+            if (self.log.said(key) or {}).get("state") == "claimed":
+                self.log.forget(key)
 
     def compare(self, connection: apsw.Connection) -> Tally:
         """Hold the rows to it."""
@@ -130,7 +138,7 @@ class AgentKeys:
             said = self.log.said(key)
             if key in found or said is None or not isinstance(key, tuple) or said["state"] == "active":
                 continue
-            if key[:2] in there or self._removed.get(key[0], 0) or said["state"] == "claimed":
+            if said["state"] != "claimed" and (key[:2] in there or key[0] in self._left):
                 self.log.forget(key)
         return self.log.compare(rows)
 

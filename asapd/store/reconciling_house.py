@@ -18,6 +18,7 @@ from asapd.store.numbered_rows import count_gone_of
 from asapd.store.reconciling_directory import AgentEvents, AgentKeys, Agents, Manifests, Promises
 from asapd.store.reconciling_retention import Retired
 from asapd.store.reconciling_revocations import Revocations
+from asapd.store.reconciling_witnessing import Cosignatures, WitnessedLogs
 from asapd.store.rows import fetch
 from asapd.store.standing import Entry, Standing, StandingRow
 
@@ -58,6 +59,8 @@ def read_house(connection: apsw.Connection) -> tuple[Part, ...]:
         _Credits(),
         Retired(),
         Revocations(),
+        Cosignatures(connection),
+        WitnessedLogs(),
     )
     by_kind: dict[str, list[Part]] = {}
     for part in parts:

@@ -57,6 +57,22 @@ def newest(connection: apsw.Connection) -> SealedAt | None:
     return None if row is None else sealed(row)
 
 
+ECHOES = 256
+"""So many entries of witnessing are worth a checkpoint; it makes two for each witness, one here and one there.
+
+Each takes in more than it makes, so daemons that witness each other come to rest, as long as none has 128 witnesses.
+"""
+
+
+def is_due(connection: apsw.Connection, size: int) -> bool:
+    """Whether a log was entered into since its checkpoint of a size, by more than the echo of that checkpoint."""
+    head = (fetch_one(connection, "SELECT max(seq) FROM audit") or (0,))[0] or 0
+    if not 0 <= head - size < ECHOES:
+        return True
+    sql = "SELECT 1 FROM audit WHERE seq > ? AND event_type NOT IN ('checkpoint.cosigned', 'log.witnessed') LIMIT 1"
+    return fetch_one(connection, sql, (size,)) is not None
+
+
 def covering(connection: apsw.Connection, size: int) -> SealedAt | None:
     """The smallest checkpoint of at least a size."""
     row = fetch_one(

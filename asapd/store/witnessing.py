@@ -1,13 +1,16 @@
-"""What was seen of other daemons' logs, and what others saw of ours."""
+"""What was seen of other daemons' logs, and what others saw of ours; each has its entry, written in the same commit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import Any
 
 import apsw
 
 from asapd.core.errors import Refusal
 from asapd.core.merkle import EMPTY_ROOT, is_consistent
+from asapd.core.row_digest import row_digest
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import KeepCosignature, Witness, Witnessed
@@ -29,19 +32,46 @@ def witness(tx: Tx, unit: Witness) -> Witnessed:
     if not is_consistent(size, unit.size, unit.proof, root, unit.root):
         detail = f"the log of {unit.size} entries is not the one of {size} that this witness has seen"
         raise RefuseError(Refusal("witness_inconsistent", detail))
+    if row is not None and unit.size == size:
+        return Witnessed(size, is_taken=True)
+    before = logs_digest(logs(tx.connection))
     tx.execute(
         "INSERT INTO audit_witnessed VALUES (?,?,?) ON CONFLICT DO UPDATE SET size = excluded.size, "
         "root = excluded.root",
         (unit.origin, unit.size, unit.root),
     )
+    details = {
+        "logs_digest": logs_digest(logs(tx.connection)),
+        "old_logs_digest": before,
+        "old_root": None if row is None else root.hex(),
+        "old_size": None if row is None else size,
+        "root": unit.root.hex(),
+        "size": unit.size,
+    }
+    tx.audit("log.witnessed", "asapd", unit.origin, details, unit.now_us)
     return Witnessed(unit.size, is_taken=True)
+
+
+def logs(connection: apsw.Connection) -> list[tuple[str, int, bytes]]:
+    """The logs that were witnessed: origin, size and root of each."""
+    return fetch(connection, "SELECT origin, size, root FROM audit_witnessed ORDER BY origin")
+
+
+def logs_digest(seen: Iterable[tuple[str, int, bytes]]) -> str:
+    """SHA-256, in hex, of all that was seen of them: those that builds before took in have no entry of their own."""
+    values: list[Any] = [value for log in seen for value in log]
+    return row_digest(values)
 
 
 def keep(tx: Tx, unit: KeepCosignature) -> RowWritten:
     """Keep what a witness signed of one of our checkpoints."""
-    tx.execute(
-        "INSERT INTO audit_cosignature VALUES (?,?,?) ON CONFLICT DO NOTHING", (unit.size, unit.witness, unit.line)
-    )
+    which = unit.size, unit.witness
+    if tx.row("SELECT 1 FROM audit_cosignature WHERE size = ? AND witness = ?", which) is None:
+        (after,) = tx.row("SELECT max(size) FROM audit_cosignature") or (None,)
+        tx.execute("INSERT INTO audit_cosignature VALUES (?,?,?)", (*which, unit.line))
+        digest = sha256(unit.line.encode()).hexdigest()
+        details = {"after_size": after, "line_sha256": digest, "size": unit.size}
+        tx.audit("checkpoint.cosigned", "asapd", unit.witness, details, unit.now_us)
     return RowWritten(unit.size)
 
 

@@ -79,13 +79,13 @@ async def pair(inline_database: Inline, tmp_path: Path) -> AsyncIterator[Pair]:
 
 
 async def test_every_checkpoint_of_a_log_that_grows_is_signed(pair: Pair) -> None:
-    for count in (3, 1, 300):
+    for count in (3, 1, 300):  # and behind each an entry of what was signed
         sealed = await pair.enter(count)
         await pair.ours.tell(sealed)
         note = read_note(await pair.sealer.noted(sealed))
         assert len(note.signatures) == 2
         assert cosigned_us(note.text, note.signatures[1], origin_of(THEIR_KEY), THEIR_KEY) == NOW_US
-    assert [body.split(b"\n")[0] for body in pair.sent] == [b"old 0", b"old 3", b"old 4"]
+    assert [body.split(b"\n")[0] for body in pair.sent] == [b"old 0", b"old 3", b"old 5"]
     assert pair.ours.alarms == {}
 
 
@@ -95,10 +95,10 @@ async def test_who_forgot_what_was_signed_asks_and_goes_on_from_there(pair: Pair
     sealed = await pair.enter(2)
     await pair.ours.tell(sealed)
     assert [body.split(b"\n")[0] for body in pair.sent[1:]] == [b"old 0", b"old 3"]
-    assert len(witnessing.cosignatures(pair.connection, 5)) == 1
+    assert len(witnessing.cosignatures(pair.connection, 6)) == 1
     pair.connection.execute("DELETE FROM audit_cosignature")
     await pair.ours.tell(sealed)  # the very same again
-    assert len(witnessing.cosignatures(pair.connection, 5)) == 1
+    assert len(witnessing.cosignatures(pair.connection, 6)) == 1
 
 
 async def test_a_log_that_was_rewritten_is_refused_and_an_alarm(pair: Pair, tmp_path: Path) -> None:
@@ -221,3 +221,10 @@ async def test_a_program_that_takes_too_long_is_ended(
     pair.ours.settings = config.Audit(witness_command=command)
     await pair.ours.tell(await pair.enter(1))
     assert "took longer than 0.2 s" in caplog.text
+
+
+async def test_a_size_that_no_entry_can_hold_is_refused(pair: Pair) -> None:
+    note = sign_checkpoint(2**53, bytes(32), OURS).note.encode()
+    answer = await pair.theirs.add(read_request(write_request(0, [], note)))
+    assert isinstance(answer, Refusal)
+    assert (answer.code, "below 2^53" in answer.detail) == ("malformed", True)

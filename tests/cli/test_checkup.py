@@ -21,6 +21,7 @@ GOOD: dict[str, Any] = {
     "audit": {
         "seq": 9,
         "checkpoint": 9,
+        "checkpoint_due": True,
         "alarms": [],
         "verified": {"valid": True, "seq": 9, "at": "T", "reason": None},
     },
@@ -80,6 +81,7 @@ def audited(**more: Any) -> dict[str, Any]:
         (checkup.audit(audited(verified={"valid": False, "reason": "entry 3"}), 1.0, 60.0), ["error", "ok"]),
         (checkup.audit(audited(seq=10), 239.0, 60.0), ["ok", "ok"]),
         (checkup.audit(audited(seq=10), 241.0, 60.0), ["ok", "warning"]),
+        (checkup.audit(audited(seq=10, checkpoint_due=False), 241.0, 60.0), ["ok", "ok"]),
         (checkup.audit(audited(seq=9), 9999.0, 60.0), ["ok", "ok"]),
         (checkup.audit(audited(checkpoint=None), None, 60.0), ["ok", "ok"]),
         (checkup.audit({**audited(checkpoint=None), "uptime_seconds": 300}, None, 60.0), ["ok", "warning"]),

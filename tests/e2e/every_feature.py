@@ -315,6 +315,7 @@ class House:
         self.ask("POST", "/reload", status=200)
         self.ask("POST", "/retention", status=200)
         self.until(lambda: self.daemon.admin_get("/audit/checkpoint").text.count("\n— asapd/") >= 2 or self._more())
+        self.until(lambda: self.ask("GET", "/audit/logs?event_type=log.witnessed", status=200)["data"])
         self.daemon.stop()
         self.daemon.start()
         self.until(lambda: self.ask("GET", "/reservations?state=expired", status=200)["count"])
@@ -330,7 +331,7 @@ class House:
 def house() -> Iterator[House]:
     """Everything it takes, not yet used."""
     with ExitStack() as stack:
-        witness = stack.enter_context(running())
+        witness = stack.enter_context(running(f'{QUICK}[audit]\ncheckpoint_every = "1s"\n'))
         agent = stack.enter_context(Agent("watched", {"availability": "99%"}))
         signing = stack.enter_context(SigningAgent(SIGNING))
         daemon = Daemon("")
@@ -341,6 +342,7 @@ def house() -> Iterator[House]:
         daemon.start()
         own = daemon.admin_get("/audit/checkpoint?format=json").json()["public_key"]
         more = f'[[audit.witness_for]]\npublic_key = "{own}"\n'
+        more += f'[[audit.witness]]\nurl = "{daemon.url}/witness"\npublic_key = "{own}"\n'
         witness.config.write_text(f"{witness.config.read_text()}\n{more}")
         assert witness.admin_request("POST", "/reload").status_code == 200
         yield made

@@ -62,7 +62,6 @@ NOT_HELD: dict[str, str] = {
     "sqlite_sequence": POSITION,
     "retention_gate": POSITION,
     "alive": POSITION,
-    "audit_witnessed": "what was seen of other logs: their witness is this one, and its own none",
 }
 """Tables."""
 
@@ -75,9 +74,7 @@ COLUMNS_NOT_HELD: dict[tuple[str, str], str] = {
 }
 
 GONE_UNSEEN: dict[str, str] = {
-    "audit_cosignature": "a witness that did not sign looks the same; it has its own word",
     "usage_identity": "a span has a second identity, unless who reported it may not speak for every agent",
-    "agent_key": "a key that was only claimed may have been dismissed with its agent",
     "name": "only probes name it",
 }
 """Tables of which some rows may go without being missed."""

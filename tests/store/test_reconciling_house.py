@@ -37,6 +37,7 @@ from asapd.wire.keys import jwk_thumbprint, public_base64
 from tests.store.ledger_desk import CHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger
 
 KEYS = [bytes(SigningKey(bytes([number]) * 32).verify_key) for number in range(1, 7)]
+KEY_THEN = public_base64(KEYS[1])
 BREACH = BreachRow("brc_1", A, "latency", 60_000_000, "1", 1.0, "2", 2.0, "warning", "open", NOW_US, 20, "default")
 
 
@@ -215,11 +216,23 @@ def test_a_key_that_a_manifest_claims_and_then_does_not_is_known(house: Ledger) 
     house.submit(RecordManifest(C, NOW_US + 5, "d3", b"", "key_changed", None, None, None, key))
     assert findings(house.connection) == []
     assert altered(house.connection, "UPDATE agent_key SET state = 'active' WHERE state = 'claimed'")
+    assert altered(house.connection, "DELETE FROM agent_key WHERE state = 'claimed'")
     house.submit(RecordManifest(C, NOW_US + 6, "d4", b"", "verified", None, None, None, public_base64(KEYS[5])))
     assert findings(house.connection) == []
     house.submit(RecordManifest(C, NOW_US + 7, "d5", b"", "key_changed", None, None, None, key))
     house.submit(ImportAgentKey(C, KEYS[1], "key:k1", NOW_US + 8, 5))
     assert findings(house.connection) == []
+
+
+def test_a_claimed_key_goes_with_its_agent_and_not_by_itself(house: Ledger) -> None:
+    for number in (5, 60):
+        claimed = RecordManifest(C, NOW_US + number, f"c{number}", b"", "key_changed", None, None, None, KEY_THEN)
+        house.submit(claimed)
+        assert altered(house.connection, "DELETE FROM agent_key WHERE state = 'claimed'")
+        house.submit(RemoveAgent(C, "key:k1", NOW_US + number + 1))
+        assert findings(house.connection) == []
+        house.submit(PutAgent(AgentRecord(C, "http://c2", "default", public_base64(KEYS[2])), "k", NOW_US + number + 2))
+        assert findings(house.connection) == []
 
 
 def test_an_agent_that_another_tenant_gets_has_both_events(house: Ledger) -> None:

@@ -443,8 +443,8 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         EraseConsumer: st.builds(
             EraseConsumer, st.sampled_from(("c", "none")), st.just("ers_1"), st.just([]), st.just("asked"), actor, at
         ),
-        Witness: st.builds(Witness, st.just("o"), st.integers(0, 1), st.just(1), st.just(bytes(32)), st.just([])),
-        KeepCosignature: st.builds(KeepCosignature, st.just(1), st.just("w"), st.sampled_from(("a", "b"))),
+        Witness: st.builds(Witness, st.just("o"), st.integers(0, 1), st.just(1), st.just(bytes(32)), st.just([]), at),
+        KeepCosignature: st.builds(KeepCosignature, st.just(1), st.just("w"), st.sampled_from(("a", "b")), at),
         Seal: st.builds(Seal, st.just(1), st.just(b""), st.just([(8, 0, bytes(32))]), st.none(), at),
         Sweep: st.builds(Sweep, at, at, at, st.integers(1, 3), tasks_before_us=at),
     }

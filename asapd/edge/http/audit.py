@@ -118,7 +118,7 @@ def register(app: QuartTrio, services: Services) -> None:
         size = parameters.number("size", 0, 1, MAX_INT) if parameters.text("size") else None
         form = parameters.choice("format", ("note", "json"), "note")
         parameters.done()
-        sealed = await services.sealer.seal() if size is None else await services.sealer.sealed_at(size)
+        sealed = await services.sealer.current() if size is None else await services.sealer.sealed_at(size)
         if isinstance(sealed, Refusal):
             return refuse(sealed)
         if form == "note":

@@ -39,6 +39,7 @@ class Witness(Unit[Witnessed | Refusal], frozen=True):
     size: int
     root: bytes
     proof: list[bytes]
+    now_us: int
 
 
 class KeepCosignature(Unit[RowWritten], frozen=True):
@@ -47,6 +48,7 @@ class KeepCosignature(Unit[RowWritten], frozen=True):
     size: int
     witness: str
     line: str
+    now_us: int
 
 
 class Erased(msgspec.Struct, frozen=True, tag=True):
