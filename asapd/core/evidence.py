@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from asapd.core import burnrate
 from asapd.core.breach import ResolveReason
+from asapd.core.earlier_evidence import explained, filled
 from asapd.core.evidence_parts import ReadHours, differs, ending, faults, time_us
 from asapd.core.exclusions import Observed
 from asapd.core.quantiles import MAX_BUCKET, Histogram
@@ -73,12 +74,14 @@ def differences(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hou
         EvidenceError: the form is not that of evidence.
     """
     try:
+        given, evidence = evidence, filled(evidence)
+        severity = _severity(evidence)
         found = [
             *_judged(breach, evidence, read_hours),
-            *differs("breach.severity", breach["severity"], _severity(evidence)),
+            *differs("breach.severity", breach["severity"], severity),
             *_times(breach, evidence),
         ]
-        return found + _opening(breach, evidence, read_hours)
+        return explained(breach, given, severity, found) + _opening(breach, evidence, read_hours)
     except EvidenceError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as problem:
@@ -140,9 +143,10 @@ def _severity(evidence: Mapping[str, Any]) -> str:
 
 def _opening(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours: ReadHours) -> list[str]:
     """Whether what escalated was opened by a warning, by the evidence of then."""
-    opened = evidence.get("opened_with")
-    if opened is None:
+    given = evidence.get("opened_with")
+    if given is None:
         return []
+    opened = filled(given)
     verdict = _verdict(opened, [], read_hours)
     if verdict is None:
         return ["opened_with: promise: has no term that the breach could be of"]
@@ -156,10 +160,11 @@ def _opening(breach: Mapping[str, Any], evidence: Mapping[str, Any], read_hours:
         "samples": verdict.samples,
         "window": window_text(opened["window_us"]),
     }
-    found = [*_judged(then, opened, read_hours), *differs("severity", "warning", _severity(opened))]
+    severity = _severity(opened)
+    found = [*_judged(then, opened, read_hours), *differs("severity", "warning", severity)]
     if opened["period_end_us"] > evidence["period_end_us"] + evidence["window_us"]:
         found.append("period: is after that of the escalation")
-    return [f"opened_with: {one}" for one in found]
+    return [f"opened_with: {one}" for one in explained(then, given, severity, found)]
 
 
 def _times(breach: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, tzinfo
 from typing import Any
 
+from asapd.core.earlier_evidence import is_earlier
 from asapd.core.exclusions import Exclusions, Hours, observe
 from asapd.core.intervals import Interval, cut, joined, total_us, without
 from asapd.core.quantiles import bucket_of
@@ -61,6 +62,8 @@ def on_trust(evidence: Mapping[str, Any]) -> list[str]:
         found.append(f"{left_out} older stretches of uptime are left out: their sums are asapd's word")
     if evidence["hold_us"]:
         found.append(f"that it had lasted for {evidence['hold_us'] // SECOND_US} s is asapd's word")
+    if is_earlier(evidence):
+        found.append("time that does not count was not known to the asapd of then: none was left out")
     return found
 
 

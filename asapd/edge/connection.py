@@ -266,10 +266,12 @@ class HttpConnection:
         """
         protocol = self._protocol
         is_answering = protocol.connection.our_state in {h11.SEND_RESPONSE, h11.SEND_BODY}
-        if isinstance(protocol.connection, H11WSConnection) or not is_answering or protocol.streams_events:
+        if isinstance(protocol.connection, H11WSConnection) or not is_answering:
             return
         self._wrote_at = trio.current_time()
         while trio.current_time() < self._wrote_at + self._limits.half_closed_s:  # noqa: ASYNC110 -- the end cancels it
+            if protocol.streams_events:  # which shows when the answer begins, perhaps behind the end of input
+                return
             await trio.sleep_until(self._wrote_at + self._limits.half_closed_s)
 
     def _read_deadline(self) -> float:
@@ -517,6 +519,7 @@ class _Http11(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         self._request = request
+        self.streams_events = False
         refused = self._refused(request)
         if refused is not None:
             await self._send_error_response(refused)

@@ -25,7 +25,10 @@ def reason_of(error: msgspec.ValidationError, wanted: object) -> str:
 
 def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct]) -> FieldError:
     """The field of a body that is wrong, with dots between levels, and why; `body` stands for all of it."""
-    what, _, where = str(error).partition(" - at `$")
+    text = str(error)
+    what, _, where = text.rpartition(" - at `$")
+    if not what or (_FIELD.match(text) and not _FIELD.match(what)):  # nothing is said of where but by the name itself
+        what, where = text, ""
     place = where.rstrip("`").lstrip(".")
     types = {field.encode_name: field.type for field in msgspec.structs.fields(shape)}
     named = _FIELD.match(what)

@@ -292,6 +292,69 @@ async def test_evidence_says_what_is_not_computed_from_it(autojump_clock: MockCl
     ] * 4
 
 
+AFTERWARDS = {"form", "steps", "maintenance", "support_hours", "untimed", "judged_us", "segments_before", "opened_with"}
+NOTHING: dict[str, Any] = {"excluded_us": 0, "blind_us": 0, "excluded": [], "blind": []}
+
+
+def aged(held: dict[str, Any]) -> dict[str, Any]:
+    """Evidence as it was before time could be excluded or blind."""
+    assert (held["excluded_us"], held["blind_us"]) == (0, 0)
+    return {name: part for name, part in held.items() if name not in {*AFTERWARDS, *NOTHING}}
+
+
+async def test_evidence_from_before_time_could_be_excluded_is_computed_without_any(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    await host.agent(sla={"max_error_rate": "10%"})
+    async with watching(host):
+        await host.tasks(17)
+        await host.tasks(3, failed=True)
+        await trio.sleep(5)
+        (opened,) = await host.breaches()
+        await host.tasks(10, failed=True)
+        await trio.sleep(5)
+    old = aged(opened.evidence)
+    verdict = verify_evidence(sign_evidence(shown(opened), old, KEY, T0), None)
+    assert verdict.faults == []
+    assert verdict.on_trust[-1] == "time that does not count was not known to the asapd of then: none was left out"
+    assert differences(shown(opened), {**old, "unknown_us": old["unknown_us"] + 1})
+    assert differences(shown(opened), {**old, "tasks_failed": 2})
+    # Nobody gets rid of one of them alone, nor of evidence of today.
+    for name in NOTHING:
+        assert refused(opened, {**old, name: opened.evidence[name]})
+        assert refused(opened, {part: held for part, held in opened.evidence.items() if part != name})
+    assert refused(opened, {name: part for name, part in opened.evidence.items() if name not in NOTHING})
+    (row,) = await host.breaches()
+    assert row.severity == "critical"
+    assert differences(shown(row), {**row.evidence, "opened_with": old}) == []
+    assert differences(shown(row), {**row.evidence, "opened_with": {**old, "unknown_us": 4}})
+    # What escalated then kept what it opened with.
+    (told,) = differences(shown(row), old)
+    assert "an earlier asapd" in told
+    assert "this one cannot compute it" in told
+    told, *others = differences(shown(row), {**old, "over_promise": 1})
+    assert "an earlier asapd" in told
+    assert [one.partition(":")[0] for one in others] == ["over_promise"]
+
+
+async def test_windows_that_had_other_steps_are_said_to_be_of_an_earlier_asapd(
+    autojump_clock: MockClock, host: Host
+) -> None:
+    await host.agent(sla={"max_error_rate": "10%"})
+    async with watching(host):
+        await host.tasks(17)
+        await host.tasks(3, failed=True)
+        await trio.sleep(5)
+    (row,) = await host.breaches()
+    window_us, end_us = 5 * MINUTE_US, row.evidence["period_end_us"]
+    old = {**aged(row.evidence), "window_us": window_us, "unknown_us": window_us - SECOND_US // 2}
+    old["period_start_us"] = end_us - old["unknown_us"]
+    (told,) = differences({**shown(row), "window": "5m"}, old)
+    assert told.startswith("period: is as an earlier asapd made it")
+    assert "this one cannot compute it" in told
+    assert differences({**shown(row), "window": "5m"}, {**old, **NOTHING})[0].startswith("period: is 2")
+
+
 def test_stretches_that_are_left_out_are_bound_by_their_sums_and_a_digest() -> None:
     book = AgentBook(listed(), HeldTo(Promise(Decimal(99))), [HOUR_US], T0)
     for number in range(1500):

@@ -138,6 +138,27 @@ def application(site: Site) -> QuartTrio:
         response.timeout = None
         return response
 
+    @app.get("/ticks")
+    async def ticks() -> Response:
+        site.seen.append("ticks")
+        await site.gate.wait()
+
+        async def body() -> AsyncIterator[bytes]:
+            while True:
+                yield b": alive\n\n"
+                await trio.sleep(5)
+
+        response = Response(body(), content_type="text/event-stream")
+        response.timeout = None
+        return response
+
+    @app.get("/one-event")
+    async def one_event() -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+
+        return Response(body(), content_type="text/event-stream")
+
     @app.websocket("/ws")
     async def ws() -> None:
         await websocket.accept()
@@ -609,6 +630,30 @@ async def test_a_client_that_ends_its_side_is_not_waited_for_without_end(clock: 
                 await stream.send_eof()
                 await until_closed(stream)
                 assert trio.current_time() - began == pytest.approx(1 + waited_s, abs=0.9)
+
+
+async def test_a_stream_of_events_that_begins_behind_the_end_of_input_is_not_kept(clock: MockClock) -> None:
+    async with running(limits=Limits(half_closed_s=7)) as site, await site.connect() as stream:
+        await stream.send_all(b"GET /ticks HTTP/1.1\r\nhost: a\r\n\r\n")
+        await until(lambda: "ticks" in site.seen)
+        await stream.send_eof()
+        await trio.sleep(1)
+        site.gate.set()
+        with trio.fail_after(8):
+            await until_closed(stream)
+
+
+async def test_a_stream_that_was_ended_denies_the_next_request_no_answer(clock: MockClock) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(b"GET /one-event HTTP/1.1\r\nhost: a\r\n\r\n")
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += await stream.receive_some()
+        await stream.send_all(b"GET /gated HTTP/1.1\r\nhost: a\r\n\r\n")
+        await stream.send_eof()
+        await trio.sleep(20)
+        site.gate.set()
+        assert (await until_closed(stream)).endswith(b"late")
 
 
 async def test_a_client_that_ends_its_side_gets_the_whole_of_a_long_answer() -> None:

@@ -69,9 +69,10 @@ def register(app: QuartTrio, services: Services) -> None:
                 continue
             outcome = await services.desk.acknowledge(caller, row.id, sent.comment)
             if isinstance(outcome, Refusal):
-                if outcome.code == "breach_closed":  # It ended meanwhile.
+                if outcome.code in {"breach_closed", "breach_not_found"}:  # It ended meanwhile, or retention took it.
                     continue
-                return refuse(outcome)
+                told = f"{len(done)} of the breaches were acknowledged, and then: {outcome.detail}"
+                return refuse(msgspec.structs.replace(outcome, detail=told))
             if outcome.created:
                 done.append(row.id)
         return reply({"acknowledged": done, "count": len(done)})

@@ -10,8 +10,9 @@ from quart_trio import QuartTrio
 
 from asapd.actors.notifier import Alert, Gap, Subscription
 from asapd.core.access import Caller, Permission
+from asapd.core.errors import FieldError, Refusal
+from asapd.core.types import AGENT_URN
 from asapd.edge.alert_stream import alert_filter
-from asapd.edge.http.agents import unknown_agent
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import SEVERITIES, Parameters, event_stream, last_event_id
 from asapd.edge.http.replies import refuse
@@ -25,12 +26,6 @@ HEARTBEAT_S = 15.0
 def register(app: QuartTrio, services: Services) -> None:
     """Add the route."""
 
-    async def is_known(caller: Caller, agent: str) -> bool:
-        """Whether an agent is in the directory, or left it with alerts that may be asked for; silence says nothing."""
-        if await services.reads.agents(caller, agent):
-            return True
-        return bool(await services.reads.breaches(caller, {"agent": agent}, limit=1))
-
     @app.get("/events")
     async def get_events() -> Response:
         caller = require(Permission.READ)
@@ -39,8 +34,10 @@ def register(app: QuartTrio, services: Services) -> None:
         min_severity = parameters.choice("min_severity", SEVERITIES)
         last = last_event_id(parameters)
         parameters.done()
-        if agent is not None and not await is_known(caller, agent):
-            return refuse(unknown_agent(agent))
+        # One that is not in the directory may be added while somebody listens; what can be no agent would be silence.
+        if agent is not None and AGENT_URN.match(agent) is None:
+            reason = "must be a URN of the form urn:asap:agent:<name>"
+            return refuse(Refusal("invalid", f"agent_id {reason}", (FieldError("agent_id", reason),)))
         subscription = services.subscribe(resume_after=last, wanted=alert_filter(caller, agent, min_severity))
         return event_stream(_events(services, caller, subscription))
 

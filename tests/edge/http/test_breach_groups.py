@@ -59,6 +59,31 @@ async def test_all_that_fit_are_acknowledged_once(edge: Edge) -> None:
     assert (await edge.post("/breaches/ack", {"agent": "*"})).ok() == {"acknowledged": [], "count": 0}
 
 
+async def test_what_is_gone_meanwhile_does_not_end_it(edge: Edge) -> None:
+    await prepare(edge)
+    for breach in ("breach", "breach_ack"):
+        edge.connection.execute(f"DROP TRIGGER IF EXISTS {breach}_kept")
+    edge.connection.execute(
+        "CREATE TEMP TRIGGER gone AFTER INSERT ON breach_ack BEGIN DELETE FROM breach WHERE id <> new.breach; END"
+    )
+    done = (await edge.post("/breaches/ack", {"agent": f"{A}*"})).ok()
+    assert done["count"] == 1
+
+
+async def test_how_many_were_acknowledged_before_it_failed_is_told(edge: Edge) -> None:
+    for number in range(40):
+        await edge.breach(number=number, agent=f"{A}{number}")
+    (pages,) = next(edge.connection.execute("PRAGMA page_count"))
+    edge.connection.execute(f"PRAGMA max_page_count = {pages + 5}")
+    refused = (await edge.post("/breaches/ack", {"agent": "*", "comment": "x" * 1000})).refused(503)
+    (count,) = next(edge.connection.execute("SELECT count(*) FROM breach_ack"))
+    assert 0 < count < 40
+    assert refused["code"] == "storage_full"
+    assert refused["detail"].startswith(f"{count} of the breaches were acknowledged, and then: nothing was written")
+    edge.connection.execute(f"PRAGMA max_page_count = {pages + 5000}")
+    assert (await edge.post("/breaches/ack", {"agent": "*"})).ok()["count"] == 40 - count
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

@@ -73,15 +73,27 @@ async def test_who_may_not_read_and_wrong_parameters_are_refused(edge: Edge) -> 
         (await edge.get(f"/events?{wrong}", key="reader")).refused(400)
 
 
-async def test_an_agent_that_nobody_knows_is_a_404_and_no_silence(edge: Edge) -> None:
-    await edge.breach(number=1, agent=A)
-    await edge.new_key("reader-a", "reader", A)
-    for unknown, key in ((B, "reader"), (f"{A}1", "reader"), (B, "reader-a")):
-        refused = (await edge.get(f"/events?agent_id={unknown}", key=key)).refused(404)
-        assert refused["code"] == "agent_not_found"
-    # It may have left the directory: what was told of it can be asked for still.
-    found = await streamed(edge, f"/events?last_event_id=0&agent_id={A}", key="reader-a")
-    assert [one["id"] for one in found if "id" in one] == ["1"]
+async def test_an_agent_may_be_followed_before_it_is_added(edge: Edge) -> None:
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            received.append((await edge.get(f"/events?agent_id={A}", key="reader")).body)
+
+        nursery.start_soon(follow)
+        await wait_all_tasks_blocked(0.02)
+        await edge.breach(number=1, agent=A)
+        await edge.breach(number=2, agent=B)
+        await wait_all_tasks_blocked(0.02)
+        edge.feed.close()
+    assert b"id: 1\n" in received[0]
+    assert b"id: 2\n" not in received[0]
+
+
+@pytest.mark.parametrize("wrong", ["nobody", "urn:asap:agent:", f"{A}*", ""])
+async def test_what_can_be_no_agent_is_refused_and_no_silence(edge: Edge, wrong: str) -> None:
+    refused = (await edge.get(f"/events?agent_id={wrong}", key="reader")).refused(422)
+    assert (refused["code"], refused["errors"][0]["field"]) == ("invalid", "agent_id")
 
 
 async def test_a_gap_is_told_and_a_quiet_stream_says_where_to_resume(
