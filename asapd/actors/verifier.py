@@ -15,7 +15,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, SECOND_US, format_us
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
-from asapd.store import excuses, verifying
+from asapd.store import excuses, outcomes_unsaid, verifying
 from asapd.store.database import Database, ReadTooLongError
 from asapd.store.units.house import Note
 from asapd.store.verifying import Progress, Report, Request
@@ -128,20 +128,31 @@ class Verifier:
         return tuple(load_public(key) for key in self.settings.former_keys)
 
     async def vouch(self, reason: str, actor: str, *, dry_run: bool) -> dict[str, Any] | Refusal:
-        """Take the word of an operator for entries that explain gaps and that older builds did not sign."""
+        """Take the word of an operator for entries that explain gaps and that older builds did not sign, or make."""
         found = await self._database.read(excuses.from_before, (self._public_key, *self._former_keys()))
-        if found and not dry_run:
-            details = {"count": len(found), "first_seq": found[0].seq, "last_seq": found[-1].seq, "reason": reason}
+        unsaid = await self._database.read(outcomes_unsaid.to_vouch)
+        if (found or unsaid) and not dry_run:
+            details: dict[str, Any] = {
+                "count": len(found),
+                "first_seq": found[0].seq if found else 0,
+                "last_seq": found[-1].seq if found else 0,
+                "reason": reason,
+            }
+            if unsaid:
+                details["task_outcomes"] = unsaid
             note = Note(excuses.VOUCHED, actor, "audit", details, self._clock.now_us())
             written = await self._database.submit(note, urgent=True)
             if isinstance(written, Refusal):
                 return written
+        named = [f"entry {one.seq} ({one.kind} {one.subject}): {one.what}" for one in found[:VOUCHED_NAMED]]
+        if unsaid:
+            named.append(f"no entry: {unsaid['count']} rows of task_outcome are gone, before_us {unsaid['before_us']}")
         return {
             "dry_run": dry_run,
             "count": len(found),
             "first_seq": found[0].seq if found else None,
             "last_seq": found[-1].seq if found else None,
-            "named": [f"entry {one.seq} ({one.kind} {one.subject}): {one.what}" for one in found[:VOUCHED_NAMED]],
+            "named": named,
         }
 
     def status(self) -> dict[str, Any] | None:

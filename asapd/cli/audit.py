@@ -347,7 +347,8 @@ def vouch(session: Session, reason: str, dry_run: bool) -> None:
     """Vouch for entries of older builds that explain gaps.
 
     Those builds did not sign them. Look at each of them first: `audit verify` takes your word for it from then on.
-    Only those from before the first signed one can be vouched for.
+    Only those from before the first signed one can be vouched for; and, once, the ends of tasks that these builds took
+    without an entry.
 
     \b
     Examples:
@@ -359,8 +360,10 @@ def vouch(session: Session, reason: str, dry_run: bool) -> None:
         return
     for line in done["named"]:
         click.echo(line)
+    would = "could be vouched for" if dry_run else "vouched for"
     if done["count"]:
-        would = "could be vouched for" if dry_run else "vouched for"
         click.echo(f"{done['count']} entries {would}, {done['first_seq']} to {done['last_seq']}")
+    elif done["named"]:
+        click.echo(would)
     else:
         click.echo("there is nothing to vouch for")

@@ -81,19 +81,40 @@ def _event(*row: Any) -> AgentEvent:
 def held_since_us(connection: apsw.Connection, visible: Visibility, agent: str) -> int:
     """From when on what is kept of an agent is a caller's tenant's; 0 when no other tenant ever had it.
 
-    What the agent was before it changed hands stays with the tenant that it had then.
+    What the agent was before it changed hands stays with the tenant that it had then. What comes later changes nothing,
+    even where the clock was set back in between.
     """
     if visible.tenant is None:
         return 0
-    (foreign,) = fetch_one(
-        connection, "SELECT max(seq) FROM agent_event WHERE agent = ? AND tenant <> ?", (agent, visible.tenant)
-    ) or (None,)
+    foreign = _last_foreign(connection, visible.tenant, agent)
     if foreign is None:
         return 0
-    (since_us,) = fetch_one(
-        connection, "SELECT min(ts_us) FROM agent_event WHERE agent = ? AND seq > ?", (agent, foreign)
-    ) or (None,)
-    return _NEVER_US if since_us is None else since_us
+    since = fetch_one(
+        connection, "SELECT ts_us FROM agent_event WHERE agent = ? AND seq > ? ORDER BY seq LIMIT 1", (agent, foreign)
+    )
+    return _NEVER_US if since is None else since[0]
+
+
+def may_be_held_since(connection: apsw.Connection, tenant: str, agent: str, since_us: int) -> bool:
+    """Whether an agent's row may say that it is of its tenant since then.
+
+    Where the clock was set back, a row may say an earlier time than the first event: builds took the earliest, and who
+    comes back to the tenant that had it last comes at that time.
+    """
+    known_us = held_since_us(connection, Visibility(tenant=tenant), agent)
+    if since_us == known_us:
+        return True
+    earlier = fetch_one(
+        connection,
+        "SELECT 1 FROM agent_event WHERE agent = ? AND seq > ? AND ts_us = ? AND ts_us < ? LIMIT 1",
+        (agent, _last_foreign(connection, tenant, agent), since_us, known_us),
+    )
+    return earlier is not None
+
+
+def _last_foreign(connection: apsw.Connection, tenant: str, agent: str) -> int | None:
+    row = fetch_one(connection, "SELECT max(seq) FROM agent_event WHERE agent = ? AND tenant <> ?", (agent, tenant))
+    return None if row is None else row[0]
 
 
 def transitions(

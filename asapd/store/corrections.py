@@ -110,11 +110,15 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
     if spent_now != change.now_microusd:
         tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, spent_now))
     for table, period, number in usage_days.holding(tx.connection, was["timestamp_us"] // HOUR_US):
-        tx.execute(
+        sql = (
             f"UPDATE {table} SET cost_microusd = cost_microusd + ?, unpriced = unpriced - ? "
-            f"WHERE {period} = ? AND {' AND '.join(f'{name} = ?' for name in _KEY)}",
-            (more, change.was_microusd is None, number, *(was[name] for name in _KEY)),
+            f"WHERE {period} = ? AND {' AND '.join(f'{name} = ?' for name in _KEY)}"
         )
+        values = (more, change.was_microusd is None, number, *(was[name] for name in _KEY))
+        if period == "day":
+            usage_days.put(tx, number, sql, values)
+        else:
+            tx.execute(sql, values)
     details: dict[str, Any] = {
         "agent": agent,
         "consumer": consumer,

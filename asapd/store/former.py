@@ -32,7 +32,9 @@ def last_held(connection: apsw.Connection, visible: Visibility, agent: str) -> D
     since_us = 0
     if foreign is not None:
         (since_us,) = fetch_one(
-            connection, "SELECT min(ts_us) FROM agent_event WHERE agent = ? AND seq > ?", (agent, foreign)
+            connection,
+            "SELECT ts_us FROM agent_event WHERE agent = ? AND seq > ? ORDER BY seq LIMIT 1",
+            (agent, foreign),
         ) or (until_us,)
     return DirectoryAgent(
         agent,

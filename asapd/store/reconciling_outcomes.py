@@ -8,6 +8,7 @@ import apsw
 import msgspec
 
 from asapd.core.types import Outcome
+from asapd.store import outcomes_unsaid
 from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names
 from asapd.store.outcomes import JUDGED
@@ -57,8 +58,9 @@ def reconcile_outcomes(connection: apsw.Connection) -> Tally:
 
 def _judged_from(connection: apsw.Connection, rows: int, findings: Findings) -> int:
     """From what time on all of it is there."""
-    before_us = taken = 0
-    is_said = True
+    said, vouched = outcomes_unsaid.counted(connection), outcomes_unsaid.vouched(connection)
+    since_us, taken = (max((one[name] for one in said), default=0) for name in ("before_us", "count"))
+    before_us, unsaid, is_said = since_us, taken, True
     for subject, details in fetch(
         connection,
         "SELECT subject, details FROM audit WHERE event_type = 'retention.applied' "
@@ -72,13 +74,15 @@ def _judged_from(connection: apsw.Connection, rows: int, findings: Findings) -> 
             taken += told["count"]
         elif not told.get("outcomes_said"):
             is_said = False
-    numbered, oldest_us = fetch(
-        connection,
-        "SELECT (SELECT max(seq) FROM sqlite_sequence WHERE name = 'task_outcome'), "
-        "(SELECT min(timestamp_us) FROM task_outcome)",
-    )[0]
+    # Where an older build entered that it took usage, that stands for the ends as well, as long as nobody vouched.
+    if said != [vouched or outcomes_unsaid.NOTHING] and (is_said or vouched or len(said) != 1):
+        hint = "; see `asapctl audit vouch`" if outcomes_unsaid.to_vouch(connection) else ""
+        findings.add(
+            f"{unsaid} rows of task_outcome (before_us {since_us}) are said to have been taken by an older asapd, "
+            f"which entered nothing of it, and nobody vouched for that{hint}"
+        )
+    numbered = fetch(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'task_outcome'")[0][0]
     gone = (numbered or 0) - rows - taken
-    if gone > 0 and is_said:
+    if gone > 0:
         findings.add(f"{gone} of the rows 1 to {numbered} of task_outcome are not there, and nobody says who took them")
-    # An earlier build took some without a word.
-    return before_us if gone <= 0 or is_said else max(before_us, oldest_us or 2**62)
+    return before_us

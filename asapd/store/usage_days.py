@@ -63,7 +63,7 @@ def add_late(tx: Tx, hours: Sequence[Row]) -> None:
         return
     given_up = by_hour(tx.connection)
     for row in late:
-        if row[1] not in given_up and not _put(tx, row[1], _PUT, row):
+        if row[1] not in given_up and not put(tx, row[1], _PUT, row):
             given_up.add(row[1])
 
 
@@ -72,8 +72,8 @@ def by_hour(connection: apsw.Connection) -> set[int]:
     return {day for (day,) in fetch(connection, "SELECT day FROM usage_day_by_hour")}
 
 
-def _put(tx: Tx, day: int, sql: str, values: Row) -> bool:
-    """Add to a day; False when it cannot hold that, and was given up."""
+def put(tx: Tx, day: int, sql: str, values: Row) -> bool:
+    """Change the sums of a day; False when it cannot hold that, and was given up."""
     try:
         tx.execute(sql, values)
         return True
@@ -107,7 +107,7 @@ def add_up(tx: Tx, unit: AddUpDays) -> DaysAddedUp:
         day = hour // DAY_HOURS
         if day in given_up:
             rows += 1  # looked at, and a step has its bound
-        elif _put(tx, day, _FOLD, (day, hour)):
+        elif put(tx, day, _FOLD, (day, hour)):
             rows += tx.connection.changes()
         else:
             given_up.add(day)

@@ -20,7 +20,7 @@ from asapd.core.money import to_usd
 from asapd.core.repricing import Correction
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, verifying
+from asapd.store import audit, usage_days, verifying
 from asapd.store import usage_queries as q
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
@@ -423,6 +423,26 @@ def check_budgets(writer: Writer, connection: apsw.Connection, known: list[Known
         ).get
         priced = [one.cost for one in mine if one.cost is not None]
         assert recounted == (sum(priced), len(mine), len(mine) - len(priced), len({one.task for one in mine}))
+
+
+def test_a_correction_past_64_bits_of_a_day_gives_the_day_up_and_past_those_of_an_hour_is_refused(
+    writer: Writer, connection: apsw.Connection
+) -> None:
+    most, day_us = 2**53 - 1, (NOW_US // DAY_US - 2) * DAY_US
+    for hour, events, cost in ((0, 600, most), (1, 400, most), (2, 30, 0)):
+        at_us = day_us + hour * HOUR_US
+        record(writer, *[replace(EVENT, id=f"{hour}-{n}", timestamp_us=at_us) for n in range(events)], cost=cost)
+    submit(writer, AddUpDays(NOW_US))
+    rest = [(seq, 0, most) for seq in range(1001, 1031)]
+    assert correct(writer, *rest).corrected == 30
+    assert usage_days.by_hour(connection) == {day_us // DAY_US}
+    assert total(connection)[0] == to_usd(1030 * most)
+    assert verifying.report(connection, verifying.Request()).is_valid
+    record(writer, *[replace(EVENT, id=f"0+{n}", timestamp_us=day_us) for n in range(424)], cost=most)
+    record(writer, *[replace(EVENT, id=f"0*{n}", timestamp_us=day_us) for n in range(1)], cost=0)
+    made = [Correction(q.newest_seq(connection), 0, most, "priced", most)]
+    assert isinstance(submit(writer, CorrectCosts(made, "v2", "key:o", NOW_US)), Refusal)
+    assert verifying.report(connection, verifying.Request()).is_valid
 
 
 # --- finding

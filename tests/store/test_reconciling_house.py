@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import apsw
 import pytest
 from nacl.signing import SigningKey
 
 from asapd.core.usage import Cost, UsageEvent
+from asapd.store import agent_history
+from asapd.store.former import last_held
 from asapd.store.reconciling import reconcile
 from asapd.store.units.agents import (
     AgentRecord,
@@ -33,6 +37,7 @@ from asapd.store.units.promises import (
     UndoJump,
 )
 from asapd.store.units.usage import RecordUsage, RetireUsage
+from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint, public_base64
 from tests.store.ledger_desk import CHILD, HOUR_US, NOW_US, ROOT, A, B, C, D, Ledger
 
@@ -357,3 +362,36 @@ def test_how_far_retention_went_is_held_to_what_it_entered(house: Ledger, column
     assert findings(house.connection) == []
     found = altered(house.connection, f"UPDATE usage_retired SET {column} = 0")
     assert any(finding.startswith("usage_retired is ") for finding in found)
+
+
+def test_a_clock_that_is_set_back_changes_nothing_of_since_when_an_agent_is_its_tenants(
+    connection: apsw.Connection,
+) -> None:
+    ledger = Ledger(connection)
+
+    def put(tenant: str, at_us: int) -> None:
+        ledger.submit(PutAgent(AgentRecord(A, "http://a", tenant), "key:k1", at_us))
+
+    def leave(at_us: int) -> None:
+        ledger.submit(RemoveAgent(A, "key:k1", at_us))
+
+    def change(verb: Literal["pause", "resume"], at_us: int) -> None:
+        ledger.submit(ChangeAgentState(A, verb, "key:k1", at_us))
+
+    put("one", NOW_US)
+    put("two", NOW_US + 10)
+    ((since_us,),) = connection.execute("SELECT held_since_us FROM agent").fetchall()
+    change("pause", NOW_US + 5)
+    assert findings(connection) == []
+    assert agent_history.held_since_us(connection, Visibility(tenant="two"), A) == since_us == NOW_US + 10
+    # As an upgrade while that was the earliest would have left it.
+    assert altered(connection, f"UPDATE agent SET held_since_us = {NOW_US + 5}") == []
+    for forged_us in (0, NOW_US, NOW_US + 4, NOW_US + 11):
+        assert len(altered(connection, f"UPDATE agent SET held_since_us = {forged_us}")) == 1
+    leave(NOW_US + 4)
+    former = last_held(connection, Visibility(tenant="two"), A)
+    assert former is not None
+    assert (former.held_since_us, former.held_until_us) == (NOW_US + 10, NOW_US + 4)
+    put("two", NOW_US + 3)
+    change("pause", NOW_US + 2)
+    assert findings(connection) == []

@@ -14,6 +14,7 @@ from asapd.store.schema import (
     horizon,
     identities,
     namesakes,
+    outcomes_unsaid,
     prices,
     promise_record,
     promises,
@@ -50,4 +51,5 @@ MIGRATIONS: tuple[str, ...] = (
     days_by_hour.SCRIPT,
     reservations.SCRIPT,
     sealing_times.SCRIPT,
+    outcomes_unsaid.SCRIPT,
 )

@@ -246,3 +246,17 @@ async def test_an_admin_vouches_for_what_an_older_build_did_not_sign(
     assert (await edge.post("/audit/vouch", asked)).ok() == {**dry, "dry_run": False}
     assert (await edge.get("/audit/verify")).ok()["valid"] is True
     assert (await edge.post("/audit/vouch", asked)).ok() == nothing
+
+
+async def test_an_admin_vouches_for_ends_of_tasks_that_an_older_build_took_without_an_entry(edge: Edge) -> None:
+    edge.connection.execute(
+        "UPDATE task_outcome_unsaid SET count = 3, before_us = 7; "
+        "INSERT INTO sqlite_sequence VALUES ('task_outcome', 3)"
+    )
+    assert "see `asapctl audit vouch`" in json.dumps((await edge.get("/audit/verify")).ok()["reconciled"])
+    dry = (await edge.post("/audit/vouch?dry_run=true", {"reason": "upgrade"})).ok()
+    assert dry["named"] == ["no entry: 3 rows of task_outcome are gone, before_us 7"]
+    assert (dry["count"], dry["first_seq"]) == (0, None)
+    assert (await edge.post("/audit/vouch", {"reason": "upgrade"})).ok() == {**dry, "dry_run": False}
+    assert (await edge.get("/audit/verify")).ok()["valid"] is True
+    assert (await edge.post("/audit/vouch", {"reason": "upgrade"})).ok()["named"] == []
