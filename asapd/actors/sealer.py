@@ -175,11 +175,11 @@ class Sealer:
         go on for ever, and the newest would never be one that is signed.
         """
         newest = await self.newest()
-        return await self.seal() if newest is None or await self.is_due(newest) else newest
+        return await self.seal() if newest is None or await self.waiting_since_us(newest) is not None else newest
 
-    async def is_due(self, newest: SealedAt | None) -> bool:
-        """Whether more was entered since the newest checkpoint than what witnessing enters."""
-        return await self._database.read(seals.is_due, 0 if newest is None else newest.size)
+    async def waiting_since_us(self, newest: SealedAt | None) -> int | None:
+        """Since when something waits for a checkpoint behind the newest; None when that is what witnessing enters."""
+        return await self._database.read(seals.waiting_since_us, 0 if newest is None else newest.size)
 
     async def seal(self) -> SealedAt | Refusal:
         """A checkpoint of the log as it is now: the newest, if nothing was entered since, else a new one."""
@@ -276,11 +276,15 @@ async def run_sealer(
     sealer: Sealer,
     *,
     tell: Callable[[SealedAt], Awaitable[None]],
+    remind: Callable[[SealedAt], Awaitable[None]],
     beat: Callable[[], None],
     log: logging.Logger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Seal at intervals, and tell the witnesses, until cancelled."""
+    """Seal at intervals, and tell the witnesses, until cancelled.
+
+    Between new checkpoints those that have not signed the newest are reminded: an idle log may not get another one.
+    """
     task_status.started()
     told = -1
     while True:
@@ -291,6 +295,8 @@ async def run_sealer(
             elif sealed.size != told:
                 await tell(sealed)
                 told = sealed.size
+            else:
+                await remind(sealed)
         waited_us = 0
         # In seconds, so that a changed setting counts at once and the actor is seen to live.
         while waited_us < sealer.settings.checkpoint_every_us:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 from nacl.signing import SigningKey
@@ -80,7 +80,7 @@ class Witnesses:
     # --- our own checkpoints
 
     async def tell(self, sealed: SealedAt) -> None:
-        """Tell every witness of a checkpoint; what fails is logged, and tried again with the next one."""
+        """Tell every witness of a new checkpoint; what fails is logged."""
         if self.settings.witness_file is not None:
             try:
                 await trio.to_thread.run_sync(checkpoint_log.append, self.settings.witness_file, sealed.note)
@@ -88,8 +88,26 @@ class Witnesses:
                 self._log.warning("the witness %s did not get a checkpoint: %s", self.settings.witness_file, error)
         if self.settings.witness_command:
             await self._run(self.settings.witness_command, sealed.note)
+        await self._tell_all(self.settings.witnesses, sealed)
+
+    async def remind(self, sealed: SealedAt) -> None:
+        """Tell those witnesses of a checkpoint again that have not signed it."""
+        missing = [
+            witness
+            for witness in self.settings.witnesses
+            if await self._database.read(witnessing.cosigned, _name_of(witness)) < sealed.size
+        ]
+        await self._tell_all(missing, sealed)
+
+    def adopt(self, settings: config.Audit) -> None:
+        """Go by these settings from now on; who is no witness any more raises no alarm."""
+        self.settings = settings
+        names = {_name_of(witness) for witness in settings.witnesses}
+        self.alarms = {name: alarm for name, alarm in self.alarms.items() if name in names}
+
+    async def _tell_all(self, witnesses: Iterable[config.Witness], sealed: SealedAt) -> None:
         async with trio.open_nursery() as nursery:
-            for witness in self.settings.witnesses:
+            for witness in witnesses:
                 nursery.start_soon(self._tell, witness, sealed)
 
     async def _tell(self, witness: config.Witness, sealed: SealedAt) -> None:
@@ -116,8 +134,7 @@ class Witnesses:
 
     async def _show(self, witness: config.Witness, sealed: SealedAt) -> str | None:
         """Show a checkpoint to a witness, twice if it has seen another size than we know; what went wrong."""
-        key = load_public(witness.public_key)
-        name = origin_of(key)
+        key, name = load_public(witness.public_key), _name_of(witness)
         old = await self._database.read(witnessing.cosigned, name)
         for _ in range(2):
             if old > sealed.size:
@@ -155,3 +172,8 @@ class Witnesses:
                 self.alarms.pop(name, None)
                 return None
         return "it answered with no valid signature of its key"
+
+
+def _name_of(witness: config.Witness) -> str:
+    """By what it signs."""
+    return origin_of(load_public(witness.public_key))

@@ -182,8 +182,8 @@ def unread_changes(path: str, settings: Sequence[str]) -> Finding | None:
     return Finding("config", State.WARNING, what, why, "see `asapctl config diff`, then `asapctl reload`")
 
 
-def audit(status: Mapping[str, Any], sealed_ago_s: float | None, every_s: float) -> Iterator[Finding]:
-    """What the status says of the log. `sealed_ago_s` is since the last checkpoint was made, None when unknown."""
+def audit(status: Mapping[str, Any], every_s: float) -> Iterator[Finding]:
+    """What the status says of the log, of which a checkpoint is made so often."""
     log = status["audit"]
     broken = "the audit log proves nothing until that is explained"
     for alarm in log["alarms"]:
@@ -197,13 +197,12 @@ def audit(status: Mapping[str, Any], sealed_ago_s: float | None, every_s: float)
     else:
         yield Finding("verify", State.ERROR, str(verified["reason"]), broken, "run `asapctl audit verify`")
     behind = log["seq"] - (log["checkpoint"] or 0)
-    late_s = status["uptime_seconds"] if sealed_ago_s is None else sealed_ago_s
-    # Between two checkpoints there are always entries: only when they wait for several intervals, none is made.
-    if behind and log["checkpoint_due"] and late_s > 3 * every_s + 60:
+    # Between two checkpoints there are entries: only when they wait for several intervals, none is made.
+    if (log["unsealed_seconds"] or 0.0) > 3 * every_s + 60:
         yield Finding(
             "checkpoint",
             State.WARNING,
-            f"{behind} entries have no checkpoint, the last of which was made {int(late_s)} s ago",
+            f"{behind} entries have no checkpoint, the first of them for {int(log['unsealed_seconds'])} s",
             "what is cut off behind the last checkpoint cannot be seen",
             "see the sealer in `asapctl status`, and the log",
         )

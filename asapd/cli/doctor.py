@@ -72,7 +72,7 @@ def doctor(session: Session, config_file: Path | None, state_dir: Path | None) -
             keys = shown["config"]["delegation"].get("keys_dir")
             found += _of_daemon(session.door, status, shown)
             every_s = read_duration(shown["config"]["audit"]["checkpoint_every"]) / SECOND_US
-            found += checkup.audit(status, _age_s(home / "checkpoints.log"), every_s)
+            found += checkup.audit(status, every_s)
         except RefusedError as refused:
             why, do = "not all of it could be checked", "see its log; of an older asapd, use the asapctl beside it"
             found.append(Finding("daemon", State.ERROR, f"asapd refused to tell: {refused}", why, do))
@@ -203,13 +203,6 @@ def _is_synchronised() -> bool | None:
     except (OSError, AttributeError):
         return None
     return None if state < 0 else state != _TIME_ERROR
-
-
-def _age_s(file: Path) -> float | None:
-    try:
-        return max(0.0, time.time() - file.stat().st_mtime)
-    except OSError:
-        return None
 
 
 def _show(session: Session, found: list[Finding], code: Exit) -> None:

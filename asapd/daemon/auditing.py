@@ -19,6 +19,7 @@ from asapd.actors.sealer import Sealer, run_sealer
 from asapd.actors.verifier import Verifier, run_verifier
 from asapd.actors.witnesses import Witnesses
 from asapd.core.errors import Refusal
+from asapd.core.types import SECOND_US
 from asapd.daemon.boot import Premises
 from asapd.runtime.clock import Clock
 from asapd.runtime.posting import post_text
@@ -55,14 +56,15 @@ class Auditing:
 
     def adopt(self, settings: config.Audit) -> None:
         """Go by these settings from now on."""
-        self.sealer.settings = self.verifier.settings = self.witnesses.settings = settings
+        self.sealer.settings = self.verifier.settings = settings
+        self.witnesses.adopt(settings)
 
     def loops(self, beater: Callable[[str], Callable[[], None]]) -> list[Actor]:
         """What seals and verifies until it is cancelled."""
 
         async def sealer(*, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128 -- the actor calls it
-            tell, beat = self.witnesses.tell, beater("sealer")
-            await run_sealer(self.sealer, tell=tell, beat=beat, log=self._log, task_status=task_status)
+            tell, remind, beat = self.witnesses.tell, self.witnesses.remind, beater("sealer")
+            await run_sealer(self.sealer, tell=tell, remind=remind, beat=beat, log=self._log, task_status=task_status)
 
         async def verifier(*, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128 -- the actor calls it
             await run_verifier(self.verifier, clock=self._clock, beat=beater("verifier"), task_status=task_status)
@@ -86,9 +88,11 @@ class Auditing:
     async def status(self) -> dict[str, Any]:
         """What the daemon's status says besides the head of the log."""
         sealed = await self.sealer.newest()
+        since_us = await self.sealer.waiting_since_us(sealed)
+        waited_s = None if since_us is None else max(0.0, (self._clock.now_us() - since_us) / SECOND_US)
         return {
             "checkpoint": None if sealed is None else sealed.size,
-            "checkpoint_due": await self.sealer.is_due(sealed),
+            "unsealed_seconds": waited_s,
             "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values()],
             "verified": self.verifier.status(),
         }

@@ -64,13 +64,19 @@ Each takes in more than it makes, so daemons that witness each other come to res
 """
 
 
-def is_due(connection: apsw.Connection, size: int) -> bool:
-    """Whether a log was entered into since its checkpoint of a size, by more than the echo of that checkpoint."""
+def waiting_since_us(connection: apsw.Connection, size: int) -> int | None:
+    """When the first was entered of what a log has behind its checkpoint of a size; None for the echo of that alone.
+
+    Where the checkpoint is of more than there is, 0.
+    """
     head = (fetch_one(connection, "SELECT max(seq) FROM audit") or (0,))[0] or 0
-    if not 0 <= head - size < ECHOES:
-        return True
-    sql = "SELECT 1 FROM audit WHERE seq > ? AND event_type NOT IN ('checkpoint.cosigned', 'log.witnessed') LIMIT 1"
-    return fetch_one(connection, sql, (size,)) is not None
+    if head < size:
+        return 0
+    sql = "SELECT timestamp_us FROM audit WHERE seq > ?"
+    if head - size < ECHOES:
+        sql += " AND event_type NOT IN ('checkpoint.cosigned', 'log.witnessed')"
+    row = fetch_one(connection, f"{sql} ORDER BY seq LIMIT 1", (size,))
+    return None if row is None else row[0]
 
 
 def covering(connection: apsw.Connection, size: int) -> SealedAt | None:

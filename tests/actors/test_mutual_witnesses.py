@@ -69,8 +69,8 @@ class Host:
         await self.database.submit(Note("test", "asapd", "s", {}, NOW_US))
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        tell = self.witnesses.tell
-        await run_sealer(self.sealer, tell=tell, beat=lambda: None, log=LOG, task_status=task_status)
+        tell, remind = self.witnesses.tell, self.witnesses.remind
+        await run_sealer(self.sealer, tell=tell, remind=remind, beat=lambda: None, log=LOG, task_status=task_status)
 
     def entries(self) -> int:
         return int(self.connection.execute("SELECT count(*) FROM audit").get)

@@ -102,10 +102,11 @@ async def test_it_seals_at_intervals_and_a_changed_interval_counts(
     sealer = make(database, tmp_path)
     beats: list[float] = []
 
+    def beat() -> None:
+        beats.append(trio.current_time())
+
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        await run_sealer(
-            sealer, tell=told, beat=lambda: beats.append(trio.current_time()), log=LOG, task_status=task_status
-        )
+        await run_sealer(sealer, tell=told, remind=told, beat=beat, log=LOG, task_status=task_status)
 
     async def sizes() -> list[int]:
         return [at.size for at in await database.read(seals.list_checkpoints, -1, 10)]
@@ -137,7 +138,7 @@ async def test_a_hole_is_refused_and_the_loop_goes_on(
     assert isinstance(refused, Refusal)
     assert refused.code == "log_broken"
     with trio.move_on_after(100):
-        await run_sealer(sealer, tell=told, beat=lambda: None, log=LOG)
+        await run_sealer(sealer, tell=told, remind=told, beat=lambda: None, log=LOG)
     assert caplog.text.count("entry 2 is missing") == 2
 
 

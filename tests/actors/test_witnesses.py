@@ -166,6 +166,27 @@ async def test_a_witness_that_does_not_sign_is_told_of_and_stops_nothing(
     assert pair.ours.alarms == {}
 
 
+async def test_who_has_not_signed_the_newest_is_reminded_and_who_has_is_left_alone(pair: Pair) -> None:
+    pair.broken = Posted(500, b"")
+    sealed = await pair.enter(1)
+    await pair.ours.tell(sealed)
+    pair.broken = None
+    for _ in range(3):
+        await pair.ours.remind(sealed)
+    assert len(witnessing.cosignatures(pair.connection, 1)) == 1
+    assert len(pair.sent) == 2
+
+
+async def test_who_is_no_witness_any_more_raises_no_alarm(pair: Pair) -> None:
+    pair.broken = Posted(422, b"")
+    await pair.ours.tell(await pair.enter(1))
+    alarms = dict(pair.ours.alarms)
+    pair.ours.adopt(pair.ours.settings)
+    assert pair.ours.alarms == alarms != {}
+    pair.ours.adopt(config.Audit())
+    assert pair.ours.alarms == {}
+
+
 async def test_a_witness_that_never_agrees_on_a_size_is_left(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     sealed = await pair.enter(5)
     sizes = iter([b"1\n", b"2\n"])

@@ -73,11 +73,11 @@ def upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[apsw.Co
 def test_what_was_gone_before_an_upgrade_is_vouched_for_once(upgrade: apsw.Connection) -> None:
     (finding,) = found(upgrade)
     assert finding.startswith(
-        f"3 rows of task_outcome (before_us {T0 + 3}) are said to have been taken by an older asapd"
+        f"3 rows of task_outcome (before_us {T0 + 4}) are said to have been taken by an older asapd"
     )
     assert finding.endswith("; see `asapctl audit vouch`")
     unsaid = outcomes_unsaid.to_vouch(upgrade)
-    assert unsaid == {"before_us": T0 + 3, "count": 3}
+    assert unsaid == {"before_us": T0 + 4, "count": 3}
     vouch(upgrade, task_outcomes=unsaid)
     assert found(upgrade) == []
     assert outcomes_unsaid.to_vouch(upgrade) is None
