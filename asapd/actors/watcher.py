@@ -56,11 +56,11 @@ from asapd.store.units.promises import BreachHold, DeclareMaintenance, EndMainte
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
-# Following costs the loop a thread hop a turn and a share of the GIL: at most a fifth of the time, however fast commits
-# come. What was not used of it is kept for a while, so that news after a long turn need not wait for its sake; under
-# full ingest there are some twenty turns a second.
+# Following costs the loop a thread hop a turn and a share of the GIL: a fifth of the time where that is enough. What
+# was not used of it is kept for a while, so that news after a long turn need not wait for its sake; and under full
+# ingest, where turns are long, it pauses no longer than a part of a commit.
 _PAUSE_FOR_WORK = 4
-_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.002, 0.05
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.002, 0.01
 _SAVED_S = 0.05
 # Of those that are due, judged in one turn: a millisecond and a pause of four, in which an alert may have to wait.
 _AT_ONCE = 8
