@@ -12,7 +12,6 @@ import trio
 from asapd import config
 from asapd.actors.probe_answers import disbelief
 from asapd.core.agent_keys import AgentKey, signers
-from asapd.core.flapping import MEMORY
 from asapd.core.health import AgentState, ProbeResult, State, Transition, step
 from asapd.core.types import SECOND_US
 from asapd.core.uptime import hold_us
@@ -140,8 +139,8 @@ class Weighed(msgspec.Struct, frozen=True):
     transition: Transition | None
 
 
-def watch_of(row: DirectoryAgent) -> AgentWatch:
-    """A watch that goes on from what the store holds."""
+def watch_of(row: DirectoryAgent, failed: int) -> AgentWatch:
+    """A watch that goes on from what the store holds; `failed` are the bits of its last results (`AgentState`)."""
     probe = row.last_probe
     state = AgentState(
         state=msgspec.convert(row.state, State),
@@ -150,7 +149,7 @@ def watch_of(row: DirectoryAgent) -> AgentWatch:
         fail_streak=row.fail_streak,
         last_probe_us=None if probe is None else probe.ts_us,
         flaps=row.flaps,
-        failed=(1 << min(row.fail_streak, MEMORY)) - 1,
+        failed=failed,
     )
     holds_until_us = 0 if probe is None else probe.ts_us + probe.hold_us
     return AgentWatch(

@@ -42,6 +42,7 @@ from asapd.runtime.fetch import Fetched, FetchFailed
 from asapd.runtime.together import Together
 from asapd.store.agents import directory, probes
 from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
+from asapd.store.failed_probes import failed_probes
 from asapd.store.manifests import StoredManifest
 from asapd.store.units.agents import (
     AgentRecord,
@@ -264,6 +265,10 @@ class _Prober:
     async def _follow(self, agent: str | None) -> None:
         """Start, replace and stop watches, so that they are those of the directory. Call with `_changing` held."""
         found = {row.id: row for row in await self._database.read(directory, EVERYTHING, agent)}
+        fresh = [row for row in found.values() if row.id not in self._watches or not self._watches[row.id].fits(row)]
+        within, failed = self._settings.prober.unhealthy_within, {}
+        if within is not None:
+            failed = await self._database.read(failed_probes, [row.id for row in fresh], within)
         if agent is None:
             self._tenants.replace({row.id: row.tenant for row in found.values()})
         else:
@@ -271,16 +276,15 @@ class _Prober:
         for gone in [known for known in self._watches if known not in found and agent in (None, known)]:
             self._watches.pop(gone).scope.cancel()
             self._forget_troubles(gone)
-        for row in found.values():
-            watch = self._watches.get(row.id)
-            if watch is not None:
-                watch.origin = row.origin
-                if watch.fits(row):
-                    continue
-                watch.scope.cancel()
+        for known in self._watches.values():
+            if known.id in found:
+                known.origin = found[known.id].origin
+        for row in fresh:
+            if row.id in self._watches:
+                self._watches[row.id].scope.cancel()
                 self._forget_troubles(row.id)
-            self._watches[row.id] = fresh = watch_of(row)
-            self._nursery.start_soon(self._keep, fresh)
+            self._watches[row.id] = watch = watch_of(row, failed.get(row.id, 0))
+            self._nursery.start_soon(self._keep, watch)
 
     def _forget_troubles(self, agent: str) -> None:
         self._settings.unprobed.clear(agent)

@@ -198,11 +198,12 @@ def audit(status: Mapping[str, Any], every_s: float) -> Iterator[Finding]:
         yield Finding("verify", State.ERROR, str(verified["reason"]), broken, "run `asapctl audit verify`")
     behind = log["seq"] - (log["checkpoint"] or 0)
     # Between two checkpoints there are entries: only when they wait for several intervals, none is made.
-    if (log["unsealed_seconds"] or 0.0) > 3 * every_s + 60:
+    waiting_s = log.get("unsealed_seconds") or 0.0  # an earlier asapd does not say
+    if waiting_s > 3 * every_s + 60:
         yield Finding(
             "checkpoint",
             State.WARNING,
-            f"{behind} entries have no checkpoint, the first of them for {int(log['unsealed_seconds'])} s",
+            f"{behind} entries have no checkpoint, the first of them for {int(waiting_s)} s",
             "what is cut off behind the last checkpoint cannot be seen",
             "see the sealer in `asapctl status`, and the log",
         )

@@ -1141,6 +1141,19 @@ async def test_failures_that_are_not_in_a_row_bring_an_agent_down_where_the_sett
     assert virtual.transitions() == [(0, "unknown", "healthy", None), (30, "healthy", "unhealthy", "refused")]
 
 
+async def test_a_restart_goes_on_counting_failures_that_are_not_in_a_row(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    virtual.settings.prober = settings(unhealthy_after=3, unhealthy_within=6, flapping_after=0)
+    for answers in ((REFUSED, REFUSED, health(), REFUSED), (health(), REFUSED), (health(), REFUSED)):
+        async with virtual.running(agent()):
+            for answer in answers:
+                virtual.network.set("a", answer)
+                await trio.sleep(10)
+    # Those from before it came up at 20 do not count.
+    assert virtual.transitions() == [(20, "unknown", "healthy", None), (70, "healthy", "unhealthy", "refused")]
+
+
 async def test_a_restart_uses_the_newest_configuration(autojump_clock: MockClock, virtual: Rig) -> None:
     async with virtual.running(agent()) as inbox:
         await reconfigure(inbox, settings(interval="2s"), agent(B, "http://b"))

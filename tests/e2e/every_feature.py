@@ -319,7 +319,6 @@ class House:
         self.daemon.stop()
         self.daemon.start()
         self.until(lambda: self.ask("GET", "/reservations?state=expired", status=200)["count"])
-        time.sleep(1.5)
 
     def _more(self) -> bool:
         size = self.daemon.status()["audit"]["checkpoint"]

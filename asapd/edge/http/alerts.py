@@ -129,16 +129,21 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply({"id": letter, "redelivering": True}, 202) if refused is None else refuse(refused)
 
 
-def _errors(sent: NewSilence) -> list[FieldError]:
+def unfit(agent: str | None, breach_type: str | None, severity: str | None) -> list[FieldError]:
+    """What is wrong with what alerts or breaches have to fit."""
     errors: list[FieldError] = []
-    if sent.agent is None and sent.type is None and sent.severity is None:
+    if agent is None and breach_type is None and severity is None:
         errors.append(FieldError("agent", 'or type or severity is needed; "*" as agent fits every agent'))
-    if sent.agent is not None and not may_match_an_agent(sent.agent):
+    if agent is not None and not may_match_an_agent(agent):
         errors.append(FieldError("agent", "must be an agent's URN, or a beginning of URNs with * at the end"))
-    if sent.type is not None and sent.type not in BREACH_TYPES:
-        errors.append(FieldError("type", f"must be one of {', '.join(BREACH_TYPES)}"))
-    if sent.severity is not None and sent.severity not in SEVERITIES:
-        errors.append(FieldError("severity", f"must be one of {', '.join(SEVERITIES)}"))
+    for field, given, known in (("type", breach_type, BREACH_TYPES), ("severity", severity, SEVERITIES)):
+        if given is not None and given not in known:
+            errors.append(FieldError(field, f"must be one of {', '.join(known)}"))
+    return errors
+
+
+def _errors(sent: NewSilence) -> list[FieldError]:
+    errors = unfit(sent.agent, sent.type, sent.severity)
     if sent.author is not None and not sent.author.strip():
         errors.append(FieldError("author", "must say who, or be left out: then it is the key"))
     return errors

@@ -9,8 +9,9 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.core.access import Permission
-from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import may_match_an_agent, pattern_matches
+from asapd.core.errors import Refusal
+from asapd.core.types import pattern_matches
+from asapd.edge.http.alerts import unfit
 from asapd.edge.http.context import require, sent_json
 from asapd.edge.http.parameters import BREACH_TYPES, SEVERITIES, Parameters, bad_parameter, decode_body, page
 from asapd.edge.http.replies import refuse, reply
@@ -58,7 +59,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.OPERATE)
         Parameters().done()
         sent = decode_body(await sent_json(), Acknowledgements)
-        if errors := _errors(sent):
+        if errors := unfit(sent.agent, sent.type, sent.severity):
             detail = f"nothing was acknowledged: {errors[0].field} {errors[0].reason}"
             return refuse(Refusal("invalid", detail, tuple(errors)))
         wanted = {"state": "open", "severity": sent.severity, "breach_type": sent.type}
@@ -76,15 +77,3 @@ def register(app: QuartTrio, services: Services) -> None:
             if outcome.created:
                 done.append(row.id)
         return reply({"acknowledged": done, "count": len(done)})
-
-
-def _errors(sent: Acknowledgements) -> list[FieldError]:
-    errors: list[FieldError] = []
-    if sent.agent is None and sent.type is None and sent.severity is None:
-        errors.append(FieldError("agent", 'or type or severity is needed; "*" as agent fits every agent'))
-    if sent.agent is not None and not may_match_an_agent(sent.agent):
-        errors.append(FieldError("agent", "must be an agent's URN, or a beginning of URNs with * at the end"))
-    for field, given, known in (("type", sent.type, BREACH_TYPES), ("severity", sent.severity, SEVERITIES)):
-        if given is not None and given not in known:
-            errors.append(FieldError(field, f"must be one of {', '.join(known)}"))
-    return errors
