@@ -22,10 +22,11 @@ import trio
 from nacl.signing import SigningKey
 
 from asapd.core.errors import Refusal
+from asapd.store.frames import HEADER
 from asapd.store.units.alerts import AlertWritten
 from asapd.store.units.exchange import Answer, AnyResult, AnyUnit, Envelope, Idempotency
 from asapd.store.units.unit import Failed, NotWritten, Unit
-from asapd.store.writer import HEADER, MASKS, ROWS_PER_COMMIT, Writer, open_for_writing
+from asapd.store.writer import MASKS, ROWS_PER_COMMIT, Writer, open_for_writing
 
 R = TypeVar("R")
 T = TypeVar("T")

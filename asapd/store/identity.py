@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import apsw
 import msgspec
 
 from asapd.core.usage import Identity, UsageEvent, content_digest, identity_digest, identity_key
 from asapd.store.rows import Row, fetch, fetch_one
-
-_KEYS = "SELECT unhex(value) FROM json_each(?)"
-
-
-def _packed(keys: Iterable[bytes]) -> str:
-    return msgspec.json.encode([key.hex() for key in keys]).decode()
 
 
 def has_digests(connection: apsw.Connection) -> bool:
@@ -28,8 +22,10 @@ def holders(connection: apsw.Connection, identities: Sequence[Identity]) -> dict
     keys = {identity_key(*identity): identity for identity in identities}
     if has_digests(connection):
         keys |= {identity_digest(identity): identity for identity in identities}
-    rows = fetch(connection, f"SELECT key, seq FROM usage_identity WHERE key IN ({_KEYS})", (_packed(keys),))
-    return {keys[key]: seq for key, seq in rows}
+    if not keys:
+        return {}
+    looked_up = "SELECT key, seq FROM usage_identity WHERE key IN carray(?)"
+    return {keys[key]: seq for key, seq in fetch(connection, looked_up, (apsw.carray(tuple(keys)),))}
 
 
 def known(connection: apsw.Connection, keys: Sequence[bytes]) -> dict[bytes, tuple[int, bytes | None]]:
@@ -39,9 +35,9 @@ def known(connection: apsw.Connection, keys: Sequence[bytes]) -> dict[bytes, tup
     rows: list[Row] = fetch(
         connection,
         # A join, not IN: that would sort the keys into a table of its own first, which costs as much as the look.
-        "SELECT i.key, i.seq, content FROM json_each(?) j CROSS JOIN usage_identity i ON i.key = unhex(j.value) "
+        "SELECT i.key, i.seq, content FROM carray(?) j CROSS JOIN usage_identity i ON i.key = j.value "
         "LEFT JOIN usage u ON u.seq = i.seq",
-        (_packed(keys),),
+        (apsw.carray(tuple(keys)),),
     )
     return {key: (seq, content) for key, seq, content in rows}
 

@@ -11,15 +11,14 @@ import contextlib
 import gc
 import logging
 import os
-import select
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from asapd.core.types import SECOND_US
 from asapd.core.usage import PAST_64_BITS
 from asapd.store import handlers, usage
 from asapd.store.folding import Folding
+from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied
@@ -52,6 +52,9 @@ BUSY_WAIT_US = 3_000
 BUSY_GAP_US = 300
 """The wait ends when nothing comes for so long; the daemon needs a third of it for a single event."""
 
+LARGE_ROWS = 500
+"""A commit of so many takes long enough to read and decode the next one meanwhile."""
+
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
@@ -66,13 +69,9 @@ STATEMENTS = 1_024
 """Places for prepared statements. Each row of an `executemany` takes a new one and drops what was in it (APSW 3.54):
 with the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost."""
 
-RECEIVE_BYTES = 1 << 20
-"""Read in one go. The sender lets decisions overtake what it has not sent, so they are never far behind."""
-
 MASKS = "ASAPD_MASKS"
 """The variable that hands the patterns of `audit.mask` down, as a JSON list: arguments are everybody's to read."""
 
-HEADER = struct.Struct(">I")
 _log = logging.getLogger("asapd.store.writer")
 # A no is judged afresh when it is asked for again.
 _NOT_KEPT = (Refusal, Denied, AuthorizationDenied, UsageConflict)
@@ -111,13 +110,18 @@ class Writer:
         self._tx = Tx(connection, entropy, compiled(masks), key)
         self._wary = 0
 
-    def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
+    def run(
+        self,
+        group: Sequence[Envelope],
+        joining: Callable[[], Sequence[Envelope]] = tuple,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Answer]:
         """Run envelopes in one transaction and commit.
 
         A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
         every answer is `NotWritten`: nothing of the group is in the file. `joining` is asked for decisions after every
         few envelopes, or first of all without a group: the commit ends with them, and with those that come meanwhile.
-        Only what is in it is answered, decisions first.
+        Only what is in it is answered, decisions first. `meanwhile` is called while the disk is at work.
         """
         tx = self._tx
         joined = [] if group else list(joining())
@@ -137,7 +141,7 @@ class Writer:
                 decided.append(self._run_one(envelope))
                 if len(decided) == len(joined) < DECISIONS_PER_COMMIT:
                     joined += joining()
-            tx.execute("COMMIT")
+            self._commit(meanwhile)
         except apsw.Error as error:
             if tx.connection.in_transaction:
                 tx.execute("ROLLBACK")
@@ -150,6 +154,15 @@ class Writer:
             tx.has_alerted = False
             answers[-1] = msgspec.structs.replace(answers[-1], alerts=True)
         return answers
+
+    def _commit(self, meanwhile: Callable[[], None] | None) -> None:
+        if meanwhile is None:
+            self._tx.execute("COMMIT")
+            return
+        with ThreadPoolExecutor(1) as beside:
+            committed = beside.submit(self._tx.execute, "COMMIT")
+            meanwhile()
+            committed.result()
 
     def _run_bulk(
         self,
@@ -289,65 +302,6 @@ def weigh(envelope: Envelope) -> int:
     return len(unit.events) if isinstance(unit, RecordUsage) else 1
 
 
-class _Frames:
-    """Length-prefixed msgpack over blocking sockets: answered on the first, decisions come on the last."""
-
-    def __init__(self, socks: Sequence[socket.socket]) -> None:
-        self._answers, self._decisions = socks[0], socks[-1]
-        self._open = {sock: bytearray() for sock in socks}
-        self._chunk = memoryview(bytearray(RECEIVE_BYTES))
-        self._decoder = msgspec.msgpack.Decoder(Envelope)
-        self._encoder = msgspec.msgpack.Encoder()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return not self._open
-
-    def receive(self, timeout_s: float | None, *, decisions_only: bool = False) -> list[Envelope]:
-        """What has arrived, or some of much; None waits for at least one envelope, or until the peer is gone.
-
-        With `decisions_only` bulk stays where it is: a decision would wait until it is decoded.
-        """
-        received: list[Envelope] = []
-        left_bytes = RECEIVE_BYTES
-        while left_bytes > 0 or not received:
-            watched = [sock for sock in self._open if sock is self._decisions or not decisions_only]
-            ready = select.select(watched, [], [], 0 if received else timeout_s)[0] if watched else []
-            if not ready:
-                break
-            for sock in ready:
-                try:
-                    count = sock.recv_into(self._chunk)
-                except ConnectionResetError:
-                    count = 0
-                if not count:
-                    del self._open[sock]
-                    continue
-                left_bytes -= count
-                buffer = self._open[sock]
-                buffer += self._chunk[:count]
-                received += self._complete(buffer)
-        return received
-
-    def _complete(self, buffer: bytearray) -> list[Envelope]:
-        found, start = [], 0
-        while len(buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(buffer, start)
-            if len(buffer) - start - HEADER.size < length:
-                break
-            begin = start + HEADER.size
-            with memoryview(buffer) as view:
-                found.append(self._decoder.decode(view[begin : begin + length]))
-            start = begin + length
-        del buffer[:start]
-        return found
-
-    def send(self, answers: list[Answer]) -> None:
-        bodies = [self._encoder.encode(answer) for answer in answers]
-        self._answers.sendall(b"".join(part for body in bodies for part in (HEADER.pack(len(body)), body)))
-
-
 def serve(
     sock: socket.socket,
     writer: Writer,
@@ -368,7 +322,7 @@ def serve(
     waits only after a commit that many shared, and while units keep coming: a lone client never waits.
     `rest` is called after each commit, once it is answered.
     """
-    frames = _Frames([sock] if decisions is None else [sock, decisions])
+    frames = Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
     waiting_rows = 0
@@ -387,6 +341,11 @@ def serve(
         came = list(urgent)
         urgent.clear()
         return came
+
+    def take_next() -> None:
+        nonlocal waiting_rows
+        while waiting_rows < rows_per_commit and (came := take(0)):
+            waiting_rows += came
 
     def answer(answers: list[Answer]) -> None:
         # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
@@ -422,7 +381,11 @@ def serve(
         waiting_rows -= rows
         busy, owed = len(group) >= BUSY, False
         if group:
-            answers = writer.run(group, joining)
+            if rows < LARGE_ROWS:
+                answers = writer.run(group, joining)
+            else:
+                with frames.reading_ahead():
+                    answers = writer.run(group, joining, take_next)
             answered = {answer.number for answer in answers}
             for envelope in reversed(group):
                 if envelope.number not in answered:

@@ -24,6 +24,7 @@ from asapd.core.ledger import Estimate
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import handlers, verifying
+from asapd.store.frames import HEADER
 from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
@@ -101,7 +102,7 @@ from asapd.store.units.usage import (
     VoidUsage,
 )
 from asapd.store.visibility import EVERYTHING, Visibility
-from asapd.store.writer import HEADER, WARY_COMMITS, Writer, _Frames, replay, serve
+from asapd.store.writer import WARY_COMMITS, Writer, replay, serve
 from asapd.wire.keys import jwk_thumbprint, public_base64
 
 NOW_US = 1_795_169_203_000_000
@@ -770,7 +771,12 @@ class Served:
         with self.theirs:
             serve(self.theirs, self, **options)  # type: ignore[arg-type] -- only `run` is used, and it is this class's
 
-    def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
+    def run(
+        self,
+        group: Sequence[Envelope],
+        joining: Callable[[], Sequence[Envelope]] = tuple,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Answer]:
         """As the writer does it, with one envelope to a step."""
         joined = [] if group else list(joining())
         self.commits.append([])
@@ -780,7 +786,9 @@ class Served:
             joined += joining()
             if joined:
                 break
-        return [self._step(envelope) for envelope in joined] + answers
+        answers = [self._step(envelope) for envelope in joined] + answers
+        meanwhile()
+        return answers
 
     def _step(self, envelope: Envelope) -> Answer:
         self.commits[-1].append(envelope.number)
@@ -865,8 +873,13 @@ def test_bulk_is_read_though_a_decision_comes_during_every_commit() -> None:
     class Busy(Served):
         left = 50
 
-        def run(self, group: Sequence[Envelope], joining: Callable[[], Sequence[Envelope]] = tuple) -> list[Answer]:
-            answers = super().run(group, joining)
+        def run(
+            self,
+            group: Sequence[Envelope],
+            joining: Callable[[], Sequence[Envelope]] = tuple,
+            meanwhile: Callable[[], None] = lambda: None,
+        ) -> list[Answer]:
+            answers = super().run(group, joining, meanwhile)
             if self.left:  # as the commit goes to the disk
                 self.left -= 1
                 body = msgspec.msgpack.encode(decision(100 + self.left))
@@ -966,19 +979,32 @@ def test_decisions_that_share_a_commit_which_fails_are_told_so(connection: apsw.
     assert contents(connection) == before
 
 
-def test_bulk_is_not_read_ahead_of_the_decisions_that_wait() -> None:
-    ours, theirs = socket.socketpair()
-    urgent, theirs_urgent = socket.socketpair()
-    with ours, theirs, urgent, theirs_urgent:
-        frames = _Frames([theirs, theirs_urgent])
-        for sock, envelope in ((ours, bulk(1)), (urgent, decision(2))):
-            body = msgspec.msgpack.encode(envelope)
-            sock.sendall(HEADER.pack(len(body)) + body)
-        assert [envelope.number for envelope in frames.receive(0, decisions_only=True)] == [2]
-        urgent.close()
-        assert frames.receive(0, decisions_only=True) == []
-        assert [envelope.number for envelope in frames.receive(None)] == [1]
-        assert not frames.ended
+def test_what_comes_during_a_large_commit_is_of_the_next_one_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.store.writer.LARGE_ROWS", 3)
+    with served(rows_per_commit=5) as server:
+        server.send(bulk(1, 3))
+        assert server.first.wait(10)
+        # Each takes more than half of what is decoded in one go, and all more than a socket holds.
+        large = [usage(event(id=str(number), error="x" * (600 << 10))) for number in range(2, 9)]
+        server.send(*(Envelope(number, unit, False) for number, unit in enumerate(large, 2)))
+        server.gate.set()
+        assert server.receive(8) == list(range(1, 9))
+        assert server.commits == [[1], [2, 3, 4, 5, 6], [7, 8]]
+
+
+def test_a_commit_beside_which_the_next_is_read_succeeds_or_fails_as_any(connection: apsw.Connection) -> None:
+    writer = Writer(connection)
+    came: list[str] = []
+    answers = writer.run([bulk(1, 2)], meanwhile=lambda: came.append("first"))
+    assert isinstance(answers[0].result, Recorded)
+    before = contents(connection)
+    connection.set_commit_hook(lambda: True)  # SQLite then rolls back
+    answers = writer.run([bulk(2, 2)], meanwhile=lambda: came.append("second"))
+    assert isinstance(answers[0].result, NotWritten)
+    connection.set_commit_hook(None)
+    assert contents(connection) == before
+    assert isinstance(writer.run([bulk(2, 2)])[0].result, Recorded)
+    assert came == ["first", "second"]
 
 
 def test_a_request_larger_than_a_commit_is_a_commit_of_its_own() -> None:
