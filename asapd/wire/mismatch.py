@@ -36,7 +36,7 @@ def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct]) -> 
         field = f"{place}.{named[2]}" if place else named[2]
         if named[1] == "missing required":
             return FieldError(field, "is missing")
-        there_are = "" if place else f"; there are {', '.join(sorted(types))}"
+        there_are = "" if place else f"; there are {', '.join(sorted(types)) or 'none'}"
         return FieldError(field, f"is not a field here{there_are}")
     return FieldError(place or "body", reason_of(error, types.get(place)))
 

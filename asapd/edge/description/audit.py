@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from asapd.core.access import Permission
 from asapd.edge.description.operation import (
+    ADMINISTER,
     JSON,
     NDJSON,
     OBJECT,
+    READ_ALL,
     TEXT,
     Answer,
     Operation,
@@ -19,7 +20,6 @@ from asapd.edge.description.operation import (
 from asapd.edge.description.queries import AGENT, DRY_RUN, NUMBER, ORDER, PAGE, PERIOD, TASK, formats, named
 from asapd.edge.http.audit import Erasure, Vouching
 
-_READ_ALL = (Permission.READ_ALL,)
 _NOTE = "text/plain"
 _FILTERS = {"actor": TEXT, "subject": TEXT, "event_type": TEXT, **TASK, **AGENT, **PERIOD}
 _VERIFYING = {
@@ -31,13 +31,13 @@ _VERDICT = (Answer(200, "The verdict, as lines with the progress before it", {JS
 _CHECKPOINTS: dict[str, Shape] = {_NOTE: TEXT}
 
 OPERATIONS = (
-    Operation("GET /audit/logs", "List entries", _READ_ALL, (page(reference("Entry")),), {**_FILTERS, **ORDER, **PAGE}),
-    Operation("GET /audit/logs/{entry}", "Show an entry, by id or number", _READ_ALL, (shows(reference("Entry")),)),
-    Operation("GET /audit/verify", "Walk the log", _READ_ALL, _VERDICT, _VERIFYING),
+    Operation("GET /audit/logs", "List entries", READ_ALL, (page(reference("Entry")),), {**_FILTERS, **ORDER, **PAGE}),
+    Operation("GET /audit/logs/{entry}", "Show an entry, by id or number", READ_ALL, (shows(reference("Entry")),)),
+    Operation("GET /audit/verify", "Walk the log", READ_ALL, _VERDICT, _VERIFYING),
     Operation(
         "POST /audit/verify",
         "Walk the log, and hold it to checkpoints that were kept elsewhere",
-        _READ_ALL,
+        READ_ALL,
         _VERDICT,
         _VERIFYING,
         body=_CHECKPOINTS,
@@ -45,14 +45,14 @@ OPERATIONS = (
     Operation(
         "GET /audit/export",
         "Export entries, as a stream",
-        _READ_ALL,
+        READ_ALL,
         (Answer(200, "The entries", {JSON: OBJECT, NDJSON: TEXT, "text/csv": TEXT, _NOTE: TEXT}),),
         {**_FILTERS, **formats("ndjson", "json", "csv", "syslog")},
     ),
     Operation(
         "POST /audit/erase",
         "Erase what is kept of one consumer",
-        (Permission.ADMINISTER,),
+        ADMINISTER,
         (shows(OBJECT, "What went"),),
         DRY_RUN,
         body={JSON: Erasure},
@@ -60,7 +60,7 @@ OPERATIONS = (
     Operation(
         "POST /audit/vouch",
         "Vouch for entries that explain gaps, which older builds did not sign",
-        (Permission.ADMINISTER,),
+        ADMINISTER,
         (shows(OBJECT, "For which"),),
         DRY_RUN,
         body={JSON: Vouching},
@@ -68,14 +68,14 @@ OPERATIONS = (
     Operation(
         "GET /audit/checkpoint",
         "A signed checkpoint of the log",
-        _READ_ALL,
+        READ_ALL,
         (Answer(200, "A signed note (C2SP), or its parts", {_NOTE: TEXT, JSON: OBJECT}),),
         {"size": NUMBER, **formats("note", "json")},
     ),
     Operation(
         "GET /audit/proof/inclusion",
         "What proves that an entry is in the log",
-        _READ_ALL,
+        READ_ALL,
         (Answer(200, "The proof", {JSON: OBJECT, _NOTE: TEXT}),),
         {"id": named("id or number of the entry"), **formats("json", "tlog-proof")},
         frozenset({"id"}),
@@ -83,7 +83,7 @@ OPERATIONS = (
     Operation(
         "GET /audit/proof/consistency",
         "What proves that the log only grew",
-        _READ_ALL,
+        READ_ALL,
         (shows(),),
         {"from": NUMBER, "to": {**NUMBER, "description": "the size now, unless given"}},
         frozenset({"from"}),
@@ -91,7 +91,7 @@ OPERATIONS = (
     Operation(
         "GET /audit/pack",
         "A signed evidence pack of an agent and a period",
-        (Permission.READ_ALL,),
+        READ_ALL,
         (shows(),),
         {**AGENT, **PERIOD},
         frozenset({"agent", "start"}),

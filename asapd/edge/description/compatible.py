@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from asapd.core.access import Permission
 from asapd.edge.description.operation import (
+    INGEST,
     JSON,
     OBJECT,
+    OPERATE,
+    READ,
     TEXT,
     Answer,
     Operation,
@@ -18,9 +20,6 @@ from asapd.edge.description.operation import (
 from asapd.edge.description.queries import AGENT, CONSUMER, FLAG, OFFSET, PARTIAL, PERIOD, TASK, WINDOW
 from asapd.edge.http.parameters import MAX_LIMIT, SEVERITIES
 
-_READ = (Permission.READ,)
-_INGEST = (Permission.INGEST,)
-_OPERATE = (Permission.OPERATE,)
 _FILTERS = {**AGENT, **CONSUMER, **TASK, **PERIOD}
 _EVENTS: dict[str, Shape] = {JSON: reference("Usage")}
 _WANTED: dict[str, Shape] = {
@@ -43,7 +42,7 @@ OPERATIONS = (
     Operation(
         "POST /asap/delegations",
         "Issue a delegation",
-        _OPERATE,
+        OPERATE,
         (made(reference("Delegated"), "The token"),),
         body=_WANTED,
         idempotency_key=True,
@@ -51,26 +50,26 @@ OPERATIONS = (
     Operation(
         "GET /asap/delegations",
         "List what the key's agent gave",
-        _READ,
+        READ,
         (shows({"type": "array", "items": OBJECT}),),
         {"active": {**FLAG, "default": "true"}},
     ),
-    Operation("GET /asap/delegations/{delegation}", "Show a delegation", _READ, (shows(),)),
+    Operation("GET /asap/delegations/{delegation}", "Show a delegation", READ, (shows(),)),
     Operation(
         "DELETE /asap/delegations/{delegation}",
         "Revoke a delegation with its descendants",
-        _OPERATE,
+        OPERATE,
         (Answer(204, "It is revoked", {}),),
     ),
-    Operation("POST /asap/usage", "Record one event", _INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True),
+    Operation("POST /asap/usage", "Record one event", INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True),
     Operation(
-        "POST /asap/usage/batch", "Record events", _INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True
+        "POST /asap/usage/batch", "Record events", INGEST, (made(),), PARTIAL, body=_EVENTS, idempotency_key=True
     ),
-    Operation("POST /asap/usage/validate", "Say whether an event would be taken", _INGEST, (shows(),), body=_EVENTS),
+    Operation("POST /asap/usage/validate", "Say whether an event would be taken", INGEST, (shows(),), body=_EVENTS),
     Operation(
         "GET /asap/usage",
         "List events",
-        _READ,
+        READ,
         (shows(),),
         {
             **_FILTERS,
@@ -81,19 +80,19 @@ OPERATIONS = (
     Operation(
         "GET /asap/usage/aggregate",
         "Sum up by groups",
-        _READ,
+        READ,
         (shows(),),
         {**_FILTERS, "group_by": one_of("agent", "consumer", "day", "week")},
         frozenset({"group_by"}),
     ),
-    Operation("GET /asap/usage/agents", "Sum up by agent", _READ, (shows(),), _FILTERS),
-    Operation("GET /asap/usage/consumers", "Sum up by consumer", _READ, (shows(),), _FILTERS),
-    Operation("GET /asap/usage/summary", "Sum up everything", _READ, (shows(),), _FILTERS),
-    Operation("GET /asap/usage/stats", "How much there is", _READ, (shows(),)),
+    Operation("GET /asap/usage/agents", "Sum up by agent", READ, (shows(),), _FILTERS),
+    Operation("GET /asap/usage/consumers", "Sum up by consumer", READ, (shows(),), _FILTERS),
+    Operation("GET /asap/usage/summary", "Sum up everything", READ, (shows(),), _FILTERS),
+    Operation("GET /asap/usage/stats", "How much there is", READ, (shows(),)),
     Operation(
         "GET /asap/usage/export",
         "Export events",
-        _READ,
+        READ,
         (Answer(200, "The events", {JSON: OBJECT, "text/csv": TEXT}),),
         {
             **_FILTERS,
@@ -101,11 +100,11 @@ OPERATIONS = (
             "limit": {"type": "integer", "minimum": 1, "description": "all of them unless given"},
         },
     ),
-    Operation("GET /asap/sla", "Service levels of agents", _READ, (shows(),), {**AGENT, **WINDOW}),
+    Operation("GET /asap/sla", "Service levels of agents", READ, (shows(),), {**AGENT, **WINDOW}),
     Operation(
         "GET /asap/sla/breaches",
         "Breaches of agents",
-        _READ,
+        READ,
         (shows(),),
         {**AGENT, "severity": one_of(*SEVERITIES), **PERIOD},
     ),

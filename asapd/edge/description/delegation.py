@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from asapd.core.access import Permission
 from asapd.edge.decisions import AuthorizationRequest
 from asapd.edge.description.operation import (
+    INGEST,
     JSON,
     OBJECT,
+    OPERATE,
+    READ,
     TEXT,
     Answer,
     Operation,
@@ -21,9 +23,6 @@ from asapd.edge.http.delegations import NewDelegation, TokenQuestion
 from asapd.edge.http.reservations import ReservationChange
 from asapd.wire.problem import PROBLEM_JSON
 
-_READ = (Permission.READ,)
-_INGEST = (Permission.INGEST,)
-_OPERATE = (Permission.OPERATE,)
 _RESERVATION = shows(reference("Reservation"), "The reservation as it is now")
 _CHANGE = {JSON: ReservationChange}
 
@@ -31,7 +30,7 @@ OPERATIONS = (
     Operation(
         "POST /delegations",
         "Issue a delegation with a key that the daemon holds, which takes an operator, or register a token",
-        (Permission.INGEST, Permission.OPERATE),
+        INGEST + OPERATE,
         (made(reference("Issued")), shows(reference("Issued"), "It was registered before")),
         body={JSON: NewDelegation},
         idempotency_key=True,
@@ -39,35 +38,35 @@ OPERATIONS = (
     Operation(
         "GET /delegations",
         "List delegations",
-        _READ,
+        READ,
         (page(reference("Delegation")),),
         {"delegator": TEXT, "delegate": TEXT, "state": one_of("active", "revoked", "expired"), **PAGE},
     ),
     Operation(
         "GET /delegations/{delegation}",
         "Show a delegation; limit and cursor page through spend_by_task",
-        _READ,
+        READ,
         (shows(reference("Delegation")),),
         PAGE,
     ),
     Operation(
         "DELETE /delegations/{delegation}",
         "Revoke a delegation and all its descendants",
-        _OPERATE,
+        OPERATE,
         (shows(OBJECT, "What is revoked"),),
         {"reason": {**TEXT, "maxLength": 1000}},
     ),
     Operation(
         "POST /delegations/validate",
         "Say whether a token holds, reserving nothing",
-        (Permission.INGEST, Permission.READ),
+        INGEST + READ,
         (shows(reference("TokenVerdict"), "The verdict"),),
         body={JSON: TokenQuestion},
     ),
     Operation(
         "POST /delegations/authorize",
         "Ask for a reservation",
-        _INGEST,
+        INGEST,
         (
             shows(reference("Authorization"), "A reservation was made"),
             Answer(403, "Denied, or not permitted", {PROBLEM_JSON: reference("Denial")}),
@@ -78,14 +77,14 @@ OPERATIONS = (
     Operation(
         "GET /delegations/revocations",
         "The signed list of what is revoked, with an ETag",
-        _READ,
+        READ,
         (shows(), Answer(304, "It is the same as before", {})),
         {"since": {**NUMBER, "description": "only what came behind this number of the list"}},
     ),
     Operation(
         "POST /delegations/revocations",
         "Take in the signed list of another",
-        _OPERATE,
+        OPERATE,
         (shows(OBJECT, "What came of it"),),
         body={JSON: OBJECT},
         idempotency_key=True,
@@ -93,7 +92,7 @@ OPERATIONS = (
     Operation(
         "GET /reservations",
         "List reservations, the newest first",
-        _READ,
+        READ,
         (page(reference("Reservation")),),
         {
             "state": one_of("open", "settled", "released", "expired"),
@@ -107,13 +106,13 @@ OPERATIONS = (
     Operation(
         "GET /reservations/{reservation}",
         "Show a reservation",
-        (Permission.INGEST, Permission.READ),
+        INGEST + READ,
         (shows(reference("Reservation")),),
     ),
     Operation(
         "POST /reservations/{reservation}/settle",
         "Close a reservation",
-        _INGEST,
+        INGEST,
         (_RESERVATION,),
         body=_CHANGE,
         may_be_empty=True,
@@ -122,7 +121,7 @@ OPERATIONS = (
     Operation(
         "POST /reservations/{reservation}/extend",
         "Prolong a reservation",
-        _INGEST,
+        INGEST,
         (_RESERVATION,),
         body=_CHANGE,
         may_be_empty=True,
@@ -131,7 +130,7 @@ OPERATIONS = (
     Operation(
         "POST /reservations/{reservation}/refund",
         "Give back what was spent",
-        _OPERATE,
+        OPERATE,
         (_RESERVATION,),
         body=_CHANGE,
         idempotency_key=True,
@@ -139,7 +138,7 @@ OPERATIONS = (
     Operation(
         "DELETE /reservations/{reservation}",
         "Give back what a reservation holds; under a revoked delegation also for operators of those who delegated",
-        (Permission.INGEST, Permission.OPERATE),
+        INGEST + OPERATE,
         (_RESERVATION,),
     ),
 )

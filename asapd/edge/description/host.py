@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from asapd.core.access import Permission
 from asapd.edge.description.operation import (
+    ADMINISTER,
     BINARY,
     JSON,
     OBJECT,
+    READ,
+    READ_ALL,
     TEXT,
     Answer,
     Operation,
@@ -18,8 +20,6 @@ from asapd.edge.description.operation import (
 from asapd.edge.description.queries import DRY_RUN, PAGE
 from asapd.edge.http.admin import NewKey
 
-_ADMINISTER = (Permission.ADMINISTER,)
-_READ_ALL = (Permission.READ_ALL,)
 _PAGE = Answer(200, "A page", {"text/html": TEXT})
 
 OPERATIONS = (
@@ -45,7 +45,7 @@ OPERATIONS = (
         (),
         (Answer(200, "The part", {"text/html": TEXT, "text/javascript": TEXT, "text/css": TEXT}),),
     ),
-    Operation("POST /login", "A one-time address that opens the page", (Permission.READ,), (made(),)),
+    Operation("POST /login", "A one-time address that opens the page", READ, (made(),)),
     Operation(
         "GET /login",
         "Open the page with a one-time address",
@@ -55,51 +55,51 @@ OPERATIONS = (
         frozenset({"token"}),
     ),
     Operation("DELETE /login", "End the session of the page", (), (shows(OBJECT, "Whether there was one"),)),
-    Operation("GET /status", "How the daemon is", _READ_ALL, (shows(reference("Status")),)),
+    Operation("GET /status", "How the daemon is", READ_ALL, (shows(reference("Status")),)),
     Operation(
         "GET /metrics",
         "Metrics in OpenMetrics",
-        _READ_ALL,
+        READ_ALL,
         (Answer(200, "The metrics", {"application/openmetrics-text": BINARY}),),
     ),
-    Operation("GET /keys", "List API keys", _ADMINISTER, (page(),), PAGE),
+    Operation("GET /keys", "List API keys", ADMINISTER, (page(),), PAGE),
     Operation(
         "POST /keys",
         "Make an API key, which is shown this once",
-        _ADMINISTER,
+        ADMINISTER,
         (made(),),
         body={JSON: NewKey},
         idempotency_key=True,
     ),
-    Operation("DELETE /keys/{key}", "Revoke an API key", _ADMINISTER, (shows(OBJECT, "It was revoked"),)),
-    Operation("GET /config", "The configuration in force, without secrets", _READ_ALL, (shows(),)),
+    Operation("DELETE /keys/{key}", "Revoke an API key", ADMINISTER, (shows(OBJECT, "It was revoked"),)),
+    Operation("GET /config", "The configuration in force, without secrets", READ_ALL, (shows(),)),
     Operation(
         "GET /config/diff",
         "What a reload of the file would change, or an earlier version of it",
-        _READ_ALL,
+        READ_ALL,
         (shows(),),
         {"version": {"type": "integer", "minimum": 1}},
     ),
-    Operation("GET /config/versions", "The versions of the file that were accepted", _READ_ALL, (page(),), PAGE),
-    Operation("GET /config/versions/{version}", "The text of a version, as it was written", _ADMINISTER, (shows(),)),
-    Operation("POST /reload", "Read the configuration again", _ADMINISTER, (shows(OBJECT, "What was applied"),)),
+    Operation("GET /config/versions", "The versions of the file that were accepted", READ_ALL, (page(),), PAGE),
+    Operation("GET /config/versions/{version}", "The text of a version, as it was written", ADMINISTER, (shows(),)),
+    Operation("POST /reload", "Read the configuration again", ADMINISTER, (shows(OBJECT, "What was applied"),)),
     Operation(
         "POST /retention",
         "Take what is past its time; a dry run takes a reader, the rest an admin",
-        _READ_ALL,
+        READ_ALL,
         (shows(OBJECT, "What went"),),
         DRY_RUN,
     ),
     Operation(
         "POST /backup",
         "A copy of the database as it is now",
-        _ADMINISTER,
+        ADMINISTER,
         (Answer(200, "The copy", {"application/vnd.sqlite3": BINARY}),),
     ),
     Operation(
         "POST /actors/{actor}/restart",
         "Start an actor afresh",
-        _ADMINISTER,
+        ADMINISTER,
         (shows(OBJECT, "It was", status=202),),
     ),
 )

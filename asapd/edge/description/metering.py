@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from asapd.core.access import Permission
 from asapd.edge.description.operation import (
     BINARY,
     EVENTS,
+    INGEST,
     JSON,
     NDJSON,
     OBJECT,
+    OPERATE,
+    READ,
+    READ_ALL,
     TEXT,
     Answer,
     Operation,
@@ -39,8 +42,6 @@ from asapd.edge.description.queries import (
 from asapd.edge.http.usage import TaskStep
 from asapd.edge.http.usage_more import VoidReason
 
-_INGEST = (Permission.INGEST,)
-_READ = (Permission.READ,)
 _SUMS = {**USAGE, "timezone": {**TEXT, "default": "UTC"}, **PAGE, **OFFSET}
 _EVENTS: dict[str, Shape] = {
     JSON: reference("Usage"),
@@ -56,7 +57,7 @@ OPERATIONS = (
     Operation(
         "POST /usage",
         "Record usage events: all or none",
-        _INGEST,
+        INGEST,
         (made(reference("Recorded"), "Recorded, after the commit"),),
         query=PARTIAL,
         body=_EVENTS,
@@ -65,7 +66,7 @@ OPERATIONS = (
     Operation(
         "POST /usage/batch",
         "The same, for clients of the reference implementation",
-        _INGEST,
+        INGEST,
         (made(reference("Recorded"), "Recorded, after the commit"),),
         query=PARTIAL,
         body=_EVENTS,
@@ -74,17 +75,17 @@ OPERATIONS = (
     Operation(
         "POST /usage/validate",
         "Say whether events would be taken, recording nothing",
-        _INGEST,
+        INGEST,
         (shows(reference("Validation"), "The verdict"),),
         body=_EVENTS,
     ),
     Operation(
-        "GET /usage", "List events", _READ, (page(reference("StoredEvent")),), {**USAGE, **PAGE, **OFFSET, **ORDER}
+        "GET /usage", "List events", READ, (page(reference("StoredEvent")),), {**USAGE, **PAGE, **OFFSET, **ORDER}
     ),
     Operation(
         "GET /usage/aggregate",
         "Sum up by groups and periods",
-        _READ,
+        READ,
         (page(reference("Group")),),
         {
             **_SUMS,
@@ -93,21 +94,21 @@ OPERATIONS = (
             ),
         },
     ),
-    Operation("GET /usage/agents", "Sum up by agent", _READ, (page(reference("Group")),), _SUMS),
-    Operation("GET /usage/consumers", "Sum up by consumer", _READ, (page(reference("Group")),), _SUMS),
-    Operation("GET /usage/summary", "Sum up everything", _READ, (shows(reference("Totals")),), USAGE),
-    Operation("GET /usage/stats", "How much there is, and since when", _READ, (shows(),)),
+    Operation("GET /usage/agents", "Sum up by agent", READ, (page(reference("Group")),), _SUMS),
+    Operation("GET /usage/consumers", "Sum up by consumer", READ, (page(reference("Group")),), _SUMS),
+    Operation("GET /usage/summary", "Sum up everything", READ, (shows(reference("Totals")),), USAGE),
+    Operation("GET /usage/stats", "How much there is, and since when", READ, (shows(),)),
     Operation(
         "GET /usage/sources",
         "What each source delivered, and its gaps",
-        _READ,
+        READ,
         (page(),),
         {**AGENT, "source": TEXT, **PAGE},
     ),
     Operation(
         "GET /usage/export",
         "Export all events that fit, as a stream",
-        _READ,
+        READ,
         (
             Answer(
                 200,
@@ -125,14 +126,14 @@ OPERATIONS = (
     Operation(
         "GET /usage/stream",
         "Follow events as they commit",
-        _READ,
+        READ,
         (Answer(200, "Server-sent events `usage`, `gap`, `reset`, `goodbye`", {EVENTS: TEXT}),),
         {**USAGE, **LAST_EVENT},
     ),
     Operation(
         "POST /usage/{event}/void",
         "Take an event out of every sum",
-        (Permission.OPERATE,),
+        OPERATE,
         (made(OBJECT, "It was voided"),),
         {**AGENT, "source": TEXT, "seq": {**NUMBER, "description": "the row, where several events have the id"}},
         body={JSON: VoidReason},
@@ -141,7 +142,7 @@ OPERATIONS = (
     Operation(
         "POST /tasks",
         "Report one step in the life of a task",
-        _INGEST,
+        INGEST,
         (made(OBJECT, "Recorded"),),
         body={JSON: TaskStep},
         idempotency_key=True,
@@ -149,7 +150,7 @@ OPERATIONS = (
     Operation(
         "GET /tasks",
         "List tasks known from their life",
-        _READ,
+        READ,
         (page(),),
         {
             **AGENT,
@@ -159,23 +160,23 @@ OPERATIONS = (
             **ORDER,
         },
     ),
-    Operation("GET /tasks/{task}", "Show a task with its totals and those of its descendants", _READ, (shows(),)),
-    Operation("GET /tasks/{task}/receipt", "A signed statement of what the task used and cost", _READ, (shows(),)),
-    Operation("POST /v1/traces", "Take spans of OpenTelemetry", _INGEST, (_TAKEN,), body=_OTLP),
-    Operation("POST /v1/metrics", "Take metrics of OpenTelemetry", _INGEST, (_TAKEN,), body=_OTLP),
-    Operation("GET /budgets", "List the budgets with their current period", _READ, (page(),), PAGE),
-    Operation("GET /budgets/{name}", "Show a budget", _READ, (shows(),)),
+    Operation("GET /tasks/{task}", "Show a task with its totals and those of its descendants", READ, (shows(),)),
+    Operation("GET /tasks/{task}/receipt", "A signed statement of what the task used and cost", READ, (shows(),)),
+    Operation("POST /v1/traces", "Take spans of OpenTelemetry", INGEST, (_TAKEN,), body=_OTLP),
+    Operation("POST /v1/metrics", "Take metrics of OpenTelemetry", INGEST, (_TAKEN,), body=_OTLP),
+    Operation("GET /budgets", "List the budgets with their current period", READ, (page(),), PAGE),
+    Operation("GET /budgets/{name}", "Show a budget", READ, (shows(),)),
     Operation(
         "GET /prices",
         "Show the price table in force, or the row that would price an event",
-        (Permission.READ_ALL,),
+        READ_ALL,
         (page(),),
         {"model": TEXT, "provider": TEXT, "at": TIME},
     ),
     Operation(
         "POST /prices/reprice",
         "Price again what was recorded; a dry run needs an operator, the rest an admin",
-        (Permission.OPERATE,),
+        OPERATE,
         (shows(OBJECT, "What changed, by model"),),
         {**DRY_RUN, **PERIOD, "model": named("may end in *"), "cursor": named("next_cursor of the part before")},
     ),

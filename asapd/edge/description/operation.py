@@ -18,6 +18,12 @@ JSON = "application/json"
 NDJSON = "application/x-ndjson"
 EVENTS = "text/event-stream"
 
+ADMINISTER = (Permission.ADMINISTER,)
+INGEST = (Permission.INGEST,)
+OPERATE = (Permission.OPERATE,)
+READ = (Permission.READ,)
+READ_ALL = (Permission.READ_ALL,)
+
 TEXT: Schema = {"type": "string"}
 OBJECT: Schema = {"type": "object"}
 BINARY: Schema = {}

@@ -13,7 +13,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us, may_match_an_agent
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import idempotency, require_everything, sent_json
+from asapd.edge.http.context import idempotency, no_body, require_everything, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -100,12 +100,14 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_reload() -> Response:
         caller = require_everything(Permission.ADMINISTER)
         Parameters().done()
+        await no_body()
         return reply(await services.reload(caller.actor))
 
     @app.post("/actors/<actor>/restart")
     async def post_restart(actor: str) -> Response:
         caller = require_everything(Permission.ADMINISTER)
         Parameters().done()
+        await no_body()
         if not await services.restart_actor(actor, caller.actor):
             return refuse(Refusal("actor_not_found", f"there is no running actor {actor}: see the status"))
         return reply({"restarted": actor}, 202)

@@ -12,7 +12,7 @@ from asapd.config import read_duration
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import DAY_US, may_match_an_agent
-from asapd.edge.http.context import idempotency, require, require_everything, sent_json
+from asapd.edge.http.context import idempotency, no_body, require, require_everything, sent_json
 from asapd.edge.http.parameters import BREACH_TYPES, SEVERITIES, Parameters, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -124,6 +124,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_redeliver(letter: int) -> Response:
         caller = require_everything(Permission.OPERATE)
         Parameters().done()
+        await no_body()
         # The writer's whole numbers end here; a longer one names nothing.
         refused = await desk.redeliver(caller, min(letter, 2**53))
         return reply({"id": letter, "redelivering": True}, 202) if refused is None else refuse(refused)

@@ -7,7 +7,7 @@ from quart_trio import QuartTrio
 
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
-from asapd.edge.http.context import require_everything
+from asapd.edge.http.context import no_body, require_everything
 from asapd.edge.http.parameters import Parameters
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
@@ -20,6 +20,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_backup() -> Response:
         caller = require_everything(Permission.ADMINISTER)
         Parameters().done()
+        await no_body()
         backup = await services.backups.make(caller.actor)
         if isinstance(backup, Refusal):
             return refuse(backup)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 from quart import current_app, g, request
 
 from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
-from asapd.edge.http.parameters import RefusedError
+from asapd.edge.http.parameters import RefusedError, decode_body
 from asapd.edge.idempotency import bind
 from asapd.edge.json_body import json_body
 
@@ -48,12 +49,20 @@ async def raw_body() -> bytes:
     return body
 
 
+class _Empty(msgspec.Struct, forbid_unknown_fields=True):
+    """All that may be sent where nothing is taken from a body."""
+
+
 async def no_body() -> None:
-    """Refuse a body where all is said in the query, or a `dry_run` that nobody reads would do what it asks about."""
-    if (await raw_body()).strip() not in {b"", b"{}"}:
-        raise RefusedError(
-            Refusal("invalid", "nothing was done: this route takes its parameters in the query, no body")
-        )
+    """Refuse a body that nobody reads, by its field: one that asks for a `dry_run` would do what it asks about."""
+    body = await raw_body()
+    if not body.strip():
+        return
+    try:
+        decode_body(body, _Empty)
+    except RefusedError as error:
+        detail = f"nothing was done: this route takes no body, only parameters in the query; {error.refusal.detail}"
+        raise RefusedError(msgspec.structs.replace(error.refusal, detail=detail)) from None
 
 
 async def sent_json(*, optional: bool = False) -> bytes:

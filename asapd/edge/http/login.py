@@ -10,7 +10,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US, format_us
 from asapd.edge.asking import ask_actor
-from asapd.edge.http.context import require
+from asapd.edge.http.context import no_body, require
 from asapd.edge.http.parameters import Parameters
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
@@ -42,6 +42,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def post_login() -> Response:
         caller = require(Permission.READ)
         Parameters().done()
+        await no_body()
         token, expires_us = services.sessions.new_login(caller)
         address = page_address(services.pages(), services.settings().http.allowed_hosts)
         path = f"{PATH}?token={token}"

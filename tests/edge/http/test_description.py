@@ -145,6 +145,17 @@ async def test_a_body_may_be_left_out_where_that_is_said(edge: Edge) -> None:
         assert (status not in {400, 422}) == operation.may_be_empty, (operation.route, shape)
 
 
+async def test_what_takes_no_body_refuses_a_member_by_its_name(edge: Edge) -> None:
+    without = [operation for operation in OPERATIONS if operation.method == "POST" and not operation.body]
+    assert {"POST /login", "POST /reload"} <= {operation.route for operation in without}
+    for operation in without:
+        problem = (await ask(edge, operation, {}, {"nonsense": 1})).refused(422)
+        assert problem["errors"] == [{"field": "nonsense", "reason": "is not a field here; there are none"}]
+        assert "takes no body" in problem["detail"], operation.route
+        assert (await ask(edge, operation, {}, b"{} x")).refused(400)["code"] == "malformed", operation.route
+    assert edge.calls == []
+
+
 async def test_the_roles_of_an_operation_are_those_that_get_further(edge: Edge) -> None:
     for operation in OPERATIONS:
         if "WebSocket" in operation.answers[0].text or "stream" in operation.answers[0].content:
