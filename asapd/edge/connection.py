@@ -10,34 +10,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import Enum, auto
 from math import inf
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import h11
 import msgspec
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol import events as stream_events
-from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
-from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
-from hypercorn.trio.task_group import TaskGroup, _handle
+from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
-from wsproto.connection import ConnectionState as WsState
-from wsproto.events import CloseConnection
 
-from asapd.edge.early import Asked, refusal_response
 from asapd.edge.last_words import LastWords
+from asapd.edge.protocol import Http11, Tasks, WebSocket
 
 RECEIVE_BYTES = 65_536
 SEND_BYTES = 65_536
-# The steps after a response's last byte touch no network; they wait at most for the application to take one event.
-LAST_STEPS_S = 5.0
 GOING_AWAY = 1001
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -150,8 +142,8 @@ class HttpConnection:
         self._aborted = False
         self._begun = b""
         """The end of a frame whose beginning the kernel took: it goes out before anything else does."""
-        self._tasks = _Tasks()
-        self._protocol = _Http11(
+        self._tasks = Tasks()
+        self._protocol = Http11(
             app,
             config,
             context,
@@ -191,7 +183,7 @@ class HttpConnection:
             self._tls
             or self._aborted
             or self._send_lock.locked()
-            or not isinstance(stream, _Ws)
+            or not isinstance(stream, WebSocket)
             or not stream.is_open
             or self._begun
         ):
@@ -220,7 +212,7 @@ class HttpConnection:
 
     async def say_goodbye(self) -> None:
         """Tells a WebSocket that is still open that the server is going away (1001)."""
-        if not self._aborted and isinstance(self._protocol.stream, _Ws):
+        if not self._aborted and isinstance(self._protocol.stream, WebSocket):
             await self._protocol.stream.close(GOING_AWAY)
 
     def abort(self) -> None:
@@ -360,215 +352,3 @@ class HttpConnection:
             if self._tls:
                 # Sends close_notify, which alone tells a complete response without a length from a cut one.
                 await self._stream.aclose()
-
-
-class _Tasks(TaskGroup):
-    """Where hypercorn starts things: applications in one nursery, pings in another that need not be waited for."""
-
-    _background: trio.Nursery
-
-    def open(self, apps: trio.Nursery, background: trio.Nursery) -> None:
-        self._nursery = apps
-        self._background = background
-
-    async def spawn_app(
-        self, app: AppWrapper, config: Config, scope: Any, send: Any
-    ) -> Callable[[Any], Awaitable[None]]:
-        inbox, outbox = trio.open_memory_channel[Any](config.max_app_queue_size)
-
-        async def run_app(scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any) -> None:
-            async def send_and_yield(message: Any) -> None:
-                await send(message)
-                # Hypercorn returns at once when the client is gone: an endless stream would never let anyone else run.
-                await trio.lowlevel.checkpoint()
-
-            # Closed when the application returns: nobody would take the rest of a body, and the reader must not wait.
-            with outbox:
-                await app(scope, receive, send_and_yield, sync_spawn, call_soon)
-
-        async def put(event: Any) -> None:
-            with suppress(trio.BrokenResourceError):
-                await inbox.send(event)
-
-        apps = cast("trio.Nursery", self._nursery)
-        apps.start_soon(
-            _handle, run_app, config, scope, outbox.receive, send, trio.to_thread.run_sync, trio.from_thread.run
-        )
-        return put
-
-    def spawn(self, func: Callable[..., Awaitable[object]], *args: Any) -> None:
-        self._background.start_soon(func, *args)
-
-
-class _Http(HTTPStream):
-    body_bytes = 0
-    max_body_bytes = 0
-
-    async def handle(self, event: stream_events.Event) -> None:
-        if isinstance(event, stream_events.Body) and not self.closed:
-            self.body_bytes += len(event.data)
-            if self.body_bytes > self.max_body_bytes:
-                if self.state is ASGIHTTPState.REQUEST:
-                    await self._send_error_response(413)
-                await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
-                return
-        await super().handle(event)
-
-    async def _send_error_response(self, status_code: int) -> None:
-        asked = _asked(self.scope["path"].encode(), self.scope["headers"])
-        status_code, headers, body = refusal_response(status_code, asked)
-        await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
-        if self.scope["method"] != "HEAD":
-            await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
-        await self.send(stream_events.EndBody(stream_id=STREAM_ID))
-        self.state = ASGIHTTPState.CLOSED
-
-
-class _Ws(WSStream):
-    @property
-    def is_open(self) -> bool:
-        """Whether messages may be sent: neither side has said goodbye."""
-        is_connected = self.state is ASGIWebsocketState.CONNECTED and not self.closed
-        return is_connected and self.connection.state is WsState.OPEN
-
-    async def close(self, code: int) -> None:
-        if self.handshake.accepted and not self.closed:
-            await self._send_wsproto_event(CloseConnection(code=code))
-
-    async def _handle_events(self) -> None:
-        await super()._handle_events()
-        if self.buffer.length > self.buffer.max_length:
-            # Hypercorn has said 1009 and would go on collecting.
-            await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
-
-    async def _send_error_response(self, status_code: int) -> None:
-        _, headers, body = refusal_response(status_code)
-        await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
-        await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
-        await self.send(stream_events.EndBody(stream_id=STREAM_ID))
-        # Hypercorn leaves the connection open after a refused handshake.
-        await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
-
-
-class _H11(h11.Connection):
-    """Does not let what follows a `connection: close` request spoil the answer to it; RFC 9112 section 9.6."""
-
-    def next_event(self) -> Any:
-        if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
-            return h11.PAUSED
-        return super().next_event()
-
-
-class _Http11(H11Protocol):
-    """Hypercorn's HTTP/1.1 without a way to HTTP/2, answering problems, closing after an early answer."""
-
-    streams_events = False
-    """Whether the answer that is being given is a stream of events."""
-
-    def __init__(self, app: AppWrapper, config: Config, *rest: Any, max_body_bytes: int) -> None:
-        super().__init__(app, config, *rest)
-        self._max_body_bytes = max_body_bytes
-        self._request: h11.Request | None = None
-        self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
-
-    async def refuse(self, status: int) -> None:
-        """Answers if no answer has begun."""
-        if isinstance(self.connection, h11.Connection) and self.connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            await self._send_error_response(status)
-
-    async def stream_send(self, event: stream_events.Event) -> None:
-        if isinstance(event, stream_events.Response):
-            kind = next((value for name, value in event.headers if name == b"content-type"), b"")
-            self.streams_events = kind.startswith(b"text/event-stream")
-        if isinstance(event, stream_events.StreamClosed):
-            # The application is told of the end in here and quart-trio cancels it, and with it us, for that.
-            with trio.move_on_after(LAST_STEPS_S, shield=True) as scope:
-                await super().stream_send(event)
-            if scope.cancelled_caught:
-                await self.send(Closed())
-        elif isinstance(event, stream_events.Response) and event.status_code >= 200 and self._must_close():
-            headers = [*event.headers, (b"connection", b"close")]
-            await super().stream_send(
-                stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=event.status_code)
-            )
-        else:
-            await super().stream_send(event)
-
-    def _must_close(self) -> bool:
-        # With the rest of a body still to come, the end of the response ends the connection.
-        return self.connection.their_state is h11.SEND_BODY or self.context.terminated.is_set()
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """Never switches to HTTP/2: `Upgrade: h2c` is ignored, as RFC 9110 section 7.8 allows."""
-
-    async def _send_error_response(self, status_code: int) -> None:
-        request = self._request
-        status_code, headers, body = refusal_response(
-            status_code, None if request is None else _asked(request.target, request.headers)
-        )
-        headers += self.config.response_headers("h11")
-        without_body = isinstance(self.stream, _Http) and self.stream.scope["method"] == "HEAD"
-        answer = (
-            h11.Response(status_code=status_code, headers=headers),
-            h11.Data(data=b"" if without_body else body),
-            h11.EndOfMessage(),
-        )
-        # In one piece: an application that answers between two of them would spoil the rest.
-        data = b"".join(self.connection.send(event) or b"" for event in answer)
-        await self.send(RawData(data=data))
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        self._request = request
-        self.streams_events = False
-        refused = self._refused(request)
-        if refused is not None:
-            await self._send_error_response(refused)
-            await self.send(Closed())
-            return
-        headers = list(request.headers)
-        arguments = (self.app, self.config, self.context, self.task_group, self.ssl, self.client, self.server)
-        if _asks_for_websocket(request):
-            self.connection = H11WSConnection(cast("h11.Connection", self.connection))
-            # No compression: its state takes 300 kB a connection, and 64 KiB can inflate to 64 MiB in one call.
-            headers = [(name, value) for name, value in headers if name != b"sec-websocket-extensions"]
-            self.stream = _Ws(*arguments, self.stream_send, STREAM_ID)
-        else:
-            self.stream = stream = _Http(*arguments, self.stream_send, STREAM_ID)
-            stream.max_body_bytes = self._max_body_bytes
-        await self.stream.handle(
-            stream_events.Request(
-                stream_id=STREAM_ID,
-                headers=headers,
-                http_version=request.http_version.decode(),
-                method=request.method.decode("ascii").upper(),
-                raw_path=request.target,
-                state=self.connection_state,
-            )
-        )
-
-    def _refused(self, request: h11.Request) -> int | None:
-        """The status of a request that the application does not get to see."""
-        # HTTP/2's preface is a request "PRI * HTTP/2.0" to h11.
-        if request.http_version not in {b"1.0", b"1.1"}:
-            return 400
-        # What the application routes by; `*` and CONNECT's host:port have no path.
-        if not request.target.startswith((b"/", b"http://", b"https://")):
-            return 400
-        headers = dict(request.headers)
-        # RFC 9112 6.3: two lengths are how a request is smuggled past a proxy.
-        if b"content-length" in headers and b"transfer-encoding" in headers:
-            return 400
-        # h11 has checked that it is a number of at most 20 digits.
-        length_bytes = int(headers.get(b"content-length", b"0"))
-        return 413 if length_bytes > self._max_body_bytes else None
-
-
-def _asked(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Asked:
-    content_type = next((value for name, value in headers if name == b"content-type"), b"")
-    return Asked(target.partition(b"?")[0].decode("latin1"), content_type.decode("latin1"))
-
-
-def _asks_for_websocket(request: h11.Request) -> bool:
-    fields = {name: value.decode("latin1").strip().lower() for name, value in request.headers}
-    tokens = {token.strip() for token in fields.get(b"connection", "").split(",")}
-    return "upgrade" in tokens and fields.get(b"upgrade") == "websocket" and request.method == b"GET"
