@@ -32,7 +32,7 @@ from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
 from asapd.core.usage import Cost, UsageEvent, content_digest
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
-from asapd.store import horizon, usage_queries
+from asapd.store import horizon, usage_rows
 from asapd.store.database import Database, UnitFailedError
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import KeepHorizon, Recall, Recorded, RecordTask, RecordUsage, UsageConflict, VoidUsage
@@ -89,7 +89,7 @@ async def run_meter(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve reports until the mailbox is closed."""
-    newest_us = await database.read(usage_queries.newest_commit)
+    newest_us = await database.read(usage_rows.newest_commit)
     _move_horizon(settings, max(newest_us, clock.now_us()))
     settings.horizon_us = max(settings.horizon_us, await database.read(horizon.edge))
     if not await database.read(horizon.is_kept, settings.metering.late_max_us):
@@ -387,7 +387,7 @@ async def _explain_conflict(message: Report, outcome: UsageConflict, database: D
     index, seq = outcome.conflicts[0]
     extra = {"received": _shown(message.events[index]), "stored": None}
     if seq and message.caller.may_read(message.events[index].agent, message.events[index].consumer):
-        extra["stored"] = await database.read(usage_queries.get_usage, seq)
+        extra["stored"] = await database.read(usage_rows.get_usage, seq)
     detail = f"nothing was recorded: {errors[0].reason}; give a new event a new id"
     return Refusal("usage_conflict", detail, errors, extra)
 

@@ -40,7 +40,8 @@ from asapd.store import (
     sla_queries,
     sources,
     tasks,
-    usage_queries,
+    usage_rows,
+    usage_sums,
     voids,
 )
 from asapd.store.agent_history import AgentEvent
@@ -55,7 +56,8 @@ from asapd.store.tasks import STATES, TaskFilter
 from asapd.store.units.alerts import BreachRow
 from asapd.store.units.house import ApiKey
 from asapd.store.units.promises import CreditTerms, Maintenance
-from asapd.store.usage_queries import GROUPS, TIME_GROUPS, UsageFilter, places
+from asapd.store.usage_filter import UsageFilter
+from asapd.store.usage_sums import GROUPS, TIME_GROUPS, places
 from asapd.store.visibility import Visibility
 from asapd.wire.keys import jwk_thumbprint
 
@@ -146,7 +148,7 @@ class Reads:
     ) -> list[dict[str, Any]]:
         """Stored events in the order of time."""
         query = UsageFilter(visibility(caller), **filters)
-        return await self._database.read(usage_queries.list_usage, query, limit, after, offset, descending)
+        return await self._database.read(usage_rows.list_usage, query, limit, after, offset, descending)
 
     async def usage_aggregate(
         self,
@@ -157,16 +159,16 @@ class Reads:
         limit: int,
         offset: int,
         zone: ZoneInfo = UTC,
-        after: usage_queries.Place | None = None,
-    ) -> tuple[usage_queries.Grouped, int]:
+        after: usage_sums.Place | None = None,
+    ) -> tuple[usage_sums.Grouped, int]:
         """Sums by groups, and from when on raw events are complete; periods are those of a zone's clocks.
 
         The time is in microseconds since the epoch, 0 when no event was retired.
         """
         query = UsageFilter(visibility(caller), **filters)
 
-        def read(connection: Any) -> tuple[usage_queries.Grouped, int]:
-            groups = usage_queries.aggregate(connection, query, group_by, limit, offset, zone, after)
+        def read(connection: Any) -> tuple[usage_sums.Grouped, int]:
+            groups = usage_sums.aggregate(connection, query, group_by, limit, offset, zone, after)
             return groups, retention.retired_before(connection)
 
         return await self._database.read(read)
@@ -186,11 +188,11 @@ class Reads:
 
     async def snapshot(self, caller: Caller) -> int:
         """The number of the newest event that the caller may see: what an export stops at."""
-        return await self._database.read(usage_queries.newest_visible, visibility(caller))
+        return await self._database.read(usage_rows.newest_visible, visibility(caller))
 
     async def position(self, caller: Caller, seq: int) -> tuple[int, int] | None:
         """Where a row stands in the order of time; None when it is gone or not the caller's to see."""
-        return await self._database.read(usage_queries.position_of, seq, visibility(caller))
+        return await self._database.read(usage_rows.position_of, seq, visibility(caller))
 
     async def export_page(
         self,
@@ -206,8 +208,8 @@ class Reads:
         query = UsageFilter(visibility(caller), **filters)
 
         def read(connection: Any) -> ExportPage:
-            rows = usage_queries.list_usage(connection, query, limit, after, through_seq=through)
-            last = None if not rows else usage_queries.position_of(connection, rows[-1]["seq"])
+            rows = usage_rows.list_usage(connection, query, limit, after, through_seq=through)
+            last = None if not rows else usage_rows.position_of(connection, rows[-1]["seq"])
             return ExportPage(encode(rows), len(rows), last, retention.retired_before(connection))
 
         return await self._database.read(read)
@@ -216,8 +218,8 @@ class Reads:
         """Where to begin behind a row, or with what comes from now on when it is None or cannot have been shown."""
 
         def read(connection: Any) -> StreamStart:
-            newest = usage_queries.newest_seq(connection)
-            visible = usage_queries.newest_visible(connection, visibility(caller))
+            newest = usage_rows.newest_seq(connection)
+            visible = usage_rows.newest_visible(connection, visibility(caller))
             if given is None:
                 return StreamStart(newest, visible, is_reset=False)
             if given > max(visible, retention.retired_through(connection)):
@@ -244,7 +246,7 @@ class Reads:
         query = UsageFilter(visibility(caller), **filters)
 
         def read(connection: Any) -> StreamPart:
-            rows, through = usage_queries.rows_after(connection, query, seq, window, limit)
+            rows, through = usage_rows.rows_after(connection, query, seq, window, limit)
             data, last = bytearray(), 0
             for row in rows:
                 data += encode(row)
@@ -276,13 +278,13 @@ class Reads:
         query = UsageFilter(visibility(caller), **filters)
 
         def read(connection: Any) -> tuple[dict[str, Any], int]:
-            return usage_queries.summary(connection, query), retention.retired_before(connection)
+            return usage_sums.summary(connection, query), retention.retired_before(connection)
 
         return await self._database.read(read)
 
     async def usage_stats(self, caller: Caller) -> dict[str, Any]:
         """How much there is and since when."""
-        return await self._database.read(usage_queries.stats, visibility(caller))
+        return await self._database.read(usage_sums.stats, visibility(caller))
 
     async def repeats(self, caller: Caller, events: list[UsageEvent]) -> list[bool | None]:
         """Of each event that the caller would report: True a repeat, False an id of other content, None neither."""
@@ -294,7 +296,7 @@ class Reads:
 
     async def unpriced_events(self) -> int:
         """How many events there are whose cost nobody knows."""
-        return await self._database.read(usage_queries.unpriced_events)
+        return await self._database.read(usage_sums.unpriced_events)
 
     # --- delegations
 

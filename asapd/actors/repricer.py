@@ -15,7 +15,7 @@ from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
 from asapd.core.repricing import Correction, ModelChange, changes, undone
 from asapd.runtime.clock import Clock
-from asapd.store import usage_queries
+from asapd.store import usage_rows
 from asapd.store.corrections import Page, Selection, page_to_price
 from asapd.store.database import Database
 from asapd.store.units.usage import CorrectCosts
@@ -67,7 +67,7 @@ async def reprice(
     if after is not None and after.price_version != prices.version:
         detail = f"the price table is now {prices.version}, and this run went by {after.price_version}: begin anew"
         return Refusal("prices_changed", detail)
-    through = await database.read(usage_queries.newest_seq) if after is None else after.through
+    through = await database.read(usage_rows.newest_seq) if after is None else after.through
     selection = Selection(through, request.start_us, request.end_us, request.model)
     position = None if after is None else (after.time_us, after.seq)
     totals: dict[str, ModelChange] = {}

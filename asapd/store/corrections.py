@@ -24,7 +24,7 @@ from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units.usage import CorrectCosts, CostsCorrected
 from asapd.store.usage import COLUMNS
-from asapd.store.usage_queries import CORRECTION, LIVE
+from asapd.store.usage_filter import CORRECTION, LIVE
 from asapd.store.voids import account_of, at_current_cost, name_of, paying_for
 
 _COUNTS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import apsw
 
-from asapd.store import retention, usage_queries
+from asapd.store import retention, usage_rows
 from asapd.store.rows import fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units.unit import RowWritten
@@ -27,7 +27,7 @@ def edge(connection: apsw.Connection) -> int:
     if kept is None:
         return retired_us
     edge_us, late_max_us = kept
-    return max(retired_us, int(edge_us), usage_queries.newest_commit(connection) - int(late_max_us))
+    return max(retired_us, int(edge_us), usage_rows.newest_commit(connection) - int(late_max_us))
 
 
 def is_kept(connection: apsw.Connection, late_max_us: int) -> bool:

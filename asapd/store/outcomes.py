@@ -16,7 +16,7 @@ from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
-from asapd.store.usage_queries import OF_TASK
+from asapd.store.usage_filter import OF_TASK
 
 _OF = "tenant = ? AND agent = ? AND task_id = ?"
 _COUNTED = "timestamp_us, outcome, duration_ms"

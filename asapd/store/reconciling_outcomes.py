@@ -13,7 +13,7 @@ from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names
 from asapd.store.outcomes import JUDGED
 from asapd.store.rows import fetch
-from asapd.store.usage_queries import OF_TASK
+from asapd.store.usage_filter import OF_TASK
 
 _COLUMNS = "tenant, agent, task_id, timestamp_us, outcome, duration_ms"
 _COUNTED = f"SELECT {_COLUMNS}, sum(sign) FROM task_outcome GROUP BY {_COLUMNS} HAVING sum(sign) <> 0"

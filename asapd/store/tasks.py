@@ -14,7 +14,8 @@ from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask
-from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK, totals_of_tasks
+from asapd.store.usage_filter import CORRECTION, LIVE, OF_TASK
+from asapd.store.usage_sums import totals_of_tasks
 from asapd.store.visibility import Visibility, visible_names
 
 STATES = ("started", "completed", "failed", "abandoned")

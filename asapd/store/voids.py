@@ -19,7 +19,7 @@ from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import Voided, VoidUsage
 from asapd.store.usage import COLUMNS
-from asapd.store.usage_queries import CORRECTION, LIVE, OF_TASK
+from asapd.store.usage_filter import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 from asapd.store.void_kinds import BY_HAND, WITHHELD
 

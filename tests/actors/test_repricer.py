@@ -20,10 +20,11 @@ from asapd.core.money import to_usd
 from asapd.core.pricing import Price, PriceTable
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
-from asapd.store import usage_queries as q
+from asapd.store import usage_rows, usage_sums
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units.exchange import AnyUnit, Idempotency
 from asapd.store.units.usage import CorrectCosts, RecordUsage, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 
@@ -82,7 +83,7 @@ class Shop:
     @property
     def total(self) -> Any:
         """What all events cost."""
-        return q.summary(self.connection, q.UsageFilter(EVERYTHING))["total_cost_usd"]
+        return usage_sums.summary(self.connection, UsageFilter(EVERYTHING))["total_cost_usd"]
 
 
 WHOLE = to_usd(sum(2 * n for n in range(EVENTS)) - 7)
@@ -227,5 +228,5 @@ async def test_a_reported_cost_is_kept_or_taken_as_preferred(shop: Shop) -> None
     shop.settings.metering = config.Metering()
     assert (await shop.run())[1] == 1
     assert shop.total == WHOLE + to_usd(20)
-    rows = q.list_usage(shop.connection, q.UsageFilter(EVERYTHING), 100, None)
+    rows = usage_rows.list_usage(shop.connection, UsageFilter(EVERYTHING), 100, None)
     assert [(row["cost_source"]) for row in rows if row["reprices"] == "r"] == ["reported", "priced"]

@@ -30,9 +30,10 @@ from asapd.actors.telemetry import Times, record_metrics, record_spans
 from asapd.core.access import Caller
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import usage_queries
+from asapd.store import usage_rows
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.otlp_metrics import MetricsOutcome, decode_metrics
@@ -304,7 +305,7 @@ async def test_an_agents_span_is_voided_in_the_commit_of_the_call_below_it(host:
     assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
     await send(host, [call])
     assert host.totals() == Totals(1, 1, 101, 7, 1, 1, 100)
-    rows = usage_queries.list_usage(host.connection, usage_queries.UsageFilter(EVERYTHING), 10, None)
+    rows = usage_rows.list_usage(host.connection, UsageFilter(EVERYTHING), 10, None)
     assert [(row["tokens_in"], row["voids"], row["voided_by"]) for row in rows] == [
         (100, None, rows[1]["id"]),
         (-100, rows[0]["id"], None),
@@ -320,7 +321,7 @@ async def test_an_agents_span_is_voided_in_the_commit_of_the_call_below_it(host:
         ("usage.recorded", "key:1", None),
     ]
     await send(host, [work])
-    assert len(usage_queries.list_usage(host.connection, usage_queries.UsageFilter(EVERYTHING), 10, None)) == 3
+    assert len(usage_rows.list_usage(host.connection, UsageFilter(EVERYTHING), 10, None)) == 3
 
 
 async def test_what_is_below_what_is_remembered_over_restarts_and_plain_spans(host: Host) -> None:

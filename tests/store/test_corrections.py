@@ -20,8 +20,7 @@ from asapd.core.money import to_usd
 from asapd.core.repricing import Correction
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, usage_days, verifying
-from asapd.store import usage_queries as q
+from asapd.store import audit, usage_days, usage_rows, usage_sums, verifying
 from asapd.store.corrections import Selection, page_to_price
 from asapd.store.sla_queries import Followed, Slots, task_history
 from asapd.store.units.delegations import (
@@ -44,6 +43,7 @@ from asapd.store.units.usage import (
     Voided,
     VoidUsage,
 )
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
 from tests.store.day_sums import assert_days_hold_their_hours
@@ -52,7 +52,7 @@ NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 EVENT = UsageEvent("t", A, "c", NOW_US, tokens_in=5, duration_ms=7, id="e", source="s", model="m", project="p")
-ALL = q.UsageFilter(EVERYTHING)
+ALL = UsageFilter(EVERYTHING)
 
 
 @pytest.fixture
@@ -77,14 +77,14 @@ def correct(writer: Writer, *corrections: tuple[int, int | None, int], at_us: in
 
 
 def total(connection: apsw.Connection) -> tuple[Any, ...]:
-    sums = q.summary(connection, ALL)
+    sums = usage_sums.summary(connection, ALL)
     return sums["total_cost_usd"], sums["unpriced_events"], sums["total_events"], sums["total_tasks"]
 
 
 def test_a_correction_is_a_row_of_its_own_with_the_difference(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT, replace(EVENT, id="f"))
     assert correct(writer, (1, 3, 10)) == CostsCorrected(1, [], 0)
-    first, other, made = q.list_usage(connection, ALL, 10, None)
+    first, other, made = usage_rows.list_usage(connection, ALL, 10, None)
     assert (first["cost_usd"], first["repriced_by"], other["repriced_by"]) == (to_usd(3), made["id"], None)
     assert (made["cost_usd"], made["price_version"], made["reprices"]) == (to_usd(7), "v2", "e")
     assert (made["tokens_in"], made["duration_ms"], made["partial"], made["voids"]) == (0, 0, True, None)
@@ -103,8 +103,8 @@ def test_a_first_price_makes_an_event_known_even_when_it_is_nothing(
     assert total(connection) == (None, 2, 2, 2)
     correct(writer, (1, None, 0))
     assert total(connection) == (to_usd(0), 1, 2, 2)
-    assert q.unpriced_events(connection) == 1
-    (minute,) = q.aggregate(connection, ALL, ("minute",), 10, 0).rows  # from raw rows
+    assert usage_sums.unpriced_events(connection) == 1
+    (minute,) = usage_sums.aggregate(connection, ALL, ("minute",), 10, 0).rows  # from raw rows
     assert (minute["total_cost_usd"], minute["unpriced_events"], minute["total_events"]) == (to_usd(0), 1, 2)
 
 
@@ -136,10 +136,10 @@ def test_a_void_takes_out_what_an_event_costs_by_then(writer: Writer, connection
     correct(writer, (1, 10, 6))
     voided = submit(writer, VoidUsage(1, "why", "key:o", NOW_US))
     assert isinstance(voided, Voided)
-    rows = q.list_usage(connection, ALL, 10, None)
+    rows = usage_rows.list_usage(connection, ALL, 10, None)
     assert sum(row["cost_usd"] for row in rows if row["cost_usd"] is not None) == 0
     assert total(connection) == (None, 1, 1, 1)
-    assert q.aggregate(connection, ALL, ("minute",), 10, 0).rows[0]["total_cost_usd"] is None
+    assert usage_sums.aggregate(connection, ALL, ("minute",), 10, 0).rows[0]["total_cost_usd"] is None
     assert correct(writer, (1, 6, 7)).skipped == [1]
     for seq in (3, 4):
         assert submit(writer, VoidUsage(seq, "why", "key:o", NOW_US)).code == "invalid"
@@ -150,7 +150,7 @@ def test_neither_tasks_nor_service_levels_see_a_correction(writer: Writer, conne
     correct(writer, (1, 3, 10))
     history = task_history(connection, Followed(A, "default", None, 0), [Slots(0, SECOND_US)], 0, None, 100)
     assert [count.count for count in history.counts[0]] == [1]
-    assert q.totals_of_tasks(connection, EVERYTHING, ["t"])["total_events"] == 1
+    assert usage_sums.totals_of_tasks(connection, EVERYTHING, ["t"])["total_events"] == 1
 
 
 def test_retention_takes_corrections_with_what_they_correct(writer: Writer, connection: apsw.Connection) -> None:
@@ -169,9 +169,9 @@ def test_an_overrun_by_a_correction_is_flagged_and_alerted(writer: Writer, conne
     submit(writer, RegisterDelegation([link("root", limit=5)], "key:x", "default", NOW_US))
     record(writer, EVENT, replace(EVENT, id="f", delegation="root"))
     correct(writer, (2, 3, 6))
-    assert q.list_usage(connection, ALL, 10, None)[-1]["flags"] == ["overrun"]
+    assert usage_rows.list_usage(connection, ALL, 10, None)[-1]["flags"] == ["overrun"]
     correct(writer, (1, 3, 10))
-    assert q.list_usage(connection, ALL, 10, None)[-1]["flags"] == ["overrun"]
+    assert usage_rows.list_usage(connection, ALL, 10, None)[-1]["flags"] == ["overrun"]
     assert connection.execute("SELECT state FROM breach WHERE budget = 'b'").fetchall() == [("open",)]
 
 
@@ -335,7 +335,7 @@ def test_sums_ledger_and_budgets_are_as_a_plain_loop_says(
                 event, estimate = replace(event, reservation=held(writer, leaf)), 5
             record(writer, event, cost=cost)
             events.append(event)
-            seqs.append(q.newest_seq(connection))
+            seqs.append(usage_rows.newest_seq(connection))
             known.append(Known(leaf, task, cost, estimate))
         at_us = NOW_US
         for what, index, cost_now in then:
@@ -369,13 +369,13 @@ def check_sums(connection: apsw.Connection, known: list[Known]) -> None:
     priced = [one.cost for one in live if one.cost is not None]
     expected = (to_usd(sum(priced)) if priced or not live else None, len(live) - len(priced), len(live), len(live))
     assert total(connection) == expected
-    raw = q.aggregate(connection, ALL, ("minute",), 10, 0).rows
+    raw = usage_sums.aggregate(connection, ALL, ("minute",), 10, 0).rows
     assert sum(row["unpriced_events"] for row in raw) == len(live) - len(priced)
     assert sum(row["total_cost_usd"] or 0 for row in raw) == to_usd(sum(priced))
     assert sum(row["total_events"] for row in raw) == len(live)
-    rows = q.list_usage(connection, ALL, 100, None)
+    rows = usage_rows.list_usage(connection, ALL, 100, None)
     assert sum(row["cost_usd"] or 0 for row in rows) == to_usd(sum(priced))
-    page = page_to_price(connection, Selection(q.newest_seq(connection)), None, 100)
+    page = page_to_price(connection, Selection(usage_rows.newest_seq(connection)), None, 100)
     assert sorted(row.microusd if row.microusd is not None else -1 for row in page.rows) == sorted(
         one.cost if one.cost is not None else -1 for one in live
     )
@@ -440,7 +440,7 @@ def test_a_correction_past_64_bits_of_a_day_gives_the_day_up_and_past_those_of_a
     assert verifying.report(connection, verifying.Request()).is_valid
     record(writer, *[replace(EVENT, id=f"0+{n}", timestamp_us=day_us) for n in range(424)], cost=most)
     record(writer, *[replace(EVENT, id=f"0*{n}", timestamp_us=day_us) for n in range(1)], cost=0)
-    made = [Correction(q.newest_seq(connection), 0, most, "priced", most)]
+    made = [Correction(usage_rows.newest_seq(connection), 0, most, "priced", most)]
     assert isinstance(submit(writer, CorrectCosts(made, "v2", "key:o", NOW_US)), Refusal)
     assert verifying.report(connection, verifying.Request()).is_valid
 
@@ -458,7 +458,7 @@ def test_pages_hold_what_is_selected_in_the_order_of_time(writer: Writer, connec
     )
     correct(writer, (1, 3, 10))
     submit(writer, VoidUsage(5, "why", "key:o", NOW_US))
-    newest = q.newest_seq(connection)
+    newest = usage_rows.newest_seq(connection)
 
     def found(limit: int = 2, **selected: Any) -> list[tuple[int, int | None]]:
         after, more, rows = None, True, []

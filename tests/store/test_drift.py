@@ -17,11 +17,11 @@ from msgspec.structs import replace
 
 from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import usage_queries as q
-from asapd.store import verifying
+from asapd.store import usage_rows, usage_sums, verifying
 from asapd.store.sources import SourceFilter, list_sources
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import AddUpDays, DaysAddedUp, Recorded, RecordUsage, Voided, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from tests import recount
@@ -187,15 +187,15 @@ def run_group(writer: Writer, model: Model, group: list[Step]) -> None:
 def check(connection: apsw.Connection, model: Model, zone: ZoneInfo) -> None:
     """Everything that can be asked for is as a recount of the rows says."""
     live = model.live()
-    everything = q.UsageFilter(EVERYTHING)
-    assert q.summary(connection, everything) == recount.totals(live)
+    everything = UsageFilter(EVERYTHING)
+    assert usage_sums.summary(connection, everything) == recount.totals(live)
     for groups in [(name,) for name in GROUPS] + [
         (name, time) for name, time in zip(GROUPS, reversed(TIME_GROUPS), strict=False)
     ]:
-        found = q.aggregate(connection, everything, groups, 1000, 0, zone).rows
+        found = usage_sums.aggregate(connection, everything, groups, 1000, 0, zone).rows
         assert found == recount.aggregate(live, groups, zone), groups
     assert_days_hold_their_hours(connection)
-    assert q.newest_seq(connection) == len(model.rows)
+    assert usage_rows.newest_seq(connection) == len(model.rows)
     assert verifying.report(connection, verifying.Request()).is_valid
     delivered = [row for _, row in list_sources(connection, SourceFilter(EVERYTHING), 100, None)]
     assert sum(row["events"] for row in delivered) == sum(row is not None for row in model.rows)
@@ -250,7 +250,7 @@ def test_a_power_cut_leaves_whole_commits_and_resending_everything_counts_everyt
         for number, share in enumerate(cuts):
             connection = stores.enter_context(after_a_power_cut(connection, share, number))
             # Rows only ever come, so their number says which commit was the last that is whole.
-            count = q.newest_seq(connection)
+            count = usage_rows.newest_seq(connection)
             states = [state for state in states if len(state.rows) <= count]
             model = states[-1].copy()
             check(connection, model, zone)

@@ -10,12 +10,12 @@ from msgspec import structs
 
 from asapd.core.errors import Refusal
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, erasure, verifying
-from asapd.store import usage_queries as q
+from asapd.store import audit, erasure, usage_sums, verifying
 from asapd.store.units.agents import AgentRecord, PutAgent
 from asapd.store.units.audit import EraseConsumer, Erased
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
@@ -51,12 +51,12 @@ def test_what_is_kept_is_counted_and_found(connection: apsw.Connection, writer: 
 
 
 def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connection, writer: Writer) -> None:
-    before = q.summary(connection, q.UsageFilter(EVERYTHING))
+    before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
     head = audit.head(connection)
     assert erase(writer, [1, 2, 3, 4]) == Erased(4)
     assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 3
-    assert q.summary(connection, q.UsageFilter(EVERYTHING)) == before
+    assert usage_sums.summary(connection, UsageFilter(EVERYTHING)) == before
     entry = audit.get_entry(connection, "2")
     assert entry is not None
     assert entry["actor"] is entry["subject"] is entry["details"] is entry["salt"] is None

@@ -18,7 +18,8 @@ from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDa
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
 from asapd.store.units.usage import Recorded, RecordUsage, UsageConflict
-from asapd.store.usage_queries import UsageFilter, summary
+from asapd.store.usage_filter import UsageFilter
+from asapd.store.usage_sums import summary
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 

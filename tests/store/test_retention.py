@@ -12,16 +12,16 @@ import pytest
 
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store import audit, retention, verifying
-from asapd.store import usage_queries as q
+from asapd.store import audit, retention, usage_sums, verifying
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import RecordTelemetry, RecordUsage, RetireUsage, SpanFact, UsageRetired, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 
 NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
-ALL = q.UsageFilter(EVERYTHING)
+ALL = UsageFilter(EVERYTHING)
 
 
 def submit(writer: Writer, unit: AnyUnit) -> Any:
@@ -47,14 +47,14 @@ def writer(connection: apsw.Connection) -> Writer:
 
 def test_the_oldest_go_first_and_the_sums_stay(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, 3, 1, 2, 9)
-    before = q.summary(connection, ALL)
+    before = usage_sums.summary(connection, ALL)
     contents = dict(connection.execute("SELECT timestamp_us, content FROM usage").fetchall())
     assert retention.due(connection, NOW_US + 5, 0)["usage"]["count"] == 3
     assert retire(writer, 5, limit=2) == UsageRetired(2, more=True)
     assert retire(writer, 5, limit=2) == UsageRetired(1, more=False)
     assert connection.execute("SELECT timestamp_us FROM usage").fetchall() == [(NOW_US + 9,)]
     assert connection.execute("SELECT count(*) FROM usage_identity").get == 1
-    assert q.summary(connection, ALL) == before
+    assert usage_sums.summary(connection, ALL) == before
     assert retention.retired_before(connection) == NOW_US + 5
     assert retention.retired_through(connection) == 3
     steps = audit.list_entries(connection, audit.AuditFilter(event_type="retention.applied"), 9, 0, descending=False)
@@ -83,10 +83,12 @@ def test_a_void_goes_with_what_it_voids(writer: Writer, connection: apsw.Connect
     record(writer, 1, 9)
     submit(writer, VoidUsage(1, "wrong", "key:o", NOW_US))
     assert retire(writer, 5, limit=1).more
-    assert q.summary(connection, q.UsageFilter(EVERYTHING, start_us=NOW_US, end_us=NOW_US + 2))["total_events"] == 0
+    assert (
+        usage_sums.summary(connection, UsageFilter(EVERYTHING, start_us=NOW_US, end_us=NOW_US + 2))["total_events"] == 0
+    )
     retire(writer, 5, limit=1)
     assert connection.execute("SELECT count(*) FROM usage_void").get == 0
-    assert q.summary(connection, ALL)["total_events"] == 1
+    assert usage_sums.summary(connection, ALL)["total_events"] == 1
 
 
 def test_the_file_shrinks(tmp_path: Path) -> None:

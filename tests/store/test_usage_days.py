@@ -10,10 +10,10 @@ import pytest
 
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import migrations, schema, usage_days, verifying
-from asapd.store import usage_queries as q
+from asapd.store import migrations, schema, usage_days, usage_sums, verifying
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import AddUpDays, DaysAddedUp, RecordUsage, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
 from tests import recount
@@ -21,7 +21,7 @@ from tests.recount import Stored
 from tests.store.day_sums import assert_days_hold_their_hours
 
 T0 = 20_000 * DAY_US
-ALL = q.UsageFilter(EVERYTHING)
+ALL = UsageFilter(EVERYTHING)
 
 
 def submit(connection: apsw.Connection, unit: AnyUnit) -> Any:
@@ -40,9 +40,9 @@ def record(connection: apsw.Connection, *rows: Stored) -> Any:
 
 def check(connection: apsw.Connection, rows: list[Stored]) -> None:
     assert_days_hold_their_hours(connection)
-    assert q.summary(connection, ALL) == recount.totals(rows)
+    assert usage_sums.summary(connection, ALL) == recount.totals(rows)
     for groups in ("agent",), ("day",), ("agent", "month"), ("hour",):
-        assert q.aggregate(connection, ALL, groups, 100, 0).rows == recount.aggregate(rows, groups)
+        assert usage_sums.aggregate(connection, ALL, groups, 100, 0).rows == recount.aggregate(rows, groups)
 
 
 def days_of(connection: apsw.Connection) -> list[tuple[int, int]]:
@@ -147,9 +147,9 @@ def test_a_day_whose_sums_pass_64_bits_is_read_by_the_hour_and_holds_up_no_other
         inside = [
             row for row in [*rows[1:1201], *other, *late] if (start_us or 0) <= row[1].timestamp_us < (end_us or 2**62)
         ]
-        assert q.summary(connection, q.UsageFilter(EVERYTHING, start_us=start_us, end_us=end_us)) == recount.totals(
-            inside
-        )
+        assert usage_sums.summary(
+            connection, UsageFilter(EVERYTHING, start_us=start_us, end_us=end_us)
+        ) == recount.totals(inside)
 
 
 def test_what_comes_late_to_a_full_day_is_taken(connection: apsw.Connection) -> None:
@@ -193,7 +193,7 @@ def test_a_query_reads_no_hour_of_a_day_that_is_added_up(
     rows = [stored(day, hour) for day in range(4) for hour in range(24)]
     record(connection, *rows)
     submit(connection, AddUpDays(T0 + 3 * DAY_US))
-    source, values = q._source(connection, q.UsageFilter(EVERYTHING, start_us=start_us))
+    source, values = usage_sums._source(connection, UsageFilter(EVERYTHING, start_us=start_us))
     assert connection.execute(f"SELECT count(*) FROM ({source})", values).get == days + sum(hours)
     plan = connection.execute(f"EXPLAIN QUERY PLAN {source}", values).fetchall()
     steps = [row[3] for row in plan]

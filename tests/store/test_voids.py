@@ -18,13 +18,13 @@ from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
 from asapd.core.types import HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit
-from asapd.store import usage_queries as q
+from asapd.store import audit, usage_rows, usage_sums
 from asapd.store.sla_queries import Followed, Position, Slots, task_history
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, SyncBudgets
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
 from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
+from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.voids import find_event
 from asapd.store.writer import Writer
@@ -56,13 +56,13 @@ def test_a_void_is_a_row_of_its_own_with_the_negative(writer: Writer, connection
     record(writer, EVENT, replace(EVENT, id="f"))
     voided = void(writer, 1)
     assert isinstance(voided, Voided)
-    rows = q.list_usage(connection, q.UsageFilter(EVERYTHING), 10, None)
+    rows = usage_rows.list_usage(connection, UsageFilter(EVERYTHING), 10, None)
     assert [(row["id"], row["tokens_in"], row["voids"], row["voided_by"]) for row in rows] == [
         ("e", 5, None, voided.id),
         ("f", 5, None, None),
         (voided.id, -5, "e", None),
     ]
-    total = q.summary(connection, q.UsageFilter(EVERYTHING))
+    total = usage_sums.summary(connection, UsageFilter(EVERYTHING))
     assert (total["total_events"], total["total_tokens"], str(total["total_cost_usd"])) == (1, 5, "0.000003")
     (entry,) = audit.list_entries(connection, audit.AuditFilter(event_type="usage.voided"), 10, 0, descending=False)
     assert (entry["subject"], entry["details"]["voids"], entry["details"]["reason"]) == (voided.id, "e", "a test run")
@@ -71,8 +71,8 @@ def test_a_void_is_a_row_of_its_own_with_the_negative(writer: Writer, connection
 def test_a_group_of_which_nothing_is_left_is_gone(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT)
     void(writer, 1)
-    assert q.aggregate(connection, q.UsageFilter(EVERYTHING), ("agent",), 10, 0).rows == []
-    assert q.summary(connection, q.UsageFilter(EVERYTHING))["unique_agents"] == 0
+    assert usage_sums.aggregate(connection, UsageFilter(EVERYTHING), ("agent",), 10, 0).rows == []
+    assert usage_sums.summary(connection, UsageFilter(EVERYTHING))["unique_agents"] == 0
 
 
 @pytest.mark.parametrize(("seq", "code"), [(1, "usage_voided"), (2, "usage_voided"), (9, "usage_not_found")])
@@ -82,14 +82,14 @@ def test_nothing_is_voided_twice_nor_a_void(writer: Writer, connection: apsw.Con
     refused = void(writer, seq)
     assert isinstance(refused, Refusal)
     assert refused.code == code
-    assert q.newest_seq(connection) == 2
+    assert usage_rows.newest_seq(connection) == 2
 
 
 def test_a_repeat_of_a_voided_event_stays_voided(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, EVENT)
     void(writer, 1)
     assert record(writer, EVENT).duplicates == 1
-    assert q.summary(connection, q.UsageFilter(EVERYTHING))["total_events"] == 0
+    assert usage_sums.summary(connection, UsageFilter(EVERYTHING))["total_events"] == 0
 
 
 def test_what_an_agent_was_judged_by_does_not_change(writer: Writer, connection: apsw.Connection) -> None:

@@ -1,4 +1,4 @@
-"""Reading usage: rows by index, sums from the rollups of days and hours, edges of an hour from raw rows."""
+"""Sums of usage: from the rollups of days and hours, and from raw rows at the ends of a time range inside an hour."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import msgspec
 from asapd.core.money import to_usd
 from asapd.core.offsets import clock_offsets
 from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
-from asapd.core.usage import FLAG_NAMES, FLAG_UNTIMED, RollupSums
+from asapd.core.usage import RollupSums
 from asapd.store import usage_days
-from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.rows import Row, fetch
 from asapd.store.usage_days import DAY_HOURS, TENANTS
-from asapd.store.visibility import EVERYTHING, Visibility, visible_names
+from asapd.store.usage_filter import CORRECTION, LIVE, UsageFilter, of_dimensions, of_rows, within
+from asapd.store.visibility import Visibility, visible_names
 
 
 class Group(NamedTuple):
@@ -55,24 +56,6 @@ TIME_GROUPS = frozenset({"minute", "hour", "day", "week", "month"})
 # What clocks show twice is two groups.
 _BY_OFFSET = frozenset({"minute", "hour"})
 
-LIVE = (
-    "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void) AND NOT EXISTS ("
-    "SELECT 1 FROM usage_repriced r JOIN usage_void v ON v.voids = r.event WHERE r.seq = usage.seq)"
-)
-"""Raw rows that count: neither voided nor a void, nor a correction of the cost of what was voided."""
-
-CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
-"""Raw rows that are no usage, but correct the cost of another."""
-
-OF_TASK = "substr(task_id, -8) = substr(?, -8) AND task_id = ?"
-"""Raw rows of a task, given twice: by the index `usage_task`, which has the ends of names."""
-
-# A row under a reservation need not name its delegation. Both sides have an index of their own.
-_UNDER = (
-    "(delegation = ? OR reservation IN "
-    "(SELECT r.id FROM reservation r JOIN delegation d ON d.account = r.account WHERE d.id = ?))"
-)
-
 _UTC = ZoneInfo("UTC")
 _HOUR_S = HOUR_US // SECOND_US
 _PERIODS_S = {"hour": _HOUR_S, "day": DAY_HOURS * _HOUR_S}
@@ -86,180 +69,6 @@ _RAW_SUMS = {
     "unpriced": "(cost_microusd IS NULL) - EXISTS (SELECT 1 FROM usage_repriced r "
     "WHERE r.seq = usage.seq AND r.was_microusd IS NULL)",
 }
-
-
-class UsageFilter(msgspec.Struct, frozen=True):
-    """Which events; `start_us` inclusive, `end_us` exclusive. None means any.
-
-    With `counting` rows are only of events that count: no voids, nothing voided, no corrections. Sums hold no others.
-    """
-
-    visible: Visibility
-    agent: str | None = None
-    consumer: str | None = None
-    task: str | None = None
-    model: str | None = None
-    outcome: int | None = None
-    delegation: str | None = None
-    project: str | None = None
-    start_us: int | None = None
-    end_us: int | None = None
-    counting: bool = False
-
-
-def _conditions(query: UsageFilter, *, raw: bool) -> tuple[list[str], list[Any]]:
-    where, values = visible_names(query.visible, ("agent", "consumer"))
-    for column, name in (
-        ("agent", query.agent),
-        ("consumer", query.consumer),
-        ("model", query.model),
-        ("project", query.project),
-    ):
-        if name is not None:
-            where.append(f"{column} = (SELECT id FROM name WHERE name = ?)")
-            values.append(name)
-    if query.outcome is not None:
-        where.append("outcome = ?")
-        values.append(query.outcome)
-    if raw:
-        if query.task is not None:
-            where.append(OF_TASK)
-            values += [query.task, query.task]
-        if query.delegation is not None:
-            where.append(_UNDER)
-            values += [query.delegation, query.delegation]
-        if query.counting:
-            where += [LIVE, f"NOT ({CORRECTION})"]
-    return where, values
-
-
-def list_usage(
-    connection: apsw.Connection,
-    query: UsageFilter,
-    limit: int,
-    after: tuple[int, int] | None,
-    offset: int = 0,
-    descending: bool = False,
-    through_seq: int | None = None,
-) -> list[dict[str, Any]]:
-    """Rows in the order of (timestamp, seq), from behind the position `after`; as of row `through_seq`."""
-    where, values = _conditions(query, raw=True)
-    direction, beyond = ("DESC", "<") if descending else ("ASC", ">")
-    if query.start_us is not None:
-        where.append("timestamp_us >= ?")
-        values.append(query.start_us)
-    if query.end_us is not None:
-        where.append("timestamp_us < ?")
-        values.append(query.end_us)
-    if after is not None:
-        where.append(f"(timestamp_us, seq) {beyond} (?, ?)")
-        values.extend(after)
-    if through_seq is not None:
-        where.append("+seq <= ?")  # the index of time is the one to read
-        values.append(through_seq)
-    condition = f"WHERE {' AND '.join(where)}" if where else ""
-    columns = _ROW_COLUMNS
-    if through_seq is not None:
-        columns = _ROW_COLUMNS_AS_OF
-        values[:0] = (through_seq, through_seq)
-    cursor = connection.execute(
-        f"SELECT {columns} FROM usage {condition} ORDER BY timestamp_us {direction}, seq {direction} LIMIT ? OFFSET ?",
-        (*values, limit, offset),
-    )
-    return [_row(row) for row in cursor.fetchall()]
-
-
-def get_usage(connection: apsw.Connection, seq: int) -> dict[str, Any] | None:
-    """One stored event by its row number."""
-    row = fetch_one(connection, f"SELECT {_ROW_COLUMNS} FROM usage WHERE seq = ?", (seq,))
-    return None if row is None else _row(row)
-
-
-_NAME = "(SELECT name FROM name WHERE id = {})"
-_VOIDED_BY = "(SELECT (SELECT id FROM usage o WHERE o.seq = v.seq) FROM usage_void v WHERE v.voids = usage.seq{})"
-_REPRICED_BY = (
-    "(SELECT id FROM usage o WHERE o.seq = (SELECT max(r.seq) FROM usage_repriced r WHERE r.event = usage.seq{}))"
-)
-
-
-def _row_columns(voided_by: str, repriced_by: str) -> str:
-    return ", ".join(
-        (
-            "seq, id",
-            _NAME.format("source"),
-            "source_seq, task_id",
-            _NAME.format("agent"),
-            _NAME.format("consumer"),
-            "timestamp_us, tokens_in, tokens_out, duration_ms, api_calls, cached_tokens_in, cache_write_tokens",
-            "reasoning_tokens, outcome, partial, error",
-            _NAME.format("model"),
-            _NAME.format("provider"),
-            _NAME.format("project"),
-            "cost_microusd, cost_source, reported_microusd, price_version",
-            "delegation, reservation, action, flags, parent_task_id, labels, trace_id, committed_us",
-            "(SELECT (SELECT id FROM usage o WHERE o.seq = v.voids) FROM usage_void v WHERE v.seq = usage.seq)",
-            voided_by,
-            "cache_write_1h_tokens",
-            "(SELECT (SELECT id FROM usage o WHERE o.seq = r.event) FROM usage_repriced r WHERE r.seq = usage.seq)",
-            repriced_by,
-        )
-    )
-
-
-_ROW_COLUMNS = _row_columns(_VOIDED_BY.format(""), _REPRICED_BY.format(""))
-# What takes a row back is a row itself: as of an earlier one it has not happened yet.
-_ROW_COLUMNS_AS_OF = _row_columns(_VOIDED_BY.format(" AND v.seq <= ?"), _REPRICED_BY.format(" AND r.seq <= ?"))
-
-
-def _row(row: tuple[Any, ...]) -> dict[str, Any]:
-    """A stored event as users see it: flat, like the reference implementation's."""
-    (seq, event_id, source, source_seq, task_id, agent, consumer, timestamp_us, tokens_in, tokens_out, *rest) = row
-    (duration_ms, api_calls, cached, written, reasoning, outcome, partial, error, model, provider, project, *tail) = (
-        rest
-    )
-    (cost, cost_source, reported, version, delegation, reservation, action, flags, parent, labels, trace, *end) = tail
-    committed, voids, voided_by, written_1h, reprices, repriced_by = end
-    return {
-        "seq": seq,
-        "id": event_id,
-        "source": source or None,
-        "source_seq": source_seq,
-        "task_id": task_id,
-        "agent_id": agent,
-        "consumer_id": consumer,
-        "tokens_in": tokens_in,
-        "tokens_out": tokens_out,
-        "duration_ms": duration_ms,
-        "api_calls": api_calls,
-        "cached_tokens_in": cached,
-        "cache_write_tokens": written,
-        "cache_write_1h_tokens": written_1h,
-        "reasoning_tokens": reasoning,
-        "timestamp": format_us(timestamp_us),
-        "outcome": Outcome(outcome).name.lower(),
-        "partial": bool(partial),
-        "untimed": bool(flags & FLAG_UNTIMED),
-        "error": error,
-        "model": model or None,
-        "provider": provider or None,
-        "project": project or None,
-        "cost_usd": None if cost is None else to_usd(cost),
-        "cost_source": cost_source,
-        "reported_cost_usd": None if reported is None else to_usd(reported),
-        "price_version": version,
-        "delegation": delegation,
-        "reservation": reservation,
-        "action": action,
-        "flags": [name for bit, name in FLAG_NAMES.items() if flags & bit],
-        "parent_task_id": parent,
-        "labels": None if labels is None else msgspec.json.decode(labels),
-        "trace_id": trace,
-        "recorded_at": format_us(committed),
-        "voids": voids,
-        "voided_by": voided_by,
-        "reprices": reprices,
-        "repriced_by": repriced_by,
-    }
 
 
 _DIMS = "agent, consumer, model, project, outcome"
@@ -305,21 +114,15 @@ def _source(
     if raw_only or (first_hour is not None and last_hour is not None and first_hour > last_hour):
         raw_ranges.append((start, end))
     else:
+        where, bound = of_dimensions(query)
         for period, low, high in _rollups(connection, first_hour, last_hour, by_day=by_day):
-            where, bound = _conditions(query, raw=False)
-            if period == "hour" and low is not None:
-                where.append(f"tenant IN {TENANTS}")  # the table is ordered by it first
-            if low is not None:
-                where.append(f"{period} >= ?")
-                bound.append(low)
-            if high is not None:
-                where.append(f"{period} < ?")
-                bound.append(high)
-            parts.append(_rollup_of(period, where))
-            values += bound
+            # The table of hours is ordered by tenant first.
+            first = [f"tenant IN {TENANTS}"] if period == "hour" and low is not None else []
+            conditions, bounds = within(period, low, high)
+            parts.append(_rollup_of(period, [*where, *first, *conditions]))
+            values += [*bound, *bounds]
             given_up = _given_up(connection, low, high) if period == "day" else []
             if given_up:
-                where, bound = _conditions(query, raw=False)
                 parts.append(_rollup_of("hour", [*where, f"tenant IN {TENANTS}", _OF_DAYS]))
                 values += [*bound, msgspec.json.encode(given_up).decode()]
         if start is not None and first_hour is not None and first_hour * HOUR_US > start:
@@ -327,16 +130,10 @@ def _source(
         if end is not None and last_hour is not None and last_hour * HOUR_US < end:
             raw_ranges.append((last_hour * HOUR_US, end))
     for low, high in raw_ranges:
-        where, bound = _conditions(query, raw=True)
-        where.append(LIVE)
-        if low is not None:
-            where.append("timestamp_us >= ?")
-            bound.append(low)
-        if high is not None:
-            where.append("timestamp_us < ?")
-            bound.append(high)
-        parts.append(f"{_RAW} WHERE {' AND '.join(where)}")
-        values += bound
+        where, bound = of_rows(query)
+        conditions, bounds = within("timestamp_us", low, high)
+        parts.append(f"{_RAW} WHERE {' AND '.join([*where, LIVE, *conditions])}")
+        values += [*bound, *bounds]
     return " UNION ALL ".join(parts), values
 
 
@@ -510,51 +307,6 @@ def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: lis
     return _totals_over(connection, source, (*values, listed, listed))
 
 
-def newest_seq(connection: apsw.Connection) -> int:
-    """The number of the newest row; 0 when there is none."""
-    row = fetch_one(connection, "SELECT max(seq) FROM usage")
-    return 0 if row is None or row[0] is None else int(row[0])
-
-
-def newest_visible(connection: apsw.Connection, visible: Visibility) -> int:
-    """The number of the newest row that a caller may see; 0 when there is none."""
-    where, values = visible_names(visible, ("agent", "consumer"))
-    if not where:
-        return newest_seq(connection)
-    query = f"SELECT seq FROM usage WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT 1"
-    row = fetch_one(connection, query, tuple(values))
-    return 0 if row is None else int(row[0])
-
-
-def position_of(connection: apsw.Connection, seq: int, visible: Visibility = EVERYTHING) -> tuple[int, int] | None:
-    """Where a row that may be seen stands in the order of (timestamp, seq)."""
-    where, values = visible_names(visible, ("agent", "consumer"))
-    condition = " AND ".join(["seq = ?", *where])
-    row = fetch_one(connection, f"SELECT timestamp_us, seq FROM usage WHERE {condition}", (seq, *values))
-    return None if row is None else (row[0], row[1])
-
-
-def rows_after(
-    connection: apsw.Connection, query: UsageFilter, seq: int, window: int, limit: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows in the order of their commit among the next `window` numbers behind one, and how far that looked.
-
-    At most `limit` rows, and then it looked no further than the last.
-    """
-    through = min(newest_seq(connection), seq + window)
-    if through <= seq:
-        return [], seq
-    where, values = _conditions(query, raw=True)
-    where += ["seq > ?", "seq <= ?"]
-    rows = fetch(
-        connection,
-        f"SELECT {_ROW_COLUMNS} FROM usage WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?",
-        (*values, seq, through, limit),
-    )
-    found = [_row(row) for row in rows]
-    return found, (found[-1]["seq"] if len(found) == limit else through)
-
-
 def _totals(sums: RollupSums, unique_agents: int, unique_consumers: int) -> dict[str, Any]:
     tokens = sums.tokens_in + sums.tokens_out
     nothing_priced = sums.events > 0 and sums.unpriced == sums.events
@@ -577,12 +329,6 @@ def _totals(sums: RollupSums, unique_agents: int, unique_consumers: int) -> dict
         "unique_agents": unique_agents,
         "unique_consumers": unique_consumers,
     }
-
-
-def newest_commit(connection: apsw.Connection) -> int:
-    """When the newest event was committed, 0 when there is none."""
-    newest = fetch_one(connection, "SELECT committed_us FROM usage ORDER BY seq DESC LIMIT 1")
-    return 0 if newest is None else int(newest[0])
 
 
 def unpriced_events(connection: apsw.Connection) -> int:

@@ -1,0 +1,103 @@
+"""Aggregates equal a recount of the raw events, for every grouping, filter and period."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import apsw
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asapd.core.types import HOUR_US
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import usage_sums
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.usage import AddUpDays, RecordUsage
+from asapd.store.usage_filter import UsageFilter
+from asapd.store.visibility import EVERYTHING, Visibility
+from asapd.store.writer import Writer
+from tests import recount
+from tests.recount import Stored
+from tests.store.asked_usage import START_US, fill, filters, keep, stored, times, zones
+
+OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
+
+groupings = st.lists(st.sampled_from(sorted(usage_sums.GROUPS)), min_size=1, max_size=4, unique=True).filter(
+    lambda groups: len(usage_sums.TIME_GROUPS & set(groups)) < 2
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(rows=stored, query=filters, groups=groupings, zone=zones, data=st.data())
+def test_aggregates_equal_a_recount_of_the_raw_events(
+    open_store: OpenStore,
+    rows: list[Stored],
+    query: UsageFilter,
+    groups: list[str],
+    zone: ZoneInfo,
+    data: st.DataObject,
+) -> None:
+    voided = data.draw(st.sets(st.sampled_from(range(len(rows))), max_size=3)) if rows else set()
+    kept = [row for index, row in enumerate(rows) if keep(query, row) and index not in voided]
+    expected = recount.aggregate(kept, groups, zone)
+    late = data.draw(st.integers(0, len(rows)))
+    with open_store() as connection:
+        fill(connection, rows[: len(rows) - late])
+        for before_us in data.draw(st.lists(times, max_size=2)):
+            Writer(connection).run([Envelope(1, AddUpDays(before_us), False)])
+        fill(connection, rows[len(rows) - late :], voided)
+        assert usage_sums.aggregate(connection, query, tuple(groups), 1000, 0, zone).rows == expected
+        assert usage_sums.aggregate(connection, query, tuple(groups), 1, 1, zone).rows == expected[1:2]
+        paged: list[dict[str, Any]] = []
+        after: usage_sums.Place | None = None
+        while True:
+            page = usage_sums.aggregate(connection, query, tuple(groups), 2, 0, zone, after)
+            paged += page.rows
+            if len(page.rows) < 2:
+                break
+            assert page.last is not None
+            assert len(page.last) == len(usage_sums.places(groups))
+            after = page.last
+        assert paged == expected
+        assert usage_sums.summary(connection, query) == recount.totals(kept)
+
+
+def test_sums_past_64_bits_are_exact(connection: apsw.Connection) -> None:
+    most = 2**53 - 1
+    hours = [UsageEvent("t", "x.a", "c", START_US + hour * HOUR_US, tokens_in=most) for hour in range(2)]
+    rows = [("one", event, Cost(most)) for event in hours for _ in range(600)]
+    units = [RecordUsage("one", "key:x", START_US, [row[1] for row in rows], [row[2] for row in rows])]
+    Writer(connection).run([Envelope(1, unit, False) for unit in units])
+    query = UsageFilter(EVERYTHING)
+    assert usage_sums.summary(connection, query) == recount.totals(rows)
+    assert usage_sums.aggregate(connection, query, ("agent", "week"), 10, 0).rows == recount.aggregate(
+        rows, ("agent", "week")
+    )
+    nobody = UsageFilter(EVERYTHING, agent="none")
+    assert usage_sums.summary(connection, nobody) == recount.totals([])
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (EVERYTHING, (2, "2026-12-27T22:00:00.000000Z")),
+        (Visibility("one"), (1, "2026-12-27T22:00:00.000001Z")),
+        (Visibility(None, ("z.*",)), (0, None)),
+    ],
+)
+def test_stats_count_what_the_caller_may_see(
+    connection: apsw.Connection, visible: Visibility, expected: tuple[int, str | None]
+) -> None:
+    fill(
+        connection,
+        [
+            ("one", UsageEvent("t", "x.a", "c", START_US + 1), Cost()),
+            ("two", UsageEvent("t", "x.b", "c", START_US), Cost()),
+        ],
+    )
+    stats = usage_sums.stats(connection, visible)
+    assert (stats["total_events"], stats["oldest_timestamp"]) == expected
