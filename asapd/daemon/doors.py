@@ -14,9 +14,11 @@ from pathlib import Path
 import trio
 
 from asapd import config
+from asapd.core.access import Caller
 from asapd.edge import sockets
+from asapd.edge.auth import ingest_socket_caller
 from asapd.edge.serve import Door
-from asapd.edge.sockets import CannotListen
+from asapd.edge.sockets import CannotListen, Peer
 from asapd.runtime.sdnotify import listen_fds
 
 
@@ -140,3 +142,11 @@ def names_of(uid: int, groups: frozenset[int]) -> tuple[str | None, frozenset[st
         with contextlib.suppress(KeyError):
             names.add(grp.getgrgid(one).gr_name)
     return user, frozenset(names)
+
+
+def ingest_caller(peer: Peer, ingest: config.Ingest) -> Caller | None:
+    """Who a local user is at the ingest socket; None for one who may not report there."""
+    if not ingest.allow:
+        return ingest_socket_caller(peer, ingest, frozenset(), None)
+    user, groups = names_of(peer.uid, frozenset((peer.gid, *peer.groups)))
+    return ingest_socket_caller(peer, ingest, groups, user)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -10,7 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 from ulid import ULID
@@ -20,7 +19,7 @@ from asapd import config
 from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.auditor import run_auditor
 from asapd.actors.dispatcher import Dispatch, run_dispatcher
-from asapd.actors.gatekeeper import KEY_PREFIX, KeyRing, digest_of, run_gatekeeper
+from asapd.actors.gatekeeper import KeyRing, run_gatekeeper
 from asapd.actors.janitor import JanitorSettings, apply_retention, recover_reservations, run_janitor
 from asapd.actors.meter import MeterSettings, run_meter
 from asapd.actors.notifier import Subscription, run_notifier
@@ -30,50 +29,35 @@ from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
 from asapd.actors.revocations import Revocations
 from asapd.actors.watcher import WatcherSettings, run_watcher
-from asapd.core.access import Caller, Tenants
-from asapd.core.denial import Denied
+from asapd.core.access import Tenants
 from asapd.core.errors import Refusal
-from asapd.core.types import Role
 from asapd.daemon import descriptors
 from asapd.daemon.auditing import Auditing
-from asapd.daemon.boot import BootError, Loaded, Premises, write_private
+from asapd.daemon.boot import BootError, Loaded, Premises
 from asapd.daemon.configuration import Configuration
-from asapd.daemon.doors import Doors, names_of
+from asapd.daemon.doors import ingest_caller, names_of
+from asapd.daemon.first_key import make_first_key
+from asapd.daemon.news import News
 from asapd.daemon.reloading import Reloader
+from asapd.daemon.serving import GRACE_S, Serving
 from asapd.daemon.showing import Showing
 from asapd.daemon.targets import SwappableFetcher, Targets
 from asapd.daemon.versions import Versions
-from asapd.edge.auth import ingest_socket_caller
-from asapd.edge.connection import Limits, SocketTransport
-from asapd.edge.fastlane import FastLane
-from asapd.edge.http.app import create_app
-from asapd.edge.ingest import run_ingest
-from asapd.edge.reporting import post_frame
-from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Mailboxes, Services
 from asapd.edge.sessions import Sessions
-from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
 from asapd.runtime.clock import SystemClock
-from asapd.runtime.fanout import Feed, Wakeup
+from asapd.runtime.fanout import Feed
 from asapd.runtime.lag import LoopLag
 from asapd.runtime.lookup import Lookups
-from asapd.runtime.room import Room
 from asapd.runtime.sdnotify import SystemdNotifier, watchdog_interval_s
 from asapd.runtime.supervisor import Actor, Supervisor
 from asapd.store import breaches, keys
 from asapd.store.breaches import Alert
 from asapd.store.database import Database, ProcessRunner, ThreadReaders
-from asapd.store.units.alerts import AlertWritten
-from asapd.store.units.delegations import AuthorizationDenied, Reserved, RevocationsImported, Revoked
-from asapd.store.units.exchange import AnyResult
-from asapd.store.units.house import ApiKey, CreateKey, SetMasks
-from asapd.store.units.usage import Recorded
-from asapd.wire.frames import MAX_FRAME_BYTES
+from asapd.store.units.house import SetMasks
 from asapd.wire.keys import key_id, public_base64
 from asapd.wire.statement import sign_evidence
-
-M = TypeVar("M")
 
 # Each actor's mailbox. A report is at most `max_body`, but bodies in memory are bounded by connections,
 # so this only has to cover a burst while the actor restarts: a thousand senders are a full house.
@@ -83,7 +67,6 @@ MAILBOX = 1024
 FEED = 10_000
 
 DRAIN_S = 10.0
-GRACE_S = 5.0
 
 # An actor with all hands busy does not beat. A commit on a struggling disk may keep them so for a while.
 STALE_S = 60.0
@@ -99,18 +82,11 @@ class House:
         self._premises = premises
         self._environ = environ
         self._clock = SystemClock()
-        self._started_s = self._clock.monotonic_s()
         self._settings = loaded.config
         self._systemd = SystemdNotifier(environ.get("NOTIFY_SOCKET"))
         self._ready = False
         self._stop = trio.Event()
-        self._addresses: list[str] = []
-        self._pages: list[str] = []
-        self._server: HttpServer | None = None
-        self._committed = Wakeup()
-        self._transitions = Wakeup()
-        self._directory_changed = Wakeup()
-        self._delegation_news = Wakeup()
+        self._news = News()
         self._runner = ProcessRunner(
             premises.database,
             synchronous=loaded.config.store.synchronous,
@@ -119,18 +95,18 @@ class House:
             masks=loaded.config.audit.mask,
             key=premises.identity,
             inherit=premises.locks,
-            on_commit=self._on_commit,
+            on_commit=self._news.on_commit,
         )
         self._lag = LoopLag()
-        self._room = Room(loaded.config.limits.max_buffered_bytes)
-        self._max_connections = descriptors.max_connections(loaded.config, self._log)
+        max_connections = descriptors.max_connections(loaded.config, self._log)
+        self._serving = Serving(loaded.config, premises.runtime_dir, environ, max_connections, self._log)
         self._readers = ThreadReaders(premises.database)
         self._database = Database(self._runner, self._readers)
         self._reads = Reads(self._database, self._clock)
         self._tenants = Tenants()
         self._ring = KeyRing(self._tenants)
         self._feed: Feed[Alert] = Feed(FEED)
-        self._fetcher = SwappableFetcher(descriptors.kept_connections(loaded.config, self._max_connections))
+        self._fetcher = SwappableFetcher(descriptors.kept_connections(loaded.config, max_connections))
         self._fetcher.allow(loaded.config.prober.allow)
         self._secrets = loaded.secrets
         self._targets = Targets(f"asapd-{key_id(bytes(premises.identity.verify_key))}")
@@ -159,6 +135,24 @@ class House:
         versions = Versions(premises.versions)
         self._reloader = Reloader(config_path, loaded, self, versions)
         self._configuration = Configuration(config_path, self._reloader, versions)
+        self._showing = Showing(
+            clock=self._clock,
+            started_s=self._clock.monotonic_s(),
+            supervisors=self._supervisors,
+            serving=self._serving,
+            runner=self._runner,
+            lag=self._lag,
+            database=premises.database,
+            public_key=public_base64(bytes(premises.identity.verify_key)),
+            is_ready=self._is_ready,
+            last_alert=lambda: self._feed.last,
+            config_status=self._reloader.status,
+            reads=self._reads,
+            desk=self._desk,
+            auditing=self._auditing,
+            registry=self._registry,
+            unprobed=self._prober.unprobed,
+        )
 
     # --- wiring
 
@@ -173,8 +167,8 @@ class House:
                 "registry",
                 run_registry,
                 settings=self._registry,
-                directory_changed=self._directory_changed,
-                revocations_changed=self._delegation_news,
+                directory_changed=self._news.directory,
+                revocations_changed=self._news.delegations,
                 new_id=partial(_new_id, "del"),
             ),
             self._actor(
@@ -183,15 +177,15 @@ class House:
                 fetcher=self._fetcher,
                 random=random.random,
                 settings=self._prober,
-                directory_changed=self._directory_changed,
+                directory_changed=self._news.directory,
                 tenants=self._tenants,
             ),
             self._actor(
                 "watcher",
                 run_watcher,
                 settings=self._watcher,
-                committed=self._committed,
-                directory_changed=self._directory_changed,
+                committed=self._news.committed,
+                directory_changed=self._news.directory,
                 new_breach_id=partial(_new_id, "brc"),
             ),
             self._actor(
@@ -222,13 +216,13 @@ class House:
         return Actor(name, incarnate, lambda: receive.statistics().current_buffer_used)
 
     def _make_loops(self) -> list[Actor]:
-        """What follows the store until it is cancelled."""
+        """What follows the store until it is cancelled; it begins with the feed that there is by then."""
 
         async def notifier(*, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128 -- the actor calls it
             await run_notifier(
                 database=self._database,
                 feed=self._feed,
-                committed=self._transitions,
+                committed=self._news.alerts,
                 beat=self._loops.beater("notifier"),
                 log=self._log.getChild("alerts"),
                 task_status=task_status,
@@ -265,7 +259,6 @@ class House:
         ]
 
     def _services(self) -> Services:
-        showing = self._showing()
         limits = self._settings.limits
         throttle = None
         if limits.rate_per_key is not None:
@@ -279,27 +272,27 @@ class House:
             settings=lambda: self._settings,
             subscribe=partial(Subscription, self._database, self._feed),
             last_alert=lambda: self._feed.last,
-            status=lambda: self._status(showing),
+            status=self._showing.status,
             is_ready=self._is_ready,
             reload=self._reloader.reload,
             restart_actor=self._restart_actor,
-            metrics=lambda: self._metrics(showing),
-            manifest=showing.manifest,
-            health=showing.health,
-            ingest_caller=self._ingest_caller,
+            metrics=self._showing.metrics,
+            manifest=self._showing.manifest,
+            health=self._showing.health,
+            ingest_caller=lambda peer: ingest_caller(peer, self._settings.ingest),
             daemon_uid=os.geteuid(),
             version=asapd.__version__,
             retain=partial(apply_retention, self._database, self._clock, self._janitor, self._auditing.archivist),
             prices=lambda: self._meter.prices,
             reprice=partial(reprice, self._database, self._clock, self._meter),
-            committed=self._committed,
+            committed=self._news.committed,
             stopping=self._stop,
             revocations=Revocations(
                 self._database,
                 self._clock,
                 self._premises.identity,
                 skew_us=lambda: self._settings.metering.clock_skew_max_us,
-                changed=self._delegation_news,
+                changed=self._news.delegations,
                 stopping=self._stop,
             ),
             desk=self._desk,
@@ -315,20 +308,11 @@ class House:
             packs=self._auditing.packs,
             backups=self._auditing.backups,
             sessions=Sessions(self._clock, self._ring, os.urandom),
-            pages=lambda: self._pages,
+            pages=lambda: self._serving.pages,
             configuration=self._configuration,
             unprobed=self._prober.unprobed,
             without_manifest=self._prober.without_manifest,
         )
-
-    def _on_commit(self, results: Sequence[AnyResult] | None) -> None:
-        if results is None or not all(isinstance(result, _DECIDED) for result in results):
-            self._committed.notify()
-        # The notifier reads the store whenever it wakes: only what concerns it wakes it.
-        if results is None or any(isinstance(result, AlertWritten) for result in results):
-            self._transitions.notify()
-        if results is None or any(map(_is_news, results)):
-            self._delegation_news.notify()
 
     # --- life
 
@@ -360,23 +344,13 @@ class House:
         self._feed = Feed(FEED, last=newest)
         self._dispatch.replace(self._targets.of(self._settings, self._secrets))
         if not await self._database.read(keys.list_keys):
-            await self._make_first_key()
+            await make_first_key(self._database, self._clock, self._premises.admin_key)
+            self._log.info("made the first API key: %s", self._premises.admin_key)
         recovered = await recover_reservations(self._database, self._clock)
         if isinstance(recovered, Refusal):
             raise BootError(f"reservations from before could not be closed: {recovered.detail}")
         if recovered:
             self._log.info("%d reservations had lapsed before this start", recovered)
-
-    async def _make_first_key(self) -> None:
-        """The key that lets the operator in over HTTP: written to a file before it counts, its path logged."""
-        secret, name, now_us = os.urandom(32).hex(), os.urandom(5).hex(), self._clock.now_us()
-        path = self._premises.admin_key
-        write_private(path, f"{KEY_PREFIX}_{name}_{secret}\n".encode())
-        key = ApiKey(name, "admin", Role.ADMIN, ["*"], None, True, digest_of(secret), now_us)
-        made = await self._database.submit(CreateKey(key, "asapd", now_us))
-        if isinstance(made, Refusal):
-            raise BootError(f"the first API key could not be stored: {made.detail}")
-        self._log.info("made the first API key: %s", path)
 
     async def _run_actors(self) -> None:
         async with trio.open_nursery() as actors:
@@ -391,94 +365,20 @@ class House:
             actors.cancel_scope.deadline = trio.current_time() + DRAIN_S
 
     async def _run_doors(self) -> None:
-        http = self._settings.http
-        limits = Limits(max_body_bytes=http.max_body_bytes)
-        services = self._services()
-        server = HttpServer(
-            create_app(services, self._log.getChild("http")),
-            max_connections=self._max_connections,
-            limits=limits,
-            grace_s=GRACE_S,
-            log=self._log.getChild("http"),
-        )
-        self._server = server
-        opening = Doors(self._settings, self._premises.runtime_dir, self._environ)
-        with contextlib.closing(opening):
-            ingest = await opening.open()
-            self._addresses, self._pages = opening.addresses, opening.pages
-            lane = self._fast_lane(services, server, limits)
-            await self._serve(server, opening, ingest, services, lane)
-
-    def _fast_lane(self, services: Services, server: HttpServer, limits: Limits) -> FastLane:
-        async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
-            if peer is None:
-                await server.serve_connection(stream, door="lane")
-            else:
-                await server.serve_connection(stream, door="ingest", annotations={"peer": peer})
-
-        return FastLane(services, hand_over, room=self._room, log=self._log.getChild("lane"), limits=limits)
-
-    async def _serve(
-        self, server: HttpServer, opening: Doors, ingest: trio.SocketListener, services: Services, lane: FastLane
-    ) -> None:
-        async with trio.open_nursery() as doors:
-            served = await doors.start(_serve_http, server, opening.http)
-            ingest_scope = await doors.start(self._serve_ingest, ingest, services, lane)
-            lane_scope = await doors.start(self._serve_lane, lane, opening.lane)
-            doors.start_soon(self._feed_watchdog)
-            doors.start_soon(self._lag.run)
-            self._ready = True
-            self._systemd.ready(f"serving on {', '.join(self._addresses)}")
-            self._log.info("serving on %s", ", ".join(self._addresses))
-            await self._stop.wait()
-            self._log.info("stopping")
-            self._systemd.stopping()
-            self._feed.close()
-            self._delegation_news.notify()
-            server.stop()
-            ingest_scope.cancel()
-            lane_scope.cancel()
-            with trio.move_on_after(GRACE_S + 3):
-                await served.wait()
-            doors.cancel_scope.cancel()
-
-    async def _serve_ingest(
-        self,
-        listener: trio.SocketListener,
-        services: Services,
-        lane: FastLane,
-        *,
-        task_status: trio.TaskStatus[trio.CancelScope],
-    ) -> None:
-        async def take(body: bytes, peer: Peer, answer: Callable[[bytes], None]) -> None:
-            await post_frame(services, self._ingest_caller(peer), body, answer)
-
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(
-                    partial(
-                        run_ingest,
-                        listener,
-                        take,
-                        max_frame_bytes=min(self._settings.http.max_body_bytes, MAX_FRAME_BYTES),
-                        max_connections=self._max_connections,
-                        room=self._room,
-                        log=self._log.getChild("ingest"),
-                        http=lane.serve,
-                        grace_s=GRACE_S,
-                    )
-                )
-                task_status.started(scope)
-
-    async def _serve_lane(
-        self, lane: FastLane, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[trio.CancelScope]
-    ) -> None:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(
-                    partial(lane.run, listeners, max_connections=self._max_connections, grace_s=GRACE_S)
-                )
-                task_status.started(scope)
+        async with trio.open_nursery() as beside:
+            async with self._serving.open(self._services()):
+                beside.start_soon(self._feed_watchdog)
+                beside.start_soon(self._lag.run)
+                self._ready = True
+                addresses = ", ".join(self._serving.addresses)
+                self._systemd.ready(f"serving on {addresses}")
+                self._log.info("serving on %s", addresses)
+                await self._stop.wait()
+                self._log.info("stopping")
+                self._systemd.stopping()
+                self._feed.close()
+                self._news.delegations.notify()
+            beside.cancel_scope.cancel()
 
     # --- signals and systemd
 
@@ -557,68 +457,8 @@ class House:
             self._log.info("%s restarted %s", actor, name)
         return restarted
 
-    async def _status(self, showing: Showing) -> dict[str, Any]:
-        head, digest = await self._reads.audit_head()
-        keys = {"problems": self._registry.key_problems, "unconfirmed": await self._reads.unconfirmed_keys()}
-        usage = {"unpriced_events": await self._reads.unpriced_events()}
-        audit = {"seq": head, "hash": digest, **await self._auditing.status()}
-        agents = {**await self._reads.agents_standing(), "not_probed": sorted(self._prober.unprobed.noted())[:100]}
-        alerts = {"last": self._feed.last, "targets": await self._desk.targets()}
-        found = {"agents": agents, "keys": keys, "usage": usage, "alerts": alerts}
-        return {**showing.status(), "audit": audit, **found}
-
-    async def _metrics(self, showing: Showing) -> bytes:
-        return showing.metrics(await self._status(showing))
-
     def _is_ready(self) -> bool:
         return self._ready and not self._stop.is_set()
-
-    def _showing(self) -> Showing:
-        def server() -> HttpServer:
-            assert self._server is not None, "the doors are opened after the server is made"
-            return self._server
-
-        return Showing(
-            clock=self._clock,
-            started_s=self._started_s,
-            supervisors=self._supervisors,
-            server=server,
-            runner=self._runner,
-            lag=self._lag,
-            database=self._premises.database,
-            public_key=public_base64(bytes(self._premises.identity.verify_key)),
-            addresses=lambda: self._addresses,
-            is_ready=self._is_ready,
-            last_alert=lambda: self._feed.last,
-            config_status=self._reloader.status,
-        )
-
-    def _ingest_caller(self, peer: Peer) -> Caller | None:
-        ingest = self._settings.ingest
-        if not ingest.allow:
-            return ingest_socket_caller(peer, ingest, frozenset(), None)
-        user, groups = names_of(peer.uid, frozenset((peer.gid, *peer.groups)))
-        return ingest_socket_caller(peer, ingest, groups, user)
-
-
-async def _serve_http(server: HttpServer, doors: list[Door], *, task_status: trio.TaskStatus[trio.Event]) -> None:
-    """Run the server; the event it reports is set once every connection is closed."""
-    served = trio.Event()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(server.run, doors)
-        task_status.started(served)
-    served.set()
-
-
-# No row of usage, task or probe comes with these: to look for some behind every decision held up the next.
-_DECIDED = Reserved | AuthorizationDenied | Denied | Refusal
-
-
-def _is_news(result: AnyResult) -> bool:
-    """Whether followers of delegations are to be told of a commit."""
-    return isinstance(result, Revoked | RevocationsImported) or (
-        isinstance(result, Recorded) and result.unauthorised > 0
-    )
 
 
 def _new_id(prefix: str, now_us: int) -> str:

@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import asapd
+from asapd.actors.alert_desk import AlertDesk
+from asapd.actors.reads import Reads
+from asapd.actors.registry import RegistrySettings
+from asapd.actors.unprobed import Unprobed
 from asapd.core.types import OWN_ID
+from asapd.daemon.auditing import Auditing
+from asapd.daemon.serving import Serving
 from asapd.edge.metrics import render
-from asapd.edge.serve import HttpServer
 from asapd.runtime.clock import Clock
 from asapd.runtime.lag import BOUNDS_S, LoopLag
 from asapd.runtime.supervisor import Supervisor
@@ -26,30 +31,45 @@ class Showing:
     clock: Clock
     started_s: float
     supervisors: Sequence[Supervisor]
-    server: Callable[[], HttpServer]
+    serving: Serving
     runner: ProcessRunner
     lag: LoopLag
     database: Path
     public_key: str
-    addresses: Callable[[], list[str]]
     is_ready: Callable[[], bool]
     last_alert: Callable[[], int]
     config_status: Callable[[], dict[str, Any]]
+    reads: Reads
+    desk: AlertDesk
+    auditing: Auditing
+    registry: RegistrySettings
+    unprobed: Unprobed
 
     @property
     def uptime_s(self) -> float:
         """Seconds since the start."""
         return round(self.clock.monotonic_s() - self.started_s, 3)
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """Everything an operator asks first; the names are in docs/http.md."""
-        server = self.server()
+        head, digest = await self.reads.audit_head()
+        return {
+            **self._running(),
+            "audit": {"seq": head, "hash": digest, **await self.auditing.status()},
+            "agents": {**await self.reads.agents_standing(), "not_probed": sorted(self.unprobed.noted())[:100]},
+            "keys": {"problems": self.registry.key_problems, "unconfirmed": await self.reads.unconfirmed_keys()},
+            "usage": {"unpriced_events": await self.reads.unpriced_events()},
+            "alerts": {"last": self.last_alert(), "targets": await self.desk.targets()},
+        }
+
+    def _running(self) -> dict[str, Any]:
+        server = self.serving.server
         return {
             "version": asapd.__version__,
             "pid": os.getpid(),
             "ready": self.is_ready(),
             "uptime_seconds": self.uptime_s,
-            "listening": self.addresses(),
+            "listening": self.serving.addresses,
             "actors": {
                 name: {
                     "state": status.state,
@@ -89,10 +109,10 @@ class Showing:
             "lag_max_ms": round(lag.worst_s * 1000, 3),
         }
 
-    def metrics(self, status: dict[str, Any]) -> bytes:
-        """A status with what the store counts, as OpenMetrics text."""
+    async def metrics(self) -> bytes:
+        """The status as OpenMetrics text."""
         buckets = list(zip((*BOUNDS_S, "+Inf"), accumulate(self.lag.counts), strict=True))
-        return render(status, buckets, self.lag.total_s)
+        return render(await self.status(), buckets, self.lag.total_s)
 
     def health(self) -> dict[str, Any]:
         """The daemon as an ASAP agent: degraded while an actor is not running."""
@@ -109,7 +129,7 @@ class Showing:
 
     def manifest(self) -> dict[str, Any]:
         """What the daemon says of itself to other agents."""
-        address = next(iter(self.addresses()), "")
+        address = next(iter(self.serving.addresses), "")
         return {
             "id": OWN_ID,
             "name": "asapd",
