@@ -5,14 +5,13 @@ The store is the truth. What is in memory can be read from it again at any time,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
-from typing import Any, assert_never, get_args
+from typing import Any, assert_never
 
 import trio
 from msgspec import Struct
@@ -21,9 +20,10 @@ from msgspec.structs import replace
 from asapd import config
 from asapd.actors.agent_book import AgentBook, promise_terms
 from asapd.actors.books import Books, WatcherSettings
+from asapd.actors.breach_record import TERMS, UNBROKEN, BreachRecord, Standing
+from asapd.actors.figures import answer_figures
 from asapd.actors.messages import (
     EndMaintenanceRequest,
-    Figures,
     FiguresRequest,
     MaintenanceRequest,
     ReconfigureWatcher,
@@ -32,27 +32,19 @@ from asapd.actors.messages import (
 from asapd.actors.vigil import keep_vigil, last_sign, notice_stop
 from asapd.core import breach, burnrate
 from asapd.core.breach import BreachState, Escalated, Opened, Resolved, Transition
-from asapd.core.errors import FieldError, Refusal
-from asapd.core.intervals import cut, joined, total_us
-from asapd.core.reputation import SPAN_US, PastBreach, reputation
+from asapd.core.errors import Refusal
 from asapd.core.sla import (
     TermType,
     TermVerdict,
-    burn_rate,
-    compliance_percent,
-    error_budget_left_percent,
     evaluate,
-    sla_score,
 )
-from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
+from asapd.core.types import MINUTE_US, SECOND_US
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.mailbox import serve
-from asapd.store import holds, watching
-from asapd.store.database import Database, UnitFailedError
-from asapd.store.sla_queries import open_breaches, openings, past_breaches
-from asapd.store.units.alerts import BreachRow, WriteBreach
-from asapd.store.units.promises import BreachHold, DeclareMaintenance, EndMaintenance, KeepHolds, Maintenance
+from asapd.store.database import Database
+from asapd.store.units.alerts import BreachRow
+from asapd.store.units.promises import DeclareMaintenance, EndMaintenance, Maintenance
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
@@ -65,7 +57,6 @@ _SAVED_S = 0.05
 # Of those that are due, judged in one turn: a millisecond and a pause of four, in which an alert may have to wait.
 _AT_ONCE = 8
 _BEAT_EVERY_S = 1.0
-_TERMS: tuple[TermType, ...] = get_args(TermType)
 # The windows of burn rates move by ten seconds; at each event they are looked at once a second at most.
 _BURN_EVERY_S = 10.0
 _BURN_PAUSE_S = 1.0
@@ -75,22 +66,12 @@ _BURN_RESOLVE_US = 5 * MINUTE_US
 _ANY_FACTOR = Decimal(1)
 
 
-class _Breach(Struct, frozen=True):
-    """Where a term of an agent stands, and the row of its breach while one is open."""
-
-    state: BreachState = breach.NONE
-    row: BreachRow | None = None
-
-
 class _Found(Struct, frozen=True):
     """A term's verdict, the window it was judged on, and for burn rates the rule that was nearest."""
 
     verdict: TermVerdict
     window_us: int
     burning: burnrate.Burning | None = None
-
-
-_UNBROKEN = _Breach()
 
 
 async def run_watcher(
@@ -141,7 +122,7 @@ async def _forward(source: Wakeup, target: Wakeup) -> None:
 
 
 class _Watch:
-    """What is known of breaches, and the work of one incarnation."""
+    """The work of one incarnation."""
 
     def __init__(
         self,
@@ -159,47 +140,16 @@ class _Watch:
         self._settings = settings
         self._new_breach_id = new_breach_id
         self._beat = beat
-        self._log = log
         self.doorbell = Wakeup()
-        self._breaches: dict[tuple[str, str], _Breach] = {}
-        self._unsure: set[str] = set()
-        """Agents with a transition that the store may or may not have taken."""
-        self._complained: set[tuple[str, str]] = set()
+        self._record = BreachRecord(database, clock, log)
         self._burn_seen_s: dict[str, float] = {}
         self._burn_news: set[str] = set()
         """Agents with news since their burn rates were last looked at."""
-        self._opened_us: dict[tuple[str, str], deque[int]] = {}
-        """When breaches of a term were last opened."""
-        self._held: set[tuple[str, str]] = set()
-        """Terms whose hold began or ended since the store was told."""
 
     async def start(self) -> None:
         """Read all that is needed from the store."""
         await self._books.start()
-        for row in await self._database.read(open_breaches):
-            assert row.agent_id is not None
-            self._breaches[row.agent_id, row.breach_type] = _reopened(row)
-        now_us = self._clock.now_us()
-        for agent, kind, at_us in await self._database.read(openings, now_us - self._books.sla.breach_window_us):
-            self._note_opening(agent, kind, at_us)
-        await self._resume_holds(now_us)
-
-    async def _resume_holds(self, now_us: int) -> None:
-        """Go on with the holds that ran; time in which nobody looked is no part of them."""
-        held = await self._database.read(holds.running)
-        since_us = min((hold.since_us for hold in held), default=now_us)
-        blind = joined(await self._database.read(watching.blind_intervals, since_us, now_us))
-        for hold in held:
-            key = (hold.agent, hold.breach_type)
-            known = self._breaches.get(key, _UNBROKEN)
-            began_us = hold.since_us + total_us(cut(blind, hold.since_us, now_us))
-            if hold.phase == "resolving" and known.state.is_open:
-                self._breaches[key] = replace(known, state=replace(known.state, phase="resolving", since_us=began_us))
-            elif hold.phase == "pending" and not known.state.is_open:
-                threshold = None if hold.threshold is None else Decimal(hold.threshold)
-                self._breaches[key] = _Breach(BreachState("pending", began_us, threshold=threshold))
-            else:
-                self._held.add(key)
+        await self._record.start(self._books.sla.breach_window_us)
 
     async def look_anew(self) -> None:
         """Take over what the store now holds of time that does not count."""
@@ -224,13 +174,13 @@ class _Watch:
             await self._books.catch_up()
             news = self._books.take_touched()
             if not due and self._clock.monotonic_s() >= due_s:
-                due = deque(sorted({*self._restless(), *(agent for agent, _ in self._breaches), *self._unsure}))
+                due = deque(sorted({*self._restless(), *self._record.unsettled()}))
                 due_s = self._clock.monotonic_s() + self._books.sla.evaluate_every_us / SECOND_US
             touched = {*news, *(due.popleft() for _ in range(min(len(due), _AT_ONCE)))}
             await self._books.advance(touched)
             for agent in sorted(touched):
                 await self._judge(agent, is_news=agent in news)
-            await self._tell_holds()
+            await self._record.tell_holds()
             ended_s = self._clock.monotonic_s()
             saved_s = max(saved_s - (ended_s - began_s), -_MOST_PAUSE_S / _PAUSE_FOR_WORK)
             await trio.sleep(min(max(_LEAST_PAUSE_S, -saved_s * _PAUSE_FOR_WORK), _MOST_PAUSE_S))
@@ -253,18 +203,16 @@ class _Watch:
     async def _judge(self, agent: str, *, is_news: bool) -> None:
         """Let each term of an agent take at most one step, and write the transitions."""
         await trio.lowlevel.checkpoint()
-        if agent in self._unsure:
-            await self._reconcile(agent)
+        await self._record.make_sure(agent)
         sla, book, now_us = self._books.sla, self._books.by_agent.get(agent), self._clock.now_us()
         found: dict[str, _Found] = {}
-        terms: tuple[TermType, ...] = _TERMS
+        terms: tuple[TermType, ...] = TERMS
         metrics = None
-        is_calm = not any((agent, term) in self._breaches for term in _TERMS)
+        is_calm = all(self._record.of(agent, term) is UNBROKEN for term in TERMS)
         if book is not None and book.agent.state == "paused":
-            self._suspend(agent)
+            self._record.suspend(agent)
             # Whom the agent is not with any more waits for nobody to resume it.
-            rows = {term: self._breaches.get((agent, term), _UNBROKEN).row for term in _TERMS}
-            terms = tuple(term for term in _TERMS if _is_anothers(rows[term], book))
+            terms = tuple(term for term in TERMS if _is_anothers(self._record.of(agent, term).row, book))
         elif book is not None:
             if book.stale:
                 return
@@ -277,9 +225,9 @@ class _Watch:
                 if burning is not None:
                     found["burn_rate"] = burning
             else:
-                terms = tuple(term for term in _TERMS if term != "burn_rate")
+                terms = tuple(term for term in TERMS if term != "burn_rate")
         for term in terms:
-            known, judged = self._breaches.get((agent, term), _UNBROKEN), found.get(term)
+            known, judged = self._record.of(agent, term), found.get(term)
             hold_us = self._hold_us(agent, term, known.state, now_us)
             verdict_of = None if judged is None else judged.verdict
             changed = _is_anothers(known.row, book)
@@ -296,10 +244,10 @@ class _Watch:
             )
             is_calm = is_calm and state == breach.NONE
             if transition is None:
-                self._keep(agent, term, _Breach(state, known.row))
+                self._record.keep(agent, term, Standing(state, known.row))
             else:
                 row = self._row(sla, book, known.row, judged, transition, now_us)
-                await self._write(transition, row, state, now_us)
+                await self._record.write(transition, row, state, now_us)
         if is_calm and book is not None and metrics is not None:
             book.rest(metrics, sla.min_samples, burnrate.WINDOWS_US[-1])
 
@@ -308,21 +256,11 @@ class _Watch:
         if not state.is_open:
             return sla.hold_us
         hold_us = max(sla.hold_us, _BURN_RESOLVE_US) if term == "burn_rate" else sla.hold_us
-        return breach.resolving_hold_us(hold_us, sla.breach_window_us, self._opened_us.get((agent, term), ()), now_us)
-
-    def _note_opening(self, agent: str, term: str, at_us: int) -> None:
-        self._opened_us.setdefault((agent, term), deque(maxlen=breach.FLAPS)).append(at_us)
-
-    def _suspend(self, agent: str) -> None:
-        """Leave open breaches of a paused agent as they are; holds begin anew when it is judged again."""
-        for term in _TERMS:
-            known = self._breaches.get((agent, term), _UNBROKEN)
-            is_open = known.state.is_open
-            self._keep(agent, term, replace(known, state=replace(known.state, phase="open")) if is_open else _UNBROKEN)
+        return breach.resolving_hold_us(hold_us, sla.breach_window_us, self._record.openings(agent, term), now_us)
 
     def _burn_is_due(self, book: AgentBook, *, is_news: bool) -> bool:
         agent = book.agent.id
-        if (agent, "burn_rate") not in self._breaches and not book.has_spent(burnrate.WINDOWS_US[-1]):
+        if self._record.of(agent, "burn_rate") is UNBROKEN and not book.has_spent(burnrate.WINDOWS_US[-1]):
             return False
         if is_news:
             self._burn_news.add(agent)
@@ -340,7 +278,7 @@ class _Watch:
     def _burning(self, book: AgentBook) -> _Found | None:
         """What there is to say of burn rates; nothing where none is told of and none burns."""
         promise, min_samples = book.held_to.promise, self._books.sla.min_samples
-        is_told_of = (book.agent.id, "burn_rate") in self._breaches
+        is_told_of = self._record.of(book.agent.id, "burn_rate") is not UNBROKEN
         if not is_told_of and not burnrate.is_burning(book.counts, promise, min_samples):
             return None
         by_window = {window_us: book.counts(window_us) for window_us in burnrate.WINDOWS_US}
@@ -422,77 +360,13 @@ class _Watch:
             }
         return evidence
 
-    async def _write(self, transition: Transition, row: BreachRow, state: BreachState, now_us: int) -> None:
-        """Commit a transition; only then does the state advance. Otherwise the next tick decides anew."""
-        assert row.agent_id is not None
-        agent = row.agent_id
-        unit = WriteBreach(type(transition).__name__.lower(), row, now_us)
-        try:
-            answer = await self._database.submit(unit, urgent=True)
-        except UnitFailedError:
-            answer = Refusal("internal", "the store met a bug, which was logged")
-        if isinstance(answer, Refusal):
-            if (agent, row.breach_type) not in self._complained:
-                self._log.warning(
-                    "%s breach of %s could not be written as %s, trying again: %s",
-                    row.breach_type,
-                    agent,
-                    unit.event,
-                    answer.detail,
-                )
-            self._complained.add((agent, row.breach_type))
-            self._unsure.add(agent)
-            return
-        self._complained.discard((agent, row.breach_type))
-        if answer.seq is None:
-            await self._reconcile(agent)
-        elif state.is_open:
-            if isinstance(transition, Opened):
-                self._note_opening(agent, row.breach_type, now_us)
-            self._keep(agent, row.breach_type, _Breach(replace(state, breach_id=row.id), row))
-        else:
-            self._keep(agent, row.breach_type, _UNBROKEN)
-
-    async def _reconcile(self, agent: str) -> None:
-        """Take over which breaches of an agent the store holds open, as an earlier try may have reached it."""
-        stored = {row.breach_type: row for row in await self._database.read(open_breaches, agent)}
-        for term in _TERMS:
-            known, row = self._breaches.get((agent, term), _UNBROKEN), stored.get(term)
-            if row is None:
-                if known.state.is_open:
-                    self._keep(agent, term, _UNBROKEN)
-            elif known.row is None or (known.row.id, known.row.severity) != (row.id, row.severity):
-                self._keep(agent, term, _reopened(row))
-        self._unsure.discard(agent)
-
-    def _keep(self, agent: str, term: str, known: _Breach) -> None:
-        if _hold_of(self._breaches.get((agent, term), _UNBROKEN).state) != _hold_of(known.state):
-            self._held.add((agent, term))
-        if known.state == breach.NONE:
-            self._breaches.pop((agent, term), None)
-        else:
-            self._breaches[agent, term] = known
-
-    async def _tell_holds(self) -> None:
-        """Have the store remember the holds; what it does not take is told again."""
-        told, self._held = self._held, set()
-        if not told:
-            return
-        found = [_hold_row(key, self._breaches.get(key, _UNBROKEN).state) for key in sorted(told)]
-        try:
-            answer = await self._database.submit(KeepHolds(found))
-        except UnitFailedError:
-            answer = Refusal("internal", "the store met a bug, which was logged")
-        if isinstance(answer, Refusal):
-            self._held |= told
-
     # --- answering
 
     async def handle(self, message: WatcherMessage) -> None:
         """Answer one message."""
         match message:
             case FiguresRequest():
-                message.reply.send(await self._figures(message))
+                message.reply.send(await answer_figures(message, self._books, self._database, self._clock))
             case ReconfigureWatcher():
                 self._settings.sla = message.sla
                 await self.look_anew()
@@ -521,84 +395,6 @@ class _Watch:
         await self.look_anew()
         return declared
 
-    async def _figures(self, request: FiguresRequest) -> list[Figures] | Refusal:
-        sla = self._books.sla
-        windows_us = tuple(dict.fromkeys((*sla.windows_us, sla.breach_window_us)))
-        if request.window_us not in windows_us:
-            reason = f"must be one of the configured windows: {', '.join(map(config.duration_text, windows_us))}"
-            return Refusal("invalid", f"window: {reason}", (FieldError("window", reason),))
-        # Whoever asks after a commit was acknowledged finds it counted.
-        if self._books.behind:
-            await self._books.catch_up()
-        known = self._books.by_agent
-        everybody = sorted(known if request.some is None else request.some & known.keys())
-        asked = everybody if request.agent is None else [request.agent]
-        books = [book for agent in asked if (book := self._books.by_agent.get(agent)) is not None]
-        if request.agent is not None and not books:
-            return Refusal("agent_not_found", f"there is no agent {request.agent} in the directory: check the id")
-        await self._books.advance(asked)
-        if not request.in_full:
-            return [_figures(book, request.window_us) for book in books]
-        now_us = self._clock.now_us()
-        past: dict[str, list[PastBreach]] = {}
-        for agent, severity, ended_us in await self._database.read(past_breaches, now_us - SPAN_US):
-            past.setdefault(agent, []).append(PastBreach("critical" if severity == "critical" else "warning", ended_us))
-        found = []
-        for book in books:
-            await trio.lowlevel.checkpoint()
-            found.append(_in_full(book, request.window_us, sla, past.get(book.agent.id, []), now_us))
-        return found
-
-
-def _figures(book: AgentBook, window_us: int) -> Figures:
-    metrics, held = book.metrics(window_us), book.held_to
-    promise = held.promise
-    verdicts = evaluate(metrics, promise)
-    return Figures(
-        metrics=metrics,
-        promise=promise,
-        promise_source=held.source,
-        sla_error=held.error,
-        verdicts=verdicts,
-        compliance_percent=compliance_percent(verdicts),
-        sla_score=sla_score(metrics, promise),
-        error_budget_left_percent=error_budget_left_percent(metrics, promise),
-        burn_rates={
-            "availability": burn_rate(metrics, promise, "availability"),
-            "error_rate": burn_rate(metrics, promise, "error_rate"),
-        },
-    )
-
-
-def _in_full(book: AgentBook, window_us: int, sla: config.Sla, past: list[PastBreach], now_us: int) -> Figures:
-    promise = book.held_to.promise
-    all_windows = sorted({*sla.windows_us, sla.breach_window_us, *burnrate.WINDOWS_US})
-    by_window = {window: book.metrics(window) for window in all_windows}
-    longest_us = all_windows[-1]
-    return dataclasses.replace(
-        _figures(book, window_us),
-        burning=burnrate.burning(by_window, promise, sla.min_samples),
-        forecasts=burnrate.forecast(by_window[longest_us], by_window[HOUR_US], promise),
-        budget_window_us=longest_us,
-        reputation=reputation(
-            [by_window[window] for window in all_windows],
-            past,
-            now_us,
-            is_latency_promised=promise.max_latency_p95_ms is not None,
-        ),
-    )
-
-
-def _hold_of(state: BreachState) -> tuple[str, int] | None:
-    return (state.phase, state.since_us) if state.phase in ("pending", "resolving") else None
-
-
-def _hold_row(key: tuple[str, str], state: BreachState) -> BreachHold:
-    held = _hold_of(state)
-    if held is None:
-        return BreachHold(*key, None)
-    return BreachHold(*key, *held, None if state.threshold is None else str(state.threshold))
-
 
 def _is_anothers(row: BreachRow | None, book: AgentBook | None) -> bool:
     """Whether an open breach is of a tenant that the agent is not with any more."""
@@ -613,17 +409,6 @@ def _is_promise_changed(row: BreachRow, book: AgentBook) -> bool:
 def _values(terms: dict[str, Any]) -> dict[str, Decimal | None]:
     """Terms by what they are worth: a promise that is only written otherwise ("99.00%") is the same."""
     return {name: None if term is None else Decimal(term) for name, term in terms.items()}
-
-
-def _reopened(row: BreachRow) -> _Breach:
-    state = breach.reopened(
-        row.id,
-        opened_at_us=row.detected_at_us,
-        severity="critical" if row.severity == "critical" else "warning",
-        # Six decimals at most, or an integer below 2**53: the shortest repr is the number that was written.
-        threshold=None if row.breach_type == "burn_rate" else Decimal(repr(row.threshold_value)),
-    )
-    return _Breach(state, row)
 
 
 def _number(value: Decimal | None) -> float | None:
