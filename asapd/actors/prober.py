@@ -1,18 +1,12 @@
-"""The prober: owns the directory, asks every agent in it how it is and what it promises, and stores the answers.
-
-What it cannot know it does not record: a probe that asapd itself was not allowed or not able to make says nothing of
-the agent.
-"""
+"""The prober: owns the directory, and sees to it that every agent in it is watched, each by a task of its own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Protocol, assert_never
+from typing import assert_never
 
-import msgspec
 import trio
 
 from asapd import config
@@ -28,57 +22,31 @@ from asapd.actors.messages import (
     RetireKeyRequest,
     SetPausedRequest,
 )
-from asapd.actors.probe_answers import CLOCK_SLACK_S, MAX_DETAIL, disturbed, judge, read_manifest
-from asapd.actors.second_opinion import SecondOpinion
-from asapd.actors.unprobed import Unprobed
+from asapd.actors.rounds import RECORD_TRIES, HealthFetcher, ProberSettings, Rounds, back_off
 from asapd.core.access import Tenants
 from asapd.core.errors import Refusal
-from asapd.core.health import ProbeResult
-from asapd.core.types import SECOND_US
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
-from asapd.runtime.fetch import Fetched, FetchFailed
-from asapd.runtime.together import Together
-from asapd.store.agents import directory, probes
+from asapd.store.agents import directory
 from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
 from asapd.store.failed_probes import failed_probes
-from asapd.store.manifests import StoredManifest
 from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
     ChangeAgentState,
     ImportAgentKey,
     PutAgent,
-    RecordManifest,
     RemoveAgent,
     RetireAgentKey,
     SyncAgents,
 )
 from asapd.store.units.exchange import Idempotency
-from asapd.store.units.unit import RowWritten, Unit
+from asapd.store.units.unit import Unit
 from asapd.store.visibility import EVERYTHING
-from asapd.wire.keys import jwk_thumbprint, load_public, public_base64
 
-HEALTH_PATH = "/.well-known/asap/health"
-MANIFEST_PATH = "/.well-known/asap/manifest.json"
-HEALTH_MAX_BYTES = 64 << 10
-MANIFEST_MAX_BYTES = 256 << 10
+__all__ = ["DirectoryNotSyncedError", "ProberSettings", "run_prober"]
 
-# When none of 2000 agents answers within the default 5 s of every 30, 334 probes are under way.
-PROBES_AT_ONCE = 384
-# Apart from the probes, so that large manifests never hold these up; 16 of the largest are 4 MiB.
-MANIFESTS_AT_ONCE = 16
-# A new agent is known within this time, and a start does not ask everybody in the same moment.
-FIRST_WITHIN_S = 1.0
-
-# A good answer like the one before tells nobody anything: some eight of 2000 agents share a commit, and each commit's
-# followers look once for all of them.
-SHARED_WITHIN_S = 0.1
-
-# Six tries with doubling waits in between take 6 s, in which a writer is back from most restarts.
-RECORD_TRIES = 6
-RETRY_BASE_S = 0.2
 # After "outcome unknown" a dying writer may still finish its commit for as long as its supervisor gives it.
 LOOK_AGAIN_FOR_S = 30.0
 LOOK_AGAIN_EVERY_S = 5.0
@@ -86,27 +54,6 @@ LOOK_AGAIN_EVERY_S = 5.0
 
 class DirectoryNotSyncedError(Exception):
     """The store could not take the configured agents at the prober's start; a later start may do. See its reason."""
-
-
-class HealthFetcher(Protocol):
-    """Whatever makes the requests, within the allowed networks: `asapd.runtime.fetch.Fetcher`."""
-
-    async def get(self, url: str, *, deadline_s: float, max_bytes: int) -> Fetched | FetchFailed:
-        """GET a whole answer within all bounds."""
-        ...
-
-
-@dataclass(slots=True)
-class ProberSettings:
-    """What the prober goes by, and the configured agents; outlives an incarnation, so that the next has the newest."""
-
-    prober: config.Prober
-    agents: list[AgentRecord]
-    key_overlap_us: int = 0
-    unprobed: Unprobed = field(default_factory=Unprobed)
-    """Agents that cannot be probed, for whoever asks why nothing is known of them."""
-    without_manifest: Unprobed = field(default_factory=Unprobed)
-    """Agents whose manifest could not be taken when it was last fetched."""
 
 
 async def run_prober(
@@ -162,21 +109,16 @@ class _Prober:
         self._tenants = tenants or Tenants()
         self._nursery = nursery
         self._database = database
-        self._fetcher = fetcher
         self._clock = clock
         self._random = random
         self._settings = settings
         self._directory_changed = directory_changed
         self._log = log
         self._watches: dict[str, AgentWatch] = {}
-        self._beats = Heartbeats(database, clock, lambda: settings.prober, self._guard, log)
+        self._rounds = Rounds(database, fetcher, clock, random, settings, directory_changed, self._watches.values, log)
+        self._beats = Heartbeats(database, clock, lambda: settings.prober, self._rounds.guard, log)
         self._changing = trio.Lock()
-        self._reconfigured = Wakeup()
-        self._probing = trio.CapacityLimiter(PROBES_AT_ONCE)
-        self._fetching_manifests = trio.CapacityLimiter(MANIFESTS_AT_ONCE)
         self._look_again_until_s: float | None = None
-        self._good_news = Together(SHARED_WITHIN_S)
-        self._opinion = SecondOpinion(self._ask)
 
     # --- the directory
 
@@ -219,12 +161,12 @@ class _Prober:
             self._settings.agents = agents
             if prober is not None:
                 self._settings.prober = prober
-                self._reconfigured.notify()
+                self._rounds.reconfigured.notify()
 
         wanted = {agent.id: agent for agent in agents}
         outcome: _Outcome = OUTCOME_UNKNOWN
         for tried in range(RECORD_TRIES):
-            await self._back_off(tried)
+            await back_off(tried, self._random)
             unit = SyncAgents(agents, actor, self._clock.now_us(), self._settings.key_overlap_us)
             touched = [watch for watch in self._watches.values() if _is_touched(watch, wanted.get(watch.id))]
             outcome = await self._change(unit, None, touched, committed=committed)
@@ -308,8 +250,6 @@ class _Prober:
             self._directory_changed.notify()
         self._look_again_until_s = None
 
-    # --- turns
-
     async def _keep(self, watch: AgentWatch) -> None:
         with watch.scope:
             if watch.is_paused:
@@ -317,187 +257,7 @@ class _Prober:
             elif watch.health == "heartbeat":
                 await self._beats.keep_listening(watch)
             else:
-                await self._keep_asking(watch)
-
-    async def _keep_asking(self, watch: AgentWatch) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_fetching_manifests, watch)
-            await self._spread(self._settings.prober.interval_us)
-            while True:
-                started_s = trio.current_time()
-                await self._guard(watch, "probe", self._probe)
-                await self._wait_turn(started_s, lambda prober: prober.interval_us)
-
-    async def _keep_fetching_manifests(self, watch: AgentWatch) -> None:
-        def interval_us(prober: config.Prober) -> int:
-            # An agent that was not there at all is likely to come back, and its promise is wanted then.
-            soon = watch.manifest_unanswered
-            return min(prober.interval_us, prober.manifest_interval_us) if soon else prober.manifest_interval_us
-
-        await self._spread(self._settings.prober.manifest_interval_us)
-        while True:
-            started_s = trio.current_time()
-            await self._guard(watch, "manifest", self._fetch_manifest)
-            await self._wait_turn(started_s, interval_us)
-
-    async def _spread(self, interval_us: int) -> None:
-        await trio.sleep(self._random() * min(FIRST_WITHIN_S, interval_us / SECOND_US))
-
-    async def _wait_turn(self, started_s: float, interval_us: Callable[[config.Prober], int]) -> None:
-        """Wait until an interval, with jitter, has passed since a start; a change of settings moves the end at once."""
-        chance = 2 * self._random() - 1
-        while True:
-            seen = self._reconfigured.count
-            prober = self._settings.prober
-            wait_s = interval_us(prober) / SECOND_US * (1 + chance * float(prober.jitter_percent) / 100)
-            with trio.move_on_at(started_s + wait_s):
-                await self._reconfigured.wait(seen)
-                continue
-            return
-
-    async def _guard(self, watch: AgentWatch, what: str, work: Callable[[AgentWatch], Awaitable[None]]) -> None:
-        """One turn; whatever it meets ends it alone."""
-        try:
-            await work(watch)
-            watch.said.pop(f"{what} failed", None)
-        except* OSError as group:
-            if what == "probe":
-                self._settings.unprobed.note(watch.id, "host_failed", _named(group), self._clock.now_us())
-            watch.say(
-                self._log, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}"
-            )
-        except* Exception as group:  # noqa: BLE001 -- a bug met with one agent must not end the watch over the others
-            watch.say(self._log, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
-
-    # --- probes
-
-    async def _probe(self, watch: AgentWatch) -> None:
-        found = await self._ask_health(watch)
-        if found is not None:
-            result, ttl_s = found
-            await self._weigh(watch, result, ttl_s)
-
-    async def _weigh(self, watch: AgentWatch, result: ProbeResult, ttl_s: int | None) -> None:
-        """Store a probe's result, and go on from it."""
-        weighed = watch.weigh(result, ttl_s, self._settings.prober, pushed=False)
-
-        async def stored() -> bool:
-            unit = weighed.unit
-            return bool(await self._database.read(probes, watch.id, unit.ts_us, unit.ts_us + 1, 1, None))
-
-        if result.up and not watch.state.fail_streak and weighed.transition is None:
-            await self._good_news.wait()
-        if await self._record(watch, weighed.unit, stored):
-            watch.take(weighed, self._log)
-
-    async def _ask_health(self, watch: AgentWatch) -> tuple[ProbeResult, int | None] | None:
-        """One probe's result and the ttl in its answer; None when it says nothing of the agent."""
-        for _ in range(2):
-            async with self._probing:
-                timeout_s = self._settings.prober.timeout_us / SECOND_US
-                begun_s = trio.current_time()
-                ts_us, started_s = self._clock.now_us(), self._clock.monotonic_s()
-                answer = await self._ask(watch.url)
-                elapsed_s = self._clock.monotonic_s() - started_s
-                wall_s = (self._clock.now_us() - ts_us) / SECOND_US
-            if wall_s < -CLOCK_SLACK_S:
-                continue  # It began at a time that has not come yet.
-            if isinstance(answer, FetchFailed):
-                if answer.reason == "not_allowed":
-                    self._settings.unprobed.note(watch.id, answer.reason, answer.detail[:MAX_DETAIL], ts_us)
-                    watch.say(self._log, "probe", logging.WARNING, f"not probed: {answer.detail}")
-                    return None
-                if disturbed(elapsed_s, wall_s, timeout_s):
-                    continue
-                others = (other.url for other in self._watches.values() if other.is_asked)
-                blamed = await self._opinion.blames_host(watch.url, answer, begun_s, others, timeout_s)
-                if blamed is not None:
-                    self._settings.unprobed.note(watch.id, "host_failed", blamed, ts_us)
-                    watch.say(self._log, "probe", logging.WARNING, f"probe not counted: {blamed}")
-                    return None
-            self._opinion.heard(watch.url, answer)
-            watch.said.pop("probe", None)
-            self._settings.unprobed.clear(watch.id)
-            return judge(answer, watch.id, ts_us, elapsed_s * 1000)
-        reason = "asapd itself was held up, or the clock was set"
-        self._settings.unprobed.note(watch.id, "disturbed", reason, self._clock.now_us())
-        watch.say(self._log, "probe", logging.WARNING, f"probe not counted: {reason}")
-        return None
-
-    async def _ask(self, url: str) -> Fetched | FetchFailed:
-        deadline_s = self._settings.prober.timeout_us / SECOND_US
-        return await self._fetcher.get(_join(url, HEALTH_PATH), deadline_s=deadline_s, max_bytes=HEALTH_MAX_BYTES)
-
-    async def _record(self, watch: AgentWatch, unit: Unit[RowWritten], stored: Callable[[], Awaitable[bool]]) -> bool:
-        """Write a unit, in several tries; whether it is in the store. `stored` looks, once that is uncertain."""
-        outcome: RowWritten | Refusal = OUTCOME_UNKNOWN
-        uncertain = False
-        for tried in range(RECORD_TRIES):
-            await self._back_off(tried)
-            async with watch.recording:
-                if uncertain and await stored():
-                    return True
-                outcome = await self._database.submit(unit)
-            if not isinstance(outcome, Refusal):
-                watch.said.pop("store", None)
-                return True
-            uncertain = uncertain or outcome.code == OUTCOME_UNKNOWN.code
-        assert isinstance(outcome, Refusal)
-        watch.say(
-            self._log, "store", logging.WARNING, f"a result was dropped, the store did not take it: {outcome.detail}"
-        )
-        return False
-
-    async def _back_off(self, tried: int) -> None:
-        if tried:
-            await trio.sleep(RETRY_BASE_S * 2 ** (tried - 1) * (0.5 + self._random() / 2))
-
-    # --- manifests
-
-    async def _fetch_manifest(self, watch: AgentWatch) -> None:
-        async with self._fetching_manifests:
-            timeout_s = self._settings.prober.timeout_us / SECOND_US
-            answer = await self._fetcher.get(
-                _join(watch.url, MANIFEST_PATH), deadline_s=timeout_s, max_bytes=MANIFEST_MAX_BYTES
-            )
-        watch.manifest_unanswered = isinstance(answer, FetchFailed)
-        unit = read_manifest(answer, watch.id, watch.public_key, self._clock.now_us(), watch.keys)
-        if isinstance(unit, str):
-            self._settings.without_manifest.note(watch.id, "not_taken", unit, self._clock.now_us())
-            watch.say(self._log, "manifest", logging.INFO, f"no manifest taken: {unit}")
-            return
-        self._settings.without_manifest.clear(watch.id)
-        watch.said.pop("manifest", None)
-        newest = _as_stored(unit)
-        old = watch.manifest
-        unchanged = old is not None and msgspec.structs.replace(old, fetched_us=newest.fetched_us) == newest
-        # An agent that was removed and added again has its old manifest, and its key is not on file any more.
-        signer = None if unit.public_key is None else load_public(unit.public_key)
-        if unchanged and (signer is None or any(key.public_key == signer for key in watch.keys)):
-            return
-
-        async def stored() -> bool:
-            rows = await self._database.read(directory, EVERYTHING, watch.id)
-            return [row.manifest for row in rows] == [newest]
-
-        if await self._record(watch, unit, stored):
-            watch.manifest = newest
-            rows = await self._database.read(directory, EVERYTHING, watch.id)
-            watch.keys = rows[0].keys if rows else ()
-            self._directory_changed.notify()
-            if signer is not None and unit.verification in {"key_changed", "wrong_key"}:
-                self._warn_of_key(watch.id, signer)
-            if unit.sla_error is not None:
-                self._log.warning("agent %s: the SLA in its manifest is not used: %s", watch.id, unit.sla_error)
-
-    def _warn_of_key(self, agent: str, key: bytes) -> None:
-        kid = jwk_thumbprint(key)
-        self._log.warning(
-            "agent %s: its manifest is signed with a key that is not known as its own, %s; nothing is believed for it. "
-            "Ask the agent's owner, then `asapctl agents keys import %s %s`, or dismiss it with "
-            "`asapctl agents keys retire %s %s`",
-            *(agent, kid, agent, public_base64(key), agent, kid),
-        )
+                await self._rounds.keep_asking(watch)
 
 
 _Outcome = AgentsChanged | Refusal
@@ -508,23 +268,3 @@ def _is_touched(watch: AgentWatch, wanted: AgentRecord | None) -> bool:
         return watch.origin == "config"
     mine = (watch.tenant, watch.url, watch.public_key, watch.health)
     return mine != (wanted.tenant, wanted.url, wanted.public_key, wanted.health)
-
-
-def _join(url: str, path: str) -> str:
-    return url.rstrip("/") + path
-
-
-def _named(group: BaseExceptionGroup[BaseException]) -> str:
-    return "; ".join(f"{type(error).__name__}: {error}"[:MAX_DETAIL] for error in group.exceptions)
-
-
-def _as_stored(unit: RecordManifest) -> StoredManifest:
-    return StoredManifest(
-        fetched_us=unit.fetched_us,
-        digest=unit.digest,
-        verification=unit.verification,
-        sla=unit.sla,
-        sla_error=unit.sla_error,
-        ttl_seconds=unit.ttl_seconds,
-        public_key=unit.public_key,
-    )

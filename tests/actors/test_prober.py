@@ -21,7 +21,7 @@ from nacl.signing import SigningKey
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
-from asapd.actors import prober
+from asapd.actors import rounds
 from asapd.actors.messages import (
     ImportKeyRequest,
     ProberMessage,
@@ -31,7 +31,7 @@ from asapd.actors.messages import (
     RetireKeyRequest,
 )
 from asapd.actors.probe_answers import judge, read_manifest
-from asapd.actors.prober import PROBES_AT_ONCE, DirectoryNotSyncedError, ProberSettings, run_prober
+from asapd.actors.prober import DirectoryNotSyncedError, ProberSettings, run_prober
 from asapd.actors.second_opinion import SecondOpinion
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
@@ -178,7 +178,7 @@ class Rig:
         self.readers = Slow(self.connection)
         self.database = Database(self.runner, self.readers)
         self.network = Network()
-        self.fetcher: prober.HealthFetcher = self.network
+        self.fetcher: rounds.HealthFetcher = self.network
         self.changed = Wakeup()
         self.settings = ProberSettings(settings(), [])
         self.random: Callable[[], float] = lambda: 0.0
@@ -623,13 +623,13 @@ async def test_an_interval_change_takes_effect_without_waiting_for_the_old_inter
 
 
 async def test_no_more_than_a_bounded_number_of_probes_are_under_way(autojump_clock: MockClock, virtual: Rig) -> None:
-    many = [agent(f"urn:asap:agent:n{n}", f"http://n{n}") for n in range(PROBES_AT_ONCE * 2)]
+    many = [agent(f"urn:asap:agent:n{n}", f"http://n{n}") for n in range(rounds.PROBES_AT_ONCE * 2)]
     for n in range(len(many)):
         virtual.network.set(f"n{n}", answers_late)
         virtual.network.set_manifest(f"n{n}", answers_late)
     async with virtual.running(*many):
         await trio.sleep(9)
-    assert virtual.network.most_under_way == PROBES_AT_ONCE + prober.MANIFESTS_AT_ONCE
+    assert virtual.network.most_under_way == rounds.PROBES_AT_ONCE + rounds.MANIFESTS_AT_ONCE
     assert {len(virtual.network.times(f"n{n}")) for n in range(len(many))} == {1}
 
 
@@ -664,7 +664,7 @@ async def test_a_dead_network_of_this_host_is_not_the_downtime_of_its_only_remot
         assert host == "10.0.0.1"
         return away[0] if away else None
 
-    monkeypatch.setattr(prober, "SecondOpinion", partial(SecondOpinion, own_way=own_way))
+    monkeypatch.setattr(rounds, "SecondOpinion", partial(SecondOpinion, own_way=own_way))
 
     async def silence() -> FetchFailed:
         await trio.sleep(4)
@@ -1229,7 +1229,7 @@ async def test_a_manifest_the_store_never_takes_is_tried_again_in_its_next_turn(
 ) -> None:
     virtual.settings.prober = settings(manifest_interval="20s")
     virtual.network.set_manifest("a", plain(manifest(sla=SLA)))
-    virtual.runner.trouble = first(prober.RECORD_TRIES, RecordManifest, "away")
+    virtual.runner.trouble = first(rounds.RECORD_TRIES, RecordManifest, "away")
     async with virtual.running(agent()):
         await trio.sleep(25)
     assert virtual.manifests() == [("unsigned", True)]
