@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct
 
@@ -22,7 +22,6 @@ from asapd.store import maintenance, promises, sla_queries, watching
 from asapd.store.agents import DirectoryAgent
 from asapd.store.sla_queries import Followed, Position, TaskCount
 
-Resolution = Literal["minute", "hour", "day"]
 STEPS_US: dict[str, int] = {"minute": MINUTE_US, "hour": HOUR_US, "day": DAY_US}
 
 # Counted by SQLite alone, in a second or so: far below the limit on a query.

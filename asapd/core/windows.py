@@ -207,10 +207,3 @@ class TaskWindow:
                 self._cells[index] = cell
                 self._sum.take_in(cell)
         return True
-
-    def repromise(self, max_latency_p95_ms: int | None) -> None:
-        """Hold everything inside to another latency promise, as far as the histograms tell; None is no promise."""
-        self._sum.over_promise = 0
-        for cell in (*self._cells.values(), *self._waiting.values()):
-            cell.over_promise = 0 if max_latency_p95_ms is None else cell.latency.count_over(max_latency_p95_ms)
-        self._sum.over_promise = sum(cell.over_promise for cell in self._cells.values())

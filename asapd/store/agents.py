@@ -378,17 +378,6 @@ def probes(
     return [(row[0], _probe(*row[1:])) for row in rows]
 
 
-def segments_since(connection: apsw.Connection, since_us: int) -> list[tuple[str, Segment]]:
-    """Uptime of all agents that reaches past a time, in order."""
-    rows = fetch(
-        connection,
-        "SELECT name, start_us, end_us, up FROM uptime_segment JOIN name ON name.id = agent "
-        "WHERE end_us > ? ORDER BY agent, start_us",
-        (since_us,),
-    )
-    return [(name, Segment(start_us, end_us, bool(up))) for name, start_us, end_us, up in rows]
-
-
 class ProbeFact(msgspec.Struct, frozen=True):
     """What a follower needs to know of a probe."""
 
@@ -408,13 +397,3 @@ def probes_after(connection: apsw.Connection, seq: int, limit: int) -> list[Prob
         (seq, limit),
     )
     return [ProbeFact(*row) for row in rows]
-
-
-def probe_counts(connection: apsw.Connection, since_us: int, step_us: int) -> list[tuple[str, int, int]]:
-    """(agent, slot start, probes) since a time, in slots of `step_us`."""
-    return fetch(
-        connection,
-        "SELECT name, ts_us / ?1 * ?1 AS slot, count(*) FROM probe JOIN name ON name.id = agent "
-        "WHERE ts_us >= ?2 GROUP BY agent, slot ORDER BY slot",
-        (step_us, since_us),
-    )

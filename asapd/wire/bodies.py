@@ -14,9 +14,6 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-ENCODINGS: Final = ("gzip", "zstd", "identity")
-"""What may be sent; for the `Accept-Encoding` of a 415 (RFC 9110 section 12.5.3)."""
-
 MAX_PARTS: Final = 1_024
 """Members of a gzip body, or frames of a zstd body, one after another (block-wise writers make one per 64 KiB)."""
 

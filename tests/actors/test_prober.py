@@ -44,6 +44,7 @@ from asapd.store import agent_history
 from asapd.store import agents as stored
 from asapd.store.database import OUTCOME_UNKNOWN, WRITER_AWAY, Database, InlineReaders, InlineRunner, ReadTooLongError
 from asapd.store.manifests import versions
+from asapd.store.sla_queries import segments_between
 from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
@@ -218,7 +219,7 @@ class Rig:
         return [probe for _, probe in reversed(stored.probes(self.connection, name, None, None, 1000, None))]
 
     def segments(self, name: str = A) -> list[Segment]:
-        return [segment for owner, segment in stored.segments_since(self.connection, 0) if owner == name]
+        return segments_between(self.connection, name, 0, 2**62)
 
     def transitions(self, name: str = A) -> list[tuple[float, str, str, str | None]]:
         rows = agent_history.transitions(self.connection, EVERYTHING, name, 100)

@@ -163,20 +163,3 @@ def test_a_clock_that_falls_back_by_more_than_the_window_asks_for_a_refill() -> 
     assert figures(window) == (0, 0, 0, Histogram())
     put(window, NOW_US - 2 * HOUR_US, 0, 5)
     assert window.completed == 1
-
-
-def test_another_promise_recounts_what_is_over_it() -> None:
-    window = TaskWindow(HOUR_US)
-    window.advance(NOW_US)
-    for latency_ms in (50, 150, 250):
-        put(window, NOW_US, 0, latency_ms)
-    put(window, NOW_US + MINUTE_US, 0, 150)
-    assert window.over_promise == 1
-    window.repromise(100)
-    assert window.over_promise == 2
-    window.advance(NOW_US + MINUTE_US)
-    assert window.over_promise == 3
-    window.repromise(None)
-    assert window.over_promise == 0
-    window.advance(NOW_US + 2 * HOUR_US)
-    assert window.over_promise == 0

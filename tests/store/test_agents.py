@@ -16,6 +16,7 @@ from asapd.core.errors import Refusal
 from asapd.core.row_digest import row_digest
 from asapd.core.uptime import Segment, UptimeTimeline
 from asapd.store import agent_history, agents, audit
+from asapd.store.sla_queries import segments_between
 from asapd.store.units.agents import (
     AgentRecord,
     AgentsChanged,
@@ -158,9 +159,6 @@ def test_probes_are_listed_newest_first_in_pages(connection: apsw.Connection, su
     assert offsets(None, None, 2, 4) == [2, 1]
     assert agents.probes(connection, B, None, None, 10, None) == []
     assert [fact.seq for fact in agents.probes_after(connection, 2, 10)] == [3, 4]
-    assert agents.probe_counts(connection, NOW_US + 1, 2) == [
-        (A, (NOW_US + slot) // 2 * 2, count) for slot, count in ((1, 1), (2, 2))
-    ]
 
 
 def test_a_change_of_state_is_kept_with_its_reason(
@@ -212,10 +210,9 @@ def test_stored_segments_equal_what_each_microsecond_was(
                 newest[agent] = ts_us
                 kept = {moment: was for moment, was in truth[agent].items() if moment < ts_us}
                 truth[agent] = kept | dict.fromkeys(range(ts_us, ts_us + hold_us), up)
-        segments = agents.segments_since(connection, 0)
-        late = agents.segments_since(connection, NOW_US + 20)
-    for agent in (A, B):
-        own = [segment for name, segment in segments if name == agent]
+        segments = {agent: segments_between(connection, agent, 0, 2**62) for agent in (A, B)}
+        late = {agent: segments_between(connection, agent, NOW_US + 20, 2**62) for agent in (A, B)}
+    for agent, own in segments.items():
         assert own == sorted(own, key=lambda one: one.start_us)
         told: dict[int, bool] = {}
         for segment in own:
@@ -225,7 +222,7 @@ def test_stored_segments_equal_what_each_microsecond_was(
             told |= stretch
         assert told == truth[agent]
         assert own == timelines[agent].segments(0, 2**62)
-        assert [one for name, one in late if name == agent] == [one for one in own if one.end_us > NOW_US + 20]
+        assert late[agent] == [one for one in own if one.end_us > NOW_US + 20]
         refilled = UptimeTimeline()
         for segment in own:
             refilled.extend(segment.start_us, segment.end_us, segment.up)
@@ -235,7 +232,7 @@ def test_stored_segments_equal_what_each_microsecond_was(
 def test_a_probe_cuts_the_one_before_it_short(connection: apsw.Connection, submit: Callable[[AnyUnit], Any]) -> None:
     submit(PROBE)
     submit(replace(PROBE, ts_us=NOW_US + 40, up=False))
-    assert agents.segments_since(connection, 0) == [
-        (A, Segment(NOW_US, NOW_US + 40, True)),
-        (A, Segment(NOW_US + 40, NOW_US + 140, False)),
+    assert segments_between(connection, A, 0, 2**62) == [
+        Segment(NOW_US, NOW_US + 40, True),
+        Segment(NOW_US + 40, NOW_US + 140, False),
     ]
