@@ -9,8 +9,8 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
-from asapd.actors.reads import visibility
 from asapd.actors.sealer import Sealer
+from asapd.actors.visible import visibility
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.evidence_pack import MADE, REVOKED, delegations, leading_to, opened

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asapd.actors.reads import visibility
 from asapd.actors.sealer import Sealer
+from asapd.actors.visible import visibility
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.receipt import ReceiptError, totals

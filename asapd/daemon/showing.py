@@ -52,13 +52,13 @@ class Showing:
 
     async def status(self) -> dict[str, Any]:
         """Everything an operator asks first; the names are in docs/http.md."""
-        head, digest = await self.reads.audit_head()
+        head, digest = await self.reads.audit.head()
         return {
             **self._running(),
             "audit": {"seq": head, "hash": digest, **await self.auditing.status()},
-            "agents": {**await self.reads.agents_standing(), "not_probed": sorted(self.unprobed.noted())[:100]},
-            "keys": {"problems": self.registry.key_problems, "unconfirmed": await self.reads.unconfirmed_keys()},
-            "usage": {"unpriced_events": await self.reads.unpriced_events()},
+            "agents": {**await self.reads.agents.standing(), "not_probed": sorted(self.unprobed.noted())[:100]},
+            "keys": {"problems": self.registry.key_problems, "unconfirmed": await self.reads.agents.unconfirmed_keys()},
+            "usage": {"unpriced_events": await self.reads.usage.unpriced_events()},
             "alerts": {"last": self.last_alert(), "targets": await self.desk.targets()},
         }
 

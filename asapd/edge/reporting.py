@@ -275,7 +275,7 @@ async def _untimely(services: Services, decoded: Events) -> list[FieldError]:
     metering = services.settings().metering
     now_us = services.clock.now_us()
     # The edge does not move back when `late_max` grows.
-    earliest_us = max(now_us - metering.late_max_us, await services.reads.horizon())
+    earliest_us = max(now_us - metering.late_max_us, await services.reads.usage.horizon())
     found = untimely(decoded.events, earliest_us, now_us + metering.clock_skew_max_us)
     places = decoded.places
     return [FieldError("timestamp", reason, places[index] if decoded.is_batch else None) for index, reason in found]
@@ -300,7 +300,7 @@ async def validate(services: Services, caller: Caller, body: bytes, written: Wri
             "code": "forbidden" if foreign is not None and not decoded.errors else "invalid",
             "errors": errors[:MAX_ERRORS],
         }
-    repeats = await services.reads.repeats(caller, decoded.events)
+    repeats = await services.reads.usage.repeats(caller, decoded.events)
     conflicts = [
         FieldError("id", f"{event.id} was reported before with other content", place if decoded.is_batch else None)
         for event, place, repeat in zip(decoded.events, decoded.places, repeats, strict=True)

@@ -7,8 +7,9 @@ from typing import Any
 import apsw
 import pytest
 
-from asapd.actors import reads as reads_module
-from asapd.actors.reads import Reads, visibility
+from asapd.actors import audit_reads
+from asapd.actors.reads import Reads
+from asapd.actors.visible import visibility
 from asapd.core.access import Caller
 from asapd.core.types import SECOND_US, Role
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
@@ -46,24 +47,24 @@ def test_a_caller_sees_by_its_tenant_and_patterns() -> None:
 @pytest.mark.parametrize(("caller", "rows"), [(ALL, 1), (OWN, 1), (OTHER, 0), (NARROW, 0)])
 async def test_rows_are_narrowed_to_what_the_caller_may_see(inline_database: Inline, caller: Caller, rows: int) -> None:
     reads = await reads_of(inline_database)
-    found = await reads.usage(caller, {}, limit=10, after=None, offset=0, descending=False)
+    found = await reads.usage.rows(caller, {}, limit=10, after=None, offset=0, descending=False)
     assert len(found) == rows
-    totals, _ = await reads.usage_summary(caller, {})
+    totals, _ = await reads.usage.summary(caller, {})
     assert totals["total_tasks"] == rows
-    groups, _ = await reads.usage_aggregate(caller, {}, ("agent",), limit=10, offset=0)
+    groups, _ = await reads.usage.aggregate(caller, {}, ("agent",), limit=10, offset=0)
     assert len(groups.rows) == rows
-    assert (await reads.usage_stats(caller))["total_events"] == rows
-    assert len(await reads.breaches(caller, {}, limit=10)) == rows
-    assert (await reads.breach(caller, "brc_1") is not None) is bool(rows)
+    assert (await reads.usage.stats(caller))["total_events"] == rows
+    assert len(await reads.sla.breaches(caller, {}, limit=10)) == rows
+    assert (await reads.sla.breach(caller, "brc_1") is not None) is bool(rows)
 
 
 async def test_the_head_of_the_audit_log_is_its_newest_entry(inline_database: Inline) -> None:
     reads = await reads_of(inline_database)
-    seq, digest = await reads.audit_head()
-    newest = await reads.audit_entry(str(seq))
+    seq, digest = await reads.audit.head()
+    newest = await reads.audit.entry(str(seq))
     assert newest is not None
     assert (newest["hash"], newest["event_type"]) == (digest, "asapd.started")
-    assert await reads.audit_entry("nothing") is None
+    assert await reads.audit.entry("nothing") is None
 
 
 async def test_a_filter_that_little_fits_is_looked_for_in_steps(
@@ -74,7 +75,7 @@ async def test_a_filter_that_little_fits_is_looked_for_in_steps(
     for number, name in enumerate(subjects, 1):
         await database.submit(Note("test", "asapd", name, {}, T0 + number))
     monkeypatch.setattr(audit, "WINDOW", 4)
-    monkeypatch.setattr(reads_module, "AUDIT_WINDOWS", 2)
+    monkeypatch.setattr(audit_reads, "AUDIT_WINDOWS", 2)
     reads = Reads(database, TrioClock(T0))
 
     async def seqs(limit: int, after: int | None, descending: bool, **fields: Any) -> list[int]:
@@ -82,7 +83,7 @@ async def test_a_filter_that_little_fits_is_looked_for_in_steps(
         at = after
         while True:
             wanted = audit.AuditFilter(subject="a", **fields)
-            rows, at = await reads.audit_entries(wanted, limit=limit - len(found), after=at, descending=descending)
+            rows, at = await reads.audit.entries(wanted, limit=limit - len(found), after=at, descending=descending)
             found += [entry["seq"] for entry in rows]
             if at is None or len(found) == limit:
                 return found
@@ -97,11 +98,11 @@ async def test_a_filter_that_little_fits_is_looked_for_in_steps(
     assert await seqs(9, None, False, start_us=T0 + 11, end_us=T0 + 29) == [11, 12]
     assert await seqs(9, None, True, start_us=T0 + 12) == [29, 12]
     assert await seqs(9, None, False, end_us=T0) == []
-    assert await reads.audit_entries(audit.AuditFilter(subject="a"), limit=9, after=12, descending=False) == ([], 20)
+    assert await reads.audit.entries(audit.AuditFilter(subject="a"), limit=9, after=12, descending=False) == ([], 20)
     pages = []
     at = 0
     while at < 30:
-        page = await reads.audit_page(audit.AuditFilter(subject="a"), at, 30, 3, lambda rows: b"%d " % len(rows))
+        page = await reads.audit.page(audit.AuditFilter(subject="a"), at, 30, 3, lambda rows: b"%d " % len(rows))
         pages.append(page.data)
         at = page.last
     assert sum(int(page) for page in pages) == 4

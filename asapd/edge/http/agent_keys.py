@@ -44,8 +44,8 @@ def register(app: QuartTrio, services: Services) -> None:
         directory, which then is nobody's but the host's."""
         if not caller.may_touch(agent):
             return None
-        keys = await services.reads.agent_keys(agent)
-        listed = await services.reads.agents(caller, agent)
+        keys = await services.reads.agents.keys(agent)
+        listed = await services.reads.agents.directory(caller, agent)
         return keys if listed or (caller.tenant is None and keys) else None
 
     async def shown(caller: Caller, agent: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/.well-known/jwks.json")
     async def get_jwks() -> Response:
         now_us = services.clock.now_us()
-        own = await services.reads.agent_keys(services.manifest()["id"])
+        own = await services.reads.agents.keys(services.manifest()["id"])
         # The newest first: what is signed now is what a verifier asks for most.
         keys = [
             key.public_key

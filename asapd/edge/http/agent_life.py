@@ -48,7 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         limit, before = parameters.limit(), parameters.cursor(int)
         parameters.done()
-        found = await services.reads.agent_events(caller, agent, limit=limit, before=before)
+        found = await services.reads.agents.events(caller, agent, limit=limit, before=before)
         if not found and before is None:
             return refuse(unknown_agent(agent))
         rows = [event_row(event) for event in found]
@@ -60,9 +60,9 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         limit, before = parameters.limit(), parameters.cursor(int)
         parameters.done()
-        if not await services.reads.agents(caller, agent):
+        if not await services.reads.agents.directory(caller, agent):
             return refuse(unknown_agent(agent))
-        found = await services.reads.manifests(caller, agent, limit=limit, before=before)
+        found = await services.reads.agents.manifests(caller, agent, limit=limit, before=before)
         rows = [manifest_row(manifest) for _, manifest in found]
         return reply({"agent_id": agent, **page(rows, limit, found[-1][0] if found else None)})
 
@@ -70,9 +70,9 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_manifest_document(agent: str, digest: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        if not await services.reads.agents(caller, agent):
+        if not await services.reads.agents.directory(caller, agent):
             return refuse(unknown_agent(agent))
-        found = await services.reads.manifest_body(caller, agent, digest)
+        found = await services.reads.agents.manifest_body(caller, agent, digest)
         if found is None:
             detail = f"no manifest of {agent} has the digest {digest}: GET /agents/{agent}/manifests lists them"
             return refuse(Refusal("manifest_not_found", detail))
@@ -95,14 +95,14 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(prober, lambda to: SetPausedRequest(agent, paused, reason, caller.actor, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        rows = await services.reads.agents(caller, agent)
+        rows = await services.reads.agents.directory(caller, agent)
         if not rows:
             return refuse(unknown_agent(agent))
         state, since = state_of(rows[0], services.clock.now_us()), format_us(rows[0].since_us)
         return reply({"agent_id": agent, "state": state, "since": since, "changed": bool(outcome.changed)})
 
     async def may_change(caller: Caller, agent: str) -> bool:
-        return caller.may_touch(agent) and bool(await services.reads.agents(caller, agent))
+        return caller.may_touch(agent) and bool(await services.reads.agents.directory(caller, agent))
 
     @app.post("/agents/<agent>/heartbeat")
     async def post_heartbeat(agent: str) -> Response:

@@ -58,7 +58,7 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply(search([row for row, _ in await rows_of(caller, None, window_us)], wanted))
 
     async def rows_of(caller: Caller, agent: str | None, window_us: int) -> list[tuple[dict[str, Any], Figures | None]]:
-        known = await services.reads.agents(caller, agent)
+        known = await services.reads.agents.directory(caller, agent)
         figures = await ask_actor(services.mailboxes.watcher, lambda to: FiguresRequest(agent, window_us, to))
         by_id: dict[str, Figures] = {}
         if not isinstance(figures, Refusal):
@@ -73,7 +73,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
     async def tenant_of(agent: str) -> str | None:
         """The tenant of an agent of the directory, whoever may see it."""
-        known = await services.reads.agents(_ANYBODY, agent)
+        known = await services.reads.agents.directory(_ANYBODY, agent)
         return known[0].tenant if known else None
 
     async def is_foreign(caller: Caller, agent: str) -> bool:
@@ -131,10 +131,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if not rows:
             return refuse(unknown_agent(agent))
         row, figures = rows[0]
-        probes = await services.reads.probes(
+        probes = await services.reads.agents.probes(
             caller, agent, start_us=start_us, end_us=end_us, limit=limit, before=before
         )
-        changes = await services.reads.transitions(caller, agent, 100)
+        changes = await services.reads.agents.transitions(caller, agent, 100)
         shown = [probe_row(probe) for _, probe in probes]
         return reply(
             {

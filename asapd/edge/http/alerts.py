@@ -50,13 +50,13 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         body = await sent_json()
         sent = decode_body(body or b"{}", Acknowledgement)
-        if await services.reads.breach(caller, breach) is None:
+        if await services.reads.sla.breach(caller, breach) is None:
             return refuse(Refusal("breach_not_found", f"there is no breach {breach}: check the id"))
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await desk.acknowledge(caller, breach, sent.comment, key)
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        found = await services.reads.breach(caller, breach)
+        found = await services.reads.sla.breach(caller, breach)
         shown = None if found is None else found[1]
         return reply({"breach": shown, "acknowledged": outcome.acknowledged}, 201 if outcome.created else 200)
 

@@ -110,14 +110,14 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         only_active = parameters.choice("active", ("true", "false", "1", "0"), "true") in {"true", "1"}
         parameters.done()
-        rows = await services.reads.issued(caller, only_active=only_active)
+        rows = await services.reads.delegations.issued(caller, only_active=only_active)
         return plain([_shown(row) for row in rows])
 
     @app.get("/asap/delegations/<delegation>")
     async def get_asap_delegation(delegation: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        shown = await services.reads.delegation(caller, delegation)
+        shown = await services.reads.delegations.delegation(caller, delegation)
         if shown is None:
             return plain({"detail": _NOT_FOUND}, 404)
         return plain({**_shown(shown), "revoked_at": shown["revoked_at"]})
@@ -126,7 +126,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def delete_asap_delegation(delegation: str) -> Response:
         caller = require(Permission.OPERATE)
         Parameters().done()
-        found = await services.reads.delegation(caller, delegation)
+        found = await services.reads.delegations.delegation(caller, delegation)
         if found is None:
             return plain({"detail": f"{_NOT_FOUND} or not issued via this server"}, 404)
         if not _is_delegator(caller, found["delegator"]):

@@ -75,7 +75,9 @@ def register(app: QuartTrio, services: Services) -> None:
         filters = _of_events(parameters)
         limit, offset = parameters.number("limit", MAX_LIMIT, 1, MAX_LIMIT), parameters.offset()
         parameters.done()
-        rows = await services.reads.usage(caller, filters, limit=limit, after=None, offset=offset, descending=False)
+        rows = await services.reads.usage.rows(
+            caller, filters, limit=limit, after=None, offset=offset, descending=False
+        )
         shown = [event(row) for row in rows]
         return plain({"data": shown, "count": len(shown)})
 
@@ -100,7 +102,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         filters = _filters(parameters)
         parameters.done()
-        groups, _ = await services.reads.usage_aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
+        groups, _ = await services.reads.usage.aggregate(caller, filters, (group_by,), limit=_ALL, offset=0)
         return [picked(row, GROUPS[group_by]) for row in groups.rows]
 
     @app.get("/asap/usage/summary")
@@ -109,14 +111,14 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters = _filters(parameters)
         parameters.done()
-        totals, _ = await services.reads.usage_summary(caller, filters)
+        totals, _ = await services.reads.usage.summary(caller, filters)
         return plain(picked(totals, SUMMARY))
 
     @app.get("/asap/usage/stats")
     async def get_asap_stats() -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        found = await services.reads.usage_stats(caller)
+        found = await services.reads.usage.stats(caller)
         kept_s = services.settings().retention.usage_us // 1_000_000
         return plain({**picked(found, ("total_events", "oldest_timestamp")), "retention_ttl_seconds": kept_s})
 
@@ -130,7 +132,7 @@ def register(app: QuartTrio, services: Services) -> None:
         most = parameters.number("limit", 0, 1, _MOST_EXPORTED) or None
         parameters.done()
         form = AsapCsv() if name == "csv" else AsapJson()
-        export = Export(services, caller, filters, await services.reads.snapshot(caller), form, PAGE, most)
+        export = Export(services, caller, filters, await services.reads.usage.snapshot(caller), form, PAGE, most)
         first = await export.read(None)
         response = Response(export.parts(first), content_type=form.content_type)
         response.headers["Content-Disposition"] = f"attachment; filename=usage_export.{name}"
@@ -144,7 +146,7 @@ def register(app: QuartTrio, services: Services) -> None:
         agent = parameters.text("agent_id", "agent")
         window_us = window_parameter(parameters, services)
         parameters.done()
-        visible = {one.id for one in await services.reads.agents(caller, agent)}
+        visible = {one.id for one in await services.reads.agents.directory(caller, agent)}
         figures = await ask_actor(services.mailboxes.watcher, lambda to: FiguresRequest(None, window_us, to))
         if isinstance(figures, Refusal):
             return detail(figures)
@@ -180,7 +182,7 @@ def register(app: QuartTrio, services: Services) -> None:
         shown: list[dict[str, Any]] = []
         before: tuple[int, str] | None = None
         while True:
-            found = await services.reads.breaches(caller, filters, limit=MAX_LIMIT, before=before)
+            found = await services.reads.sla.breaches(caller, filters, limit=MAX_LIMIT, before=before)
             # A budget's breach is of no agent, which no reader of these shapes expects.
             shown += [picked(breach, BREACH) for row, breach in found if row.agent_id is not None]
             if len(found) < MAX_LIMIT:

@@ -55,7 +55,7 @@ def register(app: QuartTrio, services: Services) -> None:
         filters = _filters(parameters)
         after = parameters.cursor(int)
         parameters.done()
-        rows, at = await services.reads.audit_entries(filters, limit=limit, after=after, descending=descending)
+        rows, at = await services.reads.audit.entries(filters, limit=limit, after=after, descending=descending)
         return reply({"data": rows, "count": len(rows), "next_cursor": None if at is None else encode_cursor(at)})
 
     @app.get("/audit/export")
@@ -65,15 +65,15 @@ def register(app: QuartTrio, services: Services) -> None:
         name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
         filters = _filters(parameters)
         parameters.done()
-        head, _ = await services.reads.audit_head()
-        first, last = await services.reads.audit_span(filters)
+        head, _ = await services.reads.audit.head()
+        first, last = await services.reads.audit.span(filters)
         form = FORMATS[name]()
 
         async def parts() -> AsyncIterator[bytes]:
             yield form.begin()
             after, through = first - 1, min(last, head)
             while after < through:
-                page = await services.reads.audit_page(filters, after, through, EXPORT_PAGE, form.rows)
+                page = await services.reads.audit.page(filters, after, through, EXPORT_PAGE, form.rows)
                 yield page.data
                 after = page.last
             yield form.end()
@@ -106,7 +106,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_entry(entry: str) -> Response:
         require_everything(Permission.READ_ALL)
         Parameters().done()
-        found = await services.reads.audit_entry(entry)
+        found = await services.reads.audit.entry(entry)
         if found is None:
             return refuse(Refusal("entry_not_found", f"there is no audit entry {entry}: check the id"))
         return reply(found)

@@ -45,7 +45,7 @@ def register(app: QuartTrio, services: Services) -> None:
             raise bad_parameter("start", "must be before end, and not in the future")
         if end_us - start_us > MOST_DAYS * DAY_US:
             raise bad_parameter("start", f"must be at most {MOST_DAYS} days before end")
-        known = await services.reads.agents(caller, name)
+        known = await services.reads.agents.directory(caller, name)
         if not known:
             return refuse(Refusal("agent_not_found", f"there is no agent {name} in the directory: check the id"))
         reports = await daily(known[0], start_us, end_us)
@@ -56,7 +56,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def daily(agent: DirectoryAgent, start_us: int, end_us: int) -> list[dict[str, Any]]:
         reports: list[dict[str, Any]] = []
         while start_us < end_us:
-            past = await services.reads.sla_past(agent, services.settings().sla, start_us, end_us, DAY_US, MOST_DAYS)
+            past = await services.reads.sla.past(agent, services.settings().sla, start_us, end_us, DAY_US, MOST_DAYS)
             for metrics, judged in zip(past.rows, past.judged, strict=True):
                 verdicts = evaluate(metrics, judged.held.promise)
                 compliance = {"compliance": compliance_block(verdicts), "percent": compliance_percent(verdicts)}

@@ -51,7 +51,7 @@ def register(app: QuartTrio, services: Services) -> None:
         }
         limit, offset = parameters.limit(), parameters.cursor(int) or parameters.offset()
         parameters.done()
-        found = await services.reads.breach_groups(caller, by, filters, limit=limit, offset=offset)
+        found = await services.reads.sla.breach_groups(caller, by, filters, limit=limit, offset=offset)
         return reply(page(found, limit, offset + limit))
 
     @app.post("/breaches/ack")
@@ -64,7 +64,7 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(Refusal("invalid", detail, tuple(errors)))
         wanted = {"state": "open", "severity": sent.severity, "breach_type": sent.type}
         done: list[str] = []
-        for row, shown in await services.reads.breaches(caller, wanted, limit=-1):
+        for row, shown in await services.reads.sla.breaches(caller, wanted, limit=-1):
             fits = sent.agent is None or (row.agent_id is not None and pattern_matches(sent.agent, row.agent_id))
             if not fits or shown["acknowledged"] is not None:
                 continue

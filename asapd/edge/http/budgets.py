@@ -23,7 +23,9 @@ def register(app: QuartTrio, services: Services) -> None:
         limit = parameters.limit()
         after = parameters.cursor(str)
         parameters.done()
-        found = [row for row in await services.reads.budgets(caller) if after is None or row["name"] > after]
+        found = [
+            row for row in await services.reads.delegations.budgets(caller) if after is None or row["name"] > after
+        ]
         rows = found[:limit]
         return reply(page(rows, limit, rows[-1]["name"] if len(found) > limit else None))
 
@@ -31,7 +33,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_budget(name: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        shown = await services.reads.budget(caller, name)
+        shown = await services.reads.delegations.budget(caller, name)
         if shown is None:
             return refuse(Refusal("budget_not_found", f"there is no budget {name}: check the name"))
         return reply(shown)

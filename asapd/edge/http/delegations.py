@@ -104,7 +104,7 @@ def register(app: QuartTrio, services: Services) -> None:
         delegator, delegate = parameters.text("delegator"), parameters.text("delegate")
         state = parameters.choice("state", ("active", "revoked", "expired"))
         parameters.done()
-        rows, last = await services.reads.delegations(
+        rows, last = await services.reads.delegations.delegations(
             caller, delegator=delegator, delegate=delegate, state=state, limit=limit, after=after or 0
         )
         return reply(page(rows, limit, last))
@@ -121,8 +121,8 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply(shown)
 
     async def show(caller: Caller, delegation: str, limit: int, after: tuple[int, str] | None) -> dict[str, Any] | None:
-        shown = await services.reads.delegation(caller, delegation)
-        spending = await services.reads.spend_by_task(caller, delegation, limit=limit, after=after)
+        shown = await services.reads.delegations.delegation(caller, delegation)
+        spending = await services.reads.delegations.spend_by_task(caller, delegation, limit=limit, after=after)
         if shown is None or spending is None:
             return None
         return {

@@ -57,7 +57,7 @@ def register(app: QuartTrio, services: Services) -> None:
         else:
             if AGENT_URN.match(agent) is None:
                 raise RefusedError(_invalid("agent_id", "must be a URN of the form urn:asap:agent:<name>"))
-            if not caller.may_touch(agent) or not await services.reads.agents(caller, agent):
+            if not caller.may_touch(agent) or not await services.reads.agents.directory(caller, agent):
                 return refuse(Refusal("agent_not_found", f"there is no agent {agent} in the directory: check the id"))
         now_us = services.clock.now_us()
         start_us = now_us if sent.start is None else _time_us("start", sent.start)
@@ -87,21 +87,21 @@ def register(app: QuartTrio, services: Services) -> None:
         limit = parameters.limit()
         before = parameters.cursor(str)
         parameters.done()
-        rows = await services.reads.maintenance(caller, agent=agent, state=state, limit=limit, before=before)
+        rows = await services.reads.sla.maintenance(caller, agent=agent, state=state, limit=limit, before=before)
         return reply(page(rows, limit, rows[-1]["id"] if rows else None))
 
     @app.delete("/maintenance/<window>")
     async def delete_maintenance(window: str) -> Response:
         caller = require(Permission.OPERATE)
         Parameters().done()
-        found = await services.reads.maintenance_window(window)
+        found = await services.reads.sla.maintenance_window(window)
         missing = Refusal("maintenance_not_found", f"there is no maintenance {window}: check the id")
         if found is None:
             return refuse(missing)
         if found.agent is None:
             require_everything(Permission.OPERATE)
         elif not caller.may_touch(found.agent) or not (
-            caller.tenant is None or await services.reads.agents(caller, found.agent)
+            caller.tenant is None or await services.reads.agents.directory(caller, found.agent)
         ):
             return refuse(missing)
         outcome = await ask_actor(watcher, lambda to: EndMaintenanceRequest(caller, window, to))

@@ -58,14 +58,14 @@ def register(app: QuartTrio, services: Services) -> None:
             "task": parameters.text("task", "task_id"),
         }
         parameters.done()
-        rows = await services.reads.reservations(caller, filters, limit=limit, before=before)
+        rows = await services.reads.delegations.reservations(caller, filters, limit=limit, before=before)
         return reply(page(rows, limit, rows[-1]["id"] if rows else None))
 
     @app.get("/reservations/<reservation>")
     async def get_reservation(reservation: str) -> Response:
         caller = require_any(Permission.INGEST, Permission.READ)
         Parameters().done()
-        shown = await services.reads.reservation(caller, reservation)
+        shown = await services.reads.delegations.reservation(caller, reservation)
         if shown is None:
             return refuse(Refusal("reservation_not_found", f"there is no reservation {reservation}: check the id"))
         return reply(shown)

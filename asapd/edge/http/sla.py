@@ -58,7 +58,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def open_breaches(caller: Caller, agent: str | None) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {}
         # All of them: there are at most four of an agent.
-        for row, shown in await services.reads.breaches(caller, {"state": "open", "agent": agent}, limit=-1):
+        for row, shown in await services.reads.sla.breaches(caller, {"state": "open", "agent": agent}, limit=-1):
             found.setdefault(row.agent_id or "", []).append(shown)
         return found
 
@@ -69,7 +69,7 @@ def register(app: QuartTrio, services: Services) -> None:
         window_us = window_parameter(parameters, services)
         explained = parameters.flag("explain")
         parameters.done()
-        if not await services.reads.agents(caller, agent):
+        if not await services.reads.agents.directory(caller, agent):
             return refuse(_unknown(agent))
         figures = await figures_of(frozenset({agent}), window_us)
         if isinstance(figures, Refusal):
@@ -89,7 +89,7 @@ def register(app: QuartTrio, services: Services) -> None:
         limit = parameters.limit()
         after = parameters.cursor(int) or parameters.offset()
         parameters.done()
-        visible = [one.id for one in await services.reads.agents(caller, agent)]
+        visible = [one.id for one in await services.reads.agents.directory(caller, agent)]
         figures = await figures_of(frozenset(visible[after : after + limit]), window_us)
         if isinstance(figures, Refusal):
             return refuse(figures)
@@ -118,7 +118,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/agents/<agent>/sla/breaches")
     async def get_agent_breaches(agent: str) -> Response:
         caller = require(Permission.READ)
-        if not await services.reads.agents_held(caller, agent):
+        if not await services.reads.agents.held(caller, agent):
             return refuse(_unknown(agent))
         return await breaches(Parameters(), agent, caller)
 
@@ -134,7 +134,7 @@ def register(app: QuartTrio, services: Services) -> None:
         limit = parameters.limit()
         before = parameters.cursor(tuple[int, str])
         parameters.done()
-        found = await services.reads.breaches(caller, filters, limit=limit, before=before)
+        found = await services.reads.sla.breaches(caller, filters, limit=limit, before=before)
         position = (found[-1][0].detected_at_us, found[-1][0].id) if found else None
         return reply(page([shown for _, shown in found], limit, position))
 

@@ -48,7 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/agents/<agent>/sla/history")
     async def get_agent_sla_history(agent: str) -> Response:
         caller = require(Permission.READ)
-        if not await services.reads.agents_held(caller, agent):
+        if not await services.reads.agents.held(caller, agent):
             return refuse(_unknown(agent))
         return await history(Parameters(), agent, caller)
 
@@ -73,12 +73,12 @@ def register(app: QuartTrio, services: Services) -> None:
                 raise bad_parameter("cursor", "must be the next_cursor of the page before")
         rows: list[dict[str, Any]] = []
         next_cursor: tuple[str, int, int, int] | None = None
-        known = [one for one in await services.reads.agents_held(caller, agent) if after is None or one.id >= after[0]]
+        known = [one for one in await services.reads.agents.held(caller, agent) if after is None or one.id >= after[0]]
         for one in known:
             from_us = start_us if after is None or one.id != after[0] else max(start_us, after[1])
             while from_us < end_us and len(rows) < limit + skip:
                 left = limit + skip - len(rows)
-                past = await services.reads.sla_past(
+                past = await services.reads.sla.past(
                     one, services.settings().sla, from_us, end_us, STEPS_US[resolution], left
                 )
                 for metrics, judged in zip(past.rows, past.judged, strict=True):
@@ -115,7 +115,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_evidence(breach: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        found = await services.reads.breach(caller, breach)
+        found = await services.reads.sla.breach(caller, breach)
         if found is None:
             return refuse(Refusal("breach_not_found", f"there is no breach {breach}: check the id"))
         row, shown = found
@@ -127,7 +127,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         period = parameters.text("period")
         parameters.done()
-        known = await services.reads.agents_held(caller, agent)
+        known = await services.reads.agents.held(caller, agent)
         if not known:
             return refuse(_unknown(agent))
         now_us = services.clock.now_us()
@@ -136,9 +136,9 @@ def register(app: QuartTrio, services: Services) -> None:
             raise bad_parameter("period", "has not begun")
         sla = services.settings().sla
         until_us = min(end_us, now_us)
-        metrics = await services.reads.uptime_past(known[0], sla, start_us, until_us)
-        cost_microusd, unpriced = await services.reads.cost_of(known[0], start_us, end_us)
-        terms = await services.reads.credits_before(end_us)
+        metrics = await services.reads.sla.uptime_past(known[0], sla, start_us, until_us)
+        cost_microusd, unpriced = await services.reads.sla.cost_of(known[0], start_us, end_us)
+        terms = await services.reads.sla.credits_before(end_us)
         tiers = [] if terms is None else terms.tiers
         found = credit(metrics.up_us, metrics.down_us, None if unpriced else cost_microusd, map(_percents, tiers))
         known_us = metrics.up_us + metrics.down_us

@@ -29,7 +29,7 @@ def register(app: QuartTrio, services: Services) -> None:
         limit, after = parameters.limit(), parameters.cursor_of("tasks", int)
         descending = parameters.choice("order", ("asc", "desc"), "asc") == "desc"
         parameters.done()
-        rows = await services.reads.tasks(caller, filters, limit=limit, after=after, descending=descending)
+        rows = await services.reads.usage.tasks(caller, filters, limit=limit, after=after, descending=descending)
         position = parameters.place("tasks", rows[-1][0] if rows else None)
         return reply(page([row for _, row in rows], limit, position))
 
@@ -37,7 +37,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_task(task: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        found = await services.reads.task(caller, task)
+        found = await services.reads.usage.task(caller, task)
         if found is None:
             return refuse(Refusal("task_not_found", f"nothing is known of task {task}: check the id"))
         return reply(found)

@@ -96,7 +96,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         # The position of a page before is behind what was skipped on the first.
         skipped = offset if after is None else 0
-        rows = await services.reads.usage(
+        rows = await services.reads.usage.rows(
             caller, filters, limit=limit, after=after, offset=skipped, descending=descending
         )
         position = None
@@ -132,7 +132,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         if after is not None and len(after.last) != len(places(groups)):
             raise bad_parameter("cursor", "must be the next_cursor of the page before")
-        grouped, raw_since_us = await services.reads.usage_aggregate(
+        grouped, raw_since_us = await services.reads.usage.aggregate(
             caller,
             filters,
             groups,
@@ -155,7 +155,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters = usage_filters(parameters)
         parameters.done()
-        totals, raw_since_us = await services.reads.usage_summary(caller, filters)
+        totals, raw_since_us = await services.reads.usage.summary(caller, filters)
         return reply({**totals, "raw_since": _raw_since(raw_since_us)})
 
     @app.get("/usage/stats")
@@ -163,7 +163,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         Parameters().done()
         retention_s = services.settings().retention.usage_us // 1_000_000
-        return reply({**await services.reads.usage_stats(caller), "retention_ttl_seconds": retention_s})
+        return reply({**await services.reads.usage.stats(caller), "retention_ttl_seconds": retention_s})
 
     @app.post("/tasks")
     async def post_task() -> Response:

@@ -9,7 +9,7 @@ import trio
 from quart import Response
 from quart_trio import QuartTrio
 
-from asapd.actors.reads import ExportPage
+from asapd.actors.usage_reads import ExportPage
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.context import require
@@ -45,7 +45,7 @@ def register(app: QuartTrio, services: Services) -> None:
         after_seq = parameters.number("after", 0, 1, _MOST)
         parameters.done()
         after = await _position(services, caller, after_seq)
-        newest = await services.reads.snapshot(caller)
+        newest = await services.reads.usage.snapshot(caller)
         through = min(through, newest) if through else newest
         export = Export(services, caller, filters, through, _format(name), PARQUET_PAGE if name == "parquet" else PAGE)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
@@ -59,7 +59,7 @@ def register(app: QuartTrio, services: Services) -> None:
 async def _position(services: Services, caller: Caller, seq: int) -> tuple[int, int] | None:
     if not seq:
         return None
-    position = await services.reads.position(caller, seq)
+    position = await services.reads.usage.position(caller, seq)
     if position is None:
         raise bad_parameter("after", "must be the seq of the last row received, and that row is gone: begin anew")
     return position
@@ -100,7 +100,7 @@ class Export:
         Raises:
             ExportBrokenError: rows behind that position may be gone since the first page.
         """
-        found = await self._services.reads.export_page(
+        found = await self._services.reads.usage.export_page(
             self._caller,
             self._filters,
             limit=self._page if self._left is None else min(self._page, self._left),

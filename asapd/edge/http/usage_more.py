@@ -35,7 +35,7 @@ def register(app: QuartTrio, services: Services) -> None:
         agent, source = parameters.text("agent", "agent_id"), parameters.text("source")
         limit, after = parameters.limit(), parameters.cursor_of("sources", tuple[int, int, int])
         parameters.done()
-        rows = await services.reads.sources(caller, agent=agent, source=source, limit=limit, after=after)
+        rows = await services.reads.usage.sources(caller, agent=agent, source=source, limit=limit, after=after)
         position = parameters.place("sources", rows[-1][0] if rows else None)
         return reply(page([row for _, row in rows], limit, position))
 
@@ -48,7 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         body = await sent_json()
         sent = decode_body(body, VoidReason)
-        found = await services.reads.find_event(caller, event, agent, source, seq)
+        found = await services.reads.usage.find_event(caller, event, agent, source, seq)
         if not found:
             raise RefusedError(Refusal("usage_not_found", f"there is no usage event {event}: check the id"))
         if len(found) > 1:

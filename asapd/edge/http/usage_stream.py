@@ -10,7 +10,7 @@ import trio
 from quart import Response
 from quart_trio import QuartTrio
 
-from asapd.actors.reads import StreamStart
+from asapd.actors.usage_reads import StreamStart
 from asapd.core.access import Caller, Permission
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, event_stream, last_event_id
@@ -38,7 +38,7 @@ def register(app: QuartTrio, services: Services) -> None:
         filters = usage_filters(parameters)
         last = last_event_id(parameters)
         parameters.done()
-        start = await services.reads.stream_start(caller, last)
+        start = await services.reads.usage.stream_start(caller, last)
         return event_stream(_events(services, caller, filters, start, last))
 
 
@@ -54,7 +54,7 @@ async def _events(
     # Commits that show this reader nothing are no sign of life.
     beat_at_s = trio.current_time() + HEARTBEAT_S
     while not services.stopping.is_set():
-        part = await services.reads.usage_after(
+        part = await services.reads.usage.after(
             caller, filters, seq, window=WINDOW, limit=MOST_ROWS, most_bytes=MOST_BYTES, encode=_event
         )
         if (reason := services.sessions.why_gone(caller)) is not None:

@@ -28,7 +28,7 @@ async def enter(edge: Edge, count: int) -> None:
 
 
 async def head(edge: Edge) -> int:
-    return (await edge.services.reads.audit_head())[0]
+    return (await edge.services.reads.audit.head())[0]
 
 
 async def test_a_checkpoint_is_a_signed_note_of_the_log_as_it_is(edge: Edge) -> None:

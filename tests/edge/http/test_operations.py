@@ -64,7 +64,7 @@ async def test_status_and_metrics_are_for_who_sees_everything(edge: Edge) -> Non
 
 
 async def test_the_log_is_filtered_and_paged_either_way(edge: Edge) -> None:
-    _, start = await edge.services.reads.audit_head(), (await edge.get("/audit/logs")).ok()["count"]
+    _, start = await edge.services.reads.audit.head(), (await edge.get("/audit/logs")).ok()["count"]
     for number in range(3):
         await note(edge, number, task_id=f"t{number}", agent=A)
 

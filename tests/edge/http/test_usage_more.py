@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from asapd.actors.reads import StreamPart
+from asapd.actors.usage_reads import StreamPart
 from asapd.edge.http import usage_export, usage_stream
 from asapd.store.units.usage import RetireUsage
 from asapd.wire import usage_export as formats
@@ -188,7 +188,7 @@ async def test_an_export_that_retention_overtakes_is_cut_off_and_not_ended(
 ) -> None:
     monkeypatch.setattr(usage_export, "PAGE", 2)
     await record(edge, 6)
-    read = edge.services.reads.export_page
+    read = edge.services.reads.usage.export_page
     pages = 0
 
     async def overtaken(*arguments: Any, **options: Any) -> Any:
@@ -198,7 +198,7 @@ async def test_an_export_that_retention_overtakes_is_cut_off_and_not_ended(
             await edge.database.submit(RetireUsage(2**60, "asapd", edge.clock.us))
         return await read(*arguments, **options)
 
-    monkeypatch.setattr(edge.services.reads, "export_page", overtaken)
+    monkeypatch.setattr(edge.services.reads.usage, "export_page", overtaken)
 
     def fetch(port: int) -> bytes:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
@@ -235,7 +235,7 @@ async def test_the_stream_shows_a_caller_its_own_and_tells_of_a_gap(edge: Edge) 
     await edge.new_key("reader-c", "reader", C)
     edge.services.stopping.set()
     assert (await edge.get("/usage/stream?last_event_id=x")).refused(400)["errors"][0]["field"] == "Last-Event-ID"
-    part = await edge.services.reads.usage_after(
+    part = await edge.services.reads.usage.after(
         edge.services.ring.find(edge.keys["reader-c"]),  # type: ignore[arg-type]  # a key that was just made
         {},
         0,
@@ -406,14 +406,14 @@ async def test_a_stream_is_read_in_parts_that_are_small_however_large_events_are
     large = {"labels": {f"label-{number}": "x" * 200 for number in range(16)}}
     await edge.post("/usage", [event(f"e{number}", **large) for number in range(30)])
     sizes: list[int] = []
-    read = edge.services.reads.usage_after
+    read = edge.services.reads.usage.after
 
     async def watched(*arguments: Any, **options: Any) -> StreamPart:
         part = await read(*arguments, **options)
         sizes.append(len(part.data))
         return part
 
-    monkeypatch.setattr(edge.services.reads, "usage_after", watched)
+    monkeypatch.setattr(edge.services.reads.usage, "after", watched)
     parts = await follow_until_quiet(edge, "0")
     assert [int(part.split(b"\n")[0][4:]) for part in parts[1:31]] == list(range(1, 31))
     assert max(sizes) < usage_stream.MOST_BYTES + 10_000
