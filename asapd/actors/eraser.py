@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import trio
@@ -27,7 +28,8 @@ async def erase_consumer(
 ) -> dict[str, Any] | Refusal:
     """Erase what is kept of a consumer, or say how much that is; `more` is true when it did not end in time.
 
-    Asked again, it goes on. The name is replaced with the last entry: what is reported under it later is new.
+    Asked again, it goes on, under the pseudonym that was given first.
+    The name is replaced with the last entry: what is reported under it later is new.
     """
     if await database.read(sources.names_more, consumer):
         # The name is replaced wherever it stands: rows would leave their tenant, events lose what they are known by.
@@ -46,7 +48,7 @@ async def erase_consumer(
             return renamed
         told = news[-1]
         if trio.current_time() > deadline:
-            return {"dry_run": False, **found, "entries": 0, "pseudonym": pseudonym, "more": True}
+            return {"dry_run": False, **found, "entries": 0, "pseudonym": renamed.pseudonym, "more": True}
     while True:
         head, _ = await database.read(audit.head)
         seqs = await database.read(erasure.entries_of, consumer, after, STEP)
@@ -63,4 +65,27 @@ async def erase_consumer(
         more = not done.is_whole
         if not more or trio.current_time() > deadline:
             break
-    return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": more}
+    return {"dry_run": False, **found, "entries": erased, "pseudonym": done.pseudonym, "more": more}
+
+
+async def finish_erasures(database: Database, clock: Clock, log: logging.Logger) -> None:
+    """Go on with erasures that were begun and are not whole: whoever asked for them may be gone, and so may that start.
+
+    One that was asked for again meanwhile is harmed by no step of this.
+    """
+    for one in await database.read(erasure.begun):
+        more: object = True
+        while more:
+            done = await erase_consumer(
+                database,
+                clock,
+                consumer=one.consumer,
+                pseudonym=one.pseudonym,
+                reason=one.reason,
+                actor=one.actor,
+                dry_run=False,
+            )
+            if isinstance(done, Refusal):
+                log.warning("the erasure of a consumer as %s did not come to its end: %s", one.pseudonym, done.detail)
+                break
+            more = done["more"]

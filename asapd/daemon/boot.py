@@ -180,7 +180,7 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
         try:
             locks.append(lock.hold(chosen / "asapd.db", time.sleep))
             identity = _identity(chosen / "identity.pem")
-            prepare(chosen / "asapd.db")
+            prepare(chosen / "asapd.db", identity)
             (chosen / "asapd.db.backup").unlink(missing_ok=True)  # what a daemon that was killed began to copy
         except BaseException:
             for descriptor in locks:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nacl.signing import SigningKey
+
 from asapd.core.types import format_us
 from asapd.daemon.boot import LOCK_PATIENCE_S
 from asapd.store import checkpoint_log, lock, restoring
@@ -101,11 +103,12 @@ def _restore(
 ) -> Restored:
     if not file.is_file():
         raise CannotRestoreError(f"{file}: there is no such file")
-    restoring.take(file, fresh)
+    key = _key(state_dir)
+    restoring.take(file, fresh, key)
     found = restoring.head(fresh)
     if found is None:
         raise BadBackupError("it has no audit log")
-    keys, remarks = _keys(state_dir, restoring.origin(fresh), former_keys)
+    keys, remarks = _keys(state_dir, key, restoring.origin(fresh), former_keys)
     known = list(checkpoint_log.read(state_dir / "checkpoints.log"))
     own = [checkpoint for checkpoint in known if not keys or any(is_signed_by(checkpoint, key) for key in keys)]
     within = [checkpoint for checkpoint in own if checkpoint.size <= found.entries]
@@ -123,21 +126,31 @@ def _restore(
     return Restored(found, abandoned, kept, remarks)
 
 
-def _keys(state_dir: Path, origin: str | None, former: Sequence[bytes]) -> tuple[tuple[bytes, ...], tuple[str, ...]]:
-    """The public keys that the log may be signed with, as far as they are known, else none and why not."""
+def _key(state_dir: Path) -> SigningKey | None:
+    """The daemon's key, if it is there."""
     path = state_dir / "identity.pem"
     try:
-        key = bytes(load_private_pem(path.read_bytes()).verify_key)
+        return load_private_pem(path.read_bytes())
     except FileNotFoundError:
+        return None
+    except KeyFormatError as error:
+        raise CannotRestoreError(f"{path} is not an Ed25519 key ({error}): restore it, or move it away") from None
+
+
+def _keys(
+    state_dir: Path, key: SigningKey | None, origin: str | None, former: Sequence[bytes]
+) -> tuple[tuple[bytes, ...], tuple[str, ...]]:
+    """The public keys that the log may be signed with, as far as they are known, else none and why not."""
+    path = state_dir / "identity.pem"
+    if key is None:
         return (), (
             f"signatures were not checked: {path} is not there; without it the daemon makes itself another key",
         )
-    except KeyFormatError as error:
-        raise CannotRestoreError(f"{path} is not an Ed25519 key ({error}): restore it, or move it away") from None
-    keys = (key, *former)
+    own = bytes(key.verify_key)
+    keys = (own, *former)
     if origin is None or origin in map(origin_of, keys):
         return keys, ()
-    remark = f"signatures were not checked: the log is {origin}, and {path} is of {origin_of(key)}; "
+    remark = f"signatures were not checked: the log is {origin}, and {path} is of {origin_of(own)}; "
     return (), (remark + "put the key of that log there, or list it in audit.former_keys and give --config",)
 
 

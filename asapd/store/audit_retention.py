@@ -9,7 +9,7 @@ import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.core.types import format_us
-from asapd.store import seals
+from asapd.store import budget_counts, seals
 from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
@@ -152,6 +152,9 @@ def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
             "through_seq": through,
             "usage_rows": runs(usage_rows_of(tx.connection, seqs)),
         }
+        counted = budget_counts.changes_of(tx.connection, seqs)
+        if counted:
+            details["budgets"] = counted.details()
         erase_payloads(tx, seqs)
         tx.audit("retention.applied", unit.actor, "audit", details, unit.now_us)
     tx.execute("UPDATE audit_archive SET through_seq = ? WHERE first_seq = ?", (through, archive.first_seq))

@@ -6,15 +6,14 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
+from asapd.core.budget_counts import BEFORE, changed, reservation_mark, task_mark
 from asapd.core.budgets import Balance, Budget, BudgetUnit, Standing, overruns
 from asapd.core.ledger import MOST, Hold, Settlement, reserved_after
+from asapd.store.budget_counts import FIELDS
 from asapd.store.rows import Row
 from asapd.store.tx import Tx
 
-COLUMNS = (
-    "id, start_us, end_us, events, unpriced, spent_microusd, reserved_microusd, spent_tokens, reserved_tokens, "
-    "tasks_used, tasks_reserved, alerted"
-)
+COLUMNS = f"id, start_us, {FIELDS}"
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -32,6 +31,8 @@ class Page:
 
     __slots__ = (
         "_changed_tasks",
+        "_entered",
+        "_marks",
         "_tasks",
         "_tx",
         "alerted",
@@ -52,7 +53,7 @@ class Page:
         "was_over",
     )
 
-    def __init__(self, tx: Tx, rule: Rule, row: Row) -> None:
+    def __init__(self, tx: Tx, rule: Rule, row: Row, *, is_new: bool = False) -> None:
         self._tx = tx
         self.rule = rule
         self.budget = rule.budget
@@ -68,12 +69,14 @@ class Page:
         self.tasks_used: int | None
         self.tasks_reserved: int
         self.alerted: int
-        self.id, self.start_us, self.end_us, self.events, self.unpriced, *counters = row
-        self.spent_microusd, self.reserved_microusd, self.spent_tokens, self.reserved_tokens, *rest = counters
+        self.id, self.start_us, self.end_us, self.events, self.unpriced, *sums = row
+        self.spent_microusd, self.reserved_microusd, self.spent_tokens, self.reserved_tokens, *rest = sums
         self.tasks_used, self.tasks_reserved, self.alerted = rest
-        self.is_changed = False
+        self.is_changed = is_new
         self._tasks: dict[str, tuple[int, int] | None] = {}
-        self._changed_tasks: set[str] = set()
+        self._changed_tasks: dict[str, tuple[int, int] | None] = {}
+        self._entered = BEFORE if is_new else self._values()
+        self._marks = {"tasks": 0, "reservations": 0}
         self.was_over: tuple[BudgetUnit, ...] = overruns(self.budget, self.balance)
         """The hard limits that had been passed when the page was read."""
 
@@ -97,9 +100,11 @@ class Page:
         """What an authorisation is held to."""
         return Standing(self.budget, self.balance, self.tasks_used is None or self._task(task_id) is not None)
 
-    def hold(self, hold: Hold, task_id: str) -> None:
-        """Take an estimate out of what is left."""
+    def hold(self, reservation: str, hold: Hold, task_id: str) -> None:
+        """Take the estimate of a reservation out of what is left."""
         self.is_changed = True
+        self._tx.execute("INSERT INTO reservation_budget VALUES (?,?)", (reservation, self.id))
+        self._marks["reservations"] += reservation_mark(reservation)
         self.reserved_microusd = reserved_after(self.reserved_microusd, hold.cost_microusd)
         self.reserved_tokens = reserved_after(self.reserved_tokens, hold.tokens)
         if self.tasks_used is not None:
@@ -153,36 +158,56 @@ class Page:
         if known is not None:
             self._set_task(task_id, 0, known[1])
 
-    def write(self) -> None:
-        """Write the counters and the tasks that changed."""
+    def count_tasks(self, used: set[str], holds: dict[str, int], tasks_extra: int) -> None:
+        """Begin to count tasks: those used, and those that open reservations hold, with their extra slots."""
+        known = used | set(holds)
+        rows = [(task_id, int(task_id in used), holds.get(task_id, 0)) for task_id in known]
+        self._tx.insert_many("INSERT INTO budget_task VALUES (?,?,?,?)", [(self.id, *row) for row in rows])
+        self._marks["tasks"] += sum(task_mark(*row) for row in rows)
+        self.tasks_reserved += tasks_extra + len(known) - len(used)
+        self.tasks_used = len(used)
+        self.is_changed = True
+
+    def write(self, now_us: int) -> None:
+        """Write the counters and the tasks that changed, and have it entered by how much."""
+        held = self._values()
         self._tx.execute(
             "UPDATE budget_period SET events = ?, unpriced = ?, spent_microusd = ?, reserved_microusd = ?, "
             "spent_tokens = ?, reserved_tokens = ?, tasks_used = ?, tasks_reserved = ?, alerted = ? WHERE id = ?",
-            (
-                self.events,
-                self.unpriced,
-                self.spent_microusd,
-                self.reserved_microusd,
-                self.spent_tokens,
-                self.reserved_tokens,
-                self.tasks_used,
-                self.tasks_reserved,
-                self.alerted,
-                self.id,
-            ),
+            (*held[1:], self.id),
         )
         if self._changed_tasks:
-            changed = [(task_id, self._tasks[task_id]) for task_id in self._changed_tasks]
+            now = [(task_id, self._tasks[task_id]) for task_id in self._changed_tasks]
+            for tasks, sign in ((self._changed_tasks.items(), -1), (now, 1)):
+                self._marks["tasks"] += sign * sum(task_mark(name, *counts) for name, counts in tasks if counts)
             self._tx.insert_many(
                 "DELETE FROM budget_task WHERE period = ? AND task_id = ?",
-                [(self.id, task_id) for task_id, counts in changed if counts is None],
+                [(self.id, task_id) for task_id, counts in now if counts is None],
             )
             self._tx.insert_many(
                 "INSERT OR REPLACE INTO budget_task VALUES (?,?,?,?)",
-                [(self.id, task_id, *counts) for task_id, counts in changed if counts is not None],
+                [(self.id, task_id, *counts) for task_id, counts in now if counts is not None],
             )
         self._changed_tasks.clear()
         self.is_changed = False
+        changes = {**changed(self._entered, held), **self._marks}
+        self._tx.count_budget((self.rule.id, self.start_us), changes, now_us)
+        self._entered, self._marks = held, {"tasks": 0, "reservations": 0}
+
+    def _values(self) -> tuple[int | None, ...]:
+        """What is held, in the order of `FIELDS`."""
+        return (
+            self.end_us,
+            self.events,
+            self.unpriced,
+            self.spent_microusd,
+            self.reserved_microusd,
+            self.spent_tokens,
+            self.reserved_tokens,
+            self.tasks_used,
+            self.tasks_reserved,
+            self.alerted,
+        )
 
     # --- tasks
 
@@ -204,8 +229,8 @@ class Page:
         assert self.tasks_used is not None
         self.tasks_used += used - known[0]
         self.tasks_reserved += _is_only_held(used, holds) - _is_only_held(*known)
+        self._changed_tasks.setdefault(task_id, self._tasks[task_id])
         self._tasks[task_id] = (used, holds) if used or holds else None
-        self._changed_tasks.add(task_id)
 
 
 def _plus(counter: int, more: int) -> int:

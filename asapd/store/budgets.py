@@ -13,13 +13,14 @@ from zoneinfo import ZoneInfo
 import apsw
 import msgspec
 
+from asapd.core.budget_counts import task_mark
 from asapd.core.budgets import Balance, Budget, Limits, Match, Work, matches, overruns
 from asapd.core.ledger import MOST, Hold, Settlement
 from asapd.core.pace import MAX_SAMPLES
 from asapd.core.periods import period_bounds
 from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import FLAG_OVERRUN, UsageEvent
-from asapd.store import budget_alerts
+from asapd.store import budget_alerts, budget_counts
 from asapd.store.budget_page import COLUMNS, Page, Rule
 from asapd.store.budget_recount import recount, recount_tasks
 from asapd.store.rows import Row, fetch
@@ -91,8 +92,10 @@ class Book:
 
     def hard_limits(self, work: Work, reservation: str | None) -> list[Rule]:
         """The budgets with a hard limit that count this work, whenever it was, or hold its reservation."""
-        rules = [*self._match(work), *(page.rule for page in ([] if reservation is None else self.linked(reservation)))]
-        return [rule for rule in rules if rule.budget.hard != Limits()]
+        # Opening the periods could change them, and this only looks.
+        sql = "SELECT budget FROM reservation_budget b JOIN budget_period p ON p.id = b.period WHERE reservation = ?"
+        holding = [self._rules[budget] for (budget,) in fetch(self._tx.connection, sql, (reservation,))]
+        return [rule for rule in (*self._match(work), *holding) if rule.budget.hard != Limits()]
 
     def _match(self, work: Work) -> list[Rule]:
         found = self._matching.get(work)
@@ -108,12 +111,13 @@ class Book:
             f"SELECT {COLUMNS} FROM budget_period WHERE budget = ? AND start_us <= ? ORDER BY start_us DESC LIMIT 1",
             (rule.id, at_us),
         )
-        if row is None or row[2] <= at_us:
+        is_new = row is None or row[2] <= at_us
+        if row is None or is_new:
             row = self._begin(rule, *period_bounds(rule.budget.period, rule.zone, at_us))
-        return self._open_page(rule, row)
+        return self._open_page(rule, row, is_new=is_new)
 
-    def _open_page(self, rule: Rule, row: Row) -> Page:
-        page = Page(self._tx, rule, row)
+    def _open_page(self, rule: Rule, row: Row, *, is_new: bool = False) -> Page:
+        page = Page(self._tx, rule, row, is_new=is_new)
         if rule.budget.counts_tasks and page.tasks_used is None:
             self._count_tasks(page)
         self._pages[page.id] = page
@@ -152,6 +156,7 @@ class Book:
         """Count the tasks of a period that did not count them."""
         used = set(recount_tasks(self._tx.connection, page.budget, page.rule.id, page.id))
         holds: dict[str, int] = {}
+        extra = 0
         reservations = fetch(
             self._tx.connection,
             "SELECT task_id, tasks_extra FROM reservation_budget b JOIN reservation r ON r.id = b.reservation "
@@ -160,23 +165,15 @@ class Book:
         )
         for task_id, tasks_extra in reservations:
             holds[task_id] = holds.get(task_id, 0) + 1
-            page.tasks_reserved += tasks_extra
-        known = used | set(holds)
-        page.tasks_reserved += len(known) - len(used)
-        self._tx.insert_many(
-            "INSERT INTO budget_task VALUES (?,?,?,?)",
-            [(page.id, task_id, task_id in used, holds.get(task_id, 0)) for task_id in known],
-        )
-        page.tasks_used = len(used)
-        page.is_changed = True
+            extra += tasks_extra
+        page.count_tasks(used, holds, extra)
 
     # --- debiting
 
     def hold(self, reservation: str, pages: Iterable[Page], hold: Hold, task_id: str) -> None:
         """Hold an accepted estimate."""
         for page in pages:
-            page.hold(hold, task_id)
-            self._tx.execute("INSERT INTO reservation_budget VALUES (?,?)", (reservation, page.id))
+            page.hold(reservation, hold, task_id)
 
     def use(
         self,
@@ -344,7 +341,7 @@ class Book:
             if page.is_changed or alerted != page.alerted:
                 self._note_overruns(page)
                 page.alerted = alerted
-                page.write()
+                page.write(self._now_us)
         self._tx.insert_many(
             "INSERT INTO budget_hour VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET "
             f"microusd = min(microusd + excluded.microusd, {MOST}), tokens = min(tokens + excluded.tokens, {MOST})",
@@ -382,9 +379,10 @@ def sync(tx: Tx, unit: SyncBudgets) -> BudgetsSynced:
             reason = "budget_changed" if name in wanted else "budget_removed"
             budget_alerts.resolve(tx, name, reason, unit.now_us)
             tx.execute("DELETE FROM budget WHERE id = ?", (rule.id,))
+            tx.remove_budget(rule.id, unit.now_us)
     for name, rule in kept.items():
         if wanted[name] != rule.budget:
-            _limit(tx, rule, wanted[name])
+            _limit(tx, rule, wanted[name], unit.now_us)
     for name, budget in wanted.items():
         if name not in kept:
             _insert(tx, budget, unit.now_us)
@@ -402,7 +400,8 @@ def sync(tx: Tx, unit: SyncBudgets) -> BudgetsSynced:
                 page.alerted = budget_alerts.lower(tx, page.budget, page.balance, page.alerted, unit.now_us)
         book.flush()
     if synced != BudgetsSynced():
-        tx.audit("budgets.changed", unit.actor, "budgets", msgspec.to_builtins(synced), unit.now_us)
+        details = {**msgspec.to_builtins(synced), "definitions_digest": budget_counts.say_definitions(tx)}
+        tx.audit("budgets.changed", unit.actor, "budgets", details, unit.now_us)
     return synced
 
 
@@ -427,7 +426,7 @@ def _insert(tx: Tx, budget: Budget, now_us: int) -> None:
     )
 
 
-def _limit(tx: Tx, rule: Rule, budget: Budget) -> None:
+def _limit(tx: Tx, rule: Rule, budget: Budget, now_us: int) -> None:
     tx.execute(
         "UPDATE budget SET soft_microusd = ?, soft_tokens = ?, soft_tasks = ?, hard_microusd = ?, hard_tokens = ?, "
         "hard_tasks = ? WHERE id = ?",
@@ -435,10 +434,29 @@ def _limit(tx: Tx, rule: Rule, budget: Budget) -> None:
     )
     if rule.budget.counts_tasks and not budget.counts_tasks:
         # What is not kept up to date is forgotten, and counted again when it is limited again.
-        tx.execute(
-            "DELETE FROM budget_task WHERE period IN (SELECT id FROM budget_period WHERE budget = ?)", (rule.id,)
-        )
+        for start_us, used, reserved in fetch(
+            tx.connection,
+            "SELECT start_us, tasks_used, tasks_reserved FROM budget_period WHERE budget = ? AND tasks_used NOT NULL",
+            (rule.id,),
+        ):
+            forgotten = {"counts_tasks": -1, "tasks_used": -used, "tasks_reserved": -reserved}
+            tx.count_budget((rule.id, start_us), forgotten, now_us)
+        _forget_tasks(tx, "p.budget = ?", (rule.id,), now_us)
         tx.execute("UPDATE budget_period SET tasks_used = NULL, tasks_reserved = 0 WHERE budget = ?", (rule.id,))
+
+
+def _forget_tasks(tx: Tx, which: str, values: tuple[int, ...], now_us: int) -> int:
+    """Forget some of the tasks that periods have counted; how many."""
+    tasks = fetch(
+        tx.connection,
+        "SELECT p.budget, p.start_us, p.id, task_id, used, holds FROM budget_task "
+        f"JOIN budget_period p ON p.id = period WHERE {which}",
+        values,
+    )
+    for budget, start_us, _, *task in tasks:
+        tx.count_budget((budget, start_us), {"tasks": -task_mark(*task)}, now_us)
+    tx.insert_many("DELETE FROM budget_task WHERE period = ? AND task_id = ?", (task[2:4] for task in tasks))
+    return len(tasks)
 
 
 def sweep(tx: Tx, now_us: int, usage_before_us: int, limit: int) -> int:
@@ -452,12 +470,7 @@ def sweep(tx: Tx, now_us: int, usage_before_us: int, limit: int) -> int:
         return 0
     book.current()  # a period that only began may have been spent ahead of its time, by a clock that was
     book.flush()
-    tx.execute(
-        "DELETE FROM budget_task WHERE (period, task_id) IN (SELECT period, task_id FROM budget_task "
-        "JOIN budget_period p ON p.id = period WHERE p.end_us < ? LIMIT ?)",
-        (usage_before_us, limit),
-    )
-    deleted = tx.connection.changes()
+    deleted = _forget_tasks(tx, "p.end_us < ? LIMIT ?", (usage_before_us, limit), now_us)
     # Each hour looks back over a week of them.
     tx.execute("DELETE FROM budget_hour WHERE hour < ?", (now_us // HOUR_US - 2 * MAX_SAMPLES,))
     return deleted + tx.connection.changes()

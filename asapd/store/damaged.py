@@ -30,6 +30,11 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "reservation": ("CAST(id AS BLOB)", "id", "task_id", "state", "reason", "action", "created_by", "tenant",
                         "delegate", "project", "consumer"),
     },
+    "budget_period": {
+        "budget": ("id", "name"),
+        "budget_task": ("CAST(period || ' ' || task_id AS BLOB)", "task_id"),
+        "reservation_budget": ("CAST(period || ' ' || reservation AS BLOB)", "reservation"),
+    },
     "delegation": {"delegation": ("account", "id", "delegator", "delegate", "scopes", "expires_us")},
     "api_key": {"api_key": ("CAST(id AS BLOB)", "id", "name", "role", "agents", "tenant")},
     "agent": {"agent": ("CAST(id AS BLOB)", "id", "url", "tenant", "origin", "public_key", "tier", "sla", "health")},

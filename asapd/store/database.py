@@ -479,11 +479,13 @@ class _Waiter:
         self.settled.set()
 
 
-def prepare(path: Path) -> None:
+def prepare(path: Path, key: SigningKey | None = None) -> None:
     """Create the file or bring its schema up to date, before the writer starts.
+
+    `key` is the daemon's, which signs what an upgrade enters.
 
     Raises:
         DatabaseTooNewError, NotOurDatabaseError: see `asapd.store.migrations`.
     """
-    open_for_writing(path).close()
+    open_for_writing(path, key=key).close()
     path.chmod(0o600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import apsw
+import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.store import delegation_news
@@ -14,13 +15,16 @@ from asapd.store.units.audit import EraseConsumer, Erased
 LATE = 1_000
 """Entries that came while others were erased and go with the last of them: some twenty milliseconds of the writer."""
 
+ROWS = 500
+"""Reservations, and breaches of budgets, that one unit gives the pseudonym: some five milliseconds."""
+
 LATE_NEWS = 100
 """The same of news, of which there is one for each report at most."""
 
-# What explains why something is gone stays, whoever asked for it.
+# What explains why something is gone stays, whoever asked for it; what budgets counted names no consumer.
 _OF_CONSUMER = (
     "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
-    f"AND event_type NOT IN {EXPLAINING}"
+    f"AND event_type NOT IN {EXPLAINING} AND event_type <> 'budgets.counted'"
 )
 
 
@@ -58,6 +62,59 @@ def _number(connection: apsw.Connection, consumer: str) -> int:
     return -1 if row is None else int(row[0])
 
 
+class Begun(msgspec.Struct, frozen=True):
+    """An erasure that is not whole yet."""
+
+    consumer: str
+    pseudonym: str
+    reason: str
+    actor: str
+
+
+def begun(connection: apsw.Connection) -> list[Begun]:
+    """The erasures that are not whole yet."""
+    sql = "SELECT consumer, pseudonym, reason, actor FROM erasure_begun ORDER BY consumer"
+    return [Begun(*row) for row in fetch(connection, sql)]
+
+
+_IS_AGENT = """
+WITH RECURSIVE tenants (tenant) AS (
+  SELECT min(tenant) FROM task UNION ALL
+  SELECT (SELECT min(t.tenant) FROM task t WHERE t.tenant > tenants.tenant) FROM tenants WHERE tenant IS NOT NULL
+)
+SELECT 1 WHERE EXISTS (SELECT 1 FROM usage WHERE agent = ?1)
+OR EXISTS (SELECT 1 FROM task WHERE tenant IN (SELECT tenant FROM tenants) AND agent = ?1)
+OR EXISTS (SELECT 1 FROM agent WHERE id = ?2)
+"""
+
+
+def _pseudonym(tx: Tx, unit: EraseConsumer) -> str:
+    """That of the erasure at hand: it goes on where one that did not end was, under the name that this gave."""
+    tx.execute(
+        "INSERT INTO erasure_begun VALUES (?,?,?,?) ON CONFLICT DO NOTHING",
+        (unit.consumer, unit.pseudonym, unit.reason, unit.actor),
+    )
+    row = tx.row("SELECT pseudonym FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
+    assert row is not None, "it was put there"
+    return str(row[0])
+
+
+def _rename_rows(tx: Tx, consumer: str, pseudonym: str) -> tuple[int, int]:
+    """Have reservations and breaches name the pseudonym; how many of each, fewer than `ROWS` when these are all."""
+    tx.execute(
+        "UPDATE reservation SET consumer = ?, salt = NULL "
+        "WHERE id IN (SELECT id FROM reservation WHERE consumer = ? LIMIT ?)",
+        (pseudonym, consumer, ROWS),
+    )
+    reservations = tx.connection.changes()
+    tx.execute(
+        "UPDATE breach SET evidence = json_set(evidence, '$.match.consumer', ?) "
+        f"WHERE id IN (SELECT id FROM breach WHERE {_OF_BREACH} LIMIT ?)",
+        (pseudonym, consumer, ROWS),
+    )
+    return reservations, tx.connection.changes()
+
+
 def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     """Erase the payloads of these entries of a consumer; the last unit gives it its pseudonym in every table.
 
@@ -65,35 +122,24 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         RefuseError: `consumer_is_agent`, when the name is that of an agent as well.
     """
     connection = tx.connection
-    number = _number(connection, unit.consumer)
-    is_agent = (
-        tx.row("SELECT 1 FROM usage WHERE agent = ? LIMIT 1", (number,))
-        or tx.row("SELECT 1 FROM task WHERE agent = ? LIMIT 1", (number,))
-        or tx.row("SELECT 1 FROM agent WHERE id = ? LIMIT 1", (unit.consumer,))
-    )
-    if is_agent:
+    if tx.row(_IS_AGENT, (_number(connection, unit.consumer), unit.consumer)) is not None:
         detail = f"{unit.consumer} is an agent as well: what it did cannot be told from what was done for it"
         raise RefuseError(Refusal("consumer_is_agent", detail))
-    seqs, is_whole, reservations = unit.seqs, False, 0
+    pseudonym = _pseudonym(tx, unit)
+    reservations, breaches = _rename_rows(tx, unit.consumer, pseudonym)
+    seqs, is_whole = unit.seqs, False
     if unit.after is not None:
         # What ingest entered since the entries were looked for: those of this very unit's commit are among it.
         tx.flush_audit()
         late = entries_of(connection, unit.consumer, unit.after, LATE + 1)
-        seqs, is_whole = sorted({*seqs, *late[:LATE]}), len(late) <= LATE
-    if is_whole and _number(connection, unit.pseudonym) < 0:
+        seqs = sorted({*seqs, *late[:LATE]})
+        is_whole = len(late) <= LATE and max(reservations, breaches) < ROWS
+    if is_whole and _number(connection, pseudonym) < 0:
         # In the unit that erases the last entry, so that rows and entries never say different names.
-        tx.rename(unit.consumer, unit.pseudonym)
-        tx.execute(
-            "UPDATE reservation SET consumer = ?, salt = NULL WHERE consumer = ?", (unit.pseudonym, unit.consumer)
-        )
-        reservations = connection.changes()
-        tx.execute(
-            f"UPDATE breach SET evidence = json_set(evidence, '$.match.consumer', ?) WHERE {_OF_BREACH}",
-            (unit.pseudonym, unit.consumer),
-        )
+        tx.rename(unit.consumer, pseudonym)
         late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS)
-        delegation_news.rename_consumer(tx, late_news, unit.consumer, unit.pseudonym)
-    delegation_news.rename_consumer(tx, unit.news, unit.consumer, unit.pseudonym)
+        delegation_news.rename_consumer(tx, late_news, unit.consumer, pseudonym)
+    delegation_news.rename_consumer(tx, unit.news, unit.consumer, pseudonym)
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)
     if seqs or reservations:
@@ -106,5 +152,7 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
             "reason": unit.reason,
             "usage_rows": runs(usage_rows),
         }
-        tx.audit("erasure.applied", unit.actor, unit.pseudonym, details, unit.now_us)
-    return Erased(len(seqs), is_whole)
+        tx.audit("erasure.applied", unit.actor, pseudonym, details, unit.now_us)
+    if is_whole:
+        tx.execute("DELETE FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
+    return Erased(len(seqs), is_whole, pseudonym)

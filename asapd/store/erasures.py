@@ -21,13 +21,14 @@ _ASKED_KINDS = (
 """Entries of rows that may be older than what retention took: of others nobody asks, and they may be millions."""
 EXPLAINING = (
     "('erasure.applied', 'retention.applied', 'audit.archived', 'usage.sealed', 'log.restored', 'log.vouched', "
-    "'checkpoint.cosigned', 'log.witnessed')"
+    "'upgrade.counted', 'checkpoint.cosigned', 'log.witnessed')"
 )
-"""Entries that say why something is gone, and of witnessing, which is about no consumer: they are never erased."""
+"""Entries that say why something is gone, what was there before, and of witnessing: about no consumer, never erased."""
 STANDING = (
     "('key.created', 'key.revoked', 'agent.added', 'agent.changed', 'agent.removed', 'agent.key_added', "
     "'agent.key_retired', 'agent.key_claimed', 'agent.key_withdrawn', 'agent.manifest', 'agent.promise', "
-    "'sla.credits', 'maintenance.declared', 'maintenance.ended', 'watch.interrupted', 'watch.corrected')"
+    "'sla.credits', 'maintenance.declared', 'maintenance.ended', 'watch.interrupted', 'watch.corrected', "
+    "'budgets.changed')"
 )
 """Decisions that stand until another is entered, few as they are: retention leaves them their content."""
 

@@ -88,7 +88,7 @@ def _excuse(
     return Excuse(seq, kind, subject, said, is_signed)
 
 
-_WHAT = ("count", "entries", "usage_rows", "first_row", "last_row")
+_WHAT = ("version", "count", "entries", "usage_rows", "first_row", "last_row")
 
 
 def _shown(value: object) -> str:

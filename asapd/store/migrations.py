@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import apsw
+from nacl.signing import SigningKey
 
-from asapd.store.schema import MIGRATIONS
+from asapd.store import upgrade
+from asapd.store.schema import COUNTED_SINCE, MIGRATIONS
 
 APPLICATION_ID = 0x61736170  # "asap"
 
@@ -20,8 +23,10 @@ class NotOurDatabaseError(Exception):
     """The file is a SQLite database of another program, or not a database. Name another state directory."""
 
 
-def migrate(connection: apsw.Connection, path: Path | None) -> None:
+def migrate(connection: apsw.Connection, path: Path | None, key: SigningKey | None = None) -> None:
     """Bring the schema up to date; a file with data is backed up beside itself first.
+
+    `key` is the daemon's, which signs what the upgrade enters.
 
     Raises:
         DatabaseTooNewError: the file's version is ahead of this program.
@@ -51,5 +56,7 @@ def migrate(connection: apsw.Connection, path: Path | None) -> None:
     with connection:
         for script in MIGRATIONS[version:]:
             connection.execute(script)
+        if 0 < version < COUNTED_SINCE <= len(MIGRATIONS):
+            upgrade.enter(connection, version, key, time.time_ns() // 1_000)
         connection.pragma("application_id", APPLICATION_ID)
         connection.pragma("user_version", len(MIGRATIONS))

@@ -1,4 +1,4 @@
-"""Ends of tasks that older builds took without an entry: counted by the upgrade, and vouched for by an operator."""
+"""Ends of tasks that older builds took without an entry: entered by the upgrade, vouched for by an operator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ def counted(connection: apsw.Connection) -> list[dict[str, int]]:
     """What the upgrade counted, and from what time on none was gone: one, unless somebody changed that."""
     rows = fetch(connection, "SELECT before_us, count FROM task_outcome_unsaid")
     return [{"before_us": before_us, "count": count} for before_us, count in rows]
+
+
+def entered(connection: apsw.Connection) -> tuple[int, dict[str, int]] | None:
+    """What the upgrade entered of that in its own commit, and in which entry; None where there was nothing."""
+    for seq, details in fetch(
+        connection,
+        "SELECT seq, details FROM audit WHERE event_type = 'upgrade.counted' AND details IS NOT NULL ORDER BY seq",
+    ):
+        told: dict[str, Any] = msgspec.json.decode(details)
+        if "task_outcomes" in told:
+            return seq, told["task_outcomes"]
+    return None
 
 
 def vouched(connection: apsw.Connection) -> dict[str, int] | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import apsw
 import msgspec
 
-from asapd.store import ledger_held, usage_days, usage_hours
+from asapd.store import budgets_held, ledger_held, usage_days, usage_hours
 from asapd.store.damaged import unreadable
 from asapd.store.erasures import Erasures
 from asapd.store.excuses import unattested
@@ -34,6 +34,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
     usage, tasks = _compared(connection, "usage", reconcile_usage), _compared(connection, "task", reconcile_tasks)
     identities = _compared(connection, "usage_identity", reconcile_identities)
     hours, ledger = _compared(connection, "usage_hour", _hours), _compared(connection, "ledger", _ledger)
+    budgets = _compared(connection, "budget_period", _budgets)
     connection.execute("SAVEPOINT reconciling")
     try:
         erasures = Erasures(connection)
@@ -44,6 +45,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             hours,
             _compared(connection, "delegation", lambda connection: reconcile_delegations(connection, erasures)),
             ledger,
+            budgets,
             _compared(connection, "breach", lambda connection: reconcile_breaches(connection, erasures)),
             _days(connection),
             _compared(connection, "task_outcome", reconcile_outcomes),
@@ -83,6 +85,16 @@ def _ledger(connection: apsw.Connection) -> Tally:
     findings = Findings()
     found = ledger_held.compare(connection, findings.add)
     return Tally("ledger", found.rows, found.entries, found.retired, 0, findings.count, tuple(findings.named))
+
+
+# --- what budgets counted
+
+
+def _budgets(connection: apsw.Connection) -> Tally:
+    findings = Findings()
+    found = budgets_held.compare(connection, findings.add)
+    named = tuple(findings.named)
+    return Tally("budget_period", found.rows, found.entries, found.trusted, 0, findings.count, named)
 
 
 # --- sums of days

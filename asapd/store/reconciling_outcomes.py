@@ -74,8 +74,12 @@ def _judged_from(connection: apsw.Connection, rows: int, findings: Findings) -> 
             taken += told["count"]
         elif not told.get("outcomes_said"):
             is_said = False
+    entry, entered = outcomes_unsaid.entered(connection) or (None, outcomes_unsaid.NOTHING)
+    if said != [entered]:
+        where = "the log has no entry of an upgrade that says so" if entry is None else f"entry {entry} says {entered}"
+        findings.add(f"task_outcome_unsaid is {said}, and {where}")
     # Where an older build entered that it took usage, that stands for the ends as well, as long as nobody vouched.
-    if said != [vouched or outcomes_unsaid.NOTHING] and (is_said or vouched or len(said) != 1):
+    elif said != [vouched or outcomes_unsaid.NOTHING] and (is_said or vouched):
         hint = "; see `asapctl audit vouch`" if outcomes_unsaid.to_vouch(connection) else ""
         findings.add(
             f"{unsaid} rows of task_outcome (before_us {since_us}) are said to have been taken by an older asapd, "

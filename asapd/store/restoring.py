@@ -8,6 +8,7 @@ from pathlib import Path
 
 import apsw
 import msgspec
+from nacl.signing import SigningKey
 
 from asapd.store import seals
 from asapd.store.backup import CopyFailedError, copy_database
@@ -31,8 +32,8 @@ class Head(msgspec.Struct, frozen=True):
     root: bytes
 
 
-def take(file: Path, target: Path) -> None:
-    """Copy a backup to where it is to stand, and bring its schema up to date.
+def take(file: Path, target: Path, key: SigningKey | None) -> None:
+    """Copy a backup to where it is to stand, and bring its schema up to date; `key` signs what that enters.
 
     Raises:
         CopyFailedError: it cannot be read, or there is no room for it.
@@ -41,7 +42,7 @@ def take(file: Path, target: Path) -> None:
     try:
         copy_database(file, target)
         with contextlib.closing(apsw.Connection(str(target))) as connection:
-            migrate(connection, None)
+            migrate(connection, None, key)
     except NotOurDatabaseError:
         raise NotOurDatabaseError(f"{file} is not a backup of asapd") from None
     except CopyFailedError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,13 +12,14 @@ from nacl.signing import SigningKey
 from ulid import base32
 
 from asapd.core.audit import GENESIS, Draft, canonical_details, chain
+from asapd.core.budget_counts import BudgetChanges, Key
 from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
 from asapd.wire.attestation import attested
 from asapd.wire.receipt import signature_of
 
-EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed", "log.vouched")
+EXCUSES = ("erasure.applied", "retention.applied", "usage.sealed", "log.vouched", "upgrade.counted")
 """Entries that explain to verification why something is gone, or what it was: they are signed."""
 
 
@@ -105,6 +106,8 @@ class Tx:
         self.names = Names(connection)
         """What `intern` finds, for those who look up thousands."""
         self._pending_audit: list[Row] = []
+        self._counted = BudgetChanges()
+        self._counted_us = 0
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
         self.has_alerted = False
@@ -202,8 +205,26 @@ class Tx:
         if links:
             self._audit_seq, _, _, self._audit_hash = links[-1]
 
+    def count_budget(self, period: Key, changes: Mapping[str, int], now_us: int) -> None:
+        """Have it entered, in one entry for the unit at hand, by how much counters of a budget's period changed."""
+        self._counted.add(period, changes)
+        self._counted_us = now_us
+
+    def remove_budget(self, budget: int, now_us: int) -> None:
+        """Have it entered that a budget went with all its periods."""
+        self._counted.removed.add(budget)
+        self._counted_us = now_us
+
+    def enter_budgets(self) -> None:
+        """Enter what the unit at hand changed of budgets: before another begins, or when its entries are written."""
+        if self._counted:
+            text = canonical_details(self._counted.details())
+            self.audit_all("budgets.counted", "asapd", [("budgets", text)], self._counted_us)
+            self._counted.clear()
+
     def flush_audit(self) -> None:
         """Write the entries of the unit at hand in one statement."""
+        self.enter_budgets()
         if self._pending_audit:
             self.insert_many("INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)", self._pending_audit)
             self._pending_audit.clear()
@@ -219,6 +240,7 @@ class Tx:
         """Forget what the unit since `mark` cached, its SQL having been rolled back."""
         self.names.rewind()
         self._pending_audit.clear()
+        self._counted.clear()
         self.budget_rules = None
         self._audit_seq, self._audit_hash = mark
 
@@ -226,6 +248,7 @@ class Tx:
         """Forget everything cached, the whole transaction having been rolled back."""
         self.names.forget()
         self._pending_audit.clear()
+        self._counted.clear()
         self.budget_rules = None
         self.has_alerted = False
         self._load_head()

@@ -344,6 +344,7 @@ class _Pass:
             unauthorised.tell(tx, unit, refused)
         if book is not None:
             book.flush()
+            tx.enter_budgets()
             # A budget that comes to count tasks looks for them among the rows: those of the units before must be there.
             self._write_rows()
         return len(refused)

@@ -79,14 +79,17 @@ _result_encoder = msgspec.msgpack.Encoder()
 _result_decoder: msgspec.msgpack.Decoder[AnyResult] = msgspec.msgpack.Decoder(AnyResult)
 
 
-def open_for_writing(path: Path, *, synchronous: str = "full") -> apsw.Connection:
-    """The write connection: WAL, 64 MiB cache, autocheckpoint at 16 000 pages, schema up to date."""
+def open_for_writing(path: Path, *, synchronous: str = "full", key: SigningKey | None = None) -> apsw.Connection:
+    """The write connection: WAL, 64 MiB cache, autocheckpoint at 16 000 pages, schema up to date.
+
+    `key` is the daemon's, which signs what an upgrade enters.
+    """
     connection = apsw.Connection(str(path), statementcachesize=STATEMENTS)
     connection.set_busy_timeout(10_000)
     if path.stat().st_size == 0:
         # Only before the first table: retention then hands pages back. An older file needs one VACUUM for it.
         connection.pragma("auto_vacuum", "incremental")
-    migrate(connection, path)  # first: a file that is refused is left as it was, its journal mode too
+    migrate(connection, path, key)  # first: a file that is refused is left as it was, its journal mode too
     journal_mode = connection.pragma("journal_mode", "wal")
     assert journal_mode == "wal", f"{path} cannot be put into WAL mode"
     connection.pragma("synchronous", synchronous)

@@ -27,7 +27,7 @@ AT_MOST = 1
 """Rows of a table that are changed, besides the last."""
 
 PROBES = "what probes said, and what follows from that alone, is in no entry: they are many, and are kept for weeks"
-COUNTED = "counted by definitions that are the configuration's"
+PACE = "how fast a budget was spent of late, which its forecast is made from: nothing is counted or refused by it"
 ON_ITS_WAY = "news, places and repeats on their way: nothing is billed or judged by them"
 SPANS = "what the next export is held to; what it comes to is usage, which is held"
 NUMBERS = "what numbers a source used: kept beyond the events it was counted from"
@@ -36,11 +36,7 @@ POSITION = "a position of the daemon's own, of which a wrong one shows in what i
 NOT_HELD: dict[str, str] = {
     "probe": PROBES,
     "uptime_segment": PROBES,
-    "budget": COUNTED,
-    "budget_period": COUNTED,
-    "budget_task": COUNTED,
-    "budget_hour": COUNTED,
-    "reservation_budget": COUNTED,
+    "budget_hour": PACE,
     "refund_withheld": "what is left to be given back of a reservation: the entries of what was given back are held",
     "idempotency": ON_ITS_WAY,
     "delegation_news": ON_ITS_WAY,
@@ -50,6 +46,7 @@ NOT_HELD: dict[str, str] = {
     "breach_told": ON_ITS_WAY,
     "breach_hold": ON_ITS_WAY,
     "task_open": ON_ITS_WAY,
+    "erasure_begun": ON_ITS_WAY,
     "otlp_stream": SPANS,
     "otlp_trace": SPANS,
     "otlp_evidence": SPANS,

@@ -8,11 +8,13 @@ import apsw
 import pytest
 from msgspec import structs
 
+from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, erasure, usage_sums, verifying
 from asapd.store.units.agents import AgentRecord, PutAgent
 from asapd.store.units.audit import EraseConsumer, Erased
+from asapd.store.units.delegations import SyncBudgets
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
 from asapd.store.usage_filter import UsageFilter
@@ -53,7 +55,7 @@ def test_what_is_kept_is_counted_and_found(connection: apsw.Connection, writer: 
 def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connection, writer: Writer) -> None:
     before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
     head = audit.head(connection)
-    assert erase(writer, [1, 2, 3, 4]) == Erased(4)
+    assert erase(writer, [1, 2, 3, 4]) == Erased(4, True, "ers_1")
     assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 3
     assert usage_sums.summary(connection, UsageFilter(EVERYTHING)) == before
@@ -107,16 +109,16 @@ def test_the_log_verifies_after_every_step_of_an_erasure_beside_ingest(
 ) -> None:
     for seqs in ([1, 2], [3]):
         step = submit(writer, EraseConsumer(MAX, "ers_1", seqs, "r", "key:admin", NOW_US, None))
-        assert step == Erased(len(seqs), is_whole=False)
+        assert step == Erased(len(seqs), False, "ers_1")
         assert verifying.report(connection, Request()).is_valid
         report_more(writer, len(seqs))
     last = submit(writer, EraseConsumer(MAX, "ers_1", [4], "r", "key:admin", NOW_US, 4))
-    assert last == Erased(4)
+    assert last == Erased(4, True, "ers_1")
     assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 6
     assert verifying.report(connection, Request()).is_valid
     report_more(writer, 3)
-    assert submit(writer, EraseConsumer(MAX, "ers_2", [], "r", "key:admin", NOW_US, 0)) == Erased(3)
+    assert submit(writer, EraseConsumer(MAX, "ers_2", [], "r", "key:admin", NOW_US, 0)) == Erased(3, True, "ers_2")
     assert verifying.report(connection, Request()).is_valid
 
 
@@ -127,7 +129,7 @@ def test_a_name_stays_while_more_came_than_one_step_erases(
     for _ in range(2):
         result = erase(writer, [])
         assert isinstance(result, Erased)
-    assert result == Erased(2, is_whole=True)
+    assert result == Erased(2, True, "ers_1")
     assert erasure.count_of(connection, MAX)["usage"] == 0
     assert verifying.report(connection, Request()).is_valid
 
@@ -136,7 +138,9 @@ def test_a_consumer_that_only_reservations_name_is_erased_and_the_log_verifies(c
     desk = Ledger(connection)
     desk.register(link("root", max_cost_microusd=10))
     desk.submit(structs.replace(desk.wish(delegation="root", cost=5), consumer=MAX))
-    assert desk.submit(EraseConsumer(MAX, "ers_1", [], "request 17", "key:admin", NOW_US, 0)) == Erased(0, True)
+    assert desk.submit(EraseConsumer(MAX, "ers_1", [], "request 17", "key:admin", NOW_US, 0)) == Erased(
+        0, True, "ers_1"
+    )
     assert verifying.report(connection, Request()).is_valid
     assert connection.execute("SELECT consumer, salt FROM reservation").fetchall() == [("ers_1", None)]
 
@@ -174,3 +178,50 @@ def test_through_the_open_gate_an_entry_can_be_erased_and_nothing_else_changed(
     with pytest.raises(apsw.ConstraintError, match="append-only"):
         connection.execute(f"UPDATE audit SET {change} WHERE seq = 1")
     assert verifying.report(connection, Request()).is_valid
+
+
+def consumers(connection: apsw.Connection) -> set[str]:
+    """Whom reservations and evidence of budgets name."""
+    evidence = "SELECT evidence ->> '$.match.consumer' FROM breach WHERE budget IS NOT NULL"
+    return {name for (name,) in connection.execute(f"SELECT consumer FROM reservation UNION {evidence}")}
+
+
+def test_reservations_and_breaches_go_step_by_step_and_after_an_end_in_between_under_the_same_pseudonym(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "ROWS", 2)
+    desk = Ledger(connection)
+    desk.register(link("root", max_cost_microusd=100))
+    for day in range(3):
+        budget = Budget(f"max{day}", Match(consumer=MAX), "day", "UTC", soft=Limits(microusd=1))
+        desk.submit(SyncBudgets([budget], "asapd", NOW_US))
+        desk.use(5, consumer=MAX, agent=A)
+    wish = structs.replace(desk.wish(delegation="root", cost=5), consumer=MAX)
+    for _ in range(5):
+        desk.submit(wish)
+    steps = 0
+    while True:
+        steps += 1
+        desk.restart()  # nothing of an erasure is in memory
+        unit = EraseConsumer(MAX, f"ers_{steps}", [], "request 17", "key:admin", NOW_US, 0)
+        done = desk.submit(unit)
+        assert done.pseudonym == "ers_1"
+        assert verifying.report(desk.connection, Request()).is_valid
+        if done.is_whole:
+            break
+        assert [one.pseudonym for one in erasure.begun(desk.connection)] == ["ers_1"]
+        if steps == 1:
+            desk.submit(wish)  # what comes in between is part of it
+    assert (steps, consumers(desk.connection)) == (4, {"ers_1"})
+    assert desk.connection.execute("SELECT count(*) FROM name WHERE name = ?", (MAX,)).get == 0
+    assert erasure.begun(desk.connection) == []
+    desk.submit(wish)
+    assert consumers(desk.connection) == {"ers_1", MAX}
+    desk.connection.close()
+
+
+def test_each_step_finds_its_rows_by_an_index(connection: apsw.Connection) -> None:
+    for table, condition in (("reservation", "consumer = 'x'"), ("breach", erasure._OF_BREACH.replace("?", "'x'"))):
+        sql = f"EXPLAIN QUERY PLAN SELECT id FROM {table} WHERE {condition} LIMIT 9"
+        plan = " ".join(str(row[-1]) for row in connection.execute(sql))
+        assert f"USING INDEX {table}_consumer" in plan or f"USING COVERING INDEX {table}_consumer" in plan, plan

@@ -60,7 +60,7 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
                 submit(connection, RetireUsage(T0 + 1, "k", T0))
             for statement in taken:
                 connection.execute(statement)
-    return open_for_writing(path)
+    return open_for_writing(path, key=KEY)
 
 
 @pytest.fixture
@@ -150,3 +150,21 @@ def test_where_an_older_build_said_that_it_took_usage_nobody_has_to_vouch_but_no
         assert found(connection) == []
         connection.execute("UPDATE task_outcome_unsaid SET count = count + 1; DELETE FROM task_outcome WHERE seq = 4")
         assert found(connection)
+
+
+@pytest.mark.parametrize("vouches", [False, True])
+def test_the_count_is_held_to_what_the_upgrade_entered_before_anybody_vouches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vouches: bool
+) -> None:
+    details = {"before_us": T0 + 3, "count": 0, "first_row": 1, "last_row": 0, "table": "usage"}
+    taken = f"DELETE FROM task_outcome WHERE timestamp_us < {T0 + 3}"
+    with closing(upgraded(tmp_path / "asapd.db", monkeypatch, taken)) as connection:
+        submit(connection, Note("retention.applied", "asapd", "usage", details, T0))
+        connection.execute(f"UPDATE usage_retired SET before_us = {T0 + 3}")
+        assert found(connection) == []
+        connection.execute("UPDATE task_outcome_unsaid SET count = count + 1; DELETE FROM task_outcome WHERE seq = 4")
+        if vouches:
+            vouch(connection, task_outcomes=outcomes_unsaid.to_vouch(connection))
+        (entry,) = connection.execute("SELECT seq FROM audit WHERE event_type = 'upgrade.counted'").fetchall()
+        said, entered = (f"{{'before_us': {T0 + 4}, 'count': {count}}}" for count in (4, 3))
+        assert found(connection) == [f"task_outcome_unsaid is [{said}], and entry {entry[0]} says {entered}"]

@@ -11,6 +11,7 @@ from asapd.store.schema import (
     days_by_hour,
     delivery,
     directory,
+    erasing,
     horizon,
     identities,
     namesakes,
@@ -52,4 +53,8 @@ MIGRATIONS: tuple[str, ...] = (
     reservations.SCRIPT,
     sealing_times.SCRIPT,
     outcomes_unsaid.SCRIPT,
+    erasing.SCRIPT,
 )
+
+COUNTED_SINCE = MIGRATIONS.index(erasing.SCRIPT) + 1
+"""From this version on the log says what budgets counted; the upgrade to it enters what they had."""

@@ -52,14 +52,20 @@ class KeepCosignature(Unit[RowWritten], frozen=True):
 
 
 class Erased(msgspec.Struct, frozen=True, tag=True):
-    """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name."""
+    """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name.
+
+    `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another.
+    """
 
     entries: int
-    is_whole: bool = True
+    is_whole: bool
+    pseudonym: str
 
 
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     """Erase the payloads of these entries; with `after` those behind it as well, and give the consumer its pseudonym.
+
+    Some of its reservations, and of the breaches of its budgets, get that with every unit, and the last when all have.
 
     `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more. `news` are
     news of delegations that name it, and up to `news_after` the last of them.

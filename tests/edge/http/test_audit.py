@@ -253,6 +253,8 @@ async def test_an_admin_vouches_for_ends_of_tasks_that_an_older_build_took_witho
         "UPDATE task_outcome_unsaid SET count = 3, before_us = 7; "
         "INSERT INTO sqlite_sequence VALUES ('task_outcome', 3)"
     )
+    said = {"task_outcomes": {"before_us": 7, "count": 3}, "version": 22}
+    await edge.database.submit(Note("upgrade.counted", "asapd", "database", said, 1))
     assert "see `asapctl audit vouch`" in json.dumps((await edge.get("/audit/verify")).ok()["reconciled"])
     dry = (await edge.post("/audit/vouch?dry_run=true", {"reason": "upgrade"})).ok()
     assert dry["named"] == ["no entry: 3 rows of task_outcome are gone, before_us 7"]
