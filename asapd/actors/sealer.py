@@ -181,6 +181,10 @@ class Sealer:
         """Since when something waits for a checkpoint behind the newest; None when that is what witnessing enters."""
         return await self._database.read(seals.waiting_since_us, 0 if newest is None else newest.size)
 
+    async def is_of_former_key(self, newest: SealedAt) -> bool:
+        """Whether a checkpoint is one of another key than the daemon has now, and there is something for a new one."""
+        return newest.note.partition("\n")[0] != self.origin and await self.waiting_since_us(newest) is not None
+
     async def seal(self) -> SealedAt | Refusal:
         """A checkpoint of the log as it is now: the newest, if nothing was entered since, else a new one."""
         async with self._lock:
@@ -303,3 +307,5 @@ async def run_sealer(
             beat()
             await trio.sleep(min(1.0, (sealer.settings.checkpoint_every_us - waited_us) / SECOND_US))
             waited_us += SECOND_US
+            if isinstance(sealed, SealedAt) and await sealer.is_of_former_key(sealed):
+                break  # proofs rest on the newest, and who has the key of now cannot verify it

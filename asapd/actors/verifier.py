@@ -12,11 +12,12 @@ import trio
 
 from asapd import config
 from asapd.core.errors import Refusal
-from asapd.core.types import DAY_US, SECOND_US, format_us
+from asapd.core.types import SECOND_US, format_us
 from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
-from asapd.store import excuses, outcomes_unsaid, verifying
+from asapd.store import audit, excuses, outcomes_unsaid, verifying
 from asapd.store.database import Database, ReadTooLongError
+from asapd.store.excuses import Excuse
 from asapd.store.units.house import Note
 from asapd.store.verifying import Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
@@ -30,6 +31,8 @@ AT_ONCE = 2
 
 VOUCHED_NAMED = 100
 """Entries that are named of those that an operator vouches for."""
+
+DAY_S = 86_400.0
 
 FIRST_AFTER_S = 5.0
 """The first walk by itself begins when the start is over."""
@@ -129,8 +132,12 @@ class Verifier:
 
     async def vouch(self, reason: str, actor: str, *, dry_run: bool) -> dict[str, Any] | Refusal:
         """Take the word of an operator for entries that explain gaps and that older builds did not sign, or make."""
-        found = await self._database.read(excuses.from_before, (self._public_key, *self._former_keys()))
-        unsaid = await self._database.read(outcomes_unsaid.to_vouch)
+        told = await self._excuses()
+        found = excuses.from_before(told)
+        vouches = [one.details for one in told if one.kind == excuses.VOUCHED and one.details is not None]
+        unsaid = None
+        if not any(outcomes_unsaid.vouched_in(details) for details in vouches):
+            unsaid = outcomes_unsaid.only(await self._database.read(outcomes_unsaid.counted))
         if (found or unsaid) and not dry_run:
             details: dict[str, Any] = {
                 "count": len(found),
@@ -154,6 +161,15 @@ class Verifier:
             "last_seq": found[-1].seq if found else None,
             "named": named,
         }
+
+    async def _excuses(self) -> list[Excuse]:
+        """All entries that explain why something is gone, read in steps: there may be millions of entries."""
+        keys = (self._public_key, *self._former_keys())
+        head, _ = await self._database.read(audit.head)
+        found: list[Excuse] = []
+        for after in range(0, head, audit.WINDOW):
+            found += await self._database.read(excuses.read, keys, after, after + audit.WINDOW)
+        return found
 
     def status(self) -> dict[str, Any] | None:
         """The newest walk, for the daemon's status."""
@@ -185,7 +201,7 @@ async def run_verifier(
 ) -> None:
     """Verify everything once a day and what is new at every interval, until cancelled."""
     task_status.started()
-    good, whole_us = 0, clock.now_us()
+    good, whole_s = 0, clock.monotonic_s()
     wait_us = int(FIRST_AFTER_S * SECOND_US)
     while True:
         waited_us = 0
@@ -195,9 +211,10 @@ async def run_verifier(
             await trio.sleep(1.0)
             waited_us += SECOND_US
         wait_us = verifier.settings.verify_every_us
-        if clock.now_us() - whole_us >= DAY_US:
+        # By the monotonic clock: one that was ahead and was set back would put it off.
+        if clock.monotonic_s() - whole_s >= DAY_S:
             good = 0
         if not good:
-            whole_us = clock.now_us()
+            whole_s = clock.monotonic_s()
         async with beating(beat):
             good = await verifier.watch(good)

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 import trio
 from nacl.signing import SigningKey
@@ -29,7 +30,10 @@ Post = Callable[..., Awaitable[Posted | PostFailed]]
 
 
 class Witnesses:
-    """Both sides of witnessing. `alarms` says which witness has seen another log of ours than this one."""
+    """Both sides of witnessing. `alarms` says which witness has seen another log of ours than this one.
+
+    `failures` counts how often a witness did not take a checkpoint. The log hears of it once, and when that is over.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,8 @@ class Witnesses:
     ) -> None:
         self.settings = settings
         self.alarms: dict[str, str] = {}
+        self.failures = 0
+        self._troubles: dict[str, str] = {}
         self._database = database
         self._clock = clock
         self._identity = identity
@@ -81,13 +87,11 @@ class Witnesses:
 
     async def tell(self, sealed: SealedAt) -> None:
         """Tell every witness of a new checkpoint; what fails is logged."""
-        if self.settings.witness_file is not None:
-            try:
-                await trio.to_thread.run_sync(checkpoint_log.append, self.settings.witness_file, sealed.note)
-            except OSError as error:
-                self._log.warning("the witness %s did not get a checkpoint: %s", self.settings.witness_file, error)
-        if self.settings.witness_command:
-            await self._run(self.settings.witness_command, sealed.note)
+        file, command = self.settings.witness_file, self.settings.witness_command
+        if file is not None:
+            self._heard(str(file), await self._append(file, sealed.note))
+        if command:
+            self._heard(command[0], await self._run(command, sealed.note))
         await self._tell_all(self.settings.witnesses, sealed)
 
     async def remind(self, sealed: SealedAt) -> None:
@@ -104,6 +108,11 @@ class Witnesses:
         self.settings = settings
         names = {_name_of(witness) for witness in settings.witnesses}
         self.alarms = {name: alarm for name, alarm in self.alarms.items() if name in names}
+        told = {witness.url for witness in settings.witnesses} | {
+            str(settings.witness_file),
+            *settings.witness_command[:1],
+        }
+        self._troubles = {witness: trouble for witness, trouble in self._troubles.items() if witness in told}
 
     async def _tell_all(self, witnesses: Iterable[config.Witness], sealed: SealedAt) -> None:
         async with trio.open_nursery() as nursery:
@@ -111,11 +120,27 @@ class Witnesses:
                 nursery.start_soon(self._tell, witness, sealed)
 
     async def _tell(self, witness: config.Witness, sealed: SealedAt) -> None:
-        problem = await self._show(witness, sealed)
-        if problem is not None:
-            self._log.warning("the witness %s did not sign a checkpoint: %s", witness.url, problem)
+        self._heard(witness.url, await self._show(witness, sealed))
 
-    async def _run(self, command: tuple[str, ...], note: str) -> None:
+    def _heard(self, witness: str, problem: str | None) -> None:
+        """Note how it went: a trouble is logged when it begins, when it becomes an alarm, and when it ends."""
+        was = self._troubles.pop(witness, None)
+        if problem is not None:
+            self.failures += 1
+            self._troubles[witness] = problem
+            if was is None or (problem != was and problem in self.alarms.values()):
+                self._log.warning("the witness %s did not take a checkpoint: %s", witness, problem)
+        elif was is not None:
+            self._log.info("the witness %s takes checkpoints again", witness)
+
+    async def _append(self, path: Path, note: str) -> str | None:
+        try:
+            await trio.to_thread.run_sync(checkpoint_log.append, path, note)
+        except OSError as error:
+            return str(error)
+        return None
+
+    async def _run(self, command: tuple[str, ...], note: str) -> str | None:
         try:
             with trio.fail_after(ANSWER_S):
                 done = await trio.run_process(
@@ -125,12 +150,11 @@ class Witnesses:
                     check=False,
                     env={"PATH": os.defpath},
                 )
-            if done.returncode:
-                self._log.warning("the witness %s ended with code %d", command[0], done.returncode)
         except trio.TooSlowError:
-            self._log.warning("the witness %s took longer than %g s", command[0], ANSWER_S)
+            return f"it took longer than {ANSWER_S:g} s"
         except OSError as error:
-            self._log.warning("the witness %s cannot be run: %s", command[0], error)
+            return f"it cannot be run: {error}"
+        return f"it ended with code {done.returncode}" if done.returncode else None
 
     async def _show(self, witness: config.Witness, sealed: SealedAt) -> str | None:
         """Show a checkpoint to a witness, twice if it has seen another size than we know; what went wrong."""

@@ -8,7 +8,6 @@ keys, so that sorted compact JSON is the RFC 8785 form.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -133,52 +132,53 @@ RawEntry = tuple[int, bytes, int, bytes, bytes | None, bytes | None, bytes | Non
 """The columns of an entry in the order of `Entry`, all text as the bytes it is stored as."""
 
 
-def verify_raw(rows: Iterable[RawEntry], start: Walk = Walk()) -> Walk:  # noqa: B008 -- frozen, so sharing is safe
-    """Like `verify`, for rows as stored: a third of its time, because what entries have in common is made once."""
-    seq, previous, verified, erased = start.seq, start.hash, start.verified, start.erased
-    actors: dict[bytes, bytes] = {}
-    for row in rows:
-        number, entry_id, timestamp_us, kind, actor, subject, details, salt, payload, before, digest = row
+def verify_raw(rows: Iterable[RawEntry], start: Walk, hashes: list[bytes]) -> Walk:
+    """Like `verify`, for rows as stored, in a fraction of its time; the hash of each that fits is added to `hashes`.
+
+    What entries have in common is made once. Rows that come one by one take the memory of the one before, which is
+    still in the processor's cache; a list of them costs a tenth more.
+    """
+    seq, previous, erased = start.seq, start.hash, start.erased
+    behind = len(hashes) - start.verified
+    keep, digest_of, join, encode = hashes.append, sha256, b"".join, _text.encode
+    previous_hex, shown_us, timestamp = previous.hex(), None, ""
+    heads: dict[bytes, bytes] = {}
+    fronts: dict[bytes, str] = {}
+    for number, entry_id, timestamp_us, kind, actor, subject, details, salt, payload, before, digest in rows:
+        seq += 1
         try:
             if salt is None or actor is None or subject is None or details is None:
                 fits = salt is actor is subject is details is None
             else:
-                head = actors.get(actor)
+                head = heads.get(actor)
                 if head is None:
-                    # A stored actor is text of a user's; few of them share a log, and a bound keeps it so.
-                    head = actors[actor] = b'{"actor":%b,"details":' % _text.encode(actor.decode())
-                    if len(actors) > _MAX_ACTORS:
-                        actors.clear()
-                if not subject.translate(None, _PLAIN):
-                    text = b'%b%b%b,"subject":"%b"}' % (salt, head, details, subject)
-                else:
-                    text = b'%b%b%b,"subject":%b}' % (salt, head, details, _text.encode(subject.decode()))
-                fits = sha256(text).digest() == payload
-            own = sha256(
-                b'{"event_type":"%b","id":"%b","payload_hash":"%b","previous_hash":"%b","seq":%d,"timestamp":"%b"}'
-                % (kind, entry_id, payload.hex().encode(), before.hex().encode(), number, _time(timestamp_us))
+                    head = heads[actor] = b'{"actor":%b,"details":' % encode(actor.decode())
+                text = join((salt, head, details, b',"subject":', encode(subject.decode()), b"}"))
+                fits = digest_of(text).digest() == payload
+            if timestamp_us != shown_us:
+                timestamp, shown_us = format_us(timestamp_us), timestamp_us
+            front = fronts.get(kind)
+            if front is None:
+                front = fronts[kind] = f'{{"event_type":"{kind.decode()}","id":"'
+            own = digest_of(
+                f'{front}{entry_id.decode()}","payload_hash":"{payload.hex()}","previous_hash":"{previous_hex}",'
+                f'"seq":{number},"timestamp":"{timestamp}"}}'.encode()
             ).digest()
         except (UnicodeDecodeError, OverflowError, ValueError):
             fits = False
-        if not fits or own != digest or before != previous or number != seq + 1:
+        if not fits or own != digest or before != previous or number != seq:
             shown = (entry_id.decode("utf-8", "replace"), kind.decode("utf-8", "replace"))
             entry = Entry(
                 number, shown[0], timestamp_us, shown[1], actor, subject, details, salt, payload, before, digest
             )
-            reason = _fault(entry, seq + 1, previous) or "id or event_type is not UTF-8"
-            return Walk(seq, previous, verified, Fault(number, entry.id, reason), erased)
-        seq, previous, verified, erased = number, digest, verified + 1, erased + (salt is None)
-    return Walk(seq, previous, verified, None, erased)
-
-
-_MAX_ACTORS = 1_000
-_PLAIN = bytes(code for code in range(0x20, 0x7F) if code not in b'"\\')
-"""What stands in JSON text as it is."""
-
-
-@lru_cache(maxsize=64)
-def _time(timestamp_us: int) -> bytes:
-    return format_us(timestamp_us).encode()
+            reason = _fault(entry, seq, previous) or "id or event_type is not UTF-8"
+            fault = Fault(number, entry.id, reason)
+            return Walk(seq - 1, previous, len(hashes) - behind, fault, erased)
+        previous, previous_hex = digest, digest.hex()
+        keep(digest)
+        if salt is None:
+            erased += 1
+    return Walk(seq, previous, len(hashes) - behind, None, erased)
 
 
 def _fault(entry: Entry, seq: int, previous: bytes) -> str | None:

@@ -94,5 +94,6 @@ class Auditing:
             "checkpoint": None if sealed is None else sealed.size,
             "unsealed_seconds": waited_s,
             "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values()],
+            "witness_failures": self.witnesses.failures,
             "verified": self.verifier.status(),
         }

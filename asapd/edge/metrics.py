@@ -53,6 +53,8 @@ class _Collector:
         yield GaugeMetricFamily("asapd_store_pending_units", "Units that wait for their commit", store["pending"])
         unpriced = status["usage"]["unpriced_events"]
         yield GaugeMetricFamily("asapd_usage_unpriced_events", "Recorded events whose cost nobody knows", unpriced)
+        failures = status["audit"]["witness_failures"]
+        yield CounterMetricFamily("asapd_audit_witness_failures", "Checkpoints that a witness did not take", failures)
         agents = status["agents"]
         yield GaugeMetricFamily("asapd_agents", "Agents of the directory", agents["total"])
         troubled = GaugeMetricFamily(

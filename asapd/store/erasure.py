@@ -28,12 +28,14 @@ _OF_CONSUMER = (
 )
 
 
-def entries_of(connection: apsw.Connection, consumer: str, after: int, limit: int) -> list[int]:
-    """The numbers of entries that name a consumer, from behind `after`."""
+def entries_of(
+    connection: apsw.Connection, consumer: str, after: int, limit: int, through: int = 2**63 - 1
+) -> list[int]:
+    """The numbers of entries that name a consumer, from behind `after` up to `through`."""
     rows = fetch(
         connection,
-        f"SELECT seq FROM audit WHERE seq > ? AND {_OF_CONSUMER} ORDER BY seq LIMIT ?",
-        (after, consumer, consumer, consumer, limit),
+        f"SELECT seq FROM audit WHERE seq > ? AND seq <= ? AND {_OF_CONSUMER} ORDER BY seq LIMIT ?",
+        (after, through, consumer, consumer, consumer, limit),
     )
     return [seq for (seq,) in rows]
 
@@ -48,13 +50,20 @@ def budgets_of(connection: apsw.Connection, consumer: str) -> list[str]:
 
 
 def count_of(connection: apsw.Connection, consumer: str) -> dict[str, int]:
-    """How much there is of a consumer: entries, rows of usage, steps of tasks, evidence of breaches of its budgets."""
+    """How much there is of a consumer: rows of usage, steps of tasks, evidence of breaches of its budgets."""
     number = _number(connection, consumer)
-    found = {"entries": fetch(connection, f"SELECT count(*) FROM audit WHERE {_OF_CONSUMER}", (consumer,) * 3)[0][0]}
+    found = {}
     for table in ("usage", "task"):
         found[table] = fetch(connection, f"SELECT count(*) FROM {table} WHERE consumer = ?", (number,))[0][0]
     found["breach"] = fetch(connection, f"SELECT count(*) FROM breach WHERE {_OF_BREACH}", (consumer,))[0][0]
     return found
+
+
+def count_entries(connection: apsw.Connection, consumer: str, after: int, through: int) -> int:
+    """How many entries behind one number up to another name a consumer."""
+    sql = f"SELECT count(*) FROM audit WHERE seq > ? AND seq <= ? AND {_OF_CONSUMER}"
+    count: int = fetch(connection, sql, (after, through, consumer, consumer, consumer))[0][0]
+    return count
 
 
 def _number(connection: apsw.Connection, consumer: str) -> int:

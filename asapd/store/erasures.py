@@ -68,7 +68,7 @@ def runs(numbers: Iterable[int]) -> list[list[int]]:
 class _Runs:
     """Whether a number is in one of many runs, which may overlap."""
 
-    def __init__(self, found: Iterable[list[int]]) -> None:
+    def __init__(self, found: Iterable[tuple[int, int]]) -> None:
         self._firsts: list[int] = []
         self._lasts: list[int] = []
         for first, last in sorted(found):
@@ -88,6 +88,16 @@ class _Runs:
         return at >= 0 and number <= self._lasts[at]
 
 
+class _Gone(msgspec.Struct, frozen=True):
+    """What an entry says that went; earlier ones do not say all of it."""
+
+    entries: list[tuple[int, int]] = []
+    usage_rows: list[tuple[int, int]] = []
+
+
+_read_gone = msgspec.json.Decoder(_Gone).decode
+
+
 class Erasures:
     """What all entries `erasure.applied`, and those of retention of the log, come to.
 
@@ -97,20 +107,26 @@ class Erasures:
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self._times: dict[str, Counter[int]] | None = None
-        entries: list[list[int]] = []
-        retired: list[list[int]] = []
-        rows: list[list[int]] = []
+        entries: list[tuple[int, int]] = []
+        retired: list[tuple[int, int]] = []
+        rows: list[tuple[int, int]] = []
         self.count = 0
-        for kind, details in fetch(
+        self.odd: list[str] = []
+        """What is said of those that no build ever made: they explain nothing."""
+        for seq, kind, details in fetch(
             connection,
-            "SELECT event_type, details FROM audit WHERE event_type = 'erasure.applied' "
+            "SELECT seq, event_type, details FROM audit WHERE event_type = 'erasure.applied' "
             "OR (event_type = 'retention.applied' AND subject = 'audit')",
         ):
             if details is not None:
-                told = msgspec.json.decode(details)
-                (entries if kind == "erasure.applied" else retired).extend(told.get("entries", []))
-                rows += told.get("usage_rows", [])
                 self.count += 1
+                try:
+                    told = _read_gone(details)
+                except ValueError as error:
+                    self.odd.append(f"entry {seq} ({kind}) is none of asapd's, {error}")
+                    continue
+                (entries if kind == "erasure.applied" else retired).extend(told.entries)
+                rows += told.usage_rows
         self._entries, self._retired, self._rows = _Runs([*entries, *retired]), _Runs(retired), _Runs(rows)
         self.last_row = max((last for _, last in rows), default=0)
         """The largest number among the rows of usage whose entries were erased."""

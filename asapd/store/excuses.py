@@ -39,7 +39,7 @@ def unattested(connection: apsw.Connection, keys: tuple[bytes, ...]) -> Iterator
     """What is to be said of each that no key of the daemon signed for its place; nothing without keys."""
     if not keys:
         return
-    found = _read(connection, keys)
+    found = read(connection, keys)
     first, through = _first_signed(found), _vouched_through(found)
     for one in found:
         if one.details is None:
@@ -52,9 +52,8 @@ def unattested(connection: apsw.Connection, keys: tuple[bytes, ...]) -> Iterator
             )
 
 
-def from_before(connection: apsw.Connection, keys: tuple[bytes, ...]) -> list[Excuse]:
+def from_before(found: Sequence[Excuse]) -> list[Excuse]:
     """Those that nobody signed or vouched for, from before the first that was: since then the daemon signs its own."""
-    found = _read(connection, keys)
     first, through = _first_signed(found), _vouched_through(found)
     return [one for one in found if through < one.seq < first and one.details is not None]
 
@@ -68,12 +67,16 @@ def _vouched_through(found: Sequence[Excuse]) -> int:
     return min(max(vouches, default=0), _first_signed(found) - 1)
 
 
-def _read(connection: apsw.Connection, keys: tuple[bytes, ...]) -> list[Excuse]:
+def read(
+    connection: apsw.Connection, keys: tuple[bytes, ...], after: int = -(2**63), through: int = 2**63 - 1
+) -> list[Excuse]:
+    """All of them behind one entry up to another, in their order."""
     kinds = ", ".join(f"'{kind}'" for kind in EXCUSES)
     rows = fetch(
         connection,
         "SELECT seq, event_type, actor, subject, details, previous_hash FROM audit "
-        f"WHERE event_type IN ({kinds}) ORDER BY seq",
+        f"WHERE seq > ? AND seq <= ? AND event_type IN ({kinds}) ORDER BY seq",
+        (after, through),
     )
     return [_excuse(keys, *row) for row in rows]
 
@@ -83,7 +86,10 @@ def _excuse(
 ) -> Excuse:
     if details is None:
         return Excuse(seq, kind, subject, None, is_signed=False)
-    said = msgspec.json.decode(details)
+    try:
+        said = msgspec.json.decode(details, type=dict[str, Any])
+    except ValueError:  # none that was ever signed
+        return Excuse(seq, kind, subject, {}, is_signed=False)
     is_signed = any(is_attested(kind, actor, subject, said, previous, key) for key in keys)
     return Excuse(seq, kind, subject, said, is_signed)
 

@@ -38,15 +38,23 @@ def vouched(connection: apsw.Connection) -> dict[str, int] | None:
         "SELECT details FROM audit WHERE event_type = ? AND details IS NOT NULL ORDER BY seq",
         (VOUCHED,),
     ):
-        told: dict[str, Any] = msgspec.json.decode(details)
-        if "task_outcomes" in told:
-            return {name: told["task_outcomes"][name] for name in NOTHING}
+        said = vouched_in(msgspec.json.decode(details))
+        if said is not None:
+            return said
     return None
 
 
 def to_vouch(connection: apsw.Connection) -> dict[str, int] | None:
     """What nobody has vouched for yet; None when there is nothing."""
-    found = counted(connection)
-    if len(found) != 1 or found == [NOTHING] or vouched(connection) is not None:
-        return None
-    return found[0]
+    return None if vouched(connection) is not None else only(counted(connection))
+
+
+def only(counted: list[dict[str, int]]) -> dict[str, int] | None:
+    """What was counted, if it is something, and as the upgrade left it."""
+    return counted[0] if len(counted) == 1 and counted != [NOTHING] else None
+
+
+def vouched_in(details: dict[str, Any]) -> dict[str, int] | None:
+    """What an entry of an operator vouches for of this; None when it speaks of none."""
+    said = details.get("task_outcomes")
+    return None if said is None else {name: said[name] for name in NOTHING}

@@ -111,13 +111,24 @@ def _days(connection: apsw.Connection) -> Tally:
 
 def _explained(erased: Tally, connection: apsw.Connection, keys: tuple[bytes, ...]) -> Tally:
     """A tally of what is gone, with what was explained by somebody else than the daemon."""
-    false = list(unattested(connection, keys))
+    false = _unattested(connection, keys)
     named = (*false, *erased.named)[:NAMED]
     return msgspec.structs.replace(erased, findings=erased.findings + len(false), named=named)
 
 
+def _unattested(connection: apsw.Connection, keys: tuple[bytes, ...]) -> list[str]:
+    found: list[str] = []
+    try:
+        found += unattested(connection, keys)
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        found.append(f"what explains gaps cannot be read, {type(error).__name__}: {error}")
+    return found
+
+
 def _erased(erasures: Erasures) -> Tally:
     findings, rows, retired = Findings(), 0, 0
+    for said in erasures.odd:
+        findings.add(said)
     for seq, kind in erasures.without_content():
         rows += 1
         retired += erasures.is_retired(seq)

@@ -75,15 +75,23 @@ def read_house(connection: apsw.Connection) -> tuple[Part, ...]:
         (after, STEP),
     ):
         for seq, kind, at_us, actor, subject, details in found:
-            entry = None if details is None else Entry(seq, kind, at_us, actor, subject, msgspec.json.decode(details))
             for part in by_kind[kind]:
-                if entry is None:
+                if details is None:
                     part.log.lose(seq, at_us)
                 else:
-                    part.log.entries += 1
-                    part.do(entry)
+                    _take_in(part, seq, kind, at_us, actor, subject, details)
         after = found[-1][0]
     return parts
+
+
+def _take_in(part: Part, seq: int, kind: str, at_us: int, actor: str, subject: str, details: str) -> None:
+    """Have a part take in an entry. One that says what no build ever said is a finding, and hides no other."""
+    part.log.entries += 1
+    try:
+        part.do(Entry(seq, kind, at_us, actor, subject, msgspec.json.decode(details, type=dict[str, Any])))
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        part.log.findings.add(f"{part.log.table}: entry {seq} ({kind} {subject}) is none of asapd's, {reason}")
 
 
 class _ApiKeys:

@@ -9,6 +9,7 @@ import msgspec
 
 from asapd.core.types import Outcome
 from asapd.store import outcomes_unsaid
+from asapd.store.excuses import VOUCHED
 from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names
 from asapd.store.outcomes import JUDGED
@@ -58,17 +59,21 @@ def reconcile_outcomes(connection: apsw.Connection) -> Tally:
 
 def _judged_from(connection: apsw.Connection, rows: int, findings: Findings) -> int:
     """From what time on all of it is there."""
-    said, vouched = outcomes_unsaid.counted(connection), outcomes_unsaid.vouched(connection)
+    said = outcomes_unsaid.counted(connection)
+    vouched: dict[str, int] | None = None
     since_us, taken = (max((one[name] for one in said), default=0) for name in ("before_us", "count"))
     before_us, unsaid, is_said = since_us, taken, True
-    for subject, details in fetch(
+    for kind, subject, details in fetch(
         connection,
-        "SELECT subject, details FROM audit WHERE event_type = 'retention.applied' "
-        "AND subject IN ('usage', 'task_outcome') ORDER BY seq",
+        "SELECT event_type, subject, details FROM audit WHERE event_type = 'log.vouched' "
+        "OR (event_type = 'retention.applied' AND subject IN ('usage', 'task_outcome')) ORDER BY seq",
     ):
         if details is None:
             continue
         told: dict[str, Any] = msgspec.json.decode(details)
+        if kind == VOUCHED:
+            vouched = vouched or outcomes_unsaid.vouched_in(told)
+            continue
         before_us = max(before_us, told["before_us"])
         if subject == "task_outcome":
             taken += told["count"]

@@ -56,7 +56,11 @@ def reconcile_usage(connection: apsw.Connection) -> Tally:
                 erased += 1
                 continue
             entries += 1
-            says = read_says(details)
+            try:
+                says = read_says(details)
+            except ValueError as error:
+                findings.add(f"usage: entry {seq} ({kind} {subject}) is none of asapd's, {error}")
+                continue
             if says.row in without_row:
                 findings.add(f"entry {seq} ({kind}) is of usage row {says.row}, and so is another")
             numbered = max(numbered, says.row)

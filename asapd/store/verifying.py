@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.core.audit import Fault, RawEntry, Walk, verify_raw
+from asapd.core.audit import Fault, Walk, verify_raw
 from asapd.core.merkle import KEPT_LEVEL, MadeNode, Tree, edge, grow, root_of
 from asapd.store import checkpoint_log, seals, witnessing
 from asapd.store.findings import Tally
@@ -205,9 +206,9 @@ def _before(connection: apsw.Connection, stand: _Stand, others: Mapping[int, Kno
 
 def _step(connection: apsw.Connection, stand: _Stand, others: Mapping[int, Known], keys: _Keys) -> _Stand:
     first = stand.walk.seq + 1 if stand.walk.seq else -(2**63)  # a forged entry may stand before the first
-    rows: list[RawEntry] = fetch(connection, _RAW, (first, STEP))
-    walk = verify_raw(rows, stand.walk)
-    hashes = [row[10] for row in rows[: walk.verified - stand.walk.verified]]
+    hashes: list[bytes] = []
+    with closing(connection.execute(_RAW, (first, STEP))) as rows:
+        walk = verify_raw(rows, stand.walk, hashes)
     # One that was put in says more than there is: it is judged by itself, and seals nothing.
     newest = "SELECT max(size) FROM audit_checkpoint WHERE size <= (SELECT max(seq) FROM audit)"
     sealed = fetch(connection, newest)[0][0] or 0

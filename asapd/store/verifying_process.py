@@ -61,13 +61,18 @@ async def verify_apart(path: Path, request: Request) -> AsyncGenerator[Progress 
         raise VerifierDiedError(f"the verifying process ended with code {process.returncode}")
 
 
+def open_alone(path: Path) -> apsw.Connection:
+    """Open a database to read it in one thread only: without the locks of SQLite a walk takes a tenth less."""
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_NOMUTEX)
+    connection.set_busy_timeout(5_000)
+    return connection
+
+
 def main(arguments: Sequence[str]) -> int:
     """`python -m asapd.store.verifying_process DATABASE`, the request on stdin; for the daemon only."""
     os.nice(_NICE)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-    connection = apsw.Connection(arguments[0], flags=apsw.SQLITE_OPEN_READONLY)
-    connection.set_busy_timeout(5_000)
-    with contextlib.closing(connection):
+    with contextlib.closing(open_alone(Path(arguments[0]))) as connection:
         for number, said in enumerate(verification(connection, request)):
             if isinstance(said, Progress) and number % _TOLD_EVERY:
                 continue

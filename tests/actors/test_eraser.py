@@ -14,7 +14,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
-from asapd.store import breaches, delegation_news, verifying
+from asapd.store import audit, breaches, delegation_news, verifying
 from asapd.store.database import Database
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.delegations import SyncBudgets
@@ -44,9 +44,11 @@ async def erase(database: Database, dry_run: bool = False) -> dict[str, object]:
     return done
 
 
+@pytest.mark.parametrize("window", [1, 30, 200_000])
 async def test_news_and_evidence_name_the_pseudonym_and_others_as_before(
-    inline_database: Inline, autojump_clock: MockClock
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
+    monkeypatch.setattr(audit, "WINDOW", window)
     database, connection = inline_database
     budget = Budget("max", Match(consumer=MAX), "day", "UTC", soft=Limits(microusd=1))
     other = Budget("eve", Match(consumer=EVE), "day", "UTC", soft=Limits(microusd=1))

@@ -127,6 +127,42 @@ async def test_it_seals_at_intervals_and_a_changed_interval_counts(
         nursery.cancel_scope.cancel()
 
 
+async def test_what_a_former_key_sealed_gets_a_checkpoint_of_the_new_key_once_anything_is_entered(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    database, _ = inline_database
+    await enter(database, 2)
+    await sealed(make(database, tmp_path))
+    settings = config.Audit(checkpoint_every="1h")
+    sealer = Sealer(
+        database,
+        TrioClock(1_800_000_000_000_000),
+        SigningKey(bytes([9]) * 32),
+        tmp_path / "checkpoints.log",
+        settings,
+        LOG,
+    )
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        await run_sealer(sealer, tell=told, remind=told, beat=lambda: None, log=LOG, task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        await trio.sleep(10)
+        newest = await sealer.newest()
+        assert newest is not None
+        assert newest.size == 2  # one of that size there is
+        await enter(database, 1)
+        await trio.sleep(3)
+        newest = await sealer.newest()
+        assert newest is not None
+        assert (newest.size, newest.note.partition("\n")[0]) == (3, sealer.origin)
+        await enter(database, 1)
+        await trio.sleep(1_000)
+        assert await sealer.newest() == newest
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_hole_is_refused_and_the_loop_goes_on(
     inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

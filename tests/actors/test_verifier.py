@@ -181,6 +181,29 @@ async def test_it_goes_on_from_where_all_was_good_and_once_a_day_from_the_start(
         nursery.cancel_scope.cancel()
 
 
+async def test_a_clock_that_was_ahead_and_is_set_back_does_not_put_off_the_next_whole_walk(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, walks: list[int]
+) -> None:
+    database, _ = inline_database
+    await enter(database, 3)
+    verifier = make(database, tmp_path)
+    verifier.settings = config.Audit(verify_every="6h")
+
+    class SetBack(TrioClock):
+        def now_us(self) -> int:
+            """A month ahead for the first hour."""
+            return super().now_us() + 30 * 86_400_000_000 * (trio.current_time() < 3_600)
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        await run_verifier(verifier, clock=SetBack(NOW_US), beat=lambda: None, task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        await trio.sleep(25 * 3600)
+        assert walks == [0, 3, 3, 3, 0]
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_it_finds_is_logged_each_time_and_entered_once(
     inline_database: Inline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

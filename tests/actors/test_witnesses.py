@@ -177,6 +177,32 @@ async def test_who_has_not_signed_the_newest_is_reminded_and_who_has_is_left_alo
     assert len(pair.sent) == 2
 
 
+async def test_a_witness_that_is_away_is_logged_once_and_again_when_it_is_back(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    sealed = await pair.enter(1)
+    await pair.ours.remind(sealed)
+    assert not caplog.text
+    sealed = await pair.enter(1)
+    for answer in (PostFailed("no answer within 10 s"), PostFailed("refused"), Posted(500, b"")):
+        pair.broken = answer
+        await pair.ours.remind(sealed)
+        pair.ours.adopt(pair.ours.settings)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert pair.ours.failures == 3
+    pair.broken = Posted(422, b"")
+    for _ in range(2):
+        await pair.ours.remind(sealed)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "has seen another log" in caplog.text
+    pair.broken = None
+    await pair.ours.remind(sealed)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+    assert "takes checkpoints again" in caplog.text
+    assert pair.ours.failures == 5
+
+
 async def test_who_is_no_witness_any_more_raises_no_alarm(pair: Pair) -> None:
     pair.broken = Posted(422, b"")
     await pair.ours.tell(await pair.enter(1))
@@ -231,7 +257,7 @@ async def test_a_file_and_a_program_get_every_checkpoint(
         pair.ours.settings = config.Audit(witness_file=str(tmp_path), witness_command=command)
         await pair.ours.tell(sealed)
         assert said in caplog.text
-    assert "did not get a checkpoint" in caplog.text
+    assert "did not take a checkpoint" in caplog.text
 
 
 async def test_a_program_that_takes_too_long_is_ended(

@@ -8,9 +8,19 @@ import pytest
 import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
-from asapd.core.audit import GENESIS, Entry, Fault, Walk, canonical_details, entry_hash, payload_hash, verify
+from asapd.core.audit import (
+    GENESIS,
+    Entry,
+    Fault,
+    Walk,
+    canonical_details,
+    entry_hash,
+    payload_hash,
+    verify,
+    verify_raw,
+)
 from asapd.core.types import MAX_INT, format_us
 
 NOW_US = 1_795_169_203_000_000
@@ -78,11 +88,31 @@ def log(length: int) -> list[Entry]:
     return entries
 
 
+def raw(entries: list[Entry]) -> list[Any]:
+    """Entries as rows whose text is read as bytes."""
+    return [
+        (entry.seq, entry.id.encode(), entry.timestamp_us, entry.event_type.encode(), *astuple(entry)[4:])
+        for entry in entries
+    ]
+
+
+def verified_raw(entries: list[Entry]) -> Walk:
+    """What a walk of stored rows comes to, which is what a walk of entries does."""
+    hashes: list[bytes] = []
+    walk = verify_raw(raw(entries), Walk(), hashes)
+    assert walk == verify(entries)
+    assert hashes == [entry.hash for entry in entries[: walk.verified]]
+    return walk
+
+
 def test_a_whole_log_verifies_at_once_and_in_parts() -> None:
     entries = log(5)
     walk = verify(entries)
     assert walk == Walk(5, entries[-1].hash, 5)
     assert verify(entries[2:], verify(entries[:2])) == walk
+    hashes: list[bytes] = []
+    assert verify_raw(raw(entries[2:]), verify_raw(raw(entries[:2]), Walk(), hashes), hashes) == walk
+    assert hashes == [entry.hash for entry in entries]
     assert verify([]) == Walk()
 
 
@@ -107,14 +137,14 @@ def test_a_whole_log_verifies_at_once_and_in_parts() -> None:
 def test_the_first_entry_that_does_not_fit_ends_the_walk_and_is_named(changes: dict[str, Any], reason: str) -> None:
     entries = log(5)
     entries[2] = replace(entries[2], **changes)
-    walk = verify(entries)
+    walk = verified_raw(entries)
     assert walk == Walk(2, entries[1].hash, 2, Fault(entries[2].seq, entries[2].id, reason))
 
 
 def test_an_erased_entry_verifies_without_its_payload() -> None:
     entries = log(3)
     entries[1] = replace(entries[1], actor=None, subject=None, details=None, salt=None)
-    assert verify(entries).verified == 3
+    assert verified_raw(entries).verified == 3
     forged = replace(entries[1], payload_hash=GENESIS)
     assert verify([entries[0], forged]).fault == Fault(2, "aud_2", "hash does not match the entry")
 
@@ -122,5 +152,30 @@ def test_an_erased_entry_verifies_without_its_payload() -> None:
 def test_erased_entries_are_counted_apart() -> None:
     entries = log(3)
     bare = replace(entries[1], actor=None, subject=None, details=None, salt=None)
-    walk = verify([entries[0], bare, entries[2]])
+    walk = verified_raw([entries[0], bare, entries[2]])
     assert (walk.fault, walk.verified, walk.erased) == (None, 3, 1)
+
+
+@given(st.lists(st.tuples(texts, texts, details, st.integers(0, 3)), max_size=6), st.integers(0, 5))
+def test_rows_as_stored_verify_as_entries_do(said: list[tuple[str, str, dict[str, Any], int]], bad: int) -> None:
+    entries: list[Entry] = []
+    for seq, (actor, subject, content, late_us) in enumerate(said, 1):
+        previous, text = entries[-1].hash if entries else GENESIS, canonical_details(content)
+        payload = payload_hash(b"s" * 16, actor, text, subject)
+        digest = entry_hash(seq, f"aud_{seq}", NOW_US + late_us, "noted", payload, previous)
+        names = (actor.encode(), subject.encode())
+        entries.append(
+            Entry(seq, f"aud_{seq}", NOW_US + late_us, "noted", *names, text, b"s" * 16, payload, previous, digest)
+        )
+    assert verified_raw(entries).verified == len(said)
+    if bad < len(entries):
+        entries[bad] = replace(entries[bad], details=(entries[bad].details or b"") + b" ")
+        assert verified_raw(entries).verified == bad
+
+
+def test_an_id_or_a_type_that_is_no_text_is_named() -> None:
+    rows = raw(log(3))
+    rows[1] = (2, b"\xff", *rows[1][2:])
+    walk = verify_raw(rows, Walk(), [])
+    assert walk.verified == 1
+    assert walk.fault == Fault(2, "\ufffd", "hash does not match the entry")

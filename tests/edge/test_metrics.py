@@ -31,6 +31,7 @@ STATUS: dict[str, Any] = {
         "not_probed": ["b", "c"],
         "sla_errors": [{"agent": "d"}] * 3,
     },
+    "audit": {"witness_failures": 9},
     "last_alert": 7,
 }
 
@@ -57,6 +58,7 @@ def test_every_figure_is_there_under_its_name() -> None:
         ("asapd_http_connections_total", None): 20,
         ("asapd_http_refused_total", None): 3,
         ("asapd_http_guarded_errors_total", None): 4,
+        ("asapd_audit_witness_failures_total", None): 9,
         ("asapd_loop_lag_seconds_bucket", "0.001"): 4,
         ("asapd_loop_lag_seconds_bucket", "1.0"): 6,
         ("asapd_loop_lag_seconds_bucket", "+Inf"): 7,

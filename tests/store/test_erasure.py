@@ -45,18 +45,25 @@ def erase(writer: Writer, seqs: list[int], consumer: str = MAX) -> Any:
     return submit(writer, EraseConsumer(consumer, "ers_1", seqs, "request 17", "key:admin", NOW_US))
 
 
+def counts(connection: apsw.Connection, consumer: str) -> dict[str, int]:
+    """Of entries, what two windows of them have."""
+    entries = sum(erasure.count_entries(connection, consumer, *window) for window in ((0, 3), (3, 1_000)))
+    return {"entries": entries, **erasure.count_of(connection, consumer)}
+
+
 def test_what_is_kept_is_counted_and_found(connection: apsw.Connection, writer: Writer) -> None:
-    assert erasure.count_of(connection, MAX) == {"entries": 4, "usage": 3, "task": 1, "breach": 0}
+    assert counts(connection, MAX) == {"entries": 4, "usage": 3, "task": 1, "breach": 0}
     assert erasure.entries_of(connection, MAX, 0, 10) == [1, 2, 3, 4]
     assert erasure.entries_of(connection, MAX, 2, 1) == [3]
-    assert erasure.count_of(connection, "nobody") == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
+    assert erasure.entries_of(connection, MAX, 1, 10, 3) == [2, 3]
+    assert counts(connection, "nobody") == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
 
 
 def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connection, writer: Writer) -> None:
     before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
     head = audit.head(connection)
     assert erase(writer, [1, 2, 3, 4]) == Erased(4, True, "ers_1")
-    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
+    assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 3
     assert usage_sums.summary(connection, UsageFilter(EVERYTHING)) == before
     entry = audit.get_entry(connection, "2")
@@ -114,7 +121,7 @@ def test_the_log_verifies_after_every_step_of_an_erasure_beside_ingest(
         report_more(writer, len(seqs))
     last = submit(writer, EraseConsumer(MAX, "ers_1", [4], "r", "key:admin", NOW_US, 4))
     assert last == Erased(4, True, "ers_1")
-    assert erasure.count_of(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
+    assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
     assert erasure.count_of(connection, "ers_1")["usage"] == 6
     assert verifying.report(connection, Request()).is_valid
     report_more(writer, 3)
@@ -148,7 +155,7 @@ def test_a_consumer_that_only_reservations_name_is_erased_and_the_log_verifies(c
 def test_the_consumer_can_come_again_as_somebody_new(connection: apsw.Connection, writer: Writer) -> None:
     erase(writer, [1, 2, 3, 4])
     submit(writer, RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, MAX, NOW_US)], [Cost(7)]))
-    assert erasure.count_of(connection, MAX) == {"entries": 1, "usage": 1, "task": 0, "breach": 0}
+    assert counts(connection, MAX) == {"entries": 1, "usage": 1, "task": 0, "breach": 0}
     assert verifying.report(connection, Request()).is_valid
 
 

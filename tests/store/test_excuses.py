@@ -10,7 +10,7 @@ from nacl.signing import SigningKey
 
 from asapd.core.audit import chain
 from asapd.store import erasure
-from asapd.store.excuses import VOUCHED, from_before, unattested
+from asapd.store.excuses import VOUCHED, from_before, read, unattested
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Note
 from asapd.store.writer import Writer
@@ -51,7 +51,7 @@ def test_what_an_older_build_wrote_is_named_until_somebody_vouches_for_it(old: a
     assert "entry 1 (erasure.applied ers_1) was not signed" in first
     assert "(count 1, entries 1, 3 to 7); if an older asapd wrote it, see `asapctl audit vouch`" in first
     assert "entry 3" in second
-    found = from_before(old, KEYS)
+    found = from_before(read(old, KEYS))
     assert [(one.seq, one.kind, one.what) for one in found] == [
         (1, "erasure.applied", "count 1, entries 1, 3 to 7"),
         (3, "retention.applied", "count 1, entries 1, 3 to 7"),
@@ -72,7 +72,7 @@ def test_nobody_vouches_without_the_key(old: apsw.Connection) -> None:
 def test_what_comes_behind_a_signed_one_cannot_be_vouched_for(old: apsw.Connection) -> None:
     explain(Writer(old, key=KEY))
     explain(Writer(old))
-    assert [one.seq for one in from_before(old, KEYS)] == [1, 3]
+    assert [one.seq for one in from_before(read(old, KEYS))] == [1, 3]
     vouch(Writer(old, key=KEY), 9)
     (finding,) = said(old)
     assert finding.startswith("entry 5 ")
@@ -99,7 +99,7 @@ def test_a_vouch_speaks_for_no_other_log_than_the_one_it_was_signed_in(old: apsw
 def test_one_that_lost_its_content_is_named(old: apsw.Connection) -> None:
     old.execute("DROP TRIGGER audit_no_update; UPDATE audit SET details = NULL, salt = NULL WHERE seq = 1")
     assert "has lost its content" in said(old)[0]
-    assert [one.seq for one in from_before(old, KEYS)] == [3]
+    assert [one.seq for one in from_before(read(old, KEYS))] == [3]
 
 
 def test_a_vouch_is_not_erased_with_a_consumer_that_it_names(connection: apsw.Connection) -> None:

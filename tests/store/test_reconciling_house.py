@@ -27,7 +27,7 @@ from asapd.store.units.agents import (
 from asapd.store.units.alerts import AckBreach, AddSilence, BreachRow, RemoveSilence, Silence, WriteBreach
 from asapd.store.units.audit import KeepArchive, RetireAudit
 from asapd.store.units.delegations import ImportRevocations, Revocation
-from asapd.store.units.house import ApiKey, CreateKey, RevokeKey, Sweep
+from asapd.store.units.house import ApiKey, CreateKey, Note, RevokeKey, Sweep
 from asapd.store.units.promises import (
     DeclareMaintenance,
     EndMaintenance,
@@ -395,3 +395,31 @@ def test_a_clock_that_is_set_back_changes_nothing_of_since_when_an_agent_is_its_
     put("two", NOW_US + 3)
     change("pause", NOW_US + 2)
     assert findings(connection) == []
+
+
+def test_an_entry_that_no_build_ever_made_is_named_and_hides_nothing_else(house: Ledger) -> None:
+    odd = "UPDATE audit SET details = '{0}' WHERE seq = (SELECT max(seq) FROM audit WHERE event_type = '{1}')"
+    found = altered(
+        house.connection,
+        odd.format("{}", "watch.interrupted"),
+        odd.format("[1]", "silence.removed"),
+        odd.format("nonsense", "maintenance.ended"),
+        "UPDATE breach_ack SET comment = 'other'",
+    )
+    for kind in ("watch.interrupted asapd", "silence.removed", "maintenance.ended"):
+        assert any(f"({kind}" in said and "is none of asapd's" in said for said in found), (kind, found)
+    assert any(said.startswith("breach_ack brc_1: comment is") for said in found)
+
+
+@pytest.mark.parametrize("kind", ["erasure.applied", "usage.recorded"])
+@pytest.mark.parametrize("details", ["[]", '{"entries": 1, "row": "x"}', "nonsense"])
+def test_an_odd_entry_of_an_erasure_or_of_usage_is_named_as_well(
+    connection: apsw.Connection, kind: str, details: str
+) -> None:
+    ledger = Ledger(connection)
+    ledger.submit(RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, "c", NOW_US, 1, 1)], [Cost(1)]))
+    ledger.submit(Note(kind, "key:x", "odd", {}, NOW_US))
+    odd = f"UPDATE audit SET details = '{details}' WHERE subject = 'odd'"
+    found = altered(connection, odd, "UPDATE usage SET tokens_in = 9")
+    assert any(f"({kind}" in said and "is none of asapd's" in said for said in found), found
+    assert any("tokens_in is 9" in said for said in found), found
