@@ -53,16 +53,15 @@ class KeyDirectory:
         return self._verifying(agent, issued_at_us, now_us).founding
 
     def _verifying(self, agent: str, issued_at_us: int | None, now_us: int) -> _Settled:
-        held, pin, known = self.held.get(agent), self.pinned.get(agent), self._known.get(agent, ())
-        settled = self._settled.get(agent)
+        held, pin, settled = self.held.get(agent), self.pinned.get(agent), self._settled.get(agent)
         if (
             settled is not None
             and settled.held is held
             and settled.pin is pin
-            and settled.known is known
             and settled.manifest_keys == self.manifest_keys
         ):
             return settled
+        known = self._known.get(agent, ())
         keys = list(known)
         if held is not None:
             keys.append(AgentKey(agent, bytes(held.verify_key), "held", "active", 0))
@@ -72,7 +71,7 @@ class KeyDirectory:
         found = verifying(keys, issued_at_us=issued_at_us, now_us=now_us, believe_manifests=believe)
         given = (key for key in keys if key.source in FOUNDING)
         founding = found & verifying(given, issued_at_us=issued_at_us, now_us=now_us, believe_manifests=False)
-        settled = _Settled(held, pin, known, self.manifest_keys, found, founding)
+        settled = _Settled(held, pin, self.manifest_keys, found, founding)
         if not any(key.is_retiring(now_us) for key in known):
             self._settled[agent] = settled
         return settled
@@ -84,11 +83,10 @@ class KeyDirectory:
 
 @dataclass(frozen=True, slots=True)
 class _Settled:
-    """An answer that neither the clock nor the token changes, and what it was made from."""
+    """An answer that neither the clock nor the token changes, and what it was made from besides the store's keys."""
 
     held: SigningKey | None
     pin: bytes | None
-    known: tuple[AgentKey, ...]
     manifest_keys: str
     keys: frozenset[bytes]
     founding: frozenset[bytes]

@@ -275,11 +275,11 @@ class _Registry:
         query = chain_queries.parent_token
         return await self._database.read(query, parent, issuer, caller.tenant, caller.matches)
 
-    def _judge(self, chain: Chain, *, action: str | None, delegate: str | None) -> Denied | None:
+    def _judge(self, chain: Chain, now_us: int, *, action: str | None, delegate: str | None) -> Denied | None:
         settings = self._settings.delegation
         return self._chains.judge(
             chain,
-            now_us=self._clock.now_us(),
+            now_us=now_us,
             max_depth=settings.max_depth,
             roots=settings.roots,
             is_revoked=self.revoked.__contains__,
@@ -294,7 +294,7 @@ class _Registry:
         chain = await self._open(message.token, message.caller)
         if isinstance(chain, Denied):
             return Validity(chain, (), None)
-        denied = self._judge(chain, action=message.action, delegate=message.delegate)
+        denied = self._judge(chain, self._clock.now_us(), action=message.action, delegate=message.delegate)
         known = await self._database.read(chain_queries.standing, chain.accounts, message.caller.tenant)
         if known is None:
             return Validity(denied, chain.claims, None)
@@ -355,7 +355,7 @@ class _Registry:
         return await self._enter(chain, message.caller, message)
 
     async def _enter(self, chain: Chain, caller: Caller, message: Issue | Register) -> Issued | Denied | Refusal:
-        denied = self._judge(chain, action=None, delegate=None)
+        denied = self._judge(chain, self._clock.now_us(), action=None, delegate=None)
         if denied is not None:
             return denied
         outcome = await self._take_in(chain, caller, message.idempotency)
@@ -398,7 +398,8 @@ class _Registry:
             if message.token is None:
                 return _no_delegation(delegation)  # whoever holds no token learns nothing of it
             return _forbidden(f"this key may not act for {chain.leaf.delegate}")
-        denied = self._judge(chain, action=message.action, delegate=message.delegate or caller.own_agent)
+        now_us = self._clock.now_us()
+        denied = self._judge(chain, now_us, action=message.action, delegate=message.delegate or caller.own_agent)
         if denied is not None:
             return denied
         ttl_us = self._ttl_us(message.ttl_us)
@@ -411,7 +412,7 @@ class _Registry:
             ttl_us,
             caller.actor,
             caller.tenant or DEFAULT_TENANT,
-            self._clock.now_us(),
+            now_us,
             # A chain that was registered is four kilobytes to send and read that the ledger has.
             chain=[] if message.token is None or chain.registered else chain.links,
             delegation=chain.registered or delegation,
@@ -560,7 +561,8 @@ class _Registry:
         if isinstance(chain, Denied):
             return _unattributed(chain)
         leaf = chain.tokens[-1]
-        denied = self._judge(chain, action=None, delegate=None) or _not_the_reporters(chain, caller)
+        denied = self._judge(chain, self._clock.now_us(), action=None, delegate=None)
+        denied = denied or _not_the_reporters(chain, caller)
         if denied is None:
             known = self._attributed.get((leaf.digest, caller.tenant))
             if known is not None:

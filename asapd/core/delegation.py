@@ -29,6 +29,7 @@ __all__ = [
     "expired",
     "is_action",
     "is_scope",
+    "narrows",
     "not_yet_valid",
     "revoked",
     "scope_allows",
@@ -102,7 +103,10 @@ def scope_allows(scopes: Iterable[str], action: str) -> bool:
 
 def scope_covers(parent_scopes: Iterable[str], child_scope: str) -> bool:
     """Whether everything that the child scope allows is allowed by one of the parent's scopes."""
-    return any(_covers(parent, child_scope) for parent in parent_scopes)
+    for parent in parent_scopes:  # noqa: SIM110 -- a generator takes twice as long, in the hottest rule
+        if _covers(parent, child_scope):
+            return True
+    return False
 
 
 def effective(chain: Sequence[Claims]) -> Rights:
@@ -171,6 +175,11 @@ def check_chain(
     )
 
 
+def narrows(chain: Sequence[Claims]) -> bool:
+    """Whether a chain (root first) breaks none of the rules that follow from its claims alone."""
+    return _check_cycle(chain) is None and _check_links(chain) is None
+
+
 def check_standing(
     chain: Sequence[Claims],
     *,
@@ -183,7 +192,7 @@ def check_standing(
     leeway_us: int = 0,
     skew_us: int | None = None,
 ) -> Denied | None:
-    """`check_chain` of a chain that passed it before: what follows from the claims alone is not asked again."""
+    """`check_chain` of a chain that `narrows`, which is not asked again."""
     if len(chain) > max_depth:
         return too_deep(chain[-1].id, len(chain), max_depth)
     return (
@@ -240,6 +249,8 @@ def _narrowed(rights: Rights, claims: Claims) -> Rights:
 
 
 def _check_cycle(chain: Sequence[Claims]) -> Denied | None:
+    if len({claims.id for claims in chain}) == len(chain):
+        return None
     accounts = [(claims.delegator, claims.id) for claims in chain]
     if len(set(accounts)) == len(chain):
         return None
@@ -305,7 +316,11 @@ def _check_links(chain: Sequence[Claims]) -> Denied | None:
 
 def _inherit(inherited: Claims, child: Claims) -> Claims:
     """What a child hands on that is known to narrow: its own terms, and of its parents' those it says nothing about."""
-    if child.max_tasks is not None and child.max_cost_microusd is not None and child.not_before_us is not None:
+    if (
+        (child.max_tasks is not None or inherited.max_tasks is None)
+        and (child.max_cost_microusd is not None or inherited.max_cost_microusd is None)
+        and (child.not_before_us is not None or inherited.not_before_us is None)
+    ):
         return child
     return Claims(
         child.id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Protocol
 
@@ -42,9 +43,8 @@ def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[st
     `user` and `groups` are the names of the peer's user and groups; of several rules that fit, all count. None when no
     rule admits the peer.
     """
-    actor = f"uid:{peer.uid} pid:{peer.pid}"
     if not ingest.allow:
-        return Caller(actor, Role.INGEST)
+        return _anybody(peer.uid, peer.pid)
     agents = tuple(
         agent
         for rule in ingest.allow
@@ -54,7 +54,16 @@ def ingest_socket_caller(peer: Peer, ingest: config.Ingest, groups: frozenset[st
         or (rule.group is not None and rule.group in groups)
         for agent in rule.agents
     )
-    return Caller(actor, Role.INGEST, agents) if agents else None
+    return Caller(_local(peer.uid, peer.pid), Role.INGEST, agents) if agents else None
+
+
+def _local(uid: int, pid: int) -> str:
+    return f"uid:{uid} pid:{pid}"
+
+
+@lru_cache(maxsize=1024)  # asked for with each request
+def _anybody(uid: int, pid: int) -> Caller:
+    return Caller(_local(uid, pid), Role.INGEST)
 
 
 def tcp_caller(headers: Fields, ring: KeyRing, http: config.Http) -> Caller | Refusal:

@@ -105,7 +105,9 @@ def _question(
         cost = None if sent.estimate.cost_usd is None else usd_field(sent.estimate.cost_usd, "estimate.cost_usd")
     except RefusedError as error:
         return error.refusal
-    key = idempotency.bind(idempotency_key, caller, "POST", AUTHORIZE, query, body, services.clock.now_us())
+    key = None
+    if idempotency_key is not None:
+        key = idempotency.bind(idempotency_key, caller, "POST", AUTHORIZE, query, body, services.clock.now_us())
     if isinstance(key, Refusal):
         return key
     estimate = Estimate(cost, sent.estimate.tasks, sent.estimate.tokens)
@@ -148,12 +150,12 @@ def _answer(caller: Caller, outcome: _Outcome) -> Answer:
 def _read(body: bytes) -> tuple[AuthorizationRequest, str | None]:
     sent = decode_carrying(body, AuthorizationRequest)
     # As in usage, which has to name the same task, consumer and project.
-    errors = tuple(
-        FieldError(name, "must not hold control characters")
-        for name in ("task_id", "consumer", "project")
-        if CONTROL.search(getattr(sent, name) or "")
-    )
-    if errors:
+    if CONTROL.search(f"{sent.task_id}{sent.consumer}{sent.project}"):
+        errors = tuple(
+            FieldError(name, "must not hold control characters")
+            for name in ("task_id", "consumer", "project")
+            if CONTROL.search(getattr(sent, name) or "")
+        )
         detail = f"nothing was reserved: {errors[0].field} {errors[0].reason}"
         raise RefusedError(Refusal("invalid", detail, errors))
     token = token_in(sent.token, "token")

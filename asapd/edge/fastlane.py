@@ -177,11 +177,10 @@ class FastLane:
         try:
             if sent.request.path != AUTHORIZE:
                 return answer_nowait(self._services, sent.caller, sent.request, told)
-            body = _decision(self._services, sent.request)
-            if not isinstance(body, Refusal):
-                return authorize_nowait(self._services, sent.caller, body, told)
-            told(body)
-            return True
+            body = sent.request.body
+            if len(body) > self._services.settings().http.max_body_bytes:
+                return False
+            return authorize_nowait(self._services, sent.caller, body, told)
         except Exception:  # noqa: BLE001 -- as in `answer`
             self._log.exception("POST %s failed", sent.request.path)
             told(_BUG)

@@ -16,7 +16,15 @@ def json_body(content_type: str | None, content_encoding: str | None, body: byte
     """
     if not body:
         return body
-    kind = (content_type or _JSON).partition(";")[0].strip().lower()
-    if kind != _JSON:
-        return Refusal("unsupported_media_type", f"{kind} is not taken here: send {_JSON}")
+    if not is_json(content_type):
+        return Refusal("unsupported_media_type", f"{_kind(content_type)} is not taken here: send {_JSON}")
     return unpack(body, content_encoding, max_bytes)
+
+
+def is_json(content_type: str | None) -> bool:
+    """Whether a body of this type is taken for JSON."""
+    return _kind(content_type) == _JSON
+
+
+def _kind(content_type: str | None) -> str:
+    return (content_type or _JSON).partition(";")[0].strip().lower()

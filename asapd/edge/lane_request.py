@@ -10,6 +10,7 @@ import msgspec
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.decisions import AUTHORIZE
+from asapd.edge.json_body import is_json
 from asapd.edge.usage_request import PATHS, UsageRequest, is_bare, is_plain
 
 STARTS = (b"POST /usage", b"POST %b" % AUTHORIZE.encode())
@@ -81,5 +82,8 @@ def read_head(raw: bytes, max_body_bytes: int) -> Head | None:
     if "host" not in fields or "transfer-encoding" in fields or "expect" in fields or int(length) > max_body_bytes:
         return None
     name = _PATHS[path]
-    plain = is_bare(query, fields) if name == AUTHORIZE else is_plain(name, query, fields)
+    if name == AUTHORIZE:
+        plain = is_bare(query, fields) and is_json(fields.get("content-type"))
+    else:
+        plain = is_plain(name, query, fields)
     return Head(name, query, fields, int(length), parser.should_keep_alive(), plain)

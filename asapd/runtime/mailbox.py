@@ -51,8 +51,8 @@ async def serve(
     raises, the reply fails, `failed(message, error)` is called and the loop goes on. A crash that arrives mixed with a
     cancellation is reported the same way, and the cancellation goes on.
 
-    `beat` is called when a message is taken, when one is done, and every `beat_every_s` while there is a free hand; not
-    while all hands are busy, which is how a stuck handler shows.
+    `beat` is called when the first message of a burst is taken, when one is done, and every `beat_every_s` while there
+    is a free hand; not while all hands are busy, which is how a stuck handler shows.
 
     Raises TooManyFailures after `max_failures_in_a_row` failures without a success in between (inside an exception
     group when `concurrency` is above 1).
@@ -163,8 +163,8 @@ class _Inbox(Generic[M]):
             if self._rests is not None:
                 await self._rests()
             message = await self._wait()
+            self._beat()
         self._taken += 1
-        self._beat()
         return message
 
     def _take_nowait(self) -> M | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple, assert_never, cast
 from asapd.core.budgets import MissingUnits, OverBudget, Work, refuse
 from asapd.core.delegation import Denied, Reason
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.ledger import Account, MissingEstimate, held, lapses_us, open_hold, remaining, reserve
+from asapd.core.ledger import Account, Hold, MissingEstimate, held, lapses_us, open_hold, remaining, reserve
 from asapd.core.row_digest import consumer_digest
 from asapd.core.types import format_us
 from asapd.store.budget_page import Page
@@ -64,15 +64,20 @@ def _attempt(tx: Tx, unit: Reserve) -> Reserved | _No:
 
 
 class _Path(NamedTuple):
-    """The accounts that an authorisation debits, leaf first, and which of them count its task already."""
+    """The accounts that an authorisation debits, leaf first, and which of them count its task already.
+
+    `tenant` is what the leaf was registered for.
+    """
 
     accounts: list[Account]
     known: list[bool]
+    tenant: str
 
 
 def _path_from(leaf: str) -> str:
     return (
-        "SELECT path.*, digest, EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?) "
+        "SELECT path.*, tenant, digest, "
+        "EXISTS (SELECT 1 FROM account_task t WHERE t.account = path.account AND t.task_id = ?) "
         f"FROM ({path_from(leaf)}) path JOIN delegation USING (account)"
     )
 
@@ -104,7 +109,7 @@ def _read(tx: Tx, unit: Reserve, sql: str, *leaf: str | int) -> list[Row]:
 
 
 def _path(rows: list[Row]) -> _Path:
-    return _Path([Account(*row[:-2]) for row in rows], [bool(row[-1]) for row in rows])
+    return _Path([Account(*row[:-3]) for row in rows], [bool(row[-1]) for row in rows], rows[0][-3])
 
 
 def _register(tx: Tx, unit: Reserve) -> _Path:
@@ -112,7 +117,7 @@ def _register(tx: Tx, unit: Reserve) -> _Path:
 
 
 def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
-    path, known = found
+    path, known, tenant = found
     match reserve(path, unit.estimate, known_task=known, now_us=unit.now_us):
         case Denied() as denied:
             raise RefuseError(AuthorizationDenied(denied, remaining(path)))
@@ -128,41 +133,8 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
     pages = [] if book is None else book.matching(work)
     _check_budgets(path, pages, unit)
     hold = open_hold(unit.estimate)
-    reservation = tx.new_id("rsv", unit.now_us)
-    salt = None if unit.consumer is None else tx.salt()
-    expires_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
-    written = tx.row(
-        "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
-        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by, salt) "
-        "VALUES (?1,?2,iif(?3, ?4, (SELECT tenant FROM delegation WHERE account = ?2)),"
-        "?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,'open',?16,?17,?18,?19) RETURNING tenant",
-        (
-            reservation,
-            path[0].account,
-            unit.is_bound,
-            unit.tenant,
-            unit.task_id,
-            unit.action,
-            unit.delegate,
-            unit.consumer,
-            unit.project,
-            unit.estimate.cost_microusd,
-            unit.estimate.tokens,
-            unit.estimate.tasks,
-            hold.cost_microusd,
-            hold.tokens,
-            hold.tasks_extra,
-            unit.now_us,
-            expires_us,
-            unit.actor,
-            salt,
-        ),
-    )
-    assert written is not None
-    tx.insert_many(
-        "INSERT INTO account_task VALUES (?, ?, 0, 1) ON CONFLICT DO UPDATE SET holds = holds + 1",
-        [(on_path.account, unit.task_id) for on_path in path],
-    )
+    made = make(tx, unit, path, tenant, hold)
+    write(tx, [made])
     tx.insert_many(
         f"UPDATE delegation SET {RESERVED_AFTER}, tasks_used = tasks_used + ?, "
         "tasks_reserved = tasks_reserved + ? WHERE account = ?",
@@ -172,27 +144,89 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
         ],
     )
     if book is not None:
-        book.hold(reservation, pages, hold, unit.task_id)
+        book.hold(made.id, pages, hold, unit.task_id)
         book.flush()
+    enter(tx, made, [page.budget.name for page in pages])
+    after = [held(on_path, hold, known_task=is_known) for on_path, is_known in zip(path, known, strict=True)]
+    return Reserved(made.id, path[0].id, made.expires_us, left(after, pages))
+
+
+class Made(NamedTuple):
+    """A reservation that is to be written, and entered into the log."""
+
+    id: str
+    unit: Reserve
+    path: list[Account]
+    tenant: str
+    hold: Hold
+    expires_us: int
+    salt: bytes | None
+
+
+def make(tx: Tx, unit: Reserve, path: list[Account], tenant: str, hold: Hold) -> Made:
+    """The reservation that a unit asked for; `tenant` is that of the delegation."""
+    expires_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
+    salt = None if unit.consumer is None else tx.salt()
+    own = unit.tenant if unit.is_bound else tenant
+    return Made(tx.new_id("rsv", unit.now_us), unit, path, own, hold, expires_us, salt)
+
+
+def write(tx: Tx, made: list[Made]) -> None:
+    """Write reservations, and the tasks that they name; their accounts are left to the caller."""
+    tx.insert_many(
+        "INSERT INTO reservation (id, account, tenant, task_id, action, delegate, consumer, project, cost_microusd, "
+        "tokens, tasks, held_microusd, held_tokens, tasks_extra, state, created_us, expires_us, created_by, salt) "
+        "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,'open',?,?,?,?)",
+        [
+            (
+                one.id,
+                one.path[0].account,
+                one.tenant,
+                one.unit.task_id,
+                one.unit.action,
+                one.unit.delegate,
+                one.unit.consumer,
+                one.unit.project,
+                one.unit.estimate.cost_microusd,
+                one.unit.estimate.tokens,
+                one.unit.estimate.tasks,
+                one.hold.cost_microusd,
+                one.hold.tokens,
+                one.hold.tasks_extra,
+                one.unit.now_us,
+                one.expires_us,
+                one.unit.actor,
+                one.salt,
+            )
+            for one in made
+        ],
+    )
+    tx.insert_many(
+        "INSERT INTO account_task VALUES (?, ?, 0, 1) ON CONFLICT DO UPDATE SET holds = holds + 1",
+        [(on_path.account, one.unit.task_id) for one in made for on_path in one.path],
+    )
+
+
+def enter(tx: Tx, made: Made, budgets: list[str]) -> None:
+    """Enter a reservation into the log; `budgets` are the names of those that it is held on."""
+    unit, salt = made.unit, made.salt
     details = {
         "action": unit.action,
-        "budgets": [page.budget.name for page in pages],
+        "budgets": budgets,
         "consumer_digest": None if unit.consumer is None or salt is None else consumer_digest(salt, unit.consumer),
         "cost_microusd": unit.estimate.cost_microusd,
         "delegate": unit.delegate,
-        "delegation": path[0].id,
-        "expires_at": format_us(expires_us),
-        "id": reservation,
-        "path": [on_path.id for on_path in path],
+        "delegation": made.path[0].id,
+        "expires_at": format_us(made.expires_us),
+        "id": made.id,
+        "path": [on_path.id for on_path in made.path],
         "project": unit.project,
         "task_id": unit.task_id,
         "tasks": unit.estimate.tasks,
-        "tenant": written[0],
+        "tenant": made.tenant,
         "tokens": unit.estimate.tokens,
     }
-    tx.audit("reservation.created", unit.actor, reservation, details, unit.now_us)
-    after = [held(on_path, hold, known_task=is_known) for on_path, is_known in zip(path, known, strict=True)]
-    return Reserved(reservation, path[0].id, expires_us, left(after, pages))
+    tx.audit("reservation.created", unit.actor, made.id, details, unit.now_us)
 
 
 def _check_budgets(path: list[Account], pages: list[Page], unit: Reserve) -> None:

@@ -37,6 +37,8 @@ READERS = 4
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Eight of the largest request bodies: beyond it callers wait, and the doors stop reading."""
 
+RECEIVE_BYTES = 64 << 10
+
 BULK_BYTES = 64 << 10
 """Sent in one go: a third of what a socket holds, so that the writer never waits for more."""
 
@@ -126,12 +128,9 @@ class Database:
 
         Where many units are in flight this costs no task for each that waits. `then` must not raise.
         """
-        await self._runner.post(
-            cast("AnyUnit", unit),
-            lambda answer: then(cast("R | Refusal | UnitFailedError", _outcome(answer))),
-            urgent=urgent,
-            idempotency=idempotency,
-        )
+        unit_: Any = unit
+        then_: Callable[[Any], None] = then
+        await self._runner.post(unit_, lambda answer: then_(_outcome(answer)), urgent=urgent, idempotency=idempotency)
 
     async def read(self, query: Callable[..., T], *arguments: Any) -> T:
         """Run `query(connection, *arguments)` on a read-only snapshot.
@@ -303,7 +302,8 @@ class ProcessRunner:
         self._bulk: deque[bytes] = deque()
         self._in_flight_bytes = 0
         # Parking lots, not a condition: between a look and a wait nothing else runs, and waking costs nobody a turn.
-        self._sender = trio.lowlevel.ParkingLot()
+        self._urgent_sender = trio.lowlevel.ParkingLot()
+        self._bulk_sender = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._connected = False
         self._closing = False
@@ -342,9 +342,12 @@ class ProcessRunner:
         if urgent:
             self._urgent += HEADER.pack(len(body))
             self._urgent += body
+            sender = self._urgent_sender
         else:
             self._bulk.append(HEADER.pack(len(body)) + body)
-        self._sender.unpark_all()
+            sender = self._bulk_sender
+        if sender:
+            sender.unpark_all()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run one writer process until `close`.
@@ -373,8 +376,8 @@ class ProcessRunner:
         task_status.started()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, stream, self._take_bulk)
-                nursery.start_soon(self._send, urgent, self._take_urgent)
+                nursery.start_soon(self._send, stream, self._take_bulk, self._bulk_sender)
+                nursery.start_soon(self._send, urgent, self._take_urgent, self._urgent_sender)
                 await self._receive(stream)
                 nursery.cancel_scope.cancel()
         finally:
@@ -390,7 +393,9 @@ class ProcessRunner:
         if not self._closing:
             raise WriterDiedError(f"the writer process ended with code {process.returncode}")
 
-    async def _send(self, stream: trio.SocketStream, take: Callable[[], bytearray]) -> None:
+    async def _send(
+        self, stream: trio.SocketStream, take: Callable[[], bytearray], sender: trio.lowlevel.ParkingLot
+    ) -> None:
         """Send what there is to take until the runner closes; decisions have a stream of their own."""
         try:
             while True:
@@ -401,7 +406,7 @@ class ProcessRunner:
                     await stream.send_eof()
                     return
                 else:
-                    await self._sender.park()
+                    await sender.park()
         except trio.BrokenResourceError:
             return  # the receiving side learns of it too, and knows what to do
 
@@ -417,30 +422,38 @@ class ProcessRunner:
 
     async def _receive(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
-        try:
-            async for chunk in stream:
-                buffer += chunk
-                self._take_answers(buffer)
-        except trio.BrokenResourceError:
-            return
+        descriptor = stream.socket.fileno()
+        while True:
+            # A stream would first try whether something is there, which after the answers before never is.
+            await trio.lowlevel.wait_readable(descriptor)
+            try:
+                chunk = os.read(descriptor, RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not chunk:
+                return
+            buffer += chunk
+            self._take_answers(buffer)
 
     def _take_answers(self, buffer: bytearray) -> None:
         start = 0
         results: list[AnyResult] = []
-        while len(buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(buffer, start)
-            begin = start + HEADER.size
-            if len(buffer) - begin < length:
-                break
-            with memoryview(buffer) as view:
+        with memoryview(buffer) as view:
+            while len(view) - start >= HEADER.size:
+                (length,) = HEADER.unpack_from(view, start)
+                begin = start + HEADER.size
+                if len(view) - begin < length:
+                    break
                 answer = self._decoder.decode(view[begin : begin + length])
-            start = begin + length
-            size, then = self._pending.pop(answer.number)
-            self._in_flight_bytes -= size
-            then(answer)
-            results.append(answer.result)
-            if answer.alerts:
-                results.append(_ALERTED)
+                start = begin + length
+                size, then = self._pending.pop(answer.number)
+                self._in_flight_bytes -= size
+                then(answer)
+                results.append(answer.result)
+                if answer.alerts:
+                    results.append(_ALERTED)
         del buffer[:start]
         if results:
             self._on_commit(results)
@@ -461,7 +474,8 @@ class ProcessRunner:
     def close(self) -> None:
         """Let the process finish what it has and end; `run` then returns."""
         self._closing = True
-        self._sender.unpark_all()
+        self._urgent_sender.unpark_all()
+        self._bulk_sender.unpark_all()
         self._room.unpark_all()
 
 

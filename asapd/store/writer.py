@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
 from asapd.core.usage import PAST_64_BITS
 from asapd.store import handlers, usage
+from asapd.store.authorizing_together import authorize_together
 from asapd.store.folding import Folding
 from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units.delegations import AuthorizationDenied
+from asapd.store.units.delegations import AuthorizationDenied, Reserve
 from asapd.store.units.exchange import Answer, AnyResult, Envelope, Idempotency
 from asapd.store.units.unit import Failed, NotWritten
 from asapd.store.units.usage import RecordTelemetry, RecordUsage, UsageConflict
@@ -140,8 +142,8 @@ class Writer:
                 answers = self._run_bulk(group, joined, joining, guarded=True)
                 assert answers is not None, "one by one each has its answer"
             decided: list[Answer] = []
-            for envelope in joined:
-                decided.append(self._run_one(envelope))
+            while len(decided) < len(joined):
+                decided += self._decide(joined[len(decided) :])
                 if len(decided) == len(joined) < DECISIONS_PER_COMMIT:
                     joined += joining()
             self._commit(meanwhile)
@@ -193,6 +195,33 @@ class Writer:
             if joined:
                 break
         return answers
+
+    def _decide(self, envelopes: Sequence[Envelope]) -> list[Answer]:
+        """Run the first of these; authorisations go together with those next to them, which share their accounts."""
+        plain = list(takewhile(_is_plain_authorization, envelopes))
+        if len(plain) < 2:
+            return [self._run_one(envelopes[0])]
+        answers = self._authorize_together(plain)
+        return answers + [self._run_one(envelope) for envelope in plain[len(answers) :]]
+
+    def _authorize_together(self, envelopes: Sequence[Envelope]) -> list[Answer]:
+        """Answer as many as go through together; nothing of the others is left."""
+        tx = self._tx
+        mark = tx.mark()
+        tx.execute("SAVEPOINT unit")
+        try:
+            units = [unit for envelope in envelopes if isinstance(unit := envelope.unit, Reserve)]
+            results = authorize_together(tx, units)
+            tx.flush_audit()
+        except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
+            raise
+        except Exception:  # whatever it is, it happens again to the one whose it is
+            if not tx.connection.in_transaction:
+                raise
+            self._undo(mark)
+            return []
+        tx.execute("RELEASE unit")
+        return [Answer(envelope.number, result) for envelope, result in zip(envelopes, results, strict=False)]
 
     def _record_together(self, envelopes: Sequence[Envelope], *, guarded: bool) -> list[Answer] | None:
         """Record reports with few statements for all of them; None when one does not go through.
@@ -282,6 +311,10 @@ class Writer:
 
 def _is_plain_report(envelope: Envelope) -> bool:
     return isinstance(envelope.unit, RecordUsage) and envelope.idempotency is None
+
+
+def _is_plain_authorization(envelope: Envelope) -> bool:
+    return isinstance(envelope.unit, Reserve) and not envelope.unit.chain and envelope.idempotency is None
 
 
 def _steps(group: Sequence[Envelope]) -> Iterator[list[Envelope]]:

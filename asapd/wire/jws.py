@@ -8,18 +8,18 @@ from typing import Annotated, Any
 import msgspec
 from nacl.signing import SigningKey
 
-from asapd.core.delegation import Claims
+from asapd.core.delegation import MAX_SCOPE_CHARS, MAX_SCOPES, Claims
 from asapd.core.money import to_usd
 from asapd.core.types import MAX_INT, SECOND_US
 from asapd.wire.strict_json import TokenMalformed, parse_strict_json, shown
 from asapd.wire.token_claims import (
+    MAX_NAME_CHARS,
     MAX_NUMERIC_DATE_S,
     SIGNATURE_BYTES,
     Level,
-    check_max_cost,
-    check_scopes,
-    is_agent,
-    is_name,
+    are_scopes,
+    is_short_agent,
+    microusd,
     read_agent,
     read_constraints,
     read_max_cost,
@@ -39,6 +39,7 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _PADDING = ("", "===", "==", "=")
 # What may stand last, by the length modulo 4: two characters carry 4 bits too many, three carry 2.
 _LAST = (_ALPHABET, "", _ALPHABET[::16], _ALPHABET[::4])
+_SIGNATURE_CHARS = -(-SIGNATURE_BYTES * 4 // 3)
 
 
 def _base64url(raw: bytes) -> bytes:
@@ -62,24 +63,75 @@ class _Constraints(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 _Seconds = Annotated[int, msgspec.Meta(gt=0, le=MAX_NUMERIC_DATE_S)]
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+_Scope = Annotated[str, msgspec.Meta(max_length=MAX_SCOPE_CHARS)]
 
 
 class _Payload(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """A payload as the programs in use write it: these claims in this order."""
 
-    iss: str
-    aud: str
-    jti: str
+    iss: _Name
+    aud: _Name
+    jti: _Name
     iat: _Seconds
     exp: _Seconds
     nbf: _Seconds | None = None
-    scp: list[str] | None = None
+    scp: Annotated[tuple[_Scope, ...], msgspec.Meta(max_length=MAX_SCOPES)] = ()
     constraints: _Constraints | None = msgspec.field(name=CONSTRAINTS, default=None)
     prf: str | None = None
 
 
 _PAYLOAD = msgspec.json.Decoder(_Payload)
 _NO_CONSTRAINTS = _Constraints()
+_BODY_AND_SIGNATURE = msgspec.json.Decoder(tuple[bytes, bytes])
+
+
+def read_common(text: str) -> Level | None:
+    """What `read_jws` would give, for a token in the common spelling: a third of its time. None is any other."""
+    signing_input, _, ending = text.rpartition(".")
+    header, _, body = signing_input.partition(".")
+    if "+" in text or "/" in text or "=" in text:
+        return None
+    count = len(body)
+    rest = count % 4
+    plain = f'["{body}{_PADDING[rest]}","{ending}=="]'
+    try:
+        kid = None if header in _PLAIN_HEADERS else _read_header(_read_part(header, "header"))
+        raw, signature = _BODY_AND_SIGNATURE.decode(plain.replace("-", "+").replace("_", "/"))
+        payload = _PAYLOAD.decode(raw)
+        # What is written back byte for byte held nothing twice, nothing unknown and no number in a second spelling.
+        if _ENCODER.encode(payload) != raw:
+            return None
+        limits = payload.constraints or _NO_CONSTRAINTS
+        cost = limits.max_cost_usd
+        max_cost_microusd = None if cost is None else microusd(cost)
+    except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        return None
+    prf, name, scopes = payload.prf, payload.jti, payload.scp
+    if (
+        # As in `read_base64url`.
+        len(raw) != count * 3 // 4
+        or body[-1] not in _LAST[rest]
+        or len(signature) != SIGNATURE_BYTES
+        or len(ending) != _SIGNATURE_CHARS
+        or ending[-1] not in _LAST[2]
+        or not (is_short_agent(payload.iss) and is_short_agent(payload.aud) and are_scopes(scopes))
+        or not (name.isascii() and name.isprintable() and name and " " not in name)
+        or (prf is not None and not prf.isascii())
+    ):
+        return None
+    claims = Claims(
+        name,
+        payload.iss,
+        payload.aud,
+        scopes,
+        limits.max_tasks,
+        max_cost_microusd,
+        payload.iat * SECOND_US,
+        payload.exp * SECOND_US,
+        None if payload.nbf is None else payload.nbf * SECOND_US,
+    )
+    return Level(claims, text, signature, (signing_input.encode("ascii"),), prf, None, kid)
 
 
 def read_jws(text: str) -> Level:
@@ -93,42 +145,12 @@ def read_jws(text: str) -> Level:
         raise TokenMalformed(f"must have 3 parts separated by dots, not {len(parts)}")
     header, body, ending = parts
     kid = None if header in _PLAIN_HEADERS else _read_header(_read_part(header, "header"))
-    payload = read_base64url(body, "payload")
-    claims, parent_text = _read_common(payload) or _read_payload(payload)
+    claims, parent_text = _read_payload(read_base64url(body, "payload"))
     signature = read_base64url(ending, "signature")
     if len(signature) != SIGNATURE_BYTES:
         raise TokenMalformed(f"signature: must be {SIGNATURE_BYTES} bytes, not {len(signature)}")
     signed = text[: -len(ending) - 1].encode("ascii")
     return Level(claims, text, signature, (signed,), parent_text, None, kid)
-
-
-def _read_common(raw: bytes) -> tuple[Claims, str | None] | None:
-    """What `_read_payload` would give, for a payload in the common spelling: a third of its time. None is any other.
-
-    What is written back byte for byte held nothing twice, nothing unknown and no number in a second spelling.
-    """
-    try:
-        payload = _PAYLOAD.decode(raw)
-        if payload.scp is None or _ENCODER.encode(payload) != raw:
-            return None
-        if not (is_name(payload.jti) and is_agent(payload.iss) and is_agent(payload.aud)):
-            return None
-    except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
-        return None
-    said = payload.constraints or _NO_CONSTRAINTS
-    claims = Claims(
-        payload.jti,
-        payload.iss,
-        payload.aud,
-        check_scopes(payload.scp, "scp"),
-        said.max_tasks,
-        None if said.max_cost_usd is None else check_max_cost(said.max_cost_usd),
-        payload.iat * SECOND_US,
-        payload.exp * SECOND_US,
-        None if payload.nbf is None else payload.nbf * SECOND_US,
-    )
-    prf = payload.prf
-    return None if prf is not None and not prf.isascii() else (claims, prf)
 
 
 def _read_payload(raw: bytes) -> tuple[Claims, str | None]:

@@ -40,7 +40,7 @@ class Level(Struct, frozen=True, gc=False):
 
 
 # Amounts repeat, and exact arithmetic is slow; what comes here is short.
-_microusd = lru_cache(maxsize=1024)(parse_usd)
+microusd = lru_cache(maxsize=1024)(parse_usd)
 
 
 def is_name(text: str) -> bool:
@@ -50,13 +50,21 @@ def is_name(text: str) -> bool:
 
 def is_agent(text: str) -> bool:
     """Whether the text is the URN of an agent."""
-    return len(text) <= MAX_NAME_CHARS and _is_agent(text)
+    return len(text) <= MAX_NAME_CHARS and is_short_agent(text)
 
 
 # Few agents are in use on a host; 4096 of 256 characters are a megabyte.
 @lru_cache(maxsize=4096)
-def _is_agent(text: str) -> bool:
+def is_short_agent(text: str) -> bool:
+    """The same of a text of at most 256 characters, without the look at how many it has."""
     return AGENT_URN.match(text) is not None
+
+
+# 256 of 64 scopes of 128 characters are two megabytes.
+@lru_cache(maxsize=256)
+def are_scopes(texts: tuple[str, ...]) -> bool:
+    """Whether these, of 128 characters each at most, are 1 to 64 different scopes."""
+    return 0 < len(texts) <= MAX_SCOPES and len(set(texts)) == len(texts) and all(map(is_scope, texts))
 
 
 def read_name(values: dict[str, Any], key: str) -> str:
@@ -93,11 +101,7 @@ def read_scopes(values: dict[str, Any], key: str) -> tuple[str, ...]:
     """A member that is a list of different scopes."""
     if key not in values:
         raise TokenMalformed(f"{key}: is missing")
-    return check_scopes(values[key], key)
-
-
-def check_scopes(scopes: Any, key: str) -> tuple[str, ...]:
-    """A list of different scopes; `key` is what it is called."""
+    scopes = values[key]
     if not isinstance(scopes, list) or not 0 < len(scopes) <= MAX_SCOPES:
         raise TokenMalformed(f"{key}: must be a list of 1 to {MAX_SCOPES} scopes")
     for scope in scopes:
@@ -133,16 +137,12 @@ def read_max_cost(constraints: dict[str, Any]) -> int | None:
     """The limit of cost in micro-USD; None is no limit. Numbers and decimal text, read without binary rounding."""
     if "max_cost_usd" not in constraints:
         return None
-    return check_max_cost(constraints["max_cost_usd"])
-
-
-def check_max_cost(value: Any) -> int:
-    """An amount of USD in micro-USD."""
+    value = constraints["max_cost_usd"]
     if type(value) is int and 0 <= value <= _MAX_WHOLE_USD:
         return value * MICRO
     if not (type(value) in (int, float, Decimal) or (isinstance(value, str) and _DECIMAL_TEXT.match(value))):
         raise TokenMalformed(f"max_cost_usd: must be an amount of USD with up to six decimals, not {shown(value)}")
     try:
-        return _microusd(value)
+        return microusd(value)
     except MoneyError as error:
         raise TokenMalformed(f"max_cost_usd: {error}, not {shown(value)}") from None

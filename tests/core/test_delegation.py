@@ -17,6 +17,7 @@ from asapd.core.delegation import (
     effective,
     is_action,
     is_scope,
+    narrows,
     scope_allows,
     scope_covers,
 )
@@ -420,6 +421,22 @@ def test_a_chain_holds_exactly_when_every_rule_does(
         delegate=delegate,
     )
     assert (denied is None) == may_hold(chain, now_us, action, delegate)
+
+
+@settings(max_examples=400, deadline=None)
+@given(linked_chains())
+def test_what_narrows_is_for_no_moment_and_no_root_to_judge(chain: list[Claims]) -> None:
+    first, last = chain[0], chain[-1]
+    begins = max(claims.not_before_us or 0 for claims in chain)
+    denied = check(
+        chain,
+        now_us=min(begins, last.expires_at_us - 1),
+        is_trusted_root=lambda delegator: delegator == first.delegator,
+        action=None,
+        delegate=None,
+    )
+    by_moment = denied is None or denied.reason in {Reason.EXPIRED, Reason.NOT_YET_VALID}
+    assert narrows(chain) == by_moment
 
 
 @settings(max_examples=400, deadline=None)

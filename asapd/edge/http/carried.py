@@ -16,6 +16,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 # Four times all other fields at their longest, spelled in escapes: 64 scopes of 128 characters and a few names.
 _MAX_BESIDE_BYTES = 256 * 1024
+# All fields of a body have some fifty; what is between them is listed up to here only.
+_MANY_QUOTES = 1_000
 
 
 def decode_carrying(body: bytes, shape: type[S]) -> S:
@@ -26,7 +28,7 @@ def decode_carrying(body: bytes, shape: type[S]) -> S:
     sent = decode_body(body, shape)
     names, opaque = _names(shape)
     # A key can stand twice only if its name does, or one is spelled with an escape: few bodies are looked at again.
-    if b"\\" in body or any(body.count(name) > 1 for name in names):
+    if b"\\" in body or body.count(b'"') > _MANY_QUOTES or _has_twice(body.split(b'"'), names):
         tokens = [bytes(getattr(sent, name)) for name in opaque]
         # What is looked at holds up the loop, a second for eight MiB: so of a token no more than one can have.
         if len(body) - sum(map(len, tokens)) > _MAX_BESIDE_BYTES:
@@ -43,17 +45,23 @@ def decode_carrying(body: bytes, shape: type[S]) -> S:
     return sent
 
 
+def _has_twice(quoted: list[bytes], names: frozenset[bytes]) -> bool:
+    """Whether a name is twice among what stands between quotes."""
+    said = [part for part in quoted if part in names]
+    return len(set(said)) != len(said)
+
+
 @lru_cache
-def _names(shape: type[msgspec.Struct]) -> tuple[tuple[bytes, ...], frozenset[str]]:
-    """The quoted keys of a struct and those within it, and the keys whose values are tokens."""
+def _names(shape: type[msgspec.Struct]) -> tuple[frozenset[bytes], frozenset[str]]:
+    """The keys of a struct and those within it, and the keys whose values are tokens."""
     fields = msgspec.structs.fields(shape)
-    names = [f'"{field.encode_name}"'.encode() for field in fields]
+    names = {field.encode_name.encode() for field in fields}
     for field in fields:
         for kind in (field.type, *get_args(field.type)):
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-                names += _names(kind)[0]
+                names |= _names(kind)[0]
     raw: Any = msgspec.Raw
-    return tuple(dict.fromkeys(names)), frozenset(field.encode_name for field in fields if field.type is raw)
+    return frozenset(names), frozenset(field.encode_name for field in fields if field.type is raw)
 
 
 def token_in(field: msgspec.Raw, name: str, *, wrap: bool = False, required: bool = False) -> str | None:

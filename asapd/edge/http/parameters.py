@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -224,10 +225,14 @@ Usd = int | float | str
 """An amount of money in a body. Not `Decimal`, which would read `"1_000"` and digits of other scripts as numbers."""
 
 
+# Amounts repeat, and exact arithmetic is slow. Longer texts than 64 characters are refused, which is not remembered.
+_microusd = lru_cache(maxsize=1024, typed=True)(parse_usd)
+
+
 def usd_field(amount: Usd, field: str, *, round_up: bool = False) -> int:
     """An amount of money in a body, in micro-USD; what is none is refused by the name of its field."""
     try:
-        return parse_usd(amount, round_up=round_up)
+        return _microusd(amount, round_up=round_up)
     except MoneyError as error:
         reason = str(error)
         raise RefusedError(Refusal("invalid", f"{field} {reason}", (FieldError(field, reason),))) from None
