@@ -14,7 +14,7 @@ import apsw
 import msgspec
 
 from asapd.core.budget_counts import task_mark
-from asapd.core.budgets import Balance, Budget, Limits, Match, Work, matches, overruns
+from asapd.core.budgets import Budget, Limits, Match, Work, matches, overruns
 from asapd.core.ledger import MOST, Hold, Settlement
 from asapd.core.pace import MAX_SAMPLES
 from asapd.core.periods import period_bounds
@@ -323,10 +323,6 @@ class Book:
         """Give back what a reservation still holds."""
         for page in self.linked(reservation):
             page.give_back(hold, task_id)
-
-    def balances(self, reservation: str) -> list[tuple[Budget, Balance]]:
-        """What a reservation is held on, as values."""
-        return [(page.budget, page.balance) for page in self.linked(reservation)]
 
     def _spend_in_hour(self, rule: Rule, hour: int, microusd: int, tokens: int) -> None:
         known = self._hours.get((rule.id, hour), (0, 0))

@@ -101,16 +101,6 @@ def not_stored(connection: apsw.Connection, checkpoints: Sequence[Checkpoint]) -
     return [found for found in checkpoints if fetch_one(connection, sql, (found.size, found.root)) is None]
 
 
-def list_checkpoints(connection: apsw.Connection, after: int, limit: int) -> list[SealedAt]:
-    """Checkpoints in the order of their size, from behind `after`."""
-    rows = fetch(
-        connection,
-        "SELECT size, root, CAST(note AS BLOB), sealed_us FROM audit_checkpoint WHERE size > ? ORDER BY size LIMIT ?",
-        (after, limit),
-    )
-    return [sealed(row) for row in rows]
-
-
 def node_of(connection: apsw.Connection) -> Node:
     """The nodes of the tree: kept ones as kept, the others from the entries, each block of which is read once."""
     blocks: dict[int, list[bytes]] = {}

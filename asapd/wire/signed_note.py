@@ -104,28 +104,6 @@ def note_key_id(name: str, public_key: bytes, kind: int = ED25519) -> bytes:
     return sha256(name.encode() + b"\n" + bytes([kind]) + public_key).digest()[:_ID_BYTES]
 
 
-def verifier_key(name: str, public_key: bytes, kind: int = ED25519) -> str:
-    """A key as tools of signed notes are given it: name, id and key in one word."""
-    encoded = base64.b64encode(bytes([kind]) + public_key).decode()
-    return f"{name}+{note_key_id(name, public_key, kind).hex()}+{encoded}"
-
-
-def read_verifier_key(text: str) -> tuple[str, bytes, int]:
-    """Name, raw public key and kind of a verifier key.
-
-    Raises:
-        NoteMalformedError: it is none of Ed25519.
-    """
-    name, _, rest = text.strip().partition("+")
-    number, _, encoded = rest.partition("+")
-    raw = read_base64(encoded)
-    if not _is_name(name) or raw is None or len(raw) != 1 + _KEY_BYTES or raw[0] not in {ED25519, COSIGNATURE}:
-        raise NoteMalformedError("is no verifier key of the form name+id+key with an Ed25519 key")
-    if number != note_key_id(name, raw[1:], raw[0]).hex():
-        raise NoteMalformedError("is a verifier key whose id is of another key")
-    return name, raw[1:], raw[0]
-
-
 def sign_note(text: str, name: str, key: SigningKey) -> SignedNote:
     """A text, which ends with a newline, signed by one key."""
     signature = key.sign(text.encode()).signature

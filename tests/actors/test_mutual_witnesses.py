@@ -76,7 +76,7 @@ class Host:
         return int(self.connection.execute("SELECT count(*) FROM audit").get)
 
     def checkpoints(self) -> list[int]:
-        return [at.size for at in seals.list_checkpoints(self.connection, -1, 1_000)]
+        return [size for (size,) in self.connection.execute("SELECT size FROM audit_checkpoint ORDER BY size")]
 
     def report(self) -> verifying.Report:
         return verifying.report(
