@@ -47,10 +47,10 @@ class Frames:
         """
         received: list[Envelope] = []
         left_bytes = RECEIVE_BYTES
-        if not decisions_only and self._bulk in self._open:
-            left_bytes -= self._decode(self._bulk, received)  # what was read ahead
+        watched = [sock for sock in self._open if sock is self._decisions or not decisions_only]
+        for sock in watched:
+            left_bytes -= self._decode(sock, received)  # what was read ahead, or was more than is decoded at once
         while left_bytes > 0 or not received:
-            watched = [sock for sock in self._open if sock is self._decisions or not decisions_only]
             ready = select.select(watched, [], [], 0 if received else timeout_s)[0] if watched else []
             if not ready:
                 break
@@ -59,6 +59,7 @@ class Frames:
                 size = self._decode(sock, received)
                 if not is_there and not size:
                     del self._open[sock]
+                    watched.remove(sock)
                 left_bytes -= size
         return received
 
@@ -71,7 +72,8 @@ class Frames:
                 return True
             except ConnectionResetError:
                 return False
-            self._open[sock] += self._chunk[:count]
+            if count:
+                self._open[sock] += self._chunk[:count]
         return count > 0
 
     def _decode(self, sock: socket.socket, received: list[Envelope]) -> int:
@@ -97,21 +99,20 @@ class Frames:
         A socket holds one array of a thousand events. Without, the sender waits for the end of a long commit, and then
         the writer for the sender; and what is read then is all that the next commit gets.
         """
-        if self._bulk not in self._open:
+        with contextlib.ExitStack() as entered:
+            # Without a descriptor or a thread to be had it is read afterwards.
+            with contextlib.suppress(OSError, RuntimeError):
+                buffer = self._open.get(self._bulk)
+                if buffer is not None:
+                    woken, wake = os.pipe()
+                    thread = threading.Thread(target=self._read_ahead, args=(buffer, woken))
+                    entered.callback(os.close, woken)
+                    entered.callback(lambda: thread.join() if thread.ident else None)
+                    entered.callback(os.close, wake)
+                    thread.start()
             yield
-            return
-        woken, wake = os.pipe()
-        thread = threading.Thread(target=self._read_ahead, args=(woken,))
-        thread.start()
-        try:
-            yield
-        finally:
-            os.close(wake)
-            thread.join()
-            os.close(woken)
 
-    def _read_ahead(self, woken: int) -> None:
-        buffer = self._open[self._bulk]
+    def _read_ahead(self, buffer: bytearray, woken: int) -> None:
         while len(buffer) < AHEAD_BYTES:
             if woken in select.select([self._bulk.fileno(), woken], [], [])[0] or not self._read(self._bulk):
                 return

@@ -165,7 +165,11 @@ class Writer:
             self._tx.execute("COMMIT")
             return
         with ThreadPoolExecutor(1) as beside:
-            committed = beside.submit(self._tx.execute, "COMMIT")
+            try:
+                committed = beside.submit(self._tx.execute, "COMMIT")
+            except RuntimeError:  # no thread is to be had
+                self._tx.execute("COMMIT")
+                return
             meanwhile()
             committed.result()
 

@@ -40,7 +40,7 @@ class Level(Struct, frozen=True, gc=False):
 
 
 # Amounts repeat, and exact arithmetic is slow; what comes here is short.
-microusd = lru_cache(maxsize=1024)(parse_usd)
+microusd = lru_cache(maxsize=1024, typed=True)(parse_usd)
 
 
 def is_name(text: str) -> bool:

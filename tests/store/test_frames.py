@@ -98,6 +98,43 @@ def test_what_is_received_while_it_is_read_ahead_keeps_its_order(line: Line) -> 
     assert numbers == list(range(len(sent)))
 
 
+def test_decisions_behind_a_very_large_one_are_received_without_another(line: Line) -> None:
+    sent = [envelope(1, RECEIVE_BYTES + 1, urgent=True), *(envelope(number, urgent=True) for number in range(2, 9))]
+    with sending(line.decisions, framed(sent)) as sender:
+        first = line.frames.receive(10, decisions_only=True)
+        sender.join(10)
+        numbers = [envelope.number for envelope in first]
+        while further := line.frames.receive(0, decisions_only=True):
+            numbers += [envelope.number for envelope in further]
+    assert numbers == list(range(1, 9))
+
+
+@pytest.mark.parametrize("missing", ["os.pipe", "threading.Thread.start"])
+def test_without_a_descriptor_or_a_thread_bulk_is_read_afterwards(
+    line: Line, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(24, "Too many open files") if missing == "os.pipe" else RuntimeError("can't start new thread")
+
+    line.bulk.sendall(framed([envelope(1)]))
+    with monkeypatch.context() as without:
+        without.setattr(missing, none)
+        with line.frames.reading_ahead():
+            pass
+    assert line.received(1) == [1]
+
+
+def test_a_peer_that_leaves_while_both_read_is_noticed_by_both() -> None:
+    for _ in range(200):
+        line = Line()
+        with line.frames.reading_ahead():
+            line.bulk.close()
+            line.decisions.close()
+            while not line.frames.ended:
+                assert line.frames.receive(0) == []
+        line.close()
+
+
 def test_no_more_than_so_much_is_read_ahead(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "AHEAD_BYTES", SOCKET_BYTES)
     sent = [envelope(number, SOCKET_BYTES) for number in range(20)]

@@ -1007,6 +1007,15 @@ def test_a_commit_beside_which_the_next_is_read_succeeds_or_fails_as_any(connect
     assert came == ["first", "second"]
 
 
+def test_a_large_commit_needs_no_thread(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", none)
+    assert isinstance(Writer(connection).run([bulk(1, 2)], meanwhile=list)[0].result, Recorded)
+    assert connection.execute("SELECT count(*) FROM usage").get == 2
+
+
 def test_a_request_larger_than_a_commit_is_a_commit_of_its_own() -> None:
     with served(rows_per_commit=2) as server:
         server.send(bulk(1))
