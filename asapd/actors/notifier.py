@@ -100,6 +100,14 @@ class Subscription:
         """The number up to which everything was handed out or not wanted: where to resume."""
         return self._cursor
 
+    async def settle(self) -> int | None:
+        """The place that was asked for when nothing has that number, as after a restore: it follows from now then."""
+        if self._cursor <= self._feed.last:
+            return None
+        _, newest = await self._database.read(alert_bounds)
+        asked, self._cursor = self._cursor, min(self._cursor, newest)
+        return asked if asked > newest else None
+
     async def next_alerts(self) -> list[Alert | Gap]:
         """The next wanted transitions in order, at least one; a gap comes in the place of what is missing.
 
@@ -110,10 +118,8 @@ class Subscription:
         """
         if self._cursor < self._feed.last:
             await trio.lowlevel.checkpoint()
-        if self._cursor > self._feed.last:
-            # A cursor from before a restore is ahead of this log: it must not hide what comes now.
-            _, newest = await self._database.read(alert_bounds)
-            self._cursor = min(self._cursor, newest)
+        # A cursor from before a restore is ahead of this log: it must not hide what comes now.
+        await self.settle()
         while True:
             if self._cursor >= self._feed.last:
                 await self._feed.wait_after(self._cursor)

@@ -21,7 +21,7 @@ from asapd.cli.doctor import doctor
 from asapd.cli.door import segment
 from asapd.cli.keys import keys
 from asapd.cli.maintenance import maintenance
-from asapd.cli.options import SETTINGS, Session, asks_daemon
+from asapd.cli.options import SETTINGS, SOCKET_PATH, Session, asks_daemon
 from asapd.cli.outcome import run
 from asapd.cli.prices import prices
 from asapd.cli.retention import retention
@@ -36,7 +36,7 @@ from asapd.cli.usage import usage
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in every command.")
 @click.option(
     "--socket",
-    type=click.Path(path_type=Path),
+    type=SOCKET_PATH,
     help="The daemon's admin socket; without it $ASAPD_SOCKET, else the default of a daemon of this user.",
 )
 def asapctl(as_json: bool, socket: Path | None) -> None:

@@ -157,7 +157,8 @@ def keygen(out: Path) -> None:
 @click.option(
     "--public-key",
     metavar="KEY",
-    help="The key that has to have signed it: base64, PEM or @FILE; exports are the one kind without a signature.",
+    help="The key that has to have signed it: base64, PEM or @FILE. Checkpoints and proofs cannot be verified without; "
+    "receipts, packs and evidence name one, which is taken then; exports are the one kind without a signature.",
 )
 def verify(file: Path, public_key: str | None) -> int:
     """Check an export, a proof, or what the daemon signed.

@@ -21,6 +21,7 @@ COPYING_S = 3_600.0
 def backup(session: Session, file: Path) -> None:
     """Write a copy of the database into FILE, or to stdout with -.
 
+    What FILE held before is replaced once the copy is complete, as by every command that writes a file.
     It is of one moment, readable by you alone, and holds everything that was recorded, tokens included; no private key
     is in it: keep identity.pem and keys/ apart. `asapd restore FILE --state-dir DIR` puts it back.
 

@@ -74,13 +74,13 @@ def readiness(status: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def socket_mode(path: Path, mode: int) -> Finding:
-    """Whether others than the group may use the admin socket; what it takes to open one is the right to write."""
+    """Whether others than the group may open the admin socket; what it takes to open one is the right to write."""
     if mode & stat.S_IWOTH:
         return Finding(
             "socket",
-            State.ERROR,
-            f"every user may use {path}, mode {stat.S_IMODE(mode):04o}",
-            "whoever opens it is an operator",
+            State.WARNING,
+            f"every user may connect to {path}, mode {stat.S_IMODE(mode):04o}",
+            "asapd refuses those who are not of its group, and they can take its connections nevertheless",
             'set admin.mode = "0660" and restart asapd',
         )
     return _ok("socket", f"{path}, mode {stat.S_IMODE(mode):04o}")

@@ -10,6 +10,7 @@ import click
 
 from asapd.cli.door import RefusedError, segment
 from asapd.cli.options import (
+    SOCKET_PATH,
     Session,
     asks_daemon,
     duration,
@@ -59,7 +60,7 @@ delegation.add_command(revocations)
 @click.option(
     "--form", type=click.Choice(("jws", "document")), default="jws", help="A compact token, or JSON; with --key."
 )
-@click.option("--socket", type=click.Path(path_type=Path), help="The daemon's admin socket, where no --key is given.")
+@click.option("--socket", type=SOCKET_PATH, help="The daemon's admin socket, where no --key is given.")
 @json_option
 def issue(key_file: Path | None, form: str, socket: Path | None, as_json: bool, **terms: Any) -> None:
     """Sign a token, and print it.

@@ -63,6 +63,8 @@ def unreachable(path: Path, error: OSError | None) -> Failure:
             if path != _SERVICE_SOCKET and _may_be_there(_SERVICE_SOCKET):
                 hint = f"one that runs as a service listens at {_SERVICE_SOCKET}: name it with --socket"
             return Failure(Exit.UNREACHABLE, f"{path}: there is no daemon: {hint}")
+        case ConnectionRefusedError() if not path.is_socket():
+            return Failure(Exit.UNREACHABLE, f"{path}: is not a socket: name the admin socket of a daemon")
         case ConnectionRefusedError():
             return Failure(Exit.UNREACHABLE, f"{path}: the daemon that made this socket is gone: start it again")
         case None:

@@ -14,6 +14,8 @@ import click
 from asapd.cli.door import Door, default_socket
 
 Command = Callable[..., Any]
+SOCKET_PATH = click.Path(path_type=Path, readable=False)
+"""Whether it may be opened is for the socket to say: it takes the right to write."""
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -91,13 +93,13 @@ def json_option(function: Command) -> Command:
 
 def needs_no_daemon(function: Command) -> Command:
     """Give a command `--json`, and `--socket`, which it takes no notice of: scripts give that to every command."""
-    return click.option("--socket", type=click.Path(), hidden=True, expose_value=False)(json_option(function))
+    return click.option("--socket", type=SOCKET_PATH, hidden=True, expose_value=False)(json_option(function))
 
 
 def asks_daemon(function: Command) -> Command:
     """Give a command `--json` and `--socket`, and hand it a `Session` first."""
 
-    @click.option("--socket", type=click.Path(path_type=Path), help="The daemon's admin socket.")
+    @click.option("--socket", type=SOCKET_PATH, help="The daemon's admin socket.")
     @functools.wraps(function)
     def command(*, socket: Path | None, as_json: bool, **values: Any) -> Any:
         return function(Session(as_json=as_json, door=open_door(socket)), **values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -65,16 +66,21 @@ def _rejected(group: BaseExceptionGroup[ConnectionRejected]) -> Failure:
         error = error.exceptions[0]
     assert isinstance(error, ConnectionRejected)
     code = Exit.FORBIDDEN if error.status_code in {401, 403} else Exit.UNREACHABLE
-    return Failure(code, f"the daemon refused the WebSocket with status {error.status_code}")
+    reason = f"with status {error.status_code}"
+    with suppress(msgspec.DecodeError, KeyError, TypeError):
+        reason = str(msgspec.json.decode(error.body or b"{}")["detail"])
+    return Failure(code, f"the daemon refused the WebSocket: {reason}")
 
 
 async def _print_alerts(
     connection: WebSocketConnection, session: Session, urn: str | None, severity: str | None, fail: bool
-) -> int:
+) -> int | Failure:
     wanted = {name: value for name, value in (("agent_id", urn), ("min_severity", severity)) if value is not None}
     request = {"jsonrpc": "2.0", "id": 1, "method": "sla.subscribe", "params": wanted}
     await connection.send_message(msgspec.json.encode(request).decode())
-    await connection.get_message()
+    answer = msgspec.json.decode(await connection.get_message())
+    if "error" in answer:
+        return Failure(Exit.USAGE, answer["error"]["message"])
     # Subscribed first and asked after, so that nothing falls in between; what comes twice is told by its number.
     ask = partial(session.door.rows, "/sla/breaches", state="open", agent_id=urn, severity=severity)
     shown: dict[str, int] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+
 from asapd.config.model import Config
 from asapd.config.values import duration_text
 
@@ -32,4 +34,9 @@ def remarks(config: Config) -> tuple[str, ...]:
                 f"retention.{name} is {duration_text(kept_us)}, and figures are kept for {duration_text(longest_us)}: "
                 "after a restart they lack what was retired; keep it for longer, or the windows shorter"
             )
+    if config.admin.mode & stat.S_IWOTH:
+        found.append(
+            f'admin.mode is "{config.admin.mode:04o}", and who is not root, the user of asapd or in the group of the '
+            'socket is refused all the same: set "0660", and admin.group to the group of those who may'
+        )
     return tuple(found)

@@ -59,7 +59,8 @@ class Doors:
         self.pages = [_address(door.listener, scheme) for door in self.http]
         self.addresses = list(self.pages)
         admin = self._open_local(self._settings.admin, "admin.sock")
-        self.http.append(Door(admin, "admin", lambda stream: {"peer": sockets.peer_credentials(stream)}))
+        path = self._settings.admin.socket or self._runtime_dir / "admin.sock"
+        self.http.append(Door(admin, "admin", functools.partial(_at_admin_socket, path)))
         await self._open_lane()
         return self._open_local(self._settings.ingest, "ingest.sock")
 
@@ -93,6 +94,10 @@ class Doors:
         if own is not None:
             self._unlinking.callback(sockets.close_unix, path, own)
         return listener
+
+
+def _at_admin_socket(path: Path, stream: trio.SocketStream) -> dict[str, object]:
+    return {"peer": sockets.peer_credentials(stream), "group": sockets.group_of(path)}
 
 
 def _check_inherited(listener: trio.SocketListener, http: config.Http) -> None:

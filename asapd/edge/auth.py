@@ -30,9 +30,15 @@ class Fields(Protocol):
         ...
 
 
-def admin_socket_caller(peer: Peer, daemon_uid: int) -> Caller:
-    """Root and the daemon's own user are admin; whoever else the socket's mode lets in is operator."""
+def admin_socket_caller(peer: Peer, group: int | None, daemon_uid: int) -> Caller | Refusal:
+    """Root and the daemon's own user are admin, members of the socket's group operators; its mode admits nobody."""
     is_admin = peer.uid in {0, daemon_uid}
+    if not is_admin and (group is None or group not in (peer.gid, *peer.groups)):
+        return Refusal(
+            "forbidden",
+            f"the admin socket serves root, the user of asapd and members of the socket's group, and uid {peer.uid} is "
+            "none of them: join that group and log in again, or run this as root",
+        )
     role = Role.ADMIN if is_admin else Role.OPERATOR
     return Caller(f"uid:{peer.uid} pid:{peer.pid}", role, may_sign=is_admin)
 

@@ -18,11 +18,12 @@ from hypercorn.events import Closed, RawData
 from hypercorn.protocol import events as stream_events
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
+from hypercorn.protocol.ws_stream import ASGIWebsocketState, FrameTooLargeError, WSStream
 from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.typing import AppWrapper
 from wsproto.connection import ConnectionState as WsState
-from wsproto.events import CloseConnection
+from wsproto.events import CloseConnection, Message, Ping
+from wsproto.frame_protocol import CloseReason
 
 from asapd.edge.early import Asked, refusal_response
 
@@ -112,10 +113,26 @@ class WebSocket(WSStream):
             await self._send_wsproto_event(CloseConnection(code=code))
 
     async def _handle_events(self) -> None:
-        await super()._handle_events()
-        if self.buffer.length > self.buffer.max_length:
-            # Hypercorn has said 1009 and would go on collecting.
-            await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
+        """As hypercorn has it, which hangs up without a word on what breaks RFC 6455, and collects on behind 1009."""
+        for event in self.connection.events():
+            if isinstance(event, Message):
+                try:
+                    self.buffer.extend(event)
+                except FrameTooLargeError:
+                    await self._end(CloseConnection(code=CloseReason.MESSAGE_TOO_BIG))
+                    return
+                if event.message_finished:
+                    await cast("Callable[[Any], Awaitable[None]]", self.app_put)(self.buffer.to_message())
+                    self.buffer.clear()
+            elif isinstance(event, Ping):
+                await self._send_wsproto_event(event.response())
+            elif isinstance(event, CloseConnection):
+                # The client's own, or what wsproto says of a frame that may not be (1002, 1007).
+                await self._end(event.response())
+
+    async def _end(self, last: CloseConnection) -> None:
+        await self._send_wsproto_event(last)
+        await self.send(stream_events.StreamClosed(stream_id=STREAM_ID))
 
     async def _send_error_response(self, status_code: int) -> None:
         _, headers, body = refusal_response(status_code)

@@ -266,7 +266,7 @@ def _own(decoded: Events, caller: Caller) -> tuple[list[UsageEvent], list[int], 
             events.append(event)
             places.append(place)
         else:
-            reason = f"{event.agent} is not one this key may report for"
+            reason = f"{event.agent} is not one that this caller may report for"
             foreign.append(FieldError("agent", reason, place if decoded.is_batch else None))
     return events, places, foreign
 

@@ -144,6 +144,15 @@ def inode(path: Path) -> int | None:
     return status.st_ino if stat.S_ISSOCK(status.st_mode) else None
 
 
+def group_of(path: Path) -> int | None:
+    """The group of the socket at `path` as it is now; None when there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_gid if stat.S_ISSOCK(status.st_mode) else None
+
+
 def close_unix(path: Path, own_inode: int) -> bool:
     """Removes the socket file if it still is the one with `own_inode`; whether it was."""
     if inode(path) != own_inode:

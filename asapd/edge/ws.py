@@ -86,7 +86,7 @@ def register(app: QuartTrio, services: Services) -> None:
 def _caller(services: Services) -> Caller | Refusal:
     door = websocket.scope["asapd"]  # type: ignore[typeddict-item]  # put there by the door
     if door["door"] == "admin":
-        return admin_socket_caller(door["peer"], services.daemon_uid)
+        return admin_socket_caller(door["peer"], door.get("group"), services.daemon_uid)
     for protocol in websocket.requested_subprotocols:
         if protocol.startswith(_BEARER):
             found = services.ring.find(protocol.removeprefix(_BEARER))
@@ -121,6 +121,8 @@ class _Session:
         self._connection: HttpConnection = websocket.scope["asapd"]["connection"]  # type: ignore[typeddict-item]  # put there by the server
         self._sending = trio.Lock()
         self._following: dict[str, trio.CancelScope] = {}
+        self._beginning: dict[str, Callable[[trio.CancelScope], Awaitable[None]]] = {}
+        """What is followed once the request for it has its answer."""
         self._sent_seq = 0
         self._scope = trio.CancelScope()
         self._is_closing = False
@@ -148,52 +150,59 @@ class _Session:
             if beat == "ping":
                 await self._send('{"type":"pong"}')
             return
-        request = jsonrpc.decode_request(message)
+        sent = jsonrpc.decode_request(message)
+        answers = []
+        for request in sent if isinstance(sent, tuple) else (sent,):
+            answer = await self._answer(request)
+            if isinstance(request, Fault) or request.wants_answer:
+                answers.append(answer)
+            if not self._may_stay():
+                return
+        if answers:
+            await self._send(jsonrpc.batch(answers) if isinstance(sent, tuple) else answers[0])
+        # Answered before the first alert can go out.
+        for what, follow in self._beginning.items():
+            self._following[what] = scope = trio.CancelScope()
+            nursery.start_soon(follow, scope)
+        self._beginning.clear()
+
+    async def _answer(self, request: Request | Fault) -> str:
         if isinstance(request, Fault):
-            await self._send(jsonrpc.fault(request))
-            return
+            return jsonrpc.fault(request)
         answer: dict[str, Any]
         match request.method:
             case "sla.subscribe":
-                await self._subscribe(request, nursery)
-                return
+                return await self._subscribe(request)
             case "sla.unsubscribe" | "delegation.unsubscribe" as method:
                 self._stop_following(method.partition(".")[0])
                 answer = {"unsubscribed": True}
             case "sla.ack":
-                await self._acknowledge(request)
-                return
+                return await self._acknowledge(request)
             case "delegation.subscribe":
-                await self._subscribe_delegations(request, nursery)
-                return
+                return await self._subscribe_delegations(request)
             case "ping":
                 answer = {"pong": True}
             case other:
-                await self._fail(request, jsonrpc.METHOD_NOT_FOUND, f"Method not found: {other[:100]}")
-                return
-        if request.wants_answer:
-            await self._send(jsonrpc.result(request.id, answer))
+                return _failed(request, jsonrpc.METHOD_NOT_FOUND, f"Method not found: {other[:100]}")
+        return jsonrpc.result(request.id, answer)
 
     def _may_stay(self) -> bool:
         return self._services.sessions.why_gone(self._caller) is None
 
     # --- alerts
 
-    async def _subscribe(self, request: Request, nursery: trio.Nursery) -> None:
+    async def _subscribe(self, request: Request) -> str:
         wanted = jsonrpc.decode_subscribe(request.params)
         if isinstance(wanted, str):
-            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
-            return
+            return _failed(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
         resume_after = wanted.resume_after
         answer: dict[str, Any] = {"subscribed": True}
         if wanted.cursor is not None and is_session(self._caller):
-            await self._refuse(request, _SESSION_READS)
-            return
+            return _refused(request, _SESSION_READS)
         if wanted.cursor is not None:
             place = await self._services.desk.open_cursor(self._caller, wanted.cursor, resume_after)
             if isinstance(place, Refusal):
-                await self._refuse(request, place)
-                return
+                return _refused(request, place)
             resume_after = place
             answer |= {"cursor": wanted.cursor, "acknowledged": place}
         self._stop_following("sla")
@@ -205,10 +214,11 @@ class _Session:
                 return known_to_reference(alert) and accepts_any(alert)
 
         subscription = self._services.subscribe(resume_after=resume_after, wanted=accept)
+        ahead = await subscription.settle()
         self._sent_seq = subscription.cursor
-        # Answered before the first alert can go out: the lock is fair.
-        await self._send(jsonrpc.result(request.id, {**answer, "seq": self._services.last_alert()}))
-        self._follow(nursery, "sla", subscription.next_alerts, self._told_of_alert)
+        reset = None if ahead is None else _Piece(jsonrpc.notification("reset", {"after": ahead}))
+        self._follow("sla", subscription.next_alerts, self._told_of_alert, reset)
+        return jsonrpc.result(request.id, {**answer, "seq": self._services.last_alert()})
 
     def _told_of_alert(self, found: Alert | Gap) -> Iterator[_Piece]:
         if isinstance(found, Gap):
@@ -217,31 +227,27 @@ class _Session:
         frame = self._frames.of(found)
         yield _Piece(frame.text, seq=found.seq, frame=frame.raw)
 
-    async def _acknowledge(self, request: Request) -> None:
+    async def _acknowledge(self, request: Request) -> str:
         given = jsonrpc.decode_ack(request.params)
         if isinstance(given, str):
-            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {given}")
-            return
+            return _failed(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {given}")
         if is_session(self._caller):
-            await self._refuse(request, _SESSION_READS)
-            return
+            return _refused(request, _SESSION_READS)
         place = await self._services.desk.acknowledge_through(self._caller, given.cursor, given.seq)
         if isinstance(place, Refusal):
-            await self._refuse(request, place)
-        elif request.wants_answer:
-            await self._send(jsonrpc.result(request.id, {"cursor": given.cursor, "acknowledged": place}))
+            return _refused(request, place)
+        return jsonrpc.result(request.id, {"cursor": given.cursor, "acknowledged": place})
 
     # --- delegations
 
-    async def _subscribe_delegations(self, request: Request, nursery: trio.Nursery) -> None:
+    async def _subscribe_delegations(self, request: Request) -> str:
         wanted = jsonrpc.decode_subscribe_delegations(request.params)
         if isinstance(wanted, str):
-            await self._fail(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
-            return
+            return _failed(request, jsonrpc.INVALID_PARAMS, f"Invalid params: {wanted}")
         self._stop_following("delegation")
         follower, newest = await self._services.revocations.follow(wanted.resume_after)
-        await self._send(jsonrpc.result(request.id, {"subscribed": True, "seq": newest}))
-        self._follow(nursery, "delegation", follower.next_news, partial(self._told_of_news, wanted.agent_id))
+        self._follow("delegation", follower.next_news, partial(self._told_of_news, wanted.agent_id))
+        return jsonrpc.result(request.id, {"subscribed": True, "seq": newest})
 
     def _told_of_news(self, agent: str | None, found: News | Gap) -> Iterator[_Piece]:
         caller = self._caller
@@ -263,15 +269,17 @@ class _Session:
 
     def _follow(
         self,
-        nursery: trio.Nursery,
         what: str,
         next_found: Callable[[], Awaitable[list[T]]],
         told: Callable[[T], Iterator[_Piece]],
+        first: _Piece | None = None,
     ) -> None:
-        """Send what comes, each piece as the texts that `told` makes of it, with what is said when one is not taken."""
+        """Have sent `first` and what comes, each as the pieces that `told` makes of it."""
 
         async def follow(scope: trio.CancelScope) -> None:
             with scope:
+                if first is not None:
+                    await self._send_piece(first)
                 while True:
                     try:
                         found = await next_found()
@@ -286,20 +294,13 @@ class _Session:
                         for piece in told(one):
                             await self._send_piece(piece)
 
-        self._following[what] = scope = trio.CancelScope()
-        nursery.start_soon(follow, scope)
+        self._beginning[what] = follow
 
     def _stop_following(self, what: str) -> None:
+        self._beginning.pop(what, None)
         scope = self._following.pop(what, None)
         if scope is not None:
             scope.cancel()
-
-    async def _refuse(self, request: Request, refusal: Refusal) -> None:
-        is_theirs = status_of(refusal.code) < 500
-        await self._fail(request, jsonrpc.INVALID_PARAMS if is_theirs else jsonrpc.INTERNAL_ERROR, refusal.detail)
-
-    async def _fail(self, request: Request, code: int, message: str) -> None:
-        await self._send(jsonrpc.fault(Fault(code, message, request.id)))
 
     async def _send(self, text: str) -> None:
         await self._send_piece(_Piece(text))
@@ -331,6 +332,15 @@ class _Session:
         self._is_closing = True
         await websocket.close(code, reason)
         self._scope.cancel()
+
+
+def _refused(request: Request, refusal: Refusal) -> str:
+    is_theirs = status_of(refusal.code) < 500
+    return _failed(request, jsonrpc.INVALID_PARAMS if is_theirs else jsonrpc.INTERNAL_ERROR, refusal.detail)
+
+
+def _failed(request: Request, code: int, message: str) -> str:
+    return jsonrpc.fault(Fault(code, message, request.id))
 
 
 def _gap(method: str, gap: Gap) -> _Piece:

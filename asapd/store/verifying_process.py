@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -71,6 +72,8 @@ def open_alone(path: Path) -> apsw.Connection:
 def main(arguments: Sequence[str]) -> int:
     """`python -m asapd.store.verifying_process DATABASE`, the request on stdin; for the daemon only."""
     os.nice(_NICE)
+    # Only the daemon listens: with it gone there is nobody to tell, and nothing to say about that.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with contextlib.closing(open_alone(Path(arguments[0]))) as connection:
         for number, said in enumerate(verification(connection, request)):

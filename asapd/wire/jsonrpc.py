@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from asapd.core.types import AGENT_URN
 from asapd.wire.mismatch import field_error
 
 PARSE_ERROR = -32700
@@ -62,6 +64,7 @@ class SubscribeDelegations(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     resume_after: Annotated[int, msgspec.Meta(ge=0, lt=2**53)] | None = None
 
 
+MOST_IN_BATCH = 100
 _LONGEST_BEAT = 100
 
 
@@ -82,12 +85,20 @@ def heartbeat(text: str | bytes) -> str | None:
         return None
 
 
-def decode_request(text: str | bytes) -> Request | Fault:
-    """A request from its text; never raises."""
+def decode_request(text: str | bytes) -> Request | Fault | tuple[Request | Fault, ...]:
+    """A request from its text, or those of a batch (section 6 of the specification); never raises."""
     try:
         raw = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         return Fault(PARSE_ERROR, f"Parse error: {error}")
+    if not isinstance(raw, list):
+        return _read(raw)
+    if not 0 < len(raw) <= MOST_IN_BATCH:
+        return Fault(INVALID_REQUEST, f"Invalid request: a batch has from 1 to {MOST_IN_BATCH} of them")
+    return tuple(map(_read, raw))
+
+
+def _read(raw: Any) -> Request | Fault:
     if not isinstance(raw, dict) or raw.get("jsonrpc") != "2.0" or not isinstance(raw.get("method"), str):
         request_id = raw.get("id") if isinstance(raw, dict) else None
         kept = request_id if isinstance(request_id, str | int) and not isinstance(request_id, bool) else None
@@ -103,7 +114,10 @@ def decode_request(text: str | bytes) -> Request | Fault:
 
 def decode_subscribe(params: dict[str, Any]) -> Subscribe | str:
     """The parameters of a subscription to alerts, or what is wrong with them."""
-    return _convert(params, Subscribe)
+    wanted = _convert(params, Subscribe)
+    if isinstance(wanted, Subscribe) and wanted.agent_id is not None and AGENT_URN.match(wanted.agent_id) is None:
+        return "agent_id must be a URN of the form urn:asap:agent:<name>"
+    return wanted
 
 
 def decode_ack(params: dict[str, Any]) -> Ack | str:
@@ -132,6 +146,11 @@ def result(request_id: Id, value: Any) -> str:
 def fault(problem: Fault) -> str:
     """The answer to what went wrong."""
     return _text({"jsonrpc": "2.0", "error": {"code": problem.code, "message": problem.message}, "id": problem.id})
+
+
+def batch(answers: Sequence[str]) -> str:
+    """The answer to a batch, of the answers to its requests."""
+    return f"[{','.join(answers)}]"
 
 
 def notification(method: str, params: Any) -> str:

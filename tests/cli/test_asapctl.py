@@ -436,6 +436,12 @@ def test_a_watch_whose_daemon_stops_ends_as_unreachable(own_daemon: Daemon, ctl:
         assert watching.wait(PATIENCE_S) == Exit.UNREACHABLE
 
 
+def test_what_can_be_no_agent_is_not_watched(daemon: Daemon, ctl: Program) -> None:
+    ran = ctl("sla", "breaches", "nobody", "--watch")
+    assert (ran.code, ran.out) == (Exit.USAGE, "")
+    assert "agent_id must be a URN" in ran.err
+
+
 # --- audit
 
 
@@ -605,5 +611,29 @@ def test_another_user_is_refused_at_the_socket(daemon: Daemon) -> None:
         "import http.client, os, sys, msgspec; from asapd.cli.asapctl import main; "
         "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main())"
     )
-    ended = subprocess.run([sys.executable, "-c", script, "status"], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (Exit.FORBIDDEN, "")
+    for option in ((), ("--socket", str(daemon.socket))):
+        run = [sys.executable, "-c", script, "status", *option]
+        ended = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (Exit.FORBIDDEN, "")
+        assert "ask for its group" in ended.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_the_mode_of_the_socket_makes_nobody_an_operator(own_daemon: Daemon) -> None:
+    script = (
+        "import encodings.idna, http.client, os, sys, msgspec, asapd.cli.config_check, asapd.cli.watch; "
+        "from asapd.cli.asapctl import main; "
+        "group = int(sys.argv.pop(1)); os.setgroups([group]); os.setgid(65534); os.setuid(65534); sys.exit(main())"
+    )
+    own_daemon.directory.chmod(0o755)
+    own_daemon.socket.chmod(0o666)
+
+    def codes(group: int) -> list[int]:
+        asked: list[list[str]] = [["status"], ["silences", "list"], ["sla", "breaches", "--watch"], ["doctor"]]
+        run = [sys.executable, "-c", script, str(group)]
+        return [subprocess.run([*run, *one], capture_output=True, check=False, timeout=60).returncode for one in asked]
+
+    assert codes(54321) == [Exit.FORBIDDEN] * 4
+    os.chown(own_daemon.socket, -1, 54321)
+    run = [sys.executable, "-c", script, "54321"]
+    assert subprocess.run([*run, "silences", "list"], capture_output=True, check=False).returncode == Exit.DONE

@@ -63,7 +63,7 @@ def test_what_has_to_be_mended_is_named_and_ends_it_with_1(ctl: Program, own_dae
     assert ran.code == 1
     bad = {(check, one["state"]): one for check, ones in findings(ran).items() for one in ones if one["state"] != "ok"}
     assert bad["files", "error"]["do"] == f"chmod 600 {own_daemon.directory / 'identity.pem'}"
-    assert "every user may use" in bad["socket", "error"]["what"]
+    assert "every user may connect" in bad["socket", "warning"]["what"]
     assert "a.pem has mode 0640" in bad["keys", "error"]["what"]
     assert "nobody-knows" in bad["prices", "warning"]["what"]
     assert "sla.min_samples" in bad["config", "warning"]["what"]

@@ -100,7 +100,13 @@ def test_without_a_socket_or_with_one_that_nobody_listens_at_the_daemon_is_unrea
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind("dead.sock")
-    for name, word in (("none.sock", "there is no daemon"), ("dead.sock", "is gone")):
+    (tmp_path / "file").touch()
+    for name, word in (
+        ("none.sock", "there is no daemon"),
+        ("dead.sock", "is gone"),
+        ("file", "is not a socket"),
+        (str(tmp_path), "is not a socket"),
+    ):
         for command in (("status",), ("sla", "breaches", "--watch")):
             ran = ctl(*command, "--socket", name)
             assert ran.code == Exit.UNREACHABLE

@@ -55,3 +55,9 @@ def test_it_is_said_when_no_breach_of_availability_can_open() -> None:
     )
     found = remarks(Config.model_validate({"retention": {"usage": "7d", "probes": "29d"}}))
     assert [remark.split(",")[0] for remark in found] == ["retention.usage is 7d", "retention.probes is 29d"]
+
+
+def test_it_is_said_when_the_admin_socket_lets_in_whom_it_refuses() -> None:
+    assert remarks(Config.model_validate({"admin": {"mode": "0660"}})) == ()
+    (remark,) = remarks(Config.model_validate({"admin": {"mode": "0666"}}))
+    assert remark.startswith('admin.mode is "0666", and who is not root')

@@ -442,6 +442,8 @@ async def test_names_of_keys_are_taken_once_and_patterns_are_checked(daemon: Dae
             {"agents": []},
             {"agents": ["x" * 300]},
             {"name": ""},
+            {"name": "a\nb"},
+            {"name": "\x1b[2J"},
             {"x": 1},
         ]
         for bad in wrong:

@@ -64,11 +64,13 @@ async def test_without_authentication_everybody_is_admin(edge: Edge) -> None:
 
 async def test_the_admin_socket_knows_its_caller_by_user(edge: Edge) -> None:
     assert (await edge.get("/keys", key=None, door={"door": "admin", "peer": ME})).status == 200
-    stranger = {"door": "admin", "peer": Peer(1, ME.uid + 1, 5)}
-    services = replace(edge.services, daemon_uid=ME.uid)
-    reply = await edge.get("/keys", key=None, door={"door": "admin", "peer": Peer(1, 12345, 5)}, services=services)
-    assert reply.refused(403)["code"] == "forbidden"
-    assert (await edge.get("/usage", key=None, door=stranger)).status == 200
+    operator = {"door": "admin", "peer": Peer(1, 12345, 5), "group": 5}
+    assert (await edge.get("/keys", key=None, door=operator)).refused(403)["code"] == "forbidden"
+    assert (await edge.get("/usage", key=None, door=operator)).status == 200
+    for group in (6, None):
+        stranger = {**operator, "group": group}
+        for path in ("/usage", "/healthz", "/status"):
+            assert "join that group" in (await edge.get(path, key=None, door=stranger)).refused(403)["detail"]
 
 
 async def test_the_ingest_socket_lets_in_whom_its_rules_admit(edge: Edge) -> None:

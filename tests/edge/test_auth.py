@@ -19,10 +19,21 @@ from asapd.store.units.house import ApiKey
 PEER = Peer(pid=7, uid=1000, gid=100)
 
 
-def test_root_and_the_daemons_own_user_are_admin_and_the_rest_operate() -> None:
-    assert admin_socket_caller(PEER, 1000) == Caller("uid:1000 pid:7", Role.ADMIN, may_sign=True)
-    assert admin_socket_caller(Peer(7, 0, 0), 1000).role is Role.ADMIN
-    assert admin_socket_caller(PEER, 999) == Caller("uid:1000 pid:7", Role.OPERATOR)
+def test_root_and_the_daemons_own_user_are_admin_and_the_sockets_group_operates() -> None:
+    admin = Caller("uid:1000 pid:7", Role.ADMIN, may_sign=True)
+    operator = Caller("uid:1000 pid:7", Role.OPERATOR)
+    assert admin_socket_caller(PEER, 5, 1000) == admin
+    assert admin_socket_caller(Peer(7, 0, 0), None, 1000) == Caller("uid:0 pid:7", Role.ADMIN, may_sign=True)
+    assert admin_socket_caller(PEER, 100, 999) == operator
+    assert admin_socket_caller(Peer(7, 1000, 3, (4, 100)), 100, 999) == operator
+
+
+@pytest.mark.parametrize("group", [5, None])
+def test_who_is_of_another_group_is_refused_at_the_admin_socket(group: int | None) -> None:
+    refused = admin_socket_caller(PEER, group, 999)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "forbidden"
+    assert "join that group" in refused.detail
 
 
 def ingest(*rules: dict[str, Any]) -> config.Ingest:

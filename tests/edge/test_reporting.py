@@ -74,7 +74,7 @@ async def test_nobody_reports_for_others(edge: Edge) -> None:
     assert (await frame(edge, event(), None))["code"] == "forbidden"
     assert (await frame(edge, event(), Caller("x", Role.READER)))["code"] == "forbidden"
     assert (await frame(edge, event(agent=C), NARROW))["errors"] == [
-        {"field": "agent", "reason": f"{C} is not one this key may report for"}
+        {"field": "agent", "reason": f"{C} is not one that this caller may report for"}
     ]
     mixed = await frame(edge, [event(), event(agent=C)], NARROW)
     assert mixed["errors"][0]["index"] == 1

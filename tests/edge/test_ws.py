@@ -269,7 +269,74 @@ async def test_what_is_no_request_is_answered_with_its_fault_and_the_session_goe
         assert await client.ask("ping") == {"pong": True}
 
 
+async def test_a_batch_is_answered_in_one_array_and_what_it_follows_comes_behind_it(edge: Edge, port: int) -> None:
+    await edge.breach(number=1, agent=A)
+    call = {"jsonrpc": "2.0", "method": "ping"}
+    subscribe = {"jsonrpc": "2.0", "method": "sla.subscribe", "params": {"resume_after": 0}}
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        await client.send(json.dumps([{**subscribe, "id": 1}, call, 5, {**call, "method": "x", "id": "b"}]))
+        first, fault, unknown = await client.message()
+        assert first == {"jsonrpc": "2.0", "result": {"subscribed": True, "seq": 1}, "id": 1}
+        assert (fault["error"]["code"], fault["id"]) == (-32600, None)
+        assert (unknown["error"]["code"], unknown["id"]) == (-32601, "b")
+        assert (await client.message())["params"]["seq"] == 1
+        await client.send(json.dumps([call, {**call, "params": {}}]))
+        await client.send(json.dumps([{**subscribe, "id": 2}, {**call, "method": "sla.unsubscribe", "id": 3}]))
+        assert [one["id"] for one in await client.message()] == [2, 3]
+        assert await client.ask("ping") == {"pong": True}
+
+
+async def test_a_subscription_without_an_id_is_not_answered(edge: Edge, port: int) -> None:
+    await edge.breach(number=1, agent=A)
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        for method, params in (("sla.subscribe", {"agent_id": "x"}), ("sla.subscribe", {"resume_after": 0})):
+            await client.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))
+        assert (await client.message())["method"] == "sla.breach"
+
+
+async def test_what_can_be_no_agent_is_not_followed(edge: Edge, port: int) -> None:
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        refused = await client.ask("sla.subscribe", agent_id="x")
+        assert (refused["code"], "agent_id must be" in refused["message"]) == (-32602, True)
+
+
+async def test_a_place_that_this_log_never_had_is_told_and_followed_from_now(edge: Edge, port: int) -> None:
+    await edge.breach(number=1, agent=A)
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        assert await client.ask("sla.subscribe", resume_after=50) == {"subscribed": True, "seq": 1}
+        assert await client.message() == {"jsonrpc": "2.0", "method": "reset", "params": {"after": 50}}
+        await edge.breach(number=2, agent=B)
+        assert (await client.message())["params"]["seq"] == 2
+
+
 # --- how it ends
+
+
+_MASKED = b"\0\0\0\0"
+_BROKEN = {
+    "unmasked": (b"\x81\x01x", 1002),
+    "reserved bits": (b"\xc1\x81" + _MASKED + b"x", 1002),
+    "unknown opcode": (b"\x83\x81" + _MASKED + b"x", 1002),
+    "bad UTF-8": (b"\x81\x81" + _MASKED + b"\xff", 1007),
+    "stray continuation": (b"\x80\x81" + _MASKED + b"x", 1002),
+    "new message inside another": (b"\x01\x81" + _MASKED + b"x" + b"\x81\x81" + _MASKED + b"x", 1002),
+    "long control frame": (b"\x89\xfe\x00\x80" + _MASKED + b"x" * 128, 1002),
+    "split control frame": (b"\x09\x80" + _MASKED, 1002),
+    "close of one byte": (b"\x88\x81" + _MASKED + b"x", 1002),
+    "close with a bad code": (b"\x88\x82" + _MASKED + b"\x03\xec", 1002),
+    "close with bad UTF-8": (b"\x88\x83" + _MASKED + b"\x03\xe8\xff", 1007),
+}
+
+
+@pytest.mark.parametrize("broken", _BROKEN)
+async def test_a_frame_that_may_not_be_is_answered_with_a_close(edge: Edge, port: int, broken: str) -> None:
+    frame, code = _BROKEN[broken]
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        await client.ask("sla.subscribe")
+        await client.stream.send_all(frame)
+        closed = await client.closed()
+        assert (closed.code, bool(closed.reason)) == (code, True)
+        assert await client.stream.receive_some() == b""
 
 
 async def test_at_shutdown_every_subscriber_is_told_that_the_daemon_goes(edge: Edge, port: int) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asapd.wire import jsonrpc
-from asapd.wire.jsonrpc import Fault, Request, Subscribe, decode_request, decode_subscribe
+from asapd.wire.jsonrpc import MOST_IN_BATCH, Fault, Request, Subscribe, decode_request, decode_subscribe
 
 
 def request(**fields: Any) -> str:
@@ -50,11 +50,31 @@ def test_what_is_no_request_is_a_fault_with_its_code(text: str | bytes, code: in
     assert (found.code, found.id) == (code, id_)
 
 
+def test_a_batch_is_read_one_by_one_and_bounded() -> None:
+    assert decode_request(f"[{request()},5]") == (
+        Request("ping", {}, 1, True),
+        Fault(jsonrpc.INVALID_REQUEST, 'Invalid request: "jsonrpc" must be "2.0" and "method" a string'),
+    )
+    whole = [json.loads(request())] * MOST_IN_BATCH
+    assert isinstance(decode_request(json.dumps(whole)), tuple)
+    for wrong in ([], [*whole, 1]):
+        found = decode_request(json.dumps(wrong))
+        assert isinstance(found, Fault)
+        assert (found.code, "from 1 to 100" in found.message) == (jsonrpc.INVALID_REQUEST, True)
+    assert json.loads(jsonrpc.batch([jsonrpc.result(1, 2), jsonrpc.fault(Fault(3, "x"))]))[0]["result"] == 2
+
+
 def test_the_parameters_of_a_subscription_are_read_strictly() -> None:
     assert decode_subscribe({}) == Subscribe()
-    assert decode_subscribe({"agent_id": "a", "min_severity": "critical", "resume_after": 0}) == Subscribe(
-        "a", "critical", 0
+    agent = "urn:asap:agent:a"
+    assert decode_subscribe({"agent_id": agent, "min_severity": "critical", "resume_after": 0}) == Subscribe(
+        agent, "critical", 0
     )
+
+
+@pytest.mark.parametrize("agent", ["x", "", "urn:asap:agent:", "urn:asap:agent:a*"])
+def test_a_subscription_to_what_can_be_no_agent_is_refused(agent: str) -> None:
+    assert "agent_id must be a URN" in str(decode_subscribe({"agent_id": agent}))
 
 
 @pytest.mark.parametrize(
@@ -76,4 +96,4 @@ def test_answers_are_json_rpc() -> None:
 
 @given(st.binary() | st.text())
 def test_no_text_makes_the_reader_raise(text: bytes | str) -> None:
-    assert isinstance(decode_request(text), Request | Fault)
+    assert isinstance(decode_request(text), Request | Fault | tuple)

@@ -8,13 +8,14 @@ import msgspec
 
 from asapd.edge.description.operation import OBJECT, TEXT, Schema, one_of, reference
 from asapd.edge.description.shapes import SHAPES, record
-from asapd.wire.jsonrpc import Ack, Subscribe, SubscribeDelegations
+from asapd.wire.jsonrpc import MOST_IN_BATCH, Ack, Subscribe, SubscribeDelegations
 
 _NUMBER: Schema = {"type": "integer", "minimum": 0}
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 _SUBSCRIBED = record("The subscription begins.", {"subscribed": {"const": True}, "seq": _NUMBER})
 _UNSUBSCRIBED = record("It ended.", {"unsubscribed": {"const": True}})
 _GAP = record("Nothing is kept any more of these.", {"first_missing": _NUMBER, "last_missing": _NUMBER})
+_RESET = record("No transition has the number that was to be resumed after; it goes on from now.", {"after": _NUMBER})
 _TRANSITION: dict[str, Schema] = {"event": one_of("opened", "escalated", "resolved"), "seq": _NUMBER}
 _BREACH = record(
     "A breach was opened, escalated or resolved.",
@@ -36,6 +37,7 @@ ASKED: dict[str, tuple[type[msgspec.Struct] | None, Schema]] = {
 TOLD: dict[str, Schema] = {
     "sla.breach": _BREACH,
     "gap": _GAP,
+    "reset": _RESET,
     "delegation.revoked": record(
         "Tokens were revoked.",
         {
@@ -56,7 +58,7 @@ TOLD: dict[str, Schema] = {
 """Notifications over a WebSocket, each with its parameters."""
 
 STREAMED: dict[str, dict[str, Schema]] = {
-    "/events": {"sla.breach": _BREACH, "gap": _GAP, "goodbye": _GOODBYE},
+    "/events": {"sla.breach": _BREACH, "gap": _GAP, "reset": _RESET, "goodbye": _GOODBYE},
     "/usage/stream": {
         "usage": reference("StoredEvent"),
         "gap": record("Retention took some behind this.", {"after": _NUMBER}),
@@ -72,6 +74,12 @@ _BEATS: dict[str, Schema] = {
 }
 """How clients of the reference implementation see whether the connection holds."""
 
+_BATCHES: dict[str, Schema] = {
+    "batch": {"type": "array", "items": OBJECT, "minItems": 1, "maxItems": MOST_IN_BATCH},
+    "batch.answer": {"type": "array", "items": OBJECT, "minItems": 1},
+}
+"""Several requests at once, and their answers in one array; notifications have none."""
+
 _WEBSOCKETS = {"live": "/ws", "reference": "/asap/ws"}
 
 
@@ -83,6 +91,8 @@ def document(version: str) -> dict[str, Any]:
         told = TOLD if channel == "live" else {**TOLD, "sla.breach": _KNOWN_BREACH}
         messages = {name: _message(name, schema) for name, schema in _frames(told).items()}
         channels[channel] = {"address": address, "messages": messages, "bindings": {"ws": {"method": "GET"}}}
+        channels[channel]["messages"] |= {name: _message(name, schema) for name, schema in _BATCHES.items()}
+        operations[f"{channel}.batch"] = _answered(channel, "batch", "batch.answer")
         for method in ASKED:
             operations[f"{channel}.{method}"] = _answered(channel, method, f"{method}.result", f"{method}.error")
         operations |= {f"{channel}.{name}": _operation("send", channel, name) for name in TOLD}

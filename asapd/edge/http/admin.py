@@ -43,6 +43,9 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         body = await sent_json()
         sent = decode_body(body, NewKey)
+        if not sent.name.isprintable():
+            error = FieldError("name", "may hold printable characters and spaces only")
+            raise RefusedError(Refusal("invalid", f"no key was made: name {error.reason}", (error,)))
         bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")

@@ -85,7 +85,7 @@ def register(app: QuartTrio, services: Services) -> None:
             public_key = load_public(sent.public_key)
         except KeyFormatError as error:
             raise RefusedError(_invalid("public_key", str(error))) from None
-        if not caller.may_touch(agent):
+        if not caller.matches(agent):
             return refuse(Refusal("forbidden", f"this key may not act for {agent}"))
         if caller.tenant is not None and await known(caller, agent) is None:
             return refuse(_unknown(agent))

@@ -112,8 +112,10 @@ def register(app: QuartTrio, services: Services) -> None:
         if sent.agent_id not in (None, agent):
             reason = f"says another agent than the address, which is {agent}'s"
             raise RefusedError(Refusal("invalid", f"agent_id {reason}", (FieldError("agent_id", reason),)))
-        if not caller.may_touch(agent):
-            return refuse(Refusal("forbidden", f"this key may not report for {agent}"))
+        if not caller.matches(agent):
+            return refuse(Refusal("forbidden", f"this caller may not report for {agent}"))
+        if caller.keeps_off(agent):
+            return refuse(unknown_agent(agent))
         heard = await ask_actor(
             prober, lambda to: HeartbeatRequest(agent, sent.status, sent.agent_status, sent.ttl_seconds, to)
         )

@@ -86,6 +86,9 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         body = await sent_json()
         sent = decode_body(body, NewAgent)
+        if caller.tenant is not None and sent.tenant not in {None, caller.tenant}:
+            reason = "is not the tenant of this key, which adds agents to its own alone: leave it out"
+            raise RefusedError(Refusal("forbidden", f"tenant {reason}", (FieldError("tenant", reason),)))
         record = _record(sent, caller, [tier.name for tier in services.settings().sla.tiers])
         if not caller.may_touch(record.id) or await is_foreign(caller, record.id):
             raise RefusedError(Refusal("forbidden", f"this key may not act for {record.id}"))
@@ -113,7 +116,7 @@ def register(app: QuartTrio, services: Services) -> None:
     async def delete_agent(agent: str) -> Response:
         caller = require(Permission.OPERATE)
         Parameters().done()
-        if not caller.may_touch(agent) or await is_foreign(caller, agent):
+        if not caller.may_touch(agent) or not await services.reads.agents.directory(caller, agent):
             return refuse(unknown_agent(agent))
         outcome = await ask_actor(prober, lambda to: RemoveAgentRequest(agent, caller.actor, to))
         return reply(outcome if isinstance(outcome, Refusal) else {"removed": outcome.removed})

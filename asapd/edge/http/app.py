@@ -96,7 +96,10 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     async def authenticate() -> Response | None:
         door = request.scope["asapd"]  # type: ignore[typeddict-item]  # put there by the door
         if door["door"] == "admin":
-            g.caller = admin_socket_caller(door["peer"], services.daemon_uid)
+            known = admin_socket_caller(door["peer"], door.get("group"), services.daemon_uid)
+            if isinstance(known, Refusal):
+                return refuse(known)
+            g.caller = known
             return None
         if door["door"] in {"ingest", "lane"} and not _is_for_ingest(request.method, request.path):
             return refuse(Refusal("not_found", "this door takes reports and authorisations only: ask at the HTTP door"))

@@ -17,7 +17,7 @@ from asapd.edge.http.context import require
 from asapd.edge.http.parameters import SEVERITIES, Parameters, event_stream, last_event_id
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
-from asapd.runtime.fanout import FeedClosed
+from asapd.runtime.fanout import FeedClosed, Wakeup
 from asapd.wire.problem import encode_json
 
 HEARTBEAT_S = 15.0
@@ -28,6 +28,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.get("/events")
     async def get_events() -> Response:
+        seen = services.ring.changed.count
         caller = require(Permission.READ)
         parameters = Parameters()
         agent = parameters.text("agent_id", "agent")
@@ -39,17 +40,37 @@ def register(app: QuartTrio, services: Services) -> None:
             reason = "must be a URN of the form urn:asap:agent:<name>"
             return refuse(Refusal("invalid", f"agent_id {reason}", (FieldError("agent_id", reason),)))
         subscription = services.subscribe(resume_after=last, wanted=alert_filter(caller, agent, min_severity))
-        return event_stream(_events(services, caller, subscription))
+        return event_stream(_events(services, caller, subscription, seen))
 
 
-async def _events(services: Services, caller: Caller, subscription: Subscription) -> AsyncIterator[bytes]:
-    yield b"retry: 2000\n\n"
-    while True:
-        found: list[Alert | Gap] = []
-        try:
-            with trio.move_on_after(HEARTBEAT_S):
+async def _next(subscription: Subscription, changed: Wakeup, seen: int) -> list[Alert | Gap] | None:
+    """What comes next; nothing when it is time for a heartbeat or keys have changed, None when the daemon stops."""
+    found: list[Alert | Gap] | None = []
+
+    async def end_when_keys_change() -> None:
+        await changed.wait(seen)
+        nursery.cancel_scope.cancel()
+
+    with trio.move_on_after(HEARTBEAT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end_when_keys_change)
+            try:
                 found = await subscription.next_alerts()
-        except FeedClosed:
+            except FeedClosed:
+                found = None
+            nursery.cancel_scope.cancel()
+    return found
+
+
+async def _events(services: Services, caller: Caller, subscription: Subscription, seen: int) -> AsyncIterator[bytes]:
+    changed = services.ring.changed
+    yield b"retry: 2000\n\n"
+    if (ahead := await subscription.settle()) is not None:
+        yield b"id: %d\nevent: reset\ndata: %b\n\n" % (subscription.cursor, encode_json({"after": ahead}))
+    while True:
+        found = await _next(subscription, changed, seen)
+        seen = changed.count
+        if found is None:
             yield b"event: goodbye\ndata: {}\n\n"
             return
         if (reason := services.sessions.why_gone(caller)) is not None:

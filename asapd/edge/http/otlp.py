@@ -115,7 +115,7 @@ def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[
     if len(own) == len(found):
         return own, []
     others = [agent_of(one) for one in found if not caller.may_touch(agent_of(one))]
-    return own, [f"{agent} is not one this key may report for" for agent in others]
+    return own, [f"{agent} is not one that this caller may report for" for agent in others]
 
 
 def _reply(

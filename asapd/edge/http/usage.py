@@ -173,7 +173,7 @@ def register(app: QuartTrio, services: Services) -> None:
         sent = decode_body(body, TaskStep)
         task = _task_event(sent)
         if not caller.may_touch(task.agent):
-            raise RefusedError(Refusal("forbidden", f"this key may not report for {task.agent}"))
+            raise RefusedError(Refusal("forbidden", f"this caller may not report for {task.agent}"))
         key = idempotency(caller, body, services.clock.now_us())
         outcome = await ask_actor(services.mailboxes.meter, lambda reply_to: ReportTask(caller, task, key, reply_to))
         if isinstance(outcome, Refusal):

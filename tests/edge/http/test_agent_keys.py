@@ -111,7 +111,7 @@ async def test_a_pattern_and_a_tenant_narrow_keys(edge: Edge) -> None:
     assert (await edge.post(f"/agents/{B}/keys", sent, key="narrow")).refused(403)["code"] == "forbidden"
     # An agent that is in nobody's directory is the host's own business.
     assert (await edge.get(f"/agents/{B}/keys", key="red")).refused(404)["code"] == "agent_not_found"
-    assert (await edge.post(f"/agents/{B}/keys", sent, key="red")).refused(403)["code"] == "forbidden"
+    assert (await edge.post(f"/agents/{B}/keys", sent, key="red")).refused(404)["code"] == "agent_not_found"
     taking = {"id": B, "url": "http://127.0.0.1:9"}
     assert (await edge.post("/agents", taking, key="red")).refused(403)["code"] == "forbidden"
     (await edge.post("/agents", {**taking, "tenant": "red"})).ok(201)

@@ -140,10 +140,44 @@ async def test_another_tenants_agent_is_not_there(edge: Edge) -> None:
     assert (await edge.post("/agents", sent, key="one")).ok(201)["tenant"] == "one"
     assert (await edge.get(f"/agents/{C}", key="two")).refused(404)
     assert (await edge.post("/agents", sent, key="two")).refused(403)["code"] == "forbidden"
+    for agent in (C, "urn:asap:agent:nobody"):
+        imported = await edge.post(f"/agents/{agent}/keys", {"public_key": PUBLIC}, key="two")
+        assert imported.refused(404)["code"] == "agent_not_found"
     assert (await edge.post("/agents", sent, key="one")).ok(200)["tenant"] == "one"
     assert (await edge.delete(f"/agents/{C}", key="two")).refused(404)["code"] == "agent_not_found"
     assert (await edge.get(f"/agents/{C}", key="one")).ok()["id"] == C
     assert (await edge.delete(f"/agents/{C}", key="one")).ok() == {"removed": [C]}
+
+
+async def test_no_route_of_one_agent_tells_another_tenant_that_it_is_there(edge: Edge) -> None:
+    await edge.new_key("one", "admin", tenant="one")
+    await edge.new_key("two", "admin", tenant="two")
+    (await edge.post("/agents", {"id": C, "url": "http://127.0.0.1:1"}, key="one")).ok(201)
+    routes = {
+        (method, rule.rule)
+        for rule in edge.app.url_map.iter_rules()
+        for method in (rule.methods or set()) & {"GET", "POST", "DELETE"}
+        if "<agent>" in rule.rule
+    }
+    assert len(routes) > 10
+    for method, rule in sorted(routes):
+        told = []
+        for agent in (C, "urn:asap:agent:nobody"):
+            path = rule.replace("<agent>", agent).replace("<digest>", "x").replace("<kid>", "x")
+            body = {"public_key": PUBLIC} if (method, rule) == ("POST", "/agents/<agent>/keys") else {}
+            reply = await edge.call(method, path, body if method == "POST" else None, key="two")
+            told.append(reply.body.replace(agent.encode(), b"X"))
+            assert reply.refused(404)["code"] == "agent_not_found", (method, rule)
+        assert told[0] == told[1], (method, rule)
+
+
+async def test_a_tenants_key_adds_agents_to_no_other_tenant(edge: Edge) -> None:
+    await edge.new_key("one", "operator", tenant="one")
+    sent = {"id": C, "url": "http://127.0.0.1:1", "tenant": "two"}
+    refused = (await edge.post("/agents", sent, key="one")).refused(403)
+    assert (refused["code"], refused["errors"][0]["field"]) == ("forbidden", "tenant")
+    (await edge.get(f"/agents/{C}")).refused(404)
+    assert (await edge.post("/agents", {**sent, "tenant": "one"}, key="one")).ok(201)["tenant"] == "one"
 
 
 async def test_agents_are_filtered_by_what_is_known_of_them(edge: Edge) -> None:
@@ -302,7 +336,9 @@ async def test_a_heartbeat_is_of_the_agent_that_the_key_may_report_for(edge: Edg
     await add(edge, C)
     assert (await edge.call("POST", f"/agents/{A}/heartbeat", key="own")).ok()["state"] == "healthy"
     assert (await edge.post(f"/agents/{B}/heartbeat", {}, key="own")).refused(403)["code"] == "forbidden"
-    assert (await edge.post(f"/agents/{A}/heartbeat", {}, key="foreign")).refused(403)["code"] == "forbidden"
+    for agent in (A, C, "urn:asap:agent:nobody"):
+        refused = (await edge.post(f"/agents/{agent}/heartbeat", {}, key="foreign")).refused(404)
+        assert (refused["code"], "there is no agent" in refused["detail"]) == ("agent_not_found", True)
     assert (await edge.post(f"/agents/{A}/heartbeat", {}, key="operator")).refused(403)["code"] == "forbidden"
     assert (await edge.post(f"/agents/{C}/heartbeat", {})).refused(409)["code"] == "agent_is_probed"
     assert (await edge.post("/agents/urn:asap:agent:x/heartbeat", {})).refused(404)["code"] == "agent_not_found"

@@ -41,6 +41,13 @@ async def test_what_was_missed_comes_first_with_its_number_as_id(edge: Edge) -> 
     assert last == {"event": "goodbye", "data": "{}"}
 
 
+async def test_a_place_that_this_log_never_had_is_told(edge: Edge) -> None:
+    await edge.breach()
+    _, reset, last = await streamed(edge, headers={"Last-Event-ID": "50"}, key="reader")
+    assert reset == {"id": "1", "event": "reset", "data": '{"after":50}'}
+    assert last["event"] == "goodbye"
+
+
 async def test_filters_and_patterns_leave_out_what_is_not_wanted_or_not_seen(edge: Edge) -> None:
     await edge.breach(number=1, agent=A)
     await edge.breach(number=2, agent=B, severity="critical")
@@ -134,9 +141,25 @@ async def test_a_stream_ends_with_the_key_it_was_opened_with(edge: Edge) -> None
         await wait_all_tasks_blocked(0.02)
         key_id = edge.keys["leaver"].split("_")[1]
         (await edge.delete(f"/keys/{key_id}")).ok()
-        await edge.breach()
     assert b"the key was revoked" in received[0]
-    assert b"sla.breach" not in received[0]
+
+
+async def test_a_stream_goes_on_when_another_key_is_revoked(edge: Edge) -> None:
+    await edge.new_key("leaver", "reader")
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            received.append((await edge.get("/events", key="reader")).body)
+
+        nursery.start_soon(follow)
+        await wait_all_tasks_blocked(0.02)
+        (await edge.delete(f"/keys/{edge.keys['leaver'].split('_')[1]}")).ok()
+        await wait_all_tasks_blocked(0.02)
+        await edge.breach()
+        await wait_all_tasks_blocked(0.02)
+        edge.feed.close()
+    assert b"id: 1\nevent: sla.breach\n" in received[0]
 
 
 @pytest.mark.parametrize("path", ["/events"])

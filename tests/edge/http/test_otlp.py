@@ -170,7 +170,7 @@ async def test_what_cannot_be_taken_is_left_out_and_told(edge: Edge) -> None:
     await edge.new_key("own", "ingest", A)
     success = taken(await send(edge, traces.export(), key="own"))
     assert success.rejected_spans == 4
-    for text in ("gen_ai.usage.input_tokens", f"{B} is not one this key", "too long ago", "in the future"):
+    for text in ("gen_ai.usage.input_tokens", f"{B} is not one that this caller", "too long ago", "in the future"):
         assert text in success.error_message
     assert await totals(edge) == (1, 100, 40, 1)
 
@@ -348,7 +348,7 @@ async def test_points_that_cannot_be_taken_are_left_out_and_told(edge: Edge, cum
     await edge.new_key("own", "ingest", B)
     success = await measured(edge, cumulative.export(T0), key="own")
     assert success.rejected_data_points == 2
-    assert f"{A} is not one this key may report for" in success.error_message
+    assert f"{A} is not one that this caller may report for" in success.error_message
     assert (await measured(edge, cumulative.export(T0 + HOUR_US))).rejected_data_points == 2
     assert (await measured(edge, cumulative.export(T0, T0 + 1))).rejected_data_points == 2
     assert await totals(edge) == (0, 0, 0, 0)
