@@ -125,7 +125,7 @@ def asapctl(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-c", program, "--socket", socket, *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 
