@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import trio
@@ -51,9 +50,9 @@ async def erase_consumer(
         renamed = await database.submit(unit)
         if isinstance(renamed, Refusal):
             return renamed
-        told = news[-1]
+        told, pseudonym = news[-1], renamed.pseudonym
         if trio.current_time() > deadline:
-            return {"dry_run": False, **found, "entries": 0, "pseudonym": renamed.pseudonym, "more": True}
+            return {"dry_run": False, **found, "entries": 0, "pseudonym": pseudonym, "more": True}
     while True:
         head, _ = await database.read(audit.head)
         through = min(head, after + audit.WINDOW)
@@ -70,31 +69,6 @@ async def erase_consumer(
         )
         if isinstance(done, Refusal):
             return done
-        erased += done.entries
-        more = not done.is_whole
-        if not more or trio.current_time() > deadline:
-            break
-    return {"dry_run": False, **found, "entries": erased, "pseudonym": done.pseudonym, "more": more}
-
-
-async def finish_erasures(database: Database, clock: Clock, log: logging.Logger) -> None:
-    """Go on with erasures that were begun and are not whole: whoever asked for them may be gone, and so may that start.
-
-    One that was asked for again meanwhile is harmed by no step of this.
-    """
-    for one in await database.read(erasure.begun):
-        more: object = True
-        while more:
-            done = await erase_consumer(
-                database,
-                clock,
-                consumer=one.consumer,
-                pseudonym=one.pseudonym,
-                reason=one.reason,
-                actor=one.actor,
-                dry_run=False,
-            )
-            if isinstance(done, Refusal):
-                log.warning("the erasure of a consumer as %s did not come to its end: %s", one.pseudonym, done.detail)
-                break
-            more = done["more"]
+        erased, pseudonym = erased + done.entries, done.pseudonym
+        if done.is_whole or trio.current_time() > deadline:
+            return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": not done.is_whole}

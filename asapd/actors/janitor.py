@@ -11,7 +11,6 @@ import trio
 
 from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
-from asapd.actors.eraser import finish_erasures
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
@@ -79,7 +78,6 @@ async def run_janitor(
         nursery.start_soon(_retire, database, clock, settings, log)
         nursery.start_soon(_archive, archivist, clock, settings, log)
         nursery.start_soon(_add_up, database, clock, log)
-        nursery.start_soon(_erase, database, clock, log)
 
 
 async def recover_reservations(database: Database, clock: Clock) -> int | Refusal:
@@ -144,12 +142,6 @@ async def _archive(archivist: Archivist, clock: Clock, settings: JanitorSettings
                 log.warning("the audit log was not retired: %s", done.detail)
             elif done:
                 log.info("retention took the content of %d audit entries", done)
-        await trio.sleep(RETIRE_EVERY_S)
-
-
-async def _erase(database: Database, clock: Clock, log: logging.Logger) -> None:
-    while True:
-        await finish_erasures(database, clock, log)
         await trio.sleep(RETIRE_EVERY_S)
 
 

@@ -53,6 +53,8 @@ class Auditing:
         self._clock = clock
         self._log = log
         self._new_id = new_id
+        self._erasing = trio.Lock()
+        """Held by the one erasure under way: two of one consumer would each give it a pseudonym."""
 
     def adopt(self, settings: config.Audit) -> None:
         """Go by these settings from now on."""
@@ -83,7 +85,8 @@ class Auditing:
     async def erase(self, consumer: str, reason: str, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
         """Erase what is kept of a consumer, or with `dry_run` say how much that is."""
         erase = partial(erase_consumer, self._database, self._clock, consumer=consumer, reason=reason, actor=actor)
-        return await erase(pseudonym=self._new_id("ers", self._clock.now_us()), dry_run=dry_run)
+        async with self._erasing:
+            return await erase(pseudonym=self._new_id("ers", self._clock.now_us()), dry_run=dry_run)
 
     async def status(self) -> dict[str, Any]:
         """What the daemon's status says besides the head of the log."""

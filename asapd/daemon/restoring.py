@@ -104,8 +104,7 @@ def _restore(
     if not file.is_file():
         raise CannotRestoreError(f"{file}: there is no such file")
     key = _key(state_dir)
-    restoring.take(file, fresh, key)
-    found = restoring.head(fresh)
+    found = restoring.head(fresh, restoring.take(file, fresh, key))
     if found is None:
         raise BadBackupError("it has no audit log")
     keys, remarks = _keys(state_dir, key, restoring.origin(fresh), former_keys)

@@ -6,7 +6,8 @@ before the first of these entries had counted is in the entry of the upgrade, on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import apsw
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from asapd.core.budget_counts import MARKS, BudgetChanges, Key, differences
 from asapd.core.types import format_us
 from asapd.store import budget_counts
-from asapd.store.rows import fetch
+from asapd.store.rows import fetch, fetch_one
 
 STEP = 20_000
 """Entries that are looked through in one go, most of which are of no budget."""
@@ -40,20 +41,35 @@ class Held(msgspec.Struct):
 
 def compare(connection: apsw.Connection, add: Callable[[str], None]) -> Held:
     """Add up all that the log says, and name each period that holds something else."""
-    said, before, held = BudgetChanges(), BudgetChanges(), Held()
-    head = 0
-    while (newest := _newest(connection)) - head > STEP:
-        head = _walk(connection, head, head + STEP, said, before, held)
-    # The last entries and the rows are read at one moment.
+    for is_stepwise in (True, True, False):
+        said, before, held = BudgetChanges(), BudgetChanges(), Held()
+        head, begun = 0, _newest(connection)
+        while is_stepwise and _newest(connection) - head > STEP:
+            head = _walk(connection, head, head + STEP, said, before, held)
+        # The last entries and the rows are read at one moment.
+        with _one_moment(connection):
+            if head and _is_retired_since(connection, begun):
+                continue  # what was added up would come again, in the sum of what retention took meanwhile
+            newest = _newest(connection)
+            while head < newest:
+                head = _walk(connection, head, min(head + STEP, newest), said, before, held)
+            _compare(connection, said, before, held, add)
+            break
+    return held
+
+
+@contextlib.contextmanager
+def _one_moment(connection: apsw.Connection) -> Iterator[None]:
     connection.execute("SAVEPOINT budgets")
     try:
-        newest = _newest(connection)
-        while head < newest:
-            head = _walk(connection, head, min(head + STEP, newest), said, before, held)
-        _compare(connection, said, before, held, add)
+        yield
     finally:
         connection.execute("RELEASE budgets")
-    return held
+
+
+def _is_retired_since(connection: apsw.Connection, seq: int) -> bool:
+    found = "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'retention.applied' AND subject = 'audit' LIMIT 1"
+    return fetch_one(connection, found, (seq,)) is not None
 
 
 def _newest(connection: apsw.Connection) -> int:

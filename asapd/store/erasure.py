@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import apsw
-import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.store import delegation_news
@@ -21,10 +20,10 @@ ROWS = 500
 LATE_NEWS = 100
 """The same of news, of which there is one for each report at most."""
 
-# What explains why something is gone stays, whoever asked for it; what budgets counted names no consumer.
+# What explains why something is gone stays, whoever asked for it; entries of budgets name no consumer.
 _OF_CONSUMER = (
     "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
-    f"AND event_type NOT IN {EXPLAINING} AND event_type <> 'budgets.counted'"
+    f"AND event_type NOT IN {EXPLAINING} AND event_type NOT IN ('budgets.changed', 'budgets.counted')"
 )
 
 
@@ -71,21 +70,6 @@ def _number(connection: apsw.Connection, consumer: str) -> int:
     return -1 if row is None else int(row[0])
 
 
-class Begun(msgspec.Struct, frozen=True):
-    """An erasure that is not whole yet."""
-
-    consumer: str
-    pseudonym: str
-    reason: str
-    actor: str
-
-
-def begun(connection: apsw.Connection) -> list[Begun]:
-    """The erasures that are not whole yet."""
-    sql = "SELECT consumer, pseudonym, reason, actor FROM erasure_begun ORDER BY consumer"
-    return [Begun(*row) for row in fetch(connection, sql)]
-
-
 _IS_AGENT = """
 WITH RECURSIVE tenants (tenant) AS (
   SELECT min(tenant) FROM task UNION ALL
@@ -99,10 +83,7 @@ OR EXISTS (SELECT 1 FROM agent WHERE id = ?2)
 
 def _pseudonym(tx: Tx, unit: EraseConsumer) -> str:
     """That of the erasure at hand: it goes on where one that did not end was, under the name that this gave."""
-    tx.execute(
-        "INSERT INTO erasure_begun VALUES (?,?,?,?) ON CONFLICT DO NOTHING",
-        (unit.consumer, unit.pseudonym, unit.reason, unit.actor),
-    )
+    tx.execute("INSERT INTO erasure_begun VALUES (?,?) ON CONFLICT DO NOTHING", (unit.consumer, unit.pseudonym))
     row = tx.row("SELECT pseudonym FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
     assert row is not None, "it was put there"
     return str(row[0])

@@ -32,8 +32,10 @@ class Head(msgspec.Struct, frozen=True):
     root: bytes
 
 
-def take(file: Path, target: Path, key: SigningKey | None) -> None:
+def take(file: Path, target: Path, key: SigningKey | None) -> int:
     """Copy a backup to where it is to stand, and bring its schema up to date; `key` signs what that enters.
+
+    Returns how many entries the backup has: those of the upgrade are no part of what was sealed at that size.
 
     Raises:
         CopyFailedError: it cannot be read, or there is no room for it.
@@ -42,7 +44,11 @@ def take(file: Path, target: Path, key: SigningKey | None) -> None:
     try:
         copy_database(file, target)
         with contextlib.closing(apsw.Connection(str(target))) as connection:
+            entries = 0
+            with contextlib.suppress(apsw.SQLError, apsw.NotADBError):  # which the migration judges
+                entries = _entries(connection)
             migrate(connection, None, key)
+            return entries
     except NotOurDatabaseError:
         raise NotOurDatabaseError(f"{file} is not a backup of asapd") from None
     except CopyFailedError as error:
@@ -63,18 +69,23 @@ def origin(path: Path) -> str | None:
         return None
 
 
-def head(path: Path) -> Head | None:
-    """The log of a database that nobody else has open; None when it has no entries, or cannot be read.
+def _entries(connection: apsw.Connection) -> int:
+    return fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
+
+
+def head(path: Path, entries: int | None = None) -> Head | None:
+    """The log of a database that nobody else has open, or its first `entries`; None without any, or unreadable.
 
     What was committed and is still in the WAL is folded into the file, so that this can be moved by itself.
     """
     try:
         with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
             connection.pragma("journal_mode", "delete")
-            entries = fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
+            if entries is None:
+                entries = _entries(connection)
             tree = seals.grown(connection)
             while tree.size < entries:
-                tree, _ = seals.grow_step(connection, tree, STEP)
+                tree, _ = seals.grow_step(connection, tree, min(STEP, entries - tree.size))
             return Head(tree.size, tree.root()) if tree.size else None
     except (apsw.Error, seals.HoleInLogError, LookupError, ValueError):
         return None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import apsw
 import pytest
 from trio.testing import MockClock
 
-from asapd.actors.eraser import erase_consumer, finish_erasures
+from asapd.actors.eraser import erase_consumer
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
@@ -91,8 +89,8 @@ async def test_news_that_take_long_are_renamed_in_parts(
     assert delegation_news.naming(connection, MAX, 0, 9) == []
 
 
-async def test_an_erasure_that_nobody_asks_for_again_is_finished_under_its_first_pseudonym(
-    inline_database: Inline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_an_erasure_that_was_interrupted_goes_on_under_its_first_pseudonym(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database, connection = inline_database
     await report(database, MAX, 3)
@@ -101,15 +99,10 @@ async def test_an_erasure_that_nobody_asks_for_again_is_finished_under_its_first
         short.setattr("asapd.actors.eraser.STEP", 1)
         assert (await erase(database))["more"]
     again = await erase_consumer(
-        database, TrioClock(T0), consumer=MAX, pseudonym="ers_2", reason="r", actor="key:x", dry_run=True
+        database, TrioClock(T0), consumer=MAX, pseudonym="ers_2", reason="r", actor="key:x", dry_run=False
     )
     assert not isinstance(again, Refusal)
-    assert again["entries"] > 0
-    log = logging.getLogger("test")
-    await finish_erasures(database, TrioClock(T0), log)
+    assert (again["pseudonym"], again["more"]) == ("ers_1", False)
     assert connection.execute("SELECT name FROM name WHERE name GLOB 'ers*'").fetchall() == [("ers_1",)]
     assert connection.execute("SELECT count(*) FROM erasure_begun").get == 0
     assert verifying.report(connection, verifying.Request()).is_valid
-    connection.execute("INSERT INTO erasure_begun VALUES (?, 'ers_3', 'r', 'key:x')", (A,))
-    await finish_erasures(database, TrioClock(T0), log)
-    assert "the erasure of a consumer as ers_3 did not come to its end" in caplog.text

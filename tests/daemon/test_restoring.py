@@ -13,13 +13,17 @@ import apsw
 import pytest
 from nacl.signing import SigningKey
 
+from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.merkle import Tree
 from asapd.core.usage import Cost, UsageEvent
 from asapd.daemon import restoring
 from asapd.daemon.restoring import BadBackupError, CannotRestoreError, Restored
-from asapd.store import audit, checkpoint_log, lock, seals, verifying
+from asapd.store import audit, checkpoint_log, lock, migrations, seals, verifying
 from asapd.store.backup import CopyFailedError, copy_database
+from asapd.store.schema import COUNTED_SINCE, MIGRATIONS
+from asapd.store.tx import Tx
 from asapd.store.units.audit import Seal
+from asapd.store.units.delegations import SyncBudgets
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer, open_for_writing
@@ -92,6 +96,31 @@ def backup(host: Host, tmp_path: Path) -> Path:
     copy_database(host.database, file)
     host.record("c", folded=False)
     return file
+
+
+def test_what_an_upgrade_enters_is_not_held_to_the_checkpoints_of_what_came_behind_the_backup(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "older.backup"
+    with monkeypatch.context() as older:
+        older.setattr(migrations, "MIGRATIONS", MIGRATIONS[: COUNTED_SINCE - 1])
+        older.setattr(Tx, "count_budget", lambda *_: None)
+        older.setattr("asapd.store.budget_counts.say_definitions", lambda _: None)
+        with closing(open_for_writing(host.database, synchronous="off")) as connection:
+            budgets = [Budget("b", Match(), "day", "UTC", soft=Limits(microusd=1_000))]
+            Writer(connection).run([Envelope(1, SyncBudgets(budgets, "asapd", NOW_US), False)])
+        host.record("a", "b")
+        copy_database(host.database, file)
+        host.record("c")
+    done = host.restore(file)
+    assert done.head.entries == 3
+    assert done.abandoned is not None
+    assert done.abandoned.entries == 4
+    assert host.ids() == {"a", "b"}
+    with closing(apsw.Connection(str(host.database))) as connection:
+        kinds = connection.execute("SELECT event_type FROM audit WHERE seq > 3 ORDER BY seq").fetchall()
+    assert kinds == [("upgrade.counted",), ("log.restored",)]
+    host.assert_verifies()
 
 
 def test_the_backup_takes_the_place_and_the_log_says_what_was_given_up(host: Host, backup: Path) -> None:

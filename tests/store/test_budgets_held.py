@@ -241,6 +241,33 @@ def upgraded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
         yield made
 
 
+@pytest.mark.parametrize("times", [1, 9])
+def test_retention_of_the_log_while_it_is_added_up_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    path = tmp_path / "asapd.db"
+    with closing(open_for_writing(path, key=KEY)) as connection, closing(apsw.Connection(str(path))) as reader:
+        desk = Desk(connection)
+        desk.writer = Writer(connection, key=KEY)
+        live(desk)
+        monkeypatch.setattr(budgets_held, "STEP", 2)
+        walk, left = budgets_held._walk, [times]
+
+        def beside(*arguments: Any) -> int:
+            through = walk(*arguments)
+            if through >= 20 and left[0] and not reader.in_transaction:
+                left[0] -= 1
+                desk.now_us += DAY_US
+                retire_log(desk)
+                live(desk)
+            return through
+
+        monkeypatch.setattr(budgets_held, "_walk", beside)
+        findings: list[str] = []
+        budgets_held.compare(reader, findings.append)
+        assert findings == []
+
+
 def test_an_upgrade_enters_what_was_counted_which_is_held_from_then_on(upgraded: Desk) -> None:
     connection = upgraded.connection
     rows = connection.execute("SELECT count(*) FROM budget_period").get

@@ -9,12 +9,7 @@ CREATE INDEX breach_consumer ON breach (CASE WHEN json_valid(evidence) THEN evid
 WHERE budget IS NOT NULL;
 
 -- Consumers of whom a part is erased, until all is.
-CREATE TABLE erasure_begun (
-  consumer TEXT PRIMARY KEY,
-  pseudonym TEXT NOT NULL,
-  reason TEXT NOT NULL,
-  actor TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
+CREATE TABLE erasure_begun (consumer TEXT PRIMARY KEY, pseudonym TEXT NOT NULL) STRICT, WITHOUT ROWID;
 
 -- One row: entries have a digest of this and of all budgets. It is another with each entry, so that no older digest
 -- tells whom a budget was for.
