@@ -60,6 +60,10 @@ LARGE_ROWS = 500
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
+SMALL_COMMITS = 64
+"""So many commits behind a decision, a second or so, take in a step of ingest at most, and nothing is done beside them:
+the next decision comes soon, and would wait for what all the rows before it write and for what is decoded."""
+
 DECISIONS_PER_COMMIT = 64
 """With so many in a commit it no longer waits for those that come meanwhile: they take some 6 ms."""
 
@@ -119,14 +123,15 @@ class Writer:
         self,
         group: Sequence[Envelope],
         joining: Callable[[], Sequence[Envelope]] = tuple,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> list[Answer]:
         """Run envelopes in one transaction and commit.
 
         A unit that fails rolls back alone. When the transaction itself fails (disk full, I/O error),
         every answer is `NotWritten`: nothing of the group is in the file. `joining` is asked for decisions after every
         few envelopes, or first of all without a group: the commit ends with them, and with those that come meanwhile.
-        Only what is in it is answered, decisions first. `meanwhile` is called while the disk is at work.
+        Only what is in it is answered, decisions first. `meanwhile` is called again and again while the disk is at
+        work, until it says that there is no more to do.
         """
         tx = self._tx
         joined = [] if group else list(joining())
@@ -160,7 +165,7 @@ class Writer:
             answers[-1] = msgspec.structs.replace(answers[-1], alerts=True)
         return answers
 
-    def _commit(self, meanwhile: Callable[[], None] | None) -> None:
+    def _commit(self, meanwhile: Callable[[], bool] | None) -> None:
         if meanwhile is None:
             self._tx.execute("COMMIT")
             return
@@ -170,7 +175,8 @@ class Writer:
             except RuntimeError:  # no thread is to be had
                 self._tx.execute("COMMIT")
                 return
-            meanwhile()
+            while not committed.done() and meanwhile():
+                pass
             committed.result()
 
     def _run_bulk(
@@ -365,7 +371,7 @@ def serve(
     frames = Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
-    waiting_rows = 0
+    waiting_rows = small = 0
     busy = False
 
     def take(timeout_s: float | None, *, decisions_only: bool = False) -> int:
@@ -376,16 +382,22 @@ def serve(
         return rows
 
     def joining() -> list[Envelope]:
-        nonlocal waiting_rows
+        nonlocal waiting_rows, small
         waiting_rows += take(0, decisions_only=True)
         came = list(urgent)
         urgent.clear()
+        if came:
+            small = SMALL_COMMITS
         return came
 
-    def take_next() -> None:
+    def most_rows() -> int:
+        return min(rows_per_commit, ROWS_PER_STEP) if small else rows_per_commit
+
+    def take_next() -> bool:
         nonlocal waiting_rows
-        while waiting_rows < rows_per_commit and (came := take(0)):
-            waiting_rows += came
+        came = take(0) if waiting_rows < most_rows() else 0
+        waiting_rows += came
+        return came > 0
 
     def answer(answers: list[Answer]) -> None:
         # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
@@ -402,7 +414,7 @@ def serve(
             waiting_rows += take(0 if urgent or bulk else None)
         patience_us, gap_us = (wait_us, wait_us) if wait_us else (busy_wait_us, busy_gap_us) if busy else (0, 0)
         deadline_s = time.monotonic() + patience_us / SECOND_US
-        while not urgent and not owed and waiting_rows < rows_per_commit and not frames.ended:
+        while not urgent and not owed and waiting_rows < most_rows() and not frames.ended:
             left_s = min(deadline_s - time.monotonic(), gap_us / SECOND_US)
             came = take(left_s) if left_s > 0 else 0
             waiting_rows += came
@@ -415,13 +427,14 @@ def serve(
             owed = bool(bulk)
             continue
         group, rows = [], 0
-        while bulk and (rows == 0 or rows + weigh(bulk[0]) <= rows_per_commit):
+        while bulk and (rows == 0 or rows + weigh(bulk[0]) <= most_rows()):
             rows += weigh(bulk[0])
             group.append(bulk.popleft())
         waiting_rows -= rows
         busy, owed = len(group) >= BUSY, False
         if group:
-            if rows < LARGE_ROWS:
+            small = max(0, small - 1)
+            if small or rows < LARGE_ROWS:
                 answers = writer.run(group, joining)
             else:
                 with frames.reading_ahead():
