@@ -60,9 +60,9 @@ LARGE_ROWS = 500
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
 
-SMALL_COMMITS = 64
-"""So many commits behind a decision, a second or so, take in a step of ingest at most, and nothing is done beside them:
-the next decision comes soon, and would wait for what all the rows before it write and for what is decoded."""
+SMALL_S = 1.0
+"""For so long after a decision a commit takes in a step of ingest at most, and nothing is done beside it: the next one
+comes soon, and would wait for what all the rows before it write and for what is decoded."""
 
 DECISIONS_PER_COMMIT = 64
 """With so many in a commit it no longer waits for those that come meanwhile: they take some 6 ms."""
@@ -371,7 +371,8 @@ def serve(
     frames = Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
-    waiting_rows = small = 0
+    waiting_rows = 0
+    small_until_s = 0.0
     busy = False
 
     def take(timeout_s: float | None, *, decisions_only: bool = False) -> int:
@@ -382,16 +383,19 @@ def serve(
         return rows
 
     def joining() -> list[Envelope]:
-        nonlocal waiting_rows, small
+        nonlocal waiting_rows, small_until_s
         waiting_rows += take(0, decisions_only=True)
         came = list(urgent)
         urgent.clear()
         if came:
-            small = SMALL_COMMITS
+            small_until_s = time.monotonic() + SMALL_S
         return came
 
+    def are_small() -> bool:
+        return time.monotonic() < small_until_s
+
     def most_rows() -> int:
-        return min(rows_per_commit, ROWS_PER_STEP) if small else rows_per_commit
+        return min(rows_per_commit, ROWS_PER_STEP) if are_small() else rows_per_commit
 
     def take_next() -> bool:
         nonlocal waiting_rows
@@ -433,8 +437,7 @@ def serve(
         waiting_rows -= rows
         busy, owed = len(group) >= BUSY, False
         if group:
-            small = max(0, small - 1)
-            if small or rows < LARGE_ROWS:
+            if rows < LARGE_ROWS or are_small():
                 answers = writer.run(group, joining)
             else:
                 with frames.reading_ahead():

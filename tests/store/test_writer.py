@@ -857,16 +857,21 @@ def test_decisions_cut_short_the_commit_that_is_under_way_and_share_it() -> None
         assert server.commits == [[1], [2, 3, 8, 9], [4, 10], [5, 6]]
 
 
-def test_commits_behind_a_decision_take_in_a_step_of_ingest_each(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "commits"), [(60, [[1, 11], [2, 3], [4, 5], [6, 7], [8, 9], [10]]), (0, [[1, 11], [*range(2, 11)]])]
+)
+def test_commits_soon_after_a_decision_take_in_a_step_of_ingest_each(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, commits: list[list[int]]
+) -> None:
     monkeypatch.setattr("asapd.store.writer.ROWS_PER_STEP", 2)
-    monkeypatch.setattr("asapd.store.writer.SMALL_COMMITS", 2)
+    monkeypatch.setattr("asapd.store.writer.SMALL_S", seconds)
     with served(rows_per_commit=10) as server:
         server.send(bulk(1))
         assert server.first.wait(10)
         server.send(*(bulk(number) for number in range(2, 11)), decision(11))
         server.gate.set()
         server.receive(11)
-        assert server.commits == [[1, 11], [2, 3], [4, 5], [6, 7, 8, 9, 10]]
+        assert server.commits == commits
 
 
 def test_decisions_that_keep_coming_leave_ingest_a_step_between_them() -> None:
