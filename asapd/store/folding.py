@@ -40,6 +40,8 @@ class Folding:
         self._pages = self._asked = 0
         self._commits = 0
         self._wanted = threading.Event()
+        self._folding = threading.Lock()
+        """SQLite refuses a second one at the same time: the writer waits for the thread's and does what is left."""
         self._done = False
         self._thread = threading.Thread(target=self._fold)
 
@@ -99,7 +101,8 @@ class Folding:
 
     def _checkpoint(self, connection: apsw.Connection) -> bool:
         try:
-            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            with self._folding:
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.Error:  # busy, full: the next time does it
             return False
         return True

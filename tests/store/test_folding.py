@@ -150,6 +150,23 @@ def test_a_long_wal_is_begun_anew_between_two_commits(
         assert wal.stat().st_size == size, "its pages are written over"
 
 
+def test_a_long_wal_is_begun_anew_although_the_thread_is_folding_it(
+    path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Under full ingest it always was, and the WAL grew for as long as that lasted.
+    monkeypatch.setattr(folding, "MAX_PAGES", 100)
+    wal = path.with_name(f"{path.name}-wal")
+    with Folding(connection, path) as folding_:
+        before = path.stat().st_size
+        fill(connection, 32 * MEBIBYTE)
+        size = wal.stat().st_size
+        while path.stat().st_size == before:
+            pass
+        folding_.begin_anew()
+        fill(connection, MEBIBYTE)
+    assert wal.stat().st_size == size, "its pages are written over"
+
+
 def test_a_wal_that_cannot_be_folded_grows_and_no_commit_fails(
     path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
