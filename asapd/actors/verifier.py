@@ -37,6 +37,12 @@ DAY_S = 86_400.0
 FIRST_AFTER_S = 5.0
 """The first walk by itself begins when the start is over."""
 
+BUSY_ENTRIES = 2_000
+"""What the log grows by in a second in which a walk by itself would slow down who reports: it waits."""
+
+PUT_OFF_S = 600
+"""For so long at most: a log that always grows as fast is verified all the same."""
+
 __all__ = ["Progress", "Report", "Verifier", "run_verifier"]
 
 
@@ -107,6 +113,10 @@ class Verifier:
             pass
         return None
 
+    async def head(self) -> int:
+        """The number of the newest entry."""
+        return (await self._database.read(audit.head))[0]
+
     async def entry_before(self, time_us: int) -> int:
         """The number of the last entry before a time."""
         return await self._database.read(verifying.entry_at, time_us)
@@ -165,9 +175,8 @@ class Verifier:
     async def _excuses(self) -> list[Excuse]:
         """All entries that explain why something is gone, read in steps: there may be millions of entries."""
         keys = (self._public_key, *self._former_keys())
-        head, _ = await self._database.read(audit.head)
         found: list[Excuse] = []
-        for after in range(0, head, audit.WINDOW):
+        for after in range(0, await self.head(), audit.WINDOW):
             found += await self._database.read(excuses.read, keys, after, after + audit.WINDOW)
         return found
 
@@ -199,7 +208,7 @@ async def run_verifier(
     beat: Callable[[], None],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Verify everything once a day and what is new at every interval, until cancelled."""
+    """Verify everything once a day and what is new at every interval, when little is reported, until cancelled."""
     task_status.started()
     good, whole_s = 0, clock.monotonic_s()
     wait_us = int(FIRST_AFTER_S * SECOND_US)
@@ -211,6 +220,13 @@ async def run_verifier(
             await trio.sleep(1.0)
             waited_us += SECOND_US
         wait_us = verifier.settings.verify_every_us
+        head = await verifier.head()
+        for _ in range(PUT_OFF_S):
+            beat()
+            await trio.sleep(1.0)
+            before, head = head, await verifier.head()
+            if head - before < BUSY_ENTRIES:
+                break
         # By the monotonic clock: one that was ahead and was set back would put it off.
         if clock.monotonic_s() - whole_s >= DAY_S:
             good = 0

@@ -71,7 +71,8 @@ def open_alone(path: Path) -> apsw.Connection:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m asapd.store.verifying_process DATABASE`, the request on stdin; for the daemon only."""
-    os.nice(_NICE)
+    with contextlib.suppress(OSError):  # a sandbox may not let it: it is none the worse
+        os.nice(_NICE)
     # Only the daemon listens: with it gone there is nobody to tell, and nothing to say about that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)

@@ -123,6 +123,19 @@ async def test_a_process_that_ends_early_is_a_refusal(
     assert "CantOpen" in capfd.readouterr().err
 
 
+async def test_a_process_that_may_not_give_way_to_others_verifies_all_the_same(
+    inline_database: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service's filter of system calls forbade it, and no log of more than `SHORT` entries was verified."""
+    database, _ = inline_database
+    await enter(database, 5)
+    forbidden = "import os\ndef nice(_):\n    raise PermissionError\nos.nice = nice\n"
+    (tmp_path / "sitecustomize.py").write_text(forbidden)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(verifier_module, "SHORT", 0)
+    assert (await verified(make(database, tmp_path))).walk.verified == 5
+
+
 async def test_whoever_leaves_a_walk_ends_its_process(inline_database: Inline, tmp_path: Path) -> None:
     database, _ = inline_database
     await enter(database, 2)
@@ -178,6 +191,37 @@ async def test_it_goes_on_from_where_all_was_good_and_once_a_day_from_the_start(
         await trio.sleep(18.5 * 3600)
         assert walks == [0, 3, 5, 5, 0]
         assert len(beats) > 80_000
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_walk_by_itself_waits_while_the_log_grows_fast_but_not_for_ever(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, _ = inline_database
+    verifier = make(database, tmp_path)
+    walked_s: list[float] = []
+    busy_until_s = 30.0
+
+    async def head() -> int:
+        return int(min(trio.current_time(), busy_until_s) * verifier_module.BUSY_ENTRIES)
+
+    async def watch(since: int) -> int:
+        walked_s.append(trio.current_time())
+        return since
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        await run_verifier(verifier, clock=TrioClock(NOW_US), beat=lambda: None, task_status=task_status)
+
+    monkeypatch.setattr(verifier, "head", head)
+    monkeypatch.setattr(verifier, "watch", watch)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        await trio.sleep(40)
+        assert len(walked_s) == 1
+        assert 30 < walked_s[0] < 33
+        busy_until_s = float("inf")
+        await trio.sleep(3_600 + verifier_module.PUT_OFF_S)
+        assert len(walked_s) == 2
         nursery.cancel_scope.cancel()
 
 
