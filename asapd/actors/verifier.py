@@ -37,12 +37,6 @@ DAY_S = 86_400.0
 FIRST_AFTER_S = 5.0
 """The first walk by itself begins when the start is over."""
 
-BUSY_ENTRIES = 2_000
-"""What the log grows by in a second in which a walk by itself would slow down who reports: it waits."""
-
-PUT_OFF_S = 600
-"""For so long at most: a log that always grows as fast is verified all the same."""
-
 __all__ = ["Progress", "Report", "Verifier", "run_verifier"]
 
 
@@ -71,23 +65,23 @@ class Verifier:
         self._limiter = trio.CapacityLimiter(AT_ONCE)
 
     async def verify(
-        self, since: int = 0, remembered: tuple[str, ...] = (), *, reconcile: bool = True
+        self, since: int = 0, remembered: tuple[str, ...] = (), *, reconcile: bool = True, gives_way: bool = False
     ) -> Report | Refusal:
         """Walk the log behind an entry and hold it to every checkpoint, the remembered ones (notes) too."""
-        async with aclosing(self.steps(since, remembered, reconcile=reconcile)) as steps:
+        async with aclosing(self.steps(since, remembered, reconcile=reconcile, gives_way=gives_way)) as steps:
             async for step in steps:
                 if not isinstance(step, Progress):
                     return step
         raise AssertionError("a walk ends with a report")
 
     async def steps(
-        self, since: int, remembered: tuple[str, ...], *, reconcile: bool
+        self, since: int, remembered: tuple[str, ...], *, reconcile: bool, gives_way: bool = False
     ) -> AsyncGenerator[Progress | Report | Refusal, None]:
         """Like `verify`, with the progress of a long walk before its outcome."""
         former = self._former_keys()
         witnesses = tuple(load_public(witness.public_key) for witness in self.settings.witnesses)
         kept = str(self._checkpoints)
-        request = Request(since, remembered, kept, self._public_key, reconcile, former, witnesses)
+        request = Request(since, remembered, kept, self._public_key, reconcile, former, witnesses, gives_way)
         walk = object()  # two requests that ask the same are equal, and each has a place of its own
         await self._limiter.acquire_on_behalf_of(walk)
         try:
@@ -113,17 +107,13 @@ class Verifier:
             pass
         return None
 
-    async def head(self) -> int:
-        """The number of the newest entry."""
-        return (await self._database.read(audit.head))[0]
-
     async def entry_before(self, time_us: int) -> int:
         """The number of the last entry before a time."""
         return await self._database.read(verifying.entry_at, time_us)
 
     async def watch(self, since: int) -> int:
         """Verify what came since a walk that was good; up to which entry all is good now (0 when it is not)."""
-        found = await self.verify(since, reconcile=not since)
+        found = await self.verify(since, reconcile=not since, gives_way=True)
         if isinstance(found, Refusal):
             return since
         was_good = self.last is None or self.last[1].is_valid
@@ -175,8 +165,9 @@ class Verifier:
     async def _excuses(self) -> list[Excuse]:
         """All entries that explain why something is gone, read in steps: there may be millions of entries."""
         keys = (self._public_key, *self._former_keys())
+        head, _ = await self._database.read(audit.head)
         found: list[Excuse] = []
-        for after in range(0, await self.head(), audit.WINDOW):
+        for after in range(0, head, audit.WINDOW):
             found += await self._database.read(excuses.read, keys, after, after + audit.WINDOW)
         return found
 
@@ -208,7 +199,7 @@ async def run_verifier(
     beat: Callable[[], None],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Verify everything once a day and what is new at every interval, when little is reported, until cancelled."""
+    """Verify everything once a day and what is new at every interval, until cancelled."""
     task_status.started()
     good, whole_s = 0, clock.monotonic_s()
     wait_us = int(FIRST_AFTER_S * SECOND_US)
@@ -220,13 +211,6 @@ async def run_verifier(
             await trio.sleep(1.0)
             waited_us += SECOND_US
         wait_us = verifier.settings.verify_every_us
-        head = await verifier.head()
-        for _ in range(PUT_OFF_S):
-            beat()
-            await trio.sleep(1.0)
-            before, head = head, await verifier.head()
-            if head - before < BUSY_ENTRIES:
-                break
         # By the monotonic clock: one that was ahead and was set back would put it off.
         if clock.monotonic_s() - whole_s >= DAY_S:
             good = 0

@@ -7,7 +7,7 @@ keys, so that sorted compact JSON is the RFC 8785 form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -75,33 +75,55 @@ def entry_hash(seq: int, entry_id: str, timestamp_us: int, event_type: str, payl
 
 
 # Plain tuples: made for every event, they cost a tenth of what named ones do.
-Draft = tuple[str, str, bytes, bytes]
-"""What an entry is to say: its id, subject, details (RFC 8785 text) and salt (16 random bytes)."""
+Sealed = tuple[str, bytes, bytes, bytes]
+"""What an entry is to say: its subject, details (RFC 8785 text) and salt (16 random bytes), and the hash of it all."""
 
-Link = tuple[int, bytes, bytes, bytes]
-"""Where a draft stands in the chain: its number, payload hash, previous hash, and hash."""
+Chained = tuple[int, str, int, str, str, str, str, bytes, bytes, bytes, bytes]
+"""An entry to be stored, in the order of `Entry`."""
+
+
+def seal(actor: str, notes: Iterable[tuple[str, bytes]], salts: bytes) -> list[Sealed]:
+    """What entries of one actor are to say, each a subject and details; there are 16 bytes of `salts` for each."""
+    before_details = b'{"actor":%b,"details":' % _text.encode(actor)
+    sealed: list[Sealed] = []
+    at = 0
+    for subject, details in notes:
+        salt = salts[at : at + 16]
+        at += 16
+        payload = sha256(b'%b%b%b,"subject":%b}' % (salt, before_details, details, _text.encode(subject))).digest()
+        sealed.append((subject, details, salt, payload))
+    return sealed
 
 
 def chain(
-    head: tuple[int, bytes], event_type: str, actor: str, timestamp_us: int, drafts: Iterable[Draft]
-) -> Iterator[Link]:
+    head: tuple[int, bytes],
+    event_type: str,
+    actor: str,
+    timestamp_us: int,
+    ids: Iterable[str],
+    sealed: Sequence[Sealed],
+) -> list[Chained]:
     """Entries of one kind, actor and time, chained on from `head`, the number and hash of the newest entry.
 
     What is the same in all of them is written once, which is most of the text that is hashed.
     """
     seq, previous = head
-    before_details = b'{"actor":%b,"details":' % _text.encode(actor)
+    previous_hex = previous.hex()
     kind, timestamp = f'{{"event_type":"{event_type}","id":"', format_us(timestamp_us)
-    for entry_id, subject, details, salt in drafts:
-        payload = sha256(b'%b%b%b,"subject":%b}' % (salt, before_details, details, _text.encode(subject))).digest()
+    chained: list[Chained] = []
+    for entry_id, (subject, details, salt, payload) in zip(ids, sealed, strict=True):
         seq += 1
         text = (
             f'{kind}{entry_id}","payload_hash":"{payload.hex()}",'
-            f'"previous_hash":"{previous.hex()}","seq":{seq},"timestamp":"{timestamp}"}}'
+            f'"previous_hash":"{previous_hex}","seq":{seq},"timestamp":"{timestamp}"}}'
         )
-        digest = sha256(text.encode()).digest()
-        yield seq, payload, previous, digest
+        own = sha256(text.encode())
+        digest, previous_hex = own.digest(), own.hexdigest()
+        chained.append(
+            (seq, entry_id, timestamp_us, event_type, actor, subject, details.decode(), salt, payload, previous, digest)
+        )
         previous = digest
+    return chained
 
 
 class Walk(msgspec.Struct, frozen=True):

@@ -166,7 +166,7 @@ class Made(NamedTuple):
 def make(tx: Tx, unit: Reserve, path: list[Account], tenant: str, hold: Hold) -> Made:
     """The reservation that a unit asked for; `tenant` is that of the delegation."""
     expires_us = lapses_us(path, now_us=unit.now_us, ttl_us=unit.ttl_us)
-    salt = None if unit.consumer is None else tx.salt()
+    salt = None if unit.consumer is None else tx.salts(1)
     own = unit.tenant if unit.is_bound else tenant
     return Made(tx.new_id("rsv", unit.now_us), unit, path, own, hold, expires_us, salt)
 

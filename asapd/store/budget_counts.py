@@ -33,7 +33,7 @@ def definitions_digest(connection: apsw.Connection) -> str:
 
 def say_definitions(tx: Tx) -> str:
     """That digest with another salt, for the entry that says what budgets there are from now on."""
-    tx.execute("UPDATE budget_salt SET salt = ?", (tx.salt(),))
+    tx.execute("UPDATE budget_salt SET salt = ?", (tx.salts(1),))
     return definitions_digest(tx.connection)
 
 

@@ -19,11 +19,11 @@ from asapd.core.usage import (
     UsageEvent,
 )
 from asapd.store import budgets, ledger, usage_days
+from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.units.usage import CorrectCosts, CostsCorrected
-from asapd.store.usage import COLUMNS
 from asapd.store.usage_filter import CORRECTION, LIVE
 from asapd.store.voids import account_of, at_current_cost, name_of, paying_for
 

@@ -17,8 +17,8 @@ from asapd.store.companions import Companions, strays
 from asapd.store.erasures import ROW_KINDS, Erasures
 from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names, count_gone, rows_of
+from asapd.store.prepared import COLUMNS
 from asapd.store.rows import Row, fetch
-from asapd.store.usage import COLUMNS
 from asapd.store.usage_notes import FIELDS, UsageEntry, read_says
 
 STEP = 2_000

@@ -11,7 +11,7 @@ import apsw
 from nacl.signing import SigningKey
 from ulid import base32
 
-from asapd.core.audit import GENESIS, Draft, canonical_details, chain
+from asapd.core.audit import GENESIS, Chained, Sealed, canonical_details, chain, seal
 from asapd.core.budget_counts import BudgetChanges, Key
 from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
@@ -56,6 +56,8 @@ class Names(dict[str, int]):
         super().__init__()
         self._connection = connection
         self._new: list[str] = []
+        self.version = 0
+        """Another one, when a number that was found here may stand for another name by now, or for none."""
         self.forget()
 
     def __missing__(self, name: str) -> int:
@@ -78,11 +80,17 @@ class Names(dict[str, int]):
     def rewind(self) -> None:
         """Forget what was made since the mark."""
         for name in self._new:
-            del self[name]
+            self.pop(name)
         self._new.clear()
+
+    def pop(self, name: str) -> None:  # type: ignore[override]  # nobody asks for what it was
+        """Forget the number of a name, if it is remembered."""
+        self.version += 1
+        super().pop(name, None)
 
     def forget(self) -> None:
         """Forget all that is remembered."""
+        self.version += 1
         self.clear()
         self._new.clear()
         self[""] = 0
@@ -105,11 +113,13 @@ class Tx:
         self._entropy = entropy
         self.names = Names(connection)
         """What `intern` finds, for those who look up thousands."""
-        self._pending_audit: list[Row] = []
+        self._pending_audit: list[Chained] = []
         self._counted = BudgetChanges()
         self._counted_us = 0
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
+        self.next_usage = 0
+        """The number that the next row of usage is likely to have."""
         self.has_alerted = False
         """Whether a unit wrote a transition of a breach, until somebody is told."""
         self.has_digests = has_digests(connection)
@@ -152,7 +162,7 @@ class Tx:
     def rename(self, name: str, to: str) -> None:
         """Have a number stand for another name from now on; without a number for it, nothing happens."""
         self.execute("UPDATE name SET name = ? WHERE name = ?", (to, name))
-        self.names.pop(name, None)
+        self.names.pop(name)
 
     def new_id(self, prefix: str, now_us: int) -> str:
         """A ULID with a type prefix, its time taken from the unit: `use_01J...`."""
@@ -175,9 +185,9 @@ class Tx:
         """The daemon's signature of something, in base64; None in a writer that has no key."""
         return None if self._key is None else signature_of(signed, self._key)
 
-    def salt(self) -> bytes:
-        """16 random bytes."""
-        return self._entropy(16)
+    def salts(self, count: int) -> bytes:
+        """16 random bytes for each."""
+        return self._entropy(16 * count)
 
     # --- audit
 
@@ -190,20 +200,16 @@ class Tx:
 
     def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""
-        ids = self.new_ids("aud", now_us, len(notes))
-        salts = self._entropy(16 * len(notes))
-        drafts: list[Draft] = [
-            (entry_id, subject, text, salts[at : at + 16])
-            for entry_id, (subject, text), at in zip(ids, notes, range(0, len(salts), 16), strict=True)
-        ]
+        self.enter_all(event_type, actor, seal(actor, notes, self.salts(len(notes))), now_us)
+
+    def enter_all(self, event_type: str, actor: str, sealed: Sequence[Sealed], now_us: int) -> None:
+        """Chain an entry for each of what was sealed for this actor."""
+        if not sealed:
+            return
         head = self._audit_seq, self._audit_hash
-        links = list(chain(head, event_type, actor, now_us, drafts))
-        self._pending_audit += [
-            (seq, entry_id, now_us, event_type, actor, subject, text.decode(), salt, payload, previous, digest)
-            for (entry_id, subject, text, salt), (seq, payload, previous, digest) in zip(drafts, links, strict=True)
-        ]
-        if links:
-            self._audit_seq, _, _, self._audit_hash = links[-1]
+        entries = chain(head, event_type, actor, now_us, self.new_ids("aud", now_us, len(sealed)), sealed)
+        self._pending_audit += entries
+        self._audit_seq, self._audit_hash = entries[-1][0], entries[-1][-1]
 
     def count_budget(self, period: Key, changes: Mapping[str, int], now_us: int) -> None:
         """Have it entered, in one entry for the unit at hand, by how much counters of a budget's period changed."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from itertools import chain
+from typing import NoReturn, cast
 
 import msgspec
 
 from asapd.core.ledger import Account
-from asapd.core.types import Outcome
 from asapd.core.usage import (
     FLAG_UNAUTHORISED,
     FLAG_UNTIMED,
@@ -17,63 +17,18 @@ from asapd.core.usage import (
     RollupKey,
     RollupSums,
     UsageEvent,
-    content_digest,
     identity_digest,
-    identity_key,
     rollup,
 )
 from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days
 from asapd.store.budgets import open_book
+from asapd.store.prepared import INSERT, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
 from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import Recall, Recorded, RecordUsage, UsageConflict
 
 # 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
 _MAX_SUM = 2**63 - 1
-COLUMNS = (
-    "seq",
-    "id",
-    "tenant",
-    "source",
-    "source_seq",
-    "agent",
-    "consumer",
-    "task_id",
-    "timestamp_us",
-    "tokens_in",
-    "tokens_out",
-    "cached_tokens_in",
-    "cache_write_tokens",
-    "reasoning_tokens",
-    "duration_ms",
-    "api_calls",
-    "outcome",
-    "partial",
-    "error",
-    "model",
-    "provider",
-    "project",
-    "cost_microusd",
-    "cost_source",
-    "priced_microusd",
-    "reported_microusd",
-    "price_version",
-    "delegation",
-    "reservation",
-    "action",
-    "flags",
-    "parent_task_id",
-    "labels",
-    "trace_id",
-    "content",
-    "committed_us",
-    "reported_by",
-    "cache_write_1h_tokens",
-)
-"""What a row of usage is made of."""
-
-# The columns in their order, which a test holds: APSW looks at the whole text again for every row.
-_INSERT = f"INSERT INTO usage VALUES ({','.join('?' * len(COLUMNS))})"
 _HOUR = ("tenant", *RollupKey._fields, *RollupSums._fields)
 _UPSERT_HOUR = (
     f"INSERT INTO usage_hour ({', '.join(_HOUR)}) VALUES ({','.join('?' * len(_HOUR))}) ON CONFLICT DO UPDATE SET "
@@ -81,40 +36,13 @@ _UPSERT_HOUR = (
 )
 
 
-class UsageNote(msgspec.Struct, frozen=True, gc=False):
-    """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical.
+# A statement for many takes half as long; more of them gain nothing. A row as wide as one of usage takes longer so.
+_CLAIMS = 50
+_CLAIMED = ",(?,?)"
+_CLAIM = f"INSERT INTO usage_identity VALUES (?,?){_CLAIMED * (_CLAIMS - 1)}"
 
-    What a cost has not (a source, a price) is not said: most events have no such thing, and each byte is hashed.
-    """
-
-    agent: str
-    api_calls: int
-    consumer: str
-    content: str
-    cost_microusd: int | None
-    cost_source: str | msgspec.UnsetType
-    delegation: str | None
-    duration_ms: int
-    estimate_microusd: int | msgspec.UnsetType | None
-    flags: int
-    outcome: str
-    price_version: str | msgspec.UnsetType
-    priced_microusd: int | msgspec.UnsetType
-    reservation: str | None
-    row: int
-    task_id: str
-    tenant: str
-    timestamp_us: int
-    tokens_in: int
-    tokens_out: int
-
-
-_note = msgspec.json.Encoder()
-_OUTCOMES = {outcome.value: outcome.name.lower() for outcome in Outcome}
-
-
-_Fresh = tuple[int, UsageEvent, Cost, str, bytes]
-"""An event that is to be written: its row, what was reported, its cost, id and content."""
+_Fresh = tuple[int, int, str]
+"""An event that is to be written: its row, its place in its report, and its id."""
 
 
 def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
@@ -124,7 +52,7 @@ def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
         RefuseError: with `UsageConflict`, when an identity is taken by other content and the unit is not partial;
             `invalid`, when the sums of an hour would pass 64 bits.
     """
-    return record_together(tx, [unit])[0]
+    return record_together(tx, [(unit, prepare(unit))])[0]
 
 
 def refuse(_: Tx, unit: Recall) -> NoReturn:
@@ -136,14 +64,14 @@ def refuse(_: Tx, unit: Recall) -> NoReturn:
     raise RefuseError(unit.refusal)
 
 
-def record_together(tx: Tx, batch: Sequence[RecordUsage]) -> list[Recorded]:
+def record_together(tx: Tx, batch: Sequence[tuple[RecordUsage, Prepared]]) -> list[Recorded]:
     """Record units that follow each other, with few statements for all; the outcome is that of one after the other.
 
     Raises:
         RefuseError: when a unit is refused: all have to be rolled back then, and recorded one by one.
     """
     pass_ = _Pass(tx, batch)
-    recorded = [pass_.record(unit, keys) for unit, keys in zip(batch, pass_.keys, strict=True)]
+    recorded = [pass_.record(unit, prepared) for unit, prepared in batch]
     pass_.write()
     return recorded
 
@@ -151,48 +79,40 @@ def record_together(tx: Tx, batch: Sequence[RecordUsage]) -> list[Recorded]:
 class _Pass:
     """What units bring together, until it is written."""
 
-    def __init__(self, tx: Tx, batch: Sequence[RecordUsage]) -> None:
+    def __init__(self, tx: Tx, batch: Sequence[tuple[RecordUsage, Prepared]]) -> None:
         self._tx = tx
         self._next = tx.next_seq("usage")
-        self.keys = [
-            [identity_key(unit.tenant, its.agent, its.source, its.id) if its.id else None for its in unit.events]
-            for unit in batch
-        ]
-        self._known = identity.known(tx.connection, [key for keys in self.keys for key in keys if key is not None])
+        self._known = identity.known(tx.connection, [key for _, its in batch for key in its.keys if key is not None])
         if tx.has_digests:
             self._known |= self._known_by_digest(batch)
-        self._claimed: list[Row] = []
+        self._claimed: list[tuple[bytes, int]] = []
         self._rows: list[Row] = []
         self._priced: dict[str, list[tuple[UsageEvent, Cost]]] = {}
         self._delivered: dict[sources.Key, sources.Delivered] = {}
 
-    def _known_by_digest(self, batch: Sequence[RecordUsage]) -> dict[bytes, tuple[int, bytes | None]]:
+    def _known_by_digest(self, batch: Sequence[tuple[RecordUsage, Prepared]]) -> dict[bytes, tuple[int, bytes | None]]:
         keys = {
             identity_digest((unit.tenant, event.agent, event.source, event.id)): key
-            for unit, own in zip(batch, self.keys, strict=True)
-            for event, key in zip(unit.events, own, strict=True)
+            for unit, prepared in batch
+            for event, key in zip(unit.events, prepared.keys, strict=True)
             if key is not None
         }
         return {keys[digest]: holder for digest, holder in identity.known(self._tx.connection, list(keys)).items()}
 
-    def record(self, unit: RecordUsage, keys: list[bytes | None]) -> Recorded:
+    def record(self, unit: RecordUsage, prepared: Prepared) -> Recorded:
         """Take in one unit."""
-        tx, known, delivered, claimed = self._tx, self._known, self._delivered, self._claimed
-        names = tx.names
+        if prepared.is_simple and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
+            return self._record_new(unit, prepared)
+        tx, known, claimed = self._tx, self._known, self._claimed
         first = following = self._next
         fresh: list[_Fresh] = []
         ids: list[str] = []
         taken: list[int] = []
         resent: list[int] = []
         conflicts: list[tuple[int, int]] = []
-        tenant = names[unit.tenant]
         unprotected = 0
-        contents = unit.contents or [content_digest(event) for event in unit.events]
-        for index, (event, cost, key, content) in enumerate(zip(unit.events, unit.costs, keys, contents, strict=True)):
-            source_key = (tenant, names[event.agent], names[event.source])
-            source = delivered.get(source_key)
-            if source is None:
-                source = delivered[source_key] = sources.Delivered()
+        for index, (event, key, content) in enumerate(zip(unit.events, prepared.keys, prepared.contents, strict=True)):
+            source = self._source(unit.tenant, event.agent, event.source)
             if key is not None:
                 event_id = event.id
                 holder = known.get(key)
@@ -215,12 +135,12 @@ class _Pass:
                 source.seqs.append(event.source_seq)
             ids.append(event_id)
             taken.append(index)
-            fresh.append((following, event, cost, event_id, content))
+            fresh.append((following, index, event_id))
             following += 1
         self._next = following
         if conflicts and not unit.partial:
             raise RefuseError(UsageConflict(conflicts))
-        without_permission = self._charge(unit, tenant, fresh)
+        without_permission = self._charge(unit, prepared, fresh)
         if unit.places is None:
             return Recorded(len(fresh), len(resent), unprotected, ids, conflicts, without_permission)
         places = unit.places
@@ -237,21 +157,65 @@ class _Pass:
             [places[index] for index in resent],
         )
 
-    def _charge(self, unit: RecordUsage, tenant: int, fresh: list[_Fresh]) -> int:
+    def _source(self, tenant: str, agent: str, source: str) -> sources.Delivered:
+        names = self._tx.names
+        key = names[tenant], names[agent], names[source]
+        found = self._delivered.get(key)
+        if found is None:
+            found = self._delivered[key] = sources.Delivered()
+        return found
+
+    def _are_new(self, prepared: Prepared) -> bool:
+        """Whether no event of a unit is a repeat, of what was recorded before or of another one in it."""
+        keys = prepared.keys
+        return self._known.keys().isdisjoint(keys) and len(set(keys)) == len(keys)
+
+    def _record_new(self, unit: RecordUsage, prepared: Prepared) -> Recorded:
+        """Take in a simple unit of which nothing is a repeat, and that debits nothing."""
+        tx, first, count = self._tx, self._next, len(unit.events)
+        supposed = prepared.supposed
+        if supposed is None or (supposed.first_row, supposed.names_version) != (first, tx.names.version):
+            number_of, salts = tx.names.__getitem__, tx.salts(count)
+            supposed = suppose(unit, prepared.contents, first, tx.names.version, number_of, salts)
+            assert supposed is not None, "each name gets a number"
+        self._next += count
+        self._rows += supposed.rows
+        tx.enter_all("usage.recorded", unit.actor, supposed.sealed, unit.now_us)
+        self._priced.setdefault(unit.tenant, []).extend(zip(unit.events, unit.costs, strict=True))
+        seqs, keys = range(first, self._next), cast("list[bytes]", prepared.keys)
+        self._claimed += zip(keys, seqs, strict=True)
+        self._known.update(zip(keys, zip(seqs, prepared.contents, strict=True), strict=True))
+        delivered: dict[tuple[str, str], sources.Delivered] = {}
+        for event in unit.events:
+            source = delivered.get((event.agent, event.source))
+            if source is None:
+                source = delivered[event.agent, event.source] = self._source(unit.tenant, event.agent, event.source)
+            source.events += 1
+            if event.source_seq is not None:
+                source.seqs.append(event.source_seq)
+        ids = [event.id for event in unit.events]
+        if unit.places is None:
+            return Recorded(count, 0, 0, ids, [])
+        return Recorded(count, 0, 0, ids, [], 0, unit.places, unit.late, [])
+
+    def _charge(self, unit: RecordUsage, prepared: Prepared, fresh: list[_Fresh]) -> int:
         """Debit what the fresh events of a unit used, and make their rows and audit entries.
 
         Returns how many of them were done without permission.
         """
         tx = self._tx
         names, rows = tx.names, self._rows
-        subjects: list[str] = []
-        notes: list[UsageNote] = []
+        tenant = names[unit.tenant]
         priced = self._priced.setdefault(unit.tenant, [])
         book = open_book(tx, unit.actor, unit.now_us)
+        subjects: list[str] = []
+        notes: list[UsageNote] = []
         refused: list[unauthorised.Work] = []
         attribution = unit.attribution
-        for seq, reported, cost, event_id, content in fresh:
-            event = reported if attribution is None else unauthorised.attribute(reported, attribution)
+        for seq, index, event_id in fresh:
+            event, cost, content = unit.events[index], unit.costs[index], prepared.contents[index]
+            if attribution is not None:
+                event = unauthorised.attribute(event, attribution)
             flags = 0
             under: Account | None = None
             code: str | None = None
@@ -270,76 +234,24 @@ class _Pass:
                 code = attribution.code
             if code is not None:
                 refused.append(unauthorised.Work(seq, event_id, event, under, code))
-            rows.append(
-                (
-                    seq,
-                    event_id,
-                    tenant,
-                    names[event.source],
-                    event.source_seq,
-                    names[event.agent],
-                    names[event.consumer],
-                    event.task_id,
-                    event.timestamp_us,
-                    event.tokens_in,
-                    event.tokens_out,
-                    event.cached_tokens_in,
-                    event.cache_write_tokens,
-                    event.reasoning_tokens,
-                    event.duration_ms or 0,
-                    event.api_calls,
-                    event.outcome,
-                    event.partial,
-                    event.error,
-                    names[event.model],
-                    names[event.provider],
-                    names[event.project],
-                    cost.microusd,
-                    cost.source,
-                    cost.priced_microusd,
-                    event.reported_microusd,
-                    cost.price_version,
-                    event.delegation,
-                    event.reservation,
-                    event.action,
-                    flags,
-                    event.parent_task_id,
-                    None if event.labels is None else msgspec.json.encode(event.labels, order="sorted").decode(),
-                    event.trace_id,
-                    content,
-                    unit.now_us,
-                    unit.actor,
-                    event.cache_write_1h_tokens,
-                )
+            found = (
+                seq,
+                event_id,
+                flags,
+                tenant,
+                names[event.source],
+                names[event.agent],
+                names[event.consumer],
+                names[event.model],
+                names[event.provider],
+                names[event.project],
             )
+            rows.append(row_of(unit, found, event, cost, content))
             priced.append((event, cost))
             subjects.append(event_id)
-            notes.append(
-                UsageNote(
-                    event.agent,
-                    event.api_calls,
-                    event.consumer,
-                    content.hex(),
-                    cost.microusd,
-                    cost.source or msgspec.UNSET,
-                    event.delegation,
-                    event.duration_ms or 0,
-                    estimated,
-                    flags,
-                    _OUTCOMES[event.outcome],
-                    cost.price_version or msgspec.UNSET,
-                    msgspec.UNSET if cost.priced_microusd is None else cost.priced_microusd,
-                    event.reservation,
-                    seq,
-                    event.task_id,
-                    unit.tenant,
-                    event.timestamp_us,
-                    event.tokens_in,
-                    event.tokens_out,
-                )
-            )
-        texts = _note.encode_lines(notes).splitlines()
-        tx.audit_all("usage.recorded", unit.actor, list(zip(subjects, texts, strict=True)), unit.now_us)
+            notes.append(note_of(unit.tenant, event, cost, content, flags, estimated, seq))
+        said = list(zip(subjects, texts_of(notes), strict=True))
+        tx.audit_all("usage.recorded", unit.actor, said, unit.now_us)
         if refused:
             unauthorised.tell(tx, unit, refused)
         if book is not None:
@@ -350,22 +262,25 @@ class _Pass:
         return len(refused)
 
     def _write_rows(self) -> None:
-        self._tx.insert_many(_INSERT, self._rows)
+        self._tx.insert_many(INSERT, self._rows)
         self._rows.clear()
 
     def write(self) -> None:
         """Write what was taken in."""
         tx = self._tx
         self._claimed.sort()  # the index is ordered by key: neighbours share its pages
-        tx.insert_many("INSERT INTO usage_identity VALUES (?,?)", self._claimed)
+        for at in range(0, len(self._claimed), _CLAIMS):
+            part = self._claimed[at : at + _CLAIMS]
+            tx.execute(_CLAIM[: len(_CLAIM) - (_CLAIMS - len(part)) * len(_CLAIMED)], [*chain.from_iterable(part)])
         self._write_rows()
-        hours = [(tenant, *hour) for tenant, priced in self._priced.items() for hour in rollup(priced).items()]
-        if any(max(sums) > _MAX_SUM for _, _, sums in hours):
-            raise RefuseError(PAST_64_BITS)
-        rows = [
-            (tx.intern(tenant), key.hour, *(tx.intern(name) for name in key[1:5]), key.outcome, *sums)
-            for tenant, key, sums in hours
-        ]
+        tx.next_usage = self._next
+        names, rows = tx.names, []
+        for tenant, priced in self._priced.items():
+            for (hour, agent, consumer, model, project, outcome), sums in rollup(priced).items():
+                if max(sums) > _MAX_SUM:
+                    raise RefuseError(PAST_64_BITS)
+                of = (names[agent], names[consumer], names[model], names[project])
+                rows.append((names[tenant], hour, *of, outcome, *sums))
         tx.insert_many(_UPSERT_HOUR, rows)
         usage_days.add_late(tx, rows)
         sources.deliver(tx, self._delivered)

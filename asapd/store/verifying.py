@@ -44,7 +44,8 @@ class Request(msgspec.Struct, frozen=True):
     `remembered` are notes of checkpoints from elsewhere.
     `checkpoints` is the path of the file of checkpoints beside the database, of the log with this public key;
     `former_keys` are those that the daemon had before. Without a public key no signature of it is verified, and none of
-    witnesses whose keys are not among `witness_keys`.
+    witnesses whose keys are not among `witness_keys`. One that `gives_way` rests while much is reported, if it has a
+    process of its own.
     """
 
     since: int = 0
@@ -54,6 +55,7 @@ class Request(msgspec.Struct, frozen=True):
     reconcile: bool = True
     former_keys: tuple[bytes, ...] = ()
     witness_keys: tuple[bytes, ...] = ()
+    gives_way: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

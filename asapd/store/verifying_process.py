@@ -14,6 +14,7 @@ import apsw
 import msgspec
 import trio
 
+from asapd.store.giving_way import GivingWay
 from asapd.store.verifying import Progress, Report, Request, verification
 
 _NICE = 10
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with contextlib.closing(open_alone(Path(arguments[0]))) as connection:
+        if request.gives_way:
+            connection.exec_trace = GivingWay(connection)
         for number, said in enumerate(verification(connection, request)):
             if isinstance(said, Progress) and number % _TOLD_EVERY:
                 continue

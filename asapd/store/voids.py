@@ -14,11 +14,11 @@ from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
 from asapd.store import budgets, identity, ledger, refunds, usage_days
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
+from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load, spend
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import Voided, VoidUsage
-from asapd.store.usage import COLUMNS
 from asapd.store.usage_filter import CORRECTION, LIVE, OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 from asapd.store.void_kinds import BY_HAND, WITHHELD

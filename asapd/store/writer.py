@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from asapd.store.authorizing_together import authorize_together
 from asapd.store.folding import Folding
 from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
+from asapd.store.prepared import Prepared, prepare, suppose
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied, Reserve
 from asapd.store.units.exchange import Answer, AnyResult, Envelope, Idempotency
@@ -55,7 +56,10 @@ BUSY_GAP_US = 300
 """The wait ends when nothing comes for so long; the daemon needs a third of it for a single event."""
 
 LARGE_ROWS = 500
-"""A commit of so many takes long enough to read and decode the next one meanwhile."""
+"""A commit of so many takes long enough to read and prepare the next one meanwhile."""
+
+LOOK_S = 0.001
+"""How long the next commit is not looked for while the disk is at work and nothing had come for it."""
 
 ROWS_PER_STEP = 1_000
 """A decision that comes in the middle of a commit waits for this many rows at most: some 15 ms."""
@@ -118,6 +122,24 @@ class Writer:
     ) -> None:
         self._tx = Tx(connection, entropy, compiled(masks), key)
         self._wary = 0
+        self._prepared: dict[int, Prepared] = {}
+        self._next_usage = 0
+
+    def prepare(self, envelope: Envelope) -> None:
+        """Work out what can be before an envelope is run; those that come to be run first are prepared first."""
+        unit = envelope.unit
+        if isinstance(unit, RecordUsage) and _is_plain_report(envelope) and envelope.number not in self._prepared:
+            prepared, names = prepare(unit), self._tx.names
+            if prepared.is_simple:
+                # Only names whose numbers are remembered have any: the connection is at work.
+                salts = self._tx.salts(len(unit.events))
+                supposed = suppose(unit, prepared.contents, self._next_usage, names.version, names.get, salts)
+                prepared = prepared._replace(supposed=supposed)
+            self._prepared[envelope.number] = prepared
+            self._next_usage += len(unit.events)
+
+    def _take_prepared(self, envelope: Envelope) -> Prepared | None:
+        return self._prepared.pop(envelope.number, None)
 
     def run(
         self,
@@ -131,7 +153,7 @@ class Writer:
         every answer is `NotWritten`: nothing of the group is in the file. `joining` is asked for decisions after every
         few envelopes, or first of all without a group: the commit ends with them, and with those that come meanwhile.
         Only what is in it is answered, decisions first. `meanwhile` is called again and again while the disk is at
-        work, until it says that there is no more to do.
+        work, for a part of what there is to do; it says whether there was any.
         """
         tx = self._tx
         joined = [] if group else list(joining())
@@ -156,6 +178,7 @@ class Writer:
             if tx.connection.in_transaction:
                 tx.execute("ROLLBACK")
             tx.forget()
+            self._prepared.clear()
             _log.error("commit of %d units failed: %s", len(joined) + len(group), error)
             outcome = NotWritten(str(error) or type(error).__name__, full=isinstance(error, apsw.FullError))
             return [Answer(envelope.number, outcome) for envelope in (*joined, *group)]
@@ -169,14 +192,16 @@ class Writer:
         if meanwhile is None:
             self._tx.execute("COMMIT")
             return
+        self._next_usage = self._tx.next_usage + sum(len(its.keys) for its in self._prepared.values())
         with ThreadPoolExecutor(1) as beside:
             try:
                 committed = beside.submit(self._tx.execute, "COMMIT")
             except RuntimeError:  # no thread is to be had
                 self._tx.execute("COMMIT")
                 return
-            while not committed.done() and meanwhile():
-                pass
+            while not committed.done():
+                if not meanwhile():
+                    wait([committed], LOOK_S)
             committed.result()
 
     def _run_bulk(
@@ -243,8 +268,12 @@ class Writer:
         if guarded:
             tx.execute("SAVEPOINT unit")
         try:
-            units = [unit for envelope in envelopes if isinstance(unit := envelope.unit, RecordUsage)]
-            results = usage.record_together(tx, units)
+            batch = [
+                (unit, self._take_prepared(envelope) or prepare(unit))
+                for envelope in envelopes
+                if isinstance(unit := envelope.unit, RecordUsage)
+            ]
+            results = usage.record_together(tx, batch)
             tx.flush_audit()
         except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
             raise
@@ -260,6 +289,7 @@ class Writer:
 
     def _run_one(self, envelope: Envelope) -> Answer:
         tx = self._tx
+        self._take_prepared(envelope)
         mark = tx.mark()
         replayed = self._replay(envelope.idempotency)
         if replayed is not None:
@@ -372,6 +402,7 @@ def serve(
     urgent: deque[Envelope] = deque()
     bulk: deque[Envelope] = deque()
     waiting_rows = 0
+    ready = 0  # of bulk, prepared
     small_until_s = 0.0
     busy = False
 
@@ -397,8 +428,12 @@ def serve(
     def most_rows() -> int:
         return min(rows_per_commit, ROWS_PER_STEP) if are_small() else rows_per_commit
 
-    def take_next() -> bool:
-        nonlocal waiting_rows
+    def work_ahead() -> bool:
+        nonlocal waiting_rows, ready
+        if ready < len(bulk):
+            writer.prepare(bulk[ready])
+            ready += 1
+            return True
         came = take(0) if waiting_rows < most_rows() else 0
         waiting_rows += came
         return came > 0
@@ -414,7 +449,7 @@ def serve(
         if not urgent and not bulk and frames.ended:
             return
         waiting_rows += take(0, decisions_only=True)
-        if not urgent or owed:
+        if (not urgent or owed) and waiting_rows < most_rows():
             waiting_rows += take(0 if urgent or bulk else None)
         patience_us, gap_us = (wait_us, wait_us) if wait_us else (busy_wait_us, busy_gap_us) if busy else (0, 0)
         deadline_s = time.monotonic() + patience_us / SECOND_US
@@ -435,18 +470,20 @@ def serve(
             rows += weigh(bulk[0])
             group.append(bulk.popleft())
         waiting_rows -= rows
+        ready = max(0, ready - len(group))
         busy, owed = len(group) >= BUSY, False
         if group:
             if rows < LARGE_ROWS or are_small():
                 answers = writer.run(group, joining)
             else:
                 with frames.reading_ahead():
-                    answers = writer.run(group, joining, take_next)
+                    answers = writer.run(group, joining, work_ahead)
             answered = {answer.number for answer in answers}
             for envelope in reversed(group):
                 if envelope.number not in answered:
                     bulk.appendleft(envelope)
                     waiting_rows += weigh(envelope)
+                    ready = 0
             answer(answers)
 
 

@@ -194,37 +194,6 @@ async def test_it_goes_on_from_where_all_was_good_and_once_a_day_from_the_start(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_walk_by_itself_waits_while_the_log_grows_fast_but_not_for_ever(
-    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database, _ = inline_database
-    verifier = make(database, tmp_path)
-    walked_s: list[float] = []
-    busy_until_s = 30.0
-
-    async def head() -> int:
-        return int(min(trio.current_time(), busy_until_s) * verifier_module.BUSY_ENTRIES)
-
-    async def watch(since: int) -> int:
-        walked_s.append(trio.current_time())
-        return since
-
-    async def run(*, task_status: trio.TaskStatus[None]) -> None:
-        await run_verifier(verifier, clock=TrioClock(NOW_US), beat=lambda: None, task_status=task_status)
-
-    monkeypatch.setattr(verifier, "head", head)
-    monkeypatch.setattr(verifier, "watch", watch)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(run)
-        await trio.sleep(40)
-        assert len(walked_s) == 1
-        assert 30 < walked_s[0] < 33
-        busy_until_s = float("inf")
-        await trio.sleep(3_600 + verifier_module.PUT_OFF_S)
-        assert len(walked_s) == 2
-        nursery.cancel_scope.cancel()
-
-
 async def test_a_clock_that_was_ahead_and_is_set_back_does_not_put_off_the_next_whole_walk(
     inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, walks: list[int]
 ) -> None:

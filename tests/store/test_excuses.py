@@ -8,7 +8,7 @@ import apsw
 import pytest
 from nacl.signing import SigningKey
 
-from asapd.core.audit import chain
+from asapd.core.audit import chain, seal
 from asapd.store import erasure
 from asapd.store.excuses import VOUCHED, from_before, read, unattested
 from asapd.store.units.exchange import AnyUnit, Envelope
@@ -88,11 +88,9 @@ def test_a_vouch_speaks_for_no_other_log_than_the_one_it_was_signed_in(old: apsw
     explain(Writer(old), count=99)
     for _, entry_id, at_us, kind, actor, subject, details, salt, *_ in rows:
         seq, digest = old.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, b"")
-        link = next(iter(chain((seq, digest), kind, actor, at_us, [(entry_id, subject, details.encode(), salt)])))
-        old.execute(
-            "INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)",
-            (link[0], entry_id, at_us, kind, actor, subject, details, salt, *link[1:]),
-        )
+        sealed = seal(actor, [(subject, details.encode())], salt)
+        (entry,) = chain((seq, digest), kind, actor, at_us, [entry_id], sealed)
+        old.execute("INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)", entry)
     assert len(said(old)) == 4
 
 

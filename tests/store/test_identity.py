@@ -8,7 +8,7 @@ import apsw
 import pytest
 
 from asapd.core.usage import UNKNOWN_COST, Identity, UsageEvent, identity_digest, identity_key
-from asapd.store import identity, usage
+from asapd.store import identity, prepared
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import Recorded, RecordUsage, RetireUsage, UsageConflict
 from asapd.store.visibility import EVERYTHING
@@ -38,7 +38,7 @@ def older(connection: apsw.Connection) -> Writer:
 
 
 def test_what_is_written_stands_in_the_order_of_the_table(connection: apsw.Connection) -> None:
-    assert tuple(name for _, name, *_ in connection.execute("PRAGMA table_info(usage)")) == usage.COLUMNS
+    assert tuple(name for _, name, *_ in connection.execute("PRAGMA table_info(usage)")) == prepared.COLUMNS
 
 
 def test_a_new_file_has_no_digests(connection: apsw.Connection) -> None:

@@ -61,8 +61,10 @@ def chain_again(connection: apsw.Connection, first: int) -> None:
     head = connection.execute("SELECT hash FROM audit WHERE seq = ?", (first - 1,)).get or GENESIS
     for seq, entry_id, timestamp_us, subject, details, salt in rows[first - 1 :]:
         text = b'{"n":-1}' if seq == first else details.encode()
-        draft = (entry_id, subject, text, salt)
-        ((_, payload, previous, digest),) = audit.chain((seq - 1, head), "test", "asapd", timestamp_us, [draft])
+        sealed = audit.seal("asapd", [(subject, text)], salt)
+        ((*_, payload, previous, digest),) = audit.chain(
+            (seq - 1, head), "test", "asapd", timestamp_us, [entry_id], sealed
+        )
         connection.execute(
             "UPDATE audit SET details = ?, payload_hash = ?, previous_hash = ?, hash = ? WHERE seq = ?",
             (text.decode(), payload, previous, digest, seq),

@@ -185,8 +185,8 @@ def chain_again_any(connection: apsw.Connection, first: int) -> None:
     head = connection.execute("SELECT hash FROM audit WHERE seq = ?", (first - 1,)).get or GENESIS
     for seq, entry_id, time_us, kind, actor, subject, details, salt in rows[first - 1 :]:
         by = "mallory" if seq == first else actor
-        draft = (entry_id, subject, details.encode(), salt)
-        ((_, payload, previous, digest),) = audit.chain((seq - 1, head), kind, by, time_us, [draft])
+        sealed = audit.seal(by, [(subject, details.encode())], salt)
+        ((*_, payload, previous, digest),) = audit.chain((seq - 1, head), kind, by, time_us, [entry_id], sealed)
         connection.execute(
             "UPDATE audit SET actor = ?, payload_hash = ?, previous_hash = ?, hash = ? WHERE seq = ?",
             (by, payload, previous, digest, seq),
@@ -688,16 +688,13 @@ def test_an_erasure_is_the_daemons_word_for_its_place_in_the_log(connection: aps
     own = msgspec.json.decode(details)
     connection.execute("DROP TRIGGER audit_no_update; DROP TRIGGER audit_no_delete")
     for said in (own, {**own, "entries": [[1, 296]]}, {"count": 1, "entries": [[294, 294]], "usage_rows": []}):
-        draft = ("aud_forged", "ers_1", audit.canonical_details(said), bytes(16))
-        ((seq, *hashes),) = audit.chain((head, digest), "erasure.applied", "key:o", NOW_US, [draft])
+        sealed = audit.seal("key:o", [("ers_1", audit.canonical_details(said))], bytes(16))
+        (forged,) = audit.chain((head, digest), "erasure.applied", "key:o", NOW_US, ["aud_forged"], sealed)
         connection.execute("SAVEPOINT forging")
         connection.execute(f"UPDATE audit SET {_EMPTY} WHERE seq = 294")
-        connection.execute(
-            "INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)",
-            (seq, draft[0], NOW_US, "erasure.applied", "key:o", *draft[1:2], draft[2].decode(), draft[3], *hashes),
-        )
+        connection.execute("INSERT INTO audit VALUES (?,?,?,?,?,?,?,?,?,?,?)", forged)
         (first, *_) = findings(connection, "erasure")
-        assert first.startswith(f"entry {seq} (erasure.applied ers_1) was not signed by this daemon's key")
+        assert first.startswith(f"entry {forged[0]} (erasure.applied ers_1) was not signed by this daemon's key")
         assert f"count {said['count']}, entries {said['entries'][0][0]}" in first
         connection.execute("ROLLBACK TO forging; RELEASE forging")
     connection.execute(f"UPDATE audit SET {_EMPTY} WHERE event_type = 'erasure.applied'")

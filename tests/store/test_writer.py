@@ -500,17 +500,20 @@ def left_nothing(envelope: Envelope, result: Any) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(log=logs(), sizes=st.lists(st.integers(1, 5)))
+@given(log=logs(), sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7))))
 def test_any_grouping_equals_running_the_successful_units_one_by_one(
-    open_store: OpenStore, log: list[Envelope], sizes: list[int]
+    open_store: OpenStore, log: list[Envelope], sizes: list[tuple[int, int]]
 ) -> None:
+    """However many of those that come next are prepared behind a commit."""
     with open_store() as grouped, open_store() as one_by_one:
         writer = Writer(grouped, zeros)
         answers: list[Answer] = []
         rest = list(log)
-        for size in [*sizes, len(log)]:
-            answers += writer.run(rest[:size])
+        for size, ahead in [*sizes, (len(log), 0)]:
+            answers += writer.run(rest[:size], meanwhile=lambda: False)
             del rest[:size]
+            for envelope in rest[:ahead]:
+                writer.prepare(envelope)
         assert [answer.number for answer in answers] == [envelope.number for envelope in log]
         done = [
             (envelope, answer.result)
@@ -534,9 +537,9 @@ def runs_of_reports(draw: st.DrawFn) -> tuple[list[AnyUnit], list[RecordUsage]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn=runs_of_reports())
+@given(drawn=runs_of_reports(), ahead=st.integers(0, 8))
 def test_reports_that_share_a_commit_are_recorded_as_if_each_had_its_own(
-    open_store: OpenStore, drawn: tuple[list[AnyUnit], list[RecordUsage]]
+    open_store: OpenStore, drawn: tuple[list[AnyUnit], list[RecordUsage]], ahead: int
 ) -> None:
     """Refused and failing ones among them included: each hears what it would have heard alone."""
     before, reports = drawn
@@ -545,7 +548,12 @@ def test_reports_that_share_a_commit_are_recorded_as_if_each_had_its_own(
             for unit in before:
                 run(Writer(connection, zeros), unit)
         envelopes = [Envelope(number, unit, False) for number, unit in enumerate(reports)]
-        answers = Writer(together, zeros).run(envelopes)
+        writer = Writer(together, zeros)
+        writer.run([Envelope(99, usage(event(id="first")), False)], meanwhile=lambda: False)
+        run(Writer(one_by_one, zeros), usage(event(id="first")))
+        for envelope in envelopes[:ahead]:
+            writer.prepare(envelope)
+        answers = writer.run(envelopes)
         alone = Writer(one_by_one, zeros)
         apart = [alone.run([envelope])[0] for envelope in envelopes]
         assert [answer.result for answer in answers] == [answer.result for answer in apart]
@@ -769,7 +777,7 @@ class Served:
 
     def _serve(self, **options: Any) -> None:
         with self.theirs:
-            serve(self.theirs, self, **options)  # type: ignore[arg-type] -- only `run` is used, and it is this class's
+            serve(self.theirs, self, **options)  # type: ignore[arg-type] -- it uses `run` and `prepare`
 
     def run(
         self,
@@ -790,6 +798,9 @@ class Served:
         while meanwhile():
             pass
         return answers
+
+    def prepare(self, _: Envelope) -> None:
+        """It has nothing to prepare."""
 
     def _step(self, envelope: Envelope) -> Answer:
         self.commits[-1].append(envelope.number)
