@@ -114,7 +114,7 @@ class LaneConnection:
         wait_s = self._limits.header_s
         while True:
             found = self._take()
-            if self._begin(found):
+            if self._begin(found, trio.current_time()):
                 found = await self._be_served()
                 wait_s = self._limits.keep_alive_s
             if found:
@@ -210,12 +210,12 @@ class LaneConnection:
                 self._heads[raw] = head
         return head
 
-    def _begin(self, found: list[Received]) -> bool:
+    def _begin(self, found: list[Received], now_s: float) -> bool:
         """Whether all that has come is one request that is on its way, and whoever has its answer will send it."""
         if len(found) != 1 or self._buffer or not found[0].keep_alive:
             return False
         self._is_in_hand, self._is_needed = True, False
-        self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
+        self._doing_until(_Doing.ANSWERING, now_s + ANSWER_S)
         if self._lane.answer_nowait(found[0], self._told):
             return True
         self._is_in_hand = False
@@ -229,9 +229,10 @@ class LaneConnection:
         self._is_last = self._lane.is_stopping
         data = self._lane.respond(outcome, keep_alive=not self._is_last)
         self._since_s = trio.current_time()
-        sent = 0
-        with suppress(OSError):  # the task meets it too, and ends
+        try:
             sent = self._direct.send_nowait(data)
+        except OSError:  # the task meets it too, and ends
+            sent = 0
         self._unsent = data[sent:]
         if self._unsent:
             self._doing_until(_Doing.SENDING, self._since_s + self._limits.send_s)
@@ -261,7 +262,7 @@ class LaneConnection:
         self._buffer += data
         self._since_s = trio.current_time()
         found = self._take()
-        if self._begin(found):
+        if self._begin(found, self._since_s):
             return True
         self._found = found
         return False
