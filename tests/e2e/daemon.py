@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from decimal import Decimal
 from http.client import HTTPConnection
 from json import dumps
@@ -66,7 +66,9 @@ class _UnixConnection(HTTPConnection):
 class Daemon:
     """One state directory, its configuration, and the process that serves it now."""
 
-    def __init__(self, config: str = QUICK) -> None:
+    def __init__(self, config: str = QUICK, under: Sequence[str] = ()) -> None:
+        """With `under`, a command that becomes the one behind it."""
+        self._under = under
         # Short, because the path of a Unix socket has 107 bytes at most.
         self.home = Path(tempfile.mkdtemp(prefix="asapd-"))
         self.config = self.home / "asapd.toml"
@@ -85,7 +87,10 @@ class Daemon:
         environ["RUNTIME_DIRECTORY"] = str(self.runtime_dir)
         with self.stderr.open("ab") as stderr:
             self.process = subprocess.Popen(
-                command(self.config, self.state_dir), stdin=subprocess.DEVNULL, stderr=stderr, env=environ
+                [*self._under, *command(self.config, self.state_dir)],
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                env=environ,
             )
         return self.process
 

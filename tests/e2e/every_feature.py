@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -327,13 +327,13 @@ class House:
 
 
 @contextmanager
-def house() -> Iterator[House]:
-    """Everything it takes, not yet used."""
+def house(under: Sequence[str] = ()) -> Iterator[House]:
+    """Everything it takes, not yet used; with `under`, the daemon is started by that command."""
     with ExitStack() as stack:
         witness = stack.enter_context(running(f'{QUICK}[audit]\ncheckpoint_every = "1s"\n'))
         agent = stack.enter_context(Agent("watched", {"availability": "99%"}))
         signing = stack.enter_context(SigningAgent(SIGNING))
-        daemon = Daemon("")
+        daemon = Daemon("", under)
         stack.callback(daemon.close)
         made = House(daemon, witness, agent, signing)
         made.prices("1", "3")
