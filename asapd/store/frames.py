@@ -9,9 +9,12 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import msgspec
 
+from asapd.store.beside import Beside
 from asapd.store.units.exchange import Answer, Envelope
 
 HEADER = struct.Struct(">I")
@@ -32,6 +35,7 @@ class Frames:
         self._chunk = memoryview(bytearray(RECEIVE_BYTES))
         self._reading = threading.Lock()
         """Held by who takes from the bulk socket, or from what was read of it."""
+        self._beside = Beside()
         self._decoder = msgspec.msgpack.Decoder(Envelope)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -105,11 +109,11 @@ class Frames:
                 buffer = self._open.get(self._bulk)
                 if buffer is not None:
                     woken, wake = os.pipe()
-                    thread = threading.Thread(target=self._read_ahead, args=(buffer, woken))
+                    reading: Future[None] | None = None
                     entered.callback(os.close, woken)
-                    entered.callback(lambda: thread.join() if thread.ident else None)
+                    entered.callback(lambda: reading and reading.result())
                     entered.callback(os.close, wake)
-                    thread.start()
+                    reading = self._beside.begin(partial(self._read_ahead, buffer, woken))
             yield
 
     def _read_ahead(self, buffer: bytearray, woken: int) -> None:

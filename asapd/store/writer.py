@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from asapd.core.types import SECOND_US
 from asapd.core.usage import PAST_64_BITS
 from asapd.store import handlers, usage
 from asapd.store.authorizing_together import authorize_together
+from asapd.store.beside import Beside
 from asapd.store.folding import Folding
 from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
@@ -124,6 +125,7 @@ class Writer:
         self._wary = 0
         self._prepared: dict[int, Prepared] = {}
         self._next_usage = 0
+        self._beside = Beside()
 
     def prepare(self, envelope: Envelope) -> None:
         """Work out what can be before an envelope is run; those that come to be run first are prepared first."""
@@ -193,16 +195,15 @@ class Writer:
             self._tx.execute("COMMIT")
             return
         self._next_usage = self._tx.next_usage + sum(len(its.keys) for its in self._prepared.values())
-        with ThreadPoolExecutor(1) as beside:
-            try:
-                committed = beside.submit(self._tx.execute, "COMMIT")
-            except RuntimeError:  # no thread is to be had
-                self._tx.execute("COMMIT")
-                return
-            while not committed.done():
-                if not meanwhile():
-                    wait([committed], LOOK_S)
-            committed.result()
+        try:
+            committed = self._beside.begin(lambda: self._tx.execute("COMMIT"))
+        except RuntimeError:  # no thread is to be had
+            self._tx.execute("COMMIT")
+            return
+        while not committed.done():
+            if not meanwhile():
+                wait([committed], LOOK_S)
+        committed.result()
 
     def _run_bulk(
         self,

@@ -1,0 +1,54 @@
+"""One thing at a time done beside the caller, in a thread that is kept for the next one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+IDLE_S = 1.0
+"""A thread that had nothing to do for so long ends: the next one takes a millisecond to start on a busy machine."""
+
+
+class Beside:
+    """Begins work, which the caller waits for before the next."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._changing = threading.Lock()
+        self._has_thread = False
+
+    def begin(self, work: Callable[[], T]) -> Future[T]:
+        """Have something done, and go on.
+
+        Raises:
+            RuntimeError: no thread is to be had, and nothing will be done.
+        """
+        done: Future[T] = Future()
+        with self._changing:
+            if not self._has_thread:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._has_thread = True
+            self._waiting.put((done, work))
+        return done
+
+    def _run(self) -> None:
+        while True:
+            try:
+                done, work = self._waiting.get(timeout=IDLE_S)
+            except queue.Empty:
+                with self._changing:
+                    if self._waiting.empty():
+                        self._has_thread = False
+                        return
+                continue
+            try:
+                result = work()
+            except BaseException as error:  # noqa: BLE001 -- it is the caller's, who waits for the outcome
+                done.set_exception(error)
+            else:
+                done.set_result(result)
