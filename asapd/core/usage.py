@@ -125,18 +125,19 @@ Identity = tuple[str, str, str, str]
 
 
 def identity_key(tenant: str, agent: str, source: str, event_id: str) -> bytes:
-    """An identity as a key that sorts as its ids do: what reports with ordered ids write lies in few pages.
+    """An identity as a key that sorts as ids of one length do: what is reported with ordered ids lies in few pages.
 
-    Ten bytes for (tenant, agent, source); then the id: as text, as the 16 bytes of a UUID in its usual form, or, when
-    it is long, as its beginning and a digest. No two identities share a key but by a collision of BLAKE2b.
+    The id: as text, as the 16 bytes of a UUID in its usual form, or, when it is long, as its beginning and a digest;
+    then ten bytes for (tenant, agent, source). So ids that are ordered whoever made them, such as UUIDs of version 7,
+    lie side by side. No two identities share a key but by a collision of BLAKE2b.
     """
     of = _origin(tenant, agent, source)
     if len(event_id) == _UUID_CHARS and (uuid := _uuid(event_id)) is not None:
-        return of + b"u" + uuid
+        return b"u" + uuid + of
     whole = event_id.encode()
     if len(whole) <= _LONG_ID:
-        return of + b"t" + whole
-    return of + b"l" + whole[:_LONG_ID] + blake2b(whole, digest_size=16).digest()
+        return b"t" + whole + of
+    return b"l" + whole[:_LONG_ID] + blake2b(whole, digest_size=16).digest() + of
 
 
 _UUID_CHARS = 36

@@ -114,6 +114,12 @@ def test_keys_of_one_origin_sort_as_their_ids_and_are_short() -> None:
     assert len(identity_key("t", "a", "s", "x" * 128)) == 59
 
 
+def test_keys_of_ids_that_many_make_in_turn_lie_side_by_side() -> None:
+    uuids = [f"0190a1b2-c3d4-7e5f-8a6b-{number:012x}" for number in range(50)]
+    keys = [identity_key("t", f"agent {number % 7}", "", its) for number, its in enumerate(uuids)]
+    assert keys == sorted(keys)
+
+
 def test_a_rollup_counts_in_its_hour_and_leaves_interim_reports_out_of_the_tasks() -> None:
     hour = NOW_US // HOUR_US
     first = replace(EVENT, tokens_in=3, timestamp_us=hour * HOUR_US)

@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from asapd.core.flapping import Flaps
 from asapd.core.types import HOUR_US
-from asapd.core.usage import UNKNOWN_COST, UsageEvent, identity_digest
+from asapd.core.usage import UNKNOWN_COST, UsageEvent, identity_digest, identity_key
 from asapd.store import agent_history, agents, migrations
 from asapd.store.migrations import APPLICATION_ID, DatabaseTooNewError, NotOurDatabaseError
+from asapd.store.schema import MIGRATIONS, identity_order
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
 from asapd.store.units.usage import Recorded, RecordUsage, UsageConflict
@@ -161,6 +162,23 @@ def test_a_repeat_of_what_was_recorded_before_an_upgrade_is_still_a_repeat(path:
         total = summary(connection, UsageFilter(EVERYTHING))
         assert (total["total_cache_write_tokens"], total["total_cache_write_1h_tokens"]) == (5, 0)
         assert total["unpriced_events"] == 1
+
+
+def test_identities_of_an_older_file_are_found_by_their_keys_of_today(path: Path) -> None:
+    ids = ["short", "e\0\n", "ü", "0190a1b2-c3d4-7e5f-8a6b-0123456789ab", "x" * 100]
+    keys = [identity_key("default", f"agent {number}", "s", name) for number, name in enumerate(ids)]
+    digests = [identity_digest(("default", "a", "", name)) for name in ("old", "span")]
+    of_span = identity_key("default", "a", "", "s" * 40)
+    with closing(open_for_writing(path)) as old:
+        old.execute("UPDATE usage_digest SET through_seq = 2")
+        before = [(key[-10:] + key[:-10], seq) for key, seq in [(of_span, 2), *zip(keys, range(3, 8), strict=True)]]
+        assert len(before[1][0]) == len(digests[0]), "as long as a digest"
+        rows = [*zip(digests, (1, 2), strict=True), *before]
+        old.executemany("INSERT INTO usage_identity VALUES (?,?)", rows)
+        old.pragma("user_version", MIGRATIONS.index(identity_order.SCRIPT))
+    with closing(open_for_writing(path)) as connection:
+        found = dict(connection.execute("SELECT key, seq FROM usage_identity").fetchall())
+    assert found == dict(zip([*digests, of_span, *keys], (1, 2, 2, *range(3, 8)), strict=True))
 
 
 def test_sources_and_open_tasks_of_an_older_file_are_known(path: Path) -> None:

@@ -14,6 +14,7 @@ from asapd.store.schema import (
     erasing,
     horizon,
     identities,
+    identity_order,
     namesakes,
     outcomes_unsaid,
     prices,
@@ -54,6 +55,7 @@ MIGRATIONS: tuple[str, ...] = (
     sealing_times.SCRIPT,
     outcomes_unsaid.SCRIPT,
     erasing.SCRIPT,
+    identity_order.SCRIPT,
 )
 
 COUNTED_SINCE = MIGRATIONS.index(erasing.SCRIPT) + 1
