@@ -6,9 +6,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
-
-T = TypeVar("T")
 
 IDLE_S = 1.0
 """A thread that had nothing to do for so long ends: the next one takes a millisecond to start on a busy machine."""
@@ -18,17 +15,17 @@ class Beside:
     """Begins work, which the caller waits for before the next."""
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
         self._changing = threading.Lock()
         self._has_thread = False
 
-    def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Have something done, and go on.
+    def begin(self, work: Callable[[], None]) -> Future[None]:
+        """Have something done, and go on. It returns nothing, for the thread to hold while the caller works on.
 
         Raises:
             RuntimeError: no thread is to be had, and nothing will be done.
         """
-        done: Future[T] = Future()
+        done: Future[None] = Future()
         with self._changing:
             if not self._has_thread:
                 threading.Thread(target=self._run, daemon=True).start()
@@ -47,8 +44,9 @@ class Beside:
                         return
                 continue
             try:
-                result = work()
+                work()
             except BaseException as error:  # noqa: BLE001 -- it is the caller's, who waits for the outcome
                 done.set_exception(error)
             else:
-                done.set_result(result)
+                done.set_result(None)
+            del done, work

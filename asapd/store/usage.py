@@ -41,6 +41,9 @@ _CLAIMS = 50
 _CLAIMED = ",(?,?)"
 _CLAIM = f"INSERT INTO usage_identity VALUES (?,?){_CLAIMED * (_CLAIMS - 1)}"
 
+FEW = 4
+"""Events of a report that go in one by one as fast as all at once, or faster."""
+
 _Fresh = tuple[int, int, str]
 """An event that is to be written: its row, its place in its report, and its id."""
 
@@ -101,7 +104,8 @@ class _Pass:
 
     def record(self, unit: RecordUsage, prepared: Prepared) -> Recorded:
         """Take in one unit."""
-        if prepared.is_simple and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
+        is_simple = prepared.is_simple and len(unit.events) > FEW
+        if is_simple and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
             return self._record_new(unit, prepared)
         tx, known, claimed = self._tx, self._known, self._claimed
         first = following = self._next

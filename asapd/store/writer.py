@@ -130,9 +130,11 @@ class Writer:
     def prepare(self, envelope: Envelope) -> None:
         """Work out what can be before an envelope is run; those that come to be run first are prepared first."""
         unit = envelope.unit
-        if isinstance(unit, RecordUsage) and _is_plain_report(envelope) and envelope.number not in self._prepared:
+        if not (isinstance(unit, RecordUsage) and _is_plain_report(envelope)) or envelope.number in self._prepared:
+            return
+        with contextlib.suppress(Exception):  # it happens again to the one whose it is, when it is run
             prepared, names = prepare(unit), self._tx.names
-            if prepared.is_simple:
+            if prepared.is_simple and len(unit.events) > usage.FEW:
                 # Only names whose numbers are remembered have any: the connection is at work.
                 salts = self._tx.salts(len(unit.events))
                 supposed = suppose(unit, prepared.contents, self._next_usage, names.version, names.get, salts)
@@ -192,18 +194,24 @@ class Writer:
 
     def _commit(self, meanwhile: Callable[[], bool] | None) -> None:
         if meanwhile is None:
-            self._tx.execute("COMMIT")
+            self._end_transaction()
             return
         self._next_usage = self._tx.next_usage + sum(len(its.keys) for its in self._prepared.values())
         try:
-            committed = self._beside.begin(lambda: self._tx.execute("COMMIT"))
+            committed = self._beside.begin(self._end_transaction)
         except RuntimeError:  # no thread is to be had
-            self._tx.execute("COMMIT")
+            self._end_transaction()
             return
-        while not committed.done():
-            if not meanwhile():
-                wait([committed], LOOK_S)
+        try:
+            while not committed.done():
+                if not meanwhile():
+                    wait([committed], LOOK_S)
+        finally:
+            wait([committed])  # whatever happened beside it: until then the connection is its own
         committed.result()
+
+    def _end_transaction(self) -> None:
+        self._tx.execute("COMMIT")
 
     def _run_bulk(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import apsw
@@ -9,11 +10,11 @@ import pytest
 from msgspec.structs import replace
 
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store import verifying
+from asapd.store import usage, verifying
 from asapd.store.prepared import suppose
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.exchange import AnyUnit, Envelope
-from asapd.store.units.unit import NotWritten
+from asapd.store.units.unit import Failed, NotWritten
 from asapd.store.units.usage import Recorded, RecordUsage
 from asapd.store.writer import Writer
 
@@ -38,6 +39,12 @@ def writer(connection: apsw.Connection) -> Writer:
     writer = Writer(connection)
     commit(writer, report("e0"))
     return writer
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a single event go the way of many."""
+    monkeypatch.setattr(usage, "FEW", 0)
 
 
 @pytest.fixture
@@ -157,3 +164,34 @@ def test_nothing_that_was_prepared_is_kept_behind_its_answer(writer: Writer) -> 
         writer.prepare(Envelope(number, unit, False))
     assert commit(writer, named, unnamed, first=2)[0] == Recorded(1, 0, 0, ["e1"])
     assert [*writer._prepared] == [4]
+
+
+def test_what_cannot_be_prepared_fails_where_it_is_run_and_alone(writer: Writer) -> None:
+    wrong, right = replace(report("e1", "e2"), costs=[UNKNOWN_COST]), report("e3")
+    for number, unit in enumerate((wrong, right), 2):
+        writer.prepare(Envelope(number, unit, False))
+    failed, recorded = commit(writer, wrong, right, first=2)
+    assert isinstance(failed, Failed)
+    assert recorded == Recorded(1, 0, 0, ["e3"])
+
+
+def test_a_commit_is_over_before_anything_is_done_about_an_error_beside_it(
+    writer: Writer, connection: apsw.Connection
+) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+
+    def slow() -> bool:
+        began.set()
+        return not goes_on.wait(10)
+
+    def meanwhile() -> bool:
+        assert began.wait(10)
+        threading.Timer(0.05, goes_on.set).start()
+        raise OSError("no")
+
+    connection.set_commit_hook(slow)
+    with pytest.raises(OSError, match="no"):
+        writer.run([Envelope(2, report("e1"), False)], meanwhile=meanwhile)
+    connection.set_commit_hook(None)
+    assert not connection.in_transaction
+    assert [name for _, name, *_ in rows(connection)] == ["e0", "e1"]

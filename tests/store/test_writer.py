@@ -24,6 +24,7 @@ from asapd.core.ledger import Estimate
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import handlers, verifying
+from asapd.store import usage as usage_module
 from asapd.store.frames import HEADER
 from asapd.store.units.agents import (
     AgentRecord,
@@ -500,12 +501,13 @@ def left_nothing(envelope: Envelope, result: Any) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(log=logs(), sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7))))
+@given(log=logs(), sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7))), few=st.sampled_from((0, 2)))
 def test_any_grouping_equals_running_the_successful_units_one_by_one(
-    open_store: OpenStore, log: list[Envelope], sizes: list[tuple[int, int]]
+    open_store: OpenStore, log: list[Envelope], sizes: list[tuple[int, int]], few: int
 ) -> None:
     """However many of those that come next are prepared behind a commit."""
-    with open_store() as grouped, open_store() as one_by_one:
+    with open_store() as grouped, open_store() as one_by_one, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(usage_module, "FEW", few)
         writer = Writer(grouped, zeros)
         answers: list[Answer] = []
         rest = list(log)
@@ -543,7 +545,8 @@ def test_reports_that_share_a_commit_are_recorded_as_if_each_had_its_own(
 ) -> None:
     """Refused and failing ones among them included: each hears what it would have heard alone."""
     before, reports = drawn
-    with open_store() as together, open_store() as one_by_one:
+    with open_store() as together, open_store() as one_by_one, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(usage_module, "FEW", 0)
         for connection in (together, one_by_one):
             for unit in before:
                 run(Writer(connection, zeros), unit)
