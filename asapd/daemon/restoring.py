@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nacl.signing import SigningKey
 
-from asapd.core.types import format_us
+from asapd.core.types import SECOND_US, format_us
 from asapd.daemon.boot import LOCK_PATIENCE_S
 from asapd.store import checkpoint_log, lock, restoring
 from asapd.store.backup import CopyFailedError
@@ -205,6 +205,8 @@ def _keep(current: Path, now_us: int) -> Path:
     """
     stamp = format_us(now_us)[:19].replace("-", "").replace(":", "")
     kept = current.with_name(f"{current.name}.before-restore-{stamp}")
+    if kept.exists() and not kept.samefile(current):  # of another restore in this second
+        kept = kept.with_name(f"{kept.name}-{now_us % SECOND_US:06d}")
     kept.unlink(missing_ok=True)
     kept.hardlink_to(current)
     for suffix in ("-wal", "-shm", "-journal"):

@@ -6,8 +6,7 @@ before the first of these entries had counted is in the entry of the upgrade, on
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import apsw
 import msgspec
@@ -15,7 +14,7 @@ import msgspec
 from asapd.core.budget_counts import MARKS, BudgetChanges, Key, differences
 from asapd.core.types import format_us
 from asapd.store import budget_counts
-from asapd.store.rows import fetch, fetch_one
+from asapd.store.rows import fetch, fetch_one, one_moment
 
 STEP = 20_000
 """Entries that are looked through in one go, most of which are of no budget."""
@@ -47,7 +46,7 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> Held:
         while is_stepwise and _newest(connection) - head > STEP:
             head = _walk(connection, head, head + STEP, said, before, held)
         # The last entries and the rows are read at one moment.
-        with _one_moment(connection):
+        with one_moment(connection):
             if head and _is_retired_since(connection, begun):
                 continue  # what was added up would come again, in the sum of what retention took meanwhile
             newest = _newest(connection)
@@ -56,15 +55,6 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> Held:
             _compare(connection, said, before, held, add)
             break
     return held
-
-
-@contextlib.contextmanager
-def _one_moment(connection: apsw.Connection) -> Iterator[None]:
-    connection.execute("SAVEPOINT budgets")
-    try:
-        yield
-    finally:
-        connection.execute("RELEASE budgets")
 
 
 def _is_retired_since(connection: apsw.Connection, seq: int) -> bool:

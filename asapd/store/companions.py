@@ -79,13 +79,21 @@ class Companions:
             if not is_said:
                 findings.add(f"usage row {says.row}: {table} does not say of it what entry {entry.seq} says")
 
+    def are_explained(self, erasures: Erasures) -> bool:
+        """Whether all that is left is of rows without an entry: of an erased one, and about another erased one."""
+        return next(self._unexplained(erasures), None) is None
+
     def settle(self, erasures: Erasures, findings: Findings) -> None:
-        """What is left is of rows without an entry: of an erased one, it is about another erased one."""
+        """Name what is left and not explained so."""
+        for table, seq in self._unexplained(erasures):
+            findings.add(f"{table} row {seq}: there is no such row of usage that the log knows of")
+
+    def _unexplained(self, erasures: Erasures) -> Iterator[tuple[str, int]]:
         for table, found in self._found.items():
             for seq, (first, *_) in found.items():
                 about = seq if table == "usage_estimate" else first
                 if not (erasures.has_row(seq) and erasures.has_row(about)):
-                    findings.add(f"{table} row {seq}: there is no such row of usage that the log knows of")
+                    yield table, seq
 
 
 def strays(connection: apsw.Connection, first: int, last: int) -> Iterator[str]:

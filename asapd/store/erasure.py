@@ -89,6 +89,13 @@ def _pseudonym(tx: Tx, unit: EraseConsumer) -> str:
     return str(row[0])
 
 
+def _free(connection: apsw.Connection, pseudonym: str) -> str:
+    """A pseudonym that nobody has: it is in the log before it is given, and somebody may have reported under it."""
+    while _number(connection, pseudonym) >= 0:
+        pseudonym += "_"
+    return pseudonym
+
+
 def _rename_rows(tx: Tx, consumer: str, pseudonym: str) -> tuple[int, int]:
     """Have reservations and breaches name the pseudonym; how many of each, fewer than `ROWS` when these are all."""
     tx.execute(
@@ -124,9 +131,9 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         late = entries_of(connection, unit.consumer, unit.after, LATE + 1)
         seqs = sorted({*seqs, *late[:LATE]})
         is_whole = len(late) <= LATE and max(reservations, breaches) < ROWS
-    if is_whole and _number(connection, pseudonym) < 0:
+    if is_whole:
         # In the unit that erases the last entry, so that rows and entries never say different names.
-        tx.rename(unit.consumer, pseudonym)
+        tx.rename(unit.consumer, _free(connection, pseudonym))
         late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS)
         delegation_news.rename_consumer(tx, late_news, unit.consumer, pseudonym)
     delegation_news.rename_consumer(tx, unit.news, unit.consumer, pseudonym)

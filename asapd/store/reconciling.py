@@ -23,6 +23,7 @@ from asapd.store.reconciling_identity import reconcile_identities
 from asapd.store.reconciling_outcomes import reconcile_outcomes
 from asapd.store.reconciling_tasks import reconcile_tasks
 from asapd.store.reconciling_usage import reconcile_usage
+from asapd.store.rows import one_moment
 
 
 def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tuple[Tally, ...]:
@@ -30,13 +31,14 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
 
     What explains why something is gone has to be signed by one of the daemon's keys, if any are given.
     """
-    # What only grows is read step by step, up to where it ends now; what changes has to be seen at one moment.
-    usage, tasks = _compared(connection, "usage", reconcile_usage), _compared(connection, "task", reconcile_tasks)
+    # What mostly grows is read step by step, up to where it ends now; what changes has to be seen at one moment.
+    usage = _compared(connection, "usage", reconcile_usage)
     identities = _compared(connection, "usage_identity", reconcile_identities)
     hours, ledger = _compared(connection, "usage_hour", _hours), _compared(connection, "ledger", _ledger)
     budgets = _compared(connection, "budget_period", _budgets)
-    connection.execute("SAVEPOINT reconciling")
-    try:
+    with one_moment(connection):
+        tasks = _compared(connection, "task", reconcile_tasks)
+    with one_moment(connection):
         erasures = Erasures(connection)
         return (
             usage,
@@ -52,8 +54,6 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             *(_compared(connection, part.log.table, part.compare) for part in read_house(connection)),
             _explained(_erased(erasures), connection, keys),
         )
-    finally:
-        connection.execute("RELEASE reconciling")
 
 
 def _compared(connection: apsw.Connection, table: str, compare: Callable[[apsw.Connection], Tally]) -> Tally:

@@ -9,7 +9,7 @@ import msgspec
 
 from asapd.core.usage import OTLP, identity_digest, identity_key
 from asapd.store.findings import Findings, Tally
-from asapd.store.rows import fetch
+from asapd.store.rows import fetch, one_moment
 from asapd.store.span_identity import of_span
 
 STEP = 2_000
@@ -49,14 +49,11 @@ def _step(
 ) -> tuple[int, int, int] | None:
     """How many rows there were, how many identities are theirs, and the number of the last; None at the end."""
     # Rows and identities of one moment: retention takes both.
-    connection.execute("SAVEPOINT identities")
-    try:
+    with one_moment(connection):
         rows = fetch(connection, _ROWS, (after, STEP))
         keys = {row[0]: _keys(row, digests_through) for row in rows}
         wanted = [key.hex() for ours in keys.values() for key in ours]
         holders: dict[bytes, int] = dict(fetch(connection, _HOLDERS, (msgspec.json.encode(wanted).decode(),)))
-    finally:
-        connection.execute("RELEASE identities")
     mine = 0
     for number, event_id, *_ in rows:
         first, *more = keys[number]

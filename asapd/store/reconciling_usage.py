@@ -18,7 +18,7 @@ from asapd.store.erasures import ROW_KINDS, Erasures
 from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names, count_gone, rows_of
 from asapd.store.prepared import COLUMNS
-from asapd.store.rows import Row, fetch
+from asapd.store.rows import Row, fetch, one_moment
 from asapd.store.usage_notes import FIELDS, UsageEntry, read_says
 
 STEP = 2_000
@@ -45,51 +45,57 @@ def reconcile_usage(connection: apsw.Connection) -> Tally:
     without_row: dict[int, UsageEntry] = {}
     without_entry: dict[int, str] = {}
     while at_entry < (entries_through or 0):
-        found = fetch(
-            connection,
-            "SELECT seq, event_type, subject, actor, timestamp_us, details FROM audit "
-            f"WHERE seq > ? AND seq <= ? AND event_type IN {ROW_KINDS} ORDER BY seq LIMIT ?",
-            (at_entry, entries_through, STEP),
-        )
-        for seq, kind, subject, actor, timestamp_us, details in found:
-            if details is None:
-                erased += 1
-                continue
-            entries += 1
-            try:
-                says = read_says(details)
-            except ValueError as error:
-                findings.add(f"usage: entry {seq} ({kind} {subject}) is none of asapd's, {error}")
-                continue
-            if says.row in without_row:
-                findings.add(f"entry {seq} ({kind}) is of usage row {says.row}, and so is another")
-            numbered = max(numbered, says.row)
-            without_row[says.row] = UsageEntry(seq, kind, subject, actor, timestamp_us, says)
-        is_last = len(found) < STEP
-        at_entry = entries_through if is_last else found[-1][0]
-        through = (rows_through or 0) if is_last else max(without_row, default=at_row)
-        companions = Companions(connection, at_row, through)
-        for row in rows_of(connection, "usage", _COLUMNS, at_row, through):
-            rows += 1
-            entry = without_row.pop(row[0], None)
-            if entry is not None:
-                _compare(entry, row, names, findings)
-                companions.compare(entry, findings)
-            elif not erasures.has_row(row[0]):
-                without_entry[row[0]] = row[1]
-            if len(without_entry) > WAITING:
-                _settle_rows(connection, without_entry, WAITING // 2, findings)
-        companions.settle(erasures, findings)
-        at_row = max(at_row, through)
-        for number in without_entry.keys() & without_row.keys():
-            del without_entry[number], without_row[number]
-        # A row and its entry are written together: what is so far behind has no other half.
-        retention.settle(without_row, at_row - WAITING, findings)
-    retention.settle(without_row, None, findings)
-    _settle_rows(connection, without_entry, 0, findings)
-    for stray in strays(connection, min(rows_from or 0, 1), rows_through or 0):
-        findings.add(stray)
-    count_gone(connection, "usage", numbered, retention.taken + retention.missing, findings)
+        # Retention and erasures go on meanwhile: what is laid side by side is of one moment.
+        with one_moment(connection):
+            found = fetch(
+                connection,
+                "SELECT seq, event_type, subject, actor, timestamp_us, details FROM audit "
+                f"WHERE seq > ? AND seq <= ? AND event_type IN {ROW_KINDS} ORDER BY seq LIMIT ?",
+                (at_entry, entries_through, STEP),
+            )
+            for seq, kind, subject, actor, timestamp_us, details in found:
+                if details is None:
+                    erased += 1
+                    continue
+                entries += 1
+                try:
+                    says = read_says(details)
+                except ValueError as error:
+                    findings.add(f"usage: entry {seq} ({kind} {subject}) is none of asapd's, {error}")
+                    continue
+                if says.row in without_row:
+                    findings.add(f"entry {seq} ({kind}) is of usage row {says.row}, and so is another")
+                numbered = max(numbered, says.row)
+                without_row[says.row] = UsageEntry(seq, kind, subject, actor, timestamp_us, says)
+            is_last = len(found) < STEP
+            at_entry = entries_through if is_last else found[-1][0]
+            through = (rows_through or 0) if is_last else max(without_row, default=at_row)
+            companions = Companions(connection, at_row, through)
+            for row in rows_of(connection, "usage", _COLUMNS, at_row, through):
+                rows += 1
+                entry = without_row.pop(row[0], None)
+                if entry is not None:
+                    _compare(connection, entry, row, names, findings)
+                    companions.compare(entry, findings)
+                elif not erasures.has_row(row[0]):
+                    without_entry[row[0]] = row[1]
+                if len(without_entry) > WAITING:
+                    _settle_rows(connection, without_entry, WAITING // 2, findings)
+            if not companions.are_explained(erasures):
+                erasures = Erasures(connection)
+            companions.settle(erasures, findings)
+            at_row = max(at_row, through)
+            for number in without_entry.keys() & without_row.keys():
+                del without_entry[number], without_row[number]
+            # A row and its entry are written together: what is so far behind has no other half.
+            retention.settle(without_row, at_row - WAITING, findings)
+    with one_moment(connection):
+        retention.settle(without_row, None, findings)
+        _settle_rows(connection, without_entry, 0, findings)
+        for stray in strays(connection, min(rows_from or 0, 1), rows_through or 0):
+            findings.add(stray)
+        retention.read()
+        count_gone(connection, "usage", numbered, retention.taken + retention.missing, findings)
     return Tally("usage", rows, entries, retention.count, erased, findings.count, tuple(findings.named))
 
 
@@ -113,9 +119,15 @@ class _Retention:
     """
 
     def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
         self.count = self.missing = self.taken = self._before_us = 0
+        self.read()
+
+    def read(self) -> None:
+        """Read what was taken until now."""
+        self.taken = 0
         for (details,) in fetch(
-            connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'usage'"
+            self._connection, "SELECT details FROM audit WHERE event_type = 'retention.applied' AND subject = 'usage'"
         ):
             if details is not None:
                 applied = msgspec.json.decode(details)
@@ -124,13 +136,21 @@ class _Retention:
 
     def settle(self, without_row: dict[int, UsageEntry], before_row: int | None, findings: Findings) -> None:
         """Give up on entries of rows from before one, or with None on all: retention took them, or they are missing."""
-        for number in sorted(number for number in without_row if before_row is None or number < before_row):
+        given_up = sorted(number for number in without_row if before_row is None or number < before_row)
+        is_read = False
+        for number in given_up:
             entry = without_row.pop(number)
-            if _time_of(entry) < self._before_us and self.count < self.taken:
+            if not is_read and not self._explains(entry):
+                self.read()
+                is_read = True
+            if self._explains(entry):
                 self.count += 1
             else:
                 self.missing += 1
                 findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there")
+
+    def _explains(self, entry: UsageEntry) -> bool:
+        return _time_of(entry) < self._before_us and self.count < self.taken
 
 
 def _time_of(entry: UsageEntry) -> int:
@@ -138,7 +158,7 @@ def _time_of(entry: UsageEntry) -> int:
     return said if isinstance(said, int) else entry.timestamp_us
 
 
-def _compare(entry: UsageEntry, columns: Row, names: Names, findings: Findings) -> None:
+def _compare(connection: apsw.Connection, entry: UsageEntry, columns: Row, names: Names, findings: Findings) -> None:
     row: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
     where = f"usage row {row['seq']} ({row['id']})"
     for name in ("tenant", "source", "agent", "consumer", "model", "provider", "project"):
@@ -159,11 +179,18 @@ def _compare(entry: UsageEntry, columns: Row, names: Names, findings: Findings) 
         findings.add(f"{where}: id, reporter or time of the commit is not what entry {entry.seq} says")
     elif entry.says.row_digest is not msgspec.UNSET and entry.says.row_digest != row_digest(columns):
         findings.add(f"{where}: is not what was written, by the digest that entry {entry.seq} has of it")
-    elif entry.kind == "usage.recorded" and not _is_content(row):
+    elif entry.kind == "usage.recorded" and not (
+        _is_content(row, {row["delegation"], None}) or _is_content(row, _called(connection, row["delegation"]))
+    ):
         findings.add(f"{where}: is not what was reported, by the digest that entry {entry.seq} has of it")
 
 
-def _is_content(row: dict[str, Any]) -> bool:
+def _called(connection: apsw.Connection, delegation: str | None) -> set[str | None]:
+    """What a delegation is called by its token, as an event may say that came with it."""
+    return {jti for (jti,) in fetch(connection, "SELECT jti FROM delegation WHERE id = ?", (delegation,))}
+
+
+def _is_content(row: dict[str, Any], delegations: set[str | None]) -> bool:
     """Whether a row holds what its digest was made of, before the daemon named the event or attributed it."""
     fields: dict[str, Any] = {
         name: row[name] for name in UsageEvent.__struct_fields__ if name not in {"partial", "labels"}
@@ -176,5 +203,5 @@ def _is_content(row: dict[str, Any]) -> bool:
         )
         == row["content"]
         for event_id in ids
-        for given in {row["delegation"], None}
+        for given in delegations
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apsw
@@ -19,3 +20,13 @@ def fetch_one(connection: apsw.Connection, sql: str, values: Sequence[Any] = ())
     """The first row of a statement, or None."""
     rows = connection.execute(sql, values).fetchall()
     return rows[0] if rows else None
+
+
+@contextlib.contextmanager
+def one_moment(connection: apsw.Connection) -> Iterator[None]:
+    """Have all that is read in the block be of one moment; in another such block, of that one's."""
+    connection.execute("SAVEPOINT moment")
+    try:
+        yield
+    finally:
+        connection.execute("RELEASE moment")

@@ -67,8 +67,8 @@ class Host:
             self.database.write_bytes(database)
             wal.write_bytes(content)
 
-    def restore(self, file: Path, **options: Any) -> Restored:
-        return restoring.restore(file, self.directory, actor="uid:1", now_us=NOW_US + 5, **options)
+    def restore(self, file: Path, *, now_us: int = NOW_US + 5, **options: Any) -> Restored:
+        return restoring.restore(file, self.directory, actor="uid:1", now_us=now_us, **options)
 
     def ids(self, database: Path | None = None) -> set[str]:
         with closing(apsw.Connection(str(database or self.database))) as connection:
@@ -122,6 +122,13 @@ def test_what_an_upgrade_enters_is_not_held_to_the_checkpoints_of_what_came_behi
         kinds = connection.execute("SELECT event_type FROM audit WHERE seq > 3 ORDER BY seq").fetchall()
     assert kinds == [("upgrade.counted",), ("log.restored",)]
     host.assert_verifies()
+
+
+def test_of_two_restores_in_a_second_both_keep_what_was_there(host: Host, backup: Path) -> None:
+    first, second = host.restore(backup), host.restore(backup, now_us=NOW_US + 500_000)
+    assert first.kept is not None
+    assert second.kept is not None
+    assert (host.ids(first.kept), host.ids(second.kept)) == ({"a", "b", "c"}, {"a", "b"})
 
 
 def test_the_backup_takes_the_place_and_the_log_says_what_was_given_up(host: Host, backup: Path) -> None:

@@ -232,3 +232,16 @@ def test_each_step_finds_its_rows_by_an_index(connection: apsw.Connection) -> No
         sql = f"EXPLAIN QUERY PLAN SELECT id FROM {table} WHERE {condition} LIMIT 9"
         plan = " ".join(str(row[-1]) for row in connection.execute(sql))
         assert f"USING INDEX {table}_consumer" in plan or f"USING COVERING INDEX {table}_consumer" in plan, plan
+
+
+def test_somebody_who_reports_under_the_pseudonym_keeps_nobody_from_getting_one(
+    connection: apsw.Connection, writer: Writer
+) -> None:
+    submit(writer, EraseConsumer(MAX, "ers_1", [1], "request 17", "key:admin", NOW_US, None))
+    report = UsageEvent("t", A, "ers_1", NOW_US, 5, 5, id="late")
+    submit(writer, RecordUsage("t", "key:x", NOW_US, [report], [Cost(7)]))
+    step = submit(writer, EraseConsumer(MAX, "ers_2", [2, 3, 4], "request 17", "key:admin", NOW_US, 4))
+    assert step.is_whole
+    names = connection.execute("SELECT name FROM name WHERE id IN (SELECT consumer FROM usage) ORDER BY id").fetchall()
+    assert names == [("ers_1_",), (EVE,), ("ers_1",)]
+    assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
