@@ -27,7 +27,7 @@ SHORT = 20_000
 """Entries, or rows, that a thread of a reader walks in a tenth of a second; a longer walk has a process of its own."""
 
 AT_ONCE = 2
-"""Walks under way: each may take a core for minutes."""
+"""Walks under way that somebody asked for: each may take a core for minutes."""
 
 VOUCHED_NAMED = 100
 """Entries that are named of those that an operator vouches for."""
@@ -63,6 +63,7 @@ class Verifier:
         self._public_key = public_key
         self._log = log
         self._limiter = trio.CapacityLimiter(AT_ONCE)
+        self._own = trio.CapacityLimiter(1)
 
     async def verify(
         self, since: int = 0, remembered: tuple[str, ...] = (), *, reconcile: bool = True, gives_way: bool = False
@@ -83,7 +84,8 @@ class Verifier:
         kept = str(self._checkpoints)
         request = Request(since, remembered, kept, self._public_key, reconcile, former, witnesses, gives_way)
         walk = object()  # two requests that ask the same are equal, and each has a place of its own
-        await self._limiter.acquire_on_behalf_of(walk)
+        limiter = self._own if gives_way else self._limiter  # one that rests keeps nobody waiting
+        await limiter.acquire_on_behalf_of(walk)
         try:
             short = await self._walked_at_once(request)
             if short is not None:
@@ -96,7 +98,7 @@ class Verifier:
             self._log.error("%s", error)
             yield Refusal("verifying_failed", f"{error}: ask again", retry_after_s=5)
         finally:
-            self._limiter.release_on_behalf_of(walk)
+            limiter.release_on_behalf_of(walk)
 
     async def _walked_at_once(self, request: Request) -> Report | None:
         """The report over a short log; None when it is long, or takes a reader too long on a busy disk."""

@@ -45,7 +45,7 @@ class Beside:
                 continue
             try:
                 work()
-            except BaseException as error:  # noqa: BLE001 -- it is the caller's, who waits for the outcome
+            except BaseException as error:  # noqa: ASYNC103, BLE001 -- the caller waits for the outcome
                 done.set_exception(error)
             else:
                 done.set_result(None)
