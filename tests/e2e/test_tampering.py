@@ -157,10 +157,9 @@ async def test_what_was_taken_while_the_daemon_was_down_is_not_explained_by_a_ch
         await trio.to_thread.run_sync(daemon.stop)
         seq, digest = sound["last_seq"], bytes.fromhex(sound["last_hash"])
         said = {"count": 1, "entries": [[seq, seq]], "first_seq": seq, "last_seq": seq, "usage_rows": [[8, 8]]}
-        draft = ("aud_x", "ers_x", audit.canonical_details({**said, "reason": "request 18"}), bytes(16))
-        (link,) = audit.chain((seq, digest), "erasure.applied", "uid:0", 1_900_000_000_000_000, [draft])
-        row = (link[0], draft[0], 1_900_000_000_000_000, "erasure.applied", "uid:0", draft[1], draft[2].decode())
-        edit(daemon, f"INSERT INTO audit VALUES ({','.join('?' * 11)})", *row, draft[3], *link[1:])
+        sealed = audit.seal("uid:0", [("ers_x", audit.canonical_details({**said, "reason": "request 18"}))], bytes(16))
+        (row,) = audit.chain((seq, digest), "erasure.applied", "uid:0", 1_900_000_000_000_000, ["aud_x"], sealed)
+        edit(daemon, f"INSERT INTO audit VALUES ({','.join('?' * 11)})", *row)
         emptied = "actor = NULL, subject = NULL, details = NULL, salt = NULL"
         edit(daemon, f"UPDATE audit SET {emptied} WHERE seq = ?", seq)
         edit(daemon, "DELETE FROM usage WHERE seq = 8")
