@@ -11,7 +11,7 @@ import apsw
 from asapd.store.rows import fetch
 
 BUSY_ENTRIES = 2_000
-"""What the log grows by in a second of much reporting: a tenth of what the writer can do."""
+"""What the log grows by in a second of much reporting: an eighth of the single events that are taken at most."""
 
 LOOK_S = 1.0
 """Between two looks at how fast it grows."""
