@@ -131,7 +131,8 @@ async def run_meter(
 
         async def pass_on(message: MeterMessage) -> bool:
             if isinstance(message, Report):
-                await reports.take(message)
+                if not reports.gather(message):
+                    await reports.take(message)
                 return True
             await reports.send_gathered()
             return False
@@ -200,6 +201,14 @@ class _Reports:
         self._closed = False
         self._gathered: dict[tuple[str | None, str], list[Report]] = {}
 
+    def gather(self, message: Report) -> bool:
+        """Keep a single event, which shares a unit with others then; false for a report that has to have its own."""
+        if not _stands_alone(message):
+            return False
+        caller = message.caller
+        self._gathered.setdefault((caller.tenant, caller.actor), []).append(message)
+        return True
+
     async def take(self, message: Report) -> None:
         """Refuse what came too late or too early, and send the rest to the store; waits while too much is in flight.
 
@@ -225,9 +234,6 @@ class _Reports:
             left_out = {index for index, _ in found}
             events = [event for index, event in enumerate(events) if index not in left_out]
             places = [place for index, place in enumerate(places) if index not in left_out]
-        if _stands_alone(message):
-            self._gathered.setdefault((message.caller.tenant, message.caller.actor), []).append(message)
-            return
         await self.send_gathered()  # what came first goes first
         unit = msgspec.structs.replace(
             _unit(message.caller, settings, now_us, events),
@@ -241,11 +247,21 @@ class _Reports:
     async def send_gathered(self) -> None:
         """Send the single events that were gathered, those of one caller as one unit, which costs each half as much."""
         while self._gathered:
-            messages = self._gathered.pop(next(iter(self._gathered)))
-            if len(messages) == 1:
-                await self._send_alone(messages[0])
-            else:
+            messages = self._timely(self._gathered.pop(next(iter(self._gathered))))
+            if len(messages) > 1:
                 await self._send_together(messages)
+            elif messages:
+                await self._send_alone(messages[0])
+
+    def _timely(self, messages: list[Report]) -> list[Report]:
+        """Single events without those that came too late or too early, which are refused."""
+        now_us, settings = self._clock.now_us(), self._settings
+        _move_horizon(settings, now_us)
+        events = [message.events[0] for message in messages]
+        found = dict(untimely(events, settings.horizon_us, now_us + settings.metering.clock_skew_max_us))
+        for index, reason in found.items():
+            messages[index].reply.send(refuse_untimely([(0, reason)], messages[index].places))
+        return [message for index, message in enumerate(messages) if index not in found] if found else messages
 
     async def _send_alone(self, message: Report) -> None:
         try:
@@ -303,6 +319,9 @@ class _Reports:
         self._settled.unpark_all()
         again: list[Report] = []
         match outcome:
+            case Recorded(ids=ids, resent=[]) if len(ids) == len(messages):
+                for message, event_id in zip(messages, ids, strict=True):
+                    message.reply.send(_of_one(message, event_id, is_repeat=False))
             case Recorded(ids=ids, places=list(places), resent=resent):
                 found, repeats = dict(zip(places, ids, strict=True)), set(resent)
                 for place, message in enumerate(messages):

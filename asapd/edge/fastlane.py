@@ -16,6 +16,7 @@ from wsgiref.handlers import format_date_time
 
 import trio
 
+from asapd import config
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
@@ -35,9 +36,12 @@ from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
 ACCEPT_PAUSE_S = 0.1
 # Between two looks at whose time is up: a wait ends at most so much later than its limit says.
 LOOK_S = 0.5
+# Local users remembered with who they are, until [ingest] is read anew.
+MAX_LOCALS = 1_024
 
 _ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+_NOT_ADMITTED = Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
 
 HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
@@ -67,7 +71,9 @@ class FastLane:
         self._connections: set[LaneConnection] = set()
         self._stopped = trio.Event()
         self._date_at_s = -1
-        self._date = b""
+        self._common = b""
+        self._locals: dict[Peer, Caller | Refusal] = {}
+        self._locals_by: config.Ingest | None = None
 
     def stop(self) -> None:
         """Closes idle connections now, and each other one after the answer that it waits for."""
@@ -224,23 +230,29 @@ class FastLane:
             return _BUG
 
     def _caller(self, fields: Fields, peer: Peer | None) -> Caller | Refusal:
+        settings = self._services.settings()
         if peer is not None:
-            local = self._services.ingest_caller(peer)
-            return local or Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
-        http = self._services.settings().http
+            if self._locals_by is not settings.ingest or len(self._locals) > MAX_LOCALS:
+                self._locals_by, self._locals = settings.ingest, {}
+            local = self._locals.get(peer)
+            if local is None:
+                local = self._services.ingest_caller(peer) or _NOT_ADMITTED
+                self._locals[peer] = local
+            return local
+        http = settings.http
         return check_host(fields, http) or tcp_caller(fields, self._services.ring, http)
 
     def _response(self, status: int, body: bytes, content_type: bytes, extra: bytes, keep_alive: bool) -> bytes:
         now_s = self._services.clock.now_us() // 1_000_000
         if now_s != self._date_at_s:
-            self._date_at_s, self._date = now_s, format_date_time(now_s).encode()
-        return b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\ndate: %b\r\n%b%b%b\r\n%b" % (
+            self._date_at_s = now_s
+            self._common = b"date: %b\r\n%b" % (format_date_time(now_s).encode(), _ALWAYS)
+        return b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b%b%b\r\n%b" % (
             status,
             _PHRASES[status],
             content_type,
             len(body),
-            self._date,
-            _ALWAYS,
+            self._common,
             extra,
             b"" if keep_alive else b"connection: close\r\n",
             body,

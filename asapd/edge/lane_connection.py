@@ -83,7 +83,10 @@ class LaneConnection:
         self._is_foreign = False
         self._doing = _Doing.ANSWERING
         self._waiting = trio.CancelScope()
-        self._due_s = inf
+        self._is_over = False
+        """Whether `_waiting` was cancelled: to ask a scope takes the time, too."""
+        self._due_s: float | None = inf
+        self._wait_s = inf
         self._is_in_hand = False
         self._unsent = b""
         self._is_last = False
@@ -95,7 +98,7 @@ class LaneConnection:
     def stop_if_idle(self) -> None:
         """Ends the connection unless a request has begun."""
         if self._doing is _Doing.IDLE:
-            self._waiting.cancel()
+            self._end_wait()
 
     async def run(self) -> None:
         try:
@@ -114,7 +117,7 @@ class LaneConnection:
         wait_s = self._limits.header_s
         while True:
             found = self._take()
-            if self._begin(found, trio.current_time()):
+            if self._begin(found):
                 found = await self._be_served()
                 wait_s = self._limits.keep_alive_s
             if found:
@@ -130,11 +133,21 @@ class LaneConnection:
 
     def end_if_due(self, now_s: float) -> None:
         """Ends the wait at hand if its time is up."""
-        if self._due_s <= now_s:
-            self._waiting.cancel()
+        if self._due_s is None:
+            self._due_s = now_s + self._wait_s
+        elif self._due_s <= now_s:
+            self._end_wait()
+
+    def _end_wait(self) -> None:
+        self._is_over = True
+        self._waiting.cancel()
 
     def _doing_until(self, doing: _Doing, due_s: float) -> None:
         self._doing, self._due_s = doing, due_s
+
+    def _doing_for(self, doing: _Doing, wait_s: float) -> None:
+        """A wait that counts from the next look on: to ask for the time costs as much as to decode an event."""
+        self._doing, self._due_s, self._wait_s = doing, None, wait_s
 
     async def _too_slow(self) -> None:
         match self._doing:
@@ -154,6 +167,19 @@ class LaneConnection:
         with trio.move_on_after(self._limits.send_s):
             await self._stream.send_all(last)
             await self._linger()
+
+    def _requests_in(self, data: bytes) -> list[Received]:
+        """The whole requests that have come with `data`; one like those before, and no more, is found at a glance."""
+        if not self._buffer and self._head is None:
+            end = data.find(b"\r\n\r\n") + 4
+            head = self._heads.get(data[:end])
+            if head is not None and len(data) - end == head.body_bytes:
+                caller = self._lane.identify(head.fields, self._peer)
+                request = UsageRequest(head.path, head.query, head.fields, data[end:])
+                return [Received(request, caller, head.keep_alive, head.is_plain)]
+        self._buffer += data
+        self._since_s = trio.current_time()
+        return self._take()
 
     def _take(self) -> list[Received]:
         """The whole requests that have come, as many as may be in hand at once."""
@@ -210,12 +236,12 @@ class LaneConnection:
                 self._heads[raw] = head
         return head
 
-    def _begin(self, found: list[Received], now_s: float) -> bool:
+    def _begin(self, found: list[Received]) -> bool:
         """Whether all that has come is one request that is on its way, and whoever has its answer will send it."""
         if len(found) != 1 or self._buffer or not found[0].keep_alive:
             return False
         self._is_in_hand, self._is_needed = True, False
-        self._doing_until(_Doing.ANSWERING, now_s + ANSWER_S)
+        self._doing_for(_Doing.ANSWERING, ANSWER_S)
         if self._lane.answer_nowait(found[0], self._told):
             return True
         self._is_in_hand = False
@@ -228,23 +254,22 @@ class LaneConnection:
         self._give_back()
         self._is_last = self._lane.is_stopping
         data = self._lane.respond(outcome, keep_alive=not self._is_last)
-        self._since_s = trio.current_time()
         try:
             sent = self._direct.send_nowait(data)
         except OSError:  # the task meets it too, and ends
             sent = 0
         self._unsent = data[sent:]
         if self._unsent:
-            self._doing_until(_Doing.SENDING, self._since_s + self._limits.send_s)
+            self._doing_for(_Doing.SENDING, self._limits.send_s)
         else:
-            self._doing_until(_Doing.IDLE, self._since_s + self._limits.keep_alive_s)
+            self._doing_for(_Doing.IDLE, self._limits.keep_alive_s)
         self._is_needed = self._is_needed or self._is_last or bool(self._unsent)
         if self._is_needed:
             self._task.unpark_all()
 
     def _ready(self) -> None:
         """Serve the request that has come, if nothing has to be waited for; else this connection's task is needed."""
-        if self._waiting.cancel_called:
+        if self._is_over:
             return
         try:
             if not (self._is_in_hand or self._is_needed) and self._is_served():
@@ -259,10 +284,8 @@ class LaneConnection:
         data = self._direct.receive_nowait(RECEIVE_BYTES)
         if data is None:
             return True
-        self._buffer += data
-        self._since_s = trio.current_time()
-        found = self._take()
-        if self._begin(found, self._since_s):
+        found = self._requests_in(data)
+        if self._begin(found):
             return True
         self._found = found
         return False
@@ -313,7 +336,7 @@ class LaneConnection:
         limits = self._limits
         is_idle = not self._buffer and self._head is None
         if is_idle:
-            self._doing_until(_Doing.IDLE, self._since_s + wait_s)
+            self._doing_for(_Doing.IDLE, wait_s)
         elif self._head is None:
             self._doing_until(_Doing.READING, self._since_s + limits.header_s)
         else:
@@ -326,7 +349,7 @@ class LaneConnection:
         if is_idle and self._lane.is_stopping:
             return False
         data = await self._direct.receive_some(RECEIVE_BYTES)
-        if self._waiting.cancel_called:
+        if self._is_over:
             # What came together with the deadline came too late; to begin on it would be to leave it unanswered.
             await trio.lowlevel.checkpoint()
         if is_idle:

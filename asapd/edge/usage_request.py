@@ -129,15 +129,9 @@ def answer_nowait(
 
     An actor that crashes never tells, so the caller keeps a deadline.
     """
-    refusal = _denied(caller)
-    body = unpack(request.body, None, services.settings().http.max_body_bytes)
-    if refusal is not None or isinstance(body, Refusal):
+    if not caller.may(Permission.INGEST) or len(request.body) > services.settings().http.max_body_bytes:
         return False
-
-    def reported(outcome: dict[str, Any] | Refusal) -> None:
-        told(outcome if isinstance(outcome, Refusal) else (201, outcome))
-
-    return report_nowait(services, caller, body, reported)
+    return report_nowait(services, caller, request.body, told)
 
 
 def _denied(caller: Caller) -> Refusal | None:

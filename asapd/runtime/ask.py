@@ -81,7 +81,7 @@ class Reply(Generic[T]):
 
         Raises AlreadyAnswered when the slot has ended.
         """
-        if self.ended:
+        if self._state is not _State.PENDING:
             raise AlreadyAnswered(f"the reply is {self._state.value} already")
         self._value = value
         self._end(_State.ANSWERED)
@@ -109,13 +109,15 @@ class Reply(Generic[T]):
 
         Raises HandlerFailed or AnswererGone when it ended without one, trio.WouldBlock when it has not ended.
         """
-        if self._state is _State.PENDING:
-            raise trio.WouldBlock
-        if self._state is _State.FAILED:
-            raise HandlerFailed("the request met a bug, which was logged")
-        if self._state is _State.CLOSED:
-            raise AnswererGone("the answerer went away with the request in hand; its outcome is unknown")
-        return cast("T", self._value)
+        match self._state:
+            case _State.ANSWERED:
+                return cast("T", self._value)
+            case _State.PENDING:
+                raise trio.WouldBlock
+            case _State.FAILED:
+                raise HandlerFailed("the request met a bug, which was logged")
+            case _State.CLOSED:
+                raise AnswererGone("the answerer went away with the request in hand; its outcome is unknown")
 
     def _end(self, state: _State) -> None:
         self._state = state

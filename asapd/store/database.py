@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -23,6 +22,7 @@ from nacl.signing import SigningKey
 
 from asapd.core.errors import Refusal
 from asapd.store.frames import HEADER
+from asapd.store.outbox import Outbox
 from asapd.store.units.alerts import AlertWritten
 from asapd.store.units.exchange import Answer, AnyResult, AnyUnit, Envelope, Idempotency
 from asapd.store.units.unit import Failed, NotWritten, Unit
@@ -38,9 +38,6 @@ MAX_IN_FLIGHT_BYTES = 64 << 20
 """Eight of the largest request bodies: beyond it callers wait, and the doors stop reading."""
 
 RECEIVE_BYTES = 64 << 10
-
-BULK_BYTES = 64 << 10
-"""Sent in one go: a third of what a socket holds, so that the writer never waits for more."""
 
 READ_LIMIT_S = 30.0
 """A query that runs longer is interrupted: an open reader keeps the WAL from being folded back."""
@@ -298,12 +295,8 @@ class ProcessRunner:
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._number = 0
         self._pending: dict[int, tuple[int, Then]] = {}
-        self._urgent = bytearray()
-        self._bulk: deque[bytes] = deque()
+        self._urgent, self._bulk = Outbox(), Outbox()
         self._in_flight_bytes = 0
-        # Parking lots, not a condition: between a look and a wait nothing else runs, and waking costs nobody a turn.
-        self._urgent_sender = trio.lowlevel.ParkingLot()
-        self._bulk_sender = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._connected = False
         self._closing = False
@@ -339,15 +332,7 @@ class ProcessRunner:
             return
         self._pending[number] = len(body), then
         self._in_flight_bytes += len(body)
-        if urgent:
-            self._urgent += HEADER.pack(len(body))
-            self._urgent += body
-            sender = self._urgent_sender
-        else:
-            self._bulk.append(HEADER.pack(len(body)) + body)
-            sender = self._bulk_sender
-        if sender:
-            sender.unpark_all()
+        (self._urgent if urgent else self._bulk).put(HEADER.pack(len(body)) + body)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run one writer process until `close`.
@@ -376,8 +361,8 @@ class ProcessRunner:
         task_status.started()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, stream, self._take_bulk, self._bulk_sender)
-                nursery.start_soon(self._send, urgent, self._take_urgent, self._urgent_sender)
+                nursery.start_soon(self._bulk.run, stream)
+                nursery.start_soon(self._urgent.run, urgent)
                 await self._receive(stream)
                 nursery.cancel_scope.cancel()
         finally:
@@ -392,33 +377,6 @@ class ProcessRunner:
                     await process.wait()
         if not self._closing:
             raise WriterDiedError(f"the writer process ended with code {process.returncode}")
-
-    async def _send(
-        self, stream: trio.SocketStream, take: Callable[[], bytearray], sender: trio.lowlevel.ParkingLot
-    ) -> None:
-        """Send what there is to take until the runner closes; decisions have a stream of their own."""
-        try:
-            while True:
-                data = take()
-                if data:
-                    await stream.send_all(data)
-                elif self._closing:
-                    await stream.send_eof()
-                    return
-                else:
-                    await sender.park()
-        except trio.BrokenResourceError:
-            return  # the receiving side learns of it too, and knows what to do
-
-    def _take_urgent(self) -> bytearray:
-        data, self._urgent = self._urgent, bytearray()
-        return data
-
-    def _take_bulk(self) -> bytearray:
-        data = bytearray()
-        while self._bulk and len(data) < BULK_BYTES:
-            data += self._bulk.popleft()
-        return data
 
     async def _receive(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
@@ -474,8 +432,8 @@ class ProcessRunner:
     def close(self) -> None:
         """Let the process finish what it has and end; `run` then returns."""
         self._closing = True
-        self._urgent_sender.unpark_all()
-        self._bulk_sender.unpark_all()
+        self._urgent.close()
+        self._bulk.close()
         self._room.unpark_all()
 
 

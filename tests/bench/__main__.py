@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.bench.bare_http import KINDS as BARE
 from tests.bench.bare_http import bare_lane
 from tests.bench.ceiling import events_per_second, median_commit_s
 from tests.bench.daemon import Daemon, chain, lag_p99_ms, load, loading, running
@@ -86,9 +87,17 @@ def measure(daemon: Daemon, directory: Path, token: str, size: Size, number: int
     done = load(directory, **lane, singles=size.singles, name=f"{name}l")
     figures.add("lane", done["count"] / done["seconds"])
     figures.add("lane p99", quantile_ms(done["latencies_s"], 0.99))
-    with bare_lane(directory / "bare.sock") as bare:
-        done = load(directory, **{**lane, "socket": str(bare)}, singles=size.singles, name=f"{name}b")
-    figures.add("bare lane", done["count"] / done["seconds"])
+    requests = {"kind": "requests", "path": "/usage", "connections": 64, "singles": size.singles}
+    for kind in BARE:
+        with bare_lane(kind, directory / "bare.sock") as bare:
+            done = load(directory, **requests, **bare, name=f"{name}b")
+        figures.add(f"{kind} lane", done["count"] / done["seconds"])
+    tcp = {"host": "127.0.0.1", "port": daemon.lane, "key": daemon.key}
+    done = load(directory, **requests, **tcp, name=f"{name}t")
+    figures.add("tcp lane", done["count"] / done["seconds"])
+    with bare_lane("seeing") as bare:
+        done = load(directory, **requests, **bare, name=f"{name}b")
+    figures.add("seeing tcp lane", done["count"] / done["seconds"])
     authorize = {"path": "/delegations/authorize", "connections": 16}
     done = load(directory, **http, **authorize, bodies=decisions(token, f"{name}d", size.authorizations))
     figures.add("authorize p50", quantile_ms(done["latencies_s"], 0.5))
@@ -129,8 +138,10 @@ def table(figures: Figures) -> str:
         ("events/s over the ingest socket, arrays of 1000, 8 connections", "frames", "ceiling"),
         ("the same, random ids", "random", "random ceiling"),
         ("events/s over the ingest socket, single events as frames, 64 connections", "singles", "ceiling"),
-        ("events/s over the fast lane, single events as requests, 64 connections", "lane", "bare lane"),
-        ("the same: p99, ms", "lane p99", "commit"),
+        ("events/s over the fast lane, single events as requests, 64 connections", "lane", "seeing lane"),
+        ("the same, beside a listener that looks at nothing but bodies", "lane", "blind lane"),
+        ("the same over TCP, with a key", "tcp lane", "seeing tcp lane"),
+        ("events/s over the fast lane: p99, ms", "lane p99", "commit"),
         ("authorize over HTTP, 16 clients, chain of 2: p50, ms", "authorize p50", "commit"),
         ("the same: p99, ms", "authorize p99", "commit"),
         ("authorize over the ingest socket, 16 clients: p50, ms", "decide p50", "commit"),
@@ -150,7 +161,9 @@ def table(figures: Figures) -> str:
         ("memory of the daemon after a round, MiB", "memory"),
         ("ceiling: events/s, bare writer", "ceiling"),
         ("ceiling: events/s, bare writer, random ids", "random ceiling"),
-        ("ceiling: requests/s, bare lane", "bare lane"),
+        ("ceiling: requests/s, bare lane", "seeing lane"),
+        ("ceiling: requests/s, bare lane that looks at nothing but bodies", "blind lane"),
+        ("ceiling: requests/s, bare lane over TCP", "seeing tcp lane"),
         ("ceiling: one durable commit, ms", "commit"),
         ("ceiling: three bare signatures, us", "bare signatures"),
     ):

@@ -34,6 +34,8 @@ class Daemon:
     """A running daemon, and how to reach it."""
 
     port: int
+    lane: int
+    """The port of the fast lane."""
     socket: Path
     key: str
     pid: int
@@ -81,10 +83,10 @@ def free_port() -> int:
 @contextmanager
 def running(directory: Path) -> Iterator[Daemon]:
     """A daemon with durable commits in a directory of its own."""
-    port = free_port()
+    port, lane = free_port(), free_port()
     public = {agent: base64.b64encode(bytes(key.verify_key)).decode() for agent, key in KEYS.items()}
     (directory / "asapd.toml").write_text(
-        f'[http]\nbind = ["127.0.0.1:{port}"]\n[store]\nsynchronous = "full"\n'
+        f'[http]\nbind = ["127.0.0.1:{port}"]\n[ingest]\nbind = ["127.0.0.1:{lane}"]\n[store]\nsynchronous = "full"\n'
         f'[delegation]\nroots = ["{ROOT}"]\n'
         + "".join(
             f'[[agents]]\nid = "{agent}"\nurl = "http://127.0.0.1:9"\npublic_key = "{key}"\n'
@@ -105,7 +107,9 @@ def running(directory: Path) -> Iterator[Daemon]:
         )
     try:
         wait_ready(process, directory)
-        yield Daemon(port, directory / "run" / "ingest.sock", (state / "admin.key").read_text().strip(), process.pid)
+        yield Daemon(
+            port, lane, directory / "run" / "ingest.sock", (state / "admin.key").read_text().strip(), process.pid
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)

@@ -152,18 +152,16 @@ def over_frames(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_requests(job: dict[str, Any]) -> dict[str, Any]:
-    """Single events, or `bodies`, as HTTP requests over `connections` to a Unix socket, one in flight on each."""
+    """Single events, or `bodies`, as HTTP requests over `connections`, one in flight on each."""
     bodies = [body.encode() for body in job["bodies"]] if "bodies" in job else singles(job["singles"], job["name"])
-    requests = deque(http_request("POST", job["path"], "none", body) for body in bodies)
+    requests = deque(http_request("POST", job["path"], job.get("key", "none"), body) for body in bodies)
     count = len(requests)
     selector = selectors.DefaultSelector()
     started_s: dict[socket.socket, float] = {}
     latencies_s: list[float] = []
     failed: list[str] = []
     for _ in range(job["connections"]):
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(job["socket"])
-        selector.register(sock, selectors.EVENT_READ, bytearray())
+        selector.register(_connect(job), selectors.EVENT_READ, bytearray())
     start_s = time.perf_counter()
     for key in list(selector.get_map().values()):
         assert isinstance(key.fileobj, socket.socket)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import MAX_INT
 from asapd.core.usage import UsageEvent
-from asapd.wire.usage import MAX_ERRORS, MAX_EVENTS, BodyFormat, Events, decode_events, parse_timestamp
+from asapd.wire.usage import MAX_ERRORS, MAX_EVENTS, BodyFormat, Events, decode_event, decode_events, parse_timestamp
 
 COUNTS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
 NESTED: dict[str, Any] = {
@@ -380,6 +380,15 @@ broken_events = st.dictionaries(st.sampled_from([*NESTED, *FLAT, "id", "cost_usd
 @given(st.binary(max_size=200), st.sampled_from(FORMATS))
 def test_no_bytes_make_the_decoder_raise(body: bytes, body_format: BodyFormat) -> None:
     assert isinstance(decode_events(body, body_format), Events | Refusal)
+
+
+@given(broken_events.map(msgspec.json.encode) | values.map(msgspec.json.encode) | st.binary(max_size=60))
+def test_the_quick_way_to_one_event_finds_what_the_whole_one_finds_or_nothing(body: bytes) -> None:
+    found, quick = decode_events(body), decode_event(body)
+    if quick is not None:
+        assert found == Events([quick], [0], (), is_batch=False)
+    elif isinstance(found, Events) and not found.errors and body[:1] == b"{":
+        assert found.is_batch or b"usage" in body
 
 
 @given(values | broken_events | st.lists(broken_events, max_size=4), st.sampled_from(("json", "msgpack")))
