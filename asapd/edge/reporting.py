@@ -76,12 +76,8 @@ def report_nowait(
     """
     if len(body) >= LARGE_BYTES:
         return False
-    # Most small bodies are one event, which needs little of what is seen to where there may be many.
-    event = decode_event(body)
-    prepared: _Prepared | Refusal
-    if event is not None and (caller.sees_everything or caller.may_touch(event.agent)):
-        prepared = _Prepared([event], [0], {}, [], is_batch=False, partial=False)
-    else:
+    prepared: _Prepared | Refusal | None = _prepared_one(caller, body)
+    if prepared is None:
         decoded = decode_events(body)
         prepared = decoded if isinstance(decoded, Refusal) else _prepared(decoded, caller)
     if isinstance(prepared, Refusal):
@@ -186,6 +182,14 @@ def _prepared(
     if partial:
         tasks = {place: event.task_id for place, event in zip(decoded.places, decoded.events, strict=True)}
     return _Prepared(events, places, tasks, errors, decoded.is_batch, partial, attribution)
+
+
+def _prepared_one(caller: Caller, body: bytes) -> _Prepared | None:
+    """A body that is one event, which needs little of what is seen to where there may be many; None for all else."""
+    event = decode_event(body)
+    if event is None or not (caller.sees_everything or caller.may_touch(event.agent)):
+        return None
+    return _Prepared([event], [0], {}, [], is_batch=False, partial=False)
 
 
 async def attribute(services: Services, caller: Caller, token: str, *, patient: bool = False) -> Attribution | Refusal:
@@ -339,7 +343,11 @@ async def post_frame(services: Services, caller: Caller | None, body: bytes, ans
         answer(_refused(too_many))
         return
     body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
-    prepared = await _prepare(services, caller, body, body_format)
+    prepared: _Prepared | Refusal | None = None
+    if caller.may(Permission.INGEST) and len(body) < LARGE_BYTES:
+        prepared = _prepared_one(caller, body)
+    if prepared is None:
+        prepared = await _prepare(services, caller, body, body_format)
     if isinstance(prepared, Refusal):
         answer(_refused(prepared))
         return

@@ -136,7 +136,7 @@ def decode_event(body: bytes) -> UsageEvent | None:
         return None
     if whole.events is not UNSET or whole.usage is not UNSET:
         return None
-    event = normalise(whole)
+    event = normalise(whole, is_plain=_is_plain(body))
     return event if isinstance(event, UsageEvent) else None
 
 
@@ -149,7 +149,7 @@ def decode_events(body: bytes, body_format: BodyFormat = "json") -> Events | Ref
     if not isinstance(read, tuple):
         return read
     typed, is_batch = read
-    found = _Found(is_batch)
+    found = _Found(is_batch, is_plain=body_format != "msgpack" and _is_plain(body))
     found.take(typed, 0)
     return found.events()
 
@@ -160,7 +160,7 @@ def decode_steps(body: bytes, body_format: BodyFormat = "json") -> Generator[Non
     if not isinstance(read, tuple):
         return read
     typed, is_batch = read
-    found = _Found(is_batch)
+    found = _Found(is_batch, is_plain=body_format != "msgpack" and _is_plain(body))
     for start in range(0, len(typed), SLICE):
         yield
         found.take(typed[start : start + SLICE], start)
@@ -223,6 +223,11 @@ def _is_msgpack_array(body: bytes) -> bool:
     return bool(body) and (0x90 <= body[0] <= 0x9F or body[0] in (0xDC, 0xDD))
 
 
+def _is_plain(body: bytes) -> bool:
+    """Whether no text in a JSON body can hold a control character: but for DEL they stand in it escaped."""
+    return b"\\" not in body and b"\x7f" not in body and body.isascii()
+
+
 SLICE = 250
 """Events normalised at a stretch: about a millisecond."""
 
@@ -230,10 +235,11 @@ SLICE = 250
 class _Found:
     """What the events of a body are, as far as they were taken in."""
 
-    __slots__ = ("_errors", "_events", "_is_batch", "_places")
+    __slots__ = ("_errors", "_events", "_is_batch", "_is_plain", "_places")
 
-    def __init__(self, is_batch: bool) -> None:
+    def __init__(self, is_batch: bool, *, is_plain: bool) -> None:
         self._is_batch = is_batch
+        self._is_plain = is_plain
         self._events: list[UsageEvent] = []
         self._places: list[int] = []
         self._errors: list[FieldError] = []
@@ -241,7 +247,7 @@ class _Found:
     def take(self, typed: list[WireEvent], start: int) -> None:
         """Take in what comes next, from the place `start` on."""
         for index, wire in enumerate(typed, start):
-            event = normalise(wire)
+            event = normalise(wire, is_plain=self._is_plain)
             if isinstance(event, UsageEvent):
                 self._events.append(event)
                 self._places.append(index)
@@ -254,8 +260,8 @@ class _Found:
         return Events(self._events, self._places, tuple(self._errors), self._is_batch)
 
 
-def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
-    """The normal form of an event, or what is wrong with it."""
+def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[FieldError]:
+    """The normal form of an event, or what is wrong with it; `is_plain` says that no text has a control character."""
     errors: list[FieldError] = []
     agent = wire.agent if wire.agent_id is None and wire.agent is not None else _one_of(wire, "agent", errors)
     consumer = (
@@ -299,15 +305,19 @@ def normalise(wire: WireEvent) -> UsageEvent | list[FieldError]:
         wire.trace_id,
         counts.cache_write_1h_tokens,
     )
-    texts = f"{event.task_id}{consumer}{event.id}{event.source}{event.model}{event.provider}{event.project}"
-    names = f"{event.delegation}{event.reservation}{event.parent_task_id}{event.trace_id}"
-    if not (texts.isprintable() and names.isprintable()):
+    if not is_plain and not _is_printable(event):
         errors += [
             FieldError(name, "must not hold control characters")
             for name in _TEXTS
             if (text := getattr(event, name)) and CONTROL.search(text)
         ]
     return errors or event
+
+
+def _is_printable(event: UsageEvent) -> bool:
+    texts = f"{event.task_id}{event.consumer}{event.id}{event.source}{event.model}{event.provider}{event.project}"
+    names = f"{event.delegation}{event.reservation}{event.parent_task_id}{event.trace_id}"
+    return texts.isprintable() and names.isprintable()
 
 
 _TEXTS = (

@@ -365,6 +365,18 @@ def test_reading_a_time_raises_nothing_else(value: str | float) -> None:
     assert isinstance(found, int) or found.startswith("must be")
 
 
+@pytest.mark.parametrize("text", ["a\x07b", "a\x7fb", "a\x85b", "\\u0007"])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_control_characters_are_found_however_they_are_written(text: str, ensure_ascii: bool) -> None:
+    for value in ({**NESTED, "project": text}, [{**NESTED, "project": text}]):
+        body = json.dumps(value, ensure_ascii=ensure_ascii).encode()
+        found = decode_events(body)
+        assert isinstance(found, Events)
+        is_control = not text.startswith("\\")
+        assert [error.field for error in found.errors] == ["project"] * is_control
+        assert decode_event(body) == (None if is_control or isinstance(value, list) else found.events[0])
+
+
 # --- laws
 
 keys = st.sampled_from([*NESTED, *FLAT, "usage", "events", "id", "cost_usd", "labels", "seq"])
