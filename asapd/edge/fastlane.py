@@ -24,7 +24,7 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE, authorize, authorize_nowait
 from asapd.edge.json_body import json_body
 from asapd.edge.lane_connection import GONE, LaneConnection
-from asapd.edge.lane_request import Fields, Outcome, Received
+from asapd.edge.lane_request import Head, Outcome, Received
 from asapd.edge.poller import Poller
 from asapd.edge.serve import DEFAULT_LIMITS
 from asapd.edge.services import Services
@@ -36,12 +36,12 @@ from asapd.wire.problem import PROBLEM_JSON, encode_json, problem, status_of
 ACCEPT_PAUSE_S = 0.1
 # Between two looks at whose time is up: a wait ends at most so much later than its limit says.
 LOOK_S = 0.5
-# Local users remembered with who they are, until [ingest] is read anew.
-MAX_LOCALS = 1_024
+# Callers remembered by what they came with, until the configuration or a key changes: to tell who is there takes as
+# long as to decode an event.
+MAX_KNOWN = 1_024
 
 _ALWAYS = b"server: asapd\r\nx-content-type-options: nosniff\r\ncache-control: no-store\r\n"
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-_NOT_ADMITTED = Refusal("forbidden", "no [[ingest.allow]] rule admits this user")
 _BUG = Refusal("internal", "the request met a bug, which is in the log; sending it again does not help")
 
 HandOver = Callable[[SocketTransport, Peer | None], Awaitable[None]]
@@ -72,8 +72,9 @@ class FastLane:
         self._stopped = trio.Event()
         self._date_at_s = -1
         self._common = b""
-        self._locals: dict[Peer, Caller | Refusal] = {}
-        self._locals_by: config.Ingest | None = None
+        self._known: dict[object, Caller] = {}
+        self._known_by: config.Config | None = None
+        self._known_keys = -1
 
     def stop(self) -> None:
         """Closes idle connections now, and each other one after the answer that it waits for."""
@@ -217,10 +218,10 @@ class FastLane:
             extra += b'www-authenticate: Bearer realm="asapd"\r\n'
         return self._response(status, encode_json(problem(outcome)), PROBLEM_JSON.encode(), extra, keep_alive)
 
-    def identify(self, fields: Fields, peer: Peer | None) -> Caller | Refusal:
-        """Who sends a request with these fields, which are all that has been read of it; or why they are not heard."""
+    def identify(self, head: Head, peer: Peer | None) -> Caller | Refusal:
+        """Who sends a request with this head, which is all that has been read of it; or why they are not heard."""
         try:
-            caller = self._caller(fields, peer)
+            caller = self._caller(head, peer)
             throttle = self._services.throttle
             if throttle is None or isinstance(caller, Refusal):
                 return caller
@@ -229,18 +230,24 @@ class FastLane:
             self._log.exception("a caller could not be identified")
             return _BUG
 
-    def _caller(self, fields: Fields, peer: Peer | None) -> Caller | Refusal:
-        settings = self._services.settings()
+    def _caller(self, head: Head, peer: Peer | None) -> Caller | Refusal:
+        services = self._services
+        settings, keys = services.settings(), services.ring.changed.count
+        if settings is not self._known_by or keys != self._known_keys or len(self._known) >= MAX_KNOWN:
+            self._known_by, self._known_keys, self._known = settings, keys, {}
+        who = head.who if peer is None else peer
+        known = self._known.get(who)
+        if known is not None:
+            return known
         if peer is not None:
-            if self._locals_by is not settings.ingest or len(self._locals) > MAX_LOCALS:
-                self._locals_by, self._locals = settings.ingest, {}
-            local = self._locals.get(peer)
-            if local is None:
-                local = self._services.ingest_caller(peer) or _NOT_ADMITTED
-                self._locals[peer] = local
-            return local
-        http = settings.http
-        return check_host(fields, http) or tcp_caller(fields, self._services.ring, http)
+            local = services.ingest_caller(peer)
+            caller = Refusal("forbidden", "no [[ingest.allow]] rule admits this user") if local is None else local
+        else:
+            found = check_host(head.fields, settings.http)
+            caller = found or tcp_caller(head.fields, services.ring, settings.http)
+        if isinstance(caller, Caller):
+            self._known[who] = caller
+        return caller
 
     def _response(self, status: int, body: bytes, content_type: bytes, extra: bytes, keep_alive: bool) -> bytes:
         now_s = self._services.clock.now_us() // 1_000_000

@@ -174,7 +174,7 @@ class LaneConnection:
             end = data.find(b"\r\n\r\n") + 4
             head = self._heads.get(data[:end])
             if head is not None and len(data) - end == head.body_bytes:
-                caller = self._lane.identify(head.fields, self._peer)
+                caller = self._lane.identify(head, self._peer)
                 request = UsageRequest(head.path, head.query, head.fields, data[end:])
                 return [Received(request, caller, head.keep_alive, head.is_plain)]
         self._buffer += data
@@ -221,7 +221,7 @@ class LaneConnection:
             self._is_foreign = True
             return False
         self._head = head
-        self._caller = self._lane.identify(head.fields, self._peer)
+        self._caller = self._lane.identify(head, self._peer)
         del buffer[: end + 4]
         return True
 

@@ -52,7 +52,7 @@ class _HeadParser:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The head of a request that the lane takes."""
+    """The head of a request that the lane takes; `who` is what says on TCP whose it is: host, origin and key."""
 
     path: str
     query: bytes
@@ -60,6 +60,7 @@ class Head(msgspec.Struct, frozen=True):
     body_bytes: int
     keep_alive: bool
     is_plain: bool
+    who: tuple[str | None, str | None, str | None]
 
 
 def read_head(raw: bytes, max_body_bytes: int) -> Head | None:
@@ -86,4 +87,5 @@ def read_head(raw: bytes, max_body_bytes: int) -> Head | None:
         plain = is_bare(query, fields) and is_json(fields.get("content-type"))
     else:
         plain = is_plain(name, query, fields)
-    return Head(name, query, fields, int(length), parser.should_keep_alive(), plain)
+    who = fields.get("host"), fields.get("origin"), fields.get("authorization")
+    return Head(name, query, fields, int(length), parser.should_keep_alive(), plain, who)

@@ -241,6 +241,25 @@ async def test_a_key_is_needed_and_may_narrow(lane: Lane) -> None:
     assert (await client.ask(post(event(agent=C), key=own)))[0] == 201
 
 
+async def test_who_was_heard_is_looked_at_again_when_keys_or_the_configuration_change(lane: Lane) -> None:
+    clients = [await lane.tcp(), await lane.tcp(), await lane.unix()]
+    keys = ["asapd.test", "asapd.test:1", "localhost"]
+    lane.edge.with_settings(http=lane.edge.settings.http.model_copy(update={"allowed_hosts": ["asapd.test"]}))
+    for _ in range(2):
+        for client, host in zip(clients, keys, strict=True):
+            assert (await client.ask(post(event("e"), key=lane.key, host=host)))[0] == 201
+    lane.edge.with_settings(http=lane.edge.settings.http.model_copy(update={"allowed_hosts": []}))
+    statuses = [
+        (await client.ask(post(event("e"), key=lane.key, host=host)))[0]
+        for client, host in zip(clients, keys, strict=True)
+    ]
+    assert statuses == [403, 403, 201]
+    assert (await clients[0].ask(post(event("e"), key=lane.key)))[0] == 201
+    lane.edge.services.ring.replace([])
+    assert (await clients[0].ask(post(event("e"), key=lane.key)))[0] == 401
+    assert (await clients[2].ask(post(event("e"))))[0] == 201
+
+
 async def test_the_ingest_socket_speaks_http_beside_frames_and_knows_its_peer(lane: Lane) -> None:
     client = await lane.unix()
     assert (await client.ask(post(event("e1"), host="asapd")))[0] == 201
