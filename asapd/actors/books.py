@@ -23,7 +23,7 @@ from asapd.core.windows import step_us
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.store import maintenance, promises, sla_queries, watching
-from asapd.store.agents import DirectoryAgent, directory, probes_after
+from asapd.store.agents import DirectoryAgent, directory
 from asapd.store.database import Database
 from asapd.store.sla_queries import Position
 from asapd.store.visibility import EVERYTHING
@@ -112,26 +112,27 @@ class Books:
                 await self._refresh()
             seen_commits = self._committed.count
             target: Position | None = None
-            while target is None or not self.through.reaches(target):
-                page = await self._database.read(
-                    sla_queries.tasks_after, self._followed, self.through, self._step_us(), USAGE_PAGE
+            more_probes = True
+            while target is None or more_probes or not self.through.reaches(target):
+                page, probes = await self._database.read(
+                    sla_queries.news_after,
+                    self._followed,
+                    self._step_us(),
+                    (self.through, USAGE_PAGE),
+                    (self.probe_seq, PROBE_PAGE),
                 )
                 for count in page.counts:
                     self.by_agent[count.agent].add_tasks(count)
                     self._touched.add(count.agent)
-                target = target or page.newest
-                self.through = page.through
-                self._beat()
-            full = True
-            while full:
-                probes = await self._database.read(probes_after, self.probe_seq, PROBE_PAGE)
                 for probe in probes:
                     book = self.by_agent.get(probe.agent)
                     if book is not None and probe.seq > book.probe_seq:
                         book.add_probe(probe)
                         self._touched.add(probe.agent)
                     self.probe_seq = probe.seq
-                full = len(probes) == PROBE_PAGE
+                target = target or page.newest
+                self.through, more_probes = page.through, len(probes) == PROBE_PAGE
+                self._beat()
             self._seen_commits = seen_commits
 
     def _step_us(self) -> int:

@@ -19,6 +19,7 @@ from asapd.core.quantiles import SUB_BITS
 from asapd.core.types import DEFAULT_TENANT, HOUR_US, MAX_INT, Outcome
 from asapd.core.uptime import Segment
 from asapd.core.usage import FLAG_UNTIMED
+from asapd.store.agents import ProbeFact, probes_after
 from asapd.store.breaches import list_breaches
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.units.alerts import BreachRow
@@ -230,6 +231,13 @@ def tasks_after(connection: apsw.Connection, followed: str, after: Position, ste
         if high > low:
             counts += [_count(row) for row in fetch(connection, _TASKS_AFTER[table], (followed, step_us, low, high))]
     return TaskPage(counts, through, newest)
+
+
+def news_after(
+    connection: apsw.Connection, followed: str, step_us: int, tasks: tuple[Position, int], probes: tuple[int, int]
+) -> tuple[TaskPage, list[ProbeFact]]:
+    """`tasks_after` and `probes_after`, each with where it begins and its limit: the way to a reader is paid once."""
+    return tasks_after(connection, followed, tasks[0], step_us, tasks[1]), probes_after(connection, *probes)
 
 
 def _count(row: tuple[Any, ...]) -> TaskCount:
