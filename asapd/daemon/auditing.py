@@ -25,6 +25,7 @@ from asapd.runtime.clock import Clock
 from asapd.runtime.posting import post_text
 from asapd.runtime.supervisor import Actor
 from asapd.store.database import Database
+from asapd.store.erasure import PSEUDONYM
 
 
 class Auditing:
@@ -86,7 +87,7 @@ class Auditing:
         """Erase what is kept of a consumer, or with `dry_run` say how much that is."""
         erase = partial(erase_consumer, self._database, self._clock, consumer=consumer, reason=reason, actor=actor)
         async with self._erasing:
-            return await erase(pseudonym=self._new_id("ers", self._clock.now_us()), dry_run=dry_run)
+            return await erase(pseudonym=self._new_id(PSEUDONYM, self._clock.now_us()), dry_run=dry_run)
 
     async def status(self) -> dict[str, Any]:
         """What the daemon's status says besides the head of the log."""

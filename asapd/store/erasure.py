@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import apsw
 
 from asapd.core.errors import Refusal
@@ -10,6 +12,9 @@ from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import EraseConsumer, Erased
+
+PSEUDONYM = "ers"
+"""The type of the ids that take the place of names."""
 
 LATE = 1_000
 """Entries that came while others were erased and go with the last of them: some twenty milliseconds of the writer."""
@@ -20,11 +25,18 @@ ROWS = 500
 LATE_NEWS = 100
 """The same of news, of which there is one for each report at most."""
 
+_IS_PSEUDONYM = re.compile(rf"{PSEUDONYM}_[0-9A-HJKMNP-TV-Z]{{26}}_*")
+
 # What explains why something is gone stays, whoever asked for it; entries of budgets name no consumer.
 _OF_CONSUMER = (
     "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
     f"AND event_type NOT IN {EXPLAINING} AND event_type NOT IN ('budgets.changed', 'budgets.counted')"
 )
+
+
+def is_pseudonym(name: str) -> bool:
+    """Whether a name is in the place of one that was erased, so that nobody knows what that was."""
+    return _IS_PSEUDONYM.fullmatch(name) is not None
 
 
 def entries_of(

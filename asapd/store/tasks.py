@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import msgspec
 
-from asapd.core.errors import Refusal
+from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Outcome, format_us
 from asapd.store import outcomes
+from asapd.store.erasure import is_pseudonym
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.unit import RowWritten
-from asapd.store.units.usage import RecordTask
+from asapd.store.units.usage import RecordTask, TaskEvent
 from asapd.store.usage_filter import CORRECTION, LIVE, OF_TASK
 from asapd.store.usage_sums import totals_of_tasks
 from asapd.store.visibility import Visibility, visible_names
@@ -27,33 +28,52 @@ _INSERT = (
     "INSERT INTO task (tenant, agent, consumer, task_id, state, timestamp_us, error, committed_us, parent_task_id) "
     "VALUES (?,?,?,?,?,?,?,?,?)"
 )
+_OF_START = (
+    "(SELECT s.{} FROM task s WHERE s.tenant = t.tenant AND s.agent = t.agent AND s.task_id = t.task_id "
+    "AND (s.state = 'started') = 1)"
+)
+
+
+class _Step(NamedTuple):
+    """A step as it was recorded; `consumer` is None where that was erased."""
+
+    seq: int
+    state: str
+    timestamp_us: int
+    error: str | None
+    parent: str | None
+    consumer: str | None
 
 
 def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
-    """Record one step of a task's life; sending the same step again answers the row that is there."""
+    """Record one step of a task's life; sending the same step again answers the row that is there.
+
+    Raises:
+        RefuseError: `task_conflict`, when the same step was told otherwise, or the other one is of another consumer or
+            parent. Earlier builds took such ends: they stay, and are repeats when they are sent again.
+    """
     task = unit.task
     is_start = task.state == "started"
     key = (tx.intern(unit.tenant), tx.intern(task.agent), task.task_id)
-    said = (task.state, task.timestamp_us, tx.intern(task.consumer), task.error, task.parent_task_id)
-    steps = fetch(
-        tx.connection,
-        "SELECT seq, state, state = 'started', timestamp_us, consumer, error, parent_task_id FROM task "
-        "WHERE tenant = ? AND agent = ? AND task_id = ? AND (state = 'started') IN (0, 1)",
-        key,
-    )
-    for seq, state, began, *rest in steps:
-        if bool(began) != is_start:
-            continue
-        if (state, *rest) == said:
-            return RowWritten(seq)
+    steps = _steps(tx, key)
+    known, other = steps.get(is_start), steps.get(not is_start)
+    if known is not None:
+        told = (task.state, task.timestamp_us, task.error, task.parent_task_id)
+        if (known.state, known.timestamp_us, known.error, known.parent) == told and _is_of(known, task):
+            return RowWritten(known.seq)
         raise RefuseError(
-            Refusal("task_conflict", f"task {task.task_id} is already {state}, at another time or in another way")
+            _conflict(
+                f"task {task.task_id} is already {known.state}, at another time or in another way",
+                "a task begins once and ends once: repeat a step as it was sent, or name another task",
+            )
         )
+    if other is not None:
+        _agree(other, task)
     tx.execute(
         _INSERT,
         (
             *key[:2],
-            said[2],
+            tx.intern(task.consumer),
             task.task_id,
             task.state,
             task.timestamp_us,
@@ -65,7 +85,7 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
     seq = tx.connection.last_insert_rowid()
     if not is_start:
         tx.execute("DELETE FROM task_open WHERE tenant = ? AND agent = ? AND task_id = ?", key)
-    elif not steps:
+    elif other is None:
         tx.execute("INSERT INTO task_open VALUES (?,?,?,?,?)", (seq, *key, task.timestamp_us))
     details: dict[str, Any] = {
         "agent": task.agent,
@@ -80,6 +100,48 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
     outcomes.settle(tx, *key)
     tx.audit(f"task.{task.state}", unit.actor, task.task_id, details, unit.now_us)
     return RowWritten(seq)
+
+
+def _steps(tx: Tx, key: tuple[int, int, str]) -> dict[bool, _Step]:
+    """The steps of a task by whether they are its start."""
+    rows = fetch(
+        tx.connection,
+        "SELECT state = 'started', (SELECT name FROM name WHERE id = consumer), seq, state, timestamp_us, error, "
+        "parent_task_id FROM task WHERE tenant = ? AND agent = ? AND task_id = ? AND (state = 'started') IN (0, 1)",
+        key,
+    )
+    return {
+        bool(began): _Step(seq, state, timestamp_us, error, parent, None if is_pseudonym(consumer) else consumer)
+        for began, consumer, seq, state, timestamp_us, error, parent in rows
+    }
+
+
+def _is_of(step: _Step, task: TaskEvent) -> bool:
+    """Whether a step was of this consumer, as far as is known: a task whose consumer is erased meanwhile can end."""
+    return step.consumer in {None, task.consumer}
+
+
+def _agree(step: _Step, task: TaskEvent) -> None:
+    """Refuse a step that is of another consumer or parent than the other step says, which need not name a parent."""
+    parents = {step.parent, task.parent_task_id} - {None}
+    differs = [
+        name
+        for name, is_same in (("consumer", _is_of(step, task)), ("parent_task_id", len(parents) < 2))
+        if not is_same
+    ]
+    if differs:
+        what = "start" if step.state == "started" else f"end ({step.state})"
+        raise RefuseError(
+            _conflict(
+                f"task {task.task_id} has another {' and another '.join(differs)} in its {what}",
+                "both steps of a task are of one consumer and one parent: send what that said, or name another task",
+                tuple(FieldError(name, f"is another than in the task's {what}") for name in differs),
+            )
+        )
+
+
+def _conflict(what: str, hint: str, errors: tuple[FieldError, ...] = ()) -> Refusal:
+    return Refusal("task_conflict", f"nothing was recorded: {what}; {hint}", errors)
 
 
 def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
@@ -166,9 +228,8 @@ def list_tasks(
     rows = fetch(
         connection,
         "SELECT t.seq, t.task_id, (SELECT name FROM name WHERE id = t.agent), (SELECT name FROM name WHERE id = "
-        "t.consumer), t.state, t.timestamp_us, t.error, t.parent_task_id, "
-        "(SELECT s.timestamp_us FROM task s WHERE s.tenant = t.tenant AND s.agent = t.agent AND s.task_id = t.task_id "
-        "AND (s.state = 'started') = 1) "
+        "t.consumer), t.state, t.timestamp_us, t.error, "
+        f"coalesce(t.parent_task_id, {_OF_START.format('parent_task_id')}), {_OF_START.format('timestamp_us')} "
         f"FROM task t WHERE {' AND '.join(where)} ORDER BY t.seq {'DESC' if descending else 'ASC'} LIMIT ?",
         (*values, limit),
     )

@@ -10,12 +10,14 @@ from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store import audit, tasks
+from asapd.store import audit, tasks, verifying
 from asapd.store.tasks import TaskFilter, family_of, get_task, list_tasks
+from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent, VoidUsage
+from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
 
@@ -78,6 +80,84 @@ def test_an_end_before_its_start_is_kept_and_says_nothing_of_the_time_between(
     assert isinstance(step(writer, replace(STARTED, state="completed", timestamp_us=NOW_US + after_us)), RowWritten)
     ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
     assert (row["state"], row["duration_ms"]) == ("completed", duration_ms)
+
+
+ENDED = replace(STARTED, state="completed", timestamp_us=NOW_US + 1)
+
+
+@pytest.mark.parametrize("order", [(STARTED, ENDED), (ENDED, STARTED)])
+@pytest.mark.parametrize(
+    ("first", "then", "wrong"),
+    [
+        ({}, {"consumer": "d"}, ["consumer"]),
+        ({"parent_task_id": "p1"}, {"parent_task_id": "p2"}, ["parent_task_id"]),
+        ({"parent_task_id": "p1"}, {"consumer": "d", "parent_task_id": "p2"}, ["consumer", "parent_task_id"]),
+    ],
+)
+def test_the_other_step_of_a_task_cannot_give_it_to_another(
+    writer: Writer,
+    connection: apsw.Connection,
+    order: tuple[TaskEvent, TaskEvent],
+    first: dict[str, Any],
+    then: dict[str, Any],
+    wrong: list[str],
+) -> None:
+    earlier = replace(order[0], **first)
+    step(writer, earlier)
+    refused = step(writer, replace(order[1], **then))
+    assert isinstance(refused, Refusal)
+    assert (refused.code, [error.field for error in refused.errors]) == ("task_conflict", wrong)
+    assert "nothing was recorded" in refused.detail
+    assert "send what that said, or name another task" in refused.detail
+    ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
+    assert (row["consumer_id"], row["parent_task_id"]) == ("c", first.get("parent_task_id"))
+    assert step(writer, earlier) == RowWritten(1)
+    assert isinstance(step(writer, replace(order[1], **first)), RowWritten)
+
+
+@pytest.mark.parametrize("order", [(STARTED, ENDED), (ENDED, STARTED)])
+@pytest.mark.parametrize("naming", [0, 1])
+def test_a_step_without_a_parent_says_nothing_of_it(
+    writer: Writer, connection: apsw.Connection, order: tuple[TaskEvent, TaskEvent], naming: int
+) -> None:
+    for place, told in enumerate(order):
+        assert isinstance(step(writer, replace(told, parent_task_id="p") if place == naming else told), RowWritten)
+    ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
+    assert (row["state"], row["parent_task_id"]) == ("completed", "p")
+
+
+def test_a_task_ends_whose_consumer_was_erased_meanwhile(writer: Writer, connection: apsw.Connection) -> None:
+    step(writer, STARTED)
+    pseudonym = "ers_01J00000000000000000000000"
+    submit(writer, EraseConsumer("c", pseudonym, [1], "request 17", "key:admin", NOW_US, 1))
+    ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
+    assert row["consumer_id"] == pseudonym
+    assert step(writer, STARTED) == RowWritten(1)
+    assert isinstance(step(writer, ENDED), RowWritten)
+    assert states(connection) == [("t", "completed")]
+    assert verifying.report(connection, Request()).is_valid
+
+
+def test_an_end_of_another_consumer_that_an_earlier_build_took_stays_and_verifies(
+    writer: Writer, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(ENDED, consumer="d", parent_task_id="p2")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(tasks, "_agree", lambda *_: None)
+        step(writer, replace(STARTED, parent_task_id="p1"))
+        step(writer, other)
+    assert step(writer, replace(STARTED, parent_task_id="p1")) == RowWritten(1)
+    assert step(writer, other) == RowWritten(2)
+    ((_, row),) = list_tasks(connection, TaskFilter(EVERYTHING), 9, None)
+    assert (row["consumer_id"], row["parent_task_id"]) == ("d", "p2")
+    assert verifying.report(connection, Request()).is_valid
+
+
+def test_usage_for_another_consumer_opens_no_task(writer: Writer, connection: apsw.Connection) -> None:
+    usage = UsageEvent("t", A, "d", NOW_US, tokens_in=1, id="e", parent_task_id="p2")
+    submit(writer, RecordUsage("default", "key:x", NOW_US, [usage], [UNKNOWN_COST]))
+    assert isinstance(step(writer, replace(STARTED, parent_task_id="p1")), RowWritten)
+    assert isinstance(step(writer, ENDED), RowWritten)
 
 
 @pytest.mark.parametrize(("partial", "state"), [(False, "failed"), (True, "abandoned")])
