@@ -30,6 +30,13 @@ class ExportPage(msgspec.Struct, frozen=True):
     retired_before_us: int
 
 
+class Wholeness(msgspec.Struct, frozen=True):
+    """Of what sums are short: nothing behind `raw_since_us` (0 when no event was retired), and before, `incomplete`."""
+
+    raw_since_us: int
+    incomplete: list[usage_sums.Range]
+
+
 class StreamStart(msgspec.Struct, frozen=True):
     """Behind which row a stream begins, what its reader may be told of that, and whether the row given cannot be."""
 
@@ -77,16 +84,13 @@ class UsageReads:
         offset: int,
         zone: ZoneInfo = UTC,
         after: usage_sums.Place | None = None,
-    ) -> tuple[usage_sums.Grouped, int]:
-        """Sums by groups, and from when on raw events are complete; periods are those of a zone's clocks.
-
-        The time is in microseconds since the epoch, 0 when no event was retired.
-        """
+    ) -> tuple[usage_sums.Grouped, Wholeness]:
+        """Sums by groups, and how whole they are; periods are those of a zone's clocks."""
         query = UsageFilter(visibility(caller), **filters)
 
-        def read(connection: Any) -> tuple[usage_sums.Grouped, int]:
+        def read(connection: Any) -> tuple[usage_sums.Grouped, Wholeness]:
             groups = usage_sums.aggregate(connection, query, group_by, limit, offset, zone, after)
-            return groups, retention.retired_before(connection)
+            return groups, _wholeness(connection, query, group_by, zone)
 
         return await self._database.read(read)
 
@@ -188,12 +192,12 @@ class UsageReads:
         """One task with its totals and those of its descendants."""
         return await self._database.read(tasks.get_task, visibility(caller), task)
 
-    async def summary(self, caller: Caller, filters: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Totals, and from when on raw events are complete, as `usage_aggregate` has it."""
+    async def summary(self, caller: Caller, filters: dict[str, Any]) -> tuple[dict[str, Any], Wholeness]:
+        """Totals, and how whole they are."""
         query = UsageFilter(visibility(caller), **filters)
 
-        def read(connection: Any) -> tuple[dict[str, Any], int]:
-            return usage_sums.summary(connection, query), retention.retired_before(connection)
+        def read(connection: Any) -> tuple[dict[str, Any], Wholeness]:
+            return usage_sums.summary(connection, query), _wholeness(connection, query)
 
         return await self._database.read(read)
 
@@ -212,3 +216,8 @@ class UsageReads:
     async def unpriced_events(self) -> int:
         """How many events there are whose cost nobody knows."""
         return await self._database.read(usage_sums.unpriced_events)
+
+
+def _wholeness(connection: Any, query: UsageFilter, group_by: tuple[str, ...] = (), zone: ZoneInfo = UTC) -> Wholeness:
+    before_us = retention.retired_before(connection)
+    return Wholeness(before_us, usage_sums.incomplete(connection, query, before_us, group_by, zone))

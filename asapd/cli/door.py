@@ -97,13 +97,18 @@ class Door:
         return self._ask("POST", path, {}, content)
 
     def rows(self, path: str, *, limit: int | None = None, **parameters: Any) -> Iterator[dict[str, Any]]:
-        """The rows of a list, page by page; all of them unless limited."""
+        """The rows of a list; all of them unless limited."""
+        for page in self.pages(path, limit=limit, **parameters):
+            yield from page["data"]
+
+    def pages(self, path: str, *, limit: int | None = None, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """The pages of a list, with what each says beside its rows."""
         left = limit
         cursor: str | None = None
         while left is None or left > 0:
             size = PAGE if left is None else min(left, PAGE)
             page = self.get(path, limit=size, cursor=cursor, **parameters)
-            yield from page["data"]
+            yield page
             left = None if left is None else left - len(page["data"])
             cursor = page["next_cursor"]
             if cursor is None:

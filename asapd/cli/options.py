@@ -35,7 +35,12 @@ def duration(text: str) -> int:
 
 
 def moment(text: str) -> str:
-    """A time, or a duration before now, as RFC 3339."""
+    """A time, or a duration before now, as RFC 3339; a day without a time is one of UTC."""
+    return moment_in("UTC", text)
+
+
+def moment_in(zone: str, text: str) -> str:
+    """A time, or a duration before now, as RFC 3339; a day without a time begins when it does by the zone's clocks."""
     from asapd.config.values import read_duration
     from asapd.core.types import format_us
     from asapd.wire.usage import parse_timestamp
@@ -45,9 +50,35 @@ def moment(text: str) -> str:
     except (ValueError, OverflowError):
         pass
     try:
-        return format_us(parse_timestamp(f"{text}T00:00Z" if len(text) == len("2026-11-20") else text))
+        return format_us(_day_us(zone, text) if len(text) == len("2026-11-20") else parse_timestamp(text))
     except ValueError as error:
         raise click.BadParameter(f"{error}, or a duration before now such as 24h or 7d") from None
+
+
+def _day_us(zone: str, text: str) -> int:
+    """When a day begins.
+
+    Raises:
+        ValueError: there is no such day.
+        click.BadParameter: there is no such time zone.
+    """
+    from datetime import UTC, datetime
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    from asapd.core.periods import period_bounds
+    from asapd.core.types import datetime_us
+    from asapd.wire.usage import parse_timestamp
+
+    noon = datetime.fromtimestamp(parse_timestamp(f"{text}T12:00Z") // 1_000_000, UTC)
+    try:
+        its = ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        reason = "must be the name of a time zone, such as Europe/Berlin"
+        raise click.BadParameter(reason, param_hint="'--timezone'") from None
+    try:
+        return period_bounds("day", its, datetime_us(noon.replace(tzinfo=its)))[0]
+    except OverflowError:
+        raise ValueError("must be a day within the years 1 to 9999") from None
 
 
 def usd(text: str) -> int:

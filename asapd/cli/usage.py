@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from asapd.cli.options import Session, asks_daemon, moment
+from asapd.cli.options import Session, asks_daemon, moment, moment_in
 from asapd.cli.show import show_json, show_table
 from asapd.cli.written import written
 from asapd.wire.row_formats import csv_cell
@@ -51,6 +51,11 @@ _TABLE = (
 )
 
 
+def _there(context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    """A time as it was given, a day by the clocks of the zone that periods are told by."""
+    return None if text is None else moment_in(context.params.get("timezone") or "UTC", text)
+
+
 @click.group()
 def usage() -> None:
     """What was used, and what it cost."""
@@ -64,9 +69,19 @@ def usage() -> None:
     help="Sum by this; may be given several times. Without it, and without --period: agent.",
 )
 @click.option("--period", type=click.Choice(("hour", "day", "week", "month")), help="Sum by this length of time.")
-@click.option("--timezone", metavar="ZONE", help="Whose clocks tell periods, such as Europe/Berlin; UTC unless given.")
-@click.option("--since", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d for a week ago.")
-@click.option("--until", type=moment, metavar="TIME", help="Before then.")
+@click.option(
+    "--timezone",
+    metavar="ZONE",
+    is_eager=True,  # it tells when days begin, wherever it stands
+    help="Whose clocks tell periods, and days that --since and --until name, such as Europe/Berlin; UTC unless given.",
+)
+@click.option(
+    "--since",
+    callback=_there,
+    metavar="TIME",
+    help="From then on: 2026-11-20T09:00:00Z, 2026-11-20 for its first moment, or 7d for a week ago.",
+)
+@click.option("--until", callback=_there, metavar="TIME", help="Before then.")
 @click.option("--agent", metavar="URN", help="Only work of this agent.")
 @click.option("--consumer", metavar="URN", help="Only work for this consumer.")
 @click.option("--format", "form", type=click.Choice(("table", "json", "csv")), default="table", show_default=True)
@@ -82,17 +97,24 @@ def report(
 ) -> None:
     """Sum up usage and cost.
 
+    Sums of whole hours are kept for ever. What asks for less (a time that is not on the hour, or a zone that stands off
+    UTC by a part of one) is summed up from events, which retention takes: it says so where some of them are gone.
+
     \b
     Examples:
       asapctl usage report
+      asapctl usage report --period day --timezone Europe/Berlin --since 2026-10-24 --until 2026-10-27
       asapctl usage report --by model --period day --since 7d
       asapctl usage report --by agent --by consumer --format csv > usage.csv
     """
     groups = [*([period] if period else []), *dict.fromkeys(by)] or ["agent"]
     group_by = ",".join(groups)
-    rows = list(session.door.rows("/usage/aggregate", group_by=group_by, start=since, end=until, **filters))
+    pages = list(session.door.pages("/usage/aggregate", group_by=group_by, start=since, end=until, **filters))
+    rows = [row for page in pages for row in page["data"]]
+    last = pages[-1]  # each page is of its moment, and what went before it is missing in some of them
+    _warn_of_gone(last)
     if session.as_json or form == "json":
-        show_json({"group_by": group_by, "data": rows, "count": len(rows), "next_cursor": None})
+        show_json({**last, "data": rows, "count": len(rows), "next_cursor": None})
         return
     own = [_COLUMNS.get(group, "period") for group in groups]
     if form == "csv":
@@ -102,6 +124,18 @@ def report(
     show_table(names, [[row[name] for name in (*own, *_TABLE)] for row in rows])
     if unpriced := sum(row["unpriced_events"] for row in rows):
         click.echo(f"{unpriced} events have no known cost, which is not in these sums", err=True)
+
+
+def _warn_of_gone(page: dict[str, Any]) -> None:
+    """Say which part of the time that was asked for is not, or not all, in the sums."""
+    for part in page["incomplete"]:
+        since = "from the beginning" if part["start"] is None else f"from {part['start']}"
+        click.echo(
+            f"events {since} to {part['end']} are missing in these sums, as far as retention took them: for ever it "
+            "keeps only sums of whole hours UTC. Ask for times on the hour, and periods of a zone that stands off UTC "
+            f"by whole hours, or for what is later than {page['raw_since']}; retention.usage says how long events stay",
+            err=True,
+        )
 
 
 def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
@@ -133,7 +167,8 @@ def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
 def export(session: Session, file: Path, form: str | None, **filters: str | None) -> None:
     """Write out every usage event.
 
-    All that is recorded when it begins, in the order of time; a file is there as a whole or not at all.
+    All that is recorded when it begins, in the order of time; a file is there as a whole or not at all. Events that
+    retention took are in none, and where that concerns the time asked for, it says so.
 
     \b
     Examples:
@@ -143,11 +178,21 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
     chosen = form or ("json" if session.as_json else "ndjson")
     headers, parts = session.door.download("/usage/export", format=chosen, **filters)
     size = 0
-    with _progress(session, chosen, filters) as advance, written(file) as out:
+    raw_since = headers.get("asapd-raw-since")
+    start = filters["start"]
+    is_short = raw_since is not None and (start is None or start < raw_since)
+    counted = {**filters, "start": raw_since} if is_short else filters
+    with _progress(session, chosen, counted) as advance, written(file) as out:
         for part in parts:
             out.write(part)
             size += len(part)
             advance(part.count(b"\n"))
+    if is_short:
+        click.echo(
+            f"events from before {raw_since} are not in it, as far as retention took them (retention.usage): "
+            "`asapctl usage report` has their sums by whole hours",
+            err=True,
+        )
     if str(file) != "-":
         click.echo(f"{file}: {size} bytes, all up to row {headers['asapd-snapshot']}", err=True)
 

@@ -71,6 +71,9 @@ _RAW_SUMS = {
 }
 
 
+Range = tuple[int | None, int | None]
+"""A stretch of time from (inclusive) until (exclusive), in microseconds since the epoch; None is without an end."""
+
 _DIMS = "agent, consumer, model, project, outcome"
 _FIELDS = ", ".join(RollupSums._fields)
 _RAW = (
@@ -97,25 +100,43 @@ def _rollups(
     return [*found, ("hour", last_day * DAY_HOURS, last_hour)]
 
 
+def _whole_hours(query: UsageFilter) -> tuple[int | None, int | None]:
+    """The whole hours of a time range, from and until; without one the first is behind the last."""
+    first = None if query.start_us is None else -(-query.start_us // HOUR_US)
+    return first, None if query.end_us is None else query.end_us // HOUR_US
+
+
+def _is_raw(query: UsageFilter) -> bool:
+    """Whether no rollup can tell: a task or a delegation is no dimension of it, and a range may have no whole hour."""
+    first, last = _whole_hours(query)
+    has_hour = first is None or last is None or first <= last
+    return query.task is not None or query.delegation is not None or not has_hour
+
+
+def _ends(query: UsageFilter) -> list[Range]:
+    """The ends of a time range inside an hour."""
+    first, last = _whole_hours(query)
+    ends = [
+        (query.start_us, None if first is None else first * HOUR_US),
+        (None if last is None else last * HOUR_US, query.end_us),
+    ]
+    return [(low, high) for low, high in ends if low is not None and high is not None and low < high]
+
+
 def _source(
     connection: apsw.Connection, query: UsageFilter, *, by_day: bool = True, raw_only: bool = False
 ) -> tuple[str, list[Any]]:
     """SQL that yields sums and when they begin (`at_s`): whole periods from the rollups, the rest from raw rows.
 
-    A task or a delegation is no dimension of the rollup; such a filter reads raw rows by an index of its own.
+    Where no rollup can tell, raw rows are read by an index of their own.
     """
-    start, end = query.start_us, query.end_us
-    first_hour = None if start is None else -(-start // HOUR_US)
-    last_hour = None if end is None else end // HOUR_US
     parts: list[str] = []
     values: list[Any] = []
-    raw_ranges: list[tuple[int | None, int | None]] = []
-    raw_only = raw_only or query.task is not None or query.delegation is not None
-    if raw_only or (first_hour is not None and last_hour is not None and first_hour > last_hour):
-        raw_ranges.append((start, end))
-    else:
+    raw_ranges = [(query.start_us, query.end_us)]
+    if not (raw_only or _is_raw(query)):
+        raw_ranges = _ends(query)
         where, bound = of_dimensions(query)
-        for period, low, high in _rollups(connection, first_hour, last_hour, by_day=by_day):
+        for period, low, high in _rollups(connection, *_whole_hours(query), by_day=by_day):
             # The table of hours is ordered by tenant first.
             first = [f"tenant IN {TENANTS}"] if period == "hour" and low is not None else []
             conditions, bounds = within(period, low, high)
@@ -125,10 +146,6 @@ def _source(
             if given_up:
                 parts.append(_rollup_of("hour", [*where, f"tenant IN {TENANTS}", _OF_DAYS]))
                 values += [*bound, msgspec.json.encode(given_up).decode()]
-        if start is not None and first_hour is not None and first_hour * HOUR_US > start:
-            raw_ranges.append((start, first_hour * HOUR_US))
-        if end is not None and last_hour is not None and last_hour * HOUR_US < end:
-            raw_ranges.append((last_hour * HOUR_US, end))
     for low, high in raw_ranges:
         where, bound = of_rows(query)
         conditions, bounds = within("timestamp_us", low, high)
@@ -241,7 +258,7 @@ def aggregate(
         connection,
         query,
         by_day=not {"minute", "hour"} & set(timed) and not any(offset_s for _, offset_s in offsets),
-        raw_only="minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets),
+        raw_only=_splits_hours(timed, offsets),
     )
     cases = [f"WHEN at_s < {until_s} THEN {offset_s}" for (_, offset_s), (until_s, _) in pairwise(offsets)]
     standing = f"CASE {' '.join(cases)} ELSE {offsets[-1][1]} END" if cases else str(offsets[-1][1])
@@ -280,6 +297,28 @@ def aggregate(
     count = len(columns)
     place = [last[count + index] if name in TIME_GROUPS else last[index] or "" for index, name in enumerate(group_by)]
     return Grouped(rows, (*place, *last[2 * count : -2]))
+
+
+def _splits_hours(timed: Sequence[str], offsets: list[tuple[int, int]]) -> bool:
+    """Whether groups are of less than whole hours of UTC, which is all that rollups have."""
+    return "minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets)
+
+
+def incomplete(
+    connection: apsw.Connection,
+    query: UsageFilter,
+    retired_before_us: int,
+    group_by: Sequence[str] = (),
+    zone: ZoneInfo = _UTC,
+) -> list[Range]:
+    """The stretches of a query that only raw events tell of, as far as retention may have taken those."""
+    if not retired_before_us:
+        return []
+    timed = [group for group in group_by if group in TIME_GROUPS]
+    is_raw = _is_raw(query) or (bool(timed) and _splits_hours(timed, _offsets_of(connection, query, zone)))
+    read: list[Range] = [(query.start_us, query.end_us)] if is_raw else _ends(query)
+    cut = [(low, retired_before_us if high is None else min(high, retired_before_us)) for low, high in read]
+    return [(low, high) for low, high in cut if low is None or low < high]
 
 
 def summary(connection: apsw.Connection, query: UsageFilter) -> dict[str, Any]:

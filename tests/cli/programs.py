@@ -59,9 +59,9 @@ class Daemon:
         return self.directory / "asapd.toml"
 
 
-def daemon_in(directory: Path) -> Iterator[Daemon]:
-    """Start a daemon, wait until it serves, and end it."""
-    (directory / "asapd.toml").write_text(CONFIG)
+def daemon_in(directory: Path, more: str = "") -> Iterator[Daemon]:
+    """Start a daemon, with more of configuration, wait until it serves, and end it."""
+    (directory / "asapd.toml").write_text(CONFIG + more)
     (directory / "prices.toml").write_text(PRICES)
     environment = {**os.environ, "RUNTIME_DIRECTORY": str(directory)}
     command = [sys.executable, "-m", "asapd", "run", "--config", directory / "asapd.toml", "--state-dir", directory]

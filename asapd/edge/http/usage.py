@@ -11,6 +11,7 @@ from quart_trio import QuartTrio
 
 from asapd.actors.messages import ReportTask, TaskEvent
 from asapd.actors.reads import GROUPS, TIME_GROUPS, places
+from asapd.actors.usage_reads import Wholeness
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, format_us
@@ -132,7 +133,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters.done()
         if after is not None and len(after.last) != len(places(groups)):
             raise bad_parameter("cursor", "must be the next_cursor of the page before")
-        grouped, raw_since_us = await services.reads.usage.aggregate(
+        grouped, wholeness = await services.reads.usage.aggregate(
             caller,
             filters,
             groups,
@@ -141,11 +142,7 @@ def register(app: QuartTrio, services: Services) -> None:
             zone=zone,
             after=None if after is None else after.last,
         )
-        shown = {
-            "group_by": group_by,
-            "timezone": zone.key,
-            "raw_since": _raw_since(raw_since_us),
-        }
+        shown = {"group_by": group_by, "timezone": zone.key, **_shown(wholeness)}
         position = None if grouped.last is None else GroupPlace(grouped.last)
         return reply({**shown, **page(grouped.rows, limit, parameters.place(kind, position))})
 
@@ -155,8 +152,8 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         filters = usage_filters(parameters)
         parameters.done()
-        totals, raw_since_us = await services.reads.usage.summary(caller, filters)
-        return reply({**totals, "raw_since": _raw_since(raw_since_us)})
+        totals, wholeness = await services.reads.usage.summary(caller, filters)
+        return reply({**totals, **_shown(wholeness)})
 
     @app.get("/usage/stats")
     async def get_stats() -> Response:
@@ -181,8 +178,19 @@ def register(app: QuartTrio, services: Services) -> None:
         return reply({"status": "recorded", "task_id": task.task_id, "state": task.state}, 201)
 
 
-def _raw_since(retired_before_us: int) -> str | None:
+def raw_since(retired_before_us: int) -> str | None:
+    """From when on all raw events are there, as it is shown; None when none was retired."""
     return format_us(retired_before_us) if retired_before_us else None
+
+
+def _shown(wholeness: Wholeness) -> dict[str, Any]:
+    return {
+        "raw_since": raw_since(wholeness.raw_since_us),
+        "incomplete": [
+            {"start": None if low is None else format_us(low), "end": None if high is None else format_us(high)}
+            for low, high in wholeness.incomplete
+        ],
+    }
 
 
 def _task_event(sent: TaskStep) -> TaskEvent:

@@ -14,7 +14,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter
-from asapd.edge.http.usage import usage_filters
+from asapd.edge.http.usage import raw_since, usage_filters
 from asapd.edge.services import Services
 from asapd.wire.row_formats import Format
 from asapd.wire.usage_export import FORMATS, NotInstalledError
@@ -51,6 +51,8 @@ def register(app: QuartTrio, services: Services) -> None:
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
         response = Response(export.parts(first), content_type=export.format.content_type)
         response.headers["Asapd-Snapshot"] = str(through)
+        if (since := raw_since(first.retired_before_us)) is not None:
+            response.headers["Asapd-Raw-Since"] = since
         response.headers["Content-Disposition"] = f'attachment; filename="usage.{name}"'
         response.timeout = None
         return response

@@ -272,6 +272,8 @@ async def test_tasks_are_listed_by_state_and_add_up_their_children(edge: Edge) -
 
 async def test_retention_says_what_would_go_and_takes_it(edge: Edge) -> None:
     await record(edge, 3)
+    assert (await edge.get("/usage/summary?task=t")).ok()["incomplete"] == []
+    assert "asapd-raw-since" not in (await edge.get("/usage/export")).headers
     edge.clock.us += 500 * 86_400 * 1_000_000
     would = (await edge.post("/retention?dry_run=true", key="reader")).ok()
     assert (would["dry_run"], would["usage"]["count"], would["usage"]["last_row"]) == (True, 3, 3)
@@ -281,7 +283,31 @@ async def test_retention_says_what_would_go_and_takes_it(edge: Edge) -> None:
     assert (await edge.get("/usage")).ok()["count"] == 0
     total = (await edge.get("/usage/summary")).ok()
     assert total["total_events"] == 3
-    assert total["raw_since"] == (await edge.get("/usage/aggregate")).ok()["raw_since"] is not None
+    since = total["raw_since"]
+    assert (await edge.get("/usage/aggregate")).ok()["raw_since"] == since is not None
+    assert (await edge.get("/usage/export")).headers["asapd-raw-since"] == since
+    for path, stretches in (
+        ("/usage/summary", []),
+        ("/usage/summary?task=t", [(None, since)]),
+        ("/usage/aggregate?group_by=minute", [(None, since)]),
+        ("/usage/aggregate?group_by=hour&timezone=Europe/Berlin", []),
+        ("/usage/aggregate?timezone=Asia/Kolkata", []),
+        ("/usage/aggregate?group_by=day&timezone=Asia/Kolkata", [(None, since)]),
+        (f"/usage/summary?task=t&start={since}", []),
+        (
+            "/usage/summary?start=2026-01-01T00:20:00Z&end=2026-01-02T00:30:00Z",
+            [
+                ("2026-01-01T00:20:00.000000Z", "2026-01-01T01:00:00.000000Z"),
+                ("2026-01-02T00:00:00.000000Z", "2026-01-02T00:30:00.000000Z"),
+            ],
+        ),
+        (
+            "/usage/summary?start=2026-01-01T00:20:00Z&end=2026-01-01T00:30:00Z",
+            [("2026-01-01T00:20:00.000000Z", "2026-01-01T00:30:00.000000Z")],
+        ),
+    ):
+        gone = (await edge.get(path)).ok()["incomplete"]
+        assert [(part["start"], part["end"]) for part in gone] == stretches, path
     entry = (await edge.get("/audit/logs?event_type=retention.applied")).ok()["data"][0]
     assert (entry["details"]["count"], entry["details"]["first_row"], entry["details"]["last_row"]) == (3, 1, 3)
 
