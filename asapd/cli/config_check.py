@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asapd.config import Config, ConfigError, diff, load
 from asapd.config.positions import Place, lines_of
+from asapd.core.errors import FieldError
 from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
 from asapd.wire.keys import KeyFormatError, load_public
 from asapd.wire.webhook import SecretError, read_secret
@@ -86,7 +87,7 @@ def _certificate_problems(config: Config, path: Path) -> Iterator[str]:
 
 
 def price_problems(path: Path) -> Iterator[str]:
-    """Every problem of a price table as `file:line: field: reason`."""
+    """Every problem of a price table as `file:line: field: reason`, in the order of the lines."""
     try:
         text = path.read_bytes().decode("utf-8")
         parse_price_table(text)
@@ -96,13 +97,15 @@ def price_problems(path: Path) -> Iterator[str]:
         line = error.object[: error.start].count(b"\n") + 1
         yield f"{path}:{line}: file: is not UTF-8 text; save it as UTF-8"
     except PriceTableError as error:
-        for problem in error.problems:
-            if problem.field == "toml":
-                found = _SYNTAX_LINE.search(problem.reason)
-                line = int(found[1]) if found else len(text.splitlines()) or 1
-                yield f"{path}:{line}: syntax: {problem.reason}"
-            else:
-                yield f"{path}:{_line_of(text, problem.field)}: {problem.field}: {problem.reason}"
+        yield from (f"{path}:{line}: {said}" for line, said in sorted(_told(text, one) for one in error.problems))
+
+
+def _told(text: str, problem: FieldError) -> tuple[int, str]:
+    """The line of a problem of a price table, and what it is."""
+    if problem.field == "toml":
+        found = _SYNTAX_LINE.search(problem.reason)
+        return int(found[1]) if found else len(text.splitlines()) or 1, f"syntax: {problem.reason}"
+    return _line_of(text, problem.field), f"{problem.field}: {problem.reason}"
 
 
 def price_remarks(path: Path) -> Iterator[str]:

@@ -49,7 +49,8 @@ def parse_price_table(text: str) -> PriceTable:
     document = _read(text)
     problems = [
         FieldError(key, "is not a setting of a price table")
-        for key in document.keys() - {"version", "currency", "price"}
+        for key in document
+        if key not in {"version", "currency", "price"}
     ]
     if document.get("currency", "USD") != "USD":
         problems.append(FieldError("currency", 'must be "USD"'))
@@ -113,14 +114,14 @@ def _rows(document: dict[str, Any], problems: list[FieldError]) -> Iterator[tupl
 
 def _row(row: dict[str, Any], where: str, problems: list[FieldError]) -> list[Price]:
     known = {"model", "provider", *RATES, *_DATES}
-    problems.extend(FieldError(f"{where}.{key}", "is not a setting of a price") for key in row.keys() - known)
+    problems.extend(FieldError(f"{where}.{key}", "is not a setting of a price") for key in row if key not in known)
     models, providers = _several(row.get("model")), _several(row.get("provider", ""))
-    if not all(isinstance(one, str) and one and "*" not in one[:-1] for one in models):
+    names_models = all(isinstance(one, str) and one and "*" not in one[:-1] for one in models)
+    if not names_models:
         problems.append(FieldError(f"{where}.model", "must name a model or a prefix ending in *, or a list of such"))
-        return []
-    if not all(isinstance(one, str) for one in providers):
+    names_providers = all(isinstance(one, str) for one in providers)
+    if not names_providers:
         problems.append(FieldError(f"{where}.provider", "must be text, or a list of texts"))
-        return []
     fields = {name: _scaled(row[key], f"{where}.{key}", problems) for key, name in RATES.items() if key in row}
     fields |= {name: _day_us(row[key], f"{where}.{key}", problems) for key, name in _DATES.items() if key in row}
     begin_us, end_us = fields.get("valid_from_us"), fields.get("valid_until_us")
@@ -129,6 +130,8 @@ def _row(row: dict[str, Any], where: str, problems: list[FieldError]) -> list[Pr
     if row.keys() <= {"model", "provider", *_DATES}:
         # Without any rate all would be free, which nobody writes like this on purpose.
         problems.append(FieldError(where, "has no rate: give at least one, 0 for what is free"))
+    if not (names_models and names_providers):
+        return []
     values = {name: value or 0 for name, value in fields.items()}
     named = dict.fromkeys((model, provider) for model in models for provider in providers)
     return [Price(model, provider, **values) for model, provider in named]

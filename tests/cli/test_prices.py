@@ -17,6 +17,18 @@ from asapd.cli.outcome import Exit
 from tests.cli.programs import PRICES, Daemon, Program
 
 GOOD = '[[price]]\nmodel = "m"\ninput_per_mtok = 1\n\n[[price]]\nmodel = "m"\ninput_per_mtok = 2\n'
+WRONG = """color = "red"
+[[price]]
+model = ["m*m", ""]
+input_per_mtok = "dear"
+provider = 3
+valid_from = "soon"
+shape = "round"
+[[price]]
+tint = 1
+model = 7
+[[price]]
+"""
 BAD = 'currency = "EUR"\n[[price]]\nmodel = "m"\ninput_per_mtok = -1\noutput = 2\n'
 
 
@@ -61,13 +73,29 @@ def test_a_table_is_checked_without_a_daemon(tmp_path: Path, ctl: Program) -> No
     file.write_text(BAD)
     ran = ctl("prices", "check", str(file))
     assert (ran.code, ran.out) == (Exit.USAGE, "")
-    assert sorted(ran.err.splitlines()) == [
+    assert ran.err.splitlines() == [
         f'{file}:1: currency: must be "USD"',
         f"{file}:4: price[0].input_per_mtok: must be USD, not negative, with at most six decimals",
         f"{file}:5: price[0].output: is not a setting of a price",
     ]
     told = ctl("prices", "check", str(file), "--json").json
     assert (told["valid"], told["version"], len(told["problems"])) == (False, None, 3)
+
+    file.write_text(WRONG)
+    assert [
+        line.removeprefix(f"{file}:").split(": ")[:2] for line in ctl("prices", "check", str(file)).err.splitlines()
+    ] == [
+        ["1", "color"],
+        ["3", "price[0].model"],
+        ["4", "price[0].input_per_mtok"],
+        ["5", "price[0].provider"],
+        ["6", "price[0].valid_from"],
+        ["7", "price[0].shape"],
+        ["9", "price[1].tint"],
+        ["10", "price[1].model"],
+        ["11", "price[2].model"],
+        ["11", "price[2]"],
+    ]
 
     file.write_text("version = \n")
     assert ctl("prices", "check", str(file)).err.startswith(f"{file}:1: syntax: ")

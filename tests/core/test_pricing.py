@@ -305,12 +305,12 @@ def test_tables_that_differ_have_different_versions() -> None:
         ('currency = "EUR"', "currency"),
         ("price = 1", "price"),
         ("price = [1]", "price[0]"),
-        ("[[price]]", "price[0].model"),
-        ("[[price]]\nmodel = 1", "price[0].model"),
-        ('[[price]]\nmodel = ""', "price[0].model"),
-        ("[[price]]\nmodel = []", "price[0].model"),
+        ("[[price]]\nper_call = 1", "price[0].model"),
+        ("[[price]]\nmodel = 1\nper_call = 1", "price[0].model"),
+        ('[[price]]\nmodel = ""\nper_call = 1', "price[0].model"),
+        ("[[price]]\nmodel = []\nper_call = 1", "price[0].model"),
         ('[[price]]\nmodel = "m"', "price[0]"),
-        ('[[price]]\nmodel = "m"\nprovider = ["p", 1]', "price[0].provider"),
+        ('[[price]]\nmodel = "m"\nprovider = ["p", 1]\nper_call = 1', "price[0].provider"),
         ('[[price]]\nmodel = "m"\ninput_per_mtok = [1]', "price[0].input_per_mtok"),
         (
             '[[price]]\nmodel = "m"\ninput_per_mtok = 1\nvalid_from = 2026-01-02\nvalid_until = 2026-01-02',
@@ -319,7 +319,7 @@ def test_tables_that_differ_have_different_versions() -> None:
         ("version = []", "version"),
         ('version = "a\\nb"', "version"),
         ("x = " + "[" * 2000, "toml"),
-        ('[[price]]\nmodel = "m"\nprovider = 1', "price[0].provider"),
+        ('[[price]]\nmodel = "m"\nprovider = 1\nper_call = 1', "price[0].provider"),
         ('[[price]]\nmodel = "m"\ninput = 1', "price[0].input"),
         ('[[price]]\nmodel = "m"\ninput_per_mtok = -1', "price[0].input_per_mtok"),
         ('[[price]]\nmodel = "m"\ninput_per_mtok = true', "price[0].input_per_mtok"),
@@ -345,12 +345,16 @@ def test_a_bad_field_is_named(text: str, field: str) -> None:
 
 
 def test_all_problems_are_named_at_once() -> None:
-    text = 'currency = "EUR"\nx = 1\n[[price]]\n[[price]]\nmodel = "m"\nper_call = -1'
+    text = 'currency = "EUR"\nx = 1\n[[price]]\n[[price]]\nmodel = "m*m"\nprovider = 1\nper_call = -1\nvalid_from = 5'
     with pytest.raises(PriceTableError) as caught:
         parse_price_table(text)
-    assert {problem.field for problem in caught.value.problems} == {
+    assert [problem.field for problem in caught.value.problems] == [
         "x",
         "currency",
         "price[0].model",
+        "price[0]",
+        "price[1].model",
+        "price[1].provider",
         "price[1].per_call",
-    }
+        "price[1].valid_from",
+    ]
