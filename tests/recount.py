@@ -74,6 +74,16 @@ def _offset_text(moment: datetime) -> str:
     return f"{text[:3]}:{text[3:]}"
 
 
+def _hour_of(moment: datetime) -> datetime:
+    """When the hour began that clocks show: on the hour, or when they were changed within it."""
+    begin = moment.astimezone(UTC).replace(second=0, microsecond=0)
+    while True:
+        before = (begin - timedelta(minutes=1)).astimezone(moment.tzinfo)
+        if (before.hour, before.utcoffset()) != (moment.hour, moment.utcoffset()):
+            return begin.astimezone(moment.tzinfo)
+        begin -= timedelta(minutes=1)
+
+
 def _group_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[str, str | None]:
     moment = (EPOCH + timedelta(microseconds=event.timestamp_us)).astimezone(zone)
     offset = "Z" if zone.key == "UTC" else _offset_text(moment)
@@ -81,7 +91,7 @@ def _group_of(group: str, event: UsageEvent, zone: ZoneInfo) -> tuple[str, str |
         case "minute":
             return "period", f"{moment:%Y-%m-%dT%H:%M}:00{offset}"
         case "hour":
-            return "period", f"{moment:%Y-%m-%dT%H}:00:00{offset}"
+            return "period", f"{_hour_of(moment):%Y-%m-%dT%H:%M}:00{offset}"
         case "day":
             return "period", f"{moment:%Y-%m-%d}"
         case "week":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -39,10 +38,11 @@ GROUPS = {
     "project": Group("project", "project", "(SELECT nullif(name, '') FROM name WHERE id = {key})"),
     "outcome": Group("outcome", "outcome", f"iif({{key}} = {int(Outcome.COMPLETED)}, 'completed', 'failed')"),
     "minute": Group("period", "at_s", "strftime('%Y-%m-%dT%H:%M:00', {key} + offset_s, 'unixepoch') || {offset}"),
+    # One that clocks change in begins with the change.
     "hour": Group(
         "period",
-        "(at_s + offset_s) / 3600 * 3600 - offset_s",
-        "strftime('%Y-%m-%dT%H:00:00', {key} + offset_s, 'unixepoch') || {offset}",
+        "max((at_s + offset_s) / 3600 * 3600 - offset_s, changed_s)",
+        "strftime('%Y-%m-%dT%H:%M:00', {key} + offset_s, 'unixepoch') || {offset}",
     ),
     "day": Group("period", _DAY, "strftime('%Y-%m-%d', {key} * 86400, 'unixepoch')"),
     # The epoch was a Thursday: three days before it a week began.
@@ -58,6 +58,7 @@ _BY_OFFSET = frozenset({"minute", "hour"})
 
 _UTC = ZoneInfo("UTC")
 _HOUR_S = HOUR_US // SECOND_US
+_NEVER_S = -(2**62)
 _PERIODS_S = {"hour": _HOUR_S, "day": DAY_HOURS * _HOUR_S}
 # Hours that clocks show twice differ in this, so that they are two groups.
 _OFFSET = "printf('%s%02d:%02d', iif(offset_s < 0, '-', '+'), abs(offset_s) / 3600, abs(offset_s) / 60 % 60)"
@@ -260,8 +261,10 @@ def aggregate(
         by_day=not {"minute", "hour"} & set(timed) and not any(offset_s for _, offset_s in offsets),
         raw_only=_splits_hours(timed, offsets),
     )
-    cases = [f"WHEN at_s < {until_s} THEN {offset_s}" for (_, offset_s), (until_s, _) in pairwise(offsets)]
-    standing = f"CASE {' '.join(cases)} ELSE {offsets[-1][1]} END" if cases else str(offsets[-1][1])
+    # The first stretch begins with what was asked for, not with a change.
+    changes = [_NEVER_S, *(change_s for change_s, _ in offsets[1:])]
+    standing = _by_stretch(changes, [offset_s for _, offset_s in offsets])
+    changed = _by_stretch(changes, changes)
     columns = [GROUPS[group] for group in group_by]
     offset_text = "'Z'" if zone.key == "UTC" else _OFFSET
     texts = [
@@ -279,7 +282,8 @@ def aggregate(
     found = _sums(
         connection,
         f"SELECT {', '.join(texts)}, * FROM (SELECT {', '.join(keys)}, {', '.join(unique)}, {{sums}} "
-        f"FROM (SELECT *, {standing} AS offset_s FROM ({source})) GROUP BY {', '.join(grouped)}) {beyond} "
+        f"FROM (SELECT *, {standing} AS offset_s, {changed} AS changed_s FROM ({source})) "
+        f"GROUP BY {', '.join(grouped)}) {beyond} "
         f"ORDER BY {', '.join(order)} LIMIT ? OFFSET ?",
         (*values, *(after or ()), limit, offset),
     )
@@ -297,6 +301,12 @@ def aggregate(
     count = len(columns)
     place = [last[count + index] if name in TIME_GROUPS else last[index] or "" for index, name in enumerate(group_by)]
     return Grouped(rows, (*place, *last[2 * count : -2]))
+
+
+def _by_stretch(changes: list[int], values: list[int]) -> str:
+    """SQL for the value that belongs to when a row is: each from its change on until the next."""
+    cases = [f"WHEN at_s < {until_s} THEN {value}" for until_s, value in zip(changes[1:], values, strict=False)]
+    return f"CASE {' '.join(cases)} ELSE {values[-1]} END" if cases else str(values[-1])
 
 
 def _splits_hours(timed: Sequence[str], offsets: list[tuple[int, int]]) -> bool:

@@ -24,10 +24,19 @@ DAYS_US = 24 * HOUR_US
 
 # 2026-10-25 00:00 UTC: clocks in Berlin show the next two hours as one.
 BACK_US = int(datetime(2026, 10, 25, tzinfo=UTC).timestamp()) * 1_000_000 - START_US
+# 2026-10-03 15:00 UTC: half an hour later clocks on Lord Howe Island are put forth by half an hour.
+HALF_FORTH_US = int(datetime(2026, 10, 3, 15, tzinfo=UTC).timestamp()) * 1_000_000 - START_US
+# 2026-04-04 15:00 UTC: they are put back by as much.
+HALF_BACK_US = int(datetime(2026, 4, 4, 15, tzinfo=UTC).timestamp()) * 1_000_000 - START_US
 zones = st.sampled_from(
-    [ZoneInfo(name) for name in ("UTC", "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Etc/GMT+12")]
+    [
+        *(ZoneInfo(name) for name in ("UTC", "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Etc/GMT+12")),
+        ZoneInfo("Australia/Lord_Howe"),
+    ]
 )
-hours = st.sampled_from((BACK_US, BACK_US + HOUR_US, 0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US))
+hours = st.sampled_from(
+    (HALF_FORTH_US, HALF_BACK_US, BACK_US, BACK_US + HOUR_US, 0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US)
+)
 inside = st.sampled_from((0, 1, HOUR_US // 2, HOUR_US - 1))
 times = st.builds(lambda hour, offset: START_US + hour + offset, hours, inside)
 bounds = st.none() | st.builds(lambda time, offset: time + offset, times, st.integers(-1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -101,3 +102,33 @@ def test_stats_count_what_the_caller_may_see(
     )
     stats = usage_sums.stats(connection, visible)
     assert (stats["total_events"], stats["oldest_timestamp"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "periods"),
+    [
+        (
+            datetime(2026, 10, 3, 15, tzinfo=UTC),
+            ["2026-10-04T01:00:00+10:30", "2026-10-04T02:30:00+11:00", "2026-10-04T03:00:00+11:00"],
+        ),
+        (
+            datetime(2026, 4, 4, 14, 30, tzinfo=UTC),
+            ["2026-04-05T01:00:00+11:00", "2026-04-05T01:30:00+10:30", "2026-04-05T02:00:00+10:30"],
+        ),
+    ],
+)
+def test_an_hour_that_clocks_change_in_is_named_by_the_change(
+    connection: apsw.Connection, first: datetime, periods: list[str]
+) -> None:
+    """On Lord Howe Island they are put forth and back by half an hour; each name is a moment that its clocks show."""
+    begin_us = int(first.timestamp()) * 1_000_000
+    events = [UsageEvent("t", "x.a", "c", begin_us + part * HOUR_US // 2, tokens_in=1) for part in range(3)]
+    fill(connection, [("one", event, Cost(1)) for event in events])
+    zone = ZoneInfo("Australia/Lord_Howe")
+    rows = usage_sums.aggregate(connection, UsageFilter(EVERYTHING), ("hour",), 10, 0, zone).rows
+    assert [row["period"] for row in rows] == periods
+    # None begins after the first of its events.
+    assert all(
+        datetime.fromisoformat(row["period"]).timestamp() * 1_000_000 <= event.timestamp_us
+        for row, event in zip(rows, events, strict=True)
+    )
