@@ -93,7 +93,7 @@ def _limited(row: dict[str, Any]) -> list[str]:
 def _exhausted(forecast: dict[str, Any] | None) -> str | None:
     if forecast is None:
         return None
-    return forecast["exhausted_at"] if forecast["within_period"] else "not in this period"
+    return (forecast["exhausted_at"] or "reached") if forecast["within_period"] else "not in this period"
 
 
 def _spike(row: dict[str, Any], unit: str) -> bool | None:

@@ -26,7 +26,7 @@ _LEAST_DEVIATION = 0.1
 class Forecast(Struct, frozen=True):
     """Where spending leads if it goes on as it did so far in the period; amounts in the unit's integers.
 
-    `exhausted_at_us` None is more than a hundred years away.
+    `exhausted_at_us` None is more than a hundred years away, or within the period: reached already, nobody noted when.
     """
 
     exhausted_at_us: int | None
@@ -58,8 +58,10 @@ def forecast(spent: int, limit: int | None, start_us: int, end_us: int, now_us: 
     rate = burn_rate_per_hour(spent, start_us, now_us)
     if limit is None or not rate:
         return None
-    left_us = math.ceil(max(limit - spent, 0) / rate * HOUR_US)
     at_end = spent + round(rate * (end_us - now_us) / HOUR_US)
+    if spent >= limit:
+        return Forecast(None, within_period=True, at_end=at_end)
+    left_us = math.ceil((limit - spent) / rate * HOUR_US)
     return Forecast(now_us + left_us if left_us < _FAR_US else None, now_us + left_us < end_us, at_end)
 
 

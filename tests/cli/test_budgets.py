@@ -46,7 +46,12 @@ def test_budgets_are_listed_and_shown_and_follow_the_configuration(own_daemon: D
     assert ctl("budgets", "show", "research", "--json").json["open_breach"]["budget"] == "research"
     assert re.search(r"^brc_\S+ +open +warning +research +budget ", ctl("sla", "breaches").out, re.MULTILINE)
 
-    configure(own_daemon, ctl, hard_usd="3")
+    report(own_daemon, "2")
+    forecast = ctl("budgets", "show", "research", "--json").json["forecast"]["usd"]
+    assert (forecast["exhausted_at"], forecast["within_period"]) == (None, True)
+    assert re.search(r"^usd +4\.25 .* +reached +-$", ctl("budgets", "show", "research").out, re.MULTILINE)
+
+    configure(own_daemon, ctl, hard_usd="5")
     listed = ctl("budgets", "list", "--json").json
     assert (listed["data"][0]["remaining"]["usd"], listed["data"][0]["open_breach"]) == (0.75, None)
     own_daemon.config.write_text(CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,12 @@ def test_the_burn_rate_is_what_was_spent_over_the_hours_of_the_period_so_far() -
 def test_a_forecast_goes_on_at_the_rate_so_far() -> None:
     assert forecast(25, 100, 0, DAY_US, 6 * HOUR_US) == Forecast(24 * HOUR_US, within_period=False, at_end=100)
     assert forecast(26, 100, 0, DAY_US, 6 * HOUR_US) == Forecast(83_076_923_077, within_period=True, at_end=104)
-    assert forecast(120, 100, 0, DAY_US, 6 * HOUR_US) == Forecast(6 * HOUR_US, within_period=True, at_end=480)
+
+
+@pytest.mark.parametrize("spent", [100, 120])
+def test_a_limit_that_was_reached_has_no_date(spent: int) -> None:
+    """When that was is not kept by unit; the time of asking, which it once was, is another at each call."""
+    assert forecast(spent, 100, 0, DAY_US, 6 * HOUR_US) == Forecast(None, within_period=True, at_end=4 * spent)
 
 
 def test_there_is_no_forecast_without_a_limit_or_spending_or_time() -> None:
