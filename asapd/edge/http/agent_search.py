@@ -59,7 +59,9 @@ def search(rows: Sequence[dict[str, Any]], wanted: Wanted) -> dict[str, Any]:
     if wanted.after is not None:
         behind = _order(wanted.after)
         found = [row for row in found if _order(_position(row, wanted)) > behind]
-    found = found[wanted.offset :]
+    else:
+        # The position of a page before is behind what was skipped on the first.
+        found = found[wanted.offset :]
     shown = found[: wanted.limit]
     more = len(found) > len(shown)
     return {

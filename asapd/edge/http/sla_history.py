@@ -62,7 +62,8 @@ def register(app: QuartTrio, services: Services) -> None:
         start_us = max(0, end_us - _SPAN_US[resolution] if start_us is None else start_us)
         limit = parameters.limit()
         after = parameters.cursor(tuple[str, int, int, int])
-        skip = parameters.number("offset", 0, 0, _MOST_SKIPPED) if after is None else 0
+        offset = parameters.number("offset", 0, 0, _MOST_SKIPPED)
+        skip = offset if after is None else 0
         parameters.done()
         if start_us >= end_us:
             raise bad_parameter("start", "must be before end, and not in the future")

@@ -281,8 +281,7 @@ def test_a_search_finds_the_same_agents_in_the_same_order_whatever_the_pages(
     found, cursor = "", None
     while True:
         more = [] if cursor is None else [("cursor", cursor)]
-        asked = [pair for pair in given if cursor is None or pair[0] != "offset"]
-        parameters = Parameters([*asked, ("limit", str(limit)), *more])  # type: ignore[list-item]  # pairs, by the =
+        parameters = Parameters([*given, ("limit", str(limit)), *more])  # type: ignore[list-item]  # pairs, by the =
         wanted = read_wanted(parameters)
         parameters.done()
         page = search(ROWS, wanted)

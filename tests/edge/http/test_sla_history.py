@@ -93,6 +93,8 @@ async def test_a_history_is_paged_agent_by_agent_and_gives_each_period_once(edge
     assert [row["period_start"] for row in rest["data"]] == [row["period_start"] for row in first["data"]]
     skipped = (await edge.get(f"/sla/history?{span}&limit=2&offset=2")).ok()
     assert [row["agent_id"] for row in skipped["data"]] == [A, C]
+    behind = (await edge.get(f"/sla/history?{span}&limit=2&offset=2&cursor={skipped['next_cursor']}")).ok()
+    assert [row["agent_id"] for row in behind["data"]] == [C, C]
     assert (await edge.get(f"/sla/history?{span}&agent_id={C}")).ok()["count"] == 3
     await edge.new_key("nobody", "reader", B)
     assert (await edge.get(f"/sla/history?{span}", key="nobody")).ok()["count"] == 0
