@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 from pydantic import BaseModel
 
 from asapd.config import Config, load, parse
 from asapd.config.positions import Place, lines_of
+from asapd.core.money import parse_usd
 from asapd.core.price_table import parse_price_table
+from asapd.core.usage import UsageEvent
 
 EXAMPLES = Path(__file__).parents[2] / "config"
 TEXT = (EXAMPLES / "asapd.toml").read_text(encoding="utf-8")
@@ -75,3 +78,32 @@ def test_the_example_price_table_prices_well_known_models() -> None:
     assert all(price.input_pico > 0 for price in table.prices)
     # A pattern for everything would price models nobody looked up.
     assert all(price.model != "*" for price in table.prices)
+
+
+@pytest.mark.parametrize(
+    ("model", "input_per_mtok"),
+    [
+        ("gpt-4o", "2.50"),
+        ("gpt-4o-2024-08-06", "2.50"),
+        ("gpt-4o-2024-05-13", "5.00"),
+        ("gpt-4o-mini-2024-07-18", "0.15"),
+        ("gpt-4.1-2025-04-14", "2.00"),
+        ("gpt-4.1-mini-2025-04-14", "0.40"),
+        ("gpt-5-2025-08-07", "1.25"),
+        ("gpt-5-mini-2025-08-07", "0.25"),
+        ("o3-2025-04-16", "2.00"),
+        ("claude-sonnet-4-20250514", "3.00"),
+        # What has a price of its own is not guessed.
+        ("gpt-4o-audio-preview", None),
+        ("gpt-4o-mini-realtime-preview-2024-12-17", None),
+        ("gpt-5-pro-2025-10-06", None),
+        ("o3-pro", None),
+        ("GPT-4o", None),
+    ],
+)
+def test_the_example_price_table_knows_models_by_their_dates(model: str, input_per_mtok: str | None) -> None:
+    table = parse_price_table((EXAMPLES / "prices.toml").read_text(encoding="utf-8"))
+    price = table.find(UsageEvent("t", "urn:asap:agent:a", "c", 1_795_169_203_000_000, model=model))
+    assert (None if price is None else price.input_pico) == (
+        None if input_per_mtok is None else parse_usd(input_per_mtok)
+    )
