@@ -23,12 +23,22 @@ from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
 from asapd.store.units.agents import AgentRecord
 from asapd.wire.keys import KeyFormatError, load_private_pem, load_public, private_pem
 
-LOCK_PATIENCE_S = 10.0
+# 40: a start may take 60 s under systemd (TimeoutStartSec=), which gives up after ten within five minutes: with such
+# starts it never does.
+LOCK_PATIENCE_S = 40.0
+WAIT_FOR_WRITER = (
+    "it is finishing its last commit. Start again when it has ended; if it hangs, end it with kill -9, which loses "
+    "nothing that was acknowledged"
+)
 _log = logging.getLogger("asapd")
 
 
 class BootError(Exception):
     """The daemon cannot start; the message says what happened and what to do about it."""
+
+
+class LeftBehindError(BootError):
+    """The writer of a daemon that died is still there: its end is all that is needed, so another start may go well."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
 
     Raises:
         BootError: with what to do.
+        LeftBehindError: when all that was to be done is to wait longer.
     """
     is_root = os.geteuid() == 0
     chosen = (state_dir or loaded.state_dir or config.default_state_dir(environ, is_root)).absolute()
@@ -186,6 +197,8 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
             for descriptor in locks:
                 os.close(descriptor)
             raise
+    except lock.LeftLockedError as error:
+        raise LeftBehindError(f"{error}: {WAIT_FOR_WRITER}") from None
     except lock.LockedError as error:
         raise BootError(f"{error}: stop it first, or choose another directory with --state-dir") from None
     except (DatabaseTooNewError, NotOurDatabaseError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nacl.signing import SigningKey
 
 from asapd.core.types import SECOND_US, format_us
-from asapd.daemon.boot import LOCK_PATIENCE_S
+from asapd.daemon.boot import LOCK_PATIENCE_S, WAIT_FOR_WRITER
 from asapd.store import checkpoint_log, lock, restoring
 from asapd.store.backup import CopyFailedError
 from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
@@ -63,6 +63,8 @@ def restore(
         descriptor = lock.acquire(
             state_dir / "asapd.lock", patience_s=LOCK_PATIENCE_S, monotonic_s=time.monotonic, sleep=time.sleep
         )
+    except lock.LeftLockedError as error:
+        raise CannotRestoreError(f"{error}: {WAIT_FOR_WRITER}") from None
     except lock.LockedError as error:
         raise CannotRestoreError(f"{error}: stop the daemon first") from None
     except OSError as error:

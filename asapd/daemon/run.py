@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from asapd.config import ConfigError
-from asapd.daemon.boot import BootError, load, occupy
+from asapd.daemon.boot import BootError, LeftBehindError, load, occupy
 from asapd.daemon.house import House
 from asapd.edge.sockets import CannotListen
 from asapd.runtime import logs
@@ -35,7 +35,8 @@ def run(config_path: Path | None, state_dir: Path | None) -> int:
         return EXIT_CONFIG
     except BootError as error:
         print(f"asapd: {error}", file=sys.stderr)  # noqa: T201 -- one line that says what to do
-        return EXIT_CONFIG
+        # Not a mistake of the operator's, and over by itself: the service manager is to try again.
+        return EXIT_INTERNAL if isinstance(error, LeftBehindError) else EXIT_CONFIG
     # Start-up's objects stay for good; collections of the rest are rarer and shorter.
     gc.collect()
     gc.freeze()

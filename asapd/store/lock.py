@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _POLL_S = 0.05
 _HOLD_TRIES = 40
+_PROCESSES = Path("/proc")
+
+_log = logging.getLogger("asapd.store.lock")
 
 
 class LockedError(Exception):
     """Another daemon owns the state directory: stop it, or name another directory."""
+
+
+class LeftLockedError(LockedError):
+    """The daemon that owned the state directory is dead and its writer is not: it will end, or has to be ended."""
 
 
 def acquire(path: Path, *, patience_s: float, monotonic_s: Callable[[], float], sleep: Callable[[float], None]) -> int:
@@ -22,24 +30,45 @@ def acquire(path: Path, *, patience_s: float, monotonic_s: Callable[[], float], 
     A lock whose owner is dead is waited for: its writer may still be finishing a commit.
 
     Raises:
-        LockedError: a living daemon holds it, or a dead one's writer for longer than `patience_s`.
+        LockedError: a living daemon holds it, or for longer than `patience_s` somebody who wrote no pid.
+        LeftLockedError: a dead one's writer holds it for longer than `patience_s`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline_s = monotonic_s() + patience_s
+    is_told = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             owner = _owner(descriptor)
-            if _is_alive(owner) or monotonic_s() >= deadline_s:
+            is_over = monotonic_s() >= deadline_s
+            # To look is worth it only where it is told, or where a zombie, or who has the number now, seems to live.
+            holders = _holders(descriptor, path.name) if is_over or not is_told or _is_alive(owner) else []
+            refusal = _refusal(path.parent, owner, holders, is_over=is_over)
+            if refusal is not None:
                 os.close(descriptor)
-                who = f"pid {owner}" if owner is not None else "another process"
-                raise LockedError(f"{path.parent} is in use by {who}") from None
+                raise refusal from None
+            if not is_told:
+                is_told = True
+                _log.warning("%s is held by %s: waiting %g s for it to end", path.parent, _named(holders), patience_s)
         sleep(_POLL_S)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def _refusal(directory: Path, owner: int | None, holders: Sequence[int], *, is_over: bool) -> LockedError | None:
+    """Why a lock that others hold is not waited for, or not any longer."""
+    if owner in holders if holders else _is_alive(owner):
+        return LockedError(f"{directory} is in use by pid {owner}")
+    if not is_over:
+        return None
+    if owner is None:
+        return LockedError(f"{directory} is in use by {_named(holders)}")
+    return LeftLockedError(
+        f"{directory} is still held by {_named(holders)}, the writer of a daemon that died (pid {owner})"
+    )
 
 
 def hold(database: Path, sleep: Callable[[float], None]) -> int:
@@ -70,6 +99,29 @@ def _owner(descriptor: int) -> int | None:
     with contextlib.suppress(ValueError):
         return int(os.pread(descriptor, 20, 0).decode("ascii", "replace").strip())
     return None
+
+
+def _holders(descriptor: int, name: str) -> list[int]:
+    """The processes that have the lock of a file of this name; those of other users are shown only to root.
+
+    Whoever inherited it counts, which the lock's own record leaves out; who has the file open, but no lock, does not.
+    """
+    wanted = os.fstat(descriptor)
+    found = []
+    for process in _PROCESSES.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is of somebody else
+            for link in (process / "fd").iterdir():
+                # By its name first: to look at a file may take long where it is far away.
+                if link.readlink().name != name or not os.path.samestat(link.stat(), wanted):
+                    continue
+                if "FLOCK" in (process / "fdinfo" / link.name).read_text():
+                    found.append(int(process.name))
+                    break
+    return sorted(found)
+
+
+def _named(holders: Sequence[int]) -> str:
+    return " and ".join(f"pid {pid}" for pid in holders) or "another process"
 
 
 def _is_alive(pid: int | None) -> bool:

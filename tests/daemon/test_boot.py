@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from nacl.signing import SigningKey
 from asapd import config
 from asapd.config import ConfigError
 from asapd.daemon import boot
-from asapd.daemon.boot import BootError, Premises, load, occupy, write_private
+from asapd.daemon.boot import BootError, LeftBehindError, Premises, load, occupy, write_private
+from asapd.daemon.run import run
 from asapd.store.units.agents import AgentRecord
 from asapd.wire.keys import load_private_pem, private_pem, public_base64
 
@@ -163,6 +166,36 @@ def test_a_directory_in_use_is_refused_with_its_pid(tmp_path: Path, descriptors:
     taken(tmp_path, descriptors)
     with pytest.raises(BootError, match=rf"is in use by pid {os.getpid()}: stop it first, or .*--state-dir"):
         occupy(config.Config(), tmp_path, {})
+
+
+def test_what_a_dead_daemons_writer_still_holds_is_to_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """systemd tries again after every code but 2, which is for what another start does not mend."""
+    died = subprocess.Popen([sys.executable, "-c", ""])
+    died.wait()
+    monkeypatch.setattr(boot, "LOCK_PATIENCE_S", 0.0)
+    with (tmp_path / "asapd.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(f"{died.pid}\n")
+        file.flush()
+        expected = rf"still held by pid {os.getpid()}, the writer of a daemon that died \(pid {died.pid}\): .*kill -9"
+        with pytest.raises(LeftBehindError, match=expected):
+            occupy(config.Config(), tmp_path, {})
+        assert run(None, tmp_path) == 70
+        assert f"asapd: {tmp_path} is still held by pid {os.getpid()}" in capsys.readouterr().err
+        file.truncate(0)
+        assert run(None, tmp_path) == 2, "nobody is known to have died"
+
+
+def test_a_start_that_waits_is_within_what_the_service_manager_waits() -> None:
+    """And so long that it does not give up for good: ten starts within five minutes are too many for it."""
+    unit = (Path(__file__).parents[2] / "systemd" / "asapd.service").read_text()
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    assert settings["RestartPreventExitStatus"] == "2"
+    assert int(settings["TimeoutStartSec"]) > boot.LOCK_PATIENCE_S + 15
+    assert settings["StartLimitIntervalSec"] == "5min"
+    assert boot.LOCK_PATIENCE_S * int(settings["StartLimitBurst"]) > 5 * 60
 
 
 def test_a_state_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:

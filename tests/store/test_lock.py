@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from asapd.store import lock
-from asapd.store.lock import LockedError, acquire, hold
+from asapd.store.lock import LeftLockedError, LockedError, acquire, hold
 
 
 @dataclass
@@ -102,25 +102,43 @@ def test_a_dead_owners_lock_is_waited_for(tmp_path: Path, held: list[int]) -> No
     assert path.read_text() == f"{os.getpid()}\n"
 
 
-def test_the_wait_for_a_dead_owners_writer_has_an_end(tmp_path: Path, held: list[int]) -> None:
+def test_the_wait_for_a_dead_owners_writer_has_an_end_and_names_both(tmp_path: Path, held: list[int]) -> None:
     path = tmp_path / "asapd.lock"
     pid = dead_pid()
     lock_as(path, f"{pid}\n", held)
     patience = Patience()
-    with pytest.raises(LockedError, match=f"in use by pid {pid}"):
+    expected = rf"{tmp_path} is still held by pid {os.getpid()}, the writer of a daemon that died \(pid {pid}\)"
+    with pytest.raises(LeftLockedError, match=expected):
         patience.acquire(path, patience_s=1.0)
     assert sum(patience.slept) == pytest.approx(1.0, abs=0.06)
 
 
+def test_a_wait_is_told_once_and_of_whom(tmp_path: Path, held: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "asapd.lock"
+    lock_as(path, f"{dead_pid()}\n", held)
+    with pytest.raises(LeftLockedError):
+        Patience().acquire(path, patience_s=1.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} is held by pid {os.getpid()}: waiting 1 s for it to end"
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "nonsense", "\xff\xfe"])
-def test_an_owner_that_left_no_pid_is_another_process(tmp_path: Path, held: list[int], text: str) -> None:
+def test_an_owner_that_left_no_pid_is_named_by_what_the_kernel_knows(
+    tmp_path: Path, held: list[int], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     path = tmp_path / "asapd.lock"
     lock_as(path, text, held)
+    with pytest.raises(LockedError, match=f"in use by pid {os.getpid()}") as refused:
+        Patience().acquire(path, patience_s=0)
+    assert not isinstance(refused.value, LeftLockedError), "nobody is known to have died"
+    monkeypatch.setattr(lock, "_PROCESSES", tmp_path / "unseen")
     with pytest.raises(LockedError, match="in use by another process"):
         Patience().acquire(path, patience_s=0)
 
 
 def test_an_owner_of_another_user_is_alive(tmp_path: Path, held: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others hold cannot be looked at: that they are there is all there is to go by."""
     path = tmp_path / "asapd.lock"
     lock_as(path, "1\n", held)
 
@@ -128,10 +146,21 @@ def test_an_owner_of_another_user_is_alive(tmp_path: Path, held: list[int], monk
         raise PermissionError
 
     monkeypatch.setattr(lock.os, "kill", forbidden)
+    monkeypatch.setattr(lock, "_PROCESSES", tmp_path / "unseen")
     patience = Patience()
     with pytest.raises(LockedError, match="in use by pid 1"):
         patience.acquire(path)
     assert patience.slept == []
+
+
+def test_a_living_process_that_has_not_the_lock_is_not_its_owner(tmp_path: Path, held: list[int]) -> None:
+    """A dead daemon whose parent has not asked for it yet, or whose number somebody else was given."""
+    path = tmp_path / "asapd.lock"
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock_as(path, f"{other.pid}\n", held)
+    with pytest.raises(LeftLockedError, match=f"still held by pid {os.getpid()}"):
+        Patience().acquire(path)
+    other.communicate(b"\n")
 
 
 def test_a_child_that_inherits_the_descriptor_holds_the_lock_on(tmp_path: Path, held: list[int]) -> None:
@@ -140,8 +169,10 @@ def test_a_child_that_inherits_the_descriptor_holds_the_lock_on(tmp_path: Path, 
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,))
     os.close(descriptor)
     path.write_text(f"{dead_pid()}\n")
-    with pytest.raises(LockedError):
+    waiting = os.open(path, os.O_RDWR)  # another who has the file open, but not the lock
+    with pytest.raises(LeftLockedError, match=f"still held by pid {child.pid}, the writer"):
         Patience().acquire(path)
+    os.close(waiting)
     child.communicate(b"\n")
     held.append(Patience().acquire(path))
 
