@@ -29,6 +29,7 @@ from asapd.client.stats import Counters
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
+_NAMES = frozenset(Details.__annotations__)
 _current: contextvars.ContextVar[Task | None] = contextvars.ContextVar("asapd_task", default=None)
 
 
@@ -79,7 +80,9 @@ class Task:
         self.consumer = consumer
         self._given_id = task_id
         self.task_id = new_id() if task_id is None else str(task_id)
-        self.details = details
+        self.details: Details = {}
+        for name, value in details.items():  # one by one: what makes no sense is left out, and nothing else
+            self.describe(**cast("Details", {name: value}))
         self.outcome: Literal["completed", "failed"] = "completed"
         self.error: str | None = None
         self.cost_usd: Decimal | None = None
@@ -126,6 +129,7 @@ class Task:
     @_harmless
     def describe(self, **details: Unpack[Details]) -> None:
         """Say or correct the model, the provider, labels and so on, when they are known only now."""
+        check_names(details)
         labels = {**(self.details.get("labels") or {}), **(details.get("labels") or {})}
         self.details.update(details)
         if labels:
@@ -301,8 +305,24 @@ def _is_failure(error: BaseException | None) -> bool:
     return not (isinstance(error, SystemExit) and error.code in {None, 0})
 
 
+def check_names(details: Mapping[str, Any]) -> None:
+    """Look that there are such details: the daemon would refuse the whole event for one that it does not know.
+
+    Raises:
+        TypeError: for a name that is none of `Details`, such as one that is mistyped.
+    """
+    unknown = [name for name in details if name not in _NAMES]
+    if unknown:
+        raise TypeError(f"an event has no {', '.join(unknown)}; there are {', '.join(sorted(_NAMES))}")
+
+
 def as_details(details: Mapping[str, Any]) -> Details:
-    """Details as they are sent: names as text, labels as text."""
+    """Details as they are sent: names as text, labels as text.
+
+    Raises:
+        TypeError: for a name that is none of `Details`.
+    """
+    check_names(details)
     known: dict[str, Any] = {}
     for name, value in details.items():
         if name == "labels" and value is not None:

@@ -65,8 +65,9 @@ def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(hom
     with make(home) as meter:
         assert meter.record(tokens_in=-1) is None
         assert meter.record(cost_usd="much") is None
+        assert meter.record(tokenz=1) is None  # type: ignore[call-arg] -- wrong on purpose
         stats = meter.stats()
-    assert (stats.lost, stats.misused, stats.recorded) == (0, 2, 0)
+    assert (stats.lost, stats.misused, stats.recorded) == (0, 3, 0)
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "relative/path", "http://", "https://user@host", "http://h/?q=1"])

@@ -139,6 +139,25 @@ def test_wrong_calls_change_nothing_and_are_counted(recorder: Recorder) -> None:
     assert recorder.events[0]["metrics"].keys() <= {"duration_ms"}
 
 
+def test_a_detail_that_there_is_not_is_left_out_and_counted_once(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    @recorder.task(modle="m", provider="p", labels=3)
+    def work() -> None:
+        current = current_task()
+        assert current is not None
+        current.describe(projekt="x", model="m")  # type: ignore[call-arg] -- wrong on purpose
+
+    assert recorder.misused == 2, "as soon as it is said, and not again for each call"
+    assert "an event has no modle; there are action, " in caplog.text
+    work()
+    work()
+    assert recorder.misused == 4
+    first, second = recorder.events
+    assert (first["provider"], second["provider"]) == ("p", "p")
+    assert not {"modle", "labels", "projekt", "model"} & (first.keys() | second.keys())
+
+
 def test_a_recorder_that_breaks_does_not_break_the_work(recorder: Recorder) -> None:
     recorder.events = None  # type: ignore[assignment] -- as broken as can be
     with recorder.task():
