@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from asapd.core.errors import Refusal
+from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import HOUR_US, Outcome
 
 FLAG_UNRESERVED = 1
@@ -93,12 +93,6 @@ class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 UNKNOWN_COST = Cost()
 
-PAST_64_BITS: Final = Refusal(
-    "invalid",
-    "nothing was written: what one agent used in an hour for one consumer, with one model, project and outcome, would "
-    "pass 64 bits: check the counts",
-)
-"""The refusal of what no sum of an hour can hold: over a thousand reports of the most that one may say."""
 
 OTLP = "otlp"
 """The `source` of every event that comes from OpenTelemetry."""
@@ -191,6 +185,23 @@ class RollupSums(NamedTuple):
     cost_microusd: int = 0
     unpriced: int = 0
     cache_write_1h_tokens: int = 0
+
+
+_COUNTS: Final = frozenset(RollupSums._fields) - {"events", "tasks", "cost_microusd", "unpriced"}
+
+
+def past_64_bits(column: str) -> Refusal:
+    """The refusal of what no sum of an hour can hold: over a thousand reports of the most that one may say.
+
+    `column` is what could not hold it: of `RollupSums`, or of another table.
+    """
+    field = "cost_usd" if column == "cost_microusd" else f"metrics.{column}" if column in _COUNTS else "metrics"
+    return Refusal(
+        "invalid",
+        "nothing was written: what one agent used in an hour for one consumer, with one model, project and outcome, "
+        "would pass 64 bits: check the counts",
+        (FieldError(field, "would make the sum of an hour pass 64 bits"),),
+    )
 
 
 def rollup(priced: Iterable[tuple[UsageEvent, Cost]]) -> dict[RollupKey, RollupSums]:

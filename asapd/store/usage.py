@@ -12,12 +12,12 @@ from asapd.core.ledger import Account
 from asapd.core.usage import (
     FLAG_UNAUTHORISED,
     FLAG_UNTIMED,
-    PAST_64_BITS,
     Cost,
     RollupKey,
     RollupSums,
     UsageEvent,
     identity_digest,
+    past_64_bits,
     rollup,
 )
 from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days
@@ -282,7 +282,7 @@ class _Pass:
         for tenant, priced in self._priced.items():
             for (hour, agent, consumer, model, project, outcome), sums in rollup(priced).items():
                 if max(sums) > _MAX_SUM:
-                    raise RefuseError(PAST_64_BITS)
+                    raise RefuseError(past_64_bits(sums._fields[sums.index(max(sums))]))
                 of = (names[agent], names[consumer], names[model], names[project])
                 rows.append((names[tenant], hour, *of, outcome, *sums))
         tx.insert_many(_UPSERT_HOUR, rows)

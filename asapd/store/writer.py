@@ -31,7 +31,7 @@ from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
 from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
-from asapd.core.usage import PAST_64_BITS
+from asapd.core.usage import past_64_bits
 from asapd.store import handlers, usage
 from asapd.store.authorizing_together import authorize_together
 from asapd.store.beside import Beside
@@ -314,9 +314,10 @@ class Writer:
         except apsw.ConstraintError as error:
             if getattr(error, "extendedresult", None) != apsw.SQLITE_CONSTRAINT_DATATYPE:
                 return self._failed(envelope, mark, error)
-            # An integer that grew past 64 bits would have become a REAL, which no column here takes.
+            # An integer that grew past 64 bits would have become a REAL, which no column here takes. Which it was is
+            # what the message of SQLite ends in.
             self._undo(mark)
-            return Answer(envelope.number, PAST_64_BITS)
+            return Answer(envelope.number, past_64_bits(str(error).rpartition(".")[2]))
         except (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.ReadOnlyError):
             raise
         except Exception as error:  # noqa: BLE001 -- a unit's bug is its own caller's only

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asapd.core.errors import Refusal
+from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, Cost, RollupKey, RollupSums, UsageEvent, rollup
 from asapd.store import audit, verifying
@@ -143,10 +143,12 @@ def test_sums_beyond_64_bits_are_refused_whether_one_request_makes_them_or_two(
     too_many = record(writer, *most, most[0])
     assert isinstance(too_many, Refusal)
     assert (too_many.code, count(connection)) == ("invalid", 0)
+    named = FieldError("metrics.tokens_in", "would make the sum of an hour pass 64 bits")
+    assert too_many.errors == (named,)
     assert record(writer, *most).recorded == 1_024
     again = record(writer, *most)
     assert isinstance(again, Refusal)
-    assert again.code == "invalid"
+    assert (again.code, again.errors) == ("invalid", (named,))
     assert count(connection) == 1_024
     assert stored_rollup(connection) == rollup((event, UNKNOWN_COST) for event in most)
 
