@@ -9,6 +9,9 @@ from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller
 from asapd.core.errors import FieldError, Refusal
 
+_MAX_KEY = 255
+_EMPTY_KEY = "is empty: send one of your own, such as a UUID, or none"
+
 
 def bind(
     key: str | None,
@@ -27,9 +30,10 @@ def bind(
     """
     if key is None:
         return None
-    if not 1 <= len(key) <= 255:
-        error = FieldError("Idempotency-Key", "must have 1 to 255 characters")
-        return Refusal("invalid", "the Idempotency-Key is too long or empty", (error,))
+    if not 1 <= len(key) <= _MAX_KEY:
+        error = FieldError("Idempotency-Key", f"must have 1 to {_MAX_KEY} characters")
+        wrong = f"has {len(key)} characters, at most {_MAX_KEY} are taken: send a shorter one" if key else _EMPTY_KEY
+        return Refusal("invalid", f"nothing was done: the Idempotency-Key {wrong}", (error,))
     scope = "\0".join((caller.actor.partition(" pid:")[0], method, path, key))
     digest = hashlib.blake2b(scope.encode(), digest_size=16).digest()
     beside = hashlib.blake2b(repr(sorted(told.items())).encode()).digest() if told else b""

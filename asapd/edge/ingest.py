@@ -11,11 +11,13 @@ from math import inf
 import msgspec
 import trio
 
+from asapd.core.errors import Refusal
 from asapd.edge.connection import SocketTransport
 from asapd.edge.early import bare_response
 from asapd.edge.sockets import Peer, peer_credentials
 from asapd.runtime.room import Room
 from asapd.wire.frames import FrameDecoder, Oversized, encode
+from asapd.wire.problem import refused_frame
 
 RECEIVE_BYTES = 65_536
 ACCEPT_PAUSE_S = 0.1
@@ -397,25 +399,20 @@ class _Frames:
                 self._places.release()
 
 
-_INTERNAL = msgspec.json.encode(
-    {"ok": False, "code": "internal", "detail": "The frame failed inside the daemon; its log says why. Send it again."}
+_INTERNAL = refused_frame(Refusal("internal", "The frame failed inside the daemon; its log says why. Send it again."))
+
+_NO_ROOM = refused_frame(
+    Refusal(
+        "overloaded", "Other large frames are being received and left no room for this one: send it again, in parts."
+    )
 )
 
-_NO_ROOM = msgspec.json.encode(
-    {
-        "ok": False,
-        "code": "overloaded",
-        "detail": "Other large frames are being received and left no room for this one: send it again, in parts.",
-    }
-)
-
-_TOO_LATE = msgspec.json.encode(
-    {
-        "ok": False,
-        "code": "outcome_unknown",
-        "detail": "The frame was not answered in time; it may still take effect. Send it again: an event with an id is "
-        "counted once.",
-    }
+_TOO_LATE = refused_frame(
+    Refusal(
+        "outcome_unknown",
+        "The frame was not answered in time; it may still take effect. Send it again: an event with an id is counted "
+        "once.",
+    )
 )
 
 
@@ -425,4 +422,4 @@ def _never() -> float:
 
 def _too_large(item: Oversized, max_frame_bytes: int) -> bytes:
     detail = f"A frame of {item.announced_bytes} bytes is over the limit of {max_frame_bytes}: send smaller batches."
-    return msgspec.json.encode({"ok": False, "code": "too_large", "detail": detail})
+    return refused_frame(Refusal("too_large", detail))

@@ -18,7 +18,7 @@ from asapd.edge.asking import ask_actor, post_to_actor, post_to_actor_nowait
 from asapd.edge.services import Services
 from asapd.runtime.ask import Reply
 from asapd.wire.cloudevents import USAGE_TYPES, decode_batch, decode_binary, decode_structured
-from asapd.wire.problem import problem
+from asapd.wire.problem import encode_json, refused_frame
 from asapd.wire.usage import MAX_ERRORS, BodyFormat, Events, decode_event, decode_events, decode_steps
 
 LARGE_BYTES = 32_768
@@ -299,7 +299,8 @@ async def validate(services: Services, caller: Caller, body: bytes, written: Wri
         return Refusal("forbidden", f"a key with role {caller.role} may not report usage: use one with role ingest")
     decoded = await _decoded(services, body, written)
     if isinstance(decoded, Refusal):
-        return {"valid": False, "error": decoded.detail, "code": decoded.code}
+        verdict = {"valid": False, "error": decoded.detail, "code": decoded.code}
+        return {**verdict, "errors": decoded.errors} if decoded.errors else verdict
     foreign = _check_agents(decoded, caller)
     late = await _untimely(services, decoded)
     errors = [*decoded.errors, *(foreign.errors if foreign is not None else ()), *late]
@@ -309,7 +310,7 @@ async def validate(services: Services, caller: Caller, body: bytes, written: Wri
             "valid": False,
             "error": f"{first.field} {first.reason}",
             # In the order in which a report is judged.
-            "code": "forbidden" if foreign is not None and not decoded.errors else "invalid",
+            "code": "forbidden" if foreign is not None and not decoded.errors else decoded.code,
             "errors": errors[:MAX_ERRORS],
         }
     repeats = await services.reads.usage.repeats(caller, decoded.events)
@@ -328,19 +329,16 @@ async def validate(services: Services, caller: Caller, body: bytes, written: Wri
     return reply
 
 
-_frame_encoder = msgspec.json.Encoder(decimal_format="number")
-
-
 async def post_frame(services: Services, caller: Caller | None, body: bytes, answer: Callable[[bytes], None]) -> None:
     """Take one frame of the ingest socket: JSON when it begins with `{` or `[`, else msgpack.
 
     `answer` is called with the answer, after the commit if there is one. Waits only for room with the meter.
     """
     if caller is None:
-        answer(_refused(Refusal("forbidden", "no [[ingest.allow]] rule admits this user")))
+        answer(refused_frame(Refusal("forbidden", "no [[ingest.allow]] rule admits this user")))
         return
     if services.throttle is not None and (too_many := services.throttle.refusal(caller)) is not None:
-        answer(_refused(too_many))
+        answer(refused_frame(too_many))
         return
     body_format: BodyFormat = "json" if body[:1] in {b"{", b"["} else "msgpack"
     prepared: _Prepared | Refusal | None = None
@@ -349,19 +347,18 @@ async def post_frame(services: Services, caller: Caller | None, body: bytes, ans
     if prepared is None:
         prepared = await _prepare(services, caller, body, body_format)
     if isinstance(prepared, Refusal):
-        answer(_refused(prepared))
+        if prepared.code == "malformed" and body_format == "msgpack":
+            detail = f"{prepared.detail}; it was read as MessagePack, for a frame of JSON begins with {{ or ["
+            prepared = msgspec.structs.replace(prepared, detail=detail)
+        answer(refused_frame(prepared))
         return
 
     def told(recorded: Recorded | Refusal) -> None:
         if isinstance(recorded, Refusal):
-            answer(_refused(recorded))
+            answer(refused_frame(recorded))
             return
         reply = prepared.reply(recorded)
         del reply["status"]
-        answer(_frame_encoder.encode({"ok": True, **reply}))
+        answer(encode_json({"ok": True, **reply}))
 
     await post_to_actor(services.mailboxes.meter, partially(prepared.message, caller, None), told)
-
-
-def _refused(refusal: Refusal) -> bytes:
-    return _frame_encoder.encode({"ok": False, **problem(refusal)})

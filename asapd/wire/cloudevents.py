@@ -20,6 +20,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
+from asapd.wire.mismatch import why_unreadable
 from asapd.wire.usage import (
     MAX_EVENTS,
     Events,
@@ -92,7 +93,7 @@ def decode_batch(body: bytes, types: Types = USAGE_TYPES) -> Events | Refusal:
     try:
         items = _many_raw.decode(body)
     except _UNREADABLE as error:
-        return malformed(error)
+        return malformed(error, body)
     if len(items) > MAX_EVENTS:
         return too_many(len(items))
     found: list[UsageEvent | list[FieldError]] = []
@@ -109,7 +110,7 @@ def _not_text(body: bytes) -> Refusal | None:
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        return malformed(error)
+        return malformed(error, body)
     return None
 
 
@@ -166,7 +167,7 @@ def _read(item: bytes | Raw, types: Types) -> UsageEvent | list[FieldError] | Re
     except msgspec.ValidationError:
         return _explain(item)
     except _UNREADABLE as error:
-        return malformed(error)
+        return malformed(error, bytes(item))
     payload = _payload(envelope)
     if isinstance(payload, FieldError):
         return [payload]
@@ -177,7 +178,7 @@ def _explain(item: bytes | Raw) -> list[FieldError] | Refusal:
     try:
         raw: Any = msgspec.json.decode(item)
     except _UNREADABLE as error:
-        return malformed(error)
+        return malformed(error, bytes(item))
     if not isinstance(raw, dict):
         return [FieldError("event", "must be an object")]
     wrong = [name for name in _ATTRIBUTES if not isinstance(raw.get(name, ""), str | None)]
@@ -225,7 +226,7 @@ def _event(envelope: _Envelope, payload: _Payload, types: Types) -> UsageEvent |
     except msgspec.ValidationError:
         return errors + _data_errors(payload)
     except _UNREADABLE as error:
-        return [*errors, FieldError("data", f"cannot be read: {error}")]
+        return [*errors, FieldError("data", f"cannot be read: {why_unreadable(error, bytes(payload.body))}")]
     places = {"source": "source", "id": "id"}
     if wire.agent is None and wire.agent_id is None and envelope.subject is not None:
         wire.agent = envelope.subject
@@ -244,7 +245,7 @@ def _data_errors(payload: _Payload) -> list[FieldError]:
     try:
         raw = msgspec.msgpack.decode(payload.body) if payload.is_msgpack else msgspec.json.decode(payload.body)
     except _UNREADABLE as error:
-        return [FieldError("data", f"cannot be read: {error}")]
+        return [FieldError("data", f"cannot be read: {why_unreadable(error, bytes(payload.body))}")]
     if not isinstance(raw, dict):
         return [FieldError("data", "must be an object, a usage event")]
     return [FieldError(f"data.{bad.field}", bad.reason) for bad in field_errors(raw)] or [FieldError("data", _TWICE)]

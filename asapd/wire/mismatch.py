@@ -14,6 +14,21 @@ _WORDS = {"Expected": "must be", "`": "", ", got": ", not"}
 _WORDING = re.compile("|".join(map(re.escape, _WORDS)))
 _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`\Z", re.DOTALL)
 
+# Half of a pair, with less behind it than the other half would have: the reader takes that for a cut.
+_HALF_PAIR = re.compile(rb'(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}[^\\"]*"')
+_TAIL_BYTES = 64
+
+
+def why_unreadable(error: Exception, body: bytes) -> str:
+    """Why a decoder could not read a body at all, in words for who wrote it."""
+    if not body.strip():
+        return "it is empty"
+    if "truncated" not in str(error):
+        return str(error)
+    if _HALF_PAIR.search(body[-_TAIL_BYTES:]):
+        return "a \\u escape is half of a surrogate pair, which is no character"
+    return "it ends too early, in the middle of a value"
+
 
 def reason_of(error: msgspec.ValidationError, wanted: object) -> str:
     """What is wrong, without where; with the words there are, where `wanted`, a type, is of some."""

@@ -152,7 +152,7 @@ def decode_metrics(
         groups = _json_groups(body) if encoding == "json" else _proto_groups(body)
         return groups if isinstance(groups, Refusal) else _outcome(groups, settings)
     except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return malformed(error)
+        return malformed(error, body)
 
 
 def _is_token_metric(name: str) -> bool:

@@ -156,7 +156,7 @@ def decode_traces(body: bytes, encoding: Encoding, settings: OtlpSettings = DEFA
         spans = _json_spans(body, settings) if encoding == "json" else _proto_spans(body, settings)
         return spans if isinstance(spans, Refusal) else _outcome(spans, settings)
     except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return malformed(error)
+        return malformed(error, body)
 
 
 def _proto_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:

@@ -132,6 +132,11 @@ def problem(refusal: Refusal, *, status: int | None = None) -> dict[str, Any]:
     return document
 
 
+def refused_frame(refusal: Refusal) -> bytes:
+    """The answer to a frame that is refused."""
+    return encode_json({"ok": False, **problem(refusal)})
+
+
 def denied_as_refusal(denied: Denied) -> Refusal:
     """A denial where nothing was to be authorised: at registering or issuing."""
     extra = {"token_id": denied.token_id, "explain": explained(denied)}

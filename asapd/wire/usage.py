@@ -20,7 +20,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US, datetime_us
 from asapd.core.usage import UsageEvent
-from asapd.wire.mismatch import reason_of
+from asapd.wire.mismatch import reason_of, why_unreadable
 
 MAX_EVENTS = 5_000
 """As many as one commit takes; more is 413 `too_many_events`."""
@@ -34,6 +34,8 @@ _Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Short = Annotated[str, Meta(max_length=128)]
 _Label = Annotated[str, Meta(max_length=256)]
+_LabelName = Annotated[str, Meta(min_length=1, max_length=256)]
+_MAX_LABELS = 16
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # What is not blank of a line: eight megabytes of short or of empty ones are read in 50 ms, not in a second.
 _LINE = re.compile(rb"\S[^\r\n]*")
@@ -86,7 +88,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     partial: bool = False
     parent_task_id: _Name | None = None
     project: _Short | None = None
-    labels: Annotated[dict[_Label, _Label], Meta(max_length=16)] | None = None
+    labels: Annotated[dict[_LabelName, _Label], Meta(max_length=_MAX_LABELS)] | None = None
     trace_id: _Short | None = None
 
 
@@ -104,24 +106,33 @@ _msgpack_body = msgspec.msgpack.Decoder(_Body)
 
 
 class Events(msgspec.Struct, frozen=True):
-    """What a body held: the events that are right, each with its place in the request, and the errors of the others."""
+    """What a body held: the events that are right, each with its place in the request, and the errors of the others.
+
+    `code` is that of the refusal of the whole: `malformed` when one of the others could not be read at all.
+    """
 
     events: list[UsageEvent]
     places: list[int]
     errors: tuple[FieldError, ...]
     is_batch: bool
+    code: str = "invalid"
 
     @property
     def refusal(self) -> Refusal | None:
         """The refusal of a body that must be right as a whole."""
         if not self.errors:
             return None
-        return Refusal("invalid", _summary(self.errors), self.errors[:MAX_ERRORS])
+        return Refusal(self.code, _summary(self.errors), self.errors[:MAX_ERRORS])
+
+
+_WHOLE = "event"
+"""What stands for all of an event where a field is named."""
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def _summary(errors: tuple[FieldError, ...]) -> str:
     first = errors[0]
-    where = "" if first.index is None else f" of event {first.index}"
+    where = "" if first.index is None else f" {first.index}" if first.field == _WHOLE else f" of event {first.index}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"nothing was recorded: {first.field}{where} {first.reason}{more}"
 
@@ -132,7 +143,7 @@ def decode_event(body: bytes) -> UsageEvent | None:
         return None
     try:
         whole = _json_body.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return None
     if whole.events is not UNSET or whole.usage is not UNSET:
         return None
@@ -169,33 +180,34 @@ def decode_steps(body: bytes, body_format: BodyFormat = "json") -> Generator[Non
 
 def _read(body: bytes, body_format: BodyFormat) -> tuple[list[WireEvent], bool] | Events | Refusal:
     """What a body holds, in its own form, and whether as a batch; what is wrong with it otherwise."""
-    lines = None
     if body_format == "ndjson":
-        texts = [found[0] for found in islice(_LINE.finditer(body), MAX_EVENTS + 1)]
-        lines = len(texts)
-        if lines > MAX_EVENTS:
-            return Refusal("too_many_events", f"more than {MAX_EVENTS} lines in one request: send them in parts")
-        body = b"[" + b",".join(texts) + b"]"
+        return _read_lines(body)
     try:
         typed, is_batch = _typed(body, body_format == "msgpack")
     except msgspec.ValidationError:
-        return _explain(body, body_format == "msgpack", lines)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return malformed(error)
-    if lines not in {None, len(typed)}:
-        return _not_by_line(len(typed), lines)
+        return _explain(body, body_format == "msgpack")
+    except _UNREADABLE as error:
+        return malformed(error, body)
     if len(typed) > MAX_EVENTS:
         return too_many(len(typed))
     return typed, is_batch
 
 
-def _not_by_line(count: int, lines: int | None) -> Refusal:
-    return Refusal("malformed", f"the body cannot be read: {lines} lines hold {count} values, not one each")
+def _read_lines(body: bytes) -> tuple[list[WireEvent], bool] | Events | Refusal:
+    """As one array, which is faster; line by line only when that is not one event a line, or not all right."""
+    lines = [found[0] for found in islice(_LINE.finditer(body), MAX_EVENTS + 1)]
+    if len(lines) > MAX_EVENTS:
+        return Refusal("too_many_events", f"more than {MAX_EVENTS} lines in one request: send them in parts")
+    try:
+        typed = _json_list.decode(b"[" + b",".join(lines) + b"]")
+    except _UNREADABLE:
+        return _explain_lines(lines)
+    return (typed, True) if len(typed) == len(lines) else _explain_lines(lines)
 
 
-def malformed(error: Exception) -> Refusal:
+def malformed(error: Exception, body: bytes) -> Refusal:
     """The refusal of a body that no decoder could read."""
-    return Refusal("malformed", f"the body cannot be read: {error}")
+    return Refusal("malformed", f"the body cannot be read: {why_unreadable(error, body)}")
 
 
 def too_many(count: int) -> Refusal:
@@ -353,7 +365,9 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
         beside = wire.tokens_in or wire.tokens_out or wire.duration_ms is not UNSET or wire.api_calls
         parts = wire.cached_tokens_in or wire.cache_write_tokens or wire.cache_write_1h_tokens or wire.reasoning_tokens
         if beside or parts:
-            errors.append(FieldError("metrics", "the counts stand both in metrics and beside it"))
+            errors.append(
+                FieldError("metrics", "stands beside counts at the top level: put all of them into one place")
+            )
     written = counts.cache_write_tokens or counts.cache_write_1h_tokens
     if written or counts.cached_tokens_in or counts.reasoning_tokens:
         if counts.cached_tokens_in + counts.cache_write_tokens > counts.tokens_in:
@@ -408,11 +422,11 @@ def _cost(value: float | str, errors: list[FieldError]) -> int | None:
 # --- the slow way, which names every bad field
 
 
-def _explain(body: bytes, is_msgpack: bool, lines: int | None) -> Events | Refusal:
+def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     try:
         raw = msgspec.msgpack.decode(body) if is_msgpack else msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return malformed(error)
+    except _UNREADABLE as error:
+        return malformed(error, body)
     if isinstance(raw, dict) and ("events" in raw or "usage" in raw):
         holder, wanted = ("events", list) if "events" in raw else ("usage", dict)
         stray = [FieldError(str(name), f"does not belong beside {holder}") for name in raw if name != holder]
@@ -424,10 +438,34 @@ def _explain(body: bytes, is_msgpack: bool, lines: int | None) -> Events | Refus
             return Events([], [], (FieldError(holder, reason),), is_batch=False)
     is_batch = isinstance(raw, list)
     items = raw if isinstance(raw, list) else [raw]
-    if lines not in {None, len(items)}:
-        return _not_by_line(len(items), lines)
     if len(items) > MAX_EVENTS:
         return too_many(len(items))
+    return _judged(items, is_batch)
+
+
+def _explain_lines(lines: list[bytes]) -> Events | Refusal:
+    """Each line by itself, so that one that cannot be read is named, and is no reason to leave out the others."""
+    items = [_read_line(line) for line in lines]
+    unread = sum(isinstance(item, FieldError) for item in items)
+    found = _judged(items, is_batch=True)
+    if not unread:
+        return found
+    if unread < len(lines):
+        return msgspec.structs.replace(found, code="malformed")
+    detail = "the body cannot be read: each line has to be one event in JSON, and none is"
+    return Refusal("malformed", f"{detail}; event 0 {found.errors[0].reason}", found.errors[:MAX_ERRORS])
+
+
+def _read_line(line: bytes) -> Any:
+    """The value in a line, or what keeps it from being read."""
+    try:
+        return msgspec.json.decode(line)
+    except _UNREADABLE as error:
+        return FieldError(_WHOLE, f"cannot be read: {why_unreadable(error, line)}")
+
+
+def _judged(items: list[Any], is_batch: bool) -> Events:
+    """What values are as events; a `FieldError` among them is of one that could not be read."""
     events: list[UsageEvent] = []
     places: list[int] = []
     errors: list[FieldError] = []
@@ -443,16 +481,18 @@ def _explain(body: bytes, is_msgpack: bool, lines: int | None) -> Events | Refus
 
 def _read_one(item: Any, *, explain: bool) -> UsageEvent | list[FieldError]:
     """One event, or what is wrong with it: field by field only with `explain`, because that is slow."""
+    if isinstance(item, FieldError):
+        return [item]
     try:
         return normalise(msgspec.convert(item, WireEvent))
     except msgspec.ValidationError:
-        return field_errors(item) if explain else [FieldError("event", "is wrong too")]
+        return field_errors(item) if explain else [FieldError(_WHOLE, "is wrong too")]
 
 
 def field_errors(item: Any) -> list[FieldError]:
     """What keeps a decoded value from being a `WireEvent`, at most `MAX_ERRORS` of it; empty when nothing does."""
     if not isinstance(item, dict):
-        return [FieldError("event", "must be an object")]
+        return [FieldError(_WHOLE, "must be an object")]
     return list(islice(_bad_fields(item, _EVENT_TYPES, ""), MAX_ERRORS))
 
 
@@ -462,6 +502,8 @@ def _types_of(shape: type[msgspec.Struct]) -> dict[Any, Any]:
 
 _EVENT_TYPES = _types_of(WireEvent)
 _METRICS_TYPES = _types_of(WireMetrics)
+_REQUIRED = frozenset(("task_id", "agent", "agent_id", "consumer", "consumer_id", "timestamp"))
+"""Fields that may be null as far as their types go, and are missing then."""
 
 
 def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Iterator[FieldError]:
@@ -471,10 +513,24 @@ def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Ite
             yield FieldError(f"{prefix}{shown}", "is not a field of a usage event; what is yours goes into labels")
         elif name == "metrics" and isinstance(value, dict):
             yield from _bad_fields(value, _METRICS_TYPES, "metrics.")
+        elif name == "labels" and isinstance(value, dict) and len(value) <= _MAX_LABELS:
+            yield from _bad_labels(value)
         else:
             reason = _mismatch(value, types[name])
             if reason is not None:
-                yield FieldError(f"{prefix}{name}", reason)
+                yield FieldError(f"{prefix}{name}", reason.replace(" | null", "") if name in _REQUIRED else reason)
+
+
+def _bad_labels(labels: dict[Any, Any]) -> Iterator[FieldError]:
+    for name, value in labels.items():
+        if name == "":
+            yield FieldError("labels", "must not hold an empty name")
+            continue
+        field = f"labels.{str(name)[:100]}"
+        if (reason := _mismatch(name, _LabelName)) is not None:
+            yield FieldError(field, f"has a name that {reason}")
+        if (reason := _mismatch(value, _Label)) is not None:
+            yield FieldError(field, reason)
 
 
 def _mismatch(value: Any, wanted: Any) -> str | None:

@@ -127,7 +127,10 @@ async def test_an_oversized_frame_is_answered_after_the_others_and_closes(tmp_pa
             nursery.start_soon(stream.send_all, encode(b"fine") + encode(body))
             fine, refused = await answers(stream, 2)
             assert fine == b"re:fine"
-            assert msgspec.json.decode(refused)["code"] == "too_large"
+            problem = msgspec.json.decode(refused)
+            assert (problem["ok"], problem["code"], problem["status"]) == (False, "too_large", 413)
+            assert problem["type"] == "urn:asapd:problem:too_large"
+            assert problem["title"]
             assert await until_closed(stream) == b""
 
 

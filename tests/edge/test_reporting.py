@@ -64,6 +64,10 @@ async def test_a_frame_that_is_wrong_says_what(edge: Edge) -> None:
     assert (await frame(edge, b"{"))["code"] == "malformed"
     assert (await frame(edge, b""))["code"] == "malformed"
     assert (await frame(edge, b"\xc1"))["code"] == "malformed"
+    for no_json in (b" {}", b"null"):
+        problem = await frame(edge, no_json)
+        assert (problem["code"], problem["status"]) == ("malformed", 400)
+        assert problem["detail"].endswith("it was read as MessagePack, for a frame of JSON begins with { or [")
     bad = await frame(edge, [event(), event(task_id=5)])
     assert (bad["ok"], bad["code"], bad["errors"][0]["index"]) == (False, "invalid", 1)
     many = await frame(edge, [event()] * 5_001)

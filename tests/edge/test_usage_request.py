@@ -86,6 +86,25 @@ def test_the_content_type_is_compared_without_parameters_and_case() -> None:
     assert written_as({}) == "json"
 
 
+async def test_a_line_that_cannot_be_read_is_named_and_left_out_where_that_is_asked_for(edge: Edge) -> None:
+    line = packed({**DATA, "agent": A, "timestamp": NOW})
+    body, headers = b"\n".join([line, b'{"a":', line]), {"Content-Type": "application/x-ndjson"}
+    error = {"field": "event", "reason": "cannot be read: it ends too early, in the middle of a value", "index": 1}
+    problem = (await edge.post("/usage", body, headers=headers)).refused(400)
+    assert (problem["code"], problem["errors"]) == ("malformed", [error])
+    assert problem["detail"].startswith("nothing was recorded: event 1 cannot be read")
+    verdict = (await edge.post("/usage/validate", body, headers=headers)).ok()
+    assert (verdict["valid"], verdict["code"], verdict["errors"]) == (False, "malformed", [error])
+    reply = (await edge.post("/usage?partial=true", body, headers=headers)).ok(201)
+    assert (reply["recorded"], reply["refused"], reply["places"], reply["errors"]) == (2, 1, [0, 2], [error])
+    # What has not one line that can be read is something else than NDJSON.
+    for path in ("/usage", "/usage?partial=true"):
+        problem = (await edge.post(path, b"{\n}", headers=headers)).refused(400)
+        assert [error["index"] for error in problem["errors"]] == [0, 1]
+    verdict = (await edge.post("/usage/validate", b"{\n}", headers=headers)).ok()
+    assert (verdict["code"], len(verdict["errors"])) == ("malformed", 2)
+
+
 async def test_an_idempotency_key_is_bound_to_the_attributes_of_a_binary_event_too(edge: Edge) -> None:
     keyed = {**BINARY, **JSON, "Idempotency-Key": "once"}
     first = (await edge.post("/usage", packed(DATA), headers=keyed)).ok(201)

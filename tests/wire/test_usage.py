@@ -99,8 +99,35 @@ def test_ndjson_skips_blank_lines_and_takes_every_line_ending() -> None:
 def test_ndjson_has_one_event_a_line(line: str) -> None:
     body = line.format(json.dumps(NESTED), '{"task_id":5}').encode()
     found = decode_events(b"\n".join([json.dumps(NESTED).encode(), body]), "ndjson")
+    assert isinstance(found, Events)
+    assert found.events == [EVENT]
+    assert {(error.field, error.index) for error in found.errors} <= {("event", 1), ("event", 2)}
+    assert found.refusal is not None
+    assert found.refusal.code == "malformed"
+
+
+def test_a_line_that_cannot_be_read_is_named_and_keeps_out_no_other() -> None:
+    line = json.dumps(NESTED).encode()
+    bad = (b'{"a":', b'{"task_id": "\xff"}', b"[" * 100_000, b'{"task_id": 5}', b'{"task_id": "\\ud800"}', b"{} {}")
+    found = decode_events(b"\n".join([line, *bad, b"", line]), "ndjson")
+    assert isinstance(found, Events)
+    assert found.events == [EVENT, EVENT]
+    assert found.places == [0, 7]
+    named = [(error.field, error.index) for error in found.errors]
+    assert named == [("event", 1), ("event", 2), ("event", 3), ("task_id", 4), ("event", 5), ("event", 6)]
+    refusal = found.refusal
+    assert refusal is not None
+    assert refusal.code == "malformed"
+    assert refusal.detail.startswith("nothing was recorded: event 1 cannot be read: it ends too early")
+    assert refusal.errors == found.errors
+
+
+def test_what_is_no_ndjson_at_all_is_malformed_and_says_what_a_line_is() -> None:
+    found = decode_events(json.dumps({"a": 1}, indent=1).encode(), "ndjson")
     assert isinstance(found, Refusal)
     assert found.code == "malformed"
+    assert "each line has to be one event in JSON, and none is; event 0 cannot be read" in found.detail
+    assert [error.index for error in found.errors] == [0, 1, 2]
 
 
 def test_white_space_before_an_array_is_taken() -> None:
@@ -180,13 +207,16 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"consumer_id": "urn:asap:agent:z"}, "consumer_id", "something else"),
         ({"task_id": ""}, "task_id", "length"),
         ({"task_id": "x" * 257}, "task_id", "length"),
-        ({"task_id": 5}, "task_id", "str"),
+        ({"task_id": 5}, "task_id", "must be str, not int"),
+        ({"agent": 5}, "agent", "must be str, not int"),
+        ({"timestamp": []}, "timestamp", "must be int | float | str, not array"),
+        ({"model": 5}, "model", "must be str | null, not int"),
         ({"task_id": "a\x00b"}, "task_id", "control"),
         ({"consumer": "a\nb"}, "consumer", "control"),
         ({"trace_id": "a\x7f"}, "trace_id", "control"),
         ({"consumer": "a\x9bb"}, "consumer", "control"),
         ({"tokens": 5}, "tokens", "labels"),
-        ({"tokens_in": 5}, "metrics", "both"),
+        ({"tokens_in": 5}, "metrics", "beside counts"),
         ({"metrics": 5}, "metrics", "object"),
         ({"metrics": {"tokens_inn": 5}}, "metrics.tokens_inn", "labels"),
         ({"metrics": {"tokens_in": -1}}, "metrics.tokens_in", ">= 0"),
@@ -201,7 +231,7 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
             "include",
         ),
         ({"metrics": {"tokens_in": 5, "cache_write_1h_tokens": 3}}, "metrics.cache_write_tokens", "include"),
-        ({"cache_write_tokens": 1}, "metrics", "both"),
+        ({"cache_write_tokens": 1}, "metrics", "beside counts"),
         ({"metrics": {"tokens_out": 5, "reasoning_tokens": 6}}, "metrics.tokens_out", "include"),
         ({"timestamp": "yesterday"}, "timestamp", "date and time"),
         ({"timestamp": "2026-13-20T09:00:01Z"}, "timestamp", "date and time"),
@@ -219,7 +249,11 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"cost_usd": 10**12}, "cost_usd", "at most"),
         ({"action": "a b"}, "action", "dots"),
         ({"labels": {str(n): "" for n in range(17)}}, "labels", "length <= 16"),
-        ({"labels": {"a": 1}}, "labels", "str"),
+        ({"labels": {"good": "", "a": 1}}, "labels.a", "must be str, not int"),
+        ({"labels": {"a": "x" * 257}}, "labels.a", "length <= 256"),
+        ({"labels": {"x" * 257: "a"}}, "labels." + "x" * 100, "a name that must be str of length <= 256"),
+        ({"labels": {"": "a"}}, "labels", "empty name"),
+        ({"labels": 5}, "labels", "object"),
         ({"id": "x" * 129}, "id", "length"),
         ({"partial": "yes"}, "partial", "bool"),
         ({"seq": 1.5}, "seq", "int"),
@@ -300,13 +334,33 @@ def test_an_item_that_is_no_event_is_named_by_its_index(item: Any) -> None:
         (b'{"usage": 5, "x":' + b"[" * 100_000, "json"),
         (b"\x91" * 100_000, "msgpack"),
         (b"\xc1", "msgpack"),
-        (b"{}\nnope\n", "ndjson"),
+        (b"nope\n", "ndjson"),
     ],
 )
 def test_what_cannot_be_read_is_malformed(body: bytes, body_format: BodyFormat) -> None:
     found = decode_events(body, body_format)
     assert isinstance(found, Refusal)
     assert found.code == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (b'{"task_id":', "it ends too early"),
+        (b'{"task_id": "t', "it ends too early"),
+        (b'{"task_id": "\\ud800', "it ends too early"),
+        (b'{"task_id": "\\\\ud800"', "it ends too early"),
+        (b'{"task_id": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"task_id": "\\ud800 and more"}', "surrogate pair"),
+        (b"nope", "invalid character"),
+    ],
+)
+def test_why_a_body_cannot_be_read_is_told_apart(body: bytes, why: str) -> None:
+    found = decode_events(body)
+    assert isinstance(found, Refusal)
+    assert why in found.detail
 
 
 @pytest.mark.parametrize("event", [{**FLAT}, {**FLAT, "oops": 1}])

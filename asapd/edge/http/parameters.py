@@ -15,7 +15,7 @@ from quart import Response, request
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import Outcome
-from asapd.wire.mismatch import field_error
+from asapd.wire.mismatch import field_error, why_unreadable
 from asapd.wire.usage import parse_timestamp
 
 DEFAULT_LIMIT = 100
@@ -252,4 +252,4 @@ def decode_body(body: bytes, shape: type[S]) -> S:
         wrong = field_error(error, shape)
         raise RefusedError(Refusal("invalid", f"{wrong.field} {wrong.reason}", (wrong,))) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusedError(Refusal("malformed", f"the body cannot be read: {error}")) from None
+        raise RefusedError(Refusal("malformed", f"the body cannot be read: {why_unreadable(error, body)}")) from None
