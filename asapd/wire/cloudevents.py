@@ -43,10 +43,12 @@ _MSGPACK = frozenset(("application/msgpack", "application/x-msgpack", "applicati
 _JSON = re.compile(r"[a-z]+/(json|[^;\s]+\+json)\Z")
 _MAX_ID = 128
 _MAX_SOURCE = 256
+_MISSING = "is missing"
 _TWICE = "has a name twice, and what stands there first is wrong"
 _ATTRIBUTES = ("specversion", "id", "source", "type", "subject", "time", "datacontenttype")
 HEADERS: Final = tuple(f"ce-{name}" for name in _ATTRIBUTES[:-1])
 """The header fields that are read of an event in binary mode. Intermediaries may add and change others."""
+_REQUIRED: Final = frozenset(HEADERS[:4])
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -115,8 +117,11 @@ def _not_text(body: bytes) -> Refusal | None:
 
 
 def is_binary(headers: Mapping[str, str]) -> bool:
-    """Whether the headers, in any case, make a request a CloudEvent in binary mode."""
-    return any(name.lower() == "ce-specversion" for name in headers)
+    """Whether the headers, in any case, make a request a CloudEvent in binary mode.
+
+    One of those that each has to have is enough: without its envelope, the event would lose the identity it came with.
+    """
+    return not _REQUIRED.isdisjoint(map(str.lower, headers))
 
 
 def decode_binary(headers: Mapping[str, str], body: bytes, types: Types = USAGE_TYPES) -> Events | Refusal:
@@ -139,7 +144,18 @@ def decode_binary(headers: Mapping[str, str], body: bytes, types: Types = USAGE_
     payload = _payload_as(body, envelope.datacontenttype)
     if isinstance(payload, FieldError):
         return _gathered([[payload]], is_batch=False)
-    return _gathered([_event(envelope, payload, types)], is_batch=False)
+    found = _event(envelope, payload, types)
+    if not isinstance(found, UsageEvent):
+        found = [_in_header(error) for error in found]
+    return _gathered([found], is_batch=False)
+
+
+def _in_header(error: FieldError) -> FieldError:
+    """Where an attribute is to be that is missing, for who did not know that it makes a CloudEvent of the request."""
+    header = f"ce-{error.field}"
+    if header not in _REQUIRED or error.reason != _MISSING:
+        return error
+    return FieldError(error.field, f"is missing: a request with ce- headers is a CloudEvent and needs {header}")
 
 
 def _header_value(text: str) -> str:
@@ -196,7 +212,7 @@ def _payload(envelope: _Envelope) -> _Payload | FieldError:
             return FieldError("datacontenttype", "must be application/json for data; what is not goes into data_base64")
         return _Payload(envelope.data)
     if envelope.data_base64 is UNSET:
-        return FieldError("data", "is missing")
+        return FieldError("data", _MISSING)
     try:
         body = b64decode(envelope.data_base64, validate=True)
     except ValueError as error:
@@ -254,14 +270,14 @@ def _data_errors(payload: _Payload) -> list[FieldError]:
 def _attribute_errors(envelope: _Envelope, types: Types) -> list[FieldError]:
     errors: list[FieldError] = []
     if envelope.specversion != "1.0":
-        errors.append(FieldError("specversion", "is missing" if envelope.specversion is None else "must be 1.0"))
+        errors.append(FieldError("specversion", _MISSING if envelope.specversion is None else "must be 1.0"))
     for name, value, most in (("id", envelope.id, _MAX_ID), ("source", envelope.source, _MAX_SOURCE)):
         if not value:
-            errors.append(FieldError(name, "is missing" if value is None else "must not be empty"))
+            errors.append(FieldError(name, _MISSING if value is None else "must not be empty"))
         elif len(value) > most:
             errors.append(FieldError(name, f"must have at most {most} characters"))
     if not envelope.type:
-        errors.append(FieldError("type", "is missing"))
+        errors.append(FieldError("type", _MISSING))
     elif envelope.type not in types:
         errors.append(
             FieldError("type", f"must be one of {', '.join(sorted(types))}; others need a configured mapping")

@@ -209,6 +209,7 @@ REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     ("/delegations/authorize", b"{}", {"Content-Encoding": "br"}),
     ("/delegations/authorize", gzip.compress(b'{"task_id": 5}', mtime=0), {"Content-Encoding": "gzip"}),
     ("/usage", b"{}", {"ce-specversion": "1.0", "ce-id": "%zz", "ce-type": "x"}),
+    ("/usage", msgspec.json.encode(event()), {"ce-id": "c1", "ce-source": "/s", "ce-type": "asap.usage"}),
 ]
 
 

@@ -86,6 +86,20 @@ def test_the_content_type_is_compared_without_parameters_and_case() -> None:
     assert written_as({}) == "json"
 
 
+@pytest.mark.parametrize("name", ["specversion", "id", "source", "type"])
+async def test_an_envelope_of_headers_that_is_not_whole_is_refused_and_not_passed_over(edge: Edge, name: str) -> None:
+    """What the event was named in it would be lost, and a repeat would count again."""
+    body = packed({**DATA, "agent": A, "timestamp": NOW})
+    lacking = {header: value for header, value in BINARY.items() if header != f"ce-{name}"}
+    problem = (await edge.post("/usage", body, headers={**lacking, **JSON})).refused(422)
+    reason = f"is missing: a request with ce- headers is a CloudEvent and needs ce-{name}"
+    assert problem["errors"] == [{"field": name, "reason": reason}]
+    alone = (await edge.post("/usage", body, headers={f"ce-{name}": BINARY[f"ce-{name}"], **JSON})).refused(422)
+    assert {error["field"] for error in alone["errors"]} == {"specversion", "id", "source", "type"} - {name}
+    # What needs no envelope to be understood makes none.
+    assert (await edge.post("/usage", body, headers={"ce-time": NOW, **JSON})).ok(201)["recorded"] == 1
+
+
 async def test_a_line_that_cannot_be_read_is_named_and_left_out_where_that_is_asked_for(edge: Edge) -> None:
     line = packed({**DATA, "agent": A, "timestamp": NOW})
     body, headers = b"\n".join([line, b'{"a":', line]), {"Content-Type": "application/x-ndjson"}
