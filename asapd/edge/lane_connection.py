@@ -128,8 +128,19 @@ class LaneConnection:
                 self._doing_until(_Doing.ANSWERING, inf)
                 await self._linger()
                 return
-            if self._is_foreign or (not found and not await self._receive(wait_s)):
+            if self._is_foreign:
                 return
+            if not found and not await self._receive(wait_s):
+                if self._buffer or self._head is not None:
+                    await self._refuse_cut_off()
+                return
+
+    async def _refuse_cut_off(self) -> None:
+        """Answers who ended their side within a request, as the HTTP door does: it will never be whole."""
+        self._give_back()
+        await self._send(bare_response(400))
+        self._doing_until(_Doing.ANSWERING, inf)
+        await self._linger()
 
     def end_if_due(self, now_s: float) -> None:
         """Ends the wait at hand if its time is up."""

@@ -210,6 +210,7 @@ REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     ("/delegations/authorize", gzip.compress(b'{"task_id": 5}', mtime=0), {"Content-Encoding": "gzip"}),
     ("/usage", b"{}", {"ce-specversion": "1.0", "ce-id": "%zz", "ce-type": "x"}),
     ("/usage", msgspec.json.encode(event()), {"ce-id": "c1", "ce-source": "/s", "ce-type": "asap.usage"}),
+    ("/usage", b'{"task_id":\n', {"Content-Type": "application/x-ndjson"}),
 ]
 
 
@@ -364,6 +365,22 @@ async def test_a_client_that_ends_its_side_is_still_answered(lane: Lane) -> None
     await client.stream.send_eof()
     assert (await client.answer())[0] == 201
     assert await client.is_closed()
+
+
+@pytest.mark.parametrize("sent", [post(event("e2"), key="KEY")[:-5], b"POST /usage HTTP/1.1\r\nHo"])
+@pytest.mark.parametrize("before", [b"", post(event("e1"), key="KEY")])
+async def test_a_client_that_ends_its_side_within_a_request_is_told_as_at_the_http_door(
+    lane: Lane, before: bytes, sent: bytes
+) -> None:
+    client = await lane.tcp()
+    if before:
+        assert (await client.ask(before.replace(b"KEY", lane.key.encode())))[0] == 201
+    await client.send(sent.replace(b"KEY", lane.key.encode()))
+    await client.stream.send_eof()
+    status, headers, problem = await client.answer()
+    assert (status, headers["connection"], problem["code"]) == (400, "close", "malformed")
+    assert await client.is_closed()
+    assert lane.rows() == (1 if before else 0)
 
 
 @pytest.mark.parametrize(
