@@ -13,6 +13,7 @@ from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge import idempotency
 from asapd.edge.http.parameters import Parameters, RefusedError
+from asapd.edge.json_body import foreign_charset
 from asapd.edge.reporting import BinaryEvent, Written, attribute, report, report_nowait, validate
 from asapd.edge.services import Services
 from asapd.wire.bodies import unpack
@@ -47,7 +48,12 @@ class UsageRequest(msgspec.Struct, frozen=True):
 
 def written_as(headers: Mapping[str, str]) -> Written | Refusal:
     """How a body is written, by its content type, or as a CloudEvent in binary mode by its `ce-*` headers."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    if ";" in content_type and _FORMATS.get(kind) != "msgpack":
+        foreign = foreign_charset(content_type)
+        if foreign is not None:
+            return foreign
     if not kind.startswith("application/cloudevents") and is_binary(headers):
         return BinaryEvent(headers)
     if kind not in _FORMATS:
@@ -111,7 +117,7 @@ async def answer(
 
 def is_bare(query: bytes, headers: Mapping[str, str]) -> bool:
     """Whether a request is no more than its body."""
-    return not query and not any(headers.get(name) for name in _SPECIAL)
+    return not query and all(headers.get(name) is None for name in _SPECIAL)
 
 
 def is_plain(path: str, query: bytes, headers: Mapping[str, str]) -> bool:

@@ -210,7 +210,11 @@ REQUESTS: list[tuple[str, bytes, dict[str, str]]] = [
     ("/delegations/authorize", gzip.compress(b'{"task_id": 5}', mtime=0), {"Content-Encoding": "gzip"}),
     ("/usage", b"{}", {"ce-specversion": "1.0", "ce-id": "%zz", "ce-type": "x"}),
     ("/usage", msgspec.json.encode(event()), {"ce-id": "c1", "ce-source": "/s", "ce-type": "asap.usage"}),
+    ("/usage", b"[]", {"Idempotency-Key": ""}),
+    ("/usage", b"[]", {"Content-Type": "application/json; charset=latin-1"}),
+    ("/usage", b"[]", {"Content-Type": "application/json; charset=UTF-8"}),
     ("/usage", b'{"task_id":\n', {"Content-Type": "application/x-ndjson"}),
+    ("/delegations/authorize", b"{}", {"Content-Type": "application/json; charset=latin-1"}),
 ]
 
 

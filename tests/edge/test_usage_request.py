@@ -73,6 +73,10 @@ async def test_a_batch_names_the_place_of_what_is_wrong(edge: Edge) -> None:
         (zstd.compress(b"[]")[:-1], {"Content-Encoding": "zstd"}, 400),
         (b"x", {"Content-Encoding": "deflate"}, 415),
         (b"{}", {"Content-Type": "application/cloudevents+xml"}, 415),
+        (b"{}", {"Content-Type": "application/json; charset=latin-1"}, 415),
+        (b"{}", {"Content-Type": 'application/x-ndjson;a=b; Charset="UTF-16"'}, 415),
+        (packed({**ENVELOPE, "data": DATA}), {"Content-Type": "application/cloudevents+json; charset=latin-1"}, 415),
+        (packed(DATA), {**BINARY, "Content-Type": "application/json; charset=latin-1"}, 415),
     ],
 )
 async def test_what_cannot_be_unpacked_or_read_is_refused(
@@ -84,6 +88,9 @@ async def test_what_cannot_be_unpacked_or_read_is_refused(
 def test_the_content_type_is_compared_without_parameters_and_case() -> None:
     assert written_as({"content-type": "Application/X-NDJSON ; charset=utf-8"}) == "ndjson"
     assert written_as({}) == "json"
+    assert written_as({"content-type": 'application/json; charset="UTF-8"'}) == "json"
+    assert written_as({"content-type": "application/json; charset=us-ascii"}) == "json"
+    assert written_as({"content-type": "application/msgpack; charset=binary"}) == "msgpack"
 
 
 @pytest.mark.parametrize("name", ["specversion", "id", "source", "type"])

@@ -21,6 +21,7 @@ from asapd.edge.asking import ask_actor
 from asapd.edge.early import OTLP_PATHS, OTLP_TYPES, otlp_error
 from asapd.edge.http.context import raw_body, require
 from asapd.edge.http.parameters import RefusedError
+from asapd.edge.json_body import foreign_charset
 from asapd.edge.services import Services
 from asapd.wire.bodies import unpack
 from asapd.wire.otlp import (
@@ -67,6 +68,8 @@ def register(app: QuartTrio, services: Services) -> None:
         if encoding is None:
             detail = f"{request.mimetype or 'no content type'} is not taken: send {' or '.join(CONTENT_TYPES)}"
             raise RefusedError(Refusal("unsupported_media_type", detail))
+        if encoding == "json" and (foreign := foreign_charset(request.content_type)) is not None:
+            raise RefusedError(foreign)
         settings = services.settings()
         body = unpack(await raw_body(), request.headers.get("Content-Encoding"), settings.http.max_body_bytes)
         if isinstance(body, Refusal):

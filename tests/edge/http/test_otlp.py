@@ -241,6 +241,7 @@ async def test_the_names_of_attributes_are_configuration(edge: Edge) -> None:
         (b"{", JSON, "ingest", 400, "malformed"),
         (b"", {"Content-Type": "text/plain"}, "ingest", 415, "unsupported_media_type"),
         (b"x", {**PROTOBUF, "Content-Encoding": "br"}, "ingest", 415, "unsupported_media_type"),
+        (b"{}", {"Content-Type": "application/json; charset=latin-1"}, "ingest", 415, "unsupported_media_type"),
         (b"x", {**PROTOBUF, "Content-Encoding": "gzip"}, "ingest", 400, "malformed"),
         (b"", PROTOBUF, None, 401, "unauthorized"),
         (b"", JSON, "reader", 403, "forbidden"),
