@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from asapd.store import audit, excuses, outcomes_unsaid, verifying
 from asapd.store.database import Database, ReadTooLongError
 from asapd.store.excuses import Excuse
 from asapd.store.units.house import Note
-from asapd.store.verifying import Progress, Report, Request
+from asapd.store.verifying import CannotVerifyError, Progress, Report, Request
 from asapd.store.verifying_process import VerifierDiedError, verify_apart
 from asapd.wire.keys import load_public
 
@@ -94,6 +95,9 @@ class Verifier:
             async with aclosing(verify_apart(self._path, request)) as steps:
                 async for step in steps:
                     yield step  # noqa: ASYNC119 -- Trio ends a generator that is left, and the process with it
+        except CannotVerifyError as error:
+            self._log.error("%s", error)
+            yield Refusal("verifying_failed", str(error), retry_after_s=5)
         except VerifierDiedError as error:
             self._log.error("%s", error)
             yield Refusal("verifying_failed", f"{error}: ask again", retry_after_s=5)
@@ -102,11 +106,9 @@ class Verifier:
 
     async def _walked_at_once(self, request: Request) -> Report | None:
         """The report over a short log; None when it is long, or takes a reader too long on a busy disk."""
-        try:
+        with contextlib.suppress(ReadTooLongError), verifying.reading():
             if await self._database.read(verifying.length, request) <= SHORT:
                 return await self._database.read(verifying.report, request)
-        except ReadTooLongError:
-            pass
         return None
 
     async def entry_before(self, time_us: int) -> int:

@@ -16,7 +16,7 @@ from asapd.store import checkpoint_log, lock, restoring
 from asapd.store.backup import CopyFailedError
 from asapd.store.migrations import DatabaseTooNewError, NotOurDatabaseError
 from asapd.store.restoring import Head
-from asapd.store.verifying import Progress, Report
+from asapd.store.verifying import CannotVerifyError, Progress, Report
 from asapd.wire.checkpoint import Checkpoint, is_signed_by, origin_of
 from asapd.wire.keys import KeyFormatError, load_private_pem
 
@@ -84,6 +84,8 @@ def restore(
         raise CannotRestoreError(str(error)) from None
     except CopyFailedError as error:
         raise CannotRestoreError(f"{file} cannot be copied: {error}; nothing was replaced") from None
+    except CannotVerifyError as error:
+        raise CannotRestoreError(f"{file}: {error}; nothing was replaced") from None
     except OSError as error:
         raise CannotRestoreError(f"{error.filename or state_dir}: {error.strerror}") from None
     finally:

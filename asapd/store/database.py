@@ -250,7 +250,8 @@ def _snapshot(connection: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.execute("COMMIT")
+        if connection.in_transaction:  # an interruption that met a temporary table rolled back by itself
+            connection.execute("COMMIT")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import msgspec
 from asapd.core.row_digest import consumer_digest
 from asapd.store import replaying
 from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, Terms, decode
-from asapd.store.rows import fetch
+from asapd.store.rows import fetch, one_moment
 
 Add = Callable[[str], None]
 
@@ -34,8 +34,7 @@ def compare(connection: apsw.Connection, add: Add) -> Held:
         while (newest := _newest(connection)) - head > step:
             head = ledger.walk(head, min(head + step, newest))
         # The last entries and the rows are read at one moment.
-        connection.execute("SAVEPOINT ledger")
-        try:
+        with one_moment(connection):
             newest = _newest(connection)
             while head < newest:
                 head = ledger.walk(head, min(head + step, newest))
@@ -43,11 +42,9 @@ def compare(connection: apsw.Connection, add: Add) -> Held:
             _tasks(connection, ledger, add)
             reservations, hidden_too = _reservations(connection, ledger, add)
             return Held(delegations + reservations, ledger.entries, hidden + hidden_too)
-        finally:
-            connection.execute("RELEASE ledger")
     finally:
         for table in ("replayed_task", "replayed_reservation"):
-            connection.execute(f"DROP TABLE temp.{table}")
+            connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
 
 
 def _newest(connection: apsw.Connection) -> int:

@@ -95,6 +95,9 @@ def verify(path: Path, keys: Sequence[bytes], held_to: Sequence[Checkpoint]) -> 
     """Verify a database whole, and hold it to checkpoints; the last that comes is the report.
 
     `keys` are the daemon's own, the one that it has now first. Without any no signature is checked.
+
+    Raises:
+        CannotVerifyError: there is no verdict, for want of what it takes to read the database.
     """
     remembered = tuple(checkpoint.note.encode() for checkpoint in held_to)
     with contextlib.closing(apsw.Connection(str(path))) as connection:

@@ -29,4 +29,6 @@ def one_moment(connection: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.execute("RELEASE moment")
+        # A disk that failed, or an interruption, may have rolled back by itself: what was met is told, not that.
+        if connection.in_transaction:
+            connection.execute("RELEASE moment")

@@ -15,7 +15,7 @@ import msgspec
 
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US, format_us
-from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.rows import Row, fetch, fetch_one, one_moment
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import SealHours
 from asapd.store.units.unit import RowWritten
@@ -116,8 +116,7 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[in
     missing = set(sealed)
     for hour in _hours(connection):
         # An hour at a time: its events and its sums are of one moment, and the log grows on meanwhile.
-        connection.execute("SAVEPOINT hour")
-        try:
+        with one_moment(connection):
             if hour <= through:
                 missing.discard(hour)
                 count, digest = _digest(connection, hour)
@@ -128,8 +127,6 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[in
                 waiting += 1
             else:
                 rows += _hold_to_events(connection, hour, add)
-        finally:
-            connection.execute("RELEASE hour")
     for hour in sorted(missing):
         add(f"usage_hour of {_shown(hour)}: the sums are gone, and they were sealed when their events went")
     return rows, len(sealed), waiting

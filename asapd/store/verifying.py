@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ Known = list[tuple[str, bytes | str]]
 STEP = 5_000
 """Entries of one step: some twenty milliseconds."""
 
+_SCARCE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
+"""Of the errors of the system those that say nothing of the file they were met at."""
+
 _NOTE_BYTES = 200
 """Of a checkpoint as text, roughly."""
 
@@ -36,6 +40,10 @@ _RAW = (
     "SELECT seq, CAST(id AS BLOB), timestamp_us, CAST(event_type AS BLOB), CAST(actor AS BLOB), CAST(subject AS BLOB), "
     "CAST(details AS BLOB), salt, payload_hash, previous_hash, hash FROM audit WHERE seq >= ? ORDER BY seq LIMIT ?"
 )
+
+
+class CannotVerifyError(Exception):
+    """The log could not be read to its end, which says nothing of what is in it; the message says what to do."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -96,13 +104,59 @@ class _Stand(msgspec.Struct, frozen=True):
 
 
 def verification(connection: apsw.Connection, request: Request) -> Iterator[Progress | Report]:
-    """Verify the log up to the entry that is the newest when the walk gets there; the last that comes is the report."""
+    """Verify the log up to the entry that is the newest when the walk gets there; the last that comes is the report.
+
+    Raises:
+        CannotVerifyError: there is no verdict, for want of what it takes to read the database.
+        apsw.InterruptError: whoever has the connection would not wait any longer.
+    """
     try:
-        yield from _verification(connection, request)
-    except apsw.CorruptError as error:
+        with reading():
+            yield from _verification(connection, request)
+    except (CannotVerifyError, apsw.InterruptError):
+        raise
+    except (apsw.CorruptError, apsw.NotADBError) as error:
         yield _unfinished(request, f"the database file is damaged: {error}")
     except Exception as error:  # noqa: BLE001 -- whoever has the file must not be able to stop who looks at it
         yield _unfinished(request, f"the log cannot be verified, {type(error).__name__}: {error}")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Tell what keeps a database from being read from what is wrong with it.
+
+    Raises:
+        CannotVerifyError: in the place of what the host, or who else uses the file, is the reason of.
+    """
+    try:
+        yield
+    except Exception as error:
+        hindrance = _hindrance(error)
+        if hindrance is None:
+            raise
+        raise CannotVerifyError(
+            f"the log was not verified to its end, which says nothing of what is in it: {hindrance} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _hindrance(error: Exception) -> str | None:
+    """What kept a database from being read, and what to do about that; None of an error that says something of it."""
+    match error:
+        case apsw.BusyError() | apsw.LockedError() | apsw.ProtocolError():
+            return "another program keeps the database locked, so end that one and verify again"
+        case apsw.CantOpenError() | apsw.PermissionsError() | apsw.ReadOnlyError():
+            return "the database cannot be opened, so see to its permissions and the limit of open files"
+        case apsw.NoMemError() | MemoryError():
+            return "memory ran out, so leave asapd more of it and verify again"
+        case apsw.FullError():
+            return "there is no room for temporary files, so make some and verify again"
+        case apsw.IOError():
+            return "the disk failed, so look into the log of the kernel and verify again, or restore a backup"
+        case OSError() if error.errno in _SCARCE:
+            return "the host failed to read a file, so look into its log and verify again"
+        case _:
+            return None
 
 
 def _unfinished(request: Request, reason: str) -> Report:
@@ -110,7 +164,7 @@ def _unfinished(request: Request, reason: str) -> Report:
 
 
 def report(connection: apsw.Connection, request: Request) -> Report:
-    """What a verification comes to."""
+    """What a verification comes to; raises what that raises."""
     last: Progress | Report | None = None
     for last in verification(connection, request):  # noqa: B007 -- the last is what is wanted
         pass

@@ -15,12 +15,20 @@ import msgspec
 import trio
 
 from asapd.store.giving_way import GivingWay
-from asapd.store.verifying import Progress, Report, Request, verification
+from asapd.store.verifying import CannotVerifyError, Progress, Report, Request, reading, verification
 
 _NICE = 10
 _END_S = 5.0
 _TOLD_EVERY = 10
-_said = msgspec.json.Decoder(Progress | Report)
+
+
+class _NoVerdict(msgspec.Struct, frozen=True, tag=True):
+    """In the place of a report: why there is none."""
+
+    reason: str
+
+
+_said = msgspec.json.Decoder(Progress | Report | _NoVerdict)
 
 
 class VerifierDiedError(Exception):
@@ -31,7 +39,8 @@ async def verify_apart(path: Path, request: Request) -> AsyncGenerator[Progress 
     """Verify a database in another process, which ends with this; the last that comes is the report.
 
     Raises:
-        VerifierDiedError: it ended without a report.
+        CannotVerifyError: there is no verdict, for want of what it takes to read the database.
+        VerifierDiedError: it ended without a word.
     """
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "asapd.store.verifying_process", str(path)],
@@ -49,6 +58,8 @@ async def verify_apart(path: Path, request: Request) -> AsyncGenerator[Progress 
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 said = _said.decode(line)
+                if isinstance(said, _NoVerdict):
+                    raise CannotVerifyError(said.reason)
                 is_whole = isinstance(said, Report)
                 yield said
     except trio.BrokenResourceError:
@@ -77,15 +88,21 @@ def main(arguments: Sequence[str]) -> int:
     # Only the daemon listens: with it gone there is nobody to tell, and nothing to say about that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-    with contextlib.closing(open_alone(Path(arguments[0]))) as connection:
-        if request.gives_way:
-            connection.exec_trace = GivingWay(connection)
-        for number, said in enumerate(verification(connection, request)):
-            if isinstance(said, Progress) and number % _TOLD_EVERY:
-                continue
-            sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
-            sys.stdout.buffer.flush()
+    try:
+        with reading(), contextlib.closing(open_alone(Path(arguments[0]))) as connection:
+            if request.gives_way:
+                connection.exec_trace = GivingWay(connection)
+            for number, said in enumerate(verification(connection, request)):
+                if isinstance(said, Report) or not number % _TOLD_EVERY:
+                    _say(said)
+    except CannotVerifyError as error:
+        _say(_NoVerdict(str(error)))
     return 0
+
+
+def _say(said: Progress | Report | _NoVerdict) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -186,6 +186,17 @@ def contents(host: Host) -> tuple[set[str], set[str], bytes]:
     return names, host.ids(), (host.directory / "checkpoints.log").read_bytes()
 
 
+def test_a_backup_that_cannot_be_read_to_its_end_is_not_said_to_be_bad(
+    host: Host, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = [lambda connection: connection.execute("PRAGMA temp.max_page_count = 1")]
+    with monkeypatch.context() as full:
+        full.setattr(apsw, "connection_hooks", hooks)
+        with pytest.raises(CannotRestoreError, match=r"no room for temporary files.*nothing was replaced"):
+            host.restore(backup)
+    assert host.ids() == {"a", "b", "c"}
+
+
 def test_files_of_another_kind_are_refused(host: Host, backup: Path, tmp_path: Path) -> None:
     before = contents(host)
     file = tmp_path / "file"

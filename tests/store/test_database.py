@@ -37,7 +37,7 @@ from asapd.store.database import (
 )
 from asapd.store.units.alerts import AlertWritten
 from asapd.store.units.delegations import SyncBudgets
-from asapd.store.units.exchange import AnyResult, AnyUnit, Idempotency
+from asapd.store.units.exchange import AnyResult, AnyUnit, Envelope, Idempotency
 from asapd.store.units.house import Note
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import Recorded, RecordUsage
@@ -195,6 +195,33 @@ async def test_a_query_that_takes_too_long_is_interrupted_and_leaves_its_connect
         await pool.run(lambda connection: connection.execute(endless).get)
     monkeypatch.undo()
     assert await pool.run(count_usage) == 0
+
+
+async def test_a_query_that_is_interrupted_while_it_fills_a_temporary_table_takes_too_long_as_well(
+    readers: tuple[ThreadReaders, Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite rolls such a transaction back by itself."""
+    pool, _ = readers
+    endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) INSERT INTO temp.t SELECT i FROM n"
+    monkeypatch.setattr(database, "READ_LIMIT_S", 0.05)
+    with pytest.raises(ReadTooLongError):
+        await pool.run(lambda connection: connection.execute(f"CREATE TEMP TABLE t (i); {endless}"))
+    monkeypatch.undo()
+    assert await pool.run(count_usage) == 0
+
+
+async def test_a_verification_that_takes_too_long_is_no_verdict(
+    readers: tuple[ThreadReaders, Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, writer = readers
+    for number in range(3):
+        events = [UsageEvent("t", "urn:asap:agent:a", "c", NOW_US, 5, id=f"e{number}.{at}") for at in range(1_000)]
+        unit = RecordUsage("default", "key:x", NOW_US, events, [UNKNOWN_COST] * len(events))
+        writer.run([Envelope(number, unit, False)])
+    assert (await pool.run(verifying.report, verifying.Request())).is_valid
+    monkeypatch.setattr(database, "READ_LIMIT_S", 0.0)
+    with pytest.raises(ReadTooLongError):
+        await pool.run(verifying.report, verifying.Request())
 
 
 async def test_readers_cannot_write_and_pass_errors_on(readers: tuple[ThreadReaders, Writer]) -> None:

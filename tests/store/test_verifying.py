@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
+from typing import Any
 
 import apsw
 import msgspec
@@ -29,7 +31,7 @@ from asapd.store.units.audit import EraseConsumer, Seal
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Revoke
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import RecordTask, RecordUsage, RetireUsage, TaskEvent, VoidUsage
-from asapd.store.verifying import Report, Request
+from asapd.store.verifying import CannotVerifyError, Report, Request
 from asapd.store.writer import Writer
 from asapd.wire.checkpoint import origin_of, sign_checkpoint
 from asapd.wire.signed_note import cosign, read_note, sign_note
@@ -652,6 +654,104 @@ def test_a_stored_note_that_is_no_text_is_a_fault(altered: apsw.Connection) -> N
 def test_whatever_a_walk_meets_it_ends_with_a_report(altered: apsw.Connection, tmp_path: Path) -> None:
     altered.execute("DROP TABLE audit_node")
     assert "the log cannot be verified, SQLError" in fault(altered)[1]
+
+
+def test_a_file_that_is_no_database_any_more_is_a_fault(open_store: OpenStore, tmp_path: Path) -> None:
+    with open_store() as connection:
+        fill(connection)
+        connection.execute("VACUUM INTO ?", (str(tmp_path / "bad.db"),))
+    with (tmp_path / "bad.db").open("r+b") as file:
+        file.write(b"no database at all")
+    with closing(apsw.Connection(str(tmp_path / "bad.db"))) as bad:
+        fault = verifying.report(bad, Request()).walk.fault
+    assert fault is not None
+    assert fault.reason.startswith("the database file is damaged")
+
+
+def test_a_file_that_somebody_keeps_locked_has_no_verdict(tmp_path: Path) -> None:
+    path = str(tmp_path / "asapd.db")
+    with closing(apsw.Connection(path)) as other, closing(apsw.Connection(path)) as connection:
+        other.execute("CREATE TABLE audit (seq); BEGIN EXCLUSIVE")
+        with pytest.raises(CannotVerifyError, match=r"another program keeps the database locked.*BusyError"):
+            verifying.report(connection, Request())
+
+
+def test_without_room_for_temporary_files_there_is_no_verdict(log: apsw.Connection) -> None:
+    with closing(copied(log)) as connection:
+        connection.execute("PRAGMA temp.max_page_count = 1")
+        with pytest.raises(CannotVerifyError, match=r"no room for temporary files.*FullError"):
+            verifying.report(connection, Request())
+
+
+class FailingDisk(apsw.VFS):
+    """The files of the system on a disk that fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("failing", "")
+        self.fails = False
+
+    def xOpen(self, name: Any, flags: Any) -> Any:
+        disk = self
+
+        class File(apsw.VFSFile):
+            def __init__(self) -> None:
+                super().__init__("", name, flags)
+
+            def xRead(self, amount: int, offset: int) -> bytes:
+                if disk.fails:
+                    raise apsw.IOError("it cannot be read")
+                return super().xRead(amount, offset)
+
+        return File()
+
+
+def test_a_disk_that_fails_is_no_finding_and_leaves_a_connection_that_works(
+    open_store: OpenStore, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "asapd.db")
+    with open_store() as connection:
+        fill(connection)
+        connection.execute("VACUUM INTO ?", (path,))
+    disk, errors = FailingDisk(), 0
+    for place in itertools.count():
+        with closing(apsw.Connection(path, vfs="failing", flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+            connection.execute("PRAGMA cache_size = 1")
+            statements = itertools.count()
+
+            def trace(*_: Any) -> bool:
+                disk.fails = next(statements) == place  # noqa: B023 -- called before it changes
+                return True
+
+            connection.exec_trace = trace
+            try:
+                assert verifying.report(connection, Request()).is_valid
+            except CannotVerifyError as error:
+                errors += 1
+                assert "the disk failed" in str(error)  # noqa: PT017 -- most places read nothing
+            connection.exec_trace, disk.fails = None, False
+            assert not connection.in_transaction
+            assert connection.execute("SELECT count(*) FROM audit").get > 280
+            if next(statements) <= place:
+                break
+    disk.unregister()
+    assert errors > 20
+
+
+def test_an_interruption_is_for_who_interrupted_wherever_it_comes(log: apsw.Connection) -> None:
+    with closing(copied(log)) as connection:
+        assert verifying.report(connection, Request()).is_valid
+        for left in itertools.count(step=20):
+            steps = itertools.count()
+            connection.set_progress_handler(lambda: next(steps) >= left, 100)  # noqa: B023 -- called before it changes
+            connection.execute("BEGIN")
+            try:
+                verifying.report(connection, Request())
+                break
+            except apsw.InterruptError:
+                connection.set_progress_handler(None)
+                if connection.in_transaction:
+                    connection.execute("COMMIT")
+        assert left > 500
 
 
 def test_what_retention_took_is_counted_as_that_and_nothing_else_is(connection: apsw.Connection) -> None:
