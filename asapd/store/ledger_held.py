@@ -10,9 +10,17 @@ import msgspec
 from asapd.core.row_digest import consumer_digest
 from asapd.store import replaying
 from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, Terms, decode
-from asapd.store.rows import fetch, one_moment
+from asapd.store.rows import fetch, fetch_one, one_moment
 
 Add = Callable[[str], None]
+
+TRIES = 2
+"""Of a walk step by step, before it is done in one moment, which keeps the WAL from being begun anew."""
+
+_GONE_SINCE = (
+    "SELECT 1 FROM audit WHERE seq > ? AND (event_type = 'erasure.applied' "
+    "OR (event_type = 'retention.applied' AND subject = 'audit')) LIMIT 1"
+)
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -25,26 +33,43 @@ class Held(msgspec.Struct, frozen=True):
 
 def compare(connection: apsw.Connection, add: Add) -> Held:
     """Do again all that the log says, and name each delegation and reservation that does not come out as it is."""
-    # A walk that was interrupted could not take its tables away.
-    for statement in (*TABLES, "DELETE FROM temp.replayed_task", "DELETE FROM temp.replayed_reservation"):
-        connection.execute(statement)
     try:
-        ledger = ReplayedLedger(connection, add)
-        head, step = 0, replaying.STEP
-        while (newest := _newest(connection)) - head > step:
-            head = ledger.walk(head, min(head + step, newest))
-        # The last entries and the rows are read at one moment.
+        for _ in range(TRIES):
+            found = _compare(connection, add)
+            if found is not None:
+                return found
         with one_moment(connection):
-            newest = _newest(connection)
-            while head < newest:
-                head = ledger.walk(head, min(head + step, newest))
-            delegations, hidden = _delegations(connection, ledger, add)
-            _tasks(connection, ledger, add)
-            reservations, hidden_too = _reservations(connection, ledger, add)
-            return Held(delegations + reservations, ledger.entries, hidden + hidden_too)
+            found = _compare(connection, add)
+            assert found is not None, "nothing goes within a moment"
+            return found
     finally:
-        for table in ("replayed_task", "replayed_reservation"):
+        for table in TABLES:
             connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
+
+
+def _compare(connection: apsw.Connection, add: Add) -> Held | None:
+    """The same, once; None when entries lost their content meanwhile, which was to be known before it began."""
+    for table, columns in TABLES.items():
+        connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
+        connection.execute(f"CREATE TEMP TABLE {table} ({columns}) STRICT, WITHOUT ROWID")
+    said: list[str] = []
+    head, begun, step = 0, _newest(connection), replaying.STEP
+    ledger = ReplayedLedger(connection, said.append)
+    while (newest := _newest(connection)) - head > step:
+        head = ledger.walk(head, min(head + step, newest))
+    # The last entries and the rows are read at one moment.
+    with one_moment(connection):
+        if fetch_one(connection, _GONE_SINCE, (begun,)) is not None:
+            return None
+        newest = _newest(connection)
+        while head < newest:
+            head = ledger.walk(head, min(head + step, newest))
+        for finding in said:
+            add(finding)
+        delegations, hidden = _delegations(connection, ledger, add)
+        _tasks(connection, ledger, add)
+        reservations, hidden_too = _reservations(connection, ledger, add)
+        return Held(delegations + reservations, ledger.entries, hidden + hidden_too)
 
 
 def _newest(connection: apsw.Connection) -> int:

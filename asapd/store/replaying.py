@@ -42,13 +42,11 @@ SELECT (SELECT name FROM name WHERE id = agent), cost_microusd, delegation, rese
        (SELECT name FROM name WHERE id = tenant), task_id, tokens_in, tokens_out, committed_us
 FROM usage WHERE seq = ?
 """
-TABLES = (
-    (
-        "CREATE TEMP TABLE IF NOT EXISTS replayed_task (account INTEGER, task_id TEXT, used INTEGER, holds INTEGER, "
-        "PRIMARY KEY (account, task_id)) STRICT, WITHOUT ROWID"
-    ),
-    "CREATE TEMP TABLE IF NOT EXISTS replayed_reservation (id TEXT PRIMARY KEY, body BLOB) STRICT, WITHOUT ROWID",
-)
+TABLES = {
+    "replayed_task": ("account INTEGER, task_id TEXT, used INTEGER, holds INTEGER, PRIMARY KEY (account, task_id)"),
+    "replayed_reservation": "id TEXT PRIMARY KEY, body BLOB",
+}
+"""Temporary tables that the ledger is replayed in, with their columns."""
 
 
 class Account:
@@ -133,7 +131,10 @@ _read_usage = msgspec.json.Decoder(_Usage)
 
 
 class ReplayedLedger:
-    """The ledger as far as it was replayed; tasks and closed reservations are in temporary tables of the connection."""
+    """The ledger as far as it was replayed; tasks and closed reservations are in temporary tables of the connection.
+
+    It knows of the entries that had lost their content when it was made, and of none that lose it later.
+    """
 
     def __init__(self, connection: apsw.Connection, add: Callable[[str], None]) -> None:
         self._connection = connection
@@ -141,10 +142,10 @@ class ReplayedLedger:
         self.accounts: dict[str, Account] = {}
         self.open: dict[str, Reservation] = {}
         self._tasks: dict[tuple[int, str], list[int]] = {}
-        erasures = Erasures(connection)
-        self._created_and_erased = erasures.times("delegation.created")
+        self._erasures = Erasures(connection)
+        self._created_and_erased = self._erasures.times("delegation.created")
         # Of each row of usage there is one entry, and both are numbered in the same order.
-        self._gone: Iterator[int] = erasures.rows()
+        self._gone: Iterator[int] = self._erasures.rows()
         self.blind_us = -1
         """Up to when something happened that nothing is left of."""
         self.entries = 0
@@ -154,7 +155,7 @@ class ReplayedLedger:
         for seq, kind, timestamp_us, actor, details in fetch(self._connection, _ENTRIES, (after, through)):
             self.entries += 1
             if details is None:
-                self._without_content(kind, timestamp_us)
+                self._without_content(seq, kind, timestamp_us)
             elif kind == "usage.recorded":
                 self._use(_read_usage.decode(details))
             else:
@@ -162,9 +163,11 @@ class ReplayedLedger:
         self._flush_tasks()
         return through
 
-    def _without_content(self, kind: str, timestamp_us: int) -> None:
+    def _without_content(self, seq: int, kind: str, timestamp_us: int) -> None:
         if kind.startswith("usage."):
-            row = fetch_one(self._connection, _ROW, (next(self._gone, -1),))
+            # One that nobody says to have erased is of none of these rows.
+            number = next(self._gone, -1) if self._erasures.is_explained(seq) else -1
+            row = fetch_one(self._connection, _ROW, (number,))
             if row is None or row[-1] != timestamp_us:
                 self._lose(timestamp_us)
             elif kind == "usage.recorded":

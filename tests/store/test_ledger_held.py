@@ -157,6 +157,25 @@ def test_only_what_the_rows_do_not_say_hides_a_delegation(connection: apsw.Conne
     assert altered(ledger, "UPDATE delegation SET spent_microusd = 9 WHERE id = 'young'")
 
 
+def test_an_entry_that_nobody_says_to_have_erased_hides_what_was_there_and_nothing_younger(
+    connection: apsw.Connection,
+) -> None:
+    ledger = Ledger(connection)
+    ledger.use(5, agent=B, consumer="eve", delegation="unknown")
+    ledger.now_us += 5
+    ledger.register(ROOT)
+    for _ in range(3):
+        ledger.use(5, agent=B, consumer="max", delegation="root")
+        ledger.now_us += 5
+    erase(ledger, "max")
+    connection.execute(
+        "DROP TRIGGER audit_no_update; "
+        "UPDATE audit SET actor = NULL, subject = NULL, details = NULL, salt = NULL WHERE seq = 1"
+    )
+    assert compared(ledger) == ([], Held(1, 5, 0))
+    assert altered(ledger, "UPDATE delegation SET spent_microusd = 6")
+
+
 def test_what_was_retired_hides_what_was_there_and_nothing_younger(connection: apsw.Connection) -> None:
     ledger = Ledger(connection)
     ledger.register(ROOT, CHILD)
@@ -269,9 +288,9 @@ def test_usage_across_tenants_is_debited_again_where_it_was(connection: apsw.Con
 
 
 def test_a_walk_that_was_interrupted_leaves_nothing_for_the_next(ledger: Ledger) -> None:
-    for statement in replaying.TABLES:
-        ledger.connection.execute(statement)
-    ledger.connection.execute("INSERT INTO temp.replayed_task VALUES (1, 'x', 1, 1)")
+    for table, columns in replaying.TABLES.items():
+        ledger.connection.execute(f"CREATE TEMP TABLE {table} ({columns})")
+    ledger.connection.execute("INSERT INTO temp.replayed_task (account, task_id, used, holds) VALUES (1, 'x', 1, 1)")
     assert compared(ledger)[0] == []
 
 

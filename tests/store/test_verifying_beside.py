@@ -1,8 +1,8 @@
-"""A verification finds nothing wrong because of what is written while it reads."""
+"""What is written while a verification reads makes it find nothing wrong, and hides nothing that is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from itertools import count
 from typing import Any
@@ -11,9 +11,19 @@ import apsw
 import pytest
 
 from asapd.core.delegation import Claims
-from asapd.core.usage import UNKNOWN_COST, UsageEvent
-from asapd.store import verifying
-from asapd.store.units.audit import EraseConsumer
+from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
+from asapd.store import (
+    budgets_held,
+    erasures,
+    numbered_rows,
+    reconciling_directory,
+    reconciling_house,
+    reconciling_identity,
+    reconciling_usage,
+    replaying,
+    verifying,
+)
+from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Registered
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.usage import Attribution, RecordTask, RecordUsage, RetireUsage, TaskEvent, VoidUsage
@@ -25,9 +35,26 @@ AGENT = "urn:asap:agent:a"
 MAX = "mailto:max"
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
+Prepare = Callable[[apsw.Connection, Writer], object]
 
 
-def fill(writer: Writer) -> None:
+def take_steps_of(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have a log of some entries walked as one of millions is."""
+    for module in (
+        budgets_held,
+        erasures,
+        numbered_rows,
+        reconciling_directory,
+        reconciling_house,
+        reconciling_identity,
+        reconciling_usage,
+        replaying,
+        verifying,
+    ):
+        monkeypatch.setattr(module, "STEP", step)
+
+
+def fill(_: apsw.Connection, writer: Writer) -> None:
     """Record fifty events, ten of them of somebody, a void of one of those, and a task."""
     events = [
         UsageEvent("t", AGENT, f"mailto:{number}" if number % 5 else MAX, NOW_US + number, tokens_in=5, id=f"e{number}")
@@ -64,28 +91,120 @@ def report(connection: apsw.Connection, before: Callable[[int], None]) -> verify
         return verifying.report(looking, verifying.Request())
 
 
-@pytest.mark.parametrize("made", [erasure, retention])
-def test_what_goes_meanwhile_is_explained_wherever_it_goes(
-    open_store: OpenStore, made: Callable[[apsw.Connection], AnyUnit]
-) -> None:
-    for place in count():
+def reports(
+    open_store: OpenStore,
+    prepare: Prepare,
+    made: Callable[[apsw.Connection], list[AnyUnit]],
+    *,
+    every: int = 1,
+) -> Iterator[tuple[int, verifying.Report, verifying.Report]]:
+    """What a verification comes to while units are run at a place of it, for each place, and one with nothing beside.
+
+    Places are tried in turn, each `every` behind the one before.
+    """
+    for place in count(step=every):
         with open_store() as connection:
             writer = Writer(connection)
-            fill(writer)
-            unit = made(connection)
-            done: list[int] = []
+            prepare(connection, writer)
+            units, done = made(connection), []
 
             def before(at: int) -> None:
                 if at == place:  # noqa: B023 -- called before it changes
                     done.append(at)  # noqa: B023
-                    writer.run([Envelope(9, unit, False)])  # noqa: B023
+                    for answer in writer.run([Envelope(9, unit, False) for unit in units]):  # noqa: B023
+                        assert type(answer.result).__name__ not in {"Failed", "Refusal"}, answer
 
             found = report(connection, before)
             if not done:
                 break
-            assert found.is_valid, (place, found)
-            assert verifying.report(connection, verifying.Request()).is_valid
+            yield place, found, verifying.report(connection, verifying.Request())
     assert place > 10
+
+
+@pytest.mark.parametrize(("step", "every"), [(1, 13), (5, 3), (20_000, 1)])
+@pytest.mark.parametrize("made", [erasure, retention])
+def test_what_goes_meanwhile_is_explained_wherever_it_goes(
+    open_store: OpenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    made: Callable[[apsw.Connection], AnyUnit],
+    step: int,
+    every: int,
+) -> None:
+    take_steps_of(monkeypatch, step)
+    for place, found, later in reports(open_store, fill, lambda connection: [made(connection)], every=every):
+        assert found.is_valid, (place, found)
+        assert later.is_valid
+
+
+# --- what was altered before
+
+
+def tampered(sql: str) -> Prepare:
+    """Twenty events, two in three of them under a delegation and one in three of somebody, and then this."""
+
+    def prepare(connection: apsw.Connection, writer: Writer) -> None:
+        claims = Claims("root", "urn:asap:agent:root", AGENT, ("task.*",), None, 10**9, NOW_US, NOW_US + 10**9)
+        units: list[AnyUnit] = []
+        for number in range(20):
+            consumer, under = ("mailto:eve", "root") if number % 3 else (MAX, None)
+            event = UsageEvent("t", AGENT, consumer, NOW_US, tokens_in=5, id=f"e{number}", delegation=under)
+            units.append(RecordUsage("default", "key:x", NOW_US + number, [event], [Cost(1)]))
+        units.insert(1, RegisterDelegation([NewDelegation(claims, "token", b"x")], "key:x", "default", NOW_US))
+        writer.run([Envelope(number, unit, False) for number, unit in enumerate(units)])
+        for (trigger,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {trigger}")
+        connection.execute(sql)
+
+    return prepare
+
+
+def named(found: verifying.Report) -> list[str]:
+    assert found.walk.fault is None
+    return [name for tally in found.tallies or () for name in tally.named]
+
+
+def retention_of_entries(connection: apsw.Connection) -> list[AnyUnit]:
+    """Of the first, which is of an event under no delegation."""
+    last_hash = connection.execute("SELECT hash FROM audit WHERE seq = 1").get
+    return [KeepArchive(1, 1, last_hash, NOW_US, "a.gz", "00", "asapd", NOW_US), RetireAudit("asapd", NOW_US, 500)]
+
+
+@pytest.mark.parametrize("made", [lambda connection: [erasure(connection)], retention_of_entries])
+def test_what_goes_meanwhile_hides_no_other_delegation(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, made: Callable[[apsw.Connection], list[AnyUnit]]
+) -> None:
+    take_steps_of(monkeypatch, 5)
+    prepare = tampered("UPDATE delegation SET spent_microusd = spent_microusd - 5")
+    wanted = ["delegation root: spent_microusd is 8, and the log comes to 13"]
+    for place, found, later in reports(open_store, prepare, made):
+        assert named(found) == wanted, place
+        assert named(later) == wanted, place
+
+
+def test_erasures_that_go_on_and_on_hide_no_other_delegation(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_steps_of(monkeypatch, 2)
+    with open_store() as connection:
+        writer = Writer(connection)
+        tampered("UPDATE delegation SET spent_microusd = spent_microusd - 5")(connection, writer)
+        unit = erasure(connection)
+        assert isinstance(unit, EraseConsumer)
+        left = [EraseConsumer(MAX, "ers_1", [seq], "asked", "key:o", NOW_US, None) for seq in unit.seqs]
+        assert len(left) == 7
+        walk, steps = replaying.ReplayedLedger.walk, count(1)
+
+        def beside(*arguments: Any) -> int:
+            if next(steps) % 4 == 0 and left:
+                writer.run([Envelope(9, left.pop(), False)])
+            return walk(*arguments)
+
+        monkeypatch.setattr(replaying.ReplayedLedger, "walk", beside)
+        assert named(report(connection, lambda _: None)) == [
+            "delegation root: spent_microusd is 8, and the log comes to 13"
+        ]
+        assert not left
+        assert next(steps) > 33  # of each try
 
 
 def test_an_event_that_names_the_token_it_came_with_is_what_was_reported(open_store: OpenStore) -> None:
