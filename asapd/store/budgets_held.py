@@ -14,6 +14,7 @@ import msgspec
 from asapd.core.budget_counts import MARKS, BudgetChanges, Key, differences
 from asapd.core.types import format_us
 from asapd.store import budget_counts
+from asapd.store.erasures import newest
 from asapd.store.rows import fetch, fetch_one, one_moment
 
 STEP = 20_000
@@ -42,16 +43,16 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> Held:
     """Add up all that the log says, and name each period that holds something else."""
     for is_stepwise in (True, True, False):
         said, before, held = BudgetChanges(), BudgetChanges(), Held()
-        head, begun = 0, _newest(connection)
-        while is_stepwise and _newest(connection) - head > STEP:
+        head, begun = 0, newest(connection)
+        while is_stepwise and newest(connection) - head > STEP:
             head = _walk(connection, head, head + STEP, said, before, held)
         # The last entries and the rows are read at one moment.
         with one_moment(connection):
             if head and _is_retired_since(connection, begun):
                 continue  # what was added up would come again, in the sum of what retention took meanwhile
-            newest = _newest(connection)
-            while head < newest:
-                head = _walk(connection, head, min(head + STEP, newest), said, before, held)
+            last = newest(connection)
+            while head < last:
+                head = _walk(connection, head, min(head + STEP, last), said, before, held)
             _compare(connection, said, before, held, add)
             break
     return held
@@ -60,10 +61,6 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> Held:
 def _is_retired_since(connection: apsw.Connection, seq: int) -> bool:
     found = "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'retention.applied' AND subject = 'audit' LIMIT 1"
     return fetch_one(connection, found, (seq,)) is not None
-
-
-def _newest(connection: apsw.Connection) -> int:
-    return fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
 
 
 def _walk(

@@ -54,6 +54,20 @@ def erase_payloads(tx: Tx, seqs: list[int]) -> None:
     tx.execute("UPDATE retention_gate SET open = 0")
 
 
+def newest(connection: apsw.Connection) -> int:
+    """The number of the newest entry; 0 without any."""
+    return fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
+
+
+def is_erased_since(connection: apsw.Connection, seq: int) -> bool:
+    """Whether an erasure, or retention of the log, took content since an entry was the newest."""
+    found = (
+        "SELECT 1 FROM audit WHERE seq > ? AND (event_type = 'erasure.applied' "
+        "OR (event_type = 'retention.applied' AND subject = 'audit')) LIMIT 1"
+    )
+    return bool(fetch(connection, found, (seq,)))
+
+
 def runs(numbers: Iterable[int]) -> list[list[int]]:
     """Numbers as runs, [first, last] each, in ascending order."""
     found: list[list[int]] = []

@@ -9,18 +9,14 @@ import msgspec
 
 from asapd.core.row_digest import consumer_digest
 from asapd.store import replaying
+from asapd.store.erasures import is_erased_since, newest
 from asapd.store.replaying import COLUMNS, TABLES, ReplayedLedger, Terms, decode
-from asapd.store.rows import fetch, fetch_one, one_moment
+from asapd.store.rows import fetch, one_moment
 
 Add = Callable[[str], None]
 
 TRIES = 2
 """Of a walk step by step, before it is done in one moment, which keeps the WAL from being begun anew."""
-
-_GONE_SINCE = (
-    "SELECT 1 FROM audit WHERE seq > ? AND (event_type = 'erasure.applied' "
-    "OR (event_type = 'retention.applied' AND subject = 'audit')) LIMIT 1"
-)
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -53,27 +49,23 @@ def _compare(connection: apsw.Connection, add: Add) -> Held | None:
         connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
         connection.execute(f"CREATE TEMP TABLE {table} ({columns}) STRICT, WITHOUT ROWID")
     said: list[str] = []
-    head, begun, step = 0, _newest(connection), replaying.STEP
+    head, begun, step = 0, newest(connection), replaying.STEP
     ledger = ReplayedLedger(connection, said.append)
-    while (newest := _newest(connection)) - head > step:
-        head = ledger.walk(head, min(head + step, newest))
+    while newest(connection) - head > step:
+        head = ledger.walk(head, head + step)
     # The last entries and the rows are read at one moment.
     with one_moment(connection):
-        if fetch_one(connection, _GONE_SINCE, (begun,)) is not None:
+        if is_erased_since(connection, begun):
             return None
-        newest = _newest(connection)
-        while head < newest:
-            head = ledger.walk(head, min(head + step, newest))
+        last = newest(connection)
+        while head < last:
+            head = ledger.walk(head, min(head + step, last))
         for finding in said:
             add(finding)
         delegations, hidden = _delegations(connection, ledger, add)
         _tasks(connection, ledger, add)
         reservations, hidden_too = _reservations(connection, ledger, add)
         return Held(delegations + reservations, ledger.entries, hidden + hidden_too)
-
-
-def _newest(connection: apsw.Connection) -> int:
-    return fetch(connection, "SELECT max(seq) FROM audit")[0][0] or 0
 
 
 def _delegations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> tuple[int, int]:

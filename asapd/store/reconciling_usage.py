@@ -14,7 +14,7 @@ from asapd.core.row_digest import row_digest
 from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent, content_digest
 from asapd.store.companions import Companions, strays
-from asapd.store.erasures import ROW_KINDS, Erasures
+from asapd.store.erasures import ROW_KINDS, Erasures, is_erased_since, newest
 from asapd.store.findings import Findings, Tally
 from asapd.store.numbered_rows import Names, count_gone, rows_of
 from asapd.store.prepared import COLUMNS
@@ -33,27 +33,27 @@ _OUTCOMES = {outcome.value: outcome.name.lower() for outcome in Outcome}
 def reconcile_usage(connection: apsw.Connection) -> Tally:
     """Compare every row of usage with its entry, and the reverse."""
     findings, names = Findings(), Names(connection)
-    # In one statement, so that rows and entries are those of one moment.
-    entries_through, rows_from, rows_through = fetch(
-        connection, "SELECT (SELECT max(seq) FROM audit), (SELECT min(seq) FROM usage), (SELECT max(seq) FROM usage)"
-    )[0]
+    begun = newest(connection)
     retention, erasures = _Retention(connection), Erasures(connection)
-    entries = erased = rows = at_entry = 0
-    numbered = erasures.last_row
+    entries = erased = rows = at_entry = numbered = 0
     # A forged row may stand before the first that has a number of ours.
-    at_row = min(rows_from or 0, 1) - 1
+    first = min(fetch(connection, "SELECT min(seq) FROM usage")[0][0] or 0, 1)
+    at_row = first - 1
     without_row: dict[int, UsageEntry] = {}
     without_entry: dict[int, str] = {}
-    while at_entry < (entries_through or 0):
-        # Retention and erasures go on meanwhile: what is laid side by side is of one moment.
+    is_last = False
+    while not is_last:
+        # Reports, retention and erasures go on meanwhile: what is laid side by side is of one moment, and so is the
+        # last of it with what is counted in the end.
         with one_moment(connection):
             found = fetch(
                 connection,
                 "SELECT seq, event_type, subject, actor, timestamp_us, details FROM audit "
-                f"WHERE seq > ? AND seq <= ? AND event_type IN {ROW_KINDS} ORDER BY seq LIMIT ?",
-                (at_entry, entries_through, STEP),
+                f"WHERE seq > ? AND event_type IN {ROW_KINDS} ORDER BY seq LIMIT ?",
+                (at_entry, STEP),
             )
             for seq, kind, subject, actor, timestamp_us, details in found:
+                at_entry = seq
                 if details is None:
                     erased += 1
                     continue
@@ -68,8 +68,10 @@ def reconcile_usage(connection: apsw.Connection) -> Tally:
                 numbered = max(numbered, says.row)
                 without_row[says.row] = UsageEntry(seq, kind, subject, actor, timestamp_us, says)
             is_last = len(found) < STEP
-            at_entry = entries_through if is_last else found[-1][0]
-            through = (rows_through or 0) if is_last else max(without_row, default=at_row)
+            if is_last and is_erased_since(connection, begun):
+                erasures = Erasures(connection)
+            last_row = fetch(connection, "SELECT max(seq) FROM usage")[0][0] or 0
+            through = last_row if is_last else max(without_row, default=at_row)
             companions = Companions(connection, at_row, through)
             for row in rows_of(connection, "usage", _COLUMNS, at_row, through):
                 rows += 1
@@ -87,15 +89,18 @@ def reconcile_usage(connection: apsw.Connection) -> Tally:
             at_row = max(at_row, through)
             for number in without_entry.keys() & without_row.keys():
                 del without_entry[number], without_row[number]
-            # A row and its entry are written together: what is so far behind has no other half.
-            retention.settle(without_row, at_row - WAITING, findings)
-    with one_moment(connection):
-        retention.settle(without_row, None, findings)
-        _settle_rows(connection, without_entry, 0, findings)
-        for stray in strays(connection, min(rows_from or 0, 1), rows_through or 0):
-            findings.add(stray)
-        retention.read()
-        count_gone(connection, "usage", numbered, retention.taken + retention.missing, findings)
+            if not is_last:
+                # A row and its entry are written together: what is so far behind has no other half.
+                retention.settle(without_row, at_row - WAITING, findings)
+                continue
+            retention.read()
+            retention.settle(without_row, None, findings)
+            _settle_rows(connection, without_entry, 0, findings)
+            for stray in strays(connection, first, last_row):
+                findings.add(stray)
+            count_gone(
+                connection, "usage", max(numbered, erasures.last_row), retention.taken + retention.missing, findings
+            )
     return Tally("usage", rows, entries, retention.count, erased, findings.count, tuple(findings.named))
 
 
@@ -113,7 +118,7 @@ def _settle_rows(connection: apsw.Connection, without_entry: dict[int, str], kee
 
 
 class _Retention:
-    """What retention says it took: `taken` rows, from before a time.
+    """What retention says it took: `taken` rows, the oldest there were.
 
     `count` entries are of rows that it took, `missing` of rows that nobody says to have taken.
     """
@@ -121,6 +126,7 @@ class _Retention:
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self.count = self.missing = self.taken = self._before_us = 0
+        self._last_us = -(2**63)
         self.read()
 
     def read(self) -> None:
@@ -132,6 +138,7 @@ class _Retention:
             if details is not None:
                 applied = msgspec.json.decode(details)
                 self._before_us = max(self._before_us, applied["before_us"])
+                self._last_us = max(self._last_us, applied["last_timestamp_us"])
                 self.taken += applied["count"]
 
     def settle(self, without_row: dict[int, UsageEntry], before_row: int | None, findings: Findings) -> None:
@@ -145,17 +152,19 @@ class _Retention:
                 is_read = True
             if self._explains(entry):
                 self.count += 1
-            else:
-                self.missing += 1
-                findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there")
+                continue
+            self.missing += 1
+            # Which of those that are as old retention took it does not say.
+            which = f", or another: retention took {self.taken} rows, and more are gone" if self._is_old(entry) else ""
+            findings.add(f"entry {entry.seq} ({entry.kind} {entry.subject}): usage row {number} is not there{which}")
 
     def _explains(self, entry: UsageEntry) -> bool:
-        return _time_of(entry) < self._before_us and self.count < self.taken
+        return self._is_old(entry) and self.count < self.taken
 
-
-def _time_of(entry: UsageEntry) -> int:
-    said = entry.says.timestamp_us
-    return said if isinstance(said, int) else entry.timestamp_us
+    def _is_old(self, entry: UsageEntry) -> bool:
+        """Whether retention went as far as an event; earlier entries do not say of what time it was."""
+        said = entry.says.timestamp_us
+        return said <= self._last_us if isinstance(said, int) else entry.timestamp_us < self._before_us
 
 
 def _compare(connection: apsw.Connection, entry: UsageEntry, columns: Row, names: Names, findings: Findings) -> None:

@@ -207,6 +207,50 @@ def test_erasures_that_go_on_and_on_hide_no_other_delegation(
         assert next(steps) > 33  # of each try
 
 
+HOUR_US = 3_600_000_000
+OLD_US = NOW_US // HOUR_US * HOUR_US - 10 * HOUR_US
+
+
+def without_row(number: int) -> Prepare:
+    """Ten events, three of them of an hour before, of which somebody takes one with all that it would be missed by."""
+
+    def prepare(connection: apsw.Connection, writer: Writer) -> None:
+        events = [
+            UsageEvent("t", AGENT, MAX, OLD_US + at + HOUR_US * (at > 2), tokens_in=1, id=f"e{at}") for at in range(10)
+        ]
+        writer.run([Envelope(1, RecordUsage("default", "key:x", NOW_US, events, [Cost(1)] * 10), False)])
+        connection.execute("DROP TRIGGER usage_no_delete")
+        connection.execute(
+            f"DELETE FROM usage WHERE seq = {number}; DELETE FROM usage_identity WHERE seq = {number}; "
+            "UPDATE usage_hour SET events = events - 1, tasks = tasks - 1, tokens_in = tokens_in - 1, "
+            f"cost_microusd = cost_microusd - 1 WHERE hour = {OLD_US // HOUR_US}"
+        )
+
+    return prepare
+
+
+@pytest.mark.parametrize("step", [2, 20_000])
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_retention_takes_meanwhile_stands_for_no_row_that_was_taken_before(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
+    """A void is as old as what it voids, and retention takes it too: here it takes the rows that are left of three."""
+    take_steps_of(monkeypatch, step)
+    units: list[AnyUnit] = [
+        VoidUsage(1, "no", "key:o", NOW_US, EVERYTHING),
+        RetireUsage(OLD_US + HOUR_US, "asapd", NOW_US),
+    ]
+    for place, found, later in reports(open_store, without_row(number), lambda _: units):
+        (said,) = named(found)
+        assert "is not there" in said or "are not there" in said, place
+        (said,) = named(later)
+        # Where retention took nothing as young, it took none of that row: else it may have been any of as many.
+        if number == 3:
+            assert said == "entry 3 (usage.recorded e2): usage row 3 is not there"
+        else:
+            assert said.endswith("usage row 11 is not there, or another: retention took 3 rows, and more are gone")
+
+
 def test_an_event_that_names_the_token_it_came_with_is_what_was_reported(open_store: OpenStore) -> None:
     """Its delegation has another name here: another delegator's token is called the same."""
     with open_store() as connection:
