@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -103,6 +104,14 @@ def test_an_export_says_what_retention_took_of_it(daemon: Daemon, ctl: Program) 
         assert len(ran.out.splitlines()) == 1
         assert (f"events from before {raw_since} are not in it" in ran.err) is is_short
         assert is_short or not ran.err
+
+
+def test_the_bar_of_an_export_counts_what_is_there(
+    daemon: Daemon, ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ran = ctl("usage", "export", "--out", str(tmp_path / "usage.ndjson"))
+    assert (ran.code, "100%" in ran.err) == (Exit.DONE, True), ran.err
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,10 @@ async def test_reporting_needs_a_key_that_may(edge: Edge, role: str) -> None:
 async def test_a_task_is_recorded_and_ends_once(edge: Edge) -> None:
     task = {"task_id": "t1", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
     assert (await edge.post("/tasks", task)).ok(201) == {"status": "recorded", "task_id": "t1", "state": "started"}
+    other = (await edge.post("/tasks", {**task, "state": "completed", "consumer": C})).refused(409)
+    assert (other["code"], [error["field"] for error in other["errors"]]) == ("task_conflict", ["consumer"])
+    assert C not in other["detail"]
+    assert B not in other["detail"], "the stored consumer is not for every caller to know"
     assert (await edge.post("/tasks", {**task, "state": "completed"})).ok(201)["state"] == "completed"
     assert (await edge.post("/tasks", {**task, "state": "failed"})).refused(409)["code"] == "task_conflict"
     await edge.new_key("own", "ingest", B)
