@@ -93,17 +93,19 @@ def _delegations(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) 
 
 def _tasks(connection: apsw.Connection, ledger: ReplayedLedger, add: Add) -> None:
     by_number = {account.number: account for account in ledger.accounts.values()}
-    # A void looks for other usage of its task, and retention may have taken that.
-    retired_us = fetch(connection, "SELECT max(before_us * (events > 0)) FROM usage_retired")[0][0]
-    for number, task_id, used, holds, is_used, held in connection.execute(
-        "SELECT account, task_id, a.used, a.holds, coalesce(r.used > 0, 0), coalesce(r.holds, 0) "
-        "FROM account_task a LEFT JOIN temp.replayed_task r USING (account, task_id) "
+    for number, task_id, used, holds, is_used, held, is_blind in connection.execute(
+        "SELECT account, task_id, a.used, a.holds, coalesce(r.used > 0, 0), coalesce(r.holds, 0), "
+        "r.oldest_us <= r.blind_us FROM account_task a LEFT JOIN temp.replayed_task r USING (account, task_id) "
         "WHERE a.used <> coalesce(r.used > 0, 0) OR a.holds <> coalesce(r.holds, 0) "
-        "UNION ALL SELECT account, task_id, NULL, NULL, r.used > 0, r.holds FROM temp.replayed_task r "
-        "LEFT JOIN account_task a USING (account, task_id) WHERE (r.used > 0 OR r.holds > 0) AND a.used IS NULL"
+        "UNION ALL SELECT account, task_id, NULL, NULL, r.used > 0, r.holds, r.oldest_us <= r.blind_us "
+        "FROM temp.replayed_task r LEFT JOIN account_task a USING (account, task_id) "
+        "WHERE (r.used > 0 OR r.holds > 0) AND a.used IS NULL"
     ):
+        # A void looks for other usage of its task, and retention may have taken that: then the task counts no more.
+        if is_blind and not used and (holds or 0) == held:
+            continue
         account = by_number.get(number)
-        if account is not None and not ledger.is_hidden(account) and account.registered_us > retired_us:
+        if account is not None and not ledger.is_hidden(account):
             add(
                 f"delegation {account.name}: task {task_id} is counted as used {used}, held {holds}, "
                 f"and the log comes to {is_used}, {held}"

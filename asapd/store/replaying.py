@@ -29,24 +29,34 @@ STEP = 20_000
 """Entries that are looked through in one go, most of which are of no delegation."""
 
 _ENTRIES = """
-SELECT seq, event_type, timestamp_us, actor, details FROM audit WHERE seq > ? AND seq <= ? AND event_type IN (
-  'delegation.created', 'reservation.created', 'reservation.extended', 'reservation.refunded', 'reservation.settled',
-  'reservation.released', 'reservation.expired', 'usage.recorded', 'usage.voided', 'usage.repriced'
-) AND (
-  details IS NULL OR event_type NOT GLOB 'usage.*'
-  OR instr(details, '"delegation":null') = 0 OR instr(details, '"reservation":null') = 0
+SELECT seq, event_type, timestamp_us, actor, details FROM audit WHERE seq > ? AND seq <= ? AND (
+  event_type IN (
+    'delegation.created', 'reservation.created', 'reservation.extended', 'reservation.refunded', 'reservation.settled',
+    'reservation.released', 'reservation.expired', 'usage.recorded', 'usage.voided', 'usage.repriced'
+  ) AND (
+    details IS NULL OR event_type NOT GLOB 'usage.*'
+    OR instr(details, '"delegation":null') = 0 OR instr(details, '"reservation":null') = 0
+  ) OR event_type = 'retention.applied' AND subject = 'usage' AND details IS NOT NULL
 ) ORDER BY seq
 """
 _ROW = """
 SELECT (SELECT name FROM name WHERE id = agent), cost_microusd, delegation, reservation, flags,
-       (SELECT name FROM name WHERE id = tenant), task_id, tokens_in, tokens_out, committed_us
+       (SELECT name FROM name WHERE id = tenant), task_id, tokens_in, tokens_out, timestamp_us, committed_us
 FROM usage WHERE seq = ?
 """
 TABLES = {
-    "replayed_task": ("account INTEGER, task_id TEXT, used INTEGER, holds INTEGER, PRIMARY KEY (account, task_id)"),
+    "replayed_task": (
+        "account INTEGER, task_id TEXT, used INTEGER, holds INTEGER, oldest_us INTEGER, blind_us INTEGER, "
+        "PRIMARY KEY (account, task_id)"
+    ),
     "replayed_reservation": "id TEXT PRIMARY KEY, body BLOB",
 }
-"""Temporary tables that the ledger is replayed in, with their columns."""
+"""Temporary tables that the ledger is replayed in, with their columns.
+
+`oldest_us` is the time of the oldest event of a task, `blind_us` up to when retention had taken usage as it was voided.
+"""
+
+_NEVER = -(2**63)
 
 
 class Account:
@@ -125,6 +135,7 @@ class _Usage(msgspec.Struct, frozen=True):
     task_id: str
     tokens_in: int = 0
     tokens_out: int = 0
+    timestamp_us: int = 0
 
 
 _read_usage = msgspec.json.Decoder(_Usage)
@@ -141,7 +152,8 @@ class ReplayedLedger:
         self._add = add
         self.accounts: dict[str, Account] = {}
         self.open: dict[str, Reservation] = {}
-        self._tasks: dict[tuple[int, str], list[int]] = {}
+        self._tasks: dict[tuple[int, str], tuple[int, int, int, int]] = {}
+        self._retired_us = _NEVER
         self._erasures = Erasures(connection)
         self._created_and_erased = self._erasures.times("delegation.created")
         # Of each row of usage there is one entry, and both are numbered in the same order.
@@ -153,6 +165,9 @@ class ReplayedLedger:
     def walk(self, after: int, through: int) -> int:
         """Do the entries between two numbers; the number of the last."""
         for seq, kind, timestamp_us, actor, details in fetch(self._connection, _ENTRIES, (after, through)):
+            if kind == "retention.applied":
+                self._retired_us = max(self._retired_us, msgspec.json.decode(details)["last_timestamp_us"])
+                continue
             self.entries += 1
             if details is None:
                 self._without_content(seq, kind, timestamp_us)
@@ -250,16 +265,26 @@ class ReplayedLedger:
 
     # --- tasks
 
-    def _count(self, path: tuple[Account, ...], task_id: str, *, used: int = 0, holds: int = 0) -> None:
+    def _count(
+        self,
+        path: tuple[Account, ...],
+        task_id: str,
+        *,
+        used: int = 0,
+        holds: int = 0,
+        at_us: int = 2**63 - 1,
+        blind_us: int = _NEVER,
+    ) -> None:
         for account in path:
-            counts = self._tasks.setdefault((account.number, task_id), [0, 0])
-            counts[0] += used
-            counts[1] += holds
+            key = account.number, task_id
+            was_used, was_holds, oldest_us, was_blind_us = self._tasks.get(key, (0, 0, at_us, blind_us))
+            self._tasks[key] = was_used + used, was_holds + holds, min(oldest_us, at_us), max(was_blind_us, blind_us)
 
     def _flush_tasks(self) -> None:
         self._connection.executemany(
-            "INSERT INTO temp.replayed_task VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET used = used + excluded.used, "
-            "holds = holds + excluded.holds",
+            "INSERT INTO temp.replayed_task VALUES (?,?,?,?,?,?) ON CONFLICT DO UPDATE SET "
+            "used = used + excluded.used, holds = holds + excluded.holds, "
+            "oldest_us = min(oldest_us, excluded.oldest_us), blind_us = max(blind_us, excluded.blind_us)",
             [(*key, *counts) for key, counts in self._tasks.items()],
         )
         self._tasks.clear()
@@ -331,7 +356,7 @@ class ReplayedLedger:
                 found.used_microusd = min(found.used_microusd + (usage.cost_microusd or 0), MOST)
         if found is not None:
             self._put(found)
-        self._count(account.path, usage.task_id, used=1)
+        self._count(account.path, usage.task_id, used=1, at_us=usage.timestamp_us)
 
     def _told_usage(self, told: dict[str, Any], timestamp_us: int) -> _Usage | None:
         """The usage that an entry is of; one from before entries said so is read from its row."""
@@ -359,7 +384,7 @@ class ReplayedLedger:
         if account is None or told.get("withheld"):
             return
         self._give_back(account.path, told["refunded_microusd"], told.get("given_microusd"))
-        self._count(account.path, usage.task_id, used=-1)
+        self._count(account.path, usage.task_id, used=-1, blind_us=self._retired_us)
         if found is not None and "held_microusd" in told:  # it was open: its hold has back what it paid
             self._spend(account.path, 0, -told["held_microusd"], -told["held_tasks"])
             found.used_microusd -= told["refunded_microusd"]

@@ -215,6 +215,53 @@ def test_retired_rows_of_usage_are_done_again_from_their_entries(ledger: Ledger)
     assert (found, told.retired) == ([], 9)  # all but the delegation that came last
 
 
+@pytest.fixture(params=[0, 20])
+def late(connection: apsw.Connection, request: pytest.FixtureRequest) -> Ledger:
+    """Three tasks of a delegation, each with an event that retention takes, of before or behind its registration.
+
+    `after` has another that is voided after that, `before` one that was voided before, and `never` one that counts.
+    """
+    ledger = Ledger(connection)
+    old_us = ledger.now_us - 10
+    ledger.now_us -= request.param
+    ledger.register(ROOT)
+    ledger.now_us += request.param
+    for task in ("after", "before", "never"):
+        ledger.use(1, delegation="root", task_id=task, timestamp_us=old_us)
+        ledger.use(1, delegation="root", task_id=task)
+        ledger.now_us += 5
+        if task == "before":
+            ledger.void(ledger.newest())
+    assert ledger.submit(RetireUsage(old_us + 5, "asapd", ledger.now_us)).rows == 3
+    ledger.now_us += 5
+    ledger.void(2)
+    return ledger
+
+
+def test_a_void_that_did_not_find_retired_usage_of_its_task_is_none_of_another_story(late: Ledger) -> None:
+    tasks = late.connection.execute("SELECT task_id, used, holds FROM account_task").fetchall()
+    assert tasks == [("before", 1, 0), ("never", 1, 0)]
+    assert compared(late) == ([], Held(1, 9, 0))
+    assert verifying.report(late.connection, verifying.Request()).is_valid
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("DELETE FROM account_task WHERE task_id = 'never'", "task never is counted as used None, held None"),
+        ("UPDATE account_task SET used = 0 WHERE task_id = 'before'", "task before is counted as used 0, held 0"),
+        ("UPDATE account_task SET holds = 1 WHERE task_id = 'never'", "task never is counted as used 1, held 1"),
+        ("INSERT INTO account_task VALUES (1, 'after', 0, 1)", "task after is counted as used 0, held 1"),
+        ("INSERT INTO account_task VALUES (1, 'new', 1, 0)", "task new is counted as used 1, held 0"),
+    ],
+)
+def test_a_task_of_which_retention_took_usage_is_held_to_the_log_but_for_such_a_void(
+    late: Ledger, sql: str, said: str
+) -> None:
+    found = altered(late, sql)
+    assert any(f"delegation root: {said}, and the log comes to" in finding for finding in found), found
+
+
 def test_the_end_of_a_reservation_is_not_held_to_usage_of_which_nothing_is_left(connection: apsw.Connection) -> None:
     ledger = Ledger(connection)
     ledger.register(ROOT, CHILD)
