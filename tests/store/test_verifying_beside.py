@@ -176,7 +176,7 @@ def test_what_goes_meanwhile_hides_no_other_delegation(
     take_steps_of(monkeypatch, 5)
     prepare = tampered("UPDATE delegation SET spent_microusd = spent_microusd - 5")
     wanted = ["delegation root: spent_microusd is 8, and the log comes to 13"]
-    for place, found, later in reports(open_store, prepare, made):
+    for place, found, later in reports(open_store, prepare, made, every=2):
         assert named(found) == wanted, place
         assert named(later) == wanted, place
 
@@ -240,7 +240,7 @@ def test_what_retention_takes_meanwhile_stands_for_no_row_that_was_taken_before(
         VoidUsage(1, "no", "key:o", NOW_US, EVERYTHING),
         RetireUsage(OLD_US + HOUR_US, "asapd", NOW_US),
     ]
-    for place, found, later in reports(open_store, without_row(number), lambda _: units):
+    for place, found, later in reports(open_store, without_row(number), lambda _: units, every=2):
         (said,) = named(found)
         assert "is not there" in said or "are not there" in said, place
         (said,) = named(later)
