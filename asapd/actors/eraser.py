@@ -43,16 +43,8 @@ async def erase_consumer(
     found["budgets"] = await database.read(erasure.budgets_of, consumer)
     if dry_run:
         return {"dry_run": True, **found, "pseudonym": None, "more": False}
-    after, erased, told = 0, 0, 0
+    after, erased, told, done = 0, 0, 0, None
     deadline = trio.current_time() + APPLY_S
-    while news := await database.read(delegation_news.naming, consumer, told, NEWS):
-        unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
-        renamed = await database.submit(unit)
-        if isinstance(renamed, Refusal):
-            return renamed
-        told, pseudonym = news[-1], renamed.pseudonym
-        if trio.current_time() > deadline:
-            return {"dry_run": False, **found, "entries": 0, "pseudonym": pseudonym, "more": True}
     while True:
         head, _ = await database.read(audit.head)
         through = min(head, after + audit.WINDOW)
@@ -61,6 +53,18 @@ async def erase_consumer(
         if not seqs and not is_last:
             after = through
             continue
+        if is_last or done is None:
+            # First of all, and again before a unit that may be the last: that takes only so many as came since.
+            newest = await database.read(delegation_news.newest_news)
+            while news := await database.read(delegation_news.naming, consumer, told, NEWS):
+                unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
+                done = await database.submit(unit)
+                if isinstance(done, Refusal):
+                    return done
+                told, pseudonym = news[-1], done.pseudonym
+                if trio.current_time() > deadline:
+                    return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": True}
+            told = max(told, newest)
         after = max(after, seqs[-1] if len(seqs) == STEP else through)
         done = await database.submit(
             EraseConsumer(

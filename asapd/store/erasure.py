@@ -142,12 +142,12 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         tx.flush_audit()
         late = entries_of(connection, unit.consumer, unit.after, LATE + 1)
         seqs = sorted({*seqs, *late[:LATE]})
-        is_whole = len(late) <= LATE and max(reservations, breaches) < ROWS
+        late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS + 1)
+        delegation_news.rename_consumer(tx, late_news[:LATE_NEWS], unit.consumer, pseudonym)
+        is_whole = len(late) <= LATE and len(late_news) <= LATE_NEWS and max(reservations, breaches) < ROWS
     if is_whole:
         # In the unit that erases the last entry, so that rows and entries never say different names.
         tx.rename(unit.consumer, _free(connection, pseudonym))
-        late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS)
-        delegation_news.rename_consumer(tx, late_news, unit.consumer, pseudonym)
     delegation_news.rename_consumer(tx, unit.news, unit.consumer, pseudonym)
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)

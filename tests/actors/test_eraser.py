@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import apsw
 import pytest
 from trio.testing import MockClock
@@ -106,3 +108,38 @@ async def test_an_erasure_that_was_interrupted_goes_on_under_its_first_pseudonym
     assert connection.execute("SELECT name FROM name WHERE name GLOB 'ers*'").fetchall() == [("ers_1",)]
     assert connection.execute("SELECT count(*) FROM erasure_begun").get == 0
     assert verifying.report(connection, verifying.Request()).is_valid
+
+
+@pytest.mark.parametrize("late", [100, 101, 250])
+async def test_an_erasure_is_whole_only_when_no_news_name_the_consumer(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr("asapd.actors.eraser.APPLY_S", 600.0)
+    await report(database, MAX, 1)
+    submit, wanted = database.submit, late
+
+    async def submit_and_report(unit: Any) -> Any:
+        nonlocal wanted
+        result = await submit(unit)
+        while isinstance(unit, EraseConsumer) and wanted:
+            wanted -= 1
+            event = UsageEvent("t", A, MAX, T0, 5, 5, delegation="unknown")
+            await submit(RecordUsage("default", "key:x", T0, [event], [Cost(7)]))
+        return result
+
+    monkeypatch.setattr(database, "submit", submit_and_report)
+    assert (await erase(database))["more"] is False
+    named = [event.consumer for news in delegation_news.news_after(connection, 0, 999) for event in news.unauthorised]
+    assert named == ["ers_1"] * (late + 1)
+    assert verifying.report(connection, verifying.Request()).is_valid
+
+
+async def test_a_unit_that_leaves_news_is_not_the_last(inline_database: Inline) -> None:
+    database, connection = inline_database
+    event = UsageEvent("t", A, MAX, T0, 5, 5, delegation="unknown")
+    for _ in range(101):
+        await database.submit(RecordUsage("default", "key:x", T0, [event], [Cost(7)]))
+    assert not (await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0))).is_whole
+    assert (await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0))).is_whole
+    assert delegation_news.naming(connection, MAX, 0, 9) == []
