@@ -8,9 +8,9 @@ import trio
 
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
-from asapd.store import audit, delegation_news, erasure, sources
+from asapd.store import audit, delegation_news, erasure, namesakes, renumbering
 from asapd.store.database import Database
-from asapd.store.units.audit import EraseConsumer
+from asapd.store.units.audit import EraseConsumer, Erased
 
 STEP = 500
 """Entries of one unit: some ten milliseconds of the writer."""
@@ -28,12 +28,8 @@ async def erase_consumer(
     """Erase what is kept of a consumer, or say how much that is; `more` is true when it did not end in time.
 
     Asked again, it goes on, under the pseudonym that was given first.
-    The name is replaced with the last entry: what is reported under it later is new.
+    The name is replaced when no entry has it any more: what is reported under it later is new.
     """
-    if await database.read(sources.names_more, consumer):
-        # The name is replaced wherever it stands: rows would leave their tenant, events lose what they are known by.
-        detail = f"{consumer} is the name of a tenant or of a source of events as well, which would be renamed too"
-        return Refusal("consumer_is_shared", detail)
     # In windows: a log of many millions of entries takes longer to look through than a read may.
     head, _ = await database.read(audit.head)
     entries = 0
@@ -45,6 +41,7 @@ async def erase_consumer(
         return {"dry_run": True, **found, "pseudonym": None, "more": False}
     after, erased, told, done = 0, 0, 0, None
     deadline = trio.current_time() + APPLY_S
+    others = _Others(database, consumer)
     while True:
         head, _ = await database.read(audit.head)
         through = min(head, after + audit.WINDOW)
@@ -66,13 +63,98 @@ async def erase_consumer(
                     return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": True}
             told = max(told, newest)
         after = max(after, seqs[-1] if len(seqs) == STEP else through)
-        done = await database.submit(
-            EraseConsumer(
-                consumer, pseudonym, seqs, reason, actor, clock.now_us(), after if is_last else None, news_after=told
-            )
+        if is_last:
+            await others.look()
+        unit = EraseConsumer(
+            consumer,
+            pseudonym,
+            seqs,
+            reason,
+            actor,
+            clock.now_us(),
+            after if is_last else None,
+            news_after=told,
+            is_shared=others.are_there,
+            usage_after=others.usage_after,
+            steps=others.steps,
+            steps_after=others.steps_after,
+            hours=others.hours,
+            is_all=others.is_all,
         )
+        done = await database.submit(unit)
         if isinstance(done, Refusal):
             return done
+        others.take(done)
         erased, pseudonym = erased + done.entries, done.pseudonym
         if done.is_whole or trio.current_time() > deadline:
             return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": not done.is_whole}
+
+
+class _Others:
+    """What else has the consumer's name, looked for in parts, and what of the consumer has to be moved if anything has.
+
+    The writer looks at what came since by itself. So this may look long before: what was found stays true.
+    """
+
+    def __init__(self, database: Database, consumer: str) -> None:
+        self._database = database
+        self._consumer = consumer
+        self.are_there = False
+        self.usage_after = 0
+        """The row of usage up to which was looked; 0 before the first look."""
+        self._at = self._next = (0, -namesakes.LAST)
+        """The step and the hour from which on there is more to move, and where to go on once what follows is moved."""
+        self.steps: list[int] = []
+        self.steps_after = 0
+        self.hours: list[int] = []
+        self.is_all = False
+
+    def take(self, done: Erased) -> None:
+        """Go on from what a unit did."""
+        self.are_there = self.are_there or done.is_shared
+        if done.took_all:
+            self._at = self._next
+
+    async def look(self) -> None:
+        """Look until something is found, and then for the next of what has to be moved."""
+        if not self.are_there:
+            self.are_there = await self._is_shared()
+        self.steps, self.hours, self.is_all = [], [], False
+        if self.are_there:
+            await self._look_for_more()
+
+    async def _is_shared(self) -> bool:
+        read, consumer = self._database.read, self._consumer
+        newest = await read(namesakes.newest_usage)
+        if not self.usage_after:
+            # Of usage that is gone there are sums and sources; what comes is in rows that are looked at.
+            if await read(namesakes.in_sources, consumer):
+                return True
+            hour = await read(namesakes.next_hour, -namesakes.LAST)
+            while hour is not None:
+                if await read(namesakes.in_sums, consumer, hour):
+                    return True
+                hour = await read(namesakes.next_hour, hour + namesakes.BLOCK_HOURS)
+        for first in range(self.usage_after, newest, audit.WINDOW):
+            if await read(namesakes.in_usage, consumer, first, min(newest, first + audit.WINDOW)):
+                return True
+        self.usage_after = newest
+        return False
+
+    async def _look_for_more(self) -> None:
+        read = self._database.read
+        number = await read(namesakes.number_of, self._consumer)
+        self._next = self._at
+        self.steps_after = self._at[0]
+        if await read(renumbering.has_usage, number):
+            return
+        newest = await read(renumbering.newest_step)
+        while self.steps_after < newest and not self.steps:
+            through = min(newest, self.steps_after + audit.WINDOW)
+            self.steps = await read(renumbering.steps_of, number, self.steps_after, through)
+            self.steps_after = self.steps[-1] if len(self.steps) == renumbering.ROWS else through
+        hour: int | None = self._at[1]
+        while hour is not None and not self.hours:
+            self.hours, hour = await read(renumbering.hours_of, number, hour)
+        self._next = (self.steps_after, namesakes.LAST if hour is None else hour)
+        self.is_all = self.steps_after >= newest and hour is None

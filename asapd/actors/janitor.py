@@ -14,7 +14,7 @@ from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
-from asapd.store import alert_retention, audit_retention, retention, usage_days, usage_hours
+from asapd.store import alert_retention, audit, audit_retention, retention, usage_days, usage_hours
 from asapd.store.database import Database
 from asapd.store.units.alerts import RetireAlerts
 from asapd.store.units.audit import SealHours
@@ -177,12 +177,15 @@ async def _retire_due(database: Database, clock: Clock, settings: JanitorSetting
 
 async def _seal_hours(database: Database, clock: Clock, actor: str) -> Refusal | None:
     """Enter what the sums of hours are whose events are all gone."""
-    while hours := await database.read(usage_hours.unsealed):
-        sealed = await database.submit(SealHours(hours, actor, clock.now_us()))
+    while True:
+        head, _ = await database.read(audit.head)
+        hours = await database.read(usage_hours.unsealed)
+        if not hours:
+            return None
+        sealed = await database.submit(SealHours(hours, actor, clock.now_us(), head))
         if isinstance(sealed, Refusal):
             return sealed
         await trio.sleep(BREATH_S)
-    return None
 
 
 async def _retire_alerts(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:

@@ -7,9 +7,10 @@ import re
 import apsw
 
 from asapd.core.errors import Refusal
-from asapd.store import delegation_news
-from asapd.store.erasures import EXPLAINING, erase_payloads, runs, usage_rows_of
-from asapd.store.rows import fetch, fetch_one
+from asapd.store import delegation_news, namesakes, renumbering
+from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
+from asapd.store.namesakes import free_name, number_of
+from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import EraseConsumer, Erased
 
@@ -27,10 +28,12 @@ LATE_NEWS = 100
 
 _IS_PSEUDONYM = re.compile(rf"{PSEUDONYM}_[0-9A-HJKMNP-TV-Z]{{26}}_*")
 
-# What explains why something is gone stays, whoever asked for it; entries of budgets name no consumer.
+# What explains why something is gone stays, whoever asked for it; entries of budgets name no consumer. What is said of
+# an agent is not said of the consumer that has its name.
 _OF_CONSUMER = (
     "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
-    f"AND event_type NOT IN {EXPLAINING} AND event_type NOT IN ('budgets.changed', 'budgets.counted')"
+    f"AND event_type NOT IN {EXPLAINING} AND event_type NOT IN {STANDING} AND event_type <> 'budgets.counted' "
+    "AND event_type NOT GLOB 'agent.*'"
 )
 
 
@@ -62,7 +65,7 @@ def budgets_of(connection: apsw.Connection, consumer: str) -> list[str]:
 
 def count_of(connection: apsw.Connection, consumer: str) -> dict[str, int]:
     """How much there is of a consumer: rows of usage, steps of tasks, evidence of breaches of its budgets."""
-    number = _number(connection, consumer)
+    number = number_of(connection, consumer)
     found = {}
     for table in ("usage", "task"):
         found[table] = fetch(connection, f"SELECT count(*) FROM {table} WHERE consumer = ?", (number,))[0][0]
@@ -77,35 +80,12 @@ def count_entries(connection: apsw.Connection, consumer: str, after: int, throug
     return count
 
 
-def _number(connection: apsw.Connection, consumer: str) -> int:
-    row = fetch_one(connection, "SELECT id FROM name WHERE name = ?", (consumer,))
-    return -1 if row is None else int(row[0])
-
-
-_IS_AGENT = """
-WITH RECURSIVE tenants (tenant) AS (
-  SELECT min(tenant) FROM task UNION ALL
-  SELECT (SELECT min(t.tenant) FROM task t WHERE t.tenant > tenants.tenant) FROM tenants WHERE tenant IS NOT NULL
-)
-SELECT 1 WHERE EXISTS (SELECT 1 FROM usage WHERE agent = ?1)
-OR EXISTS (SELECT 1 FROM task WHERE tenant IN (SELECT tenant FROM tenants) AND agent = ?1)
-OR EXISTS (SELECT 1 FROM agent WHERE id = ?2)
-"""
-
-
 def _pseudonym(tx: Tx, unit: EraseConsumer) -> str:
     """That of the erasure at hand: it goes on where one that did not end was, under the name that this gave."""
     tx.execute("INSERT INTO erasure_begun VALUES (?,?) ON CONFLICT DO NOTHING", (unit.consumer, unit.pseudonym))
     row = tx.row("SELECT pseudonym FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
     assert row is not None, "it was put there"
     return str(row[0])
-
-
-def _free(connection: apsw.Connection, pseudonym: str) -> str:
-    """A pseudonym that nobody has: it is in the log before it is given, and somebody may have reported under it."""
-    while _number(connection, pseudonym) >= 0:
-        pseudonym += "_"
-    return pseudonym
 
 
 def _rename_rows(tx: Tx, consumer: str, pseudonym: str) -> tuple[int, int]:
@@ -127,16 +107,21 @@ def _rename_rows(tx: Tx, consumer: str, pseudonym: str) -> tuple[int, int]:
 def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     """Erase the payloads of these entries of a consumer; the last unit gives it its pseudonym in every table.
 
+    Where something else has the name as well, the consumer's rows get the pseudonym step by step instead, once no entry
+    of them is left. What gets the name after an erasure began cannot keep it from its end.
+
     Raises:
-        RefuseError: `consumer_is_agent`, when the name is that of an agent as well.
+        RefuseError: `consumer_is_agent`, before anything was done, when the name is that of an agent as well.
     """
     connection = tx.connection
-    if tx.row(_IS_AGENT, (_number(connection, unit.consumer), unit.consumer)) is not None:
+    is_begun = tx.row("SELECT 1 FROM erasure_begun WHERE consumer = ?", (unit.consumer,)) is not None
+    if not is_begun and namesakes.is_agent(connection, unit.consumer):
         detail = f"{unit.consumer} is an agent as well: what it did cannot be told from what was done for it"
         raise RefuseError(Refusal("consumer_is_agent", detail))
     pseudonym = _pseudonym(tx, unit)
     reservations, breaches = _rename_rows(tx, unit.consumer, pseudonym)
-    seqs, is_whole = unit.seqs, False
+    delegation_news.rename_consumer(tx, unit.news, unit.consumer, pseudonym)
+    seqs, is_last = unit.seqs, False
     if unit.after is not None:
         # What ingest entered since the entries were looked for: those of this very unit's commit are among it.
         tx.flush_audit()
@@ -144,14 +129,18 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         seqs = sorted({*seqs, *late[:LATE]})
         late_news = delegation_news.naming(connection, unit.consumer, unit.news_after, LATE_NEWS + 1)
         delegation_news.rename_consumer(tx, late_news[:LATE_NEWS], unit.consumer, pseudonym)
-        is_whole = len(late) <= LATE and len(late_news) <= LATE_NEWS and max(reservations, breaches) < ROWS
-    if is_whole:
-        # In the unit that erases the last entry, so that rows and entries never say different names.
-        tx.rename(unit.consumer, _free(connection, pseudonym))
-    delegation_news.rename_consumer(tx, unit.news, unit.consumer, pseudonym)
+        is_last = len(late) <= LATE and len(late_news) <= LATE_NEWS and max(reservations, breaches) < ROWS
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)
-    if seqs or reservations:
+    is_shared = unit.is_shared if not is_last else _is_shared(tx, unit)
+    # In the unit that erases the last entry, so that rows and entries never say different names.
+    moved = renumbering.NOTHING
+    if is_last and is_shared:
+        moved = renumbering.move(tx, unit, number_of(connection, unit.consumer), pseudonym)
+    elif is_last and is_shared is not None:
+        tx.rename(unit.consumer, free_name(connection, pseudonym))
+    is_whole = is_last and (moved.took_all and unit.is_all if is_shared else is_shared is not None)
+    if seqs or reservations or moved.is_any:
         # A reservation is renamed with no entry of it erased: what was only authorised for the consumer has a digest.
         details = {
             "count": len(seqs),
@@ -161,7 +150,14 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
             "reason": unit.reason,
             "usage_rows": runs(usage_rows),
         }
+        if moved.is_any:
+            details["moved"] = {"hours": runs(moved.hours), "steps": runs(moved.steps), "usage_rows": runs(moved.rows)}
         tx.audit("erasure.applied", unit.actor, pseudonym, details, unit.now_us)
     if is_whole:
         tx.execute("DELETE FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
-    return Erased(len(seqs), is_whole, pseudonym)
+    return Erased(len(seqs), is_whole, pseudonym, bool(is_shared), moved.took_all)
+
+
+def _is_shared(tx: Tx, unit: EraseConsumer) -> bool | None:
+    """Whether anything else has the name by now; None when too much came since that was looked for."""
+    return unit.is_shared or namesakes.is_shared(tx.connection, unit.consumer, unit.usage_after)

@@ -8,7 +8,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from asapd.store.rows import fetch, fetch_one
+from asapd.store.rows import fetch
 from asapd.store.tx import Tx
 from asapd.store.visibility import Visibility, visible_names
 
@@ -107,15 +107,6 @@ def _fold(tx: Tx, key: Key, count: int) -> None:
         "WHERE tenant = ?1 AND agent = ?2 AND source = ?3",
         (*key, count - 1, oldest[-1][1]),
     )
-
-
-def names_more(connection: apsw.Connection, name: str) -> bool:
-    """Whether a name is that of a source, or of a tenant with usage or tasks."""
-    found = (
-        "SELECT 1 FROM name JOIN usage_source ON id IN (tenant, source) WHERE name = ?1 "
-        "UNION ALL SELECT 1 FROM name JOIN task ON id = tenant WHERE name = ?1 LIMIT 1"
-    )
-    return fetch_one(connection, found, (name,)) is not None
 
 
 class SourceFilter(msgspec.Struct, frozen=True):

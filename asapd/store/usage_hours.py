@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 5_000
 _END = 2**63 // HOUR_US
 """Hours, either way, in which a time of 64 bits can be."""
 
-_KEY = ("tenant", "agent", "consumer", "model", "project", "outcome")
+KEY = ("tenant", "agent", "consumer", "model", "project", "outcome")
 _COUNTS = (
     "tokens_in",
     "tokens_out",
@@ -40,7 +40,7 @@ _COUNTS = (
     "api_calls",
     "cache_write_1h_tokens",
 )
-_SUMS = ("events", "tasks", "cost_microusd", "unpriced", *_COUNTS)
+SUMS = ("events", "tasks", "cost_microusd", "unpriced", *_COUNTS)
 
 # There are few tenants, and the table is ordered by them first.
 _TENANTS = (
@@ -53,28 +53,42 @@ _NEXT = (
     "FROM tenants WHERE tenant IS NOT NULL"
 )
 _KEPT = (
-    f"{_TENANTS}SELECT {', '.join(f'h.{name}' for name in (*_KEY, *_SUMS))} FROM tenants CROSS JOIN usage_hour h "
+    f"{_TENANTS}SELECT {', '.join(f'h.{name}' for name in (*KEY, *SUMS))} FROM tenants CROSS JOIN usage_hour h "
     "ON h.tenant = tenants.tenant AND h.hour = ? WHERE tenants.tenant IS NOT NULL "
-    f"ORDER BY {', '.join(f'h.{name}' for name in _KEY)}"
+    f"ORDER BY {', '.join(f'h.{name}' for name in KEY)}"
 )
 # What voids an event takes it away again, counts and all; what corrects its cost is no event, and may be the first to
 # know a cost.
-_MADE = (
-    f"SELECT {', '.join(_KEY)}, sum(sign), sum(sign * (1 - partial)), sum(coalesce(cost_microusd, 0)), "
+_EVENTS = (
+    f"{', '.join(KEY)}, sum(sign), sum(sign * (1 - partial)), sum(coalesce(cost_microusd, 0)), "
     f"sum(sign * (cost_microusd IS NULL)) - sum(is_first), {', '.join(f'sum({name})' for name in _COUNTS)} "
     "FROM (SELECT usage.*, CASE WHEN v.seq IS NOT NULL THEN -1 WHEN r.seq IS NOT NULL THEN 0 ELSE 1 END AS sign, "
     "r.seq IS NOT NULL AND r.was_microusd IS NULL AS is_first "
     "FROM usage LEFT JOIN usage_void v ON v.seq = usage.seq LEFT JOIN usage_repriced r ON r.seq = usage.seq "
-    "WHERE timestamp_us >= ? AND timestamp_us < ?) "
-    f"GROUP BY {', '.join(_KEY)} HAVING sum(sign) <> 0"
 )
+_MADE = (
+    f"SELECT {_EVENTS} WHERE timestamp_us >= ? AND timestamp_us < ?) GROUP BY {', '.join(KEY)} HAVING sum(sign) <> 0"
+)
+_MADE_OF = (
+    f"SELECT (timestamp_us - (timestamp_us % {HOUR_US} + {HOUR_US}) % {HOUR_US}) / {HOUR_US} AS hour, {_EVENTS} "
+    f"WHERE usage.seq IN (SELECT value FROM json_each(?))) GROUP BY hour, {', '.join(KEY)}"
+)
+_ERASED_SINCE = "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'erasure.applied' LIMIT 1"
+
+Digest = tuple[int, int, str]
+"""An hour, how many sums there are of it, and the SHA-256 of these."""
 
 
-def unsealed(connection: apsw.Connection) -> list[tuple[int, int, str]]:
+def made_of(connection: apsw.Connection, rows: list[int]) -> list[Row]:
+    """What some rows of usage come to in each hour and under each key: the hour, the key, the sums."""
+    return fetch(connection, _MADE_OF, (msgspec.json.encode(rows).decode(),))
+
+
+def unsealed(connection: apsw.Connection) -> list[Digest]:
     """The next hours whose events are all gone and whose sums are in no entry yet: rows and digest of each."""
     at = _sealed_through(connection)
     before = _whole_before(connection)
-    found: list[tuple[int, int, str]] = []
+    found: list[Digest] = []
     while (
         len(found) < AT_ONCE
         and sum(rows for _, rows, _ in found) < ROWS_AT_ONCE
@@ -97,31 +111,80 @@ def seal(tx: Tx, unit: SealHours) -> RowWritten:
         tx.connection
     ):
         raise RefuseError(Refusal("invalid", "these hours are sealed, or not over yet: nothing was done"))
-    details: dict[str, Any] = {"hours": [list(hour) for hour in unit.hours], "through_hour": hours[-1]}
+    digests = unit.hours
+    if tx.row(_ERASED_SINCE, (unit.head,)) is not None:
+        digests = [(hour, *_digest(tx.connection, hour)) for hour in hours]
+    details: dict[str, Any] = {"hours": [list(hour) for hour in digests], "through_hour": hours[-1]}
     tx.audit("usage.sealed", unit.actor, "usage_hour", details, unit.now_us)
     tx.execute("UPDATE usage_hour_sealed SET through_hour = ?", (hours[-1],))
     return RowWritten(hours[-1])
 
 
+def sealed(connection: apsw.Connection, hours: list[int]) -> list[Digest]:
+    """The digests that some hours have now, of those that are sealed."""
+    through = _sealed_through(connection)
+    return [(hour, *_digest(connection, hour)) for hour in hours if hour <= through]
+
+
+def seal_anew(tx: Tx, before: list[Digest], actor: str, now_us: int) -> None:
+    """Enter hours that are sealed and were changed in the unit at hand, each with what it was `before`.
+
+    Nothing is made good by that: one that was not then what had been sealed is found as before.
+    """
+    through = _sealed_through(tx.connection)
+    after = sealed(tx.connection, [hour for hour, _, _ in before])
+    details = {"hours": [list(hour) for hour in after], "through_hour": through, "was": [list(was) for was in before]}
+    tx.audit("usage.sealed", actor, "usage_hour", details, now_us)
+
+
+class _Sealed:
+    """What the log says of hours whose events are gone."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+        self._after = 0
+        self.through = -1
+        self.digests: dict[int, tuple[int, str]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take in what was entered since this was last done."""
+        head = fetch(self._connection, "SELECT coalesce(max(seq), 0) FROM audit")[0][0]
+        entries = fetch(
+            self._connection,
+            "SELECT details FROM audit WHERE seq > ? AND seq <= ? AND event_type = 'usage.sealed' ORDER BY seq",
+            (self._after, head),
+        )
+        self._after = head
+        for (details,) in entries:
+            if details is None:
+                continue
+            told = msgspec.json.decode(details)
+            self.through = max(self.through, told["through_hour"])
+            was = {hour: (rows, digest) for hour, rows, digest in told.get("was", ())}
+            for hour, *digest in told["hours"]:
+                # One that an erasure changed: what it was has to be what was entered of it before.
+                if hour not in was or was[hour] == self.digests.get(hour):
+                    self.digests[hour] = (digest[0], digest[1])
+
+
 def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[int, int, int]:
     """Hold all sums to the events or to the log, and name what differs; rows, sealed hours, and hours of neither."""
-    sealed: dict[int, tuple[int, str]] = {}
-    through = -1
-    for (details,) in fetch(connection, "SELECT details FROM audit WHERE event_type = 'usage.sealed'"):
-        if details is not None:
-            told = msgspec.json.decode(details)
-            through = max(through, told["through_hour"])
-            sealed |= {hour: (rows, digest) for hour, rows, digest in told["hours"]}
+    log = _Sealed(connection)
+    through = log.through
     rows = waiting = 0
-    missing = set(sealed)
+    missing = set(log.digests)
+    count = len(missing)
     for hour in _hours(connection):
         # An hour at a time: its events and its sums are of one moment, and the log grows on meanwhile.
         with one_moment(connection):
             if hour <= through:
                 missing.discard(hour)
-                count, digest = _digest(connection, hour)
-                rows += count
-                if sealed.get(hour) != (count, digest):
+                found = _digest(connection, hour)
+                rows += found[0]
+                if log.digests.get(hour) != found:
+                    log.read()  # an erasure may have changed it since
+                if log.digests.get(hour) != found:
                     add(f"usage_hour of {_shown(hour)}: the sums are not those that were sealed when their events went")
             elif hour < _retired_before(connection):
                 waiting += 1
@@ -129,15 +192,15 @@ def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[in
                 rows += _hold_to_events(connection, hour, add)
     for hour in sorted(missing):
         add(f"usage_hour of {_shown(hour)}: the sums are gone, and they were sealed when their events went")
-    return rows, len(sealed), waiting
+    return rows, count, waiting
 
 
 def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str], None]) -> int:
-    kept = {row[: len(_KEY)]: row[len(_KEY) :] for row in fetch(connection, _KEPT, (hour,))}
+    kept = {row[: len(KEY)]: row[len(KEY) :] for row in fetch(connection, _KEPT, (hour,))}
     made: dict[Row, Row] = {}
     if abs(hour) < _END:
         events = fetch(connection, _MADE, (hour * HOUR_US, (hour + 1) * HOUR_US))
-        made = {row[: len(_KEY)]: row[len(_KEY) :] for row in events}
+        made = {row[: len(KEY)]: row[len(KEY) :] for row in events}
     for key in sorted(kept.keys() | made.keys()):
         is_sum, of_events = kept.get(key), made.get(key)
         if is_sum == of_events:
@@ -149,7 +212,7 @@ def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str],
             add(f"{where}: there are sums and no events of them")
         else:
             name, is_value, value = next(
-                found for found in zip(_SUMS, is_sum, of_events, strict=True) if found[1] != found[2]
+                found for found in zip(SUMS, is_sum, of_events, strict=True) if found[1] != found[2]
             )
             add(f"{where}: {name} is {is_value}, and the events come to {value}")
     return len(kept)

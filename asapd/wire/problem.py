@@ -33,7 +33,6 @@ CODES: dict[str, tuple[int, str]] = {
     "witness_bad_signature": (403, "The checkpoint was not signed by the key of its log"),
     "witness_inconsistent": (422, "The log is not the one that this witness has seen"),
     "consumer_is_agent": (409, "The consumer is an agent as well"),
-    "consumer_is_shared": (409, "The consumer's name is that of something else as well"),
     "receipt_too_large": (422, "The task has more entries than a receipt holds"),
     "pack_too_large": (422, "The period has more entries than a pack holds"),
     "verifying_failed": (503, "The walk over the audit log ended before it was done"),

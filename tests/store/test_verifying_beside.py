@@ -9,6 +9,7 @@ from typing import Any
 
 import apsw
 import pytest
+from msgspec import structs
 
 from asapd.core.delegation import Claims
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
@@ -68,9 +69,14 @@ def fill(_: apsw.Connection, writer: Writer) -> None:
     writer.run([Envelope(number, unit, False) for number, unit in enumerate(units)])
 
 
-def erasure(connection: apsw.Connection) -> AnyUnit:
+def erasure(connection: apsw.Connection) -> EraseConsumer:
     rows = connection.execute("SELECT seq FROM audit WHERE details ->> 'consumer' = ?", (MAX,)).fetchall()
     return EraseConsumer(MAX, "ers_1", [seq for (seq,) in rows], "asked", "key:o", NOW_US, 0)
+
+
+def moving(connection: apsw.Connection) -> AnyUnit:
+    """An erasure of a consumer whose name something else has as well."""
+    return structs.replace(erasure(connection), is_shared=True, is_all=True)
 
 
 def retention(_: apsw.Connection) -> AnyUnit:
@@ -122,7 +128,7 @@ def reports(
 
 
 @pytest.mark.parametrize(("step", "every"), [(1, 13), (5, 3), (20_000, 1)])
-@pytest.mark.parametrize("made", [erasure, retention])
+@pytest.mark.parametrize("made", [erasure, moving, retention])
 def test_what_goes_meanwhile_is_explained_wherever_it_goes(
     open_store: OpenStore,
     monkeypatch: pytest.MonkeyPatch,

@@ -55,11 +55,15 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
     """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name.
 
     `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another.
+    `is_shared` says that something else has the name as well, and `took_all` that the steps and hours which the unit
+    named have the pseudonym.
     """
 
     entries: int
     is_whole: bool
     pseudonym: str
+    is_shared: bool = False
+    took_all: bool = False
 
 
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
@@ -69,6 +73,10 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
 
     `after` is an entry up to which `seqs` are the last that name the consumer; None while there are more. `news` are
     news of delegations that name it, and up to `news_after` the last of them.
+
+    The rest is of what else has the name: whether anything has that was looked at, of usage the rows up to
+    `usage_after`. If so the consumer's rows are moved to a number of its own, some with each unit that has `after`, and
+    of `steps` of tasks (up to `steps_after`) and `hours` with sums of it these; `is_all` says that there are no others.
     """
 
     consumer: str
@@ -80,14 +88,24 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     after: int | None = 0
     news: list[int] = []
     news_after: int = 0
+    is_shared: bool = False
+    usage_after: int = 0
+    steps: list[int] = []
+    steps_after: int = 0
+    hours: list[int] = []
+    is_all: bool = False
 
 
 class SealHours(Unit[RowWritten | Refusal], frozen=True):
-    """Enter what the sums of hours are whose events are all gone: each hour with its rows and their digest."""
+    """Enter what the sums of hours are whose events are all gone: each hour with its rows and their digest.
+
+    `head` is the newest entry from before these were read: they are read again if there is an erasure behind it.
+    """
 
     hours: list[tuple[int, int, str]]
     actor: str
     now_us: int
+    head: int = 2**63 - 1
 
 
 class KeepArchive(Unit[RowWritten | Refusal], frozen=True):

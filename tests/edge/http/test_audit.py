@@ -157,14 +157,18 @@ async def test_a_consumer_is_erased_and_old_proofs_keep_verifying(edge: Edge, mo
     assert (await edge.post("/audit/erase", {"consumer": A, "reason": "x"})).refused(409)["code"] == "consumer_is_agent"
 
 
-async def test_a_name_that_rows_are_found_by_is_not_erased(edge: Edge) -> None:
-    event = {"task_id": "t", "agent": A, "timestamp": NOW, "source": "desk"}
+async def test_a_name_that_rows_are_found_by_is_erased_as_that_of_a_consumer_only(edge: Edge) -> None:
+    event = {"task_id": "t", "agent": A, "timestamp": NOW, "source": "desk", "project": "desk"}
     for consumer in ("default", "desk"):
-        await edge.post("/usage", {**event, "id": consumer, "consumer": consumer})
-        refused = await edge.post("/audit/erase", {"consumer": consumer, "reason": "x"})
-        assert refused.refused(409)["code"] == "consumer_is_shared"
+        event = {**event, "id": consumer, "consumer": consumer}
+        assert (await edge.post("/usage", event)).status == 201
+        done = (await edge.post("/audit/erase", {"consumer": consumer, "reason": "x"})).ok()
+        assert (done["usage"], done["more"]) == (1, False)
+        assert (await edge.post("/usage", event)).ok(201)["duplicates"] == 1
     rows = (await edge.get("/usage")).ok()["data"]
-    assert [(row["source"], row["consumer_id"]) for row in rows] == [("desk", "default"), ("desk", "desk")]
+    assert [(row["source"], row["consumer_id"]) for row in rows] == [("desk", "ers_1"), ("desk", "ers_2")]
+    assert [row["project"] for row in rows] == ["desk", "ers_2"]
+    assert (await edge.get("/audit/verify")).ok()["valid"] is True
 
 
 async def test_an_erasure_that_takes_long_is_done_in_parts(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
