@@ -63,8 +63,8 @@ async def erase_consumer(
                     return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": True}
             told = max(told, newest)
         after = max(after, seqs[-1] if len(seqs) == STEP else through)
-        if is_last:
-            await others.look()
+        if is_last and await others.look():  # for the first time, which takes as long in a large log as erasing may
+            deadline = trio.current_time() + APPLY_S
         unit = EraseConsumer(
             consumer,
             pseudonym,
@@ -108,20 +108,23 @@ class _Others:
         self.steps_after = 0
         self.hours: list[int] = []
         self.is_all = False
+        self._has_rows = self._has_looked = False
 
     def take(self, done: Erased) -> None:
         """Go on from what a unit did."""
-        self.are_there = self.are_there or done.is_shared
+        self.are_there, self._has_rows = self.are_there or done.is_shared, done.has_rows
         if done.took_all:
             self._at = self._next
 
-    async def look(self) -> None:
-        """Look until something is found, and then for the next of what has to be moved."""
+    async def look(self) -> bool:
+        """Look until something is found, and then for the next of what has to be moved; true for the first look."""
+        is_first, self._has_looked = not self._has_looked, True
         if not self.are_there:
             self.are_there = await self._is_shared()
-        self.steps, self.hours, self.is_all = [], [], False
-        if self.are_there:
+        self.steps, self.hours, self.is_all, self._next = [], [], False, self._at
+        if self.are_there and not self._has_rows:
             await self._look_for_more()
+        return is_first
 
     async def _is_shared(self) -> bool:
         read, consumer = self._database.read, self._consumer
@@ -144,10 +147,7 @@ class _Others:
     async def _look_for_more(self) -> None:
         read = self._database.read
         number = await read(namesakes.number_of, self._consumer)
-        self._next = self._at
         self.steps_after = self._at[0]
-        if await read(renumbering.has_usage, number):
-            return
         newest = await read(renumbering.newest_step)
         while self.steps_after < newest and not self.steps:
             through = min(newest, self.steps_after + audit.WINDOW)

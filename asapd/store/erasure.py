@@ -9,7 +9,7 @@ import apsw
 from asapd.core.errors import Refusal
 from asapd.store import delegation_news, namesakes, renumbering
 from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
-from asapd.store.namesakes import free_name, number_of
+from asapd.store.namesakes import number_of
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import EraseConsumer, Erased
@@ -132,13 +132,13 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         is_last = len(late) <= LATE and len(late_news) <= LATE_NEWS and max(reservations, breaches) < ROWS
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)
-    is_shared = unit.is_shared if not is_last else _is_shared(tx, unit)
+    is_shared = unit.is_shared if not is_last else _is_shared(tx, unit, pseudonym)
     # In the unit that erases the last entry, so that rows and entries never say different names.
     moved = renumbering.NOTHING
     if is_last and is_shared:
         moved = renumbering.move(tx, unit, number_of(connection, unit.consumer), pseudonym)
     elif is_last and is_shared is not None:
-        tx.rename(unit.consumer, free_name(connection, pseudonym))
+        tx.rename(unit.consumer, pseudonym)
     is_whole = is_last and (moved.took_all and unit.is_all if is_shared else is_shared is not None)
     if seqs or reservations or moved.is_any:
         # A reservation is renamed with no entry of it erased: what was only authorised for the consumer has a digest.
@@ -155,9 +155,15 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         tx.audit("erasure.applied", unit.actor, pseudonym, details, unit.now_us)
     if is_whole:
         tx.execute("DELETE FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
-    return Erased(len(seqs), is_whole, pseudonym, bool(is_shared), moved.took_all)
+    return Erased(len(seqs), is_whole, pseudonym, bool(is_shared), moved.took_all, moved.has_rows)
 
 
-def _is_shared(tx: Tx, unit: EraseConsumer) -> bool | None:
-    """Whether anything else has the name by now; None when too much came since that was looked for."""
-    return unit.is_shared or namesakes.is_shared(tx.connection, unit.consumer, unit.usage_after)
+def _is_shared(tx: Tx, unit: EraseConsumer, pseudonym: str) -> bool | None:
+    """Whether the consumer has to have another number: None when too much came since that was looked for.
+
+    Something else has the name by now; or the pseudonym has a number, because some of its rows were moved before, or
+    because somebody read it in the log and reported under it.
+    """
+    if unit.is_shared or number_of(tx.connection, pseudonym) >= 0:
+        return True
+    return namesakes.is_shared(tx.connection, unit.consumer, unit.usage_after)

@@ -8,7 +8,7 @@ moved: no digest of theirs is left either.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import apsw
 import msgspec
@@ -63,13 +63,15 @@ _OF_HOUR = (
 class Moved(NamedTuple):
     """What one unit moved: rows of usage, steps of tasks, hours.
 
-    `took_all` says that no row is left, and that all steps and hours went which the unit names.
+    `took_all` says that no row is left, and that all steps and hours went which the unit names; `has_rows` that there
+    may be more rows.
     """
 
     rows: list[int]
     steps: list[int]
     hours: list[int]
     took_all: bool
+    has_rows: bool = False
 
     @property
     def is_any(self) -> bool:
@@ -78,11 +80,6 @@ class Moved(NamedTuple):
 
 
 NOTHING = Moved([], [], [], took_all=False)
-
-
-def has_usage(connection: apsw.Connection, consumer: int) -> bool:
-    """Whether there are rows of usage of a consumer."""
-    return bool(fetch(connection, "SELECT EXISTS (SELECT 1 FROM usage WHERE consumer = ?)", (consumer,))[0][0])
 
 
 def newest_step(connection: apsw.Connection) -> int:
@@ -99,7 +96,7 @@ def steps_of(connection: apsw.Connection, consumer: int, after: int, through: in
 def hours_of(connection: apsw.Connection, consumer: int, start: int) -> tuple[list[int], int | None]:
     """Some hours from `start` on with sums of a consumer, for one unit, and where to go on; None at the end.
 
-    Once no row of usage is the consumer's, these are the sums of what retention took.
+    The unit moves them when no row of usage is left: then these are the sums of what retention took.
     """
     first = next_hour(connection, start)
     if first is None:
@@ -139,15 +136,17 @@ def move(tx: Tx, unit: EraseConsumer, consumer: int, pseudonym: str) -> Moved:
 
 
 def _move(tx: Tx, unit: EraseConsumer, consumer: int, to: int) -> Moved:
-    rows = _move_usage(tx, consumer, to)
+    rows, hours_of_rows = _move_usage(tx, consumer, to)
     if len(rows) >= ROWS:
-        return Moved(rows, [], [], took_all=False)
+        return Moved(rows, [], [], took_all=False, has_rows=True)
     late: list[int] = []
     if unit.is_all:
         late = steps_of(tx.connection, consumer, unit.steps_after, newest_step(tx.connection), ROWS + 1)
     steps = sorted({*unit.steps, *late[:ROWS]})
     _rewrite(tx, "task", _STEP, steps, consumer, to)
-    hours = _move_sums(tx, unit, consumer, to)
+    # Of an event that retention took before its void, what the void is short of is in these hours now.
+    hours = sorted({*unit.hours, *hours_of_rows})
+    _move_sums(tx, unit, hours, consumer, to)
     return Moved(rows, steps, hours, took_all=len(late) <= ROWS)
 
 
@@ -166,23 +165,25 @@ def _rewrite(tx: Tx, table: str, columns: Sequence[str], seqs: list[int], consum
     )
 
 
-def _move_usage(tx: Tx, consumer: int, to: int) -> list[int]:
+def _move_usage(tx: Tx, consumer: int, to: int) -> tuple[list[int], set[int]]:
+    """Move some rows with what they came to; these, and the hours they are of."""
     rows = [seq for (seq,) in fetch(tx.connection, _USAGE, (consumer, ROWS))]
+    hours = set()
     for hour, *sums in usage_hours.made_of(tx.connection, rows):
         _shift(tx, hour, tuple(sums), consumer, to)
+        hours.add(hour)
     _rewrite(tx, "usage", COLUMNS, rows, consumer, to)
-    return rows
+    return rows, hours
 
 
-def _move_sums(tx: Tx, unit: EraseConsumer, consumer: int, to: int) -> list[int]:
+def _move_sums(tx: Tx, unit: EraseConsumer, hours: list[int], consumer: int, to: int) -> None:
     """Move what is left of a consumer in hours whose events are gone; of those that are sealed it is entered."""
-    before = usage_hours.sealed(tx.connection, unit.hours)
-    for hour in unit.hours:
+    before = usage_hours.sealed(tx.connection, hours)
+    for hour in hours:
         for row in fetch(tx.connection, _OF_HOUR, (consumer, hour)):
             _shift(tx, hour, row, consumer, to)
     if before:
         usage_hours.seal_anew(tx, before, unit.actor, unit.now_us)
-    return unit.hours
 
 
 def _shift(tx: Tx, hour: int, row: Row, consumer: int, to: int) -> None:
@@ -193,22 +194,19 @@ def _shift(tx: Tx, hour: int, row: Row, consumer: int, to: int) -> None:
     renamed = tuple(
         to if column in _RENAMED and value == consumer else value for column, value in zip(KEY, key, strict=True)
     )
+    none = " AND ".join(f"{column} = 0" for column in SUMS)
     for table, period, number in usage_days.holding(tx.connection, hour):
-        where = f"WHERE {period} = ? AND {' AND '.join(f'{column} = ?' for column in KEY)}"
         named = (period, *KEY, *SUMS)
         added = ", ".join(f"{column} = {column} + excluded.{column}" for column in SUMS)
         put = (
             f"INSERT INTO {table} ({', '.join(named)}) VALUES ({','.join('?' * len(named))}) "
             f"ON CONFLICT DO UPDATE SET {added}"
         )
-        taken = f"UPDATE {table} SET {', '.join(f'{column} = {column} - ?' for column in SUMS)} {where}"
-        values: tuple[Any, ...] = (number, *renamed, *sums)
-        if period == "day":
-            if not (
-                usage_days.put(tx, number, taken, (*sums, number, *key)) and usage_days.put(tx, number, put, values)
-            ):
-                continue
-        else:
-            tx.execute(taken, (*sums, number, *key))
-            tx.execute(put, values)
-        tx.execute(f"DELETE FROM {table} {where} AND events = 0", (number, *key))
+        where = f"{period} = ? AND {' AND '.join(f'{column} = ?' for column in KEY)}"
+        # Taken by adding, too: where retention took an event and not yet its void, no sums are left to take from.
+        for of, values in ((key, [-value for value in sums]), (renamed, sums)):
+            if period == "hour":
+                tx.execute(put, (number, *of, *values))
+            elif not usage_days.put(tx, number, put, (number, *of, *values)):
+                break
+            tx.execute(f"DELETE FROM {table} WHERE {where} AND {none}", (number, *of))

@@ -256,6 +256,77 @@ async def test_a_verification_that_has_read_what_was_sealed_goes_by_what_is_seal
     assert usage_hours.compare(connection, pytest.fail)[1] == 4
 
 
+async def retire_some(database: Database, before_us: int, limit: int) -> None:
+    """As far as one unit goes: the next comes later, or never, when the daemon ends or the disk is full."""
+    await database.submit(RetireUsage(before_us, "asapd", T0, limit))
+
+
+@pytest.mark.parametrize("is_added_up", [False, True])
+async def test_a_void_whose_event_retention_took_takes_no_sums_with_it(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch, is_added_up: bool
+) -> None:
+    database, connection = inline_database
+    old_us = T0 - 5 * DAY_US
+    await report(database, event(ACME, old_us), event(EVE, old_us + 1), event(project=ACME))
+    await database.submit(VoidUsage(1, "r", "key:o", T0))
+    if is_added_up:
+        await add_up(database)
+    await retire_some(database, T0 - DAY_US, 1)
+    assert [seq for (seq,) in connection.execute("SELECT seq FROM usage ORDER BY seq")] == [2, 3, 4]
+    before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
+
+    async def look(_: Any) -> None:
+        assert findings(connection) == []
+
+    after_each_unit(database, monkeypatch, look)
+    await erase(database)
+    assert is_consumer_of(connection, ACME) == {}
+    await retire(database, T0 - DAY_US)
+    await _seal_hours(database, TrioClock(T0), "asapd")
+    assert usage_sums.summary(connection, UsageFilter(EVERYTHING)) == before
+    for table in ("usage_hour", "usage_day"):
+        assert connection.execute(f"SELECT count(*) FROM {table} WHERE events <= 0").get == 0
+    assert findings(connection) == []
+
+
+async def test_it_ends_although_something_of_the_consumer_comes_behind_each_unit(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    await report(database, event(ACME), event(project=ACME))
+    await step(database, ACME)
+    units = count(1)
+
+    async def act(_: Any) -> None:
+        assert next(units) < 10
+        await report(database, event(ACME))
+        await step(database, ACME)
+
+    after_each_unit(database, monkeypatch, act)
+    assert not (await erase(database))["more"]
+    # What came behind the last unit is new.
+    assert is_consumer_of(connection, ACME) == {"usage": 1, "task": 1, "usage_hour": 1}
+    assert findings(connection) == []
+
+
+async def test_what_was_begun_under_a_pseudonym_ends_under_it(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What shared the name is gone when it goes on."""
+    monkeypatch.setattr(renumbering, "ROWS", 2)
+    database, connection = inline_database
+    await report(database, event(provider=ACME, at_us=T0 - 5 * DAY_US), *(event(ACME) for _ in range(7)))
+    monkeypatch.setattr("asapd.actors.eraser.APPLY_S", -1.0)
+    assert (await erase(database))["more"]
+    assert 0 < is_consumer_of(connection, "ers_1")["usage"] < 7
+    await retire(database, T0 - 4 * DAY_US)
+    monkeypatch.setattr("asapd.actors.eraser.APPLY_S", 600.0)
+    assert not (await erase(database))["more"]
+    assert is_consumer_of(connection, ACME) == is_consumer_of(connection, "ers_1_") == {}
+    assert is_consumer_of(connection, "ers_1") == {"usage": 7, "usage_hour": 1}
+    assert findings(connection) == []
+
+
 async def come_to_be(role: str, database: Database) -> None:
     match role:
         case "agent":
@@ -455,7 +526,7 @@ async def test_reports_of_all_kinds_in_between_leave_a_log_that_verifies(
                 await add_up(database)
             case _:
                 edge_us = max(edge_us, T0 - 3 * DAY_US + random.randrange(30) * HOUR_US)
-                await retire(database, edge_us)
+                await retire_some(database, edge_us, random.choice([1, 2, 500]))
                 await _seal_hours(database, TrioClock(T0), "asapd")
 
     for _ in range(30):

@@ -240,8 +240,10 @@ def test_somebody_who_reports_under_the_pseudonym_keeps_nobody_from_getting_one(
     submit(writer, EraseConsumer(MAX, "ers_1", [1], "request 17", "key:admin", NOW_US, None))
     report = UsageEvent("t", A, "ers_1", NOW_US, 5, 5, id="late")
     submit(writer, RecordUsage("t", "key:x", NOW_US, [report], [Cost(7)]))
-    step = submit(writer, EraseConsumer(MAX, "ers_2", [2, 3, 4], "request 17", "key:admin", NOW_US, 4))
-    assert step.is_whole
+    last = EraseConsumer(MAX, "ers_2", [2, 3, 4], "request 17", "key:admin", NOW_US, 4)
+    step = submit(writer, last)
+    assert (step.is_whole, step.is_shared) == (False, True)
+    assert submit(writer, structs.replace(last, seqs=[], is_shared=True, is_all=True)).is_whole
     names = connection.execute("SELECT name FROM name WHERE id IN (SELECT consumer FROM usage) ORDER BY id").fetchall()
-    assert names == [("ers_1_",), (EVE,), ("ers_1",)]
+    assert names == [(EVE,), ("ers_1",)]
     assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}

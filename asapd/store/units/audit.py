@@ -55,8 +55,8 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
     """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name.
 
     `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another.
-    `is_shared` says that something else has the name as well, and `took_all` that the steps and hours which the unit
-    named have the pseudonym.
+    `is_shared` says that something else has the name as well, `took_all` that the steps and hours which the unit named
+    have the pseudonym, and `has_rows` that more rows of usage may have to get it.
     """
 
     entries: int
@@ -64,6 +64,7 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
     pseudonym: str
     is_shared: bool = False
     took_all: bool = False
+    has_rows: bool = False
 
 
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
