@@ -109,15 +109,13 @@ class Reply(Generic[T]):
 
         Raises HandlerFailed or AnswererGone when it ended without one, trio.WouldBlock when it has not ended.
         """
-        match self._state:
-            case _State.ANSWERED:
-                return cast("T", self._value)
-            case _State.PENDING:
-                raise trio.WouldBlock
-            case _State.FAILED:
-                raise HandlerFailed("the request met a bug, which was logged")
-            case _State.CLOSED:
-                raise AnswererGone("the answerer went away with the request in hand; its outcome is unknown")
+        if self._state is _State.ANSWERED:
+            return cast("T", self._value)
+        if self._state is _State.PENDING:
+            raise trio.WouldBlock
+        if self._state is _State.FAILED:
+            raise HandlerFailed("the request met a bug, which was logged")
+        raise AnswererGone("the answerer went away with the request in hand; its outcome is unknown")
 
     def _end(self, state: _State) -> None:
         self._state = state

@@ -138,7 +138,7 @@ class _Retention:
             if details is not None:
                 applied = msgspec.json.decode(details)
                 self._before_us = max(self._before_us, applied["before_us"])
-                self._last_us = max(self._last_us, applied["last_timestamp_us"])
+                self._last_us = max(self._last_us, applied.get("last_timestamp_us", applied["before_us"]))
                 self.taken += applied["count"]
 
     def settle(self, without_row: dict[int, UsageEntry], before_row: int | None, findings: Findings) -> None:

@@ -166,7 +166,8 @@ class ReplayedLedger:
         """Do the entries between two numbers; the number of the last."""
         for seq, kind, timestamp_us, actor, details in fetch(self._connection, _ENTRIES, (after, through)):
             if kind == "retention.applied":
-                self._retired_us = max(self._retired_us, msgspec.json.decode(details)["last_timestamp_us"])
+                applied = msgspec.json.decode(details)
+                self._retired_us = max(self._retired_us, applied.get("last_timestamp_us", applied["before_us"]))
                 continue
             self.entries += 1
             if details is None:

@@ -82,7 +82,7 @@ INVALID: list[tuple[Any, str]] = [
     (event(cost_usd=1e300), "cost_usd"),
     (event(cost_usd="much"), "cost_usd"),
     (event(labels={str(number): "x" for number in range(17)}), "labels"),
-    (event(labels={"a": 1}), "labels"),
+    (event(labels={"a": 1}), "labels.a"),
     (event(partial="yes"), "partial"),
     ({"usage": {}}, "task_id"),
     ({"usage": 1}, "usage"),
