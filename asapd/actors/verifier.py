@@ -57,6 +57,8 @@ class Verifier:
         self.settings = settings
         self.last: tuple[int, Report] | None = None
         """When the newest walk over everything, or on from it, ended, and what it found."""
+        self._without_verdict: tuple[int, Refusal] | None = None
+        """When the newest walk ended, and why it found nothing out, if it did not."""
         self._database = database
         self._clock = clock
         self._path = path
@@ -119,7 +121,9 @@ class Verifier:
         """Verify what came since a walk that was good; up to which entry all is good now (0 when it is not)."""
         found = await self.verify(since, reconcile=not since, gives_way=True)
         if isinstance(found, Refusal):
+            self._without_verdict = (self._clock.now_us(), found)
             return since
+        self._without_verdict = None
         was_good = self.last is None or self.last[1].is_valid
         self.last = (self._clock.now_us(), found)
         if found.is_valid:
@@ -186,6 +190,13 @@ class Verifier:
             "valid": found.is_valid,
             "reason": None if found.is_valid else why(found),
         }
+
+    def without_verdict(self) -> dict[str, str] | None:
+        """Why the newest walk found nothing out, for the daemon's status; None when it did."""
+        if self._without_verdict is None:
+            return None
+        at_us, refusal = self._without_verdict
+        return {"at": format_us(at_us), "reason": refusal.detail}
 
 
 def why(report: Report) -> str:

@@ -196,6 +196,11 @@ def audit(status: Mapping[str, Any], every_s: float) -> Iterator[Finding]:
         yield _ok("verify", f"verified through entry {verified['seq']} at {verified['at']}")
     else:
         yield Finding("verify", State.ERROR, str(verified["reason"]), broken, "run `asapctl audit verify`")
+    failed = log.get("without_verdict")  # an earlier asapd does not say
+    if failed is not None:
+        what = f"the walk that ended at {failed['at']} found nothing out: {failed['reason']}"
+        unseen = "what was changed since the one before it would not be seen"
+        yield Finding("verify", State.WARNING, what, unseen, "see to that, then run `asapctl audit verify`")
     behind = log["seq"] - (log["checkpoint"] or 0)
     # Between two checkpoints there are entries: only when they wait for several intervals, none is made.
     waiting_s = log.get("unsealed_seconds") or 0.0  # an earlier asapd does not say

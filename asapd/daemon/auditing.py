@@ -100,4 +100,5 @@ class Auditing:
             "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values()],
             "witness_failures": self.witnesses.failures,
             "verified": self.verifier.status(),
+            "without_verdict": self.verifier.without_verdict(),
         }

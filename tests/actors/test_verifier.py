@@ -150,6 +150,13 @@ async def test_what_cannot_be_read_has_no_verdict_and_is_no_alarm(
     assert verifier.last is None
     assert what in caplog.text
     assert connection.execute("SELECT count(*) FROM audit WHERE event_type = 'log.alarm'").get == 0
+    told = verifier.without_verdict()
+    assert told is not None
+    assert what in told["reason"]
+    connection.execute("PRAGMA temp.max_page_count = 100000")
+    monkeypatch.setattr(verifier_module, "SHORT", 10)
+    assert await verifier.watch(0) == 2
+    assert verifier.without_verdict() is None
 
 
 async def test_a_process_that_may_not_give_way_to_others_verifies_all_the_same(
