@@ -36,7 +36,7 @@ def settle(tx: Tx, tenant: int, agent: int, task_id: str) -> None:
     counted = None if last is None or last[0] < 0 else last[1:]
     wanted = _ending(tx, key)
     if wanted is not None and tx.row(
-        f"SELECT 1 FROM usage WHERE {OF_TASK} AND tenant = ? AND agent = ? AND {JUDGED} LIMIT 1",
+        f"SELECT 1 FROM usage WHERE {OF_TASK} AND +tenant = ? AND +agent = ? AND {JUDGED} LIMIT 1",
         (task_id, task_id, tenant, agent),
     ):
         wanted = None

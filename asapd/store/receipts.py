@@ -38,7 +38,7 @@ def entries_of(
     where, values = visible_names(visible, ("agent", "consumer"))
     rows = fetch(
         connection,
-        f"SELECT seq, committed_us FROM usage WHERE {' AND '.join([OF_TASK, *where])} LIMIT ?",
+        f"SELECT seq, committed_us FROM usage WHERE {' AND '.join([OF_TASK, *(f'+({its})' for its in where)])} LIMIT ?",
         (task, task, *values, MOST + 1),
     )
     steps = fetch(

@@ -160,7 +160,7 @@ def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
     )
     closed = 0
     for seq, tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name in overdue:
-        of_task = f"{OF_TASK} AND tenant = ? AND agent = ? AND {LIVE}"
+        of_task = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
         key = (task_id, task_id, tenant, agent)
         heard = tx.row(
             f"SELECT outcome, timestamp_us, error, id FROM usage WHERE {of_task} AND NOT partial "

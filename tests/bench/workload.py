@@ -14,13 +14,13 @@ ARRAY = 1_000
 def events(count: int, name: str, *, random_ids: bool = False) -> Iterator[dict[str, object]]:
     """Events of the last minute, of ten agents, five consumers and four models; `name` keeps their ids apart.
 
-    Ids are ordered, as those of a source that counts or of UUIDv7 are, or random (UUIDv4).
+    Ids are ordered, as those of a source that counts or of UUIDv7 are, or random (UUIDv4); those of tasks are random.
     """
     now_s = int(time.time())
     for number in range(count):
         yield {
             "id": str(uuid.uuid4()) if random_ids else f"{name}-{number:06d}",
-            "task_id": f"task-{name}-{number}",
+            "task_id": str(uuid.uuid4()),
             "agent": f"urn:asap:agent:worker-{number % 10}",
             "consumer": f"urn:asap:agent:client-{number % 5}",
             "metrics": {

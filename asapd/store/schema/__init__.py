@@ -26,6 +26,7 @@ from asapd.store.schema import (
     revocations,
     sealing_times,
     seals,
+    task_stretches,
     v1,
     v2,
 )
@@ -56,6 +57,7 @@ MIGRATIONS: tuple[str, ...] = (
     outcomes_unsaid.SCRIPT,
     erasing.SCRIPT,
     identity_order.SCRIPT,
+    task_stretches.SCRIPT,
 )
 
 COUNTED_SINCE = MIGRATIONS.index(erasing.SCRIPT) + 1
