@@ -48,7 +48,8 @@ class _HeadParser:
         key = name.decode("latin1").lower()
         # Said twice, a field is joined, overridden or refused, depending on the field.
         self.is_odd = self.is_odd or key in self.fields
-        self.fields[key] = value.decode("latin1")
+        # httptools leaves the blanks behind a value. They are no part of it (RFC 9110, 5.5), and h11 takes them off.
+        self.fields[key] = value.decode("latin1").strip(" \t")
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -103,11 +103,14 @@ class Client:
 class Lane:
     """A lane on TCP and on the ingest socket, in front of the whole application."""
 
-    def __init__(self, edge: Edge, fast: FastLane, port: int, ingest: Path, scope: trio.CancelScope) -> None:
+    def __init__(
+        self, edge: Edge, fast: FastLane, port: int, http_port: int, ingest: Path, scope: trio.CancelScope
+    ) -> None:
         self.room = fast.room
         self.edge = edge
         self.fast = fast
         self.port = port
+        self.http_port = http_port
         self.ingest = ingest
         self.scope = scope
         self.key = edge.keys["ingest"]
@@ -115,6 +118,10 @@ class Lane:
 
     async def tcp(self) -> Client:
         self._clients.append(Client(await trio.open_tcp_stream("127.0.0.1", self.port)))
+        return self._clients[-1]
+
+    async def http(self) -> Client:
+        self._clients.append(Client(await trio.open_tcp_stream("127.0.0.1", self.http_port)))
         return self._clients[-1]
 
     async def unix(self) -> Client:
@@ -134,7 +141,7 @@ async def lane_of(edge: Edge, tmp_path: Path, *, max_connections: int = 50, **op
     (listener,) = await open_tcp("127.0.0.1:0")
     listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     services = options.pop("services", edge.services)
-    async with edge.served(tmp_path) as (server, _, _):
+    async with edge.served(tmp_path) as (server, http_port, _):
 
         async def hand_over(stream: SocketTransport, peer: Peer | None) -> None:
             if peer is None:
@@ -159,7 +166,8 @@ async def lane_of(edge: Edge, tmp_path: Path, *, max_connections: int = 50, **op
                         task_status.started(scope)
 
             scope = await nursery.start(run)
-            opened = Lane(edge, fast, listener.socket.getsockname()[1], tmp_path / "ingest.sock", scope)
+            port = listener.socket.getsockname()[1]
+            opened = Lane(edge, fast, port, http_port, tmp_path / "ingest.sock", scope)
             yield opened
             opened.close()
             nursery.cancel_scope.cancel()
@@ -235,6 +243,27 @@ async def test_the_answer_is_the_one_that_the_application_gives(
     assert {name: value for name, value in found.items() if name not in dropped} == {
         name: value for name, value in expected.headers.items() if name not in dropped
     }
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (event(), {"ce_id": "c1 ", "ce_source": " /s\t", "ce_type": "asap.usage ", "ce_specversion": "1.0"}),
+        (event(), {"idempotency_key": "k \t"}),
+        (event("e1"), {"host": "localhost "}),
+        (event("e1"), {"content_length": f"{len(msgspec.json.encode(event('e1')))} "}),
+        (event("e1"), {"content_type": "application/json\t", "content_encoding": " "}),
+        (event("e1"), {"x": "\xa0"}),
+    ],
+)
+async def test_blanks_around_a_value_are_no_part_of_it_at_either_door(
+    lane: Lane, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    sent = post(body, key=lane.key, **headers)
+    stripped = post(body, key=lane.key, **{name: value.strip(" \t") for name, value in headers.items()})
+    replies = [await (await door()).ask(whole) for door in (lane.tcp, lane.http) for whole in (sent, stripped)]
+    assert [status for status, _, _ in replies] == [201] * 4
+    assert lane.rows() == 1
 
 
 async def test_a_key_is_needed_and_may_narrow(lane: Lane) -> None:
