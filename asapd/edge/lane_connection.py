@@ -28,9 +28,11 @@ RECEIVE_BYTES = 65_536
 SEND_BYTES = 65_536
 # Requests of one connection in hand at once. They share commits; their answers keep their order.
 PIPELINED = 64
-# Heads that a connection remembers: those of one client differ in the length of the body.
+# Heads that a connection remembers: those of one client differ in the length of the body. Behind a proxy they have some
+# twenty fields, and take 5 KiB each.
 HEADS = 8
 HEAD_BYTES = 1_024
+HEAD_FIELDS = 24
 # For the answer to a request, of which actors are asked at most twice. Who has none by then is told that nobody knows.
 ANSWER_S = ASK_S + 5.0
 
@@ -118,6 +120,8 @@ class LaneConnection:
         while True:
             found = self._take()
             if self._begin(found):
+                # The poller may serve the connection for hours, and this task is not to hold a body meanwhile.
+                found.clear()
                 found = await self._be_served()
                 wait_s = self._limits.keep_alive_s
             if found:
@@ -199,15 +203,20 @@ class LaneConnection:
             head = self._head
             assert head is not None, "has just been read"
             keep_alive = head.keep_alive
+            is_refused = isinstance(self._caller, Refusal)
             if len(self._buffer) < head.body_bytes:
-                if not isinstance(self._caller, Refusal):
+                if not is_refused:
                     break
                 # The body of somebody who is not heard is not waited for.
                 keep_alive = False
             body = bytes(self._buffer[: head.body_bytes])
             del self._buffer[: head.body_bytes]
             self._head = None
-            request = UsageRequest(head.path, head.query, head.fields, body)
+            if is_refused:
+                # It may wait for its answer to be read, and fields take twenty times the memory that they cost to send.
+                request = UsageRequest(head.path, b"", {}, b"")
+            else:
+                request = UsageRequest(head.path, head.query, head.fields, body)
             found.append(Received(request, self._caller, keep_alive, head.is_plain))
             if not keep_alive:
                 break
@@ -227,25 +236,27 @@ class LaneConnection:
             self._is_foreign = not is_ours or len(buffer) > self._limits.max_header_bytes or b"\n\n" in buffer
             return False
         self._searched = 0
-        head = self._known_head(bytes(buffer[: end + 4]))
+        raw = bytes(buffer[: end + 4])
+        head = self._heads.get(raw)
+        if head is None and len(raw) <= self._limits.max_header_bytes + 4:
+            head = read_head(raw, self._limits.max_body_bytes)
         if head is None:
             self._is_foreign = True
             return False
         self._head = head
         self._caller = self._lane.identify(head, self._peer)
+        if isinstance(self._caller, Caller):
+            self._remember(raw, head)
         del buffer[: end + 4]
         return True
 
-    def _known_head(self, raw: bytes) -> Head | None:
-        """A head, read once however often it comes; None when its request is not one for the lane."""
-        head = self._heads.get(raw)
-        if head is None and len(raw) <= self._limits.max_header_bytes + 4:
-            head = read_head(raw, self._limits.max_body_bytes)
-            if head is not None and len(raw) <= HEAD_BYTES:
-                if len(self._heads) >= HEADS:
-                    self._heads.clear()
-                self._heads[raw] = head
-        return head
+    def _remember(self, raw: bytes, head: Head) -> None:
+        """Have a head read once however often it comes; not for who is not heard, whose memory costs them nothing."""
+        if raw in self._heads or len(raw) > HEAD_BYTES or len(head.fields) > HEAD_FIELDS:
+            return
+        if len(self._heads) >= HEADS:
+            self._heads.clear()
+        self._heads[raw] = head
 
     def _begin(self, found: list[Received]) -> bool:
         """Whether all that has come is one request that is on its way, and whoever has its answer will send it."""
@@ -315,10 +326,13 @@ class LaneConnection:
         if self._unsent:
             await self._send(self._unsent)
             self._unsent = b""
-        return self._found
+        found, self._found = self._found, []
+        return found
 
     async def _answer(self, found: list[Received]) -> None:
         """Answers requests in their order."""
+        if any(isinstance(sent.caller, Refusal) for sent in found):
+            self._heads.clear()
         self._responses = responses = [b""] * len(found)
         self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
 

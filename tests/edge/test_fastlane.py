@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import random
@@ -27,7 +28,8 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.decisions import AUTHORIZE
 from asapd.edge.fastlane import FastLane
 from asapd.edge.ingest import run_ingest
-from asapd.edge.lane_connection import PIPELINED
+from asapd.edge.lane_connection import HEAD_FIELDS, HEADS, PIPELINED
+from asapd.edge.lane_request import Fields
 from asapd.edge.services import Services
 from asapd.edge.sockets import Peer, open_tcp, open_unix
 from asapd.edge.throttle import Throttle
@@ -264,6 +266,43 @@ async def test_blanks_around_a_value_are_no_part_of_it_at_either_door(
     replies = [await (await door()).ask(whole) for door in (lane.tcp, lane.http) for whole in (sent, stripped)]
     assert [status for status, _, _ in replies] == [201] * 4
     assert lane.rows() == 1
+
+
+def remembered() -> int:
+    """How many heads are held in memory, by any connection."""
+    gc.collect()
+    return sum(isinstance(one, Fields) for one in gc.get_objects())
+
+
+async def test_heads_are_remembered_of_who_is_heard_only(lane: Lane) -> None:
+    before = remembered()
+    client = await lane.tcp()
+    for number in range(2 * HEADS):
+        assert (await client.ask(post(event("e"), x=str(number))))[0] == 401
+    await client.send(b"".join(post(event("e"), x=str(number)) for number in range(PIPELINED)))
+    for _ in range(PIPELINED):
+        assert (await client.answer())[0] == 401
+    await wait_all_tasks_blocked()
+    assert remembered() == before
+    # and no more of them than a client needs
+    for number in range(2 * HEADS):
+        assert (await client.ask(post(event("e"), key=lane.key, x=str(number))))[0] == 201
+    await wait_all_tasks_blocked()
+    assert before < remembered() <= before + HEADS
+    lane.edge.services.ring.replace([])
+    assert (await client.ask(post(event("e"), key=lane.key, x="0")))[0] == 401
+    await wait_all_tasks_blocked()
+    assert remembered() == before
+
+
+async def test_a_head_of_many_fields_is_not_remembered(lane: Lane) -> None:
+    before = remembered()
+    client = await lane.tcp()
+    for count, remains in ((HEAD_FIELDS, 0), (HEAD_FIELDS - 3, 1)):
+        fields = {f"x{number}": "" for number in range(count)}
+        assert (await client.ask(post(event("e"), key=lane.key, **fields)))[0] == 201
+        await wait_all_tasks_blocked()
+        assert remembered() - before == remains
 
 
 async def test_a_key_is_needed_and_may_narrow(lane: Lane) -> None:
