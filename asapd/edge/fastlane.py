@@ -188,24 +188,21 @@ class FastLane:
             if len(body) > self._services.settings().http.max_body_bytes:
                 return False
             return authorize_nowait(self._services, sent.caller, body, told)
-        except Exception:  # noqa: BLE001 -- as in `answer`
+        except Exception:  # noqa: BLE001 -- as in `outcome`
             self._log.exception("POST %s failed", sent.request.path)
             told(_BUG)
             return True
 
-    async def answer(self, sent: Received) -> bytes:
-        """The response to a request; whatever goes wrong in it is a response too."""
-        outcome: Outcome
+    async def outcome(self, sent: Received) -> Outcome:
+        """What becomes of a request; whatever goes wrong in it is an outcome too."""
         if isinstance(sent.caller, Refusal):
-            outcome = sent.caller
-        else:
-            try:
-                # One connection alone may have as many in hand as an actor has room for: it is slowed, not refused.
-                outcome = await _outcome(self._services, sent.caller, sent.request)
-            except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
-                self._log.exception("POST %s failed", sent.request.path)
-                outcome = _BUG
-        return self.respond(outcome, keep_alive=sent.keep_alive and not self._stopped.is_set())
+            return sent.caller
+        try:
+            # One connection alone may have as many in hand as an actor has room for: it is slowed, not refused.
+            return await _outcome(self._services, sent.caller, sent.request)
+        except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
+            self._log.exception("POST %s failed", sent.request.path)
+            return _BUG
 
     def respond(self, outcome: Outcome, *, keep_alive: bool) -> bytes:
         """An outcome as a response."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from itertools import takewhile
@@ -76,7 +77,8 @@ class LaneConnection:
         self._buffer = bytearray()
         self._head: Head | None = None
         self._heads: dict[bytes, Head] = {}
-        self._responses: list[bytes] = []
+        self._outcomes: list[Outcome] = []
+        """Of pipelined requests in hand, in their order: too late, until it is there."""
         self._caller: Caller | Refusal
         """Who sent the head that was read last."""
         self._held_bytes = 0
@@ -127,7 +129,7 @@ class LaneConnection:
             if found:
                 await self._answer(found)
                 wait_s = self._limits.keep_alive_s
-            if self._is_last or (found and (not found[-1].keep_alive or self._lane.is_stopping)):
+            if self._is_last:
                 self._is_foreign = False
                 self._doing_until(_Doing.ANSWERING, inf)
                 await self._linger()
@@ -176,7 +178,8 @@ class LaneConnection:
             case _Doing.WAITING:
                 last = self._lane.respond(_NO_ROOM, keep_alive=False)
             case _Doing.ANSWERING:
-                last = b"".join(takewhile(bool, self._responses)) + self._lane.respond(_TOO_LATE, keep_alive=False)
+                known = len(list(takewhile(lambda outcome: outcome is not _TOO_LATE, self._outcomes)))
+                last = self._responses(self._outcomes[: known + 1] or [_TOO_LATE], is_last=True)
             case _:
                 assert_never(self._doing)
         with trio.move_on_after(self._limits.send_s):
@@ -333,11 +336,12 @@ class LaneConnection:
         """Answers requests in their order."""
         if any(isinstance(sent.caller, Refusal) for sent in found):
             self._heads.clear()
-        self._responses = responses = [b""] * len(found)
+        outcomes: list[Outcome] = [_TOO_LATE] * len(found)
+        self._outcomes = outcomes
         self._doing_until(_Doing.ANSWERING, trio.current_time() + ANSWER_S)
 
         async def one(place: int, sent: Received) -> None:
-            responses[place] = await self._lane.answer(sent)
+            outcomes[place] = await self._lane.outcome(sent)
 
         if len(found) == 1:
             await one(0, found[0])
@@ -346,9 +350,18 @@ class LaneConnection:
                 for place, sent in enumerate(found):
                     nursery.start_soon(one, place, sent)
         self._give_back()
-        self._responses = []
-        await self._send(b"".join(responses))
+        self._outcomes = []
+        self._is_last = not found[-1].keep_alive or self._lane.is_stopping
+        await self._send(self._responses(outcomes, is_last=self._is_last))
         self._since_s = trio.current_time()
+
+    def _responses(self, outcomes: Sequence[Outcome], *, is_last: bool) -> bytes:
+        """The responses to pipelined requests: who is told to close by one reads none behind it (RFC 9112, 9.6)."""
+        last = len(outcomes) - 1
+        return b"".join(
+            self._lane.respond(outcome, keep_alive=place < last or not is_last)
+            for place, outcome in enumerate(outcomes)
+        )
 
     def _give_back(self) -> None:
         """Leaves the room of a body that was answered; a client that does not read its answer must not hold it."""

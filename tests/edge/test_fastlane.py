@@ -543,7 +543,8 @@ async def test_an_answer_that_does_not_come_in_time_is_a_503_behind_those_that_d
         client = await lane.tcp()
         began = trio.current_time()
         await client.send(post(b"{", key=lane.key) + post(event(), key=lane.key) + post(b"{", key=lane.key))
-        assert (await client.answer())[0] == 400
+        status, headers, _ = await client.answer()
+        assert (status, headers.get("connection")) == (400, None)
         status, headers, problem = await client.answer()
         assert (status, problem["code"], headers["connection"]) == (503, "outcome_unknown", "close")
         assert headers["retry-after"] == "1"
@@ -707,6 +708,29 @@ async def test_a_stop_while_the_meter_has_the_report_lets_its_answer_be_the_last
         held[0].reply.send(Recorded(1, 0, 0, ["e1"]))
         status, headers, _ = await client.answer()
         assert (status, headers["connection"]) == (201, "close")
+        assert await client.is_closed()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+async def test_at_a_stop_the_last_of_pipelined_answers_alone_says_that_it_is(
+    edge: Edge, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    held: list[Report] = []
+    async with lane_of(edge, tmp_path, services=held_up(edge, held)) as lane:
+        client = await lane.tcp()
+        await client.send(b"".join(post(event(f"e{number}"), key=lane.key) for number in range(3)))
+        await wait_all_tasks_blocked()
+        held.sort(key=lambda report: report.events[0].id)
+        held[order[0]].reply.send(Recorded(1, 0, 0, [f"e{order[0]}"]))
+        await wait_all_tasks_blocked()
+        lane.scope.cancel()
+        await wait_all_tasks_blocked()
+        for place in order[1:]:
+            held[place].reply.send(Recorded(1, 0, 0, [f"e{place}"]))
+            await wait_all_tasks_blocked()
+        answers = [await client.answer() for _ in range(3)]
+        assert [(status, reply["ids"]) for status, _, reply in answers] == [(201, [f"e{n}"]) for n in range(3)]
+        assert [headers.get("connection") for _, headers, _ in answers] == [None, None, "close"]
         assert await client.is_closed()
 
 
