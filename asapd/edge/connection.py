@@ -277,7 +277,8 @@ class HttpConnection:
                 connection = self._protocol.connection
                 if isinstance(connection, H11WSConnection):
                     return trio.current_time() + limits.silence_s
-                if connection.their_state is h11.SEND_BODY:
+                # Also of who broke off their body, and is being answered all the same.
+                if connection.their_state in {h11.SEND_BODY, h11.ERROR}:
                     return min(self._phase_since + limits.body_s, trio.current_time() + limits.body_idle_s)
                 return inf
 

@@ -144,12 +144,23 @@ class WebSocket(WSStream):
 
 
 class _H11(h11.Connection):
-    """Does not let what follows a `connection: close` request spoil the answer to it; RFC 9112 section 9.6."""
+    """Does not let what comes spoil an answer: behind a `connection: close` request (RFC 9112, 9.6), or in a body."""
+
+    def receive_data(self, data: bytes) -> None:
+        # Nothing is read any more of who broke off a body.
+        if self.their_state is not h11.ERROR:
+            super().receive_data(data)
 
     def next_event(self) -> Any:
         if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
             return h11.PAUSED
-        return super().next_event()
+        try:
+            return super().next_event()
+        except h11.RemoteProtocolError:
+            # Hypercorn hangs up at once. An answer that has begun is to end first, and ends the connection.
+            if self.our_state is not h11.SEND_BODY:
+                raise
+            return h11.NEED_DATA
 
 
 class Http11(H11Protocol):
@@ -162,6 +173,7 @@ class Http11(H11Protocol):
         super().__init__(app, config, *rest)
         self._max_body_bytes = max_body_bytes
         self._request: h11.Request | None = None
+        """The one that is being answered."""
         self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
 
     async def refuse(self, status: int) -> None:
@@ -174,6 +186,7 @@ class Http11(H11Protocol):
             kind = next((value for name, value in event.headers if name == b"content-type"), b"")
             self.streams_events = kind.startswith(b"text/event-stream")
         if isinstance(event, stream_events.StreamClosed):
+            self._request = None
             # The application is told of the end in here and quart-trio cancels it, and with it us, for that.
             with trio.move_on_after(LAST_STEPS_S, shield=True) as scope:
                 await super().stream_send(event)
@@ -200,7 +213,7 @@ class Http11(H11Protocol):
             status_code, None if request is None else _asked(request.target, request.headers)
         )
         headers += self.config.response_headers("h11")
-        without_body = isinstance(self.stream, _Http) and self.stream.scope["method"] == "HEAD"
+        without_body = request is not None and request.method == b"HEAD"
         answer = (
             h11.Response(status_code=status_code, headers=headers),
             h11.Data(data=b"" if without_body else body),
@@ -233,7 +246,8 @@ class Http11(H11Protocol):
                 stream_id=STREAM_ID,
                 headers=headers,
                 http_version=request.http_version.decode(),
-                method=request.method.decode("ascii").upper(),
+                # Not in capitals, as hypercorn has it: to h11 `head` is not HEAD, and an answer to it has a body.
+                method=request.method.decode("ascii"),
                 raw_path=request.target,
                 state=self.connection_state,
             )

@@ -104,6 +104,15 @@ def application(site: Site) -> QuartTrio:
     async def early() -> tuple[str, int]:
         return "no", 401
 
+    @app.post("/early/in-parts")
+    async def early_in_parts() -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"not "
+            await site.gate.wait()
+            yield b"you"
+
+        return Response(body(), status=401, headers={"content-length": "7"})
+
     @app.get("/gated")
     async def gated() -> str:
         site.seen.append("gated")
@@ -496,6 +505,43 @@ async def test_what_is_no_request_is_answered_with_a_problem_and_closed(sent: by
         assert data.count(b"content-length") == 1
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"HEAD * HTTP/1.1\r\nhost: a\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999\r\n\r\n", 413),
+        (b"HEAD / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
+    ],
+)
+async def test_a_head_that_is_refused_is_answered_without_a_body(
+    sent: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(sent)
+        data = await until_closed(stream)
+        assert data.startswith(b"HTTP/1.1 %d " % status)
+        assert b"content-type: application/problem+json" in data.lower()
+        assert data.endswith(b"\r\n\r\n")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("before", [b"HEAD /", b"POST /v1/traces"])
+async def test_what_is_no_request_is_told_so_whatever_came_before_it(before: bytes) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(before + b" HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n")
+        await stream.receive_some()
+        await stream.send_all(b"hello\r\n\r\n")
+        data = await until_closed(stream)
+        assert b"content-type: application/problem+json" in data.lower()
+        assert b'"status":400' in data
+
+
+async def test_a_method_in_small_letters_is_answered_whole() -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(b"head / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert (await until_closed(stream)).endswith(b"\r\n\r\nhello")
+
+
 async def test_an_early_answer_reaches_a_client_that_is_still_sending() -> None:
     limits = Limits(max_body_bytes=1_000_000_000)
     async with running(limits=limits) as site, await site.connect() as stream:
@@ -508,6 +554,42 @@ async def test_an_early_answer_reaches_a_client_that_is_still_sending() -> None:
         assert answer.startswith(b"HTTP/1.1 401")
         assert b"connection: close" in answer.lower()
         assert answer.endswith(b"no")
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 145", b"transfer-encoding: chunked"])
+@pytest.mark.parametrize("ends", [True, False])
+async def test_an_early_answer_is_whole_whatever_becomes_of_the_body(
+    clock: MockClock, framing: bytes, *, ends: bool
+) -> None:
+    async with running() as site, await site.connect() as stream:
+        await stream.send_all(b"POST /early/in-parts HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"\r\n\r\nnot "):
+            answer += await stream.receive_some()
+        await stream.send_all(b"zz\r\n")
+        if ends:
+            await stream.send_eof()
+        await trio.sleep(1)
+        site.gate.set()
+        answer += await until_closed(stream)
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert b"connection: close" in answer.lower()
+        assert answer.endswith(b"\r\n\r\nnot you")
+
+
+async def test_a_body_that_breaks_off_below_an_endless_answer_is_not_kept(clock: MockClock) -> None:
+    async with running(limits=Limits(body_idle_s=7)) as site:
+        for then in (b"zz\r\n", b""):
+            async with await site.connect() as stream:
+                await stream.send_all(b"GET /events HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+                await stream.receive_some()
+                if then:
+                    await stream.send_all(then)
+                else:
+                    await stream.send_eof()
+                with trio.fail_after(9):
+                    await until_closed(stream)
+        await until(lambda: site.seen.count("events ended") == 2)
 
 
 async def test_a_body_over_the_limit_is_answered_413_and_is_not_kept() -> None:
