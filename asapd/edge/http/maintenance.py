@@ -31,8 +31,8 @@ class NewMaintenance(msgspec.Struct, forbid_unknown_fields=True):
     """Time that is to be taken out of the figures."""
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
-    agent_id: str | None = None
-    agent: str | None = None
+    agent_id: str | msgspec.UnsetType | None = msgspec.UNSET
+    agent: str | msgspec.UnsetType | None = msgspec.UNSET
     start: str | int | float | None = None
     end: str | int | float | None = None
     duration: str | None = None
@@ -48,10 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
         Parameters().done()
         body = await sent_json()
         sent = decode_body(body, NewMaintenance)
-        if sent.agent is not None and sent.agent_id is not None and sent.agent != sent.agent_id:
-            raise RefusedError(_invalid("agent", "says something else than agent_id"))
-        # An empty name is no name: it must not fall through to everybody.
-        agent = sent.agent if sent.agent_id is None else sent.agent_id
+        agent = _agent(sent)
         if agent is None:
             require_everything(Permission.OPERATE)
         else:
@@ -108,6 +105,17 @@ def register(app: QuartTrio, services: Services) -> None:
         if isinstance(outcome, Refusal):
             return refuse(outcome)
         return reply(public_maintenance(outcome, services.clock.now_us()))
+
+
+def _agent(sent: NewMaintenance) -> str | None:
+    """Whose maintenance it is; None for everybody's. An empty name or null is no name, and not everybody either."""
+    for field, name in (("agent_id", sent.agent_id), ("agent", sent.agent)):
+        if name is None:
+            raise RefusedError(_invalid(field, "is null, which is no agent: name one, or leave it out for all agents"))
+    if msgspec.UNSET not in {sent.agent_id, sent.agent} and sent.agent != sent.agent_id:
+        raise RefusedError(_invalid("agent", "says something else than agent_id"))
+    agent = sent.agent if sent.agent_id is msgspec.UNSET else sent.agent_id
+    return None if agent is msgspec.UNSET else agent
 
 
 def _end_us(sent: NewMaintenance, start_us: int) -> int:

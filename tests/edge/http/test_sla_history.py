@@ -301,6 +301,7 @@ async def test_maintenance_is_declared_listed_ended_and_audited(edge: Edge) -> N
         ({"agent_id": "nobody"}, "agent_id"),
         ({"agent": C}, "agent"),
         ({"agent_id": ""}, "agent_id"),
+        ({"agent": ""}, "agent"),
         ({"agent_id": None, "agent": ""}, "agent_id"),
         ({"start": "9999-12-31T23:30:00Z"}, "end"),
         ({"start": "2037-01-25T00:00:00Z"}, "end"),
@@ -313,6 +314,15 @@ async def test_maintenance_that_cannot_be_is_refused_by_field(edge: Edge, change
     sent = {"agent_id": A, "duration": "1h", "reason": "x", **change}
     given = {name: value for name, value in sent.items() if value is not None}
     assert (await edge.post("/maintenance", given)).refused(422)["errors"][0]["field"] == field
+
+
+@pytest.mark.parametrize("name", ["agent_id", "agent"])
+async def test_maintenance_of_null_is_not_that_of_everybody(edge: Edge, name: str) -> None:
+    await prepare(edge)
+    refused = (await edge.post("/maintenance", {name: None, "duration": "1h", "reason": "x"})).refused(422)
+    assert refused["errors"][0]["field"] == name
+    assert "leave it out" in refused["detail"]
+    assert (await edge.get("/maintenance")).ok()["count"] == 0
 
 
 async def test_a_window_that_no_calendar_holds_does_not_break_the_list(edge: Edge) -> None:
