@@ -42,7 +42,7 @@ def list_agent_keys(session: Session, urn: str) -> None:
     Example:
       asapctl agents keys list urn:asap:agent:writer
     """
-    _show(session, session.door.get(f"/agents/{segment(urn)}/keys"))
+    _show(session, session.door.whole(f"/agents/{segment(urn)}/keys"))
 
 
 @agent_keys.command("import")

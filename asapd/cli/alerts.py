@@ -23,7 +23,7 @@ def targets(session: Session) -> None:
     Example:
       asapctl alerts targets
     """
-    found = session.door.get("/alerts/targets")
+    found = session.door.whole("/alerts/targets")
     if session.as_json:
         show_json(found)
         return

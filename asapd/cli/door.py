@@ -101,6 +101,12 @@ class Door:
         for page in self.pages(path, limit=limit, **parameters):
             yield from page["data"]
 
+    def whole(self, path: str, **parameters: Any) -> dict[str, Any]:
+        """A list as one page, with what it says beside its rows."""
+        pages = list(self.pages(path, **parameters))
+        rows = [row for page in pages for row in page["data"]]
+        return {**pages[-1], "data": rows, "count": len(rows)}
+
     def pages(self, path: str, *, limit: int | None = None, **parameters: Any) -> Iterator[dict[str, Any]]:
         """The pages of a list, with what each says beside its rows."""
         left = limit

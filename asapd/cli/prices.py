@@ -39,7 +39,7 @@ def show(session: Session, model: str | None, provider: str | None, at: str | No
     """
     if model is None and (provider is not None or at is not None):
         raise click.UsageError("--provider and --at go with --model")
-    table = session.door.get("/prices", model=model, provider=provider, at=at)
+    table = session.door.whole("/prices", model=model, provider=provider, at=at)
     rows = table["data"]
     if session.as_json:
         show_json(table)

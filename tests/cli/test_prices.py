@@ -40,6 +40,16 @@ def report(daemon: Daemon, model: str, count: int = 1) -> None:
     Door(daemon.socket).post("/usage", {"events": events})
 
 
+def test_a_list_of_several_pages_is_shown_as_one(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.cli.door.PAGE", 1)
+    door = Door(daemon.socket)
+    keys = {door.post("/keys", {"name": name, "role": "reader"})["id"] for name in ("one", "two")}
+    found = door.whole("/keys")
+    assert keys < {row["id"] for row in found["data"]}
+    assert (found["count"], found["next_cursor"]) == (len(found["data"]), None)
+    assert door.whole("/prices")["version"].startswith("1+")
+
+
 def test_the_table_in_force_is_shown(daemon: Daemon, ctl: Program) -> None:
     shown = ctl("prices", "show").out.splitlines()
     assert shown[0].startswith("version: 1+")

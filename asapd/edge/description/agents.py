@@ -82,7 +82,7 @@ OPERATIONS = (
     Operation("GET /agents/{agent}/history", "What happened to an agent, the newest first", READ, (page(),), PAGE),
     Operation("GET /agents/{agent}/manifests", "List the versions of its manifest", READ, (page(),), PAGE),
     Operation("GET /agents/{agent}/manifests/{digest}", "Show a version of its manifest", READ, (shows(),)),
-    Operation("GET /agents/{agent}/keys", "List its public keys", READ, (page(),)),
+    Operation("GET /agents/{agent}/keys", "List its public keys", READ, (page(),), PAGE),
     Operation(
         "POST /agents/{agent}/keys",
         "Import a public key",
@@ -180,7 +180,7 @@ OPERATIONS = (
         idempotency_key=True,
     ),
     Operation("DELETE /silences/{silence}", "End a silence", OPERATE, (shows(OBJECT, "It was ended"),)),
-    Operation("GET /alerts/targets", "How webhooks and commands do", READ_ALL, (page(),)),
+    Operation("GET /alerts/targets", "How webhooks and commands do", READ_ALL, (page(),), PAGE),
     Operation(
         "GET /alerts/dead-letters",
         "List what targets did not take",

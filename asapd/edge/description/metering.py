@@ -171,7 +171,7 @@ OPERATIONS = (
         "Show the price table in force, or the row that would price an event",
         READ_ALL,
         (page(),),
-        {"model": TEXT, "provider": TEXT, "at": TIME},
+        {"model": TEXT, "provider": TEXT, "at": TIME, **PAGE},
     ),
     Operation(
         "POST /prices/reprice",

@@ -14,7 +14,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us, may_match_an_agent
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, no_body, require_everything, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page
+from asapd.edge.http.parameters import Parameters, RefusedError, decode_body, page_from
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 
@@ -86,9 +86,9 @@ def register(app: QuartTrio, services: Services) -> None:
                 "created_at": format_us(key.created_us),
                 "revoked_at": None if key.revoked_us is None else format_us(key.revoked_us),
             }
-            for key in keys[after : after + limit]
+            for key in keys
         ]
-        return reply(page(rows, limit, after + limit if len(keys) > after + limit else None))
+        return reply(page_from(rows, limit, after))
 
     @app.delete("/keys/<key>")
     async def delete_key(key: str) -> Response:

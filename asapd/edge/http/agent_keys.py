@@ -17,7 +17,7 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, DAY_US, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.http.context import idempotency, require, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body
+from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page_from
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.keys import KeyFormatError, jwk_thumbprint, load_public, public_base64, public_jwk
@@ -48,13 +48,16 @@ def register(app: QuartTrio, services: Services) -> None:
         listed = await services.reads.agents.directory(caller, agent)
         return keys if listed or (caller.tenant is None and keys) else None
 
-    async def shown(caller: Caller, agent: str) -> dict[str, Any]:
+    async def rows_of(caller: Caller, agent: str) -> list[dict[str, Any]]:
         keys = await known(caller, agent) or []
         now_us = services.clock.now_us()
         tofu = services.settings().delegation.manifest_keys == "tofu"
         fresh = verifying(keys, issued_at_us=now_us, now_us=now_us, believe_manifests=tofu)
         aged = verifying(keys, issued_at_us=0, now_us=now_us, believe_manifests=tofu)
-        rows = [_row(key, fresh, aged, now_us) for key in keys]
+        return [_row(key, fresh, aged, now_us) for key in keys]
+
+    async def shown(caller: Caller, agent: str) -> dict[str, Any]:
+        rows = await rows_of(caller, agent)
         return {"agent": agent, "data": rows, "count": len(rows), "next_cursor": None}
 
     def keeps_root(caller: Caller, agent: str) -> Refusal | None:
@@ -68,10 +71,12 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/agents/<agent>/keys")
     async def get_agent_keys(agent: str) -> Response:
         caller = require(Permission.READ)
-        Parameters().done()
+        parameters = Parameters()
+        limit, after = parameters.limit(), parameters.cursor(int) or 0
+        parameters.done()
         if await known(caller, agent) is None:
             return refuse(_unknown(agent))
-        return reply(await shown(caller, agent))
+        return reply({"agent": agent, **page_from(await rows_of(caller, agent), limit, after)})
 
     @app.post("/agents/<agent>/keys")
     async def post_agent_key(agent: str) -> Response:

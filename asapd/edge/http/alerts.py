@@ -13,7 +13,7 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import DAY_US, may_match_an_agent
 from asapd.edge.http.context import idempotency, no_body, require, require_everything, sent_json
-from asapd.edge.http.parameters import BREACH_TYPES, SEVERITIES, Parameters, decode_body, page
+from asapd.edge.http.parameters import BREACH_TYPES, SEVERITIES, Parameters, decode_body, page, page_from
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.usage import parse_timestamp
@@ -68,8 +68,7 @@ def register(app: QuartTrio, services: Services) -> None:
         limit, offset = parameters.limit(), parameters.cursor(int) or parameters.offset()
         parameters.done()
         found = await desk.silences(caller, expired=expired)
-        rows = found[offset : offset + limit]
-        return reply(page(rows, limit, offset + limit if len(found) > offset + limit else None))
+        return reply(page_from(found, limit, offset))
 
     @app.post("/silences")
     async def post_silence() -> Response:
@@ -106,9 +105,10 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.get("/alerts/targets")
     async def get_targets() -> Response:
         require_everything(Permission.READ_ALL)
-        Parameters().done()
-        found = await desk.targets()
-        return reply({"data": found, "count": len(found), "next_cursor": None})
+        parameters = Parameters()
+        limit, after = parameters.limit(), parameters.cursor(int) or 0
+        parameters.done()
+        return reply(page_from(await desk.targets(), limit, after))
 
     @app.get("/alerts/dead-letters")
     async def get_dead_letters() -> Response:

@@ -10,7 +10,7 @@ from quart_trio import QuartTrio
 from asapd.core.access import Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.context import require_everything
-from asapd.edge.http.parameters import Parameters, page
+from asapd.edge.http.parameters import Parameters, page_from
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 
@@ -44,7 +44,7 @@ def register(app: QuartTrio, services: Services) -> None:
         rows = await configuration.versions()
         if isinstance(rows, Refusal):
             return refuse(rows)
-        return reply(page(rows[after : after + limit], limit, after + limit if len(rows) > after + limit else None))
+        return reply(page_from(rows, limit, after))
 
     @app.get("/config/versions/<version>")
     async def get_version(version: str) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -191,6 +191,12 @@ def _is_digits(text: str) -> bool:
 def encode_cursor(position: Any) -> str:
     """An opaque cursor from a position."""
     return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
+
+
+def page_from(rows: Sequence[Any], limit: int, after: int) -> dict[str, Any]:
+    """A page of a list that is there as a whole, from the place `after` on."""
+    following = after + limit
+    return page(list(rows[after:following]), limit, following if len(rows) > following else None)
 
 
 def page(rows: list[Any], limit: int, position: Any | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from asapd.core.pricing import Price
 from asapd.core.types import format_us
 from asapd.core.usage import UsageEvent
 from asapd.edge.http.context import no_body, require_everything
-from asapd.edge.http.parameters import Parameters, RefusedError, encode_cursor
+from asapd.edge.http.parameters import Parameters, RefusedError, encode_cursor, page_from
 from asapd.edge.http.replies import reply
 from asapd.edge.services import Services
 
@@ -29,6 +29,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         model, provider = parameters.text("model"), parameters.text("provider")
         at_us = parameters.time_us("at")
+        limit, after = parameters.limit(), parameters.cursor(int) or 0
         parameters.done()
         table = services.prices()
         rows = table.prices
@@ -44,7 +45,7 @@ def register(app: QuartTrio, services: Services) -> None:
             "prefer": pricing.prefer,
             "currency": "USD",
         }
-        return reply({**shown, "data": [public(price) for price in rows], "count": len(rows), "next_cursor": None})
+        return reply({**shown, **page_from([public(price) for price in rows], limit, after)})
 
     @app.post("/prices/reprice")
     async def post_reprice() -> Response:

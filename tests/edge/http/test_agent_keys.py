@@ -33,6 +33,17 @@ async def test_a_key_is_imported_once_and_retired_with_an_overlap(edge: Edge) ->
     assert (await edge.get(f"/agents/{B}/keys")).ok()["data"] == [row(0, **after)]
 
 
+async def test_keys_are_listed_in_pages(edge: Edge) -> None:
+    for text in TEXTS:
+        (await edge.post(f"/agents/{B}/keys", {"public_key": text})).ok(201)
+    first = (await edge.get(f"/agents/{B}/keys?limit=1")).ok()
+    assert (first["agent"], first["count"]) == (B, 1)
+    rest = (await edge.get(f"/agents/{B}/keys?limit=5&cursor={first['next_cursor']}")).ok()
+    assert (rest["agent"], rest["count"], rest["next_cursor"]) == (B, 1, None)
+    assert {one["kid"] for one in first["data"] + rest["data"]} == set(KIDS)
+    assert (await edge.get(f"/agents/{B}/keys?limit=0")).refused(400)["errors"][0]["field"] == "limit"
+
+
 async def test_an_idempotency_key_makes_a_repeat_safe(edge: Edge) -> None:
     headers = {"Idempotency-Key": "once"}
     for _ in range(2):

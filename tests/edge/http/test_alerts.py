@@ -192,3 +192,16 @@ async def test_targets_and_dead_letters_are_shown_and_delivered_again(edge: Edge
     assert [len(await entries(edge, kind)) for kind in ("alert.undelivered", "alert.redelivered")] == [1, 1]
     await edge.new_key("reader-a", "reader", A)
     (await edge.get("/alerts/targets", key="reader-a")).refused(403)
+
+
+async def test_targets_are_listed_in_pages(edge: Edge) -> None:
+    async def send(alerts: Sequence[Alert], now_us: int) -> Failed | None:
+        raise AssertionError
+
+    edge.dispatch.replace(tuple(Target(name, "command", ("opened",), "warning", 0, send) for name in ("one", "two")))
+    await counted(edge, "/alerts/targets", 2)
+    first = (await edge.get("/alerts/targets?limit=1", key="reader")).ok()
+    rest = (await edge.get(f"/alerts/targets?limit=5&cursor={first['next_cursor']}", key="reader")).ok()
+    assert sorted(row["name"] for row in first["data"] + rest["data"]) == ["one", "two"]
+    assert (first["count"], rest["next_cursor"]) == (1, None)
+    assert (await edge.get("/alerts/targets?limit=0")).refused(400)["errors"][0]["field"] == "limit"

@@ -67,6 +67,18 @@ async def test_the_table_in_force_is_shown_most_specific_row_first(edge: Edge) -
     }
 
 
+async def test_a_long_table_is_shown_in_pages(edge: Edge) -> None:
+    rows = '[[price]]\nmodel = "m-{0:03}"\ninput_per_mtok = "1"\noutput_per_mtok = "2"\n'
+    version = await put_in_force(edge, 'version = "one"\n' + "".join(rows.format(number) for number in range(150)))
+    first = (await edge.get("/prices")).ok()
+    assert (first["count"], first["version"]) == (100, version)
+    rest = (await edge.get(f"/prices?limit=60&cursor={first['next_cursor']}")).ok()
+    assert (rest["count"], rest["version"], rest["next_cursor"]) == (50, version, None)
+    assert {row["model"] for row in first["data"] + rest["data"]} == {f"m-{number:03}" for number in range(150)}
+    for wrong in ("limit=0", "limit=1001", "cursor=x", "offset=1"):
+        assert (await edge.get(f"/prices?{wrong}")).refused(400)["errors"][0]["field"] == wrong.partition("=")[0]
+
+
 @pytest.mark.parametrize(
     ("query", "rows"),
     [
