@@ -7,10 +7,11 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
-from asapd.config import Config, ConfigError, diff, load
+from asapd.config import Config, ConfigError, Finding, diff, load
 from asapd.config.positions import Place, lines_of
 from asapd.core.errors import FieldError
 from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
+from asapd.edge.sockets import CannotListen, group_id
 from asapd.wire.keys import KeyFormatError, load_public
 from asapd.wire.webhook import SecretError, read_secret
 
@@ -19,47 +20,64 @@ _SYNTAX_LINE = re.compile(r" \(at line (\d+), column \d+\)\Z")
 
 def check(path: Path) -> tuple[Config | None, list[str]]:
     """A configuration, and every problem of it and of what it names, as `file:line: field: reason`."""
+    in_prices: list[str] = []
+
+    def named(config: Config) -> Iterator[Finding]:
+        if config.metering.pricing.file is not None:
+            in_prices.extend(price_problems(config.metering.pricing.file))
+        for find in (_unsafe_keys, _unknown_groups, _unread_secrets, _unread_certificates):
+            yield from find(config)
+
     try:
-        config = load(path)
+        return load(path, named), in_prices
     except ConfigError as error:
-        return None, str(error).splitlines()
-    named = (_key_problems, _secret_problems, _certificate_problems)
-    problems = [problem for find in named for problem in find(config, path)]
-    prices = config.metering.pricing.file
-    if prices is not None:
-        problems += price_problems(prices)
-    return config, problems
+        return None, [*str(error).splitlines(), *in_prices]
 
 
-def _key_problems(config: Config, path: Path) -> Iterator[str]:
-    for index, agent in enumerate(config.agents):
-        if agent.public_key is not None:
-            try:
-                load_public(agent.public_key)
-            except KeyFormatError as error:
-                field = f"agents[{index}].public_key"
-                yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {error}"
+def _unsafe_keys(config: Config) -> Iterator[Finding]:
+    given: list[tuple[Place, str | None]] = [
+        *((("agents", i), agent.public_key) for i, agent in enumerate(config.agents)),
+        *(
+            (("delegation", "revocation_source", i), source.public_key)
+            for i, source in enumerate(config.delegation.revocation_sources)
+        ),
+        *((("audit", "witness", i), witness.public_key) for i, witness in enumerate(config.audit.witnesses)),
+        *((("audit", "witness_for", i), log.public_key) for i, log in enumerate(config.audit.witness_for)),
+    ]
+    for place, key in given:
+        try:
+            if key is not None:
+                load_public(key)
+        except KeyFormatError as error:
+            yield Finding((*place, "public_key"), str(error))
 
 
-def _secret_problems(config: Config, path: Path) -> Iterator[str]:
+def _unknown_groups(config: Config) -> Iterator[Finding]:
+    for door, group in (("admin", config.admin.group), ("ingest", config.ingest.group)):
+        try:
+            if group is not None:
+                group_id(group)
+        except CannotListen as error:
+            yield Finding((door, "group"), str(error))
+
+
+def _unread_secrets(config: Config) -> Iterator[Finding]:
     for index, hook in enumerate(config.alerts.webhooks):
         if hook.secret_file is not None:
             try:
                 read_secret(hook.secret_file.read_bytes())
             except (OSError, SecretError) as error:
                 reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-                field = f"alerts.webhook[{index}].secret_file"
-                yield f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {hook.secret_file}: {reason}"
+                yield Finding(("alerts", "webhook", index, "secret_file"), f"{hook.secret_file}: {reason}")
 
 
-def _certificate_problems(config: Config, path: Path) -> Iterator[str]:
+def _unread_certificates(config: Config) -> Iterator[Finding]:
     tls = config.http.tls
     if tls is None:
         return
 
-    def problem(setting: str, reason: str) -> str:
-        field = f"http.tls.{setting}"
-        return f"{path}:{_line_of(path.read_text('utf-8-sig'), field)}: {field}: {reason}"
+    def problem(setting: str, reason: str) -> Finding:
+        return Finding(("http", "tls", setting), reason)
 
     unread = []
     for setting in ("cert_file", "key_file", "client_ca_file"):

@@ -1,6 +1,7 @@
 """The configuration file: parse it whole, name every problem by line, compare two of them."""
 
 from asapd.config.change import Changes, diff
+from asapd.config.checks import Finding
 from asapd.config.load import ConfigError, Problem, load, parse, parse_at, read, resolve
 from asapd.config.model import (
     Admin,
@@ -52,6 +53,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Delegation",
+    "Finding",
     "Http",
     "Ingest",
     "IngestAllow",

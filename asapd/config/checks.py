@@ -83,8 +83,9 @@ def _metering(config: Config) -> Iterator[Finding]:
     if late_us > kept_us:
         yield Finding(
             ("metering", "late_max"),
-            f"metering.late_max ({duration_text(late_us)}) is longer than retention.usage ({duration_text(kept_us)}): "
-            f"an event that late could no longer be told from a repeat; lower late_max or raise usage",
+            f"events up to {duration_text(late_us)} late are accepted (late_max), and kept for "
+            f"{duration_text(kept_us)} (retention.usage): one that late could no longer be told from a repeat; "
+            f"lower late_max or raise usage",
             (("retention", "usage"),),
         )
 

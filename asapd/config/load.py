@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,12 +15,15 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from asapd.config.checks import findings
+from asapd.config.checks import Finding, findings
 from asapd.config.model import Config
 from asapd.config.positions import Place, lines_of
 from asapd.config.values import Bind
 
 M = TypeVar("M", bound=BaseModel)
+
+More = Callable[[Config], Iterable[Finding]]
+"""Further rules, which may look at what the file names; of a file with problems they judge what is left of it."""
 
 _SECRET_KEYS = frozenset(
     {"secret", "password", "passwd", "passphrase", "token", "key", "api_key", "apikey", "private_key", "bearer"}
@@ -53,22 +56,23 @@ class ConfigError(Exception):
         )
 
 
-def load(path: Path) -> Config:
+def load(path: Path, more: More = lambda _: ()) -> Config:
     """Read and check a file; relative paths in it are resolved against its directory.
 
     Raises:
         ConfigError: it cannot be read, is not UTF-8, or has problems.
     """
-    return parse_at(path, read(path))
+    return parse_at(path, read(path), more)
 
 
-def parse_at(path: Path, text: str) -> Config:
+def parse_at(path: Path, text: str, more: More = lambda _: ()) -> Config:
     """Check a text as if it stood in a file.
 
     Raises:
         ConfigError: it has problems.
     """
-    return resolve(parse(text, path=str(path)), path.absolute().parent)
+    base = path.absolute().parent
+    return resolve(parse(text, path=str(path), more=lambda config: more(resolve(config, base))), base)
 
 
 def read(path: Path) -> str:
@@ -87,7 +91,7 @@ def read(path: Path) -> str:
         raise ConfigError([Problem(line, "file", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
 
 
-def parse(text: str, *, path: str = "<config>") -> Config:
+def parse(text: str, *, path: str = "<config>", more: More = lambda _: ()) -> Config:
     """Check a whole text. `path` only names it in messages.
 
     Raises:
@@ -117,11 +121,12 @@ def parse(text: str, *, path: str = "<config>") -> Config:
             pruned += taken
             for place in taken:
                 tree.remove(place)
-    for finding in findings(config):
-        involved = [tree.original(place) for place in (finding.place, *finding.rests_on)]
-        if not any(_touches(cut, place) for cut in pruned for place in involved):
+    for finding in (*findings(config), *more(config)):
+        place, *rests_on = involved = [tree.original(place) for place in (finding.place, *finding.rests_on)]
+        # A part of a list that went makes the rest of it no less evidence: a tier without a name is not named either.
+        if not any(_touches(cut, place) or any(_holds(cut, other) for other in rests_on) for cut in pruned):
             # What was written is to be mended, not a default that it collides with.
-            problems.append((next((place for place in involved if place in lines), involved[0]), finding.reason))
+            problems.append((next((place for place in involved if place in lines), place), finding.reason))
     if problems:
         found = {Problem(_line(place, lines), _name(place), reason) for place, reason in problems}
         ordered = sorted(found, key=lambda problem: (problem.line, problem.field, problem.reason))
@@ -210,6 +215,10 @@ class _Tree:
 def _touches(one: Place, other: Place) -> bool:
     shorter = min(len(one), len(other))
     return one[:shorter] == other[:shorter]
+
+
+def _holds(cut: Place, place: Place) -> bool:
+    return place[: len(cut)] == cut
 
 
 def _line(place: Place, lines: Mapping[Place, int]) -> int:

@@ -318,10 +318,21 @@ def check_agent_url(value: str) -> str:
 
 
 def check_webhook_url(value: str) -> str:
-    """Where alerts are posted: http or https, without fragment."""
+    """Where alerts are posted: http or https, without fragment, and not link-local, where nothing is ever sent."""
     if _split_url(value).fragment:
         raise ValueError("must not have a # part, which is never sent")
+    if is_link_local(value):
+        raise ValueError("must not be a link-local address, to which nothing is ever sent: name another of that host")
     return value
+
+
+def is_link_local(url: str) -> bool:
+    """Whether the host of an address that was checked is written as a link-local one, which asapd never connects to."""
+    try:
+        ip = ip_address(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_link_local
 
 
 def check_public_key(value: str) -> str:

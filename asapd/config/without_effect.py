@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import grp
+import pwd
 import stat
+from collections.abc import Iterator
 
 from asapd.config.model import Config
-from asapd.config.values import duration_text
+from asapd.config.values import duration_text, is_link_local
 
 
 def settings_without_effect(config: Config) -> tuple[str, ...]:
@@ -39,4 +42,29 @@ def remarks(config: Config) -> tuple[str, ...]:
             f'admin.mode is "{config.admin.mode:04o}", and who is not root, the user of asapd or in the group of the '
             'socket is refused all the same: set "0660", and admin.group to the group of those who may'
         )
+    found += _unknown_reporters(config)
+    held, most = config.delegation.reservation_ttl_us, config.delegation.max_reservation_ttl_us
+    if held > most and "max_reservation_ttl_us" in config.delegation.model_fields_set:
+        found.append(
+            f"delegation.max_reservation_ttl is {duration_text(most)}, and reservations stand for "
+            f"{duration_text(held)} (delegation.reservation_ttl), which may be asked for all the same: "
+            "raise the one, or lower the other"
+        )
+    found += (
+        f"{agent.id} is at a link-local address, which is never probed: give its url another address of that host"
+        for agent in config.agents
+        if agent.url is not None and is_link_local(agent.url)
+    )
     return tuple(found)
+
+
+def _unknown_reporters(config: Config) -> Iterator[str]:
+    """Rules for those whom this host does not know now, though a directory service may tell it of them later."""
+    for index, rule in enumerate(config.ingest.allow):
+        for what, name, find in (("user", rule.user, pwd.getpwnam), ("group", rule.group, grp.getgrnam)):
+            try:
+                if name is not None:
+                    find(name)
+            except KeyError:
+                who = f'{what} "{name}"'
+                yield f"ingest.allow[{index}] is for the {who}, whom this host does not know: it lets nobody in"

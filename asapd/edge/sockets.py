@@ -90,7 +90,7 @@ def open_unix(path: Path, mode: int, group: str | None, backlog: int = BACKLOG) 
 
     Raises: CannotListen.
     """
-    gid = None if group is None else _gid(group)
+    gid = None if group is None else group_id(group)
     _make_directory(path.parent)
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -215,7 +215,12 @@ def _remove_stale(path: Path) -> None:
     close_unix(path, status.st_ino)
 
 
-def _gid(group: str) -> int:
+def group_id(group: str) -> int:
+    """The number of a group, which may be given as one.
+
+    Raises:
+        CannotListen: this host knows no such group.
+    """
     if group.isascii() and group.isdigit():
         return int(group)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,47 @@ def test_certificates_that_cannot_be_used_are_named_by_line(host: Program, tmp_p
     wrong, no_ca = host("check-config", file).err.splitlines()
     assert wrong.startswith(f"{file}:2: http.tls.cert_file: {cert} and {key} are no certificate with its key: ")
     assert no_ca.startswith(f"{file}:4: http.tls.client_ca_file: {key} holds no certificate: ")
+
+
+def test_what_is_wrong_in_the_file_hides_nothing_of_what_it_names(host: Program, tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    weak = public_base64(bytes(32))
+    file.write_text(
+        'foo = 1\n[ingest]\ngroup = "nogroupx"\n[metering.pricing]\nfile = "none.toml"\n'
+        '[[alerts.webhook]]\nname = 1\n[[alerts.webhook]]\nurl = "http://127.0.0.1:1"\nsecret_file = "hook.secret"\n'
+        "[[agents]]\nid = 1\n"
+        f'[[agents]]\nid = "urn:asap:agent:a"\nhealth = "heartbeat"\npublic_key = "{weak}"\n'
+        f'[[delegation.revocation_source]]\npublic_key = "{weak}"\nissuers = ["*"]\n'
+    )
+    ran = host("check-config", file)
+    assert (ran.code, ran.out) == (Exit.USAGE, "")
+    *found, prices = ran.err.splitlines()
+    assert [line.removeprefix(f"{file}:").split(": ")[:2] for line in found] == [
+        ["1", "foo"],
+        ["3", "ingest.group"],
+        ["6", "alerts.webhook[0].url"],
+        ["7", "alerts.webhook[0].name"],
+        ["10", "alerts.webhook[1].secret_file"],
+        ["12", "agents[0].id"],
+        ["16", "agents[1].public_key"],
+        ["18", "delegation.revocation_source[0].public_key"],
+    ]
+    assert prices == f"{tmp_path / 'none.toml'}: file: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("section", ["ingest", "admin"])
+def test_a_group_that_this_host_does_not_know_is_a_problem_for_the_daemon_does_not_start(
+    section: str, host: Program, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(f'[{section}]\ngroup = "nogroupx"\n')
+    ran = host("check-config", file)
+    assert (ran.code, ran.err) == (
+        Exit.USAGE,
+        f"{file}:2: {section}.group: there is no group 'nogroupx' on this host: create it, or leave `group` out\n",
+    )
+    file.write_text(f'[{section}]\ngroup = "{os.getgid()}"\n')
+    assert host("check-config", file).code == Exit.DONE
 
 
 def test_against_the_running_configuration_it_says_what_a_reload_does_and_what_needs_a_restart(

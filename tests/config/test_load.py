@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.config import Bind, Config, ConfigError, Problem, load, parse, resolve
+from asapd.config import Bind, Config, ConfigError, Problem, load, parse, remarks, resolve
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
 
 KEY = "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
@@ -336,7 +336,7 @@ def test_an_event_may_not_be_later_than_its_record_is_kept() -> None:
     assert (late.line, late.field) == (2, "metering.late_max")
     short = only('[prober]\n[retention]\nusage = "6d"')
     assert (short.line, short.field) == (3, "retention.usage")
-    assert "metering.late_max (7d) is longer" in short.reason
+    assert short.reason.startswith("events up to 7d late are accepted (late_max), and kept for 6d (retention.usage): ")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "example.org:1"])
@@ -360,7 +360,7 @@ def test_no_keys_and_plain_http_are_fine_on_this_host() -> None:
         ('[http]\nbind = ["0.0.0.0:1"]\n[http.tls]\ncert_file = "c"', "http.tls.key_file"),
         ('[metering]\nlate_max = "500d"\n[retention]\nusage = "bad"', "retention.usage"),
         ('[metering]\nlate_max = "bad"\n[retention]\nusage = "1d"', "metering.late_max"),
-        ('[sla]\ndefault_tier = "a"\n[[sla.tier]]\nname = 1', "sla.tier[0].name"),
+        ('[sla]\ndefault_tier = "a"\n[sla.tier]\nname = "a"', "sla.tier"),
         ('[http]\nbind = ["x"]', "http.bind[0]"),
         ("[[agents]]\nid = 1\nurl = 'http://127.0.0.1:1'", "agents[0].id"),
         ("[[budget]]\nname = 'b'\nperiod = 'day'\nhard_usd = 'x'", "budget[0].hard_usd"),
@@ -368,6 +368,42 @@ def test_no_keys_and_plain_http_are_fine_on_this_host() -> None:
 )
 def test_what_is_wrong_is_not_taken_as_evidence_of_more(text: str, field: str) -> None:
     assert only(text).field == field
+
+
+def test_a_tier_whose_name_is_wrong_or_missing_hides_no_unknown_one() -> None:
+    agent = '[[agents]]\nid = "urn:asap:agent:a"\nurl = "http://127.0.0.1:1"\ntier = "none"\n'
+    for tier, wrong in (("", "sla.tier[0].name"), ("name = 1\n", "sla.tier[0].name")):
+        found = problems(agent + "[[sla.tier]]\n" + tier + '[[sla.tier]]\nname = "gold"\n')
+        assert [problem.field for problem in found] == ["agents[0].tier", wrong]
+        assert found[0].reason == 'no [[sla.tier]] is named "none"; known are: gold'
+
+
+@pytest.mark.parametrize("host", ["169.254.1.1", "[fe80::1]", "[::ffff:169.254.1.1]"])
+def test_nothing_is_sent_to_a_link_local_address(host: str) -> None:
+    hook = only(f'[[alerts.webhook]]\nurl = "http://{host}:1/x"\n')
+    assert (hook.line, hook.field) == (2, "alerts.webhook[0].url")
+    assert "must not be a link-local address" in hook.reason
+    agent = parse(f'[[agents]]\nid = "urn:asap:agent:a"\nurl = "http://{host}:1"\n')
+    [remark] = remarks(agent)
+    assert remark.startswith("urn:asap:agent:a is at a link-local address, which is never probed")
+
+
+def test_reporters_whom_the_host_does_not_know_are_remarked_on_and_refused_nothing() -> None:
+    rules = "".join(
+        f'[[ingest.allow]]\n{key} = {value}\nagents = ["*"]\n'
+        for key, value in (("user", '"root"'), ("uid", 0), ("user", '"nouserx"'), ("group", '"nogroupx"'))
+    )
+    assert [remark.split(",")[0] for remark in remarks(parse(rules))] == [
+        'ingest.allow[2] is for the user "nouserx"',
+        'ingest.allow[3] is for the group "nogroupx"',
+    ]
+
+
+def test_a_longest_reservation_that_is_shorter_than_any_is_remarked_on_where_it_is_written() -> None:
+    assert remarks(parse('[delegation]\nreservation_ttl = "2h"')) == ()
+    assert remarks(parse('[delegation]\nreservation_ttl = "2h"\nmax_reservation_ttl = "2h"')) == ()
+    [remark] = remarks(parse('[delegation]\nreservation_ttl = "2h"\nmax_reservation_ttl = "1h"'))
+    assert remark.startswith("delegation.max_reservation_ttl is 1h, and reservations stand for 2h")
 
 
 @pytest.mark.parametrize(
