@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,21 @@ assert "trio" not in sys.modules and "asyncio" not in sys.modules
     outcome = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_files_that_nobody_installed_are_enough(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "asapd" / "client", tmp_path / "asapd" / "client")
+    shutil.copy(ROOT / "asapd" / "__init__.py", tmp_path / "asapd")
+    # Neither the environment's packages nor what this interpreter has are in sight.
+    script = f"""
+import sys
+sys.path[:] = [{str(tmp_path)!r}, *(one for one in sys.path if not one.endswith("-packages"))]
+import asapd.client
+assert asapd.__file__.startswith({str(tmp_path)!r})
+assert asapd.__version__ == "unknown"
+"""
+    outcome = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
 
 
