@@ -17,6 +17,7 @@ from asapd.cli.outcome import Exit, Failure
 READ_S = 60.0
 CONNECT_S = 5.0
 PAGE = 1000
+_CUT_OFF = "the reply was cut off: nothing was written, ask again"
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 _SERVICE_SOCKET = Path("/run/asapd/admin.sock")
 
@@ -28,6 +29,10 @@ class RefusedError(Failure):
         super().__init__(_exit_of(status), _message(status, problem))
         self.status = status
         self.problem = problem
+
+
+class CutOffError(Failure):
+    """A reply ended before its end, which nobody needs to have meant: asked again, it may come."""
 
 
 def default_socket() -> Path:
@@ -182,6 +187,7 @@ class Door:
         patience_s: float = READ_S,
     ) -> tuple[dict[str, str], Iterator[bytes]]:
         import http.client
+        from contextlib import closing
 
         import msgspec
 
@@ -193,9 +199,13 @@ class Door:
             connection.request(method, f"{path}?{urlencode(given)}" if given else path, body)
             response = connection.getresponse()
             if response.status >= 400:
-                with connection.sock:
+                with closing(connection), response:
                     problem = msgspec.json.decode(response.read())
                 raise RefusedError(response.status, problem)
+            if not response.chunked and response.length is None:  # cut off before the header that says where it ends
+                response.close()
+                connection.close()
+                raise CutOffError(Exit.UNREACHABLE, f"{self.path}: {_CUT_OFF}")
         except TimeoutError:
             raise unreachable(self.path, None) from None
         except OSError as error:
@@ -208,8 +218,7 @@ class Door:
                 while part := response.read1(1 << 16):
                     yield part
             except (OSError, http.client.HTTPException):
-                detail = "the reply was cut off: nothing was written, ask again"
-                raise Failure(Exit.UNREACHABLE, f"{self.path}: {detail}") from None
+                raise CutOffError(Exit.UNREACHABLE, f"{self.path}: {_CUT_OFF}") from None
             finally:
                 response.close()
                 connection.close()

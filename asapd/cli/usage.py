@@ -13,6 +13,7 @@ import click
 
 from asapd.cli.options import Session, asks_daemon, moment, moment_in
 from asapd.cli.show import show_json, show_table
+from asapd.cli.usage_download import download
 from asapd.cli.written import written
 from asapd.wire.row_formats import csv_cell
 
@@ -167,8 +168,9 @@ def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
 def export(session: Session, file: Path, form: str | None, **filters: str | None) -> None:
     """Write out every usage event.
 
-    All that is recorded when it begins, in the order of time; a file is there as a whole or not at all. Events that
-    retention took are in none, and where that concerns the time asked for, it says so.
+    All that is recorded when it begins, in the order of time; a file is there as a whole or not at all. Where the
+    connection is lost, or asapd started again, ndjson and csv go on from there; json and parquet have to be asked for
+    again. Events that retention took are in none, and where that concerns the time asked for, it says so.
 
     \b
     Examples:
@@ -176,7 +178,7 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
       asapctl usage export --format parquet --since 30d --out usage.parquet
     """
     chosen = form or ("json" if session.as_json else "ndjson")
-    headers, parts = session.door.download("/usage/export", format=chosen, **filters)
+    headers, parts = download(session.door, chosen, filters)
     size = 0
     raw_since = headers.get("asapd-raw-since")
     start = filters["start"]

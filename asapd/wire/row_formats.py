@@ -86,16 +86,20 @@ class Json:
 
 
 class Csv:
-    """RFC 4180 with a header; what a spreadsheet would take for a formula has an apostrophe before it."""
+    """RFC 4180; what a spreadsheet would take for a formula has an apostrophe before it.
+
+    With a header, but where the records go on from some that were had before.
+    """
 
     content_type = "text/csv; charset=utf-8"
 
-    def __init__(self, columns: Sequence[str]) -> None:
+    def __init__(self, columns: Sequence[str], *, goes_on: bool = False) -> None:
         self._columns = columns
+        self._goes_on = goes_on
 
     def begin(self) -> bytes:
         """The header."""
-        return csv_records([self._columns])
+        return b"" if self._goes_on else csv_records([self._columns])
 
     def rows(self, rows: Rows) -> bytes:
         """A record for each; what has a structure as JSON in one cell."""

@@ -9,23 +9,25 @@ import socket
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import pytest
 
+from asapd.cli import usage_download
 from asapd.cli.door import Door
 from asapd.cli.outcome import Exit, Failure
 from tests.cli.programs import Daemon, Program
 
 
-def report(daemon: Daemon, agent: str, count: int) -> None:
+def report(daemon: Daemon, agent: str, count: int, error: str | None = None) -> None:
     event: dict[str, Any] = {
         "agent": agent,
         "consumer": "urn:asap:agent:desk",
         "task_id": "=cmd()",
         "metrics": {"tokens_in": 1, "tokens_out": 0, "duration_ms": 1, "api_calls": 1},
         "timestamp": datetime.now(UTC).isoformat(),
+        **({} if error is None else {"outcome": "failed", "error": error}),
     }
     Door(daemon.socket).post("/usage", {"events": [{**event, "id": uuid4().hex} for _ in range(count)]})
 
@@ -44,6 +46,116 @@ def test_an_export_is_written_as_a_whole_in_each_format(daemon: Daemon, ctl: Pro
     assert [row["task_id"] for row in rows] == ["'=cmd()"] * 3
     assert [row["seq"] for row in rows] == [str(json.loads(line)["seq"]) for line in lines.out.splitlines()]
     assert ctl("usage", "report", "--agent", agent, "--period", "day", "--timezone", "Mars/Base").code == Exit.USAGE
+
+
+class Cutting:
+    """A socket before the daemon's that ends each connection behind so many bytes of its answer, and then none.
+
+    With `last` it answers that then.
+    """
+
+    def __init__(self, daemon: Daemon, path: Path, cuts: list[int], last: bytes | None = None) -> None:
+        self._last = last
+        self._daemon = daemon
+        self._cuts = cuts
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.asked: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        for most in [*self._cuts, None]:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # nobody comes any more
+            left = 2**40 if most is None else most
+            with client, socket.socket(socket.AF_UNIX) as upstream:
+                asked = client.recv(65536)
+                self.asked.append(asked.split(b" ")[1].decode())
+                if most is None and self._last is not None:
+                    client.sendall(self._last)
+                    return
+                upstream.connect(str(self._daemon.socket))
+                upstream.sendall(asked.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+                while left > 0 and (part := upstream.recv(65536)):
+                    client.sendall(part[:left])
+                    left -= len(part)
+
+
+@pytest.mark.parametrize("form", ["ndjson", "csv"])
+def test_an_export_goes_on_where_it_was_cut_off(
+    form: str, daemon: Daemon, ctl: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte as in one go, wherever the cut is: in the headers, a header line, a cell of two lines, a row."""
+    monkeypatch.setattr(usage_download, "_PAUSE_S", 0.0)
+    agent = f"urn:asap:agent:{uuid4().hex[:12]}"
+    report(daemon, agent, 700, 'a "b"\r\n77,c')
+    _, parts = Door(daemon.socket).download("/usage/export", agent=agent, format=form)
+    plain = b"".join(parts)
+    out = tmp_path / "usage.out"
+    with Cutting(daemon, tmp_path / "cut.sock", [1_000, 1_800, 9_973, 40_001, 100]) as cutting:
+        asked = ["--agent", agent, "--format", form, "--out", str(out), "--socket", str(tmp_path / "cut.sock")]
+        ran = ctl("usage", "export", *asked)
+    assert ran.code == Exit.DONE, ran.err
+    assert out.read_bytes() == plain
+    assert len(cutting.asked) == 6
+    assert "after=" in cutting.asked[-1]
+    assert ran.err.count("going on from there") == 4
+
+
+def test_json_is_asked_for_again_by_who_wants_it(daemon: Daemon, ctl: Program, tmp_path: Path) -> None:
+    report(daemon, "urn:asap:agent:cut", 50)
+    out = tmp_path / "usage.json"
+    with Cutting(daemon, tmp_path / "cut.sock", [2_000]) as cutting:
+        asked = ["--format", "json", "--out", str(out), "--socket", str(tmp_path / "cut.sock")]
+        ran = ctl("usage", "export", *asked)
+    assert (ran.code, "cut off: nothing was written, ask again" in ran.err) == (Exit.UNREACHABLE, True)
+    assert list(tmp_path.glob("*usage*")) == []
+    assert len(cutting.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "code", "said"),
+    [
+        ("400 Bad Request", b'{"code":"bad_parameter","detail":"that row is gone"}', Exit.USAGE, "that row is gone"),
+        ("200 OK\r\nAsapd-Snapshot: 1", b"", Exit.UNREACHABLE, "no longer has rows that it had"),
+    ],
+)
+def test_an_export_that_would_have_a_hole_is_not_gone_on_with(
+    head: str, body: bytes, code: Exit, said: str, daemon: Daemon, ctl: Program, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(usage_download, "_PAUSE_S", 0.0)
+    report(daemon, "urn:asap:agent:cut", 50)
+    out = tmp_path / "usage.ndjson"
+    last = f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with Cutting(daemon, tmp_path / "cut.sock", [6_000], last):
+        ran = ctl("usage", "export", "--out", str(out), "--socket", str(tmp_path / "cut.sock"))
+    assert (ran.code, said in ran.err) == (code, True)
+    assert list(tmp_path.glob("*usage*")) == []
+
+
+def test_an_export_that_cannot_go_on_is_given_up(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report(daemon, "urn:asap:agent:cut", 50)
+    monkeypatch.setattr(usage_download, "PATIENCE_S", -1.0)
+    with Cutting(daemon, tmp_path / "cut.sock", [6_000]) as cutting:
+        _, parts = usage_download.download(Door(tmp_path / "cut.sock"), "csv", {})
+        assert next(parts).startswith(b"seq,")
+        with pytest.raises(Failure, match="cut off"):
+            list(parts)
+    assert len(cutting.asked) == 1
 
 
 def test_retention_says_what_would_go_and_goes(daemon: Daemon, ctl: Program) -> None:

@@ -16,8 +16,8 @@ from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter
 from asapd.edge.http.usage import raw_since, usage_filters
 from asapd.edge.services import Services
-from asapd.wire.row_formats import Format
-from asapd.wire.usage_export import FORMATS, NotInstalledError
+from asapd.wire.row_formats import Csv, Format
+from asapd.wire.usage_export import COLUMNS, FORMATS, NotInstalledError
 
 PAGE = 500
 """Rows in memory of one export; reading and writing them out takes some milliseconds."""
@@ -47,7 +47,8 @@ def register(app: QuartTrio, services: Services) -> None:
         after = await _position(services, caller, after_seq)
         newest = await services.reads.usage.snapshot(caller)
         through = min(through, newest) if through else newest
-        export = Export(services, caller, filters, through, _format(name), PARQUET_PAGE if name == "parquet" else PAGE)
+        form = Csv(COLUMNS, goes_on=True) if after and name == "csv" else _format(name)
+        export = Export(services, caller, filters, through, form, PARQUET_PAGE if name == "parquet" else PAGE)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
         response = Response(export.parts(first), content_type=export.format.content_type)
         response.headers["Asapd-Snapshot"] = str(through)
