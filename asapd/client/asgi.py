@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from asapd.client.async_meter import AsyncMeter, in_thread
 from asapd.client.meter import Meter
-from asapd.client.middleware import TASK_HEADER, Answer, Request, Rules
+from asapd.client.middleware import Answer, Request, Rules
 from asapd.client.task import leave
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -30,11 +30,11 @@ class AsgiMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
-        if scope["type"] not in {"http", "websocket"} or scope.get("path") in self._rules.skip:
+        if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        request = Request(self._meter, self._rules, _headers(scope))
-        if self._rules.require_delegation:
+        request = Request(self._meter, self._rules, scope.get("path", ""), _headers(scope))
+        if request.is_guarded:
             answer = await in_thread(request.authorize)
             if answer is not None:
                 await _refuse(scope, receive, send, answer)
@@ -50,8 +50,8 @@ class AsgiMiddleware:
             kind = message["type"]
             if kind in {"http.response.start", "websocket.accept"}:
                 status = message.get("status", 101)
-                own = (TASK_HEADER.encode(), task.task_id.encode("latin-1", "replace"))
-                message = {**message, "headers": [*message.get("headers", ()), own]}
+                own = [(name.encode(), value.encode("latin-1", "replace")) for name, value in request.shown]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             elif kind in {"websocket.close", "websocket.http.response.start"} and status is None:
                 status = message.get("status", 403)
             await send(message)

@@ -11,6 +11,9 @@ from asapd.client.link import Requests
 
 AUTHORIZE_S = 5.0
 
+# Refusals of the caller, whose key or rights may be mended meanwhile, and of this moment: asked again, it may be a yes.
+_NOT_FINAL = frozenset({401, 403, 408, 425, 429})
+
 
 class Estimate(TypedDict, total=False):
     """What the work may take; a limit on the way needs its unit."""
@@ -32,16 +35,25 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """The work may not be done. `problem` is the daemon's RFC 9457 document."""
+    """The work may not be done, and asking the same again changes nothing. `problem` is the daemon's RFC 9457 document.
+
+    Its `decision` is `deny` where the delegation does not allow the work; without one the question itself was refused,
+    such as for an estimate that is missing or for a delegation that is not known.
+    """
 
     code: str
     reason: str
     problem: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the delegation was judged, not the question refused."""
+        return self.problem.get("decision") == "deny"
+
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """Nobody could say: the daemon is away, or refuses this caller or request as such."""
+    """Nobody could say: the daemon is away or overloaded, or refuses this caller, whatever it asks."""
 
     reason: str
 
@@ -64,7 +76,7 @@ def authorize(
     """Ask for a reservation. `credential` is a token, or the id of a delegation the daemon knows.
 
     Raises:
-        ValueError: for an estimate that is none.
+        TypeError, ValueError: for what cannot be asked, such as an estimate that is none.
     """
     wanted: dict[str, Any] = dict(estimate or {})
     if "cost_usd" in wanted:
@@ -77,8 +89,9 @@ def authorize(
         "estimate": wanted,
         **{name: value for name, value in optional.items() if value is not None},
     }
+    content = encode(body)
     try:
-        response = requests.post("/delegations/authorize", encode(body), idempotency=new_id(), timeout_s=AUTHORIZE_S)
+        response = requests.post("/delegations/authorize", content, idempotency=new_id(), timeout_s=AUTHORIZE_S)
     except (OSError, ValueError) as error:
         return Unavailable(f"{type(error).__name__}: {error}")
     return judge(response.status, response.document)
@@ -102,4 +115,6 @@ def judge(status: int, document: Mapping[str, Any]) -> Authorization:
         )
     if document.get("decision") == "deny":
         return Denied(code, str(document.get("reason", "")), document)
+    if code and 400 <= status < 500 and status not in _NOT_FINAL:
+        return Denied(code, str(document.get("detail", "")), document)
     return Unavailable(f"{code or 'HTTP status'} {status}: {document.get('detail', '')}")

@@ -281,6 +281,10 @@ class Meter:
                 estimate=estimate,
                 ttl_s=ttl_s,
             )
+        except (TypeError, ValueError) as error:
+            self.counters.add("misused")
+            self.counters.complain("an authorisation was asked for in a way that makes no sense", error=error)
+            return delegation.Denied("invalid", str(error))
         except Exception as error:  # noqa: BLE001 -- the caller gets an answer whatever happens, and it is not a yes
             self.counters.complain("an authorisation could not be asked for", error=error)
             return delegation.Unavailable(f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from asapd.client.delegation import Allowed, Authorization, Denied, Estimate, Unavailable, is_token
 from asapd.client.event import encode, new_id
 from asapd.client.meter import Meter
+from asapd.client.stats import Counters
 from asapd.client.task import Task
 
 TASK_HEADER = "x-asap-task-id"
@@ -27,11 +28,11 @@ class Rules:
     """How requests are metered.
 
     The consumer is the header `x-asap-consumer`, which is the caller's own word, unless `consumer` is a function that
-    knows better, from the headers. The usage of a request is under the token in `x-asap-delegation-token`, if it brings
-    one, and flagged where that does not allow `action`. With `require_delegation` a request without a token that
-    allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503 while the
-    daemon cannot be asked. Paths in `skip` are neither metered nor guarded. A response of 500 and more, or an
-    exception, is a failed task.
+    knows better, from the headers. The usage of a request is under the token in `x-asap-delegation-token`, if it
+    brings one, and flagged where that does not allow `action`. With `require_delegation` a request without a token
+    that allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503 while the
+    daemon cannot be asked. Paths in `skip` are neither metered nor guarded: their task records nothing. A response of
+    500 and more, or an exception, is a failed task.
     """
 
     agent: str | None = None
@@ -52,21 +53,36 @@ class Answer:
     body: bytes
 
 
+@dataclass(frozen=True)
+class _Unrecorded:
+    """The recorder of a task that counts for nothing, so that code deep inside the work finds one on every path."""
+
+    counters: Counters
+
+    def submit(self, event: dict[str, Any]) -> bool:  # noqa: ARG002 -- what it is given goes nowhere
+        """Take an event in, and leave it at that."""
+        return True
+
+
 class Request:
     """One request: the task that it is, and the permission it has."""
 
-    def __init__(self, meter: Meter, rules: Rules, headers: Headers) -> None:
+    def __init__(self, meter: Meter, rules: Rules, path: str, headers: Headers) -> None:
         self._meter = meter
         self._rules = rules
         self._headers = headers
         self._reservation: str | None = None
+        self.is_skipped = path in rules.skip
+        if self.is_skipped:
+            self.task: Task = Task(_Unrecorded(meter.counters), "", "", None)
+            return
         consumer = headers.get(CONSUMER_HEADER)
         if rules.consumer is not None:
             try:
                 consumer = rules.consumer(headers)
             except Exception as error:  # noqa: BLE001 -- metering never breaks the request
                 meter.counters.complain("the consumer of a request could not be told", error=error)
-        self.task: Task = meter.task(
+        self.task = meter.task(
             agent=rules.agent,
             consumer=_name(consumer) or meter.consumer or NOBODY,
             task_id=_name(headers.get(TASK_HEADER)) or new_id(),
@@ -76,6 +92,16 @@ class Request:
         if token and not rules.require_delegation:
             # Nobody is turned away; whether the token allowed the work, the daemon says with its usage.
             self.task.describe(delegation_token=token)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether `authorize` has to be asked first."""
+        return self._rules.require_delegation and not self.is_skipped
+
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """What its response says of the task."""
+        return [] if self.is_skipped else [(TASK_HEADER, self.task.task_id)]
 
     def authorize(self) -> Answer | None:
         """Ask for permission, waiting for the daemon; an answer means that the application is not to be called."""
@@ -108,6 +134,12 @@ class Request:
                 self._reservation = outcome.reservation
                 self.task.describe(delegation=outcome.delegation, reservation=outcome.reservation)
                 return None
+            case Denied() if not outcome.is_decided:
+                said = f"{outcome.code}: {outcome.reason}"
+                self._meter.counters.complain("requests are turned away, asapd refuses to judge them: %s", said)
+                detail = "whether the delegation allows this cannot be judged as this service asks: do not try again"
+                problem = {"title": "Cannot authorise", "detail": detail, "code": "authorization_refused"}
+                return _problem(403, {**problem, "reason": outcome.code})
             case Denied():
                 # What a budget of this host has spent is for its people, not for whoever asks for work.
                 return _problem(403, {name: what for name, what in outcome.problem.items() if name != "budget"})

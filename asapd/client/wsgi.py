@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from asapd.client.meter import Meter
-from asapd.client.middleware import TASK_HEADER, Request, Rules
+from asapd.client.middleware import Request, Rules
 from asapd.client.task import leave
 
 Environ: TypeAlias = dict[str, Any]
@@ -27,10 +27,8 @@ class WsgiMiddleware:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI interface."""
-        if environ.get("PATH_INFO", "") in self._rules.skip:
-            return self._app(environ, start_response)
-        request = Request(self._meter, self._rules, _headers(environ))
-        if self._rules.require_delegation:
+        request = Request(self._meter, self._rules, environ.get("PATH_INFO", ""), _headers(environ))
+        if request.is_guarded:
             answer = request.authorize()
             if answer is not None:
                 start_response(f"{answer.status} {answer.reason}", answer.headers)
@@ -39,7 +37,7 @@ class WsgiMiddleware:
 
         def watched(status: str, headers: list[tuple[str, str]], *more: Any) -> Callable[[bytes], object]:
             response.status = _status(status)
-            return start_response(status, [*headers, (TASK_HEADER, request.task.task_id)], *more)
+            return start_response(status, [*headers, *request.shown], *more)
 
         request.task.start()
         outer = request.task.enter()

@@ -256,7 +256,6 @@ def test_an_authorisation_is_a_clear_yes_a_clear_no_or_none(home: Path, fake: Fa
         )
         for _ in range(4):
             assert isinstance(meter.authorize("{}", task_id="t"), Unavailable)
-        assert isinstance(meter.authorize("{}", task_id="t", estimate={"cost_usd": "much"}), Unavailable)
     first, second = fake.requests[0][2], fake.requests[1][2]
     assert first == {
         "delegation": "job.42",
@@ -270,6 +269,46 @@ def test_an_authorisation_is_a_clear_yes_a_clear_no_or_none(home: Path, fake: Fa
     assert (second["token"], second["action"], second["project"]) == ("a.b.c", "task.read", "p")
     keys = [headers["idempotency-key"] for _, headers, _ in fake.requests]
     assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "malformed"),
+        (404, "delegation_not_found"),
+        (409, "conflict"),
+        (413, "too_large"),
+        (422, "missing_estimate"),
+    ],
+)
+def test_a_question_that_is_refused_for_good_is_denied(home: Path, fake: Fake, status: int, code: str) -> None:
+    problem = {"code": code, "detail": "give one"}
+    fake.http = lambda path, headers, body: (status, problem)
+    with make(home) as meter:
+        denied = meter.authorize("{}", task_id="t")
+        assert denied == Denied(code, "give one", problem)
+        assert isinstance(denied, Denied)
+        assert not denied.is_decided
+
+
+@pytest.mark.parametrize("status", [401, 408, 429, 503])
+def test_a_question_that_may_be_answered_another_time_is_not_denied(home: Path, fake: Fake, status: int) -> None:
+    fake.http = lambda path, headers, body: (status, {"code": "some", "detail": "not now"})
+    with make(home) as meter:
+        assert isinstance(meter.authorize("{}", task_id="t"), Unavailable)
+    fake.http = lambda path, headers, body: (404, {})  # whoever that is, it is not asapd
+    with make(home) as meter:
+        assert isinstance(meter.authorize("{}", task_id="t"), Unavailable)
+
+
+@pytest.mark.parametrize("cost", ["much", -1])
+def test_an_estimate_that_is_none_is_denied_without_asking(home: Path, fake: Fake, cost: Any) -> None:
+    with make(home) as meter:
+        denied = meter.authorize("{}", task_id="t", estimate={"cost_usd": cost})
+        assert isinstance(denied, Denied)
+        assert (denied.code, str(cost) in denied.reason) == ("invalid", True)
+        assert meter.stats().misused == 1
+    assert fake.requests == []
 
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(home: Path) -> None:

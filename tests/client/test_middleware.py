@@ -72,9 +72,9 @@ def wsgi(app: Any, path: str = "/", headers: Sent | None = None) -> Answer:
 def asgi_app(status: int = 200) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         task = current_task()
-        assert (task is None) == ("asapd.task" not in scope)
-        if task is not None:
-            task.tokens(3, 4)
+        assert task is not None
+        assert task is scope["asapd.task"]
+        task.tokens(3, 4)
         if scope["type"] == "websocket":
             await send({"type": "websocket.accept"})
             return
@@ -89,19 +89,18 @@ def asgi_app(status: int = 200) -> Any:
 def wsgi_app(status: int = 200) -> Any:
     def app(environ: Any, start_response: Any) -> Iterable[bytes]:
         task = current_task()
-        assert (task is None) == ("asapd.task" not in environ)
+        assert task is not None
+        assert task is environ["asapd.task"]
         if status == 0:
             raise RuntimeError("broken")
         start_response(f"{status} X", [("x-app", "1")])
-        if task is not None:
-            # In the iteration, as a streaming response does it.
-            task.tokens(3)
+        task.tokens(3)
         return parts(task)
 
     def parts(task: Any) -> Iterator[bytes]:
+        # In the iteration, as a streaming response does it.
         assert current_task() is task
-        if task is not None:
-            task.tokens(out=4)
+        task.tokens(out=4)
         yield b"hel"
         yield b"lo"
 
@@ -195,9 +194,12 @@ def test_what_a_caller_sends_as_names_is_not_believed_blindly(way: str, meter: M
 @ways
 def test_skipped_paths_are_left_alone(way: str, meter: Meter, fake: Fake) -> None:
     ask = served(way, meter, Rules(skip={"/healthz"}, require_delegation=True))
-    assert ask("/healthz")[0] == 200
+    status, headers, body = ask("/healthz", {"x-asap-task-id": "mine"})
+    assert (status, headers, body) == (200, {"x-app": "1"}, b"hello")
+    assert current_task() is None
     assert meter.flush()
     assert fake.events == []
+    assert meter.stats().misused == meter.stats().recorded == 0
 
 
 @ways
@@ -238,6 +240,19 @@ def test_a_denial_is_handed_on_but_for_what_a_budget_has_spent(way: str, meter: 
     assert json.loads(body) == {**DENIED, "type": "urn:asapd:problem:revoked", "status": 403}
     assert meter.flush()
     assert fake.events == []
+
+
+@ways
+@pytest.mark.parametrize(("estimate", "reason"), [({"tokens": 1}, "missing_estimate"), ({"cost_usd": -1}, "invalid")])
+def test_what_is_refused_for_good_is_not_to_be_tried_again(
+    way: str, meter: Meter, fake: Fake, estimate: Any, reason: str
+) -> None:
+    fake.http = lambda path, headers, body: (422, {"code": "missing_estimate", "detail": "give cost_usd"})
+    rules = Rules(require_delegation=True, estimate=estimate)
+    status, headers, body = served(way, meter, rules)(headers={"x-asap-delegation": "a.b.c"})
+    document = json.loads(body)
+    assert (status, "retry-after" in headers) == (403, False)
+    assert (document["code"], document["reason"]) == ("authorization_refused", reason)
 
 
 @ways
