@@ -12,7 +12,7 @@ import msgspec
 from asapd.core.budgets import Balance, Budget, Level, Reached, amount_number, amount_text, reached
 from asapd.store import breaches
 from asapd.store.breaches import open_of_budget
-from asapd.store.rows import fetch
+from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import Tx
 from asapd.store.units.alerts import BreachRow, WriteBreach
 
@@ -43,13 +43,25 @@ def check(tx: Tx, budget: Budget, balance: Balance, alerted: int, now_us: int) -
 
 
 def lower(tx: Tx, budget: Budget, balance: Balance, alerted: int, now_us: int) -> int:
-    """Resolve the budget's breach when its limits were raised above what is spent; the level alerted still."""
+    """Resolve the budget's breach when its limits were raised above what is spent; the level alerted still.
+
+    That is the soft limit, if it is reached and a warning told of it before the breach became critical.
+    """
     found = reached(budget, balance)
     level = Level.BELOW if found is None else found.level
     if level >= alerted:
         return alerted
-    resolve(tx, budget.name, "limit_raised", now_us)
-    return Level.BELOW
+    known = open_of_budget(tx.connection, budget.name)
+    if known is None:
+        return level
+    _resolve(tx, known, "limit_raised", now_us)
+    was_warned = _is_escalated(tx, known) and known.evidence["soft"] == msgspec.to_builtins(budget.soft)
+    return level if was_warned else Level.BELOW
+
+
+def _is_escalated(tx: Tx, known: BreachRow) -> bool:
+    query = "SELECT 1 FROM alert WHERE breach = ? AND event = 'escalated'"
+    return fetch_one(tx.connection, query, (known.id,)) is not None
 
 
 def resolve(tx: Tx, name: str, reason: str, now_us: int) -> None:

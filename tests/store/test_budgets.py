@@ -469,6 +469,41 @@ def test_raising_a_limit_resolves_and_lowering_it_alerts(desk: Desk) -> None:
     assert len(desk.alerts()) == 5, "what stays above its limit stays open"
 
 
+def test_a_soft_limit_that_was_told_is_not_told_again_when_the_hard_one_is_raised(desk: Desk) -> None:
+    desk.sync(DAILY)
+    desk.use(8 * USD)
+    desk.use(4 * USD)
+    assert [(event, severity) for event, severity, *_ in desk.alerts()] == [
+        ("opened", "warning"),
+        ("escalated", "critical"),
+    ]
+    higher = replace(DAILY, hard=Limits(20 * USD))
+    desk.sync(higher)
+    desk.use(USD)
+    desk.sync(replace(higher, hard=Limits(21 * USD)))
+    assert desk.alerts()[2:] == [("resolved", "critical", "limit_raised", "10.0 USD")]
+    shown = desk.show()
+    assert (shown["limit_reached"], shown["open_breach"]) == ("soft", None)
+    desk.use(8 * USD)
+    assert desk.alerts()[3:] == [("opened", "critical", None, "21.0 USD")]
+
+
+def test_a_soft_limit_that_is_new_or_was_passed_unsaid_is_told_when_the_hard_one_is_raised(desk: Desk) -> None:
+    desk.sync(DAILY)
+    desk.use(8 * USD)
+    desk.use(4 * USD)
+    desk.sync(replace(DAILY, soft=Limits(9 * USD), hard=Limits(20 * USD)))
+    resolved = ("resolved", "critical", "limit_raised", "10.0 USD")
+    assert desk.alerts()[2:] == [resolved, ("opened", "warning", None, "9.0 USD")]
+    desk.now_us = MIDNIGHT_US
+    desk.sync(DAILY)
+    desk.sweep()
+    desk.use(12 * USD)
+    told = len(desk.alerts())
+    desk.sync(replace(DAILY, hard=Limits(20 * USD)))
+    assert desk.alerts()[told:] == [resolved, ("opened", "warning", None, "8.0 USD")]
+
+
 @pytest.mark.parametrize(
     ("then", "why"), [((), "budget_removed"), ((replace(DAILY, period="month"),), "budget_changed")]
 )
