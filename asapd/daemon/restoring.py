@@ -80,6 +80,8 @@ def restore(
         )
     except lock.LockedError as error:
         raise CannotRestoreError(f"{error}: stop it first") from None
+    except restoring.DamagedBackupError as error:
+        raise BadBackupError(str(error)) from None
     except (NotOurDatabaseError, DatabaseTooNewError) as error:
         raise CannotRestoreError(str(error)) from None
     except CopyFailedError as error:
@@ -175,7 +177,7 @@ def _verify(
             hint = "; if checkpoints.log is of another log, --give-up-checkpoints sets it aside"
         elif "audit.former_keys" in fault.reason:
             hint = ", and give --config"
-        raise BadBackupError(f"entry {fault.seq} ({fault.id or 'no id'}): {fault.reason}{hint}")
+        raise BadBackupError(f"{fault}{hint}")
     for tally in report.tallies or ():
         if tally.findings:
             raise BadBackupError(f"{tally.findings} records and entries do not agree: {tally.named[0]}")

@@ -12,11 +12,15 @@ PAGES = 2_048
 
 
 class CopyFailedError(Exception):
-    """The copy was not made; nothing is left of it. `is_full` says that the disk has no room for it."""
+    """The copy was not made; nothing is left of it.
 
-    def __init__(self, reason: str, *, is_full: bool = False) -> None:
+    `is_full` says that the disk has no room for it, `is_damaged` that what was to be copied is no whole database.
+    """
+
+    def __init__(self, reason: str, *, is_full: bool = False, is_damaged: bool = False) -> None:
         super().__init__(reason)
         self.is_full = is_full
+        self.is_damaged = is_damaged
 
 
 def copy_database(source: Path, target: Path) -> None:
@@ -38,7 +42,8 @@ def copy_database(source: Path, target: Path) -> None:
         raise CopyFailedError(f"{error.filename}: {error.strerror}") from None
     except apsw.Error as error:
         target.unlink(missing_ok=True)
-        raise CopyFailedError(str(error), is_full=isinstance(error, apsw.FullError)) from None
+        is_full, is_damaged = isinstance(error, apsw.FullError), isinstance(error, apsw.CorruptError)
+        raise CopyFailedError(str(error), is_full=is_full, is_damaged=is_damaged) from None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -25,6 +25,10 @@ STEP = 10_000
 """Entries that are read in one go."""
 
 
+class DamagedBackupError(Exception):
+    """The file was a database of asapd, and is no whole one any more: take another copy."""
+
+
 class Head(msgspec.Struct, frozen=True):
     """What a log is known by: how many entries it has, and their root."""
 
@@ -39,7 +43,8 @@ def take(file: Path, target: Path, key: SigningKey | None) -> int:
 
     Raises:
         CopyFailedError: it cannot be read, or there is no room for it.
-        NotOurDatabaseError, DatabaseTooNewError: see `asapd.store.migrations`; the former for a damaged one as well.
+        DamagedBackupError: it was cut off or changed.
+        NotOurDatabaseError, DatabaseTooNewError: see `asapd.store.migrations`.
     """
     try:
         copy_database(file, target)
@@ -54,9 +59,11 @@ def take(file: Path, target: Path, key: SigningKey | None) -> int:
     except CopyFailedError as error:
         if "not a database" in str(error):
             raise NotOurDatabaseError(f"{file} is not a backup of asapd") from None
+        if error.is_damaged:
+            raise DamagedBackupError(f"it is damaged: {error}") from None
         raise
     except apsw.Error as error:
-        raise NotOurDatabaseError(f"{file} is damaged: {error}") from None
+        raise DamagedBackupError(f"it is damaged: {error}") from None
 
 
 def origin(path: Path) -> str | None:

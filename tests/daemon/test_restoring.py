@@ -200,14 +200,17 @@ def test_a_backup_that_cannot_be_read_to_its_end_is_not_said_to_be_bad(
 def test_files_of_another_kind_are_refused(host: Host, backup: Path, tmp_path: Path) -> None:
     before = contents(host)
     file = tmp_path / "file"
-    for content, said in (
-        (b"not a database" * 99, "is not a backup of asapd"),
-        (b"", "it has no audit log"),
-        (backup.read_bytes()[:9000], None),
-        (backup.read_bytes()[:4000] + bytes(9000), None),
+    whole = backup.read_bytes()
+    for content, kind, said in (
+        (b"not a database" * 99, CannotRestoreError, "is not a backup of asapd"),
+        (b"", BadBackupError, "it has no audit log"),
+        (whole[:4000], BadBackupError, "it is damaged"),
+        (whole[:9000], BadBackupError, "it is damaged"),
+        (whole[:-4096], BadBackupError, "it is damaged"),
+        (whole[:4000] + bytes(9000), BadBackupError, "it is damaged"),
     ):
         file.write_bytes(content)
-        with pytest.raises((CannotRestoreError, BadBackupError), match=said):
+        with pytest.raises(kind, match=said):
             host.restore(file)
     for sql, said in (
         ("CREATE TABLE x (y)", "is not a backup of asapd"),
