@@ -41,7 +41,23 @@ def delegation() -> None:
 delegation.add_command(revocations)
 
 
-@delegation.command()
+class _SeveralScopes(click.Command):
+    """A command whose `--scope` takes all that follows it up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give each scope an option of its own, which is what click knows."""
+        told: list[str] = []
+        more = False  # whether a word that is no option is one more scope
+        for before, word in zip([None, *args], args, strict=False):
+            if before == "--scope" or word.startswith("-"):
+                more = before == "--scope" or word.startswith("--scope=")
+                told.append(word)
+            else:
+                told += ["--scope", word] if more else [word]
+        return super().parse_args(ctx, told)
+
+
+@delegation.command(cls=_SeveralScopes)
 @click.option(
     "--key",
     "key_file",
@@ -50,7 +66,7 @@ delegation.add_command(revocations)
 )
 @click.option("--delegator", required=True, metavar="URN", help="Who lets.")
 @click.option("--delegate", required=True, metavar="URN", help="Who is let.")
-@click.option("--scope", "scopes", required=True, multiple=True, help="What is let: a.b, a.* or *; several times.")
+@click.option("--scope", "scopes", required=True, multiple=True, help="What is let: a.b, a.* or *; one or several.")
 @click.option("--max-cost-usd", "max_cost_microusd", type=usd, metavar="USD", help="At most so much may be spent.")
 @click.option("--max-tasks", type=click.IntRange(min=0), help="At most so many tasks.")
 @click.option(
@@ -72,7 +88,7 @@ def issue(key_file: Path | None, form: str, socket: Path | None, as_json: bool, 
       asapctl delegation issue --key root.pem --delegator urn:asap:agent:root \\
           --delegate urn:asap:agent:writer --scope 'task.*' --max-cost-usd 10 --expires-in 7d
       asapctl delegation issue --key writer.pem --delegator urn:asap:agent:writer \\
-          --delegate urn:asap:agent:helper --scope task.execute --expires-in 1h --parent @root.token
+          --delegate urn:asap:agent:helper --scope task.execute task.read --expires-in 1h --parent @root.token
     """
     from asapd.core.types import SECOND_US
 

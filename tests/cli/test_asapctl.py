@@ -232,7 +232,7 @@ def test_a_token_issued_offline_is_inspected_and_passed_on_without_a_daemon(
     root, writer, helper = urn(), urn(), urn()
     issue = ("delegation", "issue", "--key", key, "--expires-in")
     limits = ("--max-cost-usd", "10.5", "--max-tasks", "3")
-    ran = ctl(*issue, "7d", "--delegator", root, "--delegate", writer, "--scope", "task.*", "--scope", "a.b", *limits)
+    ran = ctl(*issue, "7d", "--delegator", root, "--delegate", writer, "--scope", "task.*", "a.b", *limits)
     assert (ran.code, ran.err, ran.out.count("\n")) == (Exit.DONE, "", 1)
     (tmp_path / "token").write_text(ran.out)
     for names in (("--delegator", "root", "--delegate", writer), ("--delegator", root, "--delegate", "writer")):
