@@ -255,12 +255,13 @@ class Attribute:
 class ReconfigureRegistry:
     """Use other roots, keys, limits and budgets from the next message on.
 
-    `pinned` maps agents to raw public keys.
+    `pinned` maps agents to raw public keys. The answer has the agents whose key the daemon holds now and did not, or
+    held and does not.
     """
 
     delegation: config.Delegation
     pinned: dict[str, bytes]
-    reply: Reply[Refusal | None]
+    reply: Reply[Refusal | tuple[str, ...]]
     budgets: tuple[config.Budget, ...] = ()
     actor: str = "asapd"
 

@@ -235,16 +235,18 @@ class _Registry:
             case _:
                 assert_never(message)
 
-    async def _reconfigure(self, message: ReconfigureRegistry) -> Refusal | None:
+    async def _reconfigure(self, message: ReconfigureRegistry) -> Refusal | tuple[str, ...]:
         refusal = await self._sync_budgets(message.budgets, message.actor)
         if refusal is not None:
             return refusal
         self._settings.budgets = message.budgets
+        before = {(agent, bytes(key)) for agent, key in self._keys.held.items()}
         refusal = await self._take_keys(message.delegation, message.pinned, message.actor)
         if refusal is not None:
             return refusal
         self._settings.delegation, self._settings.pinned = message.delegation, message.pinned
-        return None
+        after = {(agent, bytes(key)) for agent, key in self._keys.held.items()}
+        return tuple(sorted({agent for agent, _ in before ^ after}))
 
     # --- judging a chain
 

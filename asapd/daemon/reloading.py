@@ -78,7 +78,7 @@ class Reloader:
             "errors": self._errors,
             "loaded_at": format_us(self._loaded_us),
             "tried_at": format_us(self._tried_us),
-            "path": None if self._path is None else str(self._path),
+            "path": None if self._path is None else str(self._path.absolute()),
             "without_effect": config.settings_without_effect(self._loaded.config),
         }
 
@@ -109,14 +109,16 @@ class Reloader:
         kept: dict[str, Any] = {section: getattr(self._loaded.config, section) for section in _RESTART_SECTIONS}
         changes = config.diff(self._loaded.config, fresh.config)
         effective = fresh.config.model_copy(update=kept)
-        refusal = await self._apply(fresh, effective, actor)
-        if refusal is not None:
+        keys = await self._apply(fresh, effective, actor)
+        if isinstance(keys, Refusal):
             if effective.audit.mask != self.in_force.audit.mask:
                 # Also where the store did not say what became of it: a writer that comes later has these.
                 await self._target.mask(self.in_force.audit.mask)
-            self._errors = [refusal.detail]
-            return refusal
+            self._errors = [keys.detail]
+            return keys
         applied = _summary(changes)
+        if keys:
+            applied["keys"] = list(keys)
         if fresh.prices != self._loaded.prices:
             applied["prices"] = fresh.prices.version
         self._loaded = Loaded(effective, fresh.prices, fresh.pinned, fresh.agents, fresh.secrets, fresh.text)
@@ -144,8 +146,11 @@ class Reloader:
         detail = f"nothing was changed: {self._errors[0]}"
         return Refusal("config_refused", detail, errors, {"problems": self._errors})
 
-    async def _apply(self, fresh: Loaded, effective: config.Config, actor: str) -> Refusal | None:
-        """Everybody's part, the directory first: it alone can be refused, by a store that is away."""
+    async def _apply(self, fresh: Loaded, effective: config.Config, actor: str) -> Refusal | tuple[str, ...]:
+        """Everybody's part, the directory first: it alone can be refused, by a store that is away.
+
+        Returns the agents whose key is held now and was not, or the other way round.
+        """
         boxes = self._target.mailboxes
         changed = await ask_actor(
             boxes["prober"],
@@ -160,17 +165,16 @@ class Reloader:
             return refused
         self._target.adopt(effective)
         self._target.retarget(effective, fresh.secrets)
-        for outcome in (
-            await ask_actor(boxes["meter"], lambda to: ReconfigureMeter(effective.metering, fresh.prices, to)),
-            await ask_actor(
-                boxes["registry"],
-                lambda to: ReconfigureRegistry(effective.delegation, fresh.pinned, to, effective.budgets, actor),
-            ),
-            await ask_actor(boxes["watcher"], lambda to: ReconfigureWatcher(effective.sla, to)),
-        ):
+        priced = await ask_actor(boxes["meter"], lambda to: ReconfigureMeter(effective.metering, fresh.prices, to))
+        keys = await ask_actor(
+            boxes["registry"],
+            lambda to: ReconfigureRegistry(effective.delegation, fresh.pinned, to, effective.budgets, actor),
+        )
+        judged = await ask_actor(boxes["watcher"], lambda to: ReconfigureWatcher(effective.sla, to))
+        for outcome in (priced, judged):
             if isinstance(outcome, Refusal):
                 return outcome
-        return None
+        return keys
 
     def _told(self) -> dict[str, Any]:
         """What entries of the audit log say of the text."""

@@ -200,7 +200,8 @@ class Desk:
 
     async def reconfigure(self, pinned: dict[str, bytes], **delegation: Any) -> None:
         chosen = config.Delegation.model_validate(delegation)
-        assert await self.ask(lambda to: ReconfigureRegistry(chosen, pinned, to)) is None
+        self.rekeyed = await self.ask(lambda to: ReconfigureRegistry(chosen, pinned, to))
+        assert isinstance(self.rekeyed, tuple)
 
     async def know(self, agent: str, key: SigningKey | None, manifest: tuple[SigningKey, str] | None = None) -> None:
         """Put an agent into the directory, with the key its operator gave or the one of its manifest."""
@@ -448,12 +449,16 @@ async def test_another_keys_dir_is_read_at_a_reload_and_what_is_not_used_is_told
     (other / "a.pem").write_bytes(private_pem(KEYS[A]))
     (other / "a.pem").chmod(0o644)
     await desk.reconfigure({}, keys_dir=str(other))
+    assert desk.rekeyed == ()
     (problem,) = desk.settings.key_problems
     assert problem.startswith(f"{other / 'a.pem'} is not used: its mode is 0644")
     assert str(other) in (await desk.issue()).errors[0].reason  # type: ignore[union-attr]
     (other / "a.pem").chmod(0o600)
     await desk.reconfigure({}, keys_dir=str(other))
     assert desk.settings.key_problems == []
+    assert desk.rekeyed == (A,)
+    await desk.reconfigure({}, keys_dir=str(other))
+    assert desk.rekeyed == ()
     assert issued(await desk.issue()).created
 
 

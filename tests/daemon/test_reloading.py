@@ -11,6 +11,7 @@ from typing import Any
 import apsw
 import pytest
 import trio
+from nacl.signing import SigningKey
 
 from asapd import config
 from asapd.core.errors import Refusal
@@ -19,6 +20,7 @@ from asapd.daemon.reloading import Reloader
 from asapd.daemon.versions import Versions
 from asapd.runtime.clock import Clock
 from asapd.store.database import Database
+from asapd.wire.keys import private_pem
 from tests.edge.house import NOW, A, B, C, Edge, open_edge
 
 BASE = '[[agents]]\nid = "urn:asap:agent:a"\nurl = "http://127.0.0.1:1"\n'
@@ -114,6 +116,21 @@ async def test_what_changed_reaches_everybody_and_is_audited(house: House) -> No
     assert isinstance(gone, dict)
     assert gone["applied"]["agents_removed"] == [A, C]
     assert await house.agents() == []
+
+
+async def test_a_key_that_is_held_since_is_told_though_the_file_is_the_same(house: House, tmp_path: Path) -> None:
+    same = f'[delegation]\nkeys_dir = "{tmp_path}"\n'
+    await house.reload(same)
+    (tmp_path / "a.pem").write_bytes(private_pem(SigningKey(bytes(32))))
+    (tmp_path / "a.pem").chmod(0o600)
+    for applied in ({"keys": [A]}, {}):
+        assert await house.reload(same) == {"state": "ok", "applied": applied, "restart_required": []}
+
+
+async def test_the_file_is_shown_by_its_whole_path(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(house.file.parent)
+    reloader = Reloader(Path(house.file.name), load(house.file), house, house.versions)
+    assert reloader.status()["path"] == str(house.file)
 
 
 async def test_a_bad_file_changes_nothing_and_shows_until_it_is_mended(house: House) -> None:
