@@ -110,9 +110,11 @@ def _print(look: dict[str, Any]) -> None:
     unpriced = any(row["unpriced_events"] for row in rows)
     spend = None if unpriced and not any(costs) else sum(costs, Decimal(0))
     tasks = sum((row["tasks_per_minute"] for row in rows), Decimal(0))
-    up = sum(row["state"] in {"healthy", "degraded"} for row in rows)
+    watched = [row["state"] for row in rows if row["state"] is not None]
+    up = sum(state in {"healthy", "degraded"} for state in watched)
+    others = f" and {len(rows) - len(watched)} that only report" if len(watched) < len(rows) else ""
     click.echo(
-        f"{look['at'][:19]}Z: {up} of {len(rows)} agents up, {tasks:.1f} tasks a minute, "
+        f"{look['at'][:19]}Z: {up} of {len(watched)} agents up{others}, {tasks:.1f} tasks a minute, "
         f"USD {_usd(spend, unpriced)} an hour, {sum(row['open_breaches'] for row in rows)} open breaches"
     )
     click.echo()

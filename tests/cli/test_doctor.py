@@ -122,6 +122,7 @@ def test_top_shows_rates_and_spend_of_every_agent(ctl: Program, own_daemon: Daem
     assert by_name["stranger"]["state"] is None
     assert (by_name["idle"]["usd_per_hour"], by_name["idle"]["error_rate_percent"]) == (0, None)
     printed = ctl("top", "--once", "--sort", "agent", "--window", "6m")
+    assert ": 0 of 1 agents up and 2 that only report, " in printed.out
     lines = [line.split() for line in printed.out.splitlines()]
     assert "USD 15.00+? an hour" in printed.out
     assert [line[0] for line in lines[3:]] == ["idle", "stranger", "writer"]
