@@ -203,7 +203,7 @@ def why(report: Report) -> str:
     """The first thing that is wrong."""
     fault = report.walk.fault
     if fault is not None:
-        return f"entry {fault.seq} ({fault.id or 'no id'}): {fault.reason}"
+        return str(fault)
     return next((tally.named[0] for tally in report.tallies or () if tally.named), "")
 
 

@@ -15,6 +15,7 @@ from asapd.cli.options import Session, asks_daemon, moment
 from asapd.cli.outcome import Exit, Failure
 from asapd.cli.show import encode, show_json, show_table
 from asapd.cli.written import written
+from asapd.core.audit import Fault
 
 _OUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
@@ -69,7 +70,7 @@ def verify(session: Session, since: str | None, against: Path | None) -> int:
     bad, reconciled = verdict["first_bad"], verdict["reconciled"] or {}
     findings = [named for table in reconciled.values() for named in table["named"]]
     if bad is not None:
-        click.echo(f"bad: entry {bad['seq']} ({bad['id'] or 'no id'}): {bad['reason']}")
+        click.echo(f"bad: {Fault(bad['seq'], bad['id'], bad['reason'])}")
     elif findings:
         click.echo(f"bad: {sum(table['findings'] for table in reconciled.values())} records and entries do not agree")
     else:

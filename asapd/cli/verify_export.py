@@ -65,7 +65,7 @@ def verify_entries(entries: Iterable[Entry]) -> Verified:
 def _verified(verdict: Verdict) -> Verified:
     walk = verdict.walk
     if walk.fault is not None:
-        return Verified(False, f"bad: entry {walk.fault.seq} ({walk.fault.id or 'no id'}): {walk.fault.reason}")
+        return Verified(False, f"bad: {walk.fault}")
     if verdict.first_seq is None:
         return Verified(True, "ok: no entries")
     erased = f" ({walk.erased} of them with their content erased)" if walk.erased else ""

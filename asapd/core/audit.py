@@ -45,6 +45,10 @@ class Fault(msgspec.Struct, frozen=True):
     id: str | None
     reason: str
 
+    def __str__(self) -> str:
+        """For people: what is no entry, such as a checkpoint that the log is too short for, has a number and no id."""
+        return f"entry {self.seq} ({self.id}): {self.reason}" if self.id else f"at entry {self.seq}: {self.reason}"
+
 
 def canonical_details(details: dict[str, Any]) -> bytes:
     """Details as RFC 8785 text: strings, integers below 2**53, booleans, null, lists, objects with ASCII keys."""

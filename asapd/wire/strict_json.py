@@ -100,7 +100,7 @@ def _parse(raw: bytes, max_nesting: int) -> Any:
             parse_constant=_refuse_constant,
         )
     except json.JSONDecodeError as error:
-        raise TokenMalformed(f"is not JSON: {error.msg} at character {error.pos}") from None
+        raise TokenMalformed(f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
 
 
 def _check_nesting(text: str, max_nesting: int) -> None:

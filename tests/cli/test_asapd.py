@@ -315,9 +315,9 @@ def test_missing_swapped_and_unreadable_rows_are_found(
         (lines([*entries[:2], *entries[3:]]), f"bad: entry 4 ({entries[3]['id']}): entry 3 is missing\n"),
         (lines([*entries[:2], entries[3], entries[2]]), "entry 3 is missing"),
         (lines(entries[::-1]), "sequence goes back to 5"),
-        (lines(entries[:4])[:-40], "bad: entry 4 (no id): entry 4 of the file is not JSON"),
-        (lines(entries[:2]) + duplicate, "bad: entry 3 (no id): entry 3 of the file"),
-        (json.dumps([entries[0], 5]).encode(), "bad: entry 2 (no id): is not an object"),
+        (lines(entries[:4])[:-40], "bad: at entry 4: entry 4 of the file is not JSON"),
+        (lines(entries[:2]) + duplicate, "bad: at entry 3: entry 3 of the file"),
+        (json.dumps([entries[0], 5]).encode(), "bad: at entry 2: is not an object"),
         (json.dumps([entries[0], {"seq": 2, "id": "x"}]).encode(), "bad: entry 2 (x): actor is missing"),
         (json.dumps([{**entries[0], "seq": "1"}]).encode(), "seq is not a whole number"),
     ):

@@ -141,6 +141,11 @@ def test_the_first_entry_that_does_not_fit_ends_the_walk_and_is_named(changes: d
     assert walk == Walk(2, entries[1].hash, 2, Fault(entries[2].seq, entries[2].id, reason))
 
 
+def test_a_fault_is_said_with_an_id_where_an_entry_has_it() -> None:
+    assert str(Fault(4, "aud_1", "is wrong")) == "entry 4 (aud_1): is wrong"
+    assert str(Fault(4, None, "a checkpoint is wrong")) == "at entry 4: a checkpoint is wrong"
+
+
 def test_an_erased_entry_verifies_without_its_payload() -> None:
     entries = log(3)
     entries[1] = replace(entries[1], actor=None, subject=None, details=None, salt=None)

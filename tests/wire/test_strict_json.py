@@ -37,6 +37,11 @@ def same(left: Any, right: Any) -> bool:
     return left == right and repr(left) == repr(right)
 
 
+def test_where_text_ends_too_early_is_said_in_one_sentence() -> None:
+    assert long_way(b'{"a": "b') == "is not JSON: Unterminated string starting at character 6"
+    assert long_way(b'{"a" 1}') == "is not JSON: Expecting ':' delimiter at character 5"
+
+
 @settings(max_examples=300, deadline=None)
 @given(VALUES, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
 def test_both_ways_read_the_same_value(value: Any, separators: tuple[str, str], ascii_only: bool) -> None:
