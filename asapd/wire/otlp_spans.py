@@ -49,6 +49,10 @@ _BUCKETS: Final = {
         "gen_ai.usage.cache_creation.ephemeral_1h_input_tokens",
         "gen_ai.usage.cache_write_1h_input_tokens",
     ),
+    "cache_write_5m_tokens": (
+        "gen_ai.usage.cache_creation.ephemeral_5m_input_tokens",
+        "gen_ai.usage.cache_write_5m_input_tokens",
+    ),
     "reasoning_tokens": ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_tokens"),
 }
 """The attributes of each bucket, newest first: of several that say the same, one counts."""
@@ -293,6 +297,10 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
             if number is None:
                 return f"{name} must be an integer from 0 to 2**53-1"
             counts[bucket] = number
+    # Where the whole is not told, it is what was written for an hour and for five minutes.
+    counts.setdefault(
+        "cache_write_tokens", counts.get("cache_write_1h_tokens", 0) + counts.get("cache_write_5m_tokens", 0)
+    )
     who = attribute(span.attributes, span.resource, settings)
     tokens_in, tokens_out = _inclusive(counts)
     if max(tokens_in, tokens_out) > MAX_INT:
@@ -309,7 +317,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         (span.end_ns - span.start_ns + 500_000) // 1_000_000 if has_start else None,
         1,
         counts.get("cached_tokens_in", 0),
-        counts.get("cache_write_tokens", 0),
+        counts["cache_write_tokens"],
         counts.get("reasoning_tokens", 0),
         outcome=Outcome.COMPLETED if error is None else Outcome.FAILED,
         id=span.id,
@@ -321,8 +329,8 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         delegation=named(("asap.delegation",), span.attributes, span.resource, 256) or None,
         reservation=named(("asap.reservation",), span.attributes, span.resource, 256) or None,
         trace_id=span.trace_id,
-        # Said without the whole, or of more than it, the part cannot be told from a part that is not in it.
-        cache_write_1h_tokens=min(counts.get("cache_write_1h_tokens", 0), counts.get("cache_write_tokens", 0)),
+        # Said of more than the whole, the part cannot be told from a part that is not in it.
+        cache_write_1h_tokens=min(counts.get("cache_write_1h_tokens", 0), counts["cache_write_tokens"]),
     )
 
 

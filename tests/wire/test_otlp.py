@@ -191,6 +191,25 @@ def test_how_long_a_cache_is_kept_is_taken_from_the_attributes_in_use(
     assert (event.tokens_in, event.cache_write_tokens, event.cache_write_1h_tokens) == (100, written, kept)
 
 
+@pytest.mark.parametrize(
+    ("told", "written", "kept"),
+    [
+        ({"cache_creation.ephemeral_1h": 20}, 20, 20),
+        ({"cache_creation.ephemeral_1h": 20, "cache_creation.ephemeral_5m": 5}, 25, 20),
+        ({"cache_write_5m": 5}, 5, 0),
+        ({"cache_write_1h": 20, "cache_write_5m": 5, "cache_creation": 30}, 30, 20),
+    ],
+)
+def test_where_the_whole_that_was_written_is_not_told_its_parts_make_it(
+    told: dict[str, int], written: int, kept: int
+) -> None:
+    counts = {f"gen_ai.usage.{name}_input_tokens": tokens for name, tokens in told.items()}
+    if "cache_creation" in told:
+        counts["gen_ai.usage.cache_creation.input_tokens"] = counts.pop("gen_ai.usage.cache_creation_input_tokens")
+    event = only({**CHAT, "gen_ai.usage.input_tokens": 100, **counts})
+    assert (event.tokens_in, event.cache_write_tokens, event.cache_write_1h_tokens) == (100, written, kept)
+
+
 def test_a_span_of_the_first_generation_alone_counts() -> None:
     old = {
         "gen_ai.system": "anthropic",
