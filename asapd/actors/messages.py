@@ -73,11 +73,15 @@ class Report(msgspec.Struct, frozen=True):  # made for each single event, in a f
 
 @dataclass(frozen=True, slots=True)
 class TelemetryRecorded:
-    """What became of an export: events, and for each span or point that was left out the reason."""
+    """What became of an export: events, and for each span or point that was left out the reason.
+
+    `notes` say what else the sender should know, of what was taken and does not count.
+    """
 
     recorded: int
     duplicates: int
     rejected: list[str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
 
@@ -23,7 +23,10 @@ from asapd.actors.messages import (
     ReportTask,
     VoidRequest,
 )
-from asapd.actors.telemetry import Times, record_metrics, record_spans
+from asapd.actors.set_aside import SetAside, Tokens
+from asapd.actors.telemetry import record_metrics
+from asapd.actors.telemetry_spans import record_spans
+from asapd.actors.telemetry_terms import Times
 from asapd.core.access import Caller
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import to_usd
@@ -53,6 +56,8 @@ class MeterSettings:
     prices: PriceTable
     horizon_us: int = 0
     """Events from before this are too late. It never moves back, so that identity holds as long as it must."""
+    set_aside: SetAside = field(default_factory=SetAside)
+    """How spans compare with the metrics that they won over."""
 
 
 def price(events: list[UsageEvent], prices: PriceTable, prefer: str) -> list[Cost]:
@@ -98,14 +103,15 @@ async def run_meter(
     async def handle(message: MeterMessage) -> None:
         assert not isinstance(message, Report), "is passed on"
         match message:
-            case ReportSpans():
+            case ReportSpans() | ReportMetrics():
                 _move_horizon(settings, now_us := clock.now_us())
                 make = partial(_unit, message.caller, settings, now_us)
-                message.reply.send(await record_spans(message, database, make, _times(settings, now_us)))
-            case ReportMetrics():
-                _move_horizon(settings, now_us := clock.now_us())
-                make = partial(_unit, message.caller, settings, now_us)
-                message.reply.send(await record_metrics(message, database, make, _times(settings, now_us)))
+                compare = partial(_compare, settings.set_aside, now_us, log)
+                times, counts = _times(settings, now_us), settings.metering.otlp.counts
+                if isinstance(message, ReportSpans):
+                    message.reply.send(await record_spans(message, database, make, times, compare, counts))
+                else:
+                    message.reply.send(await record_metrics(message, database, make, times, compare, counts))
             case ReportTask():
                 message.reply.send(await _record_task(message, database, settings, clock.now_us()))
             case VoidRequest():
@@ -168,6 +174,25 @@ async def _keep_horizon(database: Database, settings: MeterSettings) -> None:
 def _times(settings: MeterSettings, now_us: int) -> Times:
     metering = settings.metering
     return Times(settings.horizon_us, now_us + metering.clock_skew_max_us, metering.otlp.spans_win_us)
+
+
+def _compare(
+    set_aside: SetAside,
+    now_us: int,
+    log: logging.Logger,
+    agents: Mapping[bytes, str],
+    *,
+    spans: Tokens,
+    metrics: Tokens,
+) -> None:
+    for gap in set_aside.note(now_us, agents, spans=spans, metrics=metrics):
+        log.warning(
+            "spans of %s told of %d tokens, and the metrics that were set aside for them of %d: where traces are "
+            'sampled, or some calls are not traced, have metrics counted (metering.otlp.counts = "metrics")',
+            gap.agent,
+            gap.spans,
+            gap.metrics,
+        )
 
 
 def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[UsageEvent]) -> RecordUsage:

@@ -1,4 +1,4 @@
-"""What OpenTelemetry reports: spans as they are, metrics as what they add to the points before them.
+"""Metrics that OpenTelemetry reports: what they add to the points before them.
 
 An export may be sent again, in part or whole, by a sender that did not hear the answer: it is never refused for what is
 wrong in it, but recorded without that, and says so.
@@ -6,32 +6,31 @@ wrong in it, but recorded without that, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import chain
 from typing import Final, cast
 
 import msgspec
 
-from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
+from asapd.actors.messages import ReportMetrics, TelemetryRecorded
+from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, set_aside_in, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT
-from asapd.core.usage import UsageEvent
 from asapd.store.database import Database
-from asapd.store.telemetry import FIRST_METRICS, METRICS, SPANS, Memory, remembered
+from asapd.store.telemetry import FIRST_METRICS, METRICS, Memory, remembered
 from asapd.store.units.usage import (
     CollectionChanged,
     CollectionPart,
     Evidence,
+    Recorded,
     RecordTelemetry,
-    RecordUsage,
-    SpanFact,
     StreamChanged,
     StreamsMoved,
     StreamValue,
     UsageConflict,
 )
 from asapd.store.visibility import Visibility
-from asapd.wire.otlp import MAX_RECORDS, digest
+from asapd.wire.otlp import MAX_RECORDS
 from asapd.wire.otlp_points import (
     Bucket,
     Delta,
@@ -42,8 +41,7 @@ from asapd.wire.otlp_points import (
     collection_key,
     fold_cumulative,
 )
-from asapd.wire.otlp_spans import SpanUsage
-from asapd.wire.usage import MAX_EVENTS, too_many
+from asapd.wire.usage import MAX_EVENTS
 
 # Exports of one stream come one after another; two at once are a resend that overtakes. A third try is a hot loop.
 ATTEMPTS: Final = 8
@@ -53,77 +51,6 @@ MAX_PARTS: Final = MAX_RECORDS
 
 _CONTRADICTED = "came before at its time with other figures"
 _BEYOND = f"is one of more than {MAX_PARTS} of one collection"
-
-MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
-
-
-class Times(msgspec.Struct, frozen=True):
-    """When usage may have been (microseconds), and how near a span makes the metrics of its resource void."""
-
-    horizon_us: int
-    latest_us: int
-    spans_win_us: int
-
-    def reason(self, time_us: int) -> str | None:
-        """What is wrong with a time."""
-        if time_us < self.horizon_us:
-            return "ended too long ago"
-        return "is in the future: check the clock" if time_us > self.latest_us else None
-
-    @property
-    def forget_before_us(self) -> int:
-        """What was last heard of before this has no part in what may still come."""
-        return self.horizon_us - self.spans_win_us - (self.latest_us - self.horizon_us)
-
-
-async def record_spans(
-    message: ReportSpans, database: Database, make_unit: MakeUnit, times: Times
-) -> TelemetryRecorded | Refusal:
-    """Record the events of spans, and remember which are below which, and when their resources had any."""
-    rejected: list[str] = []
-    timely: list[SpanUsage] = []
-    for span in message.spans:
-        reason = times.reason(span.event.timestamp_us)
-        if reason is None:
-            timely.append(span)
-        else:
-            rejected.append(f"span {span.event.id} {reason}")
-    if not timely and not message.links:
-        return TelemetryRecorded(0, 0, rejected)
-    events = [span.event for span in timely]
-    # A span that does not count for the sake of one below it still says that its resource has spans.
-    evidence = list(
-        dict.fromkeys(
-            Evidence(_told_of(span.resource, message.caller), SPANS, span.event.timestamp_us) for span in timely
-        )
-    )
-    unit = RecordTelemetry(
-        msgspec.structs.replace(make_unit(events), partial=True),
-        times.forget_before_us,
-        times.spans_win_us,
-        evidence=evidence,
-        spans=[SpanFact(span.span, span.is_work) for span in timely],
-        links=message.links,
-        by=Visibility(message.caller.tenant, message.caller.agents),
-    )
-    outcome = await database.submit(unit)
-    if isinstance(outcome, Refusal):
-        return outcome
-    assert not isinstance(outcome, UsageConflict | StreamsMoved), "a partial unit without streams has no such answer"
-    rejected += [f"span {events[index].id} was reported before with other content" for index, _ in outcome.conflicts]
-    return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
-
-
-def _told_of(resource: bytes, caller: Caller) -> bytes:
-    """A resource as a caller tells of it: whose patterns leave agents out does so for itself alone.
-
-    Anybody can name a resource, and what better telemetry of it outranks is voided: usage of agents of other keys too.
-    """
-    return digest([resource, sorted(caller.agents)]) if _is_narrow(caller) else resource
-
-
-def _is_narrow(caller: Caller) -> bool:
-    return "*" not in caller.agents
 
 
 class _Collection(msgspec.Struct, frozen=True):
@@ -144,25 +71,99 @@ class _Collection(msgspec.Struct, frozen=True):
 
 
 async def record_metrics(
-    message: ReportMetrics, database: Database, make_unit: MakeUnit, times: Times
+    message: ReportMetrics,
+    database: Database,
+    make_unit: MakeUnit,
+    times: Times,
+    compare: Compare,
+    counts: Counts = "both",
 ) -> TelemetryRecorded | Refusal:
-    """Record what points of metrics add to what is known of their streams."""
-    tenant = message.caller.tenant or DEFAULT_TENANT
+    """Record what points of metrics add to what is known of their streams.
+
+    Of more than one commit takes each part is committed before the next is looked at: what is sent again after a
+    refusal adds nothing. Where only spans count, streams are remembered all the same: what they tell of now must not
+    count once metrics do.
+    """
     rejected: list[str] = []
     points = [point for point in message.points if _is_timely(point, times, rejected)]
     evidence = list(
         dict.fromkeys(
-            Evidence(_told_of(point.resource, message.caller), METRICS, point.time_ns // 1_000)
+            Evidence(told_of(point.resource, message.caller), METRICS, point.time_ns // 1_000)
             for point in points
             if not point.legacy
         )
     )
+    unit = RecordTelemetry(
+        make_unit([]),
+        times.forget_before_us,
+        times.spans_win_us,
+        evidence=[] if counts == "spans" else evidence,
+        by=Visibility(message.caller.tenant, message.caller.agents),
+        spans_ended=counts == "metrics",
+    )
+    recorded = duplicates = 0
+    baselines: list[int] = []
+    for part in _parts_of(points):
+        done = await _record_part(message.caller, part, unit, database, make_unit, times, rejected, counts)
+        if isinstance(done, Refusal):
+            return done
+        if done is not None:
+            recorded, duplicates = recorded + done.outcome.recorded, duplicates + done.outcome.duplicates
+            baselines += [delta.point.value for delta in done.deltas if delta.is_baseline and delta.point.value]
+            compare(done.agents, spans={}, metrics=set_aside_in(done.outcome))
+            unit = msgspec.structs.replace(unit, evidence=[])  # the first part has that of all
+    notes = not_counted("points", len(points), counts) if counts == "spans" else _baseline_note(baselines)
+    return TelemetryRecorded(recorded, duplicates, rejected, notes)
+
+
+def _parts_of(points: list[MetricPoint]) -> list[list[MetricPoint]]:
+    """Points in parts of whole collections, which make no more events than a commit takes, in the order of time."""
+    collections: dict[bytes, list[MetricPoint]] = {}
+    for point in sorted(points, key=lambda point: point.time_ns):
+        collections.setdefault(collection_key(point), []).append(point)
+    whole = list(collections.values())
+    return [list(chain(*whole[start : start + MAX_EVENTS])) for start in range(0, len(whole), MAX_EVENTS)]
+
+
+def _baseline_note(values: list[int]) -> tuple[str, ...]:
+    if not values:
+        return ()
+    said = (
+        f"{len(values)} cumulative streams came for the first time, {sum(values)} tokens in all that are not counted: "
+        "they began longer ago than metering.late_max, or do not say when; what is added from now on counts"
+    )
+    return (said,)
+
+
+class _Done(msgspec.Struct, frozen=True):
+    """What became of a part: its deltas, and whose the resources are."""
+
+    outcome: Recorded
+    deltas: list[Delta]
+    agents: dict[bytes, str]
+
+
+async def _record_part(
+    caller: Caller,
+    points: list[MetricPoint],
+    unit: RecordTelemetry,
+    database: Database,
+    make_unit: MakeUnit,
+    times: Times,
+    rejected: list[str],
+    counts: Counts,
+) -> _Done | Refusal | None:
+    """Record points that make no more events than a commit takes; None when they add nothing.
+
+    `unit` is what the parts of an export have in common.
+    """
+    tenant = caller.tenant or DEFAULT_TENANT
     attempt = 0
     while points and attempt < ATTEMPTS:
-        streams = list({point.stream for point in points if point.is_cumulative})
+        streams = list({key for point in points if point.is_cumulative for key in (point.stream, point.family)})
         memory = await database.read(remembered, tenant, streams, list({collection_key(point) for point in points}))
-        deltas = _fold(points, memory, times)
-        collections = _collect(deltas, memory)
+        deltas, heard = _fold(points, memory, times)
+        collections = {} if counts == "spans" else _collect(deltas, memory)
         contradicted = [delta for collection in collections.values() for delta in collection.contradicted]
         beyond = [delta for collection in collections.values() for delta in collection.beyond]
         if contradicted or beyond:
@@ -171,17 +172,14 @@ async def record_metrics(
             continue
         changed = {key: found for key, found in collections.items() if found.is_changed}
         events = [collection_event(found.first, _parts(found.after)) for found in changed.values()]
-        if len(events) > MAX_EVENTS:
-            return too_many(len(events))
-        unit = RecordTelemetry(
-            make_unit(events),
-            times.forget_before_us,
-            times.spans_win_us,
-            _changes(deltas, memory),
-            [
+        unit = msgspec.structs.replace(
+            unit,
+            usage=make_unit(events),
+            streams=_changes(deltas, heard, memory),
+            collections=[
                 CollectionChanged(
                     key,
-                    _told_of(found.first.resource, message.caller),
+                    told_of(found.first.resource, caller),
                     FIRST_METRICS if found.first.legacy else METRICS,
                     found.first.time_ns // 1_000,
                     place,
@@ -190,11 +188,9 @@ async def record_metrics(
                 )
                 for place, (key, found) in enumerate(changed.items())
             ],
-            evidence,
-            by=Visibility(message.caller.tenant, message.caller.agents),
         )
-        if not (unit.streams or events or evidence):
-            break
+        if not (unit.streams or events or unit.evidence):
+            return None
         attempt += 1
         outcome = await database.submit(unit)
         match outcome:
@@ -208,9 +204,10 @@ async def record_metrics(
                 lost = [delta for delta in deltas if collection_key(delta.point) in spoilt]
                 points = _without(points, lost, rejected, _CONTRADICTED)
             case _:
-                return TelemetryRecorded(outcome.recorded, outcome.duplicates, rejected)
+                agents = {told_of(found.first.resource, caller): found.first.of.agent for found in changed.values()}
+                return _Done(outcome, deltas, agents)
     if attempt < ATTEMPTS:
-        return TelemetryRecorded(0, 0, rejected)
+        return None
     return Refusal("overloaded", "other exports of the same metrics were faster: try again", retry_after_s=1)
 
 
@@ -223,16 +220,29 @@ def _is_timely(point: MetricPoint, times: Times, rejected: list[str]) -> bool:
     return reason is None
 
 
-def _fold(points: list[MetricPoint], memory: Memory, times: Times) -> list[Delta]:
-    """What the points add, in the order of their times, for a stream may have several."""
+def _fold(points: list[MetricPoint], memory: Memory, times: Times) -> tuple[list[Delta], dict[bytes, StreamValue]]:
+    """What the points add, in the order of their times, for a stream may have several.
+
+    Besides, the families of their streams: when each was first heard, kept as a stream of its own that adds nothing.
+    """
     states = {stream: StreamState(*msgspec.structs.astuple(value)) for stream, value in memory.streams.items()}
+    points = sorted(points, key=lambda point: point.time_ns)
+    heard = {point.family: memory.streams[point.family] for point in points if point.family in memory.streams}
+    for point in points:
+        # Kept by a version that knew of no families: a stream was heard at the latest when its last point was.
+        if point.family and point.family not in heard and point.stream in states:
+            heard[point.family] = StreamValue(point.start_ns, states[point.stream].time_ns, 0, 0)
     deltas = []
-    for point in sorted(points, key=lambda point: point.time_ns):
-        delta = fold_cumulative(states.get(point.stream), point, times.horizon_us * 1_000)
+    for point in points:
+        family = heard.get(point.family)
+        heard_ns = None if family is None else family.time_ns
+        delta = fold_cumulative(states.get(point.stream), point, times.horizon_us * 1_000, heard_ns)
         if delta.state is not None:
             states[point.stream] = delta.state
+        if point.family:
+            heard.setdefault(point.family, StreamValue(point.start_ns, point.time_ns, 0, 0))
         deltas.append(delta)
-    return deltas
+    return deltas, heard
 
 
 def _collect(deltas: list[Delta], memory: Memory) -> dict[bytes, _Collection]:
@@ -278,14 +288,15 @@ def _without(points: list[MetricPoint], deltas: list[Delta], rejected: list[str]
     return left
 
 
-def _changes(deltas: list[Delta], memory: Memory) -> list[StreamChanged]:
-    """Where the streams stand now, of several points of one the newest."""
+def _changes(deltas: list[Delta], heard: dict[bytes, StreamValue], memory: Memory) -> list[StreamChanged]:
+    """Where the streams stand now, of several points of one the newest; their families beside them, kept as long."""
     newest: dict[bytes, StreamState] = {}
+    families: dict[bytes, StreamValue] = {}
     for delta in deltas:
         before = newest.get(delta.point.stream)
         if delta.state is not None and (before is None or before.time_ns <= delta.state.time_ns):
             newest[delta.point.stream] = delta.state
-    return [
-        StreamChanged(stream, memory.streams.get(stream), StreamValue(*msgspec.structs.astuple(state)))
-        for stream, state in newest.items()
-    ]
+            if delta.point.family:
+                families[delta.point.family] = heard[delta.point.family]
+    values = {stream: StreamValue(*msgspec.structs.astuple(state)) for stream, state in newest.items()} | families
+    return [StreamChanged(stream, memory.streams.get(stream), value) for stream, value in values.items()]

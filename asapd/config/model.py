@@ -140,12 +140,16 @@ class Pricing(_Section):
 
 
 class Otlp(_Section):
-    """How OpenTelemetry is read: the attributes that name whom usage is of, best first, and when spans win."""
+    """How OpenTelemetry is read: the attributes that name whom usage is of, best first, and when spans win.
+
+    `counts` leaves a whole signal out: traces that are sampled tell of a part of the calls.
+    """
 
     agent: Many[Name] = ("asap.agent.id", "gen_ai.agent.id", "gen_ai.agent.name", "service.name")
     consumer: Many[Name] = ("asap.consumer.id", "enduser.id", "user.id", "enduser.pseudo.id")
     task: Many[Name] = ("asap.task.id",)
     project: Many[Name] = ("asap.project",)
+    counts: Literal["both", "spans", "metrics"] = "both"
     spans_win_us: Duration = Field(default=HOUR_US, alias="spans_win")
 
 

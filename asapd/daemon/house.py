@@ -152,6 +152,7 @@ class House:
             auditing=self._auditing,
             registry=self._registry,
             unprobed=self._prober.unprobed,
+            set_aside=self._meter.set_aside,
         )
 
     # --- wiring

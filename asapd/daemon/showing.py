@@ -13,6 +13,7 @@ import asapd
 from asapd.actors.alert_desk import AlertDesk
 from asapd.actors.reads import Reads
 from asapd.actors.registry import RegistrySettings
+from asapd.actors.set_aside import SetAside
 from asapd.actors.unprobed import Unprobed
 from asapd.core.types import OWN_ID
 from asapd.daemon.auditing import Auditing
@@ -44,6 +45,7 @@ class Showing:
     auditing: Auditing
     registry: RegistrySettings
     unprobed: Unprobed
+    set_aside: SetAside
 
     @property
     def uptime_s(self) -> float:
@@ -58,7 +60,10 @@ class Showing:
             "audit": {"seq": head, "hash": digest, **await self.auditing.status()},
             "agents": {**await self.reads.agents.standing(), "not_probed": sorted(self.unprobed.noted())[:100]},
             "keys": {"problems": self.registry.key_problems, "unconfirmed": await self.reads.agents.unconfirmed_keys()},
-            "usage": {"unpriced_events": await self.reads.usage.unpriced_events()},
+            "usage": {
+                "unpriced_events": await self.reads.usage.unpriced_events(),
+                "otlp_missing_tokens": self.set_aside.missing_tokens,
+            },
             "alerts": {"last": self.last_alert(), "targets": await self.desk.targets()},
         }
 

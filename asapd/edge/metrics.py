@@ -53,6 +53,11 @@ class _Collector:
         yield GaugeMetricFamily("asapd_store_pending_units", "Units that wait for their commit", store["pending"])
         unpriced = status["usage"]["unpriced_events"]
         yield GaugeMetricFamily("asapd_usage_unpriced_events", "Recorded events whose cost nobody knows", unpriced)
+        yield CounterMetricFamily(
+            "asapd_otlp_missing_tokens",
+            "Tokens of metrics that spans of far fewer were counted instead of",
+            status["usage"]["otlp_missing_tokens"],
+        )
         failures = status["audit"]["witness_failures"]
         yield CounterMetricFamily("asapd_audit_witness_failures", "Checkpoints that a witness did not take", failures)
         agents = status["agents"]

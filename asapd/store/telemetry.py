@@ -96,13 +96,21 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     moved = any(_value(tx, tenant, change.stream) != change.before for change in unit.streams)
     if moved or any(_parts_of(tx, tenant, change.key) != change.before for change in unit.collections):
         raise RefuseError(StreamsMoved())
-    superseded = _note_evidence(tx, tenant, unit)
+    superseded, set_aside = _note_evidence(tx, tenant, unit)
     trees = _trees_of(tx, tenant, unit)
     superseded += [(row, _COVERED) for row in _grow(trees, unit)]
     left_out = {
         place for place, fact in enumerate(unit.spans) if fact.is_work and _id(fact) in trees[_trace(fact)].covered
     }
-    counting = [change for change in unit.collections if not _is_outranked(tx, tenant, unit, change)]
+    covered = sorted(left_out)
+    counting = []
+    for change in unit.collections:
+        outranked_by = _outranking(tx, tenant, unit, change)
+        if not outranked_by:
+            counting.append(change)
+        elif outranked_by == {SPANS}:
+            event = unit.usage.events[change.event]
+            set_aside.append((change.resource, event.tokens_in + event.tokens_out))
     left_out |= {change.event for change in unit.collections} - {change.event for change in counting}
     spans = [(place, unit.usage.events[place]) for place in range(len(unit.spans)) if place not in left_out]
     elsewhere = span_identity.of_others(tx, unit.usage.tenant, spans)
@@ -122,9 +130,10 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
         # The ids of spans go to whoever is called from within them, and nobody may take another agent's beforehand.
         span_identity.keep(tx, unit.usage.tenant, [event for place, event in spans if place not in elsewhere])
     _forget(tx, unit)
-    if not elsewhere or isinstance(recorded, UsageConflict):
+    if isinstance(recorded, UsageConflict):
         return recorded
-    return msgspec.structs.replace(recorded, conflicts=sorted([*recorded.conflicts, *elsewhere.items()]))
+    conflicts = sorted([*recorded.conflicts, *elsewhere.items()])
+    return msgspec.structs.replace(recorded, conflicts=conflicts, covered=covered, set_aside=set_aside)
 
 
 def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict:
@@ -239,9 +248,13 @@ def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
 # --- evidence
 
 
-def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> list[tuple[int, str]]:
-    """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go."""
+def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> tuple[list[tuple[int, str]], list[tuple[bytes, int]]]:
+    """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go.
+
+    Besides, how many tokens go for the sake of spans, by resource.
+    """
     superseded: list[tuple[int, str]] = []
+    set_aside: list[tuple[bytes, int]] = []
     for resource, rank, start_us, end_us in _stretches(unit.evidence, unit.near_us):
         key = (tenant, resource, rank)
         reach = (start_us - 2 * unit.near_us, end_us + 2 * unit.near_us)
@@ -263,8 +276,16 @@ def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> list[tuple[int
         values = (*key, start_us - unit.near_us, end_us + unit.near_us)
         outranked = fetch(tx.connection, f"SELECT seq FROM otlp_collection {where}", values)
         superseded += [(seq, _OUTRANKED) for (seq,) in outranked]
+        if rank == SPANS:
+            set_aside += [(resource, _tokens_of(tx, seq)) for (seq,) in outranked]
         tx.execute(f"DELETE FROM otlp_collection {where}", values)
-    return superseded
+    return superseded, set_aside
+
+
+def _tokens_of(tx: Tx, seq: int) -> int:
+    """The tokens of a row of usage; 0 where it is gone."""
+    row = tx.row("SELECT tokens_in + tokens_out FROM usage WHERE seq = ?", (seq,))
+    return 0 if row is None else row[0]
 
 
 def _stretches(evidence: Iterable[Evidence], near_us: int) -> list[tuple[bytes, int, int, int]]:
@@ -278,13 +299,16 @@ def _stretches(evidence: Iterable[Evidence], near_us: int) -> list[tuple[bytes, 
     return found
 
 
-def _is_outranked(tx: Tx, tenant: int, unit: RecordTelemetry, change: CollectionChanged) -> bool:
-    row = tx.row(
-        "SELECT 1 FROM otlp_evidence WHERE tenant = ? AND resource = ? AND rank > ? AND start_us <= ? AND end_us >= ? "
-        "LIMIT 1",
-        (tenant, change.resource, change.rank, change.time_us + unit.near_us, change.time_us - unit.near_us),
+def _outranking(tx: Tx, tenant: int, unit: RecordTelemetry, change: CollectionChanged) -> set[int]:
+    """The ranks of the better telemetry near a collection."""
+    after_us = 0 if unit.spans_ended else unit.near_us
+    found = fetch(
+        tx.connection,
+        "SELECT DISTINCT rank FROM otlp_evidence WHERE tenant = ?1 AND resource = ?2 AND rank > ?3 "
+        f"AND start_us <= ?4 + ?5 AND end_us >= ?4 - CASE rank WHEN {SPANS} THEN ?6 ELSE ?5 END",
+        (tenant, change.resource, change.rank, change.time_us, unit.near_us, after_us),
     )
-    return row is not None
+    return {rank for (rank,) in found}
 
 
 # --- memory

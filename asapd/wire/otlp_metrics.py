@@ -303,17 +303,19 @@ def _point(raw: _Point, key: bytes, base: bytes, resource: Attributes, settings:
     calls = count(raw.calls) if legacy else 0
     if value is None or calls is None:
         return "a point has no sum of tokens from 0 to 2**53-1"
+    is_cumulative = raw.temporality == _CUMULATIVE
     return MetricPoint(
         digest([base, raw.metric, raw.kind, raw.attributes, raw.start_ns, raw.temporality]),
         key,
         bucket,
-        raw.temporality == _CUMULATIVE,
+        is_cumulative,
         legacy,
         raw.start_ns,
         raw.time_ns,
         value,
         calls,
         attribute(raw.attributes, resource, settings),
+        digest(["family", base, raw.metric, raw.kind, raw.start_ns]) if is_cumulative and raw.start_ns else b"",
     )
 
 

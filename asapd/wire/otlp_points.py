@@ -25,6 +25,8 @@ class MetricPoint(msgspec.Struct, frozen=True, gc=False):
     `value` is tokens and `calls` the calls of a model (0 where the metric does not count them), since `start_ns` for a
     cumulative point and since the point before for others. `start_ns` is 0 when the sender did not know it. `legacy`
     points are of the first generation, and worth nothing where the same resource reports in the second as well.
+    `family` (16 bytes) is what all cumulative streams of one resource, scope, metric and start have in common; it is
+    empty where there is none, or no start.
     """
 
     stream: bytes
@@ -37,6 +39,7 @@ class MetricPoint(msgspec.Struct, frozen=True, gc=False):
     value: int
     calls: int
     of: Attribution
+    family: bytes = b""
 
 
 class StreamState(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -64,13 +67,17 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     is_baseline: bool = False
 
 
-def fold_cumulative(previous: StreamState | None, point: MetricPoint, since_ns: int = 0) -> Delta:
+def fold_cumulative(
+    previous: StreamState | None, point: MetricPoint, since_ns: int = 0, heard_ns: int | None = None
+) -> Delta:
     """What a point adds to what its stream had before; a point of delta temporality adds itself.
 
     A stream not seen before counts from its start, unless that is unknown or before `since_ns` (the horizon of
-    lateness): then its first value is only the baseline. A new start, or a total that has shrunk, is a reset and counts
-    from zero. A point no newer than the last adds nothing, and the next one makes good for it. Fold also where the
-    tokens are not used because spans win, so that they are not counted later.
+    lateness): then its first value is only the baseline. But where its `family` was first heard in a collection before
+    this one, at `heard_ns`, the stream was not in that and began after it: senders repeat all streams at each
+    collection. A new start, or a total that has shrunk, is a reset and counts from zero. A point no newer than the last
+    adds nothing, and the next one makes good for it. Fold also where the tokens are not used because spans win, so that
+    they are not counted later.
 
     Source: the OpenTelemetry metrics data model, "Resets and Gaps".
     """
@@ -78,7 +85,8 @@ def fold_cumulative(previous: StreamState | None, point: MetricPoint, since_ns: 
         return Delta(point, point.value, point.calls)
     state = StreamState(point.start_ns, point.time_ns, point.value, point.calls)
     if previous is None or previous.start_ns != point.start_ns:
-        if previous is None and (point.start_ns == 0 or point.start_ns < since_ns):
+        is_old = point.start_ns == 0 or point.start_ns < since_ns
+        if previous is None and is_old and (heard_ns is None or point.time_ns <= heard_ns):
             return Delta(point, 0, 0, state, is_baseline=True)
         return Delta(point, point.value, point.calls, state)
     if point.time_ns <= previous.time_ns:

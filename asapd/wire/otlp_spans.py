@@ -32,7 +32,7 @@ from asapd.wire.otlp import (
     resource_key,
     too_many_records,
 )
-from asapd.wire.usage import MAX_EVENTS, malformed, too_many
+from asapd.wire.usage import malformed
 
 _BUCKETS: Final = {
     "tokens_in": ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
@@ -219,12 +219,11 @@ def _json_spans(body: bytes, settings: OtlpSettings) -> list[_Span] | Refusal:
     return spans
 
 
-def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome | Refusal:
+def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome:
     found: dict[int, SpanUsage] = {}
     problems: list[str] = []
     covered: set[str] = set()
     keys: dict[int, bytes] = {}
-    expected = 0
     for place in _children_first(spans):
         span = spans[place]
         operation = _operation(span)
@@ -234,14 +233,11 @@ def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome | Refusa
             if isinstance(event, UsageEvent):
                 key = keys.setdefault(id(span.resource), resource_key(span.resource))
                 found[place] = SpanUsage(event, bytes.fromhex(span.trace_id + span.span_id), key, is_work)
-                expected += not (is_work and is_covered)
                 is_covered = True
             elif not (is_work and is_covered):
                 problems.append(f"span {clean(span.id, 60)}: {event}")
         if is_covered and span.parent is not None:
             covered.add(span.parent)
-    if expected > MAX_EVENTS:
-        return too_many(expected)
     return OtlpOutcome([found[place] for place in sorted(found)], _links(spans), len(problems), reasons(problems))
 
 

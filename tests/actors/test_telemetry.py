@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import set_span_in_context
 
 from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
-from asapd.actors.telemetry import Times, record_metrics, record_spans
+from asapd.actors.set_aside import SetAside
+from asapd.actors.telemetry import record_metrics
+from asapd.actors.telemetry_spans import record_spans
+from asapd.actors.telemetry_terms import Counts, Times
 from asapd.core.access import Caller
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
@@ -67,6 +70,11 @@ class Host:
         self.database = Database(InlineRunner(Writer(connection)), InlineReaders(connection))
         self.times = Times(T0 - 7 * DAY_US, T0 + 7 * DAY_US, HOUR_US)
         self.now_us = T0
+        self.counts: Counts = "both"
+        self.set_aside = SetAside()
+
+    def compare(self, agents: Mapping[bytes, str], *, spans: Mapping[bytes, int], metrics: Mapping[bytes, int]) -> None:
+        self.set_aside.note(self.now_us, agents, spans=spans, metrics=metrics)
 
     def unit(self, events: list[UsageEvent]) -> RecordUsage:
         # A token costs a micro-dollar, a cached one nothing: a price that needs whole collections.
@@ -77,7 +85,7 @@ class Host:
         decoded = decode_traces(body, "protobuf")
         assert isinstance(decoded, OtlpOutcome)
         message = ReportSpans(caller, decoded.spans, decoded.links, None)  # type: ignore[arg-type]  # nobody replies
-        found = await record_spans(message, self.database, self.unit, self.times)
+        found = await record_spans(message, self.database, self.unit, self.times, self.compare, self.counts)
         assert isinstance(found, TelemetryRecorded)
         return found
 
@@ -85,7 +93,7 @@ class Host:
         decoded = decode_metrics(body, "protobuf")
         assert isinstance(decoded, MetricsOutcome)
         message = ReportMetrics(caller, decoded.points, None)  # type: ignore[arg-type]  # nobody replies
-        found = await record_metrics(message, self.database, self.unit, self.times)
+        found = await record_metrics(message, self.database, self.unit, self.times, self.compare, self.counts)
         assert isinstance(found, TelemetryRecorded)
         return found
 
@@ -478,6 +486,77 @@ async def test_a_collection_does_not_grow_without_end(host: Host, monkeypatch: p
     later.resource_metrics[0].scope_metrics[0].metrics[0].sum.data_points[0].start_time_unix_nano -= MINUTE_US * 1_000
     assert (await host.metrics(later.SerializeToString())).rejected == []
     assert host.totals() != before
+
+
+def of_old_process(totals: dict[str, int], minute: int, start_us: int = T0 - 8 * DAY_US) -> bytes:
+    """The cumulative input tokens of models, of a process that began before the horizon of lateness."""
+    request = ExportMetricsServiceRequest()
+    group = request.resource_metrics.add()
+    group.resource.attributes.add(key="service.name").value.string_value = "old"
+    counter = group.scope_metrics.add().metrics.add(name=f"{MODERN}input_tokens").sum
+    counter.is_monotonic, counter.aggregation_temporality = True, 2
+    for model, tokens in totals.items():
+        point = counter.data_points.add(as_int=tokens)
+        point.start_time_unix_nano, point.time_unix_nano = start_us * 1_000, (T0 + minute * MINUTE_US) * 1_000
+        point.attributes.add(key="gen_ai.request.model").value.string_value = model
+    return request.SerializeToString()
+
+
+async def test_a_new_set_of_attributes_of_an_old_process_counts_from_zero(host: Host) -> None:
+    first = await host.metrics(of_old_process({"a": 1_000, "z": 0}, 0))
+    assert (host.totals().tokens_in, first.rejected) == (0, [])
+    assert first.notes[0].startswith("1 cumulative streams came for the first time, 1000 tokens in all that are not")
+    assert (await host.metrics(of_old_process({"a": 1_000, "z": 0}, 0))).notes == ()
+    for _ in range(2):
+        assert (await host.metrics(of_old_process({"a": 1_010, "b": 500}, 1))).notes == ()
+        assert host.totals().tokens_in == 510
+    # What is known is kept over restarts, and need not come with what is new.
+    await Host(host.connection).metrics(of_old_process({"c": 5}, 2))
+    assert host.totals().tokens_in == 515
+
+
+async def test_another_process_and_one_that_says_no_start_have_a_baseline_of_their_own(host: Host) -> None:
+    await host.metrics(of_old_process({"a": 1_000}, 0))
+    assert (await host.metrics(of_old_process({"b": 500}, 1, T0 - 9 * DAY_US))).notes != ()
+    for minute, model in enumerate("ab"):
+        assert (await host.metrics(of_old_process({model: 500}, minute, 0))).notes != ()
+    assert host.totals().tokens_in == 0
+
+
+async def test_streams_kept_by_an_earlier_version_tell_what_is_new(host: Host) -> None:
+    await host.metrics(of_old_process({"a": 1_000}, 0))
+    host.connection.execute("DELETE FROM otlp_stream WHERE value = 0")
+    await host.metrics(of_old_process({"b": 500, "a": 1_001}, 1))
+    assert host.totals().tokens_in == 501
+
+
+@settings(max_examples=60, deadline=None)
+@given(grown=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4), data=st.data())
+def test_an_old_process_counts_what_it_adds_to_its_first_collection_in_any_pieces(
+    template: Path, grown: list[list[int]], data: st.DataObject
+) -> None:
+    """A stream is in every collection since it began; pieces of one collection come in any order, again and again."""
+    born = [data.draw(st.integers(0, len(grown) - 1)) for _ in range(4)]
+    totals, pieces, first = [0] * 4, [], 0
+    for minute, added in enumerate(grown):
+        totals = [
+            total + (tokens if minute >= since else 0) for total, tokens, since in zip(totals, added, born, strict=True)
+        ]
+        first = sum(totals) if minute == 0 else first
+        told = {f"m{place}": total for place, total in enumerate(totals) if minute >= born[place]}
+        order = data.draw(st.permutations(list(told.items())))
+        cut = data.draw(st.integers(0, len(order)))
+        pieces += [(dict(part), minute) for part in (order[:cut], order[cut:], order[:cut]) if part]
+
+    async def main() -> None:
+        with hosted(template) as host:
+            # Unless something was there to be heard, what comes first is the first.
+            await host.metrics(of_old_process({"always": 1}, 0))
+            for part, minute in pieces:
+                await Host(host.connection).metrics(of_old_process(part, minute))
+            assert host.totals().tokens_in == sum(totals) - first
+
+    trio.run(main)
 
 
 async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) -> None:

@@ -150,6 +150,7 @@ class Edge:
     services: Services
     mailboxes: dict[str, tuple[trio.MemorySendChannel[Any], trio.MemoryReceiveChannel[Any]]]
     dispatch: Dispatch
+    meter: MeterSettings
     keys: dict[str, str] = field(default_factory=dict)
     settings: config.Config = field(default_factory=config.Config)
     calls: list[tuple[str, ...]] = field(default_factory=list)
@@ -372,7 +373,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             LOG,
         ),
     )
-    edge = Edge(database, connection, feed, committed, clock, services, boxes, dispatch, settings=settings)
+    edge = Edge(database, connection, feed, committed, clock, services, boxes, dispatch, meter, settings=settings)
     holder.append(edge)
     common = {"database": database, "clock": clock, "beat": lambda: None, "log": LOG}
     runs: dict[str, Callable[..., Awaitable[None]]] = {

@@ -23,7 +23,7 @@ STATUS: dict[str, Any] = {
         "guarded_errors_total": 4,
     },
     "store": {"size_bytes": 4096, "pending": 5},
-    "usage": {"unpriced_events": 6},
+    "usage": {"unpriced_events": 6, "otlp_missing_tokens": 990},
     "agents": {
         "total": 8,
         "paused": [],
@@ -67,6 +67,7 @@ def test_every_figure_is_there_under_its_name() -> None:
         ("asapd_store_bytes", None): 4096,
         ("asapd_store_pending_units", None): 5,
         ("asapd_usage_unpriced_events", None): 6,
+        ("asapd_otlp_missing_tokens_total", None): 990,
         ("asapd_agents", None): 8,
         ("asapd_agents_troubled", "paused"): 0,
         ("asapd_agents_troubled", "flapping"): 1,

@@ -410,15 +410,15 @@ def test_an_export_has_bounds() -> None:
         assert found.code == "too_many_events"
 
 
-def test_more_events_than_a_commit_takes_are_refused() -> None:
+def test_more_events_than_a_commit_takes_are_no_reason_to_refuse() -> None:
     request = ExportTraceServiceRequest()
     spans = request.resource_spans.add().scope_spans.add().spans
     for number in range(1, 5_002):
         span = spans.add(trace_id=b"t" * 16, span_id=number.to_bytes(8, "big"), end_time_unix_nano=START_NS)
         span.attributes.add(key="gen_ai.operation.name").value.string_value = "chat"
     found = decode_traces(request.SerializeToString(), "protobuf")
-    assert isinstance(found, Refusal)
-    assert found.code == "too_many_events"
+    assert isinstance(found, OtlpOutcome)
+    assert len(found.spans) == 5_001
 
 
 def test_the_replies_say_what_was_rejected_in_the_encoding_of_the_request() -> None:

@@ -283,6 +283,31 @@ def test_usage_of_unknown_or_too_old_beginning_is_only_a_baseline(start_ns: int,
     assert fold_cumulative(delta.state, later, since_ns).tokens == 3
 
 
+@pytest.mark.parametrize(("heard_ns", "tokens"), [(None, 0), (199, 10), (200, 0), (201, 0)])
+def test_what_was_not_in_an_earlier_collection_of_its_family_began_after_it(heard_ns: int | None, tokens: int) -> None:
+    assert fold_cumulative(None, POINT, 101, heard_ns).tokens == tokens
+
+
+def test_a_family_is_of_one_resource_scope_metric_and_start() -> None:
+    def family(**changes: Any) -> bytes:
+        request = request_with(tokens=1)
+        point = request.resource_metrics[0].scope_metrics[0].metrics[0].sum.data_points[0]
+        point.attributes.add(key="x").value.string_value = changes.pop("attribute", "")
+        point.start_time_unix_nano = changes.pop("start", 5)
+        request.resource_metrics[0].scope_metrics[0].scope.name = changes.pop("scope", "")
+        request.resource_metrics[0].scope_metrics[0].metrics[0].name = changes.pop("name", f"{USAGE}input_tokens")
+        resource = request.resource_metrics[0].resource
+        resource.attributes.add(key="service.name").value.string_value = changes.pop("service", "")
+        request.resource_metrics[0].scope_metrics[0].metrics[0].sum.aggregation_temporality = changes.pop("how", 2)
+        (point,) = decoded(request.SerializeToString()).points
+        return point.family
+
+    assert family() == family(attribute="other") != b""
+    others = {family(start=6), family(scope="s"), family(name=f"{USAGE}output_tokens"), family(service="s")}
+    assert len(others | {family()}) == 5
+    assert family(start=0) == family(how=1) == b""
+
+
 def test_a_part_that_came_before_its_whole_is_cut_to_it() -> None:
     cached = msgspec.structs.replace(POINT, stream=b"c", bucket="cached_tokens_in")
     written = msgspec.structs.replace(POINT, stream=b"w", bucket="cache_write_tokens")

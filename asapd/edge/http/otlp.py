@@ -5,7 +5,7 @@ Source: the OTLP 1.x specification, section OTLP/HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 import msgspec
@@ -32,8 +32,8 @@ from asapd.wire.otlp import (
     encode_traces_response,
     reasons,
 )
-from asapd.wire.otlp_metrics import decode_metrics
-from asapd.wire.otlp_spans import decode_traces
+from asapd.wire.otlp_metrics import MetricsOutcome, decode_metrics
+from asapd.wire.otlp_spans import OtlpOutcome, decode_traces
 from asapd.wire.problem import PROBLEM_JSON
 
 T = TypeVar("T")
@@ -95,7 +95,8 @@ def register(app: QuartTrio, services: Services) -> None:
             )
         if isinstance(recorded, Refusal):
             raise RefusedError(recorded)
-        return _reply(encode_traces_response, outcome.rejected, outcome.message, rejected + recorded.rejected, encoding)
+        rejected += recorded.rejected
+        return _reply(encode_traces_response, outcome, rejected, recorded.notes, encoding)
 
     @app.post("/v1/metrics")
     async def post_metrics() -> Response:
@@ -107,9 +108,8 @@ def register(app: QuartTrio, services: Services) -> None:
             recorded = await ask_actor(services.mailboxes.meter, lambda reply: ReportMetrics(caller, own, reply))
         if isinstance(recorded, Refusal):
             raise RefusedError(recorded)
-        return _reply(
-            encode_metrics_response, outcome.rejected, outcome.message, rejected + recorded.rejected, encoding
-        )
+        rejected += recorded.rejected
+        return _reply(encode_metrics_response, outcome, rejected, recorded.notes, encoding)
 
 
 def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[list[T], list[str]]:
@@ -122,8 +122,12 @@ def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[
 
 
 def _reply(
-    encode: Callable[[int, str, Encoding], bytes], rejected: int, message: str, more: list[str], encoding: Encoding
+    encode: Callable[[int, str, Encoding], bytes],
+    outcome: OtlpOutcome | MetricsOutcome,
+    rejected: list[str],
+    notes: Iterable[str],
+    encoding: Encoding,
 ) -> Response:
-    """The success of an export, `partial_success` if something of it was left out."""
-    texts = [text for text in (message, reasons(more)) if text]
-    return Response(encode(rejected + len(more), "; ".join(texts), encoding), 200, content_type=OTLP_TYPES[encoding])
+    """The success of an export, `partial_success` if something of it was left out, or there is something to tell."""
+    message = "; ".join(text for text in (outcome.message, reasons(rejected), *notes) if text)
+    return Response(encode(outcome.rejected + len(rejected), message, encoding), 200, content_type=OTLP_TYPES[encoding])

@@ -36,6 +36,9 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
 
     `unauthorised` of the new ones were done without permission. `conflicts` are events, each by its index, with the row
     that has its identity. Where the unit had `places`, this has those of `ids`, and events are told by their places.
+
+    Of telemetry `covered` are the places of agents' spans that do not count, for spans below them do, and `set_aside`
+    has for resources the tokens of metrics that do not count, for spans tell of the same calls.
     """
 
     recorded: int
@@ -47,6 +50,8 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     places: list[int] | None = None
     late: list[tuple[int, str]] = []
     resent: list[int] = []
+    covered: list[int] = []
+    set_aside: list[tuple[bytes, int]] = []
 
 
 class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
@@ -143,8 +148,9 @@ class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True
     """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
 
     `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence holds for
-    `near_us` before and after its time. What was last heard of before `forget_before_us` is dropped. `by` is who
-    reports: see `asapd.store.superseding`.
+    `near_us` before and after its time; with `spans_ended`, when spans are counted no longer, that of spans ends with
+    the last of them. What was last heard of before `forget_before_us` is dropped. `by` is who reports: see
+    `asapd.store.superseding`.
     """
 
     usage: RecordUsage
@@ -156,6 +162,7 @@ class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True
     spans: list[SpanFact] = []
     links: list[tuple[bytes, bytes]] = []
     by: Visibility = EVERYTHING
+    spans_ended: bool = False
 
     @property
     def is_narrow(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,12 @@ from opentelemetry.trace import set_span_in_context
 from trio.testing import MockClock
 
 from asapd import config
+from asapd.actors.messages import ReconfigureMeter
+from asapd.core.errors import Refusal
+from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.edge.http.otlp import INLINE_BYTES
+from asapd.runtime.ask import ask
 from asapd.store.units.usage import RecordTelemetry
 from tests.edge.house import T0, A, B, Edge, Reply
 
@@ -307,7 +313,7 @@ async def test_metrics_add_up_over_exports_each_counted_once(edge: Edge, metrics
 async def test_streams_outlive_a_restart(edge: Edge, cumulative: Metrics) -> None:
     cumulative.call(10, 4)
     await measured(edge, cumulative.export(T0))
-    kept = edge.connection.execute("SELECT value, calls FROM otlp_stream ORDER BY value").fetchall()
+    kept = edge.connection.execute("SELECT value, calls FROM otlp_stream WHERE value > 0 ORDER BY value").fetchall()
     assert kept == [(4, 1), (10, 1)]
     cumulative.call(1, 1)
     await measured(edge, cumulative.export(T0 + MINUTE_US))
@@ -329,6 +335,83 @@ async def test_spans_win_over_the_metrics_of_their_resource_for_an_hour(edge: Ed
     await measured(edge, cumulative.export(edge.clock.us))
     # Folded all the while: only what is new counts.
     assert await totals(edge) == (2, 103, 42, 2)
+
+
+async def reconfigure(edge: Edge, **otlp: Any) -> None:
+    """As a reload does."""
+    metering = edge.settings.metering.model_copy(update={"otlp": config.Otlp(**otlp)})
+    edge.with_settings(metering=metering)
+    await ask(edge.services.mailboxes.meter, partial(ReconfigureMeter, metering, PriceTable()), deadline_s=5)
+
+
+async def test_only_metrics_count_where_traces_are_sampled(edge: Edge, cumulative: Metrics) -> None:
+    await reconfigure(edge, counts="metrics")
+    cumulative.call(1_000, 40)
+    await measured(edge, cumulative.export(T0))
+    traces = Traces()
+    traces.span(CHAT)
+    success = taken(await send(edge, traces.export()))
+    assert success.rejected_spans == 0
+    told = '1 spans are not counted: metering.otlp.counts is "metrics"; send none, or change it'
+    assert success.error_message == told
+    assert await totals(edge) == (1, 1_000, 40, 1)
+    cumulative.call(1, 1)
+    assert (await measured(edge, cumulative.export(T0 + SECOND_US))).error_message == ""
+    assert await totals(edge) == (2, 1_001, 41, 2)
+    assert taken(await send(edge, b"")).error_message == ""
+
+
+async def test_only_spans_count_and_metrics_are_followed_for_the_day_they_count(
+    edge: Edge, cumulative: Metrics
+) -> None:
+    await reconfigure(edge, counts="spans")
+    cumulative.call(1_000, 40)
+    success = await measured(edge, cumulative.export(T0))
+    assert success.rejected_data_points == 0
+    assert success.error_message.startswith('2 points are not counted: metering.otlp.counts is "spans"')
+    assert await totals(edge) == (0, 0, 0, 0)
+    await reconfigure(edge, counts="metrics")
+    cumulative.call(1, 1)
+    await measured(edge, cumulative.export(T0 + MINUTE_US))
+    assert await totals(edge) == (1, 1, 1, 1)
+
+
+async def test_spans_that_count_no_longer_win_over_what_was_collected_before_their_end_alone(
+    edge: Edge, cumulative: Metrics
+) -> None:
+    traces = Traces()
+    traces.span(CHAT)
+    taken(await send(edge, traces.export()))
+    await reconfigure(edge, counts="metrics")
+    cumulative.call(100, 40)
+    await measured(edge, cumulative.export(T0))
+    cumulative.call(3, 2)
+    await measured(edge, cumulative.export(T0 + SECOND_US))
+    assert await totals(edge) == (2, 103, 42, 2)
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+async def test_metrics_set_aside_for_spans_of_far_fewer_tokens_are_seen(
+    edge: Edge, cumulative: Metrics, caplog: pytest.LogCaptureFixture, spans_first: bool
+) -> None:
+    """Head sampling: one call in ten is traced, and its span wins over the metrics of all ten."""
+    traces = Traces()
+    calls = 10
+    for minute in range(75):
+        at_us = edge.clock.us = T0 + minute * MINUTE_US
+        traces.span({**CHAT, "gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 0}, at_us=at_us)
+        if spans_first:
+            taken(await send(edge, traces.export()))
+        for _ in range(calls):
+            cumulative.call(10, 0)
+        await measured(edge, cumulative.export(at_us))
+        if not spans_first:
+            taken(await send(edge, traces.export()))
+    status = edge.meter.set_aside.missing_tokens
+    assert 0.8 * 70 * 90 < status <= 75 * 90
+    said = [record for record in caplog.records if "metering.otlp.counts" in record.getMessage()]
+    assert len(said) == 2
+    assert said[0].getMessage().startswith(f"spans of {A} told of 1")
 
 
 async def test_metrics_that_came_before_the_spans_of_their_resource_are_voided(edge: Edge, metrics: Metrics) -> None:
@@ -396,7 +479,8 @@ async def test_a_stream_in_a_contradicted_event_stays_where_it_was(edge: Edge, c
     assert (await totals(edge))[1:3] == (12, 6)
 
 
-async def test_an_export_of_more_events_than_a_commit_takes_is_refused(edge: Edge) -> None:
+def many_points(number: int) -> bytes:
+    """One point each of so many consumers."""
     points = [
         {
             "attributes": [
@@ -407,12 +491,65 @@ async def test_an_export_of_more_events_than_a_commit_takes_is_refused(edge: Edg
             "count": 1,
             "sum": 1,
         }
-        for number in range(5_001)
+        for number in range(number)
     ]
     metric = {"name": "gen_ai.client.token.usage", "histogram": {"aggregationTemporality": 1, "dataPoints": points}}
-    body = msgspec.json.encode({"resourceMetrics": [{"scopeMetrics": [{"metrics": [metric]}]}]})
-    reply = await send(edge, body, "/v1/metrics", headers=JSON)
-    assert (reply.status, reply.json["message"].partition(":")[0]) == (413, "too_many_events")
+    return msgspec.json.encode({"resourceMetrics": [{"scopeMetrics": [{"metrics": [metric]}]}]})
+
+
+def many_spans(number: int) -> bytes:
+    """An agent's span before so many calls below it."""
+    trace, root = "ab" * 16, f"{number + 1:016x}"
+    attributes = {
+        kind: [
+            {"key": "gen_ai.operation.name", "value": {"stringValue": kind}},
+            {"key": "gen_ai.usage.input_tokens", "value": {"intValue": "1"}},
+        ]
+        for kind in ("invoke_agent", "chat")
+    }
+    end = {"traceId": trace, "endTimeUnixNano": str(T0 * 1_000)}
+    spans = [{**end, "spanId": root, "attributes": attributes["invoke_agent"]}]
+    spans += [
+        {**end, "spanId": f"{place:016x}", "parentSpanId": root, "attributes": attributes["chat"]}
+        for place in range(1, number + 1)
+    ]
+    return msgspec.json.encode({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]})
+
+
+@pytest.mark.parametrize(("path", "made"), [("/v1/traces", many_spans), ("/v1/metrics", many_points)])
+async def test_an_export_of_more_events_than_a_commit_takes_is_recorded_in_parts(
+    edge: Edge, path: str, made: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was committed before a part was refused is not counted again when all is sent again."""
+    for module in ("telemetry", "telemetry_spans"):
+        monkeypatch.setattr(f"asapd.actors.{module}.MAX_EVENTS", 40)
+    runner = edge.database._runner
+    execute, sizes = runner.execute, []
+
+    async def fail_the_third(unit: Any, **options: Any) -> Any:
+        if isinstance(unit, RecordTelemetry):
+            sizes.append(len(unit.usage.events))
+            if len(sizes) == 3:
+                return Refusal("storage_full", "nothing was written", retry_after_s=30)
+        return await execute(unit, **options)
+
+    runner.execute = fail_the_third  # type: ignore[method-assign]  # as when the disk is full for a moment
+    body = made(110)
+    assert (await send(edge, body, path, headers=JSON)).status == 503
+    assert (await edge.get("/usage/summary")).ok()["total_tokens"] == 80
+    for _ in range(2):
+        assert (await send(edge, body, path, headers=JSON)).ok() == {}
+        assert (await edge.get("/usage/summary")).ok()["total_tokens"] == 110
+    assert max(sizes) == 40
+    assert edge.connection.execute("SELECT count(*) FROM usage_void").get == 0
+
+
+@pytest.mark.parametrize(("path", "made"), [("/v1/traces", many_spans), ("/v1/metrics", many_points)])
+async def test_an_export_as_large_as_collectors_send_is_taken(
+    edge: Edge, path: str, made: Callable[[int], bytes]
+) -> None:
+    assert (await send(edge, made(5_200), path, headers=JSON)).ok() == {}
+    assert (await edge.get("/usage/summary")).ok()["total_tokens"] == 5_200
 
 
 async def test_an_export_that_another_overtook_is_folded_again(edge: Edge, cumulative: Metrics) -> None:

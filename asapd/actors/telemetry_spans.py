@@ -1,0 +1,97 @@
+"""Spans that OpenTelemetry reports: those that count, as they are."""
+
+from __future__ import annotations
+
+import msgspec
+
+from asapd.actors.messages import ReportSpans, TelemetryRecorded
+from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, set_aside_in, told_of
+from asapd.core.access import Caller
+from asapd.core.errors import Refusal
+from asapd.store.database import Database
+from asapd.store.telemetry import SPANS
+from asapd.store.units.usage import Evidence, Recorded, RecordTelemetry, SpanFact, StreamsMoved, UsageConflict
+from asapd.store.visibility import Visibility
+from asapd.wire.otlp_spans import SpanUsage
+from asapd.wire.usage import MAX_EVENTS
+
+
+async def record_spans(
+    message: ReportSpans,
+    database: Database,
+    make_unit: MakeUnit,
+    times: Times,
+    compare: Compare,
+    counts: Counts = "both",
+) -> TelemetryRecorded | Refusal:
+    """Record the events of spans, and remember which are below which, and when their resources had any.
+
+    Of more than one commit takes each part is committed before the next is sent: what is sent again after a refusal is
+    told by its identity. Where only metrics count, spans are nothing at all: to remember them would set metrics aside.
+    """
+    if counts == "metrics":
+        return TelemetryRecorded(0, 0, [], not_counted("spans", len(message.spans), counts))
+    rejected: list[str] = []
+    timely: list[SpanUsage] = []
+    for span in message.spans:
+        reason = times.reason(span.event.timestamp_us)
+        if reason is None:
+            timely.append(span)
+        else:
+            rejected.append(f"span {span.event.id} {reason}")
+    if not timely and not message.links:
+        return TelemetryRecorded(0, 0, rejected)
+    # Agents' spans behind the calls below them, or an earlier part would count what the next one has to void.
+    timely.sort(key=lambda span: span.is_work)
+    recorded = duplicates = 0
+    links = message.links
+    for start in range(0, max(1, len(timely)), MAX_EVENTS):
+        part = timely[start : start + MAX_EVENTS]
+        outcome = await _record_part(message.caller, part, links, database, make_unit, times)
+        if isinstance(outcome, Refusal):
+            return outcome
+        recorded, duplicates, links = recorded + outcome.recorded, duplicates + outcome.duplicates, []
+        rejected += [
+            f"span {part[index].event.id} was reported before with other content" for index, _ in outcome.conflicts
+        ]
+        _compare(message.caller, part, outcome, compare)
+    return TelemetryRecorded(recorded, duplicates, rejected)
+
+
+async def _record_part(
+    caller: Caller,
+    spans: list[SpanUsage],
+    links: list[tuple[bytes, bytes]],
+    database: Database,
+    make_unit: MakeUnit,
+    times: Times,
+) -> Recorded | Refusal:
+    # A span that does not count for the sake of one below it still says that its resource has spans.
+    evidence = list(
+        dict.fromkeys(Evidence(told_of(span.resource, caller), SPANS, span.event.timestamp_us) for span in spans)
+    )
+    unit = RecordTelemetry(
+        msgspec.structs.replace(make_unit([span.event for span in spans]), partial=True),
+        times.forget_before_us,
+        times.spans_win_us,
+        evidence=evidence,
+        spans=[SpanFact(span.span, span.is_work) for span in spans],
+        links=links,
+        by=Visibility(caller.tenant, caller.agents),
+    )
+    outcome = await database.submit(unit)
+    assert not isinstance(outcome, UsageConflict | StreamsMoved), "a partial unit without streams has no such answer"
+    return outcome
+
+
+def _compare(caller: Caller, spans: list[SpanUsage], outcome: Recorded, compare: Compare) -> None:
+    """Tell what the spans that count told of their resources, and what was set aside for them."""
+    covered = set(outcome.covered)
+    agents: dict[bytes, str] = {}
+    tokens: dict[bytes, int] = {}
+    for place, span in enumerate(spans):
+        resource = told_of(span.resource, caller)
+        agents.setdefault(resource, span.event.agent)
+        if place not in covered:
+            tokens[resource] = tokens.get(resource, 0) + span.event.tokens_in + span.event.tokens_out
+    compare(agents, spans=tokens, metrics=set_aside_in(outcome))
