@@ -151,6 +151,9 @@ class Otlp(_Section):
     project: Many[Name] = ("asap.project",)
     counts: Literal["both", "spans", "metrics"] = "both"
     spans_win_us: Duration = Field(default=HOUR_US, alias="spans_win")
+    # Spans with the content of conversations have some 20 kB each, and SDKs send 512 at once. What is made to be dear
+    # takes 27 times its size to decode, one at a time.
+    max_body_bytes: Size = Field(default=16 * 2**20, alias="max_body")
 
 
 class CloudEvents(_Section):

@@ -16,6 +16,7 @@ from asapd.edge.connection import Limits, SocketTransport
 from asapd.edge.fastlane import FastLane
 from asapd.edge.http.app import create_app
 from asapd.edge.ingest import run_ingest
+from asapd.edge.large_bodies import LargeBodies
 from asapd.edge.reporting import post_frame
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.services import Services
@@ -73,6 +74,7 @@ class Serving:
             max_connections=self._max_connections,
             limits=limits,
             grace_s=GRACE_S,
+            large_bodies=LargeBodies(lambda: services.settings().metering.otlp.max_body_bytes, self._room),
             log=self._log.getChild("http"),
         )
         with contextlib.closing(self._doors):

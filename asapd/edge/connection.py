@@ -25,6 +25,7 @@ from hypercorn.protocol.h11 import H11WSConnection
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
+from asapd.edge.large_bodies import LargeBodies
 from asapd.edge.last_words import LastWords
 from asapd.edge.protocol import Http11, Tasks, WebSocket
 
@@ -121,6 +122,7 @@ class HttpConnection:
         client: tuple[str, int] | None,
         server: tuple[str, int] | None,
         state: dict[str, Any],
+        large_bodies: LargeBodies | None,
         log: logging.Logger,
     ) -> None:
         self._limits = limits
@@ -154,6 +156,7 @@ class HttpConnection:
             server,
             self._send,
             max_body_bytes=limits.max_body_bytes,
+            large_bodies=large_bodies,
         )
 
     async def run(self) -> None:
@@ -171,6 +174,7 @@ class HttpConnection:
                     self._log.debug("a request went on too long after its connection ended and was cancelled")
                 background.cancel_scope.cancel()
         finally:
+            self._protocol.give_back()
             self.abort()
 
     def send_now(self, frame: bytes) -> Sent:

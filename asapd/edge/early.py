@@ -29,7 +29,7 @@ _REFUSALS = {
         "not_implemented",
         "This socket does not serve that; a body comes with a Content-Length, or chunked and no other way.",
     ),
-    503: Refusal("overloaded", "Too many connections: try again in a moment."),
+    503: Refusal("overloaded", "Too many connections, or large bodies at once: try again in a moment."),
 }
 
 

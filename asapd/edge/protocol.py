@@ -26,6 +26,7 @@ from wsproto.events import CloseConnection, Message, Ping
 from wsproto.frame_protocol import CloseReason
 
 from asapd.edge.early import Asked, refusal_response
+from asapd.edge.large_bodies import LargeBodies, is_export
 
 # The steps after a response's last byte touch no network; they wait at most for the application to take one event.
 LAST_STEPS_S = 5.0
@@ -169,9 +170,13 @@ class Http11(H11Protocol):
     streams_events = False
     """Whether the answer that is being given is a stream of events."""
 
-    def __init__(self, app: AppWrapper, config: Config, *rest: Any, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: AppWrapper, config: Config, *rest: Any, max_body_bytes: int, large_bodies: LargeBodies | None
+    ) -> None:
         super().__init__(app, config, *rest)
         self._max_body_bytes = max_body_bytes
+        self._large_bodies = large_bodies
+        self._held_bytes = 0
         self._request: h11.Request | None = None
         """The one that is being answered."""
         self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
@@ -187,6 +192,7 @@ class Http11(H11Protocol):
             self.streams_events = kind.startswith(b"text/event-stream")
         if isinstance(event, stream_events.StreamClosed):
             self._request = None
+            self.give_back()
             # The application is told of the end in here and quart-trio cancels it, and with it us, for that.
             with trio.move_on_after(LAST_STEPS_S, shield=True) as scope:
                 await super().stream_send(event)
@@ -199,6 +205,22 @@ class Http11(H11Protocol):
             )
         else:
             await super().stream_send(event)
+
+    def give_back(self) -> None:
+        """Leaves the room of a large body to others: it was answered, or its connection ended."""
+        if self._held_bytes:
+            assert self._large_bodies is not None, "room is taken of nothing else"
+            self._large_bodies.room.give_back(self._held_bytes)
+            self._held_bytes = 0
+
+    async def _has_room(self, length_bytes: int) -> bool:
+        """Whether a body may be received; a large one that finds no room in time is refused."""
+        large = self._large_bodies
+        if large is None or length_bytes <= self._max_body_bytes:
+            return True
+        with trio.move_on_after(large.wait_s):
+            self._held_bytes = await large.room.take(length_bytes)
+        return self._held_bytes > 0
 
     def _must_close(self) -> bool:
         # With the rest of a body still to come, the end of the response ends the connection.
@@ -227,6 +249,8 @@ class Http11(H11Protocol):
         self._request = request
         self.streams_events = False
         refused = self._refused(request)
+        if refused is None and not await self._has_room(_length_bytes(request)):
+            refused = 503
         if refused is not None:
             await self._send_error_response(refused)
             await self.send(Closed())
@@ -240,7 +264,8 @@ class Http11(H11Protocol):
             self.stream = WebSocket(*arguments, self.stream_send, STREAM_ID)
         else:
             self.stream = stream = _Http(*arguments, self.stream_send, STREAM_ID)
-            stream.max_body_bytes = self._max_body_bytes
+            limit_bytes = self._limit_bytes(request)
+            stream.max_body_bytes = limit_bytes if self._held_bytes else min(self._max_body_bytes, limit_bytes)
         await self.stream.handle(
             stream_events.Request(
                 stream_id=STREAM_ID,
@@ -265,9 +290,16 @@ class Http11(H11Protocol):
         # RFC 9112 6.3: two lengths are how a request is smuggled past a proxy.
         if b"content-length" in headers and b"transfer-encoding" in headers:
             return 400
-        # h11 has checked that it is a number of at most 20 digits.
-        length_bytes = int(headers.get(b"content-length", b"0"))
-        return 413 if length_bytes > self._max_body_bytes else None
+        return 413 if _length_bytes(request) > self._limit_bytes(request) else None
+
+    def _limit_bytes(self, request: h11.Request) -> int:
+        large = self._large_bodies
+        return self._max_body_bytes if large is None or not is_export(request.target) else large.max_bytes()
+
+
+def _length_bytes(request: h11.Request) -> int:
+    # h11 has checked that it is a number of at most 20 digits.
+    return int(dict(request.headers).get(b"content-length", b"0"))
 
 
 def _asked(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Asked:

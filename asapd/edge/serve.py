@@ -23,6 +23,7 @@ from hypercorn.utils import parse_socket_addr
 
 from asapd.edge.connection import AsgiApp, HttpConnection, Limits, SocketTransport, Transport
 from asapd.edge.early import bare_response
+from asapd.edge.large_bodies import LargeBodies
 from asapd.edge.last_words import LastWords
 
 # accept(2) when the process or the host is out of something: it comes back, a connection at a time.
@@ -71,12 +72,14 @@ class HttpServer:
         limits: Limits = DEFAULT_LIMITS,
         grace_s: float = 5.0,
         startup_s: float = 30.0,
+        large_bodies: LargeBodies | None = None,
         log: logging.Logger,
     ) -> None:
         self._app = app
         self._max_connections = max_connections
         self._limits = limits
         self._grace_s = grace_s
+        self._large_bodies = large_bodies
         self._log = log
         self._config = _config(limits, startup_s, log)
         self._context = WorkerContext(None)
@@ -253,6 +256,7 @@ class HttpServer:
             client=client,
             server=server,
             state=self._state.copy(),
+            large_bodies=self._large_bodies,
             log=self._log,
         )
         annotations["connection"] = connection

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from quart import Response, g, request
 from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing.exceptions import WebsocketMismatch
 
@@ -46,6 +48,7 @@ from asapd.edge.http import (
     usage_more,
     usage_stream,
 )
+from asapd.edge.http.context import body_limit
 from asapd.edge.http.parameters import RefusedError
 from asapd.edge.http.replies import refuse
 from asapd.edge.services import Services
@@ -87,8 +90,14 @@ def _is_for_ingest(method: str, path: str) -> bool:
 def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     """One application for every HTTP door; a door says in the ASGI scope who is at it."""
     app = QuartTrio("asapd", static_folder=None)
-    http = services.settings().http
-    app.config["MAX_CONTENT_LENGTH"] = http.max_body_bytes
+
+    class _Request(TrioRequest):
+        def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
+            options["max_content_length"] = body_limit(services.settings(), path)
+            super().__init__(method, scheme, path, *rest, **options)
+
+    app.request_class = _Request
+    app.config["MAX_CONTENT_LENGTH"] = services.settings().http.max_body_bytes
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.url_map.strict_slashes = False
 
@@ -141,7 +150,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     async def refused_by_framework(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 413:
-            limit = services.settings().http.max_body_bytes
+            limit = body_limit(services.settings(), request.path)
             return refuse(Refusal("too_large", f"a body may have {limit} bytes: send it in parts"))
         code = _STATUS_CODES.get(status, "malformed" if status < 500 else "internal")
         if isinstance(error, NotFound):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 from quart import current_app, g, request
 
+from asapd import config
 from asapd.actors.messages import Idempotency
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
+from asapd.edge.early import OTLP_PATHS
 from asapd.edge.http.parameters import RefusedError, decode_body
 from asapd.edge.idempotency import bind
 from asapd.edge.json_body import json_body
@@ -40,6 +42,11 @@ def require_everything(permission: Permission) -> Caller:
         detail = f"this concerns the whole host, and this key does not: {', and '.join(narrowed)}"
         raise RefusedError(Refusal("forbidden", detail))
     return caller
+
+
+def body_limit(settings: config.Config, path: str) -> int:
+    """The most bytes of a request's body, as it comes and unpacked."""
+    return settings.metering.otlp.max_body_bytes if path.rstrip("/") in OTLP_PATHS else settings.http.max_body_bytes
 
 
 async def raw_body() -> bytes:

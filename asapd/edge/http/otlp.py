@@ -40,8 +40,10 @@ T = TypeVar("T")
 
 # A body of this size is decoded in about a millisecond; a hop into a thread costs a tenth of that.
 INLINE_BYTES: Final = 16_384
-# The decoders hold the GIL, so more at once would only take turns; two, for a small one not to wait for a large one.
-THREADS: Final = 2
+# What unpacks to more is decoded one at a time: such a body may take many times its size.
+LARGE_BYTES: Final = 1_048_576
+# The decoders hold the GIL, so more at once would only take turns; the large one beside it is not waited for.
+THREADS: Final = 1
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
@@ -51,7 +53,7 @@ def settings_of(otlp: config.Otlp) -> OtlpSettings:
 
 def register(app: QuartTrio, services: Services) -> None:
     """Add the routes."""
-    threads = trio.CapacityLimiter(THREADS)
+    threads, large = trio.CapacityLimiter(THREADS), trio.CapacityLimiter(1)
 
     @app.after_request
     async def as_status(response: Response) -> Response:
@@ -71,14 +73,19 @@ def register(app: QuartTrio, services: Services) -> None:
         if encoding == "json" and (foreign := foreign_charset(request.content_type)) is not None:
             raise RefusedError(foreign)
         settings = services.settings()
-        body = unpack(await raw_body(), request.headers.get("Content-Encoding"), settings.http.max_body_bytes)
-        if isinstance(body, Refusal):
-            raise RefusedError(body)
-        arguments = (body, encoding, settings_of(settings.metering.otlp))
-        if len(body) <= INLINE_BYTES:
-            decoded = decoder(*arguments)
-        else:
-            decoded = await trio.to_thread.run_sync(decoder, *arguments, limiter=threads)
+        body, packed = await raw_body(), request.headers.get("Content-Encoding")
+        names, most_bytes = settings_of(settings.metering.otlp), settings.metering.otlp.max_body_bytes
+
+        def within(bound_bytes: int) -> T | Refusal:
+            plain = unpack(body, packed, min(bound_bytes, most_bytes))
+            return plain if isinstance(plain, Refusal) else decoder(plain, encoding, names)
+
+        # Nobody knows what a body unpacks to before it has: it is tried as a small one first, for a part of the price.
+        decoded = within(INLINE_BYTES)
+        if _is_larger(decoded, INLINE_BYTES, most_bytes):
+            decoded = await trio.to_thread.run_sync(within, LARGE_BYTES, limiter=threads)
+        if _is_larger(decoded, LARGE_BYTES, most_bytes):
+            decoded = await trio.to_thread.run_sync(within, most_bytes, limiter=large)
         if isinstance(decoded, Refusal):
             raise RefusedError(decoded)
         return decoded, encoding
@@ -110,6 +117,11 @@ def register(app: QuartTrio, services: Services) -> None:
             raise RefusedError(recorded)
         rejected += recorded.rejected
         return _reply(encode_metrics_response, outcome, rejected, recorded.notes, encoding)
+
+
+def _is_larger(decoded: object, tried_bytes: int, most_bytes: int) -> bool:
+    """Whether a body was only too large for what was tried."""
+    return isinstance(decoded, Refusal) and decoded.code == "too_large" and tried_bytes < most_bytes
 
 
 def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[list[T], list[str]]:

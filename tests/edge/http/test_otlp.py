@@ -37,7 +37,9 @@ from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.edge.http.otlp import INLINE_BYTES
+from asapd.edge.large_bodies import LargeBodies
 from asapd.runtime.ask import ask
+from asapd.runtime.room import Room
 from asapd.store.units.usage import RecordTelemetry
 from tests.edge.house import T0, A, B, Edge, Reply
 
@@ -252,7 +254,7 @@ async def test_the_names_of_attributes_are_configuration(edge: Edge) -> None:
         (b"", PROTOBUF, None, 401, "unauthorized"),
         (b"", JSON, "reader", 403, "forbidden"),
         (b"\n\x00" * 60_000, PROTOBUF, "ingest", 413, "too_many_events"),
-        (bytes(9 << 20), PROTOBUF, "ingest", 413, "too_large"),
+        (bytes(17 << 20), PROTOBUF, "ingest", 413, "too_large"),
         (b"", {**PROTOBUF, "Host": "evil.example"}, "ingest", 403, "host_not_allowed"),
     ],
 )
@@ -651,3 +653,62 @@ async def test_what_is_refused_before_its_body_has_come_is_a_status_too(
         message = json.loads(error)["message"]
         assert b"content-type: application/json" in answered
     assert message.startswith(f"{code}: ")
+
+
+def with_content(spans: int = 512) -> bytes:
+    """As many spans as an SDK sends at once, each with the messages of its conversation."""
+    traces = Traces()
+    for _ in range(spans):
+        traces.span({**CHAT, "gen_ai.input.messages": "x" * 20_000})
+    return traces.export()
+
+
+async def test_spans_with_the_messages_of_their_conversations_are_taken(edge: Edge) -> None:
+    body = with_content()
+    assert len(body) > edge.settings.http.max_body_bytes
+    for sent, headers in ((body, {}), (gzip.compress(body), {"Content-Encoding": "gzip"})):
+        assert taken(await send(edge, sent, headers={**PROTOBUF, **headers})).rejected_spans == 0
+        assert (await edge.get("/usage/summary")).ok()["total_api_calls"] == 512
+    reconfigured = config.Otlp.model_validate({"max_body": "1MiB"})
+    edge.with_settings(metering=edge.settings.metering.model_copy(update={"otlp": reconfigured}))
+    for sent, headers in ((body, {}), (gzip.compress(body), {"Content-Encoding": "gzip"})):
+        reply = await send(edge, sent, headers={**PROTOBUF, **headers})
+        assert reply.status == 413
+        assert "1048576 bytes" in Status.FromString(reply.body).message
+
+
+async def exported(port: int, sent: bytes) -> bytes:
+    """The answer to a request on a connection of its own."""
+    received = b""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(sent)
+        while piece := await stream.receive_some():
+            received += piece
+    return received
+
+
+async def test_large_exports_take_room_from_their_first_byte_to_their_answer(edge: Edge, tmp_path: Path) -> None:
+    body = with_content()
+    fields = f"host: localhost\r\ncontent-type: application/x-protobuf\r\nauthorization: Bearer {edge.keys['ingest']}"
+    post = f"POST /v1/traces HTTP/1.1\r\n{fields}\r\nconnection: close\r\n".encode()
+    large = post + b"content-length: %d\r\n\r\n" % len(body)
+    room = Room(len(body))
+    bodies = LargeBodies(lambda: edge.settings.metering.otlp.max_body_bytes, room, wait_s=0.2)
+    async with edge.served(tmp_path, large_bodies=bodies) as (_, port, _):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as other:
+            await other.send_all(large + body[:1_000])
+            with trio.fail_after(30):
+                while room.free_bytes:  # noqa: ASYNC110 -- nobody tells when a head has come
+                    await trio.sleep(0.01)
+            # Another waits, and is told to come again; small ones do not.
+            assert (await exported(port, large)).startswith(b"HTTP/1.1 503")
+            assert (await exported(port, post + b"content-length: 0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        with trio.fail_after(30):
+            room.give_back(await room.take(len(body)))  # the one that left gave its room back
+        assert (await exported(port, large + body)).startswith(b"HTTP/1.1 200")
+        assert room.free_bytes == len(body)
+        chunked = post + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b" % (len(body), body)
+        assert (await exported(port, chunked)).startswith(b"HTTP/1.1 413")
+        usage = large.replace(b"/v1/traces", b"/usage")
+        assert (await exported(port, usage)).startswith(b"HTTP/1.1 413")
+    assert (await edge.get("/usage/summary")).ok()["total_api_calls"] == 512
