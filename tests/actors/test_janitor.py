@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -31,6 +32,7 @@ from asapd.store.database import WRITER_AWAY, Database, InlineReaders
 from asapd.store.seals import SealedAt
 from asapd.store.units.agents import RecordProbe
 from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.audit import SealHours
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, Reserved
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.units.house import Sweep, Swept
@@ -217,6 +219,32 @@ async def test_retention_goes_on_where_it_was_when_the_store_is_back(
     done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:x", False)
     assert not isinstance(done, Refusal)
     assert (done["usage"]["count"], done["more"]) == (1, False)
+
+
+async def test_retention_that_is_asked_for_beside_the_janitors_own_is_no_trouble(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever seals hours second finds them sealed, and goes on."""
+    caplog.set_level(logging.INFO)
+    database, connection = inline_database
+    event = UsageEvent("t", A, "c", T0 - 401 * DAY_US, id="e")
+    await database.submit(RecordUsage("default", "key:x", T0, [event], [UNKNOWN_COST]))
+    settings, runner = JanitorSettings(config.Retention()), database._runner
+    execute, asked = runner.execute, []
+
+    async def ask_first(unit: Any, **options: Any) -> Any:
+        if isinstance(unit, SealHours) and not asked:
+            asked.append(unit)
+            done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:o", False)
+            assert not isinstance(done, Refusal)
+        return await execute(unit, **options)
+
+    runner.execute = ask_first  # type: ignore[method-assign]  # in between the read and the write
+    await sweep_for(0.5, database)
+    assert asked
+    assert connection.execute("SELECT count(*) FROM audit WHERE event_type = 'usage.sealed'").get == 1
+    assert "retention took 1 usage events" in caplog.text
+    assert "retention was not applied" not in caplog.text
 
 
 async def test_old_probes_are_dropped_and_young_ones_stay(inline_database: Inline, autojump_clock: MockClock) -> None:
