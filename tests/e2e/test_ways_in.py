@@ -92,6 +92,47 @@ async def test_an_export_of_opentelemetry_counts_once(daemon: Daemon) -> None:
     assert (row["tokens_in"], row["tokens_out"], row["consumer_id"]) == (100, 40, "urn:asap:agent:unknown")
 
 
+async def test_an_export_as_large_as_a_collector_sends_is_taken_at_every_door(daemon: Daemon, lane: str) -> None:
+    """8 192 spans, and messages that make them larger than other bodies may be."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(resource=Resource.create({"service.name": "many"}))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for _ in range(8_192):
+        attributes = {"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 1, "messages": "x" * 1_200}
+        provider.get_tracer("test").start_span("chat", attributes=attributes).end()
+    body = encode_spans(exporter.get_finished_spans()).SerializeToString()
+    assert len(body) > 8 << 20
+    headers = {"Content-Type": "application/x-protobuf"}
+    async with (
+        daemon.client() as http,
+        daemon.ingest_client() as ingest,
+        httpx2.AsyncClient(base_url=lane, headers=http.headers, timeout=30) as fast,
+    ):
+        for client in (http, ingest, fast):
+            answer = await client.post("/v1/traces", content=body, headers=headers)
+            assert (answer.status_code, answer.content) == (200, b"")
+        assert (await http.get("/usage/summary?agent=urn:asap:agent:many")).json()["total_tokens"] == 8_192
+        assert (await http.post("/usage", content=body)).status_code == 413
+        assert "asapd_otlp_missing_tokens_total 0.0" in (await http.get("/metrics")).text
+
+
+async def test_a_reload_says_which_signal_counts(daemon: Daemon) -> None:
+    text = daemon.config.read_text()
+    span = {"traceId": "a" * 32, "spanId": "b" * 16, "endTimeUnixNano": str(time.time_ns())}
+    span["attributes"] = [{"key": "gen_ai.operation.name", "value": {"stringValue": "chat"}}]
+    export = {"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}
+    try:
+        daemon.config.write_text(f'{text}[metering.otlp]\ncounts = "metrics"\n')
+        assert daemon.admin_request("POST", "/reload").json()["state"] == "ok"
+        async with daemon.client() as client:
+            told = (await client.post("/v1/traces", json=export)).json()["partialSuccess"]
+        assert told["rejectedSpans"] == "0"
+        assert told["errorMessage"].startswith("1 spans are not counted")
+    finally:
+        daemon.config.write_text(text)
+        daemon.admin_request("POST", "/reload")
+
+
 @pytest.mark.parametrize("path", ["/v1/traces", "/v1/metrics"])
 async def test_opentelemetry_is_for_those_who_may_report(daemon: Daemon, path: str) -> None:
     expected = {"ingest": 200, "admin": 200, "reader": 403, "operator": 403}
