@@ -363,6 +363,23 @@ async def test_only_metrics_count_where_traces_are_sampled(edge: Edge, cumulativ
     assert taken(await send(edge, b"")).error_message == ""
 
 
+@pytest.mark.parametrize(
+    ("otlp", "tokens"),
+    [({}, 10), ({"spans_win": "0s"}, 1_010), ({"counts": "metrics"}, 1_000), ({"counts": "spans"}, 10)],
+)
+async def test_of_a_hundred_calls_of_which_one_is_traced_as_many_count_as_is_configured(
+    edge: Edge, cumulative: Metrics, otlp: dict[str, str], tokens: int
+) -> None:
+    await reconfigure(edge, **otlp)
+    for _ in range(100):
+        cumulative.call(10, 0)
+    await measured(edge, cumulative.export(T0 - SECOND_US))
+    traces = Traces()
+    traces.span({**CHAT, "gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 0})
+    taken(await send(edge, traces.export()))
+    assert (await totals(edge))[1:3] == (tokens, 0)
+
+
 async def test_only_spans_count_and_metrics_are_followed_for_the_day_they_count(
     edge: Edge, cumulative: Metrics
 ) -> None:
