@@ -7,18 +7,23 @@ keys, so that sorted compact JSON is the RFC 8785 form.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
 import msgspec
 
+from asapd.core.canonical import exact, whole
 from asapd.core.types import format_us
 
 GENESIS = bytes(32)
 """`previous_hash` of the first entry."""
 
 _sorted_json = msgspec.json.Encoder(order="sorted")
+# Where a number of sixteen digits from 9 on, or of more, may be: what is looked at closely for one beyond 2**53-1.
+_LARGE = re.compile(rb"[\[:,]-?(?:9[0-9]{15}|[0-9]{17})")
+_LARGE_TEXT = re.compile(r':"-?[0-9]{16,}"')
 _text = msgspec.json.Encoder()
 
 
@@ -51,8 +56,29 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 def canonical_details(details: dict[str, Any]) -> bytes:
-    """Details as RFC 8785 text: strings, integers below 2**53, booleans, null, lists, objects with ASCII keys."""
+    """Details as RFC 8785 text: strings, integers, booleans, null, lists, objects with ASCII keys.
+
+    Integers from 2**53 on become text, whoever gives them: nobody could verify the entry elsewhere.
+    """
+    text = as_they_are(details)
+    return text if _LARGE.search(text) is None else as_they_are(exact(details))
+
+
+def as_they_are(details: dict[str, Any]) -> bytes:
+    """The same of details that were written before, by a build that made no text of any integer too."""
     return _sorted_json.encode(details)
+
+
+def read_details(text: str) -> dict[str, Any]:
+    """Details from their text, in which times (`*_us`) and amounts (`*_microusd`) are integers, however large.
+
+    Raises:
+        msgspec.MsgspecError: it is not what `canonical_details` makes.
+    """
+    details = msgspec.json.decode(text, type=dict[str, Any])
+    if _LARGE_TEXT.search(text) is None:
+        return details
+    return {name: whole(value) if name.endswith(("_us", "_microusd")) else value for name, value in details.items()}
 
 
 def payload_hash(salt: bytes, actor: str | bytes, details: bytes, subject: str | bytes) -> bytes:

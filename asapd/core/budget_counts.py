@@ -32,7 +32,6 @@ _NAMES: Final = COUNTERS + MARKS
 _COLUMNS: Final = tuple(name for name in COUNTERS if name != "counts_tasks")
 _TASKS: Final = _COLUMNS.index("tasks_used")
 _MODULUS: Final = 1 << 128
-_JSON_INTEGERS: Final = 1 << 53
 
 Key = tuple[int, int]
 """A period: the number of its budget, which is given once, and when it begins."""
@@ -85,10 +84,10 @@ class BudgetChanges:
         for said in details.get("periods", ()):
             changes = {name: int(said[name], 16) for name in MARKS if name in said}
             changes |= {name: int(said[name]) for name in COUNTERS if name in said}
-            self.add((said["budget"], said["start_us"]), changes)
+            self.add((said["budget"], int(said["start_us"])), changes)
 
     def details(self) -> dict[str, Any]:
-        """What an entry is to say; an integer that JSON has no exact number for is text."""
+        """What an entry is to say."""
         said: dict[str, Any] = {"periods": [_said(key, changes) for key, changes in sorted(self.periods.items())]}
         if self.removed:
             said["removed"] = sorted(self.removed)
@@ -100,13 +99,8 @@ class BudgetChanges:
 
 
 def _said(key: Key, changes: Mapping[str, int]) -> dict[str, Any]:
-    said: dict[str, Any] = {"budget": key[0], "start_us": key[1]}
-    for name, value in changes.items():
-        if name in MARKS:
-            said[name] = f"{value:032x}"
-        else:
-            said[name] = value if abs(value) < _JSON_INTEGERS else str(value)
-    return said
+    told = {name: f"{value:032x}" if name in MARKS else value for name, value in changes.items()}
+    return {"budget": key[0], "start_us": key[1], **told}
 
 
 def counters(values: Sequence[int | None], *, tasks: int = 0, reservations: int = 0) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import apsw
 import msgspec
 
+from asapd.core.audit import read_details
 from asapd.store.findings import Tally
 from asapd.store.keys import list_keys, unsaid_digest
 from asapd.store.numbered_rows import count_gone_of
@@ -88,7 +89,7 @@ def _take_in(part: Part, seq: int, kind: str, at_us: int, actor: str, subject: s
     """Have a part take in an entry. One that says what no build ever said is a finding, and hides no other."""
     part.log.entries += 1
     try:
-        part.do(Entry(seq, kind, at_us, actor, subject, msgspec.json.decode(details, type=dict[str, Any])))
+        part.do(Entry(seq, kind, at_us, actor, subject, read_details(details)))
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         part.log.findings.add(f"{part.log.table}: entry {seq} ({kind} {subject}) is none of asapd's, {reason}")

@@ -14,6 +14,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from asapd.core.audit import read_details
 from asapd.core.ledger import MOST, Estimate, Hold, open_hold, release, reserved_after, settle, spent_after
 from asapd.core.types import datetime_us
 from asapd.core.usage import (
@@ -166,7 +167,7 @@ class ReplayedLedger:
         """Do the entries between two numbers; the number of the last."""
         for seq, kind, timestamp_us, actor, details in fetch(self._connection, _ENTRIES, (after, through)):
             if kind == "retention.applied":
-                applied = msgspec.json.decode(details)
+                applied = read_details(details)
                 self._retired_us = max(self._retired_us, applied.get("last_timestamp_us", applied["before_us"]))
                 continue
             self.entries += 1
@@ -175,7 +176,7 @@ class ReplayedLedger:
             elif kind == "usage.recorded":
                 self._use(_read_usage.decode(details))
             else:
-                self._do(seq, kind, timestamp_us, actor, msgspec.json.decode(details))
+                self._do(seq, kind, timestamp_us, actor, read_details(details))
         self._flush_tasks()
         return through
 

@@ -13,6 +13,7 @@ from ulid import base32
 
 from asapd.core.audit import GENESIS, Chained, Sealed, canonical_details, chain, seal
 from asapd.core.budget_counts import BudgetChanges, Key
+from asapd.core.canonical import exact
 from asapd.core.masking import masked_details
 from asapd.store.identity import has_digests
 from asapd.store.rows import Row, fetch_one
@@ -195,7 +196,7 @@ class Tx:
         """Chain one entry to the log; it is written with its unit or not at all."""
         said = masked_details(details, self.masks)
         if event_type in EXCUSES and self._key is not None:
-            said = attested(event_type, actor, subject, said, self._audit_hash, self._key)
+            said = attested(event_type, actor, subject, exact(said), self._audit_hash, self._key)
         self.audit_all(event_type, actor, [(subject, canonical_details(said))], now_us)
 
     def audit_all(self, event_type: str, actor: str, notes: Sequence[tuple[str, bytes]], now_us: int) -> None:

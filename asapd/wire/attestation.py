@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from nacl.signing import SigningKey
 
-from asapd.core.audit import canonical_details
+from asapd.core.audit import as_they_are, canonical_details
 from asapd.core.types import format_us
 from asapd.wire.receipt import signature_of, verifies
 
@@ -34,7 +34,7 @@ def is_attested(
 
 
 def _said(event_type: str, actor: str, subject: str, details: dict[str, Any], previous_hash: bytes) -> bytes:
-    return canonical_details(
+    return as_they_are(
         {
             "statement": KIND,
             "event_type": event_type,

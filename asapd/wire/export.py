@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from asapd.core.audit import Entry
-from asapd.core.canonical import CanonicalError, canonical
+from asapd.core.canonical import LARGEST_WRITTEN, CanonicalError, canonical
 from asapd.core.types import MAX_INT, datetime_us, format_us
 from asapd.wire.strict_json import TokenMalformed, parse_strict_json
 
@@ -100,7 +100,7 @@ def read_entry(row: Any) -> Entry:
     if not isinstance(row["details"], dict | None):
         raise bad("details is not an object")
     try:
-        details = None if row["details"] is None else canonical(row["details"])
+        details = None if row["details"] is None else canonical(row["details"], largest=LARGEST_WRITTEN)
         actor, subject = (None if row[name] is None else row[name].encode() for name in ("actor", "subject"))
         for value in texts.values():
             value.encode()

@@ -1,6 +1,7 @@
 """Entry hashes are what anyone computes from the RFC 8785 form; a walk stops at the first entry that does not fit."""
 
 import copy
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -15,12 +16,15 @@ from asapd.core.audit import (
     Entry,
     Fault,
     Walk,
+    as_they_are,
     canonical_details,
     entry_hash,
     payload_hash,
+    read_details,
     verify,
     verify_raw,
 )
+from asapd.core.canonical import exact
 from asapd.core.types import MAX_INT, format_us
 
 NOW_US = 1_795_169_203_000_000
@@ -40,6 +44,28 @@ def test_details_are_written_in_their_canonical_form(content: dict[str, Any]) ->
     before = copy.deepcopy(content)
     assert canonical_details(content) == rfc8785.dumps(content)
     assert content == before
+
+
+large = st.integers(-(2**63), 2**63 - 1) | st.integers(MAX_INT - 3, MAX_INT + 3) | st.integers(-MAX_INT - 3, -MAX_INT)
+
+
+@given(st.dictionaries(keys, st.recursive(large | texts, lambda inner: st.lists(inner) | st.dictionaries(keys, inner))))
+def test_no_details_hold_an_integer_that_has_no_canonical_form(content: dict[str, Any]) -> None:
+    assert canonical_details(content) == rfc8785.dumps(exact(content))
+
+
+@pytest.mark.parametrize("written", [canonical_details, as_they_are])
+def test_times_and_amounts_are_read_as_integers_in_either_form(written: Callable[[dict[str, Any]], bytes]) -> None:
+    told: dict[str, Any] = {
+        "id": "9007199254740992",
+        "spent_microusd": 2**60,
+        "at_us": -(2**60),
+        "end_us": MAX_INT,
+        "then_us": None,
+        "given_microusd": {"one": 2**62, "other": 5},
+    }
+    assert read_details(written(told).decode()) == told
+    assert read_details(written({"end_us": 5}).decode()) == {"end_us": 5}
 
 
 @given(st.binary(min_size=16, max_size=16), texts, details, texts)

@@ -8,7 +8,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.canonical import MAX_DEPTH, CanonicalError, canonical
+from asapd.core.canonical import LARGEST_WRITTEN, MAX_DEPTH, CanonicalError, canonical, exact, whole
 from asapd.core.types import MAX_INT
 
 floats = st.one_of(
@@ -140,3 +140,25 @@ def test_nesting_is_bounded() -> None:
     assert canonical(nested(MAX_DEPTH)) == b"[" * MAX_DEPTH + b"1" + b"]" * MAX_DEPTH
     with pytest.raises(CanonicalError, match="nested deeper"):
         canonical(nested(MAX_DEPTH + 1))
+
+
+@given(st.integers())
+def test_an_integer_that_not_every_reader_keeps_is_text_and_comes_back(number: int) -> None:
+    made = exact({"a": [number, (number, {"b": number})], "c": True, "d": 0.5})
+    shown = str(number) if abs(number) > MAX_INT else number
+    assert made == {"a": [shown, [shown, {"b": shown}]], "c": True, "d": 0.5}
+    if abs(number) < 2**64:
+        assert whole({"a": {"b": shown}}) == {"a": {"b": number}}
+
+
+@pytest.mark.parametrize("value", ["5", str(MAX_INT), "09007199254740992", "9007199254740992 ", "9" * 21, "x", 7, None])
+def test_what_is_no_integer_made_text_stays_what_it_is(value: object) -> None:
+    assert whole(value) is value
+
+
+def test_what_older_builds_hashed_has_a_form_on_request() -> None:
+    assert canonical({"a": [2**53, -(2**63), 2**64 - 1]}, largest=LARGEST_WRITTEN) == (
+        b'{"a":[9007199254740992,-9223372036854775808,18446744073709551615]}'
+    )
+    with pytest.raises(CanonicalError, match="beyond 2\\*\\*64-1"):
+        canonical([2**64], largest=LARGEST_WRITTEN)

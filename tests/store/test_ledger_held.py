@@ -5,14 +5,20 @@ from __future__ import annotations
 import apsw
 import pytest
 
+from asapd.core.audit import Walk, as_they_are, verify
 from asapd.core.delegation import Reason
 from asapd.core.repricing import Correction
 from asapd.core.types import MAX_INT
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import ledger_held, replaying, verifying
+from asapd.store.audit import AuditFilter, list_entries
 from asapd.store.ledger_held import Held
 from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
+from asapd.store.units.delegations import RecoverReservations
 from asapd.store.units.usage import CorrectCosts, Recorded, RecordUsage, RetireUsage
+from asapd.wire.export import read_entry
+from asapd.wire.problem import encode_json
+from asapd.wire.strict_json import parse_strict_json
 from tests.store.ledger_desk import CHILD, GRANDCHILD, HOUR_US, NOW_US, ROOT, USD, A, B, C, D, Ledger, link, reason
 
 
@@ -421,3 +427,39 @@ def test_what_is_given_back_makes_no_room_where_spending_stopped(connection: aps
     assert ledger.counters("narrow")[0] == ledger.counters("wide")[0] == MOST
     assert reason(ledger.reserve(WIDE, NARROW, task="more")) is Reason.BUDGET_EXHAUSTED
     assert compared(ledger)[0] == []
+
+
+def offline(ledger: Ledger) -> Walk:
+    """What whoever holds nothing but an export finds."""
+    entries = list_entries(ledger.connection, AuditFilter(), -1, 0, descending=False)
+    return verify(read_entry(parse_strict_json(encode_json(entry))) for entry in entries)
+
+
+@pytest.mark.parametrize("build", ["this", "older"])
+@pytest.mark.parametrize("end", ["settled", "released", "expired"])
+def test_the_end_of_a_reservation_says_any_sum_so_that_it_verifies_elsewhere(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch, build: str, end: str
+) -> None:
+    if build == "older":
+        monkeypatch.setattr("asapd.store.tx.canonical_details", as_they_are)
+    ledger = Ledger(connection)
+    held = ledger.reserved(WIDE)
+    use_all(ledger, 3, reservation=held)
+    match end:
+        case "settled":
+            ledger.settle(held, 7)
+        case "released":
+            ledger.release(held)
+        case _:
+            ledger.now_us += 2 * HOUR_US
+            ledger.submit(RecoverReservations(ledger.now_us, 10))
+    (told,) = list_entries(connection, AuditFilter(event_type=f"reservation.{end}"), 2, 0, descending=False)
+    last = 7 if end == "settled" else 0
+    shown = str if build == "this" else int
+    assert told["details"]["used_microusd"] == shown(3 * MAX_INT + last)
+    assert told["details"]["overrun_microusd"] == shown(3 * MAX_INT + last - USD)
+    walk = offline(ledger)
+    assert (walk.fault, walk.seq) == (None, connection.execute("SELECT max(seq) FROM audit").get)
+    assert compared(ledger)[0] == []
+    connection.execute("UPDATE reservation SET used_microusd = used_microusd - 1")
+    assert compared(ledger)[0] != []

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from asapd.core.delegation import Denied, Reason
 from asapd.store import chain_queries, delegation_news, migrations, revocations
+from asapd.store.reconciling import reconcile
 from asapd.store.rows import fetch
 from asapd.store.units.delegations import (
     AuthorizationDenied,
@@ -242,3 +243,13 @@ def test_what_an_older_store_had_revoked_is_in_the_list(tmp_path: Path) -> None:
                 connection.execute(migrations.MIGRATIONS[version])
             connection.pragma("user_version", version + 1)
         assert listed(Ledger(connection)) == {(B, "child")}
+
+
+def test_a_revocation_of_a_token_that_ends_in_centuries_is_held_to_the_log(ledger: Ledger) -> None:
+    take(ledger, of(A, "unseen"))
+    take(ledger, of(A, "unseen", expires_us=2**54))
+    (told,) = fetch(ledger.connection, "SELECT details FROM audit WHERE event_type = 'revocation.changed'")
+    assert f'"expires_us":"{2**54}"' in told[0]
+    assert [finding for tally in reconcile(ledger.connection) for finding in tally.named] == []
+    ledger.connection.execute("UPDATE revocation SET expires_us = expires_us - 1")
+    assert [finding for tally in reconcile(ledger.connection) for finding in tally.named] != []

@@ -72,3 +72,10 @@ def test_any_value_in_any_field_is_read_or_refused_by_name(field: str, value: ob
     if refused is not None:
         assert refused.seq == (None if field == "seq" else 1)
         assert refused.id == ((value if isinstance(value, str) else None) if field == "id" else "aud_1")
+
+
+def test_integers_of_an_entry_are_read_as_older_builds_hashed_them() -> None:
+    line = json.dumps({**ROW, "details": {"spent": 2**53, "then_us": -(2**62)}}).encode()
+    assert read_entry(next(read_rows([line]))).details == b'{"spent":9007199254740992,"then_us":-4611686018427387904}'
+    with pytest.raises(BadEntryError, match="no canonical form"):
+        read_entry({**ROW, "details": {"spent": 2**64}})

@@ -11,7 +11,7 @@ from quart_trio import QuartTrio
 
 from asapd.actors.reads import AuditFilter
 from asapd.core.access import Permission
-from asapd.core.canonical import canonical
+from asapd.core.canonical import LARGEST_WRITTEN, canonical
 from asapd.core.errors import Refusal
 from asapd.core.types import MAX_INT, format_us
 from asapd.edge.http.context import raw_body, require_everything, sent_json
@@ -162,7 +162,8 @@ def register(app: QuartTrio, services: Services) -> None:
         if form == "json":
             return reply(proof)
         hashes = [bytes.fromhex(node) for node in proof["hashes"]]
-        text = write_proof(proof["leaf_index"], hashes, proof["checkpoint"], canonical(proof["entry"]))
+        entry_text = canonical(proof["entry"], largest=LARGEST_WRITTEN)
+        text = write_proof(proof["leaf_index"], hashes, proof["checkpoint"], entry_text)
         return Response(text, content_type=_PLAIN)
 
     @app.get("/audit/proof/consistency")
