@@ -5,6 +5,7 @@ from __future__ import annotations
 from asapd.actors.sealer import Sealer
 from asapd.actors.visible import visibility
 from asapd.core.access import Caller
+from asapd.core.canonical import exact
 from asapd.core.errors import Refusal
 from asapd.core.receipt import ReceiptError, totals
 from asapd.core.types import format_us
@@ -53,7 +54,7 @@ class Receipts:
             "public_key": public_base64(self._sealer.public_key),
             "issued_at": format_us(self._clock.now_us()),
             "task_id": task,
-            "totals": sums,
+            "totals": exact(sums),
             "entries": [
                 {"entry": entry, "hashes": [node.hex() for node in proof.hashes]}
                 for entry, proof in zip(entries, proofs, strict=True)

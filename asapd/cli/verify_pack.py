@@ -11,7 +11,7 @@ from asapd.cli.verify_evidence import verify_evidence
 from asapd.cli.verify_proof import included, read_hashes
 from asapd.cli.verify_statement import remarks_on, signer_of
 from asapd.core import evidence_pack, merkle
-from asapd.core.canonical import canonical
+from asapd.core.canonical import LARGEST_WRITTEN, canonical
 from asapd.wire.checkpoint import Checkpoint
 from asapd.wire.evidence_pack import KIND, PARTS, VERSION, digest_of, is_signed_pack
 from asapd.wire.keys import key_id, public_base64
@@ -107,7 +107,7 @@ class _Judged:
     def _breaches(self) -> str | None:
         told = evidence_pack.opened(self.entries)
         for statement in self._pack["breaches"]:
-            found = verify_evidence(canonical(statement), public_base64(self._key))
+            found = verify_evidence(canonical(statement, largest=LARGEST_WRITTEN), public_base64(self._key))
             if found.faults:
                 return found.faults[0]
         given = [statement["breach"]["id"] for statement in self._pack["breaches"]]

@@ -8,7 +8,8 @@ from asapd.cli.verified import Verified
 from asapd.cli.verify_checkpoint import signed
 from asapd.cli.verify_proof import included
 from asapd.cli.verify_statement import remarks_on, signer_of
-from asapd.core.receipt import ReceiptError, totals
+from asapd.core.money import to_usd
+from asapd.core.receipt import ReceiptError, same_totals, totals
 from asapd.wire.checkpoint import Checkpoint
 from asapd.wire.receipt import KIND, VERSION, is_signed_document
 
@@ -26,13 +27,12 @@ def verify_receipt(document: dict[str, Any], public_key: bytes | None) -> Verifi
     checkpoint = signed(str(document.get("checkpoint")), key)
     if isinstance(checkpoint, str):
         return Verified(False, f"bad: the checkpoint in it {checkpoint}")
-    wrong = _wrong(document, checkpoint)
-    if wrong is not None:
-        return Verified(False, f"bad: {wrong}")
-    sums = document["totals"]
+    sums = _sums(document, checkpoint)
+    if isinstance(sums, str):
+        return Verified(False, f"bad: {sums}")
     erased = f", {sums['erased']} entries with their content erased" if sums["erased"] else ""
     unknown = f", {sums['unpriced']} of them of unknown cost" if sums["unpriced"] else ""
-    cost = f"{sums['cost_microusd'] / 1_000_000:.6f} USD"
+    cost = f"{to_usd(sums['cost_microusd']):.6f} USD"
     return Verified(
         True,
         f"ok: task {document['task_id']}: {sums['events']} events{unknown}, {sums['tokens_in']} tokens in, "
@@ -41,7 +41,8 @@ def verify_receipt(document: dict[str, Any], public_key: bytes | None) -> Verifi
     )
 
 
-def _wrong(document: dict[str, Any], checkpoint: Checkpoint) -> str | None:
+def _sums(document: dict[str, Any], checkpoint: Checkpoint) -> dict[str, int] | str:
+    """What the entries of a receipt come to, or what is wrong with it."""
     items, task = document.get("entries"), document.get("task_id")
     if not isinstance(items, list) or not isinstance(task, str):
         return "entries or task_id is not of its form"
@@ -56,6 +57,6 @@ def _wrong(document: dict[str, Any], checkpoint: Checkpoint) -> str | None:
         sums = totals(task, (item["entry"] for item in items))
     except (ReceiptError, KeyError, TypeError) as error:
         return f"its entries are not those of the task: {error}"
-    if sums != document.get("totals"):
+    if not same_totals(document.get("totals"), sums):
         return "totals are not the sums of its entries"
-    return None
+    return sums

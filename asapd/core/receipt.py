@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from asapd.core.canonical import exact
+
 _COUNTED = ("tokens_in", "tokens_out", "duration_ms", "api_calls")
 
 
@@ -13,6 +15,11 @@ class ReceiptError(ValueError):
 
 
 _EVENT_OF = {"usage.repriced": "reprices_row", "usage.voided": "voids_row"}
+
+
+def same_totals(given: object, sums: dict[str, int]) -> bool:
+    """Whether a receipt gives these sums, in whatever form it gives those beyond 2**53-1."""
+    return bool(exact(given) == exact(sums))
 
 
 def totals(task_id: str, entries: Iterable[dict[str, Any]]) -> dict[str, int]:

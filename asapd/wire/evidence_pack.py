@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from nacl.signing import SigningKey
 
-from asapd.core.canonical import CanonicalError, canonical
+from asapd.core.canonical import LARGEST_WRITTEN, CanonicalError, canonical
 from asapd.wire.receipt import is_signed_document, sign_document
 from asapd.wire.strict_json import parse_strict_json
 
@@ -21,13 +21,13 @@ def sign_pack(head: dict[str, Any], parts: dict[str, Any], key: SigningKey) -> b
     """Parts under a signed head, in canonical form."""
     digests = {name: digest_of(parts[name]) for name in PARTS}
     signed = parse_strict_json(sign_document({**head, "parts": digests}, key))
-    return canonical({**signed, **{name: parts[name] for name in PARTS}})
+    return canonical({**signed, **{name: parts[name] for name in PARTS}}, largest=LARGEST_WRITTEN)
 
 
 def digest_of(part: object) -> str | None:
     """SHA-256 of the canonical form of a part, in hex; None when it has no canonical form."""
     try:
-        return sha256(canonical(part)).hexdigest()
+        return sha256(canonical(part, largest=LARGEST_WRITTEN)).hexdigest()
     except CanonicalError:
         return None
 

@@ -9,7 +9,7 @@ from nacl.bindings import crypto_sign_open
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey
 
-from asapd.core.canonical import CanonicalError, canonical
+from asapd.core.canonical import LARGEST_WRITTEN, CanonicalError, canonical
 from asapd.wire.signed_note import read_base64
 
 KIND: Final = "asapd.task-receipt"
@@ -18,8 +18,9 @@ _SIGNATURE_BYTES = 64
 
 
 def sign_document(document: dict[str, Any], key: SigningKey) -> bytes:
-    """A document with its signature, in canonical form."""
-    return canonical({**document, "signature": signature_of(canonical(document), key)})
+    """A document with its signature, in canonical form; it may hold entries of the log."""
+    signature = signature_of(canonical(document, largest=LARGEST_WRITTEN), key)
+    return canonical({**document, "signature": signature}, largest=LARGEST_WRITTEN)
 
 
 def signature_of(signed: bytes, key: SigningKey) -> str:
@@ -30,7 +31,8 @@ def signature_of(signed: bytes, key: SigningKey) -> str:
 def is_signed_document(document: dict[str, Any], public_key: bytes) -> bool:
     """Whether a key (32 raw bytes) signed a document that was read strictly."""
     try:
-        signed = canonical({name: value for name, value in document.items() if name != "signature"})
+        bare = {name: value for name, value in document.items() if name != "signature"}
+        signed = canonical(bare, largest=LARGEST_WRITTEN)
     except CanonicalError:
         return False
     return verifies(document.get("signature"), signed, public_key)

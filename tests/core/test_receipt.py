@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from asapd.core.receipt import ReceiptError, totals
+from asapd.core.receipt import ReceiptError, same_totals, totals
+from asapd.core.types import MAX_INT
 
 COUNTS = {"tokens_in": 5, "tokens_out": 7, "duration_ms": 100, "api_calls": 1}
 
@@ -69,3 +70,14 @@ def test_what_became_of_events_that_were_erased_counts_in_no_sum() -> None:
 def test_entries_that_are_not_the_tasks_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ReceiptError, match=said):
         totals("t", [wrong])
+
+
+def test_sums_from_two_to_the_53rd_on_may_be_text() -> None:
+    sums = totals("t", [recorded(1, MAX_INT), recorded(2, 10)])
+    assert sums["cost_microusd"] == MAX_INT + 10
+    assert same_totals(sums, sums)
+    assert same_totals({**sums, "cost_microusd": str(MAX_INT + 10)}, sums)
+    for other in (MAX_INT + 11, str(MAX_INT + 11), "20", None):
+        assert not same_totals({**sums, "cost_microusd": other}, sums)
+    assert not same_totals({**sums, "events": "2"}, sums)
+    assert not same_totals(None, sums)

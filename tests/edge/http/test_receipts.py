@@ -15,6 +15,7 @@ from asapd.wire.strict_json import parse_strict_json
 from tests.edge.house import IDENTITY, NOW, A, B, Edge
 
 PUBLIC = bytes(IDENTITY.verify_key)
+USD = 1_000_000
 METRICS = {"tokens_in": 5, "tokens_out": 7, "duration_ms": 100, "api_calls": 1}
 
 
@@ -192,3 +193,20 @@ async def test_a_receipt_counts_what_was_erased_of_a_task_and_adds_up_the_rest(e
     assert verify_receipt(document, PUBLIC).is_good
     edge.connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM usage WHERE seq = 2")
     assert (await receipt(edge))["totals"]["erased"] == 0
+
+
+async def test_a_receipt_of_more_than_json_keeps_exact_gives_such_sums_as_text(edge: Edge) -> None:
+    most = 2**53 - 1
+    metrics = {"tokens_in": most, "tokens_out": 1, "duration_ms": 1, "api_calls": 1}
+    events = [event("t", number, metrics=metrics, cost_usd="9007199254") for number in range(2)]
+    assert (await edge.post("/usage", events)).status == 201
+    document = await receipt(edge)
+    sums = document["totals"]
+    assert (sums["tokens_in"], sums["tokens_out"]) == (str(2 * most), 2)
+    assert sums["cost_microusd"] == str(18_014_398_508 * USD)
+    verified = verify_receipt(document, PUBLIC)
+    assert verified.is_good, verified.verdict
+    assert f"{2 * most} tokens in, 2 out, 18014398508.000000 USD" in verified.verdict
+    numbers = {**document, "totals": {name: int(value) for name, value in sums.items()}}
+    del numbers["signature"]
+    assert verify_receipt(parse_strict_json(sign_document(numbers, IDENTITY)), PUBLIC).is_good
