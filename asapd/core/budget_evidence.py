@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from asapd.core.budgets import Balance, Budget, Level, Limits, Match, amount_number, amount_text, reached
+from asapd.core.canonical import whole
 from asapd.core.evidence_parts import differs, ending, time_us
 from asapd.core.periods import period_bounds
 from asapd.core.windows import window_text
@@ -20,7 +21,7 @@ def faults(breach: Mapping[str, Any], evidence: Mapping[str, Any], zone_of: Call
     Raises:
         KeyError, TypeError, ValueError: the form is not that of a budget's evidence.
     """
-    balance = msgspec.convert(evidence["balance"], Balance)
+    balance = msgspec.convert(whole(evidence["balance"]), Balance)
     limits = [msgspec.convert(evidence[name], Limits) for name in ("soft", "hard")]
     match, period, timezone = msgspec.convert(evidence["match"], Match), evidence["period"], evidence["timezone"]
     budget = Budget(breach["budget"], match, period, timezone, *limits)

@@ -13,7 +13,7 @@ from nacl.bindings import crypto_sign_open
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey
 
-from asapd.core.canonical import CanonicalError, canonical
+from asapd.core.canonical import LARGEST_WRITTEN, CanonicalError, canonical, exact
 from asapd.core.evidence import EvidenceError, arithmetic
 from asapd.core.types import format_us
 from asapd.wire.keys import KeyFormatError, key_id, load_public, public_base64
@@ -66,7 +66,7 @@ def sign_evidence(breach: dict[str, Any], evidence: dict[str, Any], key: Signing
         "public_key": public_base64(public_key),
         "issued_at": format_us(now_us),
         "breach": breach,
-        "evidence": evidence,
+        "evidence": exact(evidence),
         "arithmetic": worked_out,
     }
     signature = key.sign(canonical(document)).signature
@@ -98,7 +98,8 @@ def decode_statement(raw: bytes) -> Statement:
     except (TypeError, ValueError):
         raise StatementMalformed("issued_at: must be a time") from None
     try:
-        signed = canonical(document)
+        # A float from 2**53 on, such as what was measured, is read as the integer that it looks like.
+        signed = canonical(document, largest=LARGEST_WRITTEN)
         public_key = load_public(str(document.get("public_key")))
     except CanonicalError as error:
         raise StatementMalformed(f"the statement has no canonical form: {error}") from None

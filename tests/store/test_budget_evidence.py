@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -14,10 +15,13 @@ from nacl.signing import SigningKey
 from asapd.cli.verify_evidence import verify_evidence
 from asapd.core.budget_evidence import faults
 from asapd.core.budgets import Limits
+from asapd.core.types import MAX_INT
+from asapd.core.usage import Cost, UsageEvent
 from asapd.store.breaches import list_breaches, public
+from asapd.store.units.usage import RecordUsage
 from asapd.store.visibility import EVERYTHING
 from asapd.wire.statement import sign_evidence
-from tests.store.test_budgets import DAILY, MIDNIGHT_US, NOON_US, USD, Desk
+from tests.store.test_budgets import DAILY, DESK, MIDNIGHT_US, NOON_US, USD, B, Desk
 
 KEY = SigningKey(b"k" * 32)
 
@@ -91,3 +95,21 @@ def test_what_is_no_evidence_of_a_budget_and_what_reached_nothing_are_told(conne
     ):
         (fault,) = verify_evidence(sign_evidence({**public(row), "seq": 1}, broken, KEY, NOON_US), None).faults
         assert fault.startswith("evidence: it has not the form")
+
+
+@pytest.mark.parametrize("unit", ["usd", "tokens"])
+def test_a_breach_by_more_than_json_keeps_exact_is_computed_anew(connection: apsw.Connection, unit: str) -> None:
+    desk = Desk(connection)
+    limit = Limits(microusd=5 * USD) if unit == "usd" else Limits(tokens=50)
+    desk.sync(replace(DAILY, soft=Limits(), hard=limit))
+    events = [UsageEvent("t", B, DESK, NOON_US, tokens_in=MAX_INT, tokens_out=10 + at) for at in range(3)]
+    desk.submit(RecordUsage("default", "key:x", NOON_US, events, [Cost(MAX_INT)] * 3))
+    verify(desk, "critical")
+    ((row, seq),) = list_breaches(desk.connection, EVERYTHING)
+    signed = sign_evidence({**public(row), "seq": seq}, row.evidence, KEY, NOON_US)
+    told = json.loads(signed)["evidence"]["balance"]
+    assert (told["spent_tokens"], told["spent_microusd"]) == (str(3 * MAX_INT + 33), str(3 * MAX_INT))
+    name = "spent_microusd" if unit == "usd" else "spent_tokens"
+    for other in (str(int(told[name]) + 1), f"0{told[name]}", "60"):
+        altered = {**row.evidence, "balance": {**row.evidence["balance"], name: other}}
+        assert verify_evidence(sign_evidence({**public(row), "seq": seq}, altered, KEY, NOON_US), None).faults

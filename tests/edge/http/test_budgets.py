@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from asapd.cli.verify import verify_file
+from asapd.core.audit import as_they_are
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.store.units.delegations import SyncBudgets
-from tests.edge.house import NOW, T0, A, B, Edge
+from asapd.wire.audit_archive import compressor, read_archive
+from tests.edge.house import IDENTITY, NOW, T0, A, B, Edge
 from tests.edge.http.test_delegations import authorize, token
 
 USD = 1_000_000
@@ -119,3 +123,31 @@ async def test_an_alert_of_a_budget_is_a_breach_of_no_agent(host: Edge) -> None:
     for key in ("of b", "of tenant"):
         assert (await host.get("/sla/breaches", key=key)).ok()["count"] == 0
         assert (await host.get(f"/breaches/{breach['id']}/evidence", key=key)).refused(404)
+
+
+@pytest.mark.parametrize("build", ["this", "older"])
+async def test_what_a_huge_event_did_to_a_budget_can_be_proved_and_verified_elsewhere(
+    host: Edge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str
+) -> None:
+    if build == "older":
+        monkeypatch.setattr("asapd.store.tx.canonical_details", as_they_are)
+    await use(host, metrics={"tokens_in": 2**53 - 1, "tokens_out": 10}, cost_usd=None)
+    file = tmp_path / "log.ndjson"
+    file.write_bytes((await host.get("/audit/export")).body)
+    assert verify_file(file, None).is_good, verify_file(file, None).verdict
+    (over,) = (await host.get("/audit/logs?event_type=budget.overrun")).ok()["data"]
+    assert over["details"]["spent"] == (str(2**53 + 9) if build == "this" else 2**53 + 9)
+    proof = tmp_path / "entry.tlog-proof"
+    proof.write_bytes((await host.get(f"/audit/proof/inclusion?id={over['seq']}&format=tlog-proof")).body)
+    assert verify_file(proof, bytes(IDENTITY.verify_key)).is_good
+    (breach,) = (await host.get("/sla/breaches?type=budget")).ok()["data"]
+    statement = tmp_path / "evidence.json"
+    answer = await host.get(f"/breaches/{breach['id']}/evidence")
+    assert answer.status == 200
+    statement.write_bytes(answer.body)
+    assert verify_file(statement, bytes(IDENTITY.verify_key)).is_good, verify_file(statement, None).verdict
+    archive = tmp_path / "log.gz"
+    with archive.open("wb") as raw, compressor(raw) as lines:
+        lines.write(file.read_bytes())
+    with archive.open("rb") as raw:
+        assert [entry.seq for entry in read_archive(raw)][-1] >= over["seq"]
