@@ -409,7 +409,9 @@ def cost_between(
     until_us = end_us if held_until_us is None else held_until_us
     row = fetch_one(
         connection,
-        "SELECT coalesce(sum(cost_microusd), 0), coalesce(sum(unpriced), 0) FROM usage_hour "
+        # In two halves: hours of the largest costs must not overflow the sum.
+        "SELECT coalesce(sum(cost_microusd >> 32), 0), coalesce(sum(cost_microusd & 4294967295), 0), "
+        "coalesce(sum(unpriced), 0) FROM usage_hour "
         "WHERE agent = (SELECT id FROM name WHERE name = ?1) AND hour >= ?2 AND hour < ?3 "
         f"AND tenant IN ({_TENANTS.format('?4')}) "
         f"AND (hour >= ?5 AND hour < ?7 "
@@ -421,7 +423,8 @@ def cost_between(
         ),
     )
     assert row is not None
-    return row[0], row[1]
+    high, low, unpriced = row
+    return (high << 32) + low, unpriced
 
 
 def past_breaches(connection: apsw.Connection, since_us: int) -> list[tuple[str, str, int | None]]:

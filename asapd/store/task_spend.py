@@ -45,14 +45,14 @@ _SPENDING = f"""
 WITH RECURSIVE tree (account) AS (
   SELECT ?1 UNION ALL SELECT d.account FROM delegation d JOIN tree ON d.parent = tree.account
 ), named (reservation, task_id, cost, standing) AS (
-  SELECT r.id, u.task_id, sum(u.cost_microusd), {_STANDING}
+  SELECT r.id, u.task_id, {_added("u.cost_microusd")}, {_STANDING}
   FROM tree JOIN delegation d USING (account) JOIN reservation r USING (account) JOIN usage u ON u.reservation = r.id
   WHERE u.task_id <> r.task_id AND u.agent = (SELECT id FROM name WHERE name = d.delegate) AND {paid("u")}
-  GROUP BY r.id, u.task_id HAVING sum(u.cost_microusd) > 0
+  GROUP BY r.id, u.task_id HAVING total(u.cost_microusd) > 0
 ), others (reservation, task_id, spent) AS (
-  SELECT reservation, task_id, max(0, min(cost, standing + cost - sum(cost) OVER (
+  SELECT reservation, task_id, max(0, min(cost, standing + cost - CAST(total(cost) OVER (
     PARTITION BY reservation ORDER BY task_id ROWS UNBOUNDED PRECEDING
-  ))) FROM named
+  ) AS INTEGER))) FROM named
 ), spending (task_id, spent, reserved) AS (
   SELECT task_id, {_STANDING}, held_microusd FROM tree JOIN reservation r USING (account)
   UNION ALL

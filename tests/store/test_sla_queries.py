@@ -226,3 +226,12 @@ def tally(counts: list[TaskCount]) -> Counter[tuple[int, int | None]]:
     for found in counts:
         total[found.slot_us, found.bucket] += found.count
     return total
+
+
+def test_what_a_month_cost_is_exact_beyond_64_bits(connection: apsw.Connection) -> None:
+    hour_us = T0 // HOUR_US * HOUR_US
+    for hour in range(3):
+        events = [task(hour_us - hour * HOUR_US, number) for number in range(700)]
+        run(connection, RecordUsage("default", "test", T0, events, [Cost(MAX_INT)] * 700))
+    spent = sla_queries.cost_between(connection, A, "default", hour_us - 2 * HOUR_US, hour_us + HOUR_US, 0, None)
+    assert spent == (3 * 700 * MAX_INT, 0)

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asapd.core.ledger import MOST
+from asapd.core.types import HOUR_US, MAX_INT
+from asapd.core.usage import Cost, UsageEvent
 from asapd.store.task_spend import SpendPage, TaskSpend, spend_by_task
-from asapd.store.units.usage import VoidUsage
+from asapd.store.units.usage import RecordUsage, VoidUsage
 from asapd.store.visibility import Visibility
 from tests.store.test_ledger import CHILD, GRANDCHILD, NOW_US, ROOT, B, C, D, Ledger
 
@@ -146,3 +149,14 @@ def test_the_tasks_of_a_delegation_spent_what_it_spent(
             assert sum(row.spent_microusd for row in found.tasks) == spent
             assert sum(row.reserved_microusd for row in found.tasks) == reserved
             assert found.unattributed_microusd == 0
+
+
+def test_what_tasks_spent_stops_where_the_ledger_does(ledger: Ledger) -> None:
+    held = ledger.reserved(ROOT, task="t1", tasks=9)
+    tasks = ("t1", "t2", "t3", "t4")
+    for number, task in enumerate(tasks * 3):
+        event = UsageEvent(task, B, "desk", NOW_US - number * HOUR_US, reservation=held)
+        ledger.submit(RecordUsage("default", "key:x", NOW_US, [event] * 400, [Cost(MAX_INT)] * 400))
+    found = page(ledger)
+    assert sorted(task.task_id for task in found.tasks) == sorted(tasks)
+    assert all(task.spent_microusd <= MOST + 1 for task in found.tasks)
