@@ -59,18 +59,24 @@ _KEPT = (
 )
 # What voids an event takes it away again, counts and all; what corrects its cost is no event, and may be the first to
 # know a cost.
+_SUMMED = (
+    *("sign", "sign * (1 - partial)", "coalesce(cost_microusd, 0)", "sign * (cost_microusd IS NULL) - is_first"),
+    *_COUNTS,
+)
+_PLAIN = ", ".join(f"sum({one})" for one in _SUMMED)
+_HALVES = ", ".join(f"sum(({one}) >> 32), sum(({one}) & 4294967295)" for one in _SUMMED)
 _EVENTS = (
-    f"{', '.join(KEY)}, sum(sign), sum(sign * (1 - partial)), sum(coalesce(cost_microusd, 0)), "
-    f"sum(sign * (cost_microusd IS NULL)) - sum(is_first), {', '.join(f'sum({name})' for name in _COUNTS)} "
     "FROM (SELECT usage.*, CASE WHEN v.seq IS NOT NULL THEN -1 WHEN r.seq IS NOT NULL THEN 0 ELSE 1 END AS sign, "
     "r.seq IS NOT NULL AND r.was_microusd IS NULL AS is_first "
     "FROM usage LEFT JOIN usage_void v ON v.seq = usage.seq LEFT JOIN usage_repriced r ON r.seq = usage.seq "
 )
 _MADE = (
-    f"SELECT {_EVENTS} WHERE timestamp_us >= ? AND timestamp_us < ?) GROUP BY {', '.join(KEY)} HAVING sum(sign) <> 0"
+    f"SELECT {', '.join(KEY)}, {{sums}} {_EVENTS} WHERE timestamp_us >= ? AND timestamp_us < ?) "
+    f"GROUP BY {', '.join(KEY)} HAVING sum(sign) <> 0"
 )
 _MADE_OF = (
-    f"SELECT (timestamp_us - (timestamp_us % {HOUR_US} + {HOUR_US}) % {HOUR_US}) / {HOUR_US} AS hour, {_EVENTS} "
+    f"SELECT (timestamp_us - (timestamp_us % {HOUR_US} + {HOUR_US}) % {HOUR_US}) / {HOUR_US} AS hour, "
+    f"{', '.join(KEY)}, {_PLAIN} {_EVENTS} "
     f"WHERE usage.seq IN (SELECT value FROM json_each(?))) GROUP BY hour, {', '.join(KEY)}"
 )
 _ERASED_SINCE = "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'erasure.applied' LIMIT 1"
@@ -199,8 +205,7 @@ def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str],
     kept = {row[: len(KEY)]: row[len(KEY) :] for row in fetch(connection, _KEPT, (hour,))}
     made: dict[Row, Row] = {}
     if abs(hour) < _END:
-        events = fetch(connection, _MADE, (hour * HOUR_US, (hour + 1) * HOUR_US))
-        made = {row[: len(KEY)]: row[len(KEY) :] for row in events}
+        made = _made(connection, (hour * HOUR_US, (hour + 1) * HOUR_US))
     for key in sorted(kept.keys() | made.keys()):
         is_sum, of_events = kept.get(key), made.get(key)
         if is_sum == of_events:
@@ -216,6 +221,23 @@ def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str],
             )
             add(f"{where}: {name} is {is_value}, and the events come to {value}")
     return len(kept)
+
+
+def _made(connection: apsw.Connection, hour_us: tuple[int, int]) -> dict[Row, Row]:
+    """What the events of an hour come to under each key.
+
+    Of those that were voided, and their voids, the sums may pass 64 bits on the way: they are added up in two halves
+    then, which takes twice as long.
+    """
+    of_key = len(KEY)
+    try:
+        return {row[:of_key]: row[of_key:] for row in fetch(connection, _MADE.format(sums=_PLAIN), hour_us)}
+    except apsw.SQLError:  # integer overflow; of any other the next statement dies too
+        rows = fetch(connection, _MADE.format(sums=_HALVES), hour_us)
+    return {
+        row[:of_key]: tuple((high << 32) + low for high, low in zip(row[of_key::2], row[of_key + 1 :: 2], strict=True))
+        for row in rows
+    }
 
 
 def _hours(connection: apsw.Connection) -> Iterator[int]:

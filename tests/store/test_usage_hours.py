@@ -9,7 +9,7 @@ import pytest
 
 from asapd.core.errors import Refusal
 from asapd.core.repricing import Correction
-from asapd.core.types import HOUR_US
+from asapd.core.types import HOUR_US, MAX_INT
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 from asapd.store import audit, retention, usage_hours, verifying
 from asapd.store.units.audit import SealHours
@@ -150,3 +150,15 @@ def test_hours_whose_events_went_are_sealed_and_held_to_that(filled: apsw.Connec
 def test_an_empty_store_has_no_hours(connection: apsw.Connection) -> None:
     assert usage_hours.compare(connection, pytest.fail) == (0, 0, 0)
     assert usage_hours.unsealed(connection) == []
+
+
+def test_an_hour_of_which_most_was_voided_is_held_to_its_events(connection: apsw.Connection) -> None:
+    for at in (9, 5):
+        events = [UsageEvent(f"t{at}", A, "c", NOW_US + at, MAX_INT)] * 1_000
+        submit(connection, RecordUsage("t", "key:x", NOW_US, events, [Cost(MAX_INT)] * 1_000))
+        if at == 9:
+            for seq in range(1, 1_001):
+                submit(connection, VoidUsage(seq, "r", "key:o", NOW_US + 10))
+    assert findings(connection) == []
+    connection.execute("UPDATE usage_hour SET tokens_in = tokens_in - 1")
+    assert len(findings(connection)) == 1
