@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
 
 from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
+from asapd.actors.retirer import Retirer
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.runtime.clock import Clock
-from asapd.store import alert_retention, audit, audit_retention, retention, usage_days, usage_hours
+from asapd.store import alert_retention, audit_retention, retention, usage_days
 from asapd.store.database import Database
 from asapd.store.units.alerts import RetireAlerts
-from asapd.store.units.audit import SealHours
 from asapd.store.units.delegations import RecoverReservations
 from asapd.store.units.house import Sweep
-from asapd.store.units.usage import AddUpDays, RetireUsage
+from asapd.store.units.usage import AddUpDays
 
 IDEMPOTENCY_US = DAY_US
 """An Idempotency-Key is kept for 24 hours."""
@@ -67,6 +68,7 @@ async def run_janitor(
     clock: Clock,
     settings: JanitorSettings,
     archivist: Archivist,
+    retirer: Retirer,
     beat: Callable[[], None],
     log: logging.Logger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -75,7 +77,7 @@ async def run_janitor(
     task_status.started()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_sweep, database, clock, settings, beat, log)
-        nursery.start_soon(_retire, database, clock, settings, log)
+        nursery.start_soon(_retire, database, clock, settings, retirer, log)
         nursery.start_soon(_archive, archivist, clock, settings, log)
         nursery.start_soon(_add_up, database, clock, log)
 
@@ -117,9 +119,11 @@ async def _sweep(
         await trio.sleep(0 if more else EVERY_S)
 
 
-async def _retire(database: Database, clock: Clock, settings: JanitorSettings, log: logging.Logger) -> None:
+async def _retire(
+    database: Database, clock: Clock, settings: JanitorSettings, retirer: Retirer, log: logging.Logger
+) -> None:
     while True:
-        done = await _retire_due(database, clock, settings, "asapd")
+        done = await retirer.retire(partial(retired_before_us, settings), "asapd")
         if isinstance(done, Refusal):
             log.info("retention was not applied: %s", done.detail)
         elif done:
@@ -159,36 +163,6 @@ async def _add_up(database: Database, clock: Clock, log: logging.Logger) -> None
         await trio.sleep(RETIRE_EVERY_S)
 
 
-async def _retire_due(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:
-    """Retire all that is due, step by step; returns how many events went."""
-    total = 0
-    while True:
-        now_us = clock.now_us()
-        before_us = retired_before_us(settings, now_us)
-        if not await database.read(retention.is_due, before_us):
-            sealed = await _seal_hours(database, clock, actor)
-            return total if sealed is None else sealed
-        done = await database.submit(RetireUsage(before_us, actor, now_us))
-        if isinstance(done, Refusal):
-            return done
-        total += done.rows
-        await trio.sleep(BREATH_S)
-
-
-async def _seal_hours(database: Database, clock: Clock, actor: str) -> Refusal | None:
-    """Enter what the sums of hours are whose events are all gone."""
-    while True:
-        head, _ = await database.read(audit.head)
-        hours = await database.read(usage_hours.unsealed)
-        if not hours:
-            return None
-        sealed = await database.submit(SealHours(hours, actor, clock.now_us(), head))
-        # Retention that somebody asked for seals beside the janitor's own: what the other was faster with is done.
-        if isinstance(sealed, Refusal) and await database.read(usage_hours.unsealed) == hours:
-            return sealed
-        await trio.sleep(BREATH_S)
-
-
 async def _retire_alerts(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:
     """Retire the alerts that are due and that every push target has come past; returns how many went."""
     total = 0
@@ -207,7 +181,13 @@ async def _retire_alerts(database: Database, clock: Clock, settings: JanitorSett
 
 
 async def apply_retention(
-    database: Database, clock: Clock, settings: JanitorSettings, archivist: Archivist, actor: str, dry_run: bool
+    database: Database,
+    clock: Clock,
+    settings: JanitorSettings,
+    archivist: Archivist,
+    retirer: Retirer,
+    actor: str,
+    dry_run: bool,
 ) -> dict[str, Any] | Refusal:
     """Apply retention now, or say what would go; `more` is true when it did not come to its end in time."""
     now_us = clock.now_us()
@@ -221,7 +201,7 @@ async def apply_retention(
         return {"dry_run": True, **due, "more": False}
     retired: int | Refusal = 0
     with trio.move_on_after(APPLY_S) as patience:
-        retired = await _retire_due(database, clock, settings, actor)
+        retired = await retirer.retire(partial(retired_before_us, settings), actor)
         if not isinstance(retired, Refusal):
             retired = await _retire_alerts(database, clock, settings, actor)
         if not isinstance(retired, Refusal) and entries_before_us is not None:

@@ -15,6 +15,7 @@ from asapd.actors.backups import Backups
 from asapd.actors.eraser import erase_consumer
 from asapd.actors.packs import Packs
 from asapd.actors.receipts import Receipts
+from asapd.actors.retirer import Retirer
 from asapd.actors.sealer import Sealer, run_sealer
 from asapd.actors.verifier import Verifier, run_verifier
 from asapd.actors.witnesses import Witnesses
@@ -46,6 +47,7 @@ class Auditing:
             database, clock, premises.database, premises.checkpoints, bytes(identity.verify_key), settings, log
         )
         self.archivist = Archivist(database, clock, premises.archives, self.sealer.covering, log)
+        self.retirer = Retirer(database, clock, log)
         self.witnesses = Witnesses(database, clock, identity, settings, log, post_text)
         self.receipts = Receipts(database, clock, self.sealer)
         self.backups = Backups(database, clock, self.sealer, premises.database, premises.backup)
@@ -97,7 +99,7 @@ class Auditing:
         return {
             "checkpoint": None if sealed is None else sealed.size,
             "unsealed_seconds": waited_s,
-            "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values()],
+            "alarms": [*self.sealer.alarms, *self.witnesses.alarms.values(), *self.retirer.alarms],
             "witness_failures": self.witnesses.failures,
             "verified": self.verifier.status(),
             "without_verdict": self.verifier.without_verdict(),

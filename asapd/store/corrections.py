@@ -18,7 +18,7 @@ from asapd.core.usage import (
     FLAGS_OF_THE_LEDGER,
     UsageEvent,
 )
-from asapd.store import budgets, ledger, usage_days
+from asapd.store import budgets, ledger, usage_days, usage_hours
 from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load
 from asapd.store.rows import fetch
@@ -46,16 +46,24 @@ def correct(tx: Tx, unit: CorrectCosts) -> CostsCorrected:
     book = budgets.open_book(tx, unit.actor, unit.now_us)
     skipped: list[int] = []
     kept = 0
-    for change in unit.corrections:
-        row = tx.row(f"SELECT * FROM usage WHERE seq = ? AND {LIVE} AND NOT ({CORRECTION})", (change.seq,))
-        was = None if row is None else at_current_cost(tx, dict(zip(names, row, strict=True)))
-        if was is None or was["cost_microusd"] != change.was_microusd:
-            skipped.append(change.seq)
-        else:
-            kept += _correct(tx, book, unit, change, was)
+    # Once for all: to digest an hour that is sealed takes long if it has many sums.
+    with usage_hours.changing(tx, _hours_of(tx, unit), unit.actor, unit.now_us):
+        for change in unit.corrections:
+            row = tx.row(f"SELECT * FROM usage WHERE seq = ? AND {LIVE} AND NOT ({CORRECTION})", (change.seq,))
+            was = None if row is None else at_current_cost(tx, dict(zip(names, row, strict=True)))
+            if was is None or was["cost_microusd"] != change.was_microusd:
+                skipped.append(change.seq)
+            else:
+                kept += _correct(tx, book, unit, change, was)
     if book is not None:
         book.flush()
     return CostsCorrected(len(unit.corrections) - len(skipped), skipped, kept)
+
+
+def _hours_of(tx: Tx, unit: CorrectCosts) -> list[int]:
+    seqs = msgspec.json.encode([change.seq for change in unit.corrections]).decode()
+    of = "SELECT timestamp_us FROM usage WHERE seq IN (SELECT value FROM json_each(?))"
+    return [timestamp_us // HOUR_US for (timestamp_us,) in fetch(tx.connection, of, (seqs,))]
 
 
 def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Correction, was: dict[str, Any]) -> bool:

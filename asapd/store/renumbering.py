@@ -136,17 +136,25 @@ def move(tx: Tx, unit: EraseConsumer, consumer: int, pseudonym: str) -> Moved:
 
 
 def _move(tx: Tx, unit: EraseConsumer, consumer: int, to: int) -> Moved:
-    rows, hours_of_rows = _move_usage(tx, consumer, to)
-    if len(rows) >= ROWS:
+    rows = [seq for (seq,) in fetch(tx.connection, _USAGE, (consumer, ROWS))]
+    made = usage_hours.made_of(tx.connection, rows)
+    has_rows = len(rows) >= ROWS
+    # Of an event that retention took before its void, what the void is short of is in these hours then.
+    hours = [] if has_rows else sorted({*unit.hours, *(hour for hour, *_ in made)})
+    with usage_hours.changing(tx, {*hours, *(hour for hour, *_ in made)}, unit.actor, unit.now_us):
+        for hour, *sums in made:
+            _shift(tx, hour, tuple(sums), consumer, to)
+        _rewrite(tx, "usage", COLUMNS, rows, consumer, to)
+        for hour in hours:
+            for row in fetch(tx.connection, _OF_HOUR, (consumer, hour)):
+                _shift(tx, hour, row, consumer, to)
+    if has_rows:
         return Moved(rows, [], [], took_all=False, has_rows=True)
     late: list[int] = []
     if unit.is_all:
         late = steps_of(tx.connection, consumer, unit.steps_after, newest_step(tx.connection), ROWS + 1)
     steps = sorted({*unit.steps, *late[:ROWS]})
     _rewrite(tx, "task", _STEP, steps, consumer, to)
-    # Of an event that retention took before its void, what the void is short of is in these hours now.
-    hours = sorted({*unit.hours, *hours_of_rows})
-    _move_sums(tx, unit, hours, consumer, to)
     return Moved(rows, steps, hours, took_all=len(late) <= ROWS)
 
 
@@ -163,27 +171,6 @@ def _rewrite(tx: Tx, table: str, columns: Sequence[str], seqs: list[int], consum
         f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({','.join('?' * len(columns))})",
         (tuple(to if place in at and value == consumer else value for place, value in enumerate(row)) for row in rows),
     )
-
-
-def _move_usage(tx: Tx, consumer: int, to: int) -> tuple[list[int], set[int]]:
-    """Move some rows with what they came to; these, and the hours they are of."""
-    rows = [seq for (seq,) in fetch(tx.connection, _USAGE, (consumer, ROWS))]
-    hours = set()
-    for hour, *sums in usage_hours.made_of(tx.connection, rows):
-        _shift(tx, hour, tuple(sums), consumer, to)
-        hours.add(hour)
-    _rewrite(tx, "usage", COLUMNS, rows, consumer, to)
-    return rows, hours
-
-
-def _move_sums(tx: Tx, unit: EraseConsumer, hours: list[int], consumer: int, to: int) -> None:
-    """Move what is left of a consumer in hours whose events are gone; of those that are sealed it is entered."""
-    before = usage_hours.sealed(tx.connection, hours)
-    for hour in hours:
-        for row in fetch(tx.connection, _OF_HOUR, (consumer, hour)):
-            _shift(tx, hour, row, consumer, to)
-    if before:
-        usage_hours.seal_anew(tx, before, unit.actor, unit.now_us)
 
 
 def _shift(tx: Tx, hour: int, row: Row, consumer: int, to: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import apsw
 
-from asapd.core.types import format_us
+from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import OTLP
 from asapd.store import identity
-from asapd.store.rows import fetch, fetch_one
+from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.span_identity import of_span
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RetireUsage, UsageRetired
@@ -20,8 +21,8 @@ FREED_PAGES = 1_000
 
 _OLDEST = (
     "SELECT seq, timestamp_us, id, content, (SELECT name FROM name WHERE id = tenant), (SELECT name FROM name WHERE "
-    "id = agent), (SELECT name FROM name WHERE id = source) FROM usage WHERE timestamp_us < ? "
-    "ORDER BY timestamp_us, seq LIMIT ?"
+    "id = agent), (SELECT name FROM name WHERE id = source) FROM usage WHERE timestamp_us >= ? AND timestamp_us < ? "
+    "AND seq <= ? ORDER BY timestamp_us, seq LIMIT ?"
 )
 
 
@@ -31,7 +32,10 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
     `before_us` must not be after the time up to which late events are still taken, or a repeat of a retired one would
     count again; `usage_retired` keeps it, so that no later setting brings that time back.
     """
-    rows = fetch(tx.connection, _OLDEST, (unit.before_us, unit.limit))
+    rows: list[Row] = []
+    for start_us, end_us in _spans(unit.before_us, unit.kept):
+        if len(rows) < unit.limit:
+            rows += fetch(tx.connection, _OLDEST, (start_us, end_us, unit.through_row, unit.limit - len(rows)))
     if rows:
         _drop(tx, rows)
         contents = blake2b(b"".join(row[3] for row in rows), digest_size=32)
@@ -96,12 +100,21 @@ def retired_through(connection: apsw.Connection) -> int:
     return 0 if row is None else int(row[0])
 
 
-def is_due(connection: apsw.Connection, before_us: int) -> bool:
-    """Whether there is an event, or an outcome of a task, from before a time."""
-    return any(
-        fetch_one(connection, f"SELECT 1 FROM {table} WHERE timestamp_us < ? LIMIT 1", (before_us,)) is not None
-        for table in ("usage", "task_outcome")
-    )
+def is_due(connection: apsw.Connection, before_us: int, kept: Sequence[int] = (), through_row: int = 2**63 - 1) -> bool:
+    """Whether an event up to a row, of an hour that is not kept, or an outcome of a task is from before a time."""
+    found = "SELECT 1 FROM {} WHERE timestamp_us >= ? AND timestamp_us < ? AND seq <= ? LIMIT 1"
+    asked = [("usage", (*span, through_row)) for span in _spans(before_us, kept)]
+    asked.append(("task_outcome", (-(2**63), before_us, 2**63 - 1)))
+    return any(fetch_one(connection, found.format(table), values) is not None for table, values in asked)
+
+
+def _spans(before_us: int, kept: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The time before a moment without some hours, which are in order."""
+    start_us = -(2**63)
+    for hour in kept:
+        yield start_us, min(hour * HOUR_US, before_us)
+        start_us = (hour + 1) * HOUR_US
+    yield start_us, before_us
 
 
 def due(connection: apsw.Connection, usage_before_us: int, probes_before_us: int) -> dict[str, Any]:

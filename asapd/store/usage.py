@@ -20,7 +20,7 @@ from asapd.core.usage import (
     past_64_bits,
     rollup,
 )
-from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days
+from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days, usage_hours
 from asapd.store.budgets import open_book
 from asapd.store.prepared import INSERT, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
 from asapd.store.rows import Row
@@ -84,6 +84,7 @@ class _Pass:
 
     def __init__(self, tx: Tx, batch: Sequence[tuple[RecordUsage, Prepared]]) -> None:
         self._tx = tx
+        self._now_us = batch[-1][0].now_us
         self._next = tx.next_seq("usage")
         self._known = identity.known(tx.connection, [key for _, its in batch for key in its.keys if key is not None])
         if tx.has_digests:
@@ -285,7 +286,9 @@ class _Pass:
                     raise RefuseError(past_64_bits(sums._fields[sums.index(max(sums))]))
                 of = (names[agent], names[consumer], names[model], names[project])
                 rows.append((names[tenant], hour, *of, outcome, *sums))
-        tx.insert_many(_UPSERT_HOUR, rows)
+        # An event that was taken just before its time was over may come when the hour is sealed.
+        with usage_hours.changing(tx, {row[1] for row in rows}, "asapd", self._now_us):
+            tx.insert_many(_UPSERT_HOUR, rows)
         usage_days.add_late(tx, rows)
         sources.deliver(tx, self._delivered)
         for tenant, priced in self._priced.items():

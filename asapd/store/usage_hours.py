@@ -1,14 +1,16 @@
 """Whether the sums of usage by hour are those of the events they were made from, for as long as these are kept.
 
-Once retention took the last event of an hour nothing changes its sums any more: a digest of them is entered into the
-log, and they are held to that from then on.
+Before retention takes the first event of an hour its sums are held to all of them: where they agree, a digest of the
+sums is entered into the log, and they are held to that from then on. Where they do not, the events stay, being all that
+shows it. Who changes sums by right after that enters them anew, with what they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import msgspec
@@ -25,6 +27,15 @@ AT_ONCE = 200
 
 ROWS_AT_ONCE = 5_000
 """Sums that are read for that: some ten milliseconds of a thread, but for an hour that has more by itself."""
+
+EVENTS_AT_ONCE = 50_000
+"""Events that sums are held to by one read: a quarter of a second of a thread, but for an hour that has more."""
+
+LARGE = 1_000_000
+"""Events of an hour that are added up by several reads: three seconds and more, and one read may not take thirty."""
+
+PARTS = 60
+"""Reads that add up such an hour."""
 
 _END = 2**63 // HOUR_US
 """Hours, either way, in which a time of 64 bits can be."""
@@ -79,7 +90,15 @@ _MADE_OF = (
     f"{', '.join(KEY)}, {_PLAIN} {_EVENTS} "
     f"WHERE usage.seq IN (SELECT value FROM json_each(?))) GROUP BY hour, {', '.join(KEY)}"
 )
-_ERASED_SINCE = "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'erasure.applied' LIMIT 1"
+_MOVED_SINCE = (
+    "SELECT 1 FROM audit WHERE seq > ? AND event_type = 'erasure.applied' AND details ->> '$.moved' IS NOT NULL LIMIT 1"
+)
+# By the number of the row: what came since is little, and an hour may be large.
+_CAME_SINCE = "SELECT 1 FROM usage WHERE seq > ? AND +timestamp_us < ? LIMIT 1"
+_SAID = (
+    "SELECT seq, event_type, details FROM audit WHERE seq > ? AND seq <= ? AND (event_type = 'usage.sealed' "
+    "OR (event_type = 'retention.applied' AND subject = 'usage')) ORDER BY seq"
+)
 
 Digest = tuple[int, int, str]
 """An hour, how many sums there are of it, and the SHA-256 of these."""
@@ -90,121 +109,256 @@ def made_of(connection: apsw.Connection, rows: list[int]) -> list[Row]:
     return fetch(connection, _MADE_OF, (msgspec.json.encode(rows).decode(),))
 
 
-def unsealed(connection: apsw.Connection) -> list[Digest]:
-    """The next hours whose events are all gone and whose sums are in no entry yet: rows and digest of each."""
-    at = _sealed_through(connection)
-    before = _whole_before(connection)
-    found: list[Digest] = []
-    while (
-        len(found) < AT_ONCE
-        and sum(rows for _, rows, _ in found) < ROWS_AT_ONCE
-        and (hour := _next(connection, at)) is not None
-        and hour < before
-    ):
-        found.append((hour, *_digest(connection, hour)))
+class Log:
+    """What the log says of hours: which are sealed, as what, and from which ones retention took events.
+
+    `through` is the hour up to which it was looked which to seal: of one behind it nothing was taken, but by a build
+    that sealed hours only once they were empty.
+    """
+
+    def __init__(self) -> None:
+        self.after = 0
+        """The entry up to which this is known."""
+        self.through = -1
+        self.digests: dict[int, tuple[int, str]] = {}
+        self._taken: set[tuple[int, int]] = set()
+
+    def take(self, entries: Iterable[Row], through: int) -> None:
+        """Take in the next entries, up to one with this number."""
+        self.after = max(self.after, through)
+        for _, kind, details in entries:
+            if details is None:
+                continue
+            told = msgspec.json.decode(details)
+            if kind == "retention.applied":
+                first_us = told.get("first_timestamp_us", -(2**63))
+                last_us = told.get("last_timestamp_us", told["before_us"])
+                self._taken.add((first_us // HOUR_US, last_us // HOUR_US))
+                continue
+            self.through = max(self.through, told["through_hour"])
+            was = {hour: (rows, digest) for hour, rows, digest in told.get("was", ())}
+            for hour, *digest in told["hours"]:
+                # What a changed one was has to be what was entered of it before; and what was, is not sealed again.
+                if was.get(hour) == self.digests.get(hour):
+                    self.digests[hour] = (digest[0], digest[1])
+
+    def is_unsealed(self, hour: int) -> bool:
+        """Whether retention took events of an hour whose sums nobody has entered, as builds of before did it."""
+        return hour > self.through and any(first <= hour <= last for first, last in self._taken)
+
+
+def read_log(connection: apsw.Connection, log: Log) -> None:
+    """Take in all that was entered since this was last done."""
+    head = _head(connection)
+    log.take(said(connection, log.after, head), head)
+
+
+def said(connection: apsw.Connection, after: int, through: int) -> list[Row]:
+    """What entries behind one number up to another say of hours."""
+    return fetch(connection, _SAID, (after, through))
+
+
+class Examined(NamedTuple):
+    """What hours came to that are due: the digests of those that agree with their events, and what others differ in.
+
+    `at` is the last that was looked at; `is_last` says that no other is due. With `is_unclear` the next one is for
+    the log to explain, which has to be read first, and `large` is the next one if it has to be added up first. `head`
+    and `newest` are the last entry and event that were there.
+    """
+
+    agreed: list[Digest]
+    unlike: dict[int, str]
+    at: int
+    is_last: bool
+    is_unclear: bool
+    head: int
+    newest: int
+    large: int | None = None
+
+
+class AddedUp(NamedTuple):
+    """What the events of a large hour come to; `head` and `newest` were the last before they were read."""
+
+    hour: int
+    made: dict[Row, list[int]]
+    head: int
+    newest: int
+
+
+def newest_of(connection: apsw.Connection) -> tuple[int, int]:
+    """The last entry and the last event that are there."""
+    return _head(connection), fetch(connection, "SELECT coalesce(max(seq), 0) FROM usage")[0][0]
+
+
+def add_part(connection: apsw.Connection, to: AddedUp, part: int) -> None:
+    """Add what the events of a part of an hour come to; a void and a correction are as old as their event."""
+    first_us = to.hour * HOUR_US
+    times = first_us + part * HOUR_US // PARTS, first_us + (part + 1) * HOUR_US // PARTS
+    for key, values in _made(connection, times).items():
+        sums = to.made.setdefault(key, [0] * len(SUMS))
+        for place, value in enumerate(values):
+            sums[place] += value
+
+
+def examine(
+    connection: apsw.Connection,
+    at: int,
+    before_us: int,
+    log: Log | None,
+    skipped: frozenset[int],
+    added_up: AddedUp | None = None,
+) -> Examined:
+    """Hold the sums of some hours behind one, that ended before a time and are not sealed, to their events."""
+    agreed: list[Digest] = []
+    unlike: dict[int, str] = {}
+    sealed_through, retired_before = _sealed_through(connection), _retired_before(connection)
+    head, newest = newest_of(connection)
+    looked = events = 0
+    hour = next_due(connection, at, before_us)
+    while hour is not None and looked < AT_ONCE and sum(rows for _, rows, _ in agreed) < ROWS_AT_ONCE:
+        is_unclear = log is None and hour <= sealed_through
+        if not is_unclear and hour not in skipped and not (log is not None and hour in log.digests):
+            count = _count_events(connection, hour, LARGE + 1)
+            events += count
+            if looked and events > EVENTS_AT_ONCE:
+                break
+            made = None
+            if count > LARGE:
+                if added_up is None or added_up.hour != hour or _is_changed(connection, added_up):
+                    return Examined(agreed, unlike, at, False, False, head, newest, large=hour)
+                made, head, newest = added_up.made, added_up.head, added_up.newest
+            found: list[str] = []
+            _hold_to_events(connection, hour, found.append, made)
+            is_unclear = log is None and bool(found) and hour < retired_before
+            digest = (hour, *_digest(connection, hour))
+            if found and not (log is not None and log.is_unsealed(hour)):
+                unlike[hour] = found[0]
+            else:
+                agreed.append(digest)
+            looked += 1
+        if is_unclear:
+            unlike.pop(hour, None)
+            return Examined(agreed, unlike, at, is_last=False, is_unclear=True, head=head, newest=newest)
         at = hour
-    return found
+        hour = next_due(connection, at, before_us)
+    return Examined(agreed, unlike, at, is_last=hour is None, is_unclear=False, head=head, newest=newest)
+
+
+def next_due(connection: apsw.Connection, at: int, before_us: int) -> int | None:
+    """The next hour behind one that may have to be sealed, if it ended before a time.
+
+    Up to the last that was sealed that is one of which there are events; behind it, one that has sums as well.
+    """
+    through = _sealed_through(connection)
+    hour = _next_event(connection, at)
+    if hour is None or hour > through:
+        hour = min((one for one in (hour, _next(connection, max(at, through))) if one is not None), default=None)
+    return hour if hour is not None and hour < before_us // HOUR_US else None
+
+
+def _is_changed(connection: apsw.Connection, since: AddedUp) -> bool:
+    came = fetch_one(connection, _CAME_SINCE, (since.newest, (since.hour + 1) * HOUR_US))
+    return came is not None or fetch_one(connection, _MOVED_SINCE, (since.head,)) is not None
 
 
 def seal(tx: Tx, unit: SealHours) -> RowWritten:
-    """Enter the digests of some hours.
+    """Enter the digests of some hours, whose events may go from then on.
 
     Raises:
-        RefuseError: `invalid`, when they are not behind those that are sealed, or events of them are still there.
+        RefuseError: `invalid`, when they are not over yet, or sealed with all events gone, or not as they were read.
     """
     hours = [hour for hour, _, _ in unit.hours]
-    if hours != sorted(set(hours)) or not _sealed_through(tx.connection) < hours[0] <= hours[-1] < _whole_before(
-        tx.connection
+    before = _sealed_through(tx.connection)
+    if (
+        hours != sorted(set(hours))
+        or (hours[-1] + 1) * HOUR_US > unit.now_us
+        or not all(_count_events(tx.connection, hour, 1) for hour in hours if hour <= before)
     ):
         raise RefuseError(Refusal("invalid", "these hours are sealed, or not over yet: nothing was done"))
-    digests = unit.hours
-    if tx.row(_ERASED_SINCE, (unit.head,)) is not None:
-        digests = [(hour, *_digest(tx.connection, hour)) for hour in hours]
-    details: dict[str, Any] = {"hours": [list(hour) for hour in digests], "through_hour": hours[-1]}
+    if (
+        tx.row(_MOVED_SINCE, (unit.head,)) is not None
+        or tx.row(_CAME_SINCE, (unit.newest, (hours[-1] + 1) * HOUR_US)) is not None
+    ):
+        raise RefuseError(Refusal("invalid", "these hours changed since they were read: read them again"))
+    through = max(before, hours[-1])
+    details: dict[str, Any] = {"hours": [list(hour) for hour in unit.hours], "through_hour": through}
     tx.audit("usage.sealed", unit.actor, "usage_hour", details, unit.now_us)
-    tx.execute("UPDATE usage_hour_sealed SET through_hour = ?", (hours[-1],))
-    return RowWritten(hours[-1])
+    tx.execute("UPDATE usage_hour_sealed SET through_hour = ?", (through,))
+    return RowWritten(through)
 
 
-def sealed(connection: apsw.Connection, hours: list[int]) -> list[Digest]:
-    """The digests that some hours have now, of those that are sealed."""
-    through = _sealed_through(connection)
-    return [(hour, *_digest(connection, hour)) for hour in hours if hour <= through]
-
-
-def seal_anew(tx: Tx, before: list[Digest], actor: str, now_us: int) -> None:
-    """Enter hours that are sealed and were changed in the unit at hand, each with what it was `before`.
+@contextmanager
+def changing(tx: Tx, hours: Iterable[int], actor: str, now_us: int) -> Iterator[None]:
+    """Have sums of some hours changed in the block, and those that are sealed entered anew, each with what it was.
 
     Nothing is made good by that: one that was not then what had been sealed is found as before.
     """
     through = _sealed_through(tx.connection)
-    after = sealed(tx.connection, [hour for hour, _, _ in before])
-    details = {"hours": [list(hour) for hour in after], "through_hour": through, "was": [list(was) for was in before]}
-    tx.audit("usage.sealed", actor, "usage_hour", details, now_us)
-
-
-class _Sealed:
-    """What the log says of hours whose events are gone."""
-
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._connection = connection
-        self._after = 0
-        self.through = -1
-        self.digests: dict[int, tuple[int, str]] = {}
-        self.read()
-
-    def read(self) -> None:
-        """Take in what was entered since this was last done."""
-        head = fetch(self._connection, "SELECT coalesce(max(seq), 0) FROM audit")[0][0]
-        entries = fetch(
-            self._connection,
-            "SELECT details FROM audit WHERE seq > ? AND seq <= ? AND event_type = 'usage.sealed' ORDER BY seq",
-            (self._after, head),
-        )
-        self._after = head
-        for (details,) in entries:
-            if details is None:
-                continue
-            told = msgspec.json.decode(details)
-            self.through = max(self.through, told["through_hour"])
-            was = {hour: (rows, digest) for hour, rows, digest in told.get("was", ())}
-            for hour, *digest in told["hours"]:
-                # One that an erasure changed: what it was has to be what was entered of it before.
-                if hour not in was or was[hour] == self.digests.get(hour):
-                    self.digests[hour] = (digest[0], digest[1])
+    sealed = sorted({hour for hour in hours if hour <= through})
+    was = [[hour, *_digest(tx.connection, hour)] for hour in sealed]
+    yield
+    now = [[hour, *_digest(tx.connection, hour)] for hour in sealed]
+    changed = [(before, after) for before, after in zip(was, now, strict=True) if before != after]
+    if changed:
+        details = {
+            "hours": [after for _, after in changed],
+            "through_hour": through,
+            "was": [old for old, _ in changed],
+        }
+        tx.audit("usage.sealed", actor, "usage_hour", details, now_us)
 
 
 def compare(connection: apsw.Connection, add: Callable[[str], None]) -> tuple[int, int, int]:
     """Hold all sums to the events or to the log, and name what differs; rows, sealed hours, and hours of neither."""
-    log = _Sealed(connection)
-    through = log.through
-    rows = waiting = 0
+    log = Log()
+    read_log(connection, log)
     missing = set(log.digests)
     count = len(missing)
+    rows = waiting = 0
     for hour in _hours(connection):
+        missing.discard(hour)
         # An hour at a time: its events and its sums are of one moment, and the log grows on meanwhile.
         with one_moment(connection):
-            if hour <= through:
-                missing.discard(hour)
-                found = _digest(connection, hour)
-                rows += found[0]
-                if log.digests.get(hour) != found:
-                    log.read()  # an erasure may have changed it since
-                if log.digests.get(hour) != found:
-                    add(f"usage_hour of {_shown(hour)}: the sums are not those that were sealed when their events went")
-            elif hour < _retired_before(connection):
+            kept, found = _judge(connection, log, hour)
+            if found:
+                read_log(connection, log)  # it may have been sealed since, or changed by right
+                kept, found = _judge(connection, log, hour)
+            rows += kept
+            if found and hour not in log.digests and log.is_unsealed(hour):
                 waiting += 1
-            else:
-                rows += _hold_to_events(connection, hour, add)
-    for hour in sorted(missing):
-        add(f"usage_hour of {_shown(hour)}: the sums are gone, and they were sealed when their events went")
+                continue
+            for one in found:
+                add(one)
+    with one_moment(connection):
+        read_log(connection, log)
+        for hour in sorted(missing):
+            if _digest(connection, hour) != log.digests[hour]:
+                add(f"usage_hour of {_shown(hour)}: the sums are gone, and they were sealed before their events went")
     return rows, count, waiting
 
 
-def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str], None]) -> int:
+def _judge(connection: apsw.Connection, log: Log, hour: int) -> tuple[int, list[str]]:
+    """How many sums there are of an hour, and what is wrong with them."""
+    found: list[str] = []
+    if hour not in log.digests:
+        return _hold_to_events(connection, hour, found.append), found
+    digest = _digest(connection, hour)
+    if log.digests[hour] != digest:
+        found.append(f"usage_hour of {_shown(hour)}: the sums are not those that were sealed before their events went")
+    return digest[0], found
+
+
+def _hold_to_events(
+    connection: apsw.Connection,
+    hour: int,
+    add: Callable[[str], None],
+    added_up: Mapping[Row, Sequence[int]] | None = None,
+) -> int:
     kept = {row[: len(KEY)]: row[len(KEY) :] for row in fetch(connection, _KEPT, (hour,))}
     made: dict[Row, Row] = {}
-    if abs(hour) < _END:
+    if added_up is not None:
+        made = {key: tuple(sums) for key, sums in added_up.items() if sums[0]}
+    elif abs(hour) < _END:
         made = _made(connection, (hour * HOUR_US, (hour + 1) * HOUR_US))
     for key in sorted(kept.keys() | made.keys()):
         is_sum, of_events = kept.get(key), made.get(key)
@@ -223,17 +377,17 @@ def _hold_to_events(connection: apsw.Connection, hour: int, add: Callable[[str],
     return len(kept)
 
 
-def _made(connection: apsw.Connection, hour_us: tuple[int, int]) -> dict[Row, Row]:
-    """What the events of an hour come to under each key.
+def _made(connection: apsw.Connection, times_us: tuple[int, int]) -> dict[Row, Row]:
+    """What the events of an hour, or of a part of one, come to under each key.
 
     Of those that were voided, and their voids, the sums may pass 64 bits on the way: they are added up in two halves
     then, which takes twice as long.
     """
     of_key = len(KEY)
     try:
-        return {row[:of_key]: row[of_key:] for row in fetch(connection, _MADE.format(sums=_PLAIN), hour_us)}
+        return {row[:of_key]: row[of_key:] for row in fetch(connection, _MADE.format(sums=_PLAIN), times_us)}
     except apsw.SQLError:  # integer overflow; of any other the next statement dies too
-        rows = fetch(connection, _MADE.format(sums=_HALVES), hour_us)
+        rows = fetch(connection, _MADE.format(sums=_HALVES), times_us)
     return {
         row[:of_key]: tuple((high << 32) + low for high, low in zip(row[of_key::2], row[of_key + 1 :: 2], strict=True))
         for row in rows
@@ -244,16 +398,24 @@ def _hours(connection: apsw.Connection) -> Iterator[int]:
     """Every hour of which there are sums or events, in order."""
     at = -(2**63)
     while True:
-        hour = _next(connection, at)
-        after_us = min(max(-(2**63), (at + 1) * HOUR_US), 2**63 - 1)
-        row = fetch_one(connection, "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?", (after_us,))
-        hours = [
-            found for found in (hour, row[0] // HOUR_US if row and row[0] is not None else None) if found is not None
-        ]
+        hours = [hour for hour in (_next(connection, at), _next_event(connection, at)) if hour is not None]
         if not hours:
             return
         at = min(hours)
         yield at
+
+
+def _next_event(connection: apsw.Connection, after: int) -> int | None:
+    after_us = min(max(-(2**63), (after + 1) * HOUR_US), 2**63 - 1)
+    first_us = fetch(connection, "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?", (after_us,))[0][0]
+    return None if first_us is None else int(first_us) // HOUR_US
+
+
+def _count_events(connection: apsw.Connection, hour: int, most: int = -1) -> int:
+    if abs(hour) >= _END:
+        return 0
+    sql = "SELECT count(*) FROM (SELECT 1 FROM usage WHERE timestamp_us >= ? AND timestamp_us < ? LIMIT ?)"
+    return int(fetch(connection, sql, (hour * HOUR_US, (hour + 1) * HOUR_US, most))[0][0])
 
 
 def _next(connection: apsw.Connection, after: int) -> int | None:
@@ -270,11 +432,8 @@ def _retired_before(connection: apsw.Connection) -> int:
     return -(-int(fetch(connection, "SELECT before_us FROM usage_retired")[0][0]) // HOUR_US)
 
 
-def _whole_before(connection: apsw.Connection) -> int:
-    """The first hour of which an event may be there, or come."""
-    before = int(fetch(connection, "SELECT before_us FROM usage_retired")[0][0]) // HOUR_US
-    row = fetch_one(connection, "SELECT min(timestamp_us) FROM usage")
-    return before if row is None or row[0] is None else min(before, row[0] // HOUR_US)
+def _head(connection: apsw.Connection) -> int:
+    return int(fetch(connection, "SELECT coalesce(max(seq), 0) FROM audit")[0][0])
 
 
 def _digest(connection: apsw.Connection, hour: int) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from asapd.core.ledger import Account, Settlement
 from asapd.core.ledger import take_back as taken_back
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, refunds, usage_days
+from asapd.store import budgets, identity, ledger, refunds, usage_days, usage_hours
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load, spend
@@ -134,7 +134,8 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
         "INSERT INTO usage_void (seq, voids, reason, superseded) VALUES (?,?,?,?)",
         (seq, unit.seq, unit.reason, kind),
     )
-    _roll_back(tx, was)
+    with usage_hours.changing(tx, [was["timestamp_us"] // HOUR_US], unit.actor, unit.now_us):
+        _roll_back(tx, was)
     if book is not None:
         book.flush()
     details: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import count
 from random import Random
@@ -12,7 +13,7 @@ import pytest
 from msgspec import structs
 
 from asapd.actors.eraser import erase_consumer
-from asapd.actors.janitor import _seal_hours
+from asapd.actors.retirer import Retirer
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.repricing import Correction
@@ -41,6 +42,7 @@ T0 = 20_833 * DAY_US + 12 * HOUR_US
 A, ACME, EVE, OTHER = "urn:asap:agent:a", "acme", "mailto:eve", "mailto:other"
 COST = Cost(7)
 ids = count(1)
+log = logging.getLogger("test.retirer")
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +153,12 @@ async def test_a_name_that_only_its_own_rows_have_is_nowhere_any_more(inline_dat
     assert number_of_rows(connection, consumer="ers_1", project="ers_1", model="ers_1") == 1
 
 
+async def seal(database: Database, before_us: int) -> None:
+    assert await Retirer(database, TrioClock(T0), log).seal(before_us, "asapd") is None
+
+
 async def retire(database: Database, before_us: int) -> None:
+    await seal(database, before_us)
     while (await database.submit(RetireUsage(before_us, "asapd", T0, 2))).more:
         pass
 
@@ -190,7 +197,6 @@ async def test_sums_of_events_that_are_gone_are_moved_and_sealed_anew(
     await report(database, event(project=ACME, at_us=T0 - 5 * DAY_US))
     await add_up(database)
     await retire(database, T0 - 3 * DAY_US + HOUR_US)
-    await _seal_hours(database, TrioClock(T0), "asapd")
     before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
     sealed = connection.execute("SELECT through_hour FROM usage_hour_sealed").get
     seen: list[list[str]] = []
@@ -217,7 +223,6 @@ async def test_sealing_sums_anew_makes_nothing_good(inline_database: Inline) -> 
     await fill_days(database)
     await report(database, event(project=ACME))
     await retire(database, T0 - 3 * DAY_US)
-    await _seal_hours(database, TrioClock(T0), "asapd")
     number = namesakes.number_of(connection, EVE)
     connection.execute(
         "UPDATE usage_hour SET tokens_in = tokens_in + 1 WHERE consumer = ? AND hour < ?",
@@ -233,11 +238,11 @@ async def test_what_is_sealed_is_what_an_erasure_left(inline_database: Inline) -
     database, connection = inline_database
     await fill_days(database)
     await report(database, event(project=ACME))
-    await retire(database, T0 - 3 * DAY_US)
-    head, _ = audit.head(connection)
-    hours = usage_hours.unsealed(connection)
+    due = usage_hours.examine(connection, -1, T0 - 3 * DAY_US, None, frozenset())
     await erase(database)
-    await database.submit(SealHours(hours, "asapd", T0, head))
+    stale = await database.submit(SealHours(due.agreed, "asapd", T0, due.head, due.newest))
+    assert isinstance(stale, Refusal)
+    await retire(database, T0 - 3 * DAY_US)
     assert findings(connection) == []
     assert is_consumer_of(connection, ACME) == {}
 
@@ -249,10 +254,12 @@ async def test_a_verification_that_has_read_what_was_sealed_goes_by_what_is_seal
     await fill_days(database)
     await report(database, event(project=ACME))
     await retire(database, T0 - 3 * DAY_US)
-    await _seal_hours(database, TrioClock(T0), "asapd")
-    log = usage_hours._Sealed(connection)
+    known = usage_hours.Log()
+    usage_hours.read_log(connection, known)
     await erase(database)
-    monkeypatch.setattr(usage_hours, "_Sealed", lambda _: log)
+    monkeypatch.setattr(usage_hours, "Log", lambda: known)
+    calls, read = count(), usage_hours.read_log
+    monkeypatch.setattr(usage_hours, "read_log", lambda *given: read(*given) if next(calls) else None)
     assert usage_hours.compare(connection, pytest.fail)[1] == 4
 
 
@@ -271,6 +278,7 @@ async def test_a_void_whose_event_retention_took_takes_no_sums_with_it(
     await database.submit(VoidUsage(1, "r", "key:o", T0))
     if is_added_up:
         await add_up(database)
+    await seal(database, T0 - DAY_US)
     await retire_some(database, T0 - DAY_US, 1)
     assert [seq for (seq,) in connection.execute("SELECT seq FROM usage ORDER BY seq")] == [2, 3, 4]
     before = usage_sums.summary(connection, UsageFilter(EVERYTHING))
@@ -282,7 +290,6 @@ async def test_a_void_whose_event_retention_took_takes_no_sums_with_it(
     await erase(database)
     assert is_consumer_of(connection, ACME) == {}
     await retire(database, T0 - DAY_US)
-    await _seal_hours(database, TrioClock(T0), "asapd")
     assert usage_sums.summary(connection, UsageFilter(EVERYTHING)) == before
     for table in ("usage_hour", "usage_day"):
         assert connection.execute(f"SELECT count(*) FROM {table} WHERE events <= 0").get == 0
@@ -526,8 +533,8 @@ async def test_reports_of_all_kinds_in_between_leave_a_log_that_verifies(
                 await add_up(database)
             case _:
                 edge_us = max(edge_us, T0 - 3 * DAY_US + random.randrange(30) * HOUR_US)
+                await seal(database, edge_us)
                 await retire_some(database, edge_us, random.choice([1, 2, 500]))
-                await _seal_hours(database, TrioClock(T0), "asapd")
 
     for _ in range(30):
         await come()

@@ -22,6 +22,7 @@ from asapd.actors.janitor import (
     recover_reservations,
     run_janitor,
 )
+from asapd.actors.retirer import Retirer
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
@@ -32,7 +33,6 @@ from asapd.store.database import WRITER_AWAY, Database, InlineReaders
 from asapd.store.seals import SealedAt
 from asapd.store.units.agents import RecordProbe
 from asapd.store.units.alerts import BreachRow, WriteBreach
-from asapd.store.units.audit import SealHours
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, Reserved
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.units.house import Sweep, Swept
@@ -77,6 +77,12 @@ def archivist_of(database: Database, directory: Path = Path("nowhere")) -> Archi
     return Archivist(database, TrioClock(T0), directory, covering, log)
 
 
+async def apply(database: Database, settings: JanitorSettings, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
+    clock = TrioClock(T0)
+    retirer = Retirer(database, clock, log)
+    return await apply_retention(database, clock, settings, archivist_of(database), retirer, actor, dry_run)
+
+
 async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_us: int = T0) -> int:
     beats = 0
 
@@ -91,6 +97,7 @@ async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_
             clock=TrioClock(at_us),
             settings=settings,
             archivist=archivist_of(database),
+            retirer=Retirer(database, TrioClock(at_us), log),
             beat=beat,
             log=log,
         )
@@ -186,19 +193,20 @@ async def test_alerts_past_their_time_go_at_the_start_and_on_demand(
     assert "retention took 1 alerts" in caplog.text
     settings = JanitorSettings(config.Retention(alerts="99d"))
     for dry_run, left in ((True, 1), (False, 0)):
-        done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:o", dry_run)
+        done = await apply(database, settings, "key:o", dry_run)
         assert not isinstance(done, Refusal)
         assert done["alerts"]["count"] == 1
         assert connection.execute("SELECT count(*) FROM alert").get == left
     await breach(3, 100 * DAY_US)
     away = Database(AwayRunner(), InlineReaders(connection))
-    assert await apply_retention(away, TrioClock(T0), settings, archivist_of(away), "key:o", False) == WRITER_AWAY
+    assert await apply(away, settings, "key:o", False) == WRITER_AWAY
     with trio.move_on_after(0.5):
         await run_janitor(
             database=away,
             clock=TrioClock(T0),
             settings=settings,
             archivist=archivist_of(away),
+            retirer=Retirer(away, TrioClock(T0), log),
             beat=lambda: None,
             log=log,
         )
@@ -215,36 +223,29 @@ async def test_retention_goes_on_where_it_was_when_the_store_is_back(
     await sweep_for(0.5, away)
     assert "retention was not applied" in caplog.text
     settings = JanitorSettings(config.Retention())
-    assert await apply_retention(away, TrioClock(T0), settings, archivist_of(away), "key:x", False) == WRITER_AWAY
-    done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:x", False)
+    assert await apply(away, settings, "key:x", False) == WRITER_AWAY
+    done = await apply(database, settings, "key:x", False)
     assert not isinstance(done, Refusal)
     assert (done["usage"]["count"], done["more"]) == (1, False)
 
 
 async def test_retention_that_is_asked_for_beside_the_janitors_own_is_no_trouble(
-    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+    inline_database: Inline, autojump_clock: MockClock
 ) -> None:
-    """Whoever seals hours second finds them sealed, and goes on."""
-    caplog.set_level(logging.INFO)
+    """One waits for the other, and finds that all is done."""
     database, connection = inline_database
-    event = UsageEvent("t", A, "c", T0 - 401 * DAY_US, id="e")
-    await database.submit(RecordUsage("default", "key:x", T0, [event], [UNKNOWN_COST]))
-    settings, runner = JanitorSettings(config.Retention()), database._runner
-    execute, asked = runner.execute, []
+    events = [UsageEvent("t", A, "c", T0 - (401 + number) * DAY_US, id=f"e{number}") for number in range(3)]
+    await database.submit(RecordUsage("default", "key:x", T0, events, [UNKNOWN_COST] * 3))
+    retirer, taken = Retirer(database, TrioClock(T0), log), []
 
-    async def ask_first(unit: Any, **options: Any) -> Any:
-        if isinstance(unit, SealHours) and not asked:
-            asked.append(unit)
-            done = await apply_retention(database, TrioClock(T0), settings, archivist_of(database), "key:o", False)
-            assert not isinstance(done, Refusal)
-        return await execute(unit, **options)
+    async def retire() -> None:
+        taken.append(await retirer.retire(lambda now_us: now_us - 400 * DAY_US, "asapd"))
 
-    runner.execute = ask_first  # type: ignore[method-assign]  # in between the read and the write
-    await sweep_for(0.5, database)
-    assert asked
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(retire)
+        nursery.start_soon(retire)
+    assert sorted(taken) == [0, 3]
     assert connection.execute("SELECT count(*) FROM audit WHERE event_type = 'usage.sealed'").get == 1
-    assert "retention took 1 usage events" in caplog.text
-    assert "retention was not applied" not in caplog.text
 
 
 async def test_old_probes_are_dropped_and_young_ones_stay(inline_database: Inline, autojump_clock: MockClock) -> None:

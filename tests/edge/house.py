@@ -39,6 +39,7 @@ from asapd.actors.reads import Reads
 from asapd.actors.receipts import Receipts
 from asapd.actors.registry import RegistrySettings, run_registry
 from asapd.actors.repricer import reprice
+from asapd.actors.retirer import Retirer
 from asapd.actors.revocations import Revocations
 from asapd.actors.sealer import Sealer
 from asapd.actors.verifier import Verifier
@@ -340,6 +341,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             clock,
             JanitorSettings(settings.retention, settings.metering),
             Archivist(database, clock, tmp_path / "audit", sealer.covering, LOG),
+            Retirer(database, clock, LOG),
         ),
         prices=lambda: meter.prices,
         reprice=partial(reprice, database, clock, meter),

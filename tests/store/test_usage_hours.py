@@ -6,6 +6,7 @@ from typing import Any
 
 import apsw
 import pytest
+from msgspec import structs
 
 from asapd.core.errors import Refusal
 from asapd.core.repricing import Correction
@@ -120,36 +121,145 @@ def retire(connection: apsw.Connection, hour: int, limit: int = 500) -> None:
     submit(connection, RetireUsage(hour * HOUR_US, "asapd", NOW_US, limit))
 
 
-def test_hours_whose_events_went_are_sealed_and_held_to_that(filled: apsw.Connection) -> None:
-    assert usage_hours.unsealed(filled) == []
-    retire(filled, HOUR + 1, limit=2)
-    assert usage_hours.unsealed(filled) == []  # events of that hour are still there
-    assert usage_hours.compare(filled, pytest.fail)[2] == 1
-    while retention.is_due(filled, (HOUR + 1) * HOUR_US):
-        retire(filled, HOUR + 1)
-    hours = usage_hours.unsealed(filled)
-    assert [hour for hour, _, _ in hours] == [HOUR]
-    early = submit(filled, SealHours([(HOUR + 1, 1, "d")], "asapd", NOW_US))
+LATER_US = NOW_US + 9 * HOUR_US
+
+
+def examine(connection: apsw.Connection, hour: int, at: int = -(2**63)) -> usage_hours.Examined:
+    return usage_hours.examine(connection, at, hour * HOUR_US, None, frozenset())
+
+
+def seal(connection: apsw.Connection, hours: list[usage_hours.Digest]) -> Any:
+    return submit(connection, SealHours(hours, "asapd", LATER_US))
+
+
+def test_hours_are_sealed_before_their_events_go_and_held_to_that(filled: apsw.Connection) -> None:
+    assert examine(filled, HOUR).agreed == []
+    due = examine(filled, HOUR + 1)
+    assert ([hour for hour, _, _ in due.agreed], due.unlike, due.is_last) == ([HOUR], {}, True)
+    early = submit(filled, SealHours(due.agreed, "asapd", NOW_US))
     assert isinstance(early, Refusal)
-    assert submit(filled, SealHours(hours, "asapd", NOW_US)) == RowWritten(HOUR)
-    assert isinstance(submit(filled, SealHours(hours, "asapd", NOW_US)), Refusal)
+    assert seal(filled, due.agreed) == RowWritten(HOUR)
     told = audit.list_entries(filled, audit.AuditFilter(event_type="usage.sealed"), 9, 0, descending=False)
-    assert told[0]["details"] == {"hours": [list(hours[0])], "through_hour": HOUR}
-    assert usage_hours.unsealed(filled) == []
+    assert told[0]["details"] == {"hours": [list(due.agreed[0])], "through_hour": HOUR}
+    sealed = "the sums are not those that were sealed before their events went"
+    while retention.is_due(filled, (HOUR + 1) * HOUR_US):
+        assert usage_hours.compare(filled, pytest.fail)[1:] == (1, 0)
+        assert sealed in altered(filled, f"UPDATE usage_hour SET tokens_in = 5 WHERE hour = {HOUR}")[0]
+        retire(filled, HOUR + 1, limit=2)
+    assert examine(filled, HOUR + 1).agreed == []
+    assert isinstance(seal(filled, due.agreed), Refusal)
     assert usage_hours.compare(filled, pytest.fail)[1:] == (1, 0)
     for column in columns(filled):
         for hour in (HOUR, HOUR + 1):
             assert altered(filled, f"UPDATE usage_hour SET {column} = {column} + 1000 WHERE hour = {hour}"), column
-    sealed = "the sums are not those that were sealed when their events went"
     assert sealed in altered(filled, f"UPDATE usage_hour SET agent = agent + 1 WHERE hour = {HOUR}")[0]
     assert "the sums are gone" in altered(filled, f"DELETE FROM usage_hour WHERE hour = {HOUR}")[0]
-    assert sealed in altered(filled, f"UPDATE usage_hour SET hour = {HOUR - 9} WHERE hour = {HOUR}")[0]
+    moved = altered(filled, f"UPDATE usage_hour SET hour = {HOUR - 9} WHERE hour = {HOUR}")
+    assert "there are sums and no events of them" in moved[0]
+    assert "the sums are gone" in moved[-1]
     assert verifying.report(filled, verifying.Request()).is_valid
+
+
+def test_hours_that_changed_since_they_were_read_are_not_sealed(filled: apsw.Connection) -> None:
+    due = examine(filled, HOUR + 1)
+    submit(filled, VoidUsage(7, "r", "key:o", NOW_US + 3))
+    stale = submit(filled, SealHours(due.agreed, "asapd", LATER_US, due.head, due.newest))
+    assert isinstance(stale, Refusal)
+    assert "read them again" in stale.detail
+    due = examine(filled, HOUR + 1)
+    assert submit(filled, SealHours(due.agreed, "asapd", LATER_US, due.head, due.newest)) == RowWritten(HOUR)
+
+
+def test_what_changes_a_sealed_hour_by_right_enters_it_anew_and_makes_nothing_good(filled: apsw.Connection) -> None:
+    seal(filled, examine(filled, HOUR + 2).agreed)
+    units: list[AnyUnit] = [
+        VoidUsage(7, "r", "key:o", NOW_US + 3),
+        CorrectCosts([Correction(10, 9, 5, "priced", 5), Correction(8, 7, 1, "priced", 1)], "w", "key:o", NOW_US + 4),
+        RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, "c", NOW_US, 5)], [Cost(9)]),
+    ]
+    for unit in units:
+        submit(filled, unit)
+        assert usage_hours.compare(filled, pytest.fail)[1:] == (2, 0)
+    told = audit.list_entries(filled, audit.AuditFilter(event_type="usage.sealed"), 9, 0, descending=False)
+    assert [len(entry["details"].get("was", ())) for entry in told] == [0, 1, 2, 1]
+    filled.execute("UPDATE usage_hour SET tokens_in = tokens_in + 1 WHERE hour = ?", (HOUR,))
+    (before,) = findings(filled)
+    for seq in (10, 25):
+        submit(filled, VoidUsage(seq, "r", "key:o", NOW_US + 5))
+    seal(filled, [(HOUR, *usage_hours._digest(filled, HOUR))])
+    assert findings(filled) == [before]
+
+
+def test_an_hour_of_which_all_is_void_is_sealed_as_empty(connection: apsw.Connection) -> None:
+    event = UsageEvent("t", A, "c", NOW_US, 5, id="e")
+    submit(connection, RecordUsage("t", "key:x", NOW_US, [event, structs.replace(event, id="f")], [Cost(9)] * 2))
+    submit(connection, VoidUsage(1, "r", "key:o", NOW_US))
+    copied = connection.execute("SELECT * FROM usage_hour").fetchall()
+    submit(connection, VoidUsage(2, "r", "key:o", NOW_US))
+    (digest,) = examine(connection, HOUR + 1).agreed
+    assert digest[:2] == (HOUR, 0)
+    seal(connection, [digest])
+    retire(connection, HOUR + 1)
+    assert usage_hours.compare(connection, pytest.fail) == (0, 1, 0)
+    connection.execute(f"INSERT INTO usage_hour VALUES ({','.join('?' * len(copied[0]))})", copied[0])
+    assert "sealed" in findings(connection)[0]
+
+
+def test_sums_that_are_put_in_where_retention_went_are_found_and_never_sealed(filled: apsw.Connection) -> None:
+    seal(filled, examine(filled, HOUR + 2).agreed)
+    retire(filled, HOUR + 2)
+    names = ", ".join(name for name in columns(filled) if name != "hour")
+    for hour in (HOUR - 900, HOUR + 4):
+        filled.execute(f"INSERT INTO usage_hour (hour, {names}) SELECT {hour}, {names} FROM usage_hour LIMIT 1")
+    for _ in range(2):
+        found = findings(filled)
+        assert len(found) == 2
+        assert all("there are sums and no events of them" in one for one in found)
+        due = usage_hours.examine(filled, -1, LATER_US, usage_hours.Log(), frozenset())
+        assert list(due.unlike) == [HOUR + 4]
+        seal(filled, due.agreed)
+        retire(filled, HOUR + 9)
+
+
+def test_what_builds_before_took_of_hours_that_are_not_sealed_is_no_finding(filled: apsw.Connection) -> None:
+    retire(filled, HOUR + 2, limit=14)  # an hour and some of the next
+    assert usage_hours.compare(filled, pytest.fail)[1:] == (0, 2)
+    assert examine(filled, HOUR + 2).is_unclear
+    known = usage_hours.Log()
+    usage_hours.read_log(filled, known)
+    due = usage_hours.examine(filled, -1, (HOUR + 2) * HOUR_US, known, frozenset())
+    assert ([hour for hour, _, _ in due.agreed], due.unlike, due.is_unclear) == ([HOUR, HOUR + 1], {}, False)
+    names = ", ".join(name for name in columns(filled) if name != "hour")
+    inserted = f"INSERT INTO usage_hour (hour, {names}) SELECT {HOUR - 1}, {names} FROM usage_hour LIMIT 1"
+    assert "there are sums and no events of them" in altered(filled, inserted)[0]
+    seal(filled, due.agreed)
+    retire(filled, HOUR + 2)
+    assert usage_hours.compare(filled, pytest.fail)[1:] == (2, 0)
+
+
+def test_hours_are_examined_in_parts(filled: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = examine(filled, HOUR + 9)
+    assert len(whole.agreed) == 3
+    for bound, name in ((1, "AT_ONCE"), (1, "ROWS_AT_ONCE"), (1, "EVENTS_AT_ONCE")):
+        with monkeypatch.context() as patch:
+            patch.setattr(usage_hours, name, bound)
+            found, at, parts = [], -1, 0
+            while True:
+                due = examine(filled, HOUR + 9, at)
+                found += due.agreed
+                at, parts = due.at, parts + 1
+                if due.is_last:
+                    break
+            assert (found, parts) == (whole.agreed, 3), name
+    filled.execute(f"UPDATE usage_hour SET tokens_in = 7 WHERE hour = {HOUR + 1}")
+    due = examine(filled, HOUR + 9)
+    assert ([hour for hour, _, _ in due.agreed], list(due.unlike)) == ([HOUR, HOUR + 2], [HOUR + 1])
+    assert "the events come to" in due.unlike[HOUR + 1]
 
 
 def test_an_empty_store_has_no_hours(connection: apsw.Connection) -> None:
     assert usage_hours.compare(connection, pytest.fail) == (0, 0, 0)
-    assert usage_hours.unsealed(connection) == []
+    assert examine(connection, HOUR).agreed == []
 
 
 def test_an_hour_of_which_most_was_voided_is_held_to_its_events(connection: apsw.Connection) -> None:

@@ -297,7 +297,9 @@ def units_at(number: int, *kinds: type[Any]) -> st.SearchStrategy[Any]:
         KeepArchive: st.builds(
             KeepArchive, st.just(1), st.integers(1, 5), st.just(b"h"), at, st.just("f"), st.just("s"), actor, at
         ),
-        SealHours: st.builds(SealHours, st.just([(1, 1, "d")]), actor, at),
+        SealHours: st.builds(
+            SealHours, st.just([(2**40, 1, "d")]), actor, at
+        ),  # not over: what it says is held to nothing
         RetireAudit: st.builds(RetireAudit, actor, at, st.integers(1, 3)),
         AddUpDays: st.builds(AddUpDays, st.just(now_us) | st.just(now_us + DAY_US)),
         RecordTask: st.builds(RecordTask, task, actor, st.just("default"), at),

@@ -98,15 +98,17 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
 
 
 class SealHours(Unit[RowWritten | Refusal], frozen=True):
-    """Enter what the sums of hours are whose events are all gone: each hour with its rows and their digest.
+    """Enter what the sums of hours are, each hour with its rows and their digest, before retention takes their events.
 
-    `head` is the newest entry from before these were read: they are read again if there is an erasure behind it.
+    They agreed with the events when these were read, up to entry `head` and event `newest`; refused if anything of that
+    time came since. Between them there is no other hour but sealed ones, and those that do not agree.
     """
 
     hours: list[tuple[int, int, str]]
     actor: str
     now_us: int
     head: int = 2**63 - 1
+    newest: int = 2**63 - 1
 
 
 class KeepArchive(Unit[RowWritten | Refusal], frozen=True):

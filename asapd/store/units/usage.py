@@ -220,12 +220,18 @@ class UsageRetired(msgspec.Struct, frozen=True, tag=True):
 
 
 class RetireUsage(Unit[UsageRetired], frozen=True):
-    """Drop at most `limit` of the oldest events from before `before_us`, their identities too; the rollups stay."""
+    """Drop at most `limit` of the oldest events from before `before_us`, their identities too; the rollups stay.
+
+    Those of the hours `kept`, which are in order, stay as well: their sums are not what they come to. So does what came
+    behind row `through_row`, after hours were looked at.
+    """
 
     before_us: int
     actor: str
     now_us: int
     limit: int = 500
+    kept: list[int] = []
+    through_row: int = 2**63 - 1
 
 
 class DaysAddedUp(msgspec.Struct, frozen=True, tag=True):

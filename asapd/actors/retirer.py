@@ -1,0 +1,140 @@
+"""The retirer: usage goes hour by hour, none before its sums agreed with its events and were entered into the log.
+
+An hour whose sums somebody altered keeps its events: they are all that shows it. The others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from asapd.core.errors import Refusal
+from asapd.core.types import HOUR_US
+from asapd.runtime.clock import Clock
+from asapd.store import audit, retention, usage_hours
+from asapd.store.database import Database
+from asapd.store.units.audit import SealHours
+from asapd.store.units.usage import RetireUsage
+
+BREATH_S = 0.02
+"""Between two steps, which take about as long: ingest has at least half of the writer."""
+
+TRIES = 3
+"""How often hours are read again that changed before they were sealed; then it is left to the next minute."""
+
+AGAIN_US = HOUR_US
+"""An hour that does not agree is looked at again only so often: to read one with many events takes a while."""
+
+_FIRST = -(2**63)
+
+_ALARM = "the sums of an hour are not those of its events, which retention keeps"
+
+
+class Retirer:
+    """Takes usage that is past its time, for one caller at a time."""
+
+    def __init__(self, database: Database, clock: Clock, log: logging.Logger) -> None:
+        self._database = database
+        self._clock = clock
+        self._log = log
+        self._lock = trio.Lock()
+        self._unlike: dict[int, str] = {}
+        self._looked_us = 0
+        self._known: usage_hours.Log | None = None
+        """What the log says of hours: read once it is asked for, for it may be long."""
+
+    @property
+    def alarms(self) -> list[str]:
+        """Which hours keep their events because their sums are not what these come to."""
+        if not self._unlike:
+            return []
+        first = self._unlike[min(self._unlike)]
+        more = "" if len(self._unlike) == 1 else f" (and {len(self._unlike) - 1} more hours)"
+        return [f"{_ALARM}: {first}{more}"]
+
+    async def retire(self, before_us: Callable[[int], int], actor: str) -> int | Refusal:
+        """Retire all that is due, step by step; returns how many events went. `before_us` is that of a moment."""
+        async with self._lock:
+            due_us = before_us(self._clock.now_us())
+            # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
+            _, newest = await self._database.read(usage_hours.newest_of)
+            refused = await self._seal(due_us, actor)
+            if refused is not None:
+                return refused
+            total = 0
+            kept = sorted(self._unlike)
+            while await self._database.read(retention.is_due, due_us, kept, newest):
+                unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
+                done = await self._database.submit(unit)
+                if isinstance(done, Refusal):
+                    return done
+                total += done.rows
+                await trio.sleep(BREATH_S)
+            return total
+
+    async def seal(self, before_us: int, actor: str) -> Refusal | None:
+        """Enter what the sums of all hours are that ended before a time, where they agree with the events."""
+        async with self._lock:
+            return await self._seal(before_us, actor)
+
+    async def _seal(self, before_us: int, actor: str) -> Refusal | None:
+        now_us = self._clock.now_us()
+        before = frozenset(self._unlike)
+        skipped = before
+        if not 0 <= now_us - self._looked_us < AGAIN_US:
+            skipped, self._looked_us = frozenset(), now_us
+        at, tries = _FIRST, 0
+        added_up: usage_hours.AddedUp | None = None
+        while True:
+            found = await self._examine(at, before_us, skipped, added_up)
+            if found.is_unclear and self._known is None:
+                self._known = usage_hours.Log()
+                continue
+            if found.large is not None and found.at == at:
+                tries += added_up is not None
+                if tries == TRIES:
+                    return Refusal("invalid", "an hour changed whenever its events were added up: they go later")
+                added_up = await self._add_up(found.large)
+                continue
+            if found.agreed:
+                unit = SealHours(found.agreed, actor, self._clock.now_us(), found.head, found.newest)
+                sealed = await self._database.submit(unit)
+                if isinstance(sealed, Refusal):
+                    tries += 1
+                    if sealed.code != "invalid" or tries == TRIES:
+                        return sealed
+                    await trio.sleep(BREATH_S)
+                    continue
+            tries, added_up = 0, None
+            for hour, _, _ in found.agreed:
+                self._unlike.pop(hour, None)
+            for hour, what in found.unlike.items():
+                if hour not in before:
+                    self._log.error("%s: %s", _ALARM, what)
+                self._unlike[hour] = what
+            if found.is_last:
+                return None
+            at = found.at
+            await trio.sleep(BREATH_S)
+
+    async def _add_up(self, hour: int) -> usage_hours.AddedUp:
+        """What the events of a large hour come to, in parts: of what comes meanwhile the next look tells."""
+        head, newest = await self._database.read(usage_hours.newest_of)
+        found = usage_hours.AddedUp(hour, {}, head, newest)
+        for part in range(usage_hours.PARTS):
+            await self._database.read(usage_hours.add_part, found, part)
+        return found
+
+    async def _examine(
+        self, at: int, before_us: int, skipped: frozenset[int], added_up: usage_hours.AddedUp | None
+    ) -> usage_hours.Examined:
+        read = self._database.read
+        if self._known is not None:
+            # In windows: a log of many millions of entries takes longer to look through than a read may.
+            head, _ = await read(audit.head)
+            while self._known.after < head:
+                through = min(head, self._known.after + audit.WINDOW)
+                self._known.take(await read(usage_hours.said, self._known.after, through), through)
+        return await read(usage_hours.examine, at, before_us, self._known, skipped, added_up)
