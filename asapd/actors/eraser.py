@@ -6,6 +6,7 @@ from typing import Any
 
 import trio
 
+from asapd.actors.archivist import BREATH_S
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
 from asapd.store import audit, delegation_news, erasure, namesakes, renumbering
@@ -17,6 +18,9 @@ STEP = 500
 
 NEWS = 10
 """News of delegations of one unit: each may be of some hundred events."""
+
+NEWS_WINDOW = 20_000
+"""Numbers of news that one read looks through: some tenths of a second where all have the name of the consumer."""
 
 APPLY_S = 20.0
 """How long one request erases before it answers that there is more."""
@@ -53,15 +57,20 @@ async def erase_consumer(
         if is_last or done is None:
             # First of all, and again before a unit that may be the last: that takes only so many as came since.
             newest = await database.read(delegation_news.newest_news)
-            while news := await database.read(delegation_news.naming, consumer, told, NEWS):
+            while told < newest:
+                last = min(newest, told + NEWS_WINDOW)
+                news = await database.read(delegation_news.naming, consumer, told, NEWS, last)
+                told = news[-1] if len(news) == NEWS else last
+                if not news:
+                    continue
                 unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
                 done = await database.submit(unit)
                 if isinstance(done, Refusal):
                     return done
-                told, pseudonym = news[-1], done.pseudonym
+                pseudonym = done.pseudonym
                 if trio.current_time() > deadline:
                     return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": True}
-            told = max(told, newest)
+                await trio.sleep(BREATH_S)
         after = max(after, seqs[-1] if len(seqs) == STEP else through)
         if is_last and await others.look():  # for the first time, which takes as long in a large log as erasing may
             deadline = trio.current_time() + APPLY_S
@@ -88,6 +97,7 @@ async def erase_consumer(
         erased, pseudonym = erased + done.entries, done.pseudonym
         if done.is_whole or trio.current_time() > deadline:
             return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": not done.is_whole}
+        await trio.sleep(BREATH_S)
 
 
 class _Others:

@@ -53,6 +53,7 @@ class Companions:
     """What other tables say of some rows of usage: that they void or correct others, or were settled at an estimate."""
 
     def __init__(self, connection: apsw.Connection, after: int, through: int) -> None:
+        self._connection = connection
         self._found: dict[str, dict[int, Columns]] = {}
         for table, columns in _COMPANIONS.items():
             rows = fetch(
@@ -80,7 +81,7 @@ class Companions:
                 findings.add(f"usage row {says.row}: {table} does not say of it what entry {entry.seq} says")
 
     def are_explained(self, erasures: Erasures) -> bool:
-        """Whether all that is left is of rows without an entry: of an erased one, and about another erased one."""
+        """Whether all that is left is of rows whose entry was erased."""
         return next(self._unexplained(erasures), None) is None
 
     def settle(self, erasures: Erasures, findings: Findings) -> None:
@@ -92,8 +93,19 @@ class Companions:
         for table, found in self._found.items():
             for seq, (first, *_) in found.items():
                 about = seq if table == "usage_estimate" else first
-                if not (erasures.has_row(seq) and erasures.has_row(about)):
+                # An erasure takes the entries of both; older builds took what an actor did who is called like it.
+                is_known = erasures.has_row(seq) and (erasures.has_row(about) or self._is_of(seq, about))
+                if not is_known:
                     yield table, seq
+
+    def _is_of(self, seq: int, event: int) -> bool:
+        """Whether a row is of the same work as an event: all there is to hold it to where that alone has an entry."""
+        rows = fetch(
+            self._connection,
+            "SELECT DISTINCT tenant, agent, consumer, task_id, timestamp_us FROM usage WHERE seq IN (?, ?)",
+            (seq, event),
+        )
+        return len(rows) == 1
 
 
 def strays(connection: apsw.Connection, first: int, last: int) -> Iterator[str]:

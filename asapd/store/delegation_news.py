@@ -98,13 +98,17 @@ def forget_old(tx: Tx, before_us: int, limit: int) -> int:
     return tx.connection.changes()
 
 
-def naming(connection: apsw.Connection, consumer: str, after: int, limit: int) -> list[int]:
-    """The numbers of news about usage of a consumer, from behind `after`."""
-    rows = fetch(
-        connection,
-        "SELECT seq FROM delegation_news WHERE seq > ? AND instr(body, ?) > 0 ORDER BY seq LIMIT ?",
-        (after, _encoder.encode(consumer), limit),
-    )
+# Most do not have the name anywhere; where one has, it may be that of a tenant, a task or an agent.
+_NAMING = """
+SELECT seq FROM delegation_news WHERE seq > ? AND seq <= ? AND instr(body, ?) > 0
+AND EXISTS (SELECT 1 FROM json_each(CASE WHEN json_valid(CAST(body AS TEXT)) THEN CAST(body AS TEXT) ELSE '{}' END,
+'$.unauthorised') WHERE value ->> 'consumer' = ?) ORDER BY seq LIMIT ?
+"""
+
+
+def naming(connection: apsw.Connection, consumer: str, after: int, limit: int, through: int = 2**63 - 1) -> list[int]:
+    """The numbers of news about usage of a consumer, from behind `after` up to `through`."""
+    rows = fetch(connection, _NAMING, (after, through, _encoder.encode(consumer), consumer, limit))
     return [seq for (seq,) in rows]
 
 

@@ -8,7 +8,7 @@ import apsw
 
 from asapd.core.errors import Refusal
 from asapd.store import delegation_news, namesakes, renumbering
-from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
+from asapd.store.erasures import erase_payloads, runs, usage_rows_of
 from asapd.store.namesakes import number_of
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -26,15 +26,15 @@ ROWS = 500
 LATE_NEWS = 100
 """The same of news, of which there is one for each report at most."""
 
+_KINDS = (
+    "('usage.recorded', 'usage.voided', 'usage.repriced', 'task.started', 'task.completed', 'task.failed', "
+    "'task.abandoned')"
+)
 _IS_PSEUDONYM = re.compile(rf"{PSEUDONYM}_[0-9A-HJKMNP-TV-Z]{{26}}_*")
 
-# What explains why something is gone stays, whoever asked for it; entries of budgets name no consumer. What is said of
-# an agent is not said of the consumer that has its name.
-_OF_CONSUMER = (
-    "(CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ? OR subject = ? OR actor = ?) "
-    f"AND event_type NOT IN {EXPLAINING} AND event_type NOT IN {STANDING} AND event_type <> 'budgets.counted' "
-    "AND event_type NOT GLOB 'agent.*'"
-)
+# These are all that say for whom something was done. An actor is a key, a local user or asapd, and a subject is what an
+# entry is about: who has the same name as one of these has nothing to do with it.
+_OF_CONSUMER = f"event_type IN {_KINDS} AND CASE WHEN json_valid(details) THEN details ->> 'consumer' END = ?"
 
 
 def is_pseudonym(name: str) -> bool:
@@ -49,7 +49,7 @@ def entries_of(
     rows = fetch(
         connection,
         f"SELECT seq FROM audit WHERE seq > ? AND seq <= ? AND {_OF_CONSUMER} ORDER BY seq LIMIT ?",
-        (after, through, consumer, consumer, consumer, limit),
+        (after, through, consumer, limit),
     )
     return [seq for (seq,) in rows]
 
@@ -76,7 +76,7 @@ def count_of(connection: apsw.Connection, consumer: str) -> dict[str, int]:
 def count_entries(connection: apsw.Connection, consumer: str, after: int, through: int) -> int:
     """How many entries behind one number up to another name a consumer."""
     sql = f"SELECT count(*) FROM audit WHERE seq > ? AND seq <= ? AND {_OF_CONSUMER}"
-    count: int = fetch(connection, sql, (after, through, consumer, consumer, consumer))[0][0]
+    count: int = fetch(connection, sql, (after, through, consumer))[0][0]
     return count
 
 

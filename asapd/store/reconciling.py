@@ -51,7 +51,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             _compared(connection, "breach", lambda connection: reconcile_breaches(connection, erasures)),
             _days(connection),
             _compared(connection, "task_outcome", reconcile_outcomes),
-            *(_compared(connection, part.log.table, part.compare) for part in read_house(connection)),
+            *(_compared(connection, part.log.table, part.compare) for part in read_house(connection, erasures)),
             _explained(_erased(erasures), connection, keys),
         )
 

@@ -13,6 +13,7 @@ import apsw
 import msgspec
 
 from asapd.core.audit import read_details
+from asapd.store.erasures import Erasures
 from asapd.store.findings import Tally
 from asapd.store.keys import list_keys, unsaid_digest
 from asapd.store.numbered_rows import count_gone_of
@@ -44,7 +45,7 @@ class Part(Protocol):
         """Hold the rows to all that was taken in."""
 
 
-def read_house(connection: apsw.Connection) -> tuple[Part, ...]:
+def read_house(connection: apsw.Connection, erasures: Erasures) -> tuple[Part, ...]:
     """Take in what the log says of all these tables, to be compared with them at the same moment."""
     parts: tuple[Part, ...] = (
         _ApiKeys(),
@@ -78,7 +79,7 @@ def read_house(connection: apsw.Connection) -> tuple[Part, ...]:
         for seq, kind, at_us, actor, subject, details in found:
             for part in by_kind[kind]:
                 if details is None:
-                    part.log.lose(seq, at_us)
+                    part.log.lose(seq, at_us, is_retired=erasures.is_retired(seq))
                 else:
                     _take_in(part, seq, kind, at_us, actor, subject, details)
         after = found[-1][0]
@@ -149,9 +150,10 @@ class _Silences:
         columns = "id, agent, breach_type, severity, tenant, created_us, ends_us, author, comment"
         there = list(_rows(connection, f"SELECT {columns} FROM silence", columns, "created_us"))
         kept = {row.key for row in there}
+        newest_us = max(self._newest_us, self.log.lost_us)
         for key in self.log.known():
             said = self.log.said(key)
-            if key not in kept and said is not None and said["ends_us"] < self._newest_us:
+            if key not in kept and said is not None and said["ends_us"] < newest_us:
                 self.log.forget(key)  # one that was over is forgotten when another is added
         return self.log.compare(there)
 

@@ -34,21 +34,28 @@ class StandingRow(msgspec.Struct, frozen=True):
 class Standing:
     """What the log says of the things in one table.
 
-    A thing that was changed or made by an entry whose content is gone is counted as retired, not judged.
+    A thing that was made by an entry whose content is gone, or that one may have changed, is counted as retired, not
+    judged. Retention takes whole beginnings of the log. What an erasure of an older build took stands among entries of
+    others, and excuses nothing that these say but where no row has it for its own.
     """
 
     def __init__(self, table: str) -> None:
         self.table = table
         self.findings = Findings()
-        self.entries = self.erased = self.retired = self.lost_seq = 0
+        self.entries = self.erased = self.retired = self.lost_us = self._retired_seq = 0
         self._said: dict[Hashable, tuple[int, dict[str, Any] | None]] = {}
         self._lost: Counter[int] = Counter()
+        self._erased: dict[int, list[int]] = {}
 
-    def lose(self, seq: int, at_us: int) -> None:
-        """An entry about one of the things has no content any more."""
+    def lose(self, seq: int, at_us: int, *, is_retired: bool) -> None:
+        """An entry about one of the things has no content any more, by retention or else by an erasure."""
         self.erased += 1
-        self.lost_seq = max(self.lost_seq, seq)
+        self.lost_us = max(self.lost_us, at_us)
         self._lost[at_us] += 1
+        if is_retired:
+            self._retired_seq = max(self._retired_seq, seq)
+        else:
+            self._erased.setdefault(at_us, []).append(seq)
 
     def say(self, key: Hashable, seq: int, **values: Any) -> None:
         """An entry says so of a thing, beside what was said before."""
@@ -83,40 +90,60 @@ class Standing:
 
     def is_lost(self, made_us: int | None) -> bool:
         """Whether an entry of a time lost its content, which then answers for one row."""
-        return takes(self._lost, made_us)
+        if not takes(self._lost, made_us):
+            return False
+        if made_us is not None and self._erased.get(made_us):
+            self._erased[made_us].pop()
+        return True
 
     def compare(self, rows: Iterable[StandingRow]) -> Tally:
         """Hold the rows, which are read now, to what was said."""
         count = 0
+        differing: list[tuple[int, list[str]]] = []
         for row in rows:
             count += 1
+            where = f"{self.table} {_shown(row.key)}"
             seq, values = self._said.pop(row.key, (0, None))
-            if seq < self.lost_seq and (seq or self.is_lost(row.made_us)):
+            if seq < self._retired_seq if seq else self.is_lost(row.made_us):
                 self.retired += 1
             elif not seq:
-                self.findings.add(f"{self.table} {_shown(row.key)} has no entry in the log")
+                self.findings.add(f"{where} has no entry in the log")
             elif values is None:
-                self.findings.add(f"{self.table} {_shown(row.key)} is there, and entry {seq} says that it went")
-            else:
-                self._hold(row, seq, values)
+                differing.append((seq, [f"{where} is there, and entry {seq} says that it went"]))
+            elif differs := self._differences(row, seq, values):
+                differing.append((seq, differs))
         for key, (seq, values) in self._said.items():
-            if values is not None and seq > self.lost_seq:
-                self.findings.add(f"{self.table} {_shown(key)} is not there, and entry {seq} says that it is")
+            if values is not None and seq > self._retired_seq:
+                where = f"{self.table} {_shown(key)}"
+                differing.append((seq, [f"{where} is not there, and entry {seq} says that it is"]))
+        self._settle(differing)
         return self.tally(count)
+
+    def _settle(self, differing: list[tuple[int, list[str]]]) -> None:
+        """Name what differs, but for what an erased entry may have changed that made none of the rows."""
+        changed_seq = max((seq for seqs in self._erased.values() for seq in seqs), default=0)
+        for seq, differs in differing:
+            if seq < changed_seq:
+                self.retired += 1
+                continue
+            for finding in differs:
+                self.findings.add(finding)
 
     def tally(self, rows: int) -> Tally:
         """What was found, of so many rows."""
         named = tuple(self.findings.named)
         return Tally(self.table, rows, self.entries, self.retired, self.erased, self.findings.count, named)
 
-    def _hold(self, row: StandingRow, seq: int, values: dict[str, Any]) -> None:
+    def _differences(self, row: StandingRow, seq: int, values: dict[str, Any]) -> list[str]:
+        found = []
         for name, said in values.items():
             value = row.values.get(name)
             is_so = is_masked_form(said, value) if name in FREE_TEXT else said == value
             if not is_so:
-                self.findings.add(
+                found.append(
                     f"{self.table} {_shown(row.key)}: {name} is {value!r}, and the log says {said!r} (entry {seq})"
                 )
+        return found
 
 
 def _shown(key: Hashable) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import apsw
 import pytest
+import trio
 from trio.testing import MockClock
 
+from asapd.actors.archivist import BREATH_S
 from asapd.actors.eraser import erase_consumer
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
@@ -71,7 +74,7 @@ async def test_news_that_come_in_between_are_renamed_with_the_last_entry(inline_
     await report(database, MAX, 1)
     (first,) = delegation_news.naming(connection, MAX, 0, 9)
     await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, None, [first, 99]))
-    assert delegation_news.naming(connection, MAX, 0, 9) == [first]  # its task is called so as well
+    assert delegation_news.naming(connection, MAX, 0, 9) == []  # though its task is called so as well
     await report(database, MAX, 1)
     await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0, news_after=first))
     named = [event.consumer for news in delegation_news.news_after(connection, 0, 99) for event in news.unauthorised]
@@ -143,3 +146,42 @@ async def test_a_unit_that_leaves_news_is_not_the_last(inline_database: Inline) 
     assert not (await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0))).is_whole
     assert (await database.submit(EraseConsumer(MAX, "ers_1", [], "r", "key:x", T0, 0))).is_whole
     assert delegation_news.naming(connection, MAX, 0, 9) == []
+
+
+async def test_news_of_others_that_have_the_name_elsewhere_keep_nothing_from_its_end(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name may be that of a tenant or a task, or a word of the form itself."""
+    monkeypatch.setattr("asapd.actors.eraser.APPLY_S", -1.0)
+    monkeypatch.setattr("asapd.actors.eraser.NEWS_WINDOW", 3)
+    database, connection = inline_database
+    for consumer in (MAX, "agent"):
+        for number in range(12):
+            event = UsageEvent(MAX, A, EVE, T0, 5, 5, id=f"{consumer}{number}", delegation=MAX)
+            await database.submit(RecordUsage(MAX, "key:x", T0, [event], [Cost(7)]))
+    before = delegation_news.news_after(connection, 0, 99)
+    assert delegation_news.naming(connection, MAX, 0, 99) == delegation_news.naming(connection, "agent", 0, 99) == []
+    await report(database, MAX, 1)
+    assert [(await erase(database))["more"] for _ in range(3)] == [True, True, False]
+    after = delegation_news.news_after(connection, 0, 99)
+    assert (after[:-1], after[-1].unauthorised[0].consumer) == (before, "ers_1")
+
+
+async def test_units_of_an_erasure_leave_the_writer_to_others_for_a_while(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.eraser.NEWS", 2)
+    monkeypatch.setattr("asapd.actors.eraser.STEP", 2)
+    database, _ = inline_database
+    for _ in range(7):
+        await report(database, MAX, 1)
+    submit, times = database.submit, []
+
+    async def submit_and_note(unit: Any) -> Any:
+        times.append(trio.current_time())
+        return await submit(unit)
+
+    monkeypatch.setattr(database, "submit", submit_and_note)
+    assert not (await erase(database))["more"]
+    assert len(times) > 5
+    assert min(later - one for one, later in itertools.pairwise(times)) >= 0.99 * BREATH_S

@@ -10,13 +10,15 @@ from msgspec import structs
 
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
+from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, erasure, usage_sums, verifying
 from asapd.store.units.agents import AgentRecord, PutAgent
+from asapd.store.units.alerts import AddSilence, RemoveSilence, Silence
 from asapd.store.units.audit import EraseConsumer, Erased
 from asapd.store.units.delegations import SyncBudgets
 from asapd.store.units.exchange import AnyUnit, Envelope
-from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
+from asapd.store.units.usage import CorrectCosts, RecordTask, RecordUsage, TaskEvent, VoidUsage
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING
@@ -247,3 +249,88 @@ def test_somebody_who_reports_under_the_pseudonym_keeps_nobody_from_getting_one(
     names = connection.execute("SELECT name FROM name WHERE id IN (SELECT consumer FROM usage) ORDER BY id").fetchall()
     assert names == [(EVE,), ("ers_1",)]
     assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
+
+
+def own_entries(connection: apsw.Connection, name: str) -> list[int]:
+    return erasure.entries_of(connection, name, 0, 99)
+
+
+@pytest.mark.parametrize("name", ["uid:0 pid:21976", "key:ops", "asapd", "t", f"{EVE}0", "budgets"])
+def test_who_did_something_and_what_it_is_about_is_no_consumer(
+    connection: apsw.Connection, writer: Writer, name: str
+) -> None:
+    """Entries are of the consumer that they name as such, whoever made them and whatever they are about."""
+    submit(writer, VoidUsage(1, "r", "uid:0 pid:21976", NOW_US))
+    submit(writer, CorrectCosts([Correction(2, 7, 9, "priced", 2)], "w", "key:ops", NOW_US))
+    submit(writer, SyncBudgets([Budget("b", Match(), "day", "UTC", soft=Limits(tokens=1))], "asapd", NOW_US))
+    submit(writer, RecordTask(TaskEvent(name, A, EVE, "started", NOW_US), "key:x", "t", NOW_US))
+    report = UsageEvent("x", A, name, NOW_US, 5, 5, id="own")
+    submit(writer, RecordUsage("t", "key:x", NOW_US, [report], [Cost(7)]))
+    (own,) = connection.execute("SELECT seq FROM audit WHERE details ->> 'consumer' = ?", (name,)).fetchall()
+    assert own_entries(connection, name) == [*own]
+    assert erase(writer, [], name).entries == 1
+    found = verifying.report(connection, Request())
+    assert (found.is_valid, found.walk.erased) == (True, 1)
+
+
+@pytest.mark.parametrize("kind", ["usage.voided", "usage.repriced"])
+def test_what_older_builds_erased_because_of_its_actor_is_explained(
+    connection: apsw.Connection, writer: Writer, kind: str
+) -> None:
+    submit(writer, VoidUsage(1, "r", "key:ops", NOW_US))
+    submit(writer, CorrectCosts([Correction(2, 7, 9, "priced", 2)], "w", "key:ops", NOW_US))
+    table = {"usage.voided": "usage_void", "usage.repriced": "usage_repriced"}[kind]
+    ((seq, row),) = connection.execute(
+        "SELECT seq, details ->> 'row' FROM audit WHERE event_type = ?", (kind,)
+    ).fetchall()
+    submit(writer, EraseConsumer("key:ops", "ers_1", [seq], "r", "key:admin", NOW_US, None))
+    assert verifying.report(connection, Request()).is_valid
+    # But it may say so of nothing else than work of the same consumer, task and time.
+    connection.execute(f"DROP TRIGGER {table}_no_update")
+    column = {"usage_void": "voids", "usage_repriced": "event"}[table]
+    connection.execute(f"UPDATE {table} SET {column} = 4 WHERE seq = ?", (row,))
+    found = verifying.report(connection, Request())
+    assert found.tallies is not None
+    assert any(named.startswith(f"{table} row {row}: ") for named in found.tallies[0].named)
+
+
+def add_silence(writer: Writer, actor: str, at_us: int, ends_us: int = NOW_US + 3_600_000_000) -> str:
+    wanted = Silence("", None, None, None, None, 0, ends_us, actor, "a deploy")
+    added: Silence = submit(writer, AddSilence(wanted, actor, at_us, at_us))
+    return added.id
+
+
+def erase_as_before(connection: apsw.Connection, writer: Writer, actor: str) -> None:
+    """As older builds did: what an actor did who is called like the consumer."""
+    found = connection.execute("SELECT seq FROM audit WHERE actor = ?", (actor,)).fetchall()
+    submit(writer, EraseConsumer(actor, "ers_1", [seq for (seq,) in found], "r", "key:admin", NOW_US, None))
+
+
+def test_what_an_erasure_took_leaves_what_others_decided_to_be_judged(
+    connection: apsw.Connection, writer: Writer
+) -> None:
+    add_silence(writer, "key:bob", NOW_US)
+    add_silence(writer, "key:ops", NOW_US + 1)
+    erase_as_before(connection, writer, "key:ops")
+    assert verifying.report(connection, Request()).is_valid
+    connection.execute("UPDATE silence SET comment = 'another' WHERE author = 'key:bob'")
+    found = verifying.report(connection, Request())
+    assert "comment is 'another'" in " ".join(named for tally in found.tallies or () for named in tally.named)
+
+
+def test_what_an_erased_entry_may_have_changed_is_no_finding(connection: apsw.Connection, writer: Writer) -> None:
+    add_silence(writer, "key:bob", NOW_US, NOW_US + 1)
+    changed = add_silence(writer, "key:bob", NOW_US)
+    submit(writer, RemoveSilence(changed, "key:ops", NOW_US + 5))
+    add_silence(writer, "key:bob", NOW_US + 2)
+    erase_as_before(connection, writer, "key:ops")
+    report = verifying.report(connection, Request())
+    assert report.is_valid, report.tallies
+
+
+def test_what_was_forgotten_with_an_erased_entry_is_not_missing(connection: apsw.Connection, writer: Writer) -> None:
+    add_silence(writer, "key:bob", NOW_US, NOW_US + 1)
+    add_silence(writer, "key:ops", NOW_US + 2)  # which forgets the first
+    assert connection.execute("SELECT count(*) FROM silence").get == 1
+    erase_as_before(connection, writer, "key:ops")
+    assert verifying.report(connection, Request()).is_valid

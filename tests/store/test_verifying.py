@@ -24,6 +24,7 @@ from asapd.core.types import DAY_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import checkpoint_log, numbered_rows, reconciling_usage, seals, verifying
 from asapd.store.erasure import entries_of
+from asapd.store.erasures import Erasures
 from asapd.store.reconciling import reconcile
 from asapd.store.reconciling_house import read_house
 from asapd.store.units.alerts import BreachRow, WriteBreach
@@ -161,7 +162,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("breach", 2, 2),
         ("usage_day", 0, 0),
         ("task_outcome", 1, 0),
-        *((part.log.table, 0, 0) for part in read_house(log)),
+        *((part.log.table, 0, 0) for part in read_house(log, Erasures(log))),
         ("erasure", 0, 0),
     ]
 
