@@ -53,9 +53,13 @@ def void(tx: Tx, unit: VoidUsage) -> Voided:
     if known is not None:
         what = "is itself a void" if known[0] == unit.seq else "was voided before"
         raise RefuseError(Refusal("usage_voided", f"event {was['id']} {what}: nothing was changed"))
-    of = tx.row("SELECT id FROM usage_repriced r JOIN usage ON usage.seq = r.event WHERE r.seq = ?", (unit.seq,))
+    of = tx.row("SELECT (SELECT id FROM usage WHERE seq = event) FROM usage_repriced WHERE seq = ?", (unit.seq,))
     if of is not None:
-        detail = f"{was['id']} is no usage, but corrects the cost of {of[0]}: void that, or price it again"
+        # Retention takes an event before what corrects it, and may have come no further.
+        what = (
+            "an event that retention took: that is over" if of[0] is None else f"{of[0]}: void that, or price it again"
+        )
+        detail = f"{was['id']} is no usage, but corrects the cost of {what}"
         raise RefuseError(Refusal("invalid", detail))
     refusal = withheld(tx, was, unit)
     if refusal is not None:

@@ -16,6 +16,7 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
+from asapd.core.repricing import Correction
 from asapd.core.types import HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, usage_rows, usage_sums
@@ -23,7 +24,7 @@ from asapd.store.sla_queries import Followed, Position, Slots, task_history
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, SyncBudgets
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
-from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
+from asapd.store.units.usage import CorrectCosts, RecordUsage, RetireUsage, Voided, VoidUsage
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.voids import find_event
@@ -83,6 +84,19 @@ def test_nothing_is_voided_twice_nor_a_void(writer: Writer, connection: apsw.Con
     assert isinstance(refused, Refusal)
     assert refused.code == code
     assert usage_rows.newest_seq(connection) == 2
+
+
+def test_a_correction_is_no_usage_though_retention_took_its_event(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, EVENT)
+    submit(writer, CorrectCosts([Correction(1, 3, 9, "priced", 6)], "w", "key:o", NOW_US))
+    refused = void(writer, 2)
+    assert refused.code == "invalid"
+    assert "corrects the cost of e: void that" in refused.detail
+    submit(writer, RetireUsage(NOW_US + 1, "asapd", NOW_US, 1))
+    refused = void(writer, 2)
+    assert refused.code == "invalid"
+    assert "corrects the cost of an event that retention took" in refused.detail
+    assert connection.execute("SELECT seq FROM usage").fetchall() == [(2,)]
 
 
 def test_a_repeat_of_a_voided_event_stays_voided(writer: Writer, connection: apsw.Connection) -> None:
