@@ -41,6 +41,7 @@ async def erase_consumer(
         entries += await database.read(erasure.count_entries, consumer, first, first + audit.WINDOW)
     found: dict[str, Any] = {"entries": entries, **await database.read(erasure.count_of, consumer)}
     found["budgets"] = await database.read(erasure.budgets_of, consumer)
+    found["keys"] = await database.read(erasure.keys_of, consumer)
     if dry_run:
         return {"dry_run": True, **found, "pseudonym": None, "more": False}
     after, erased, told, done = 0, 0, 0, None
@@ -89,6 +90,7 @@ async def erase_consumer(
             steps_after=others.steps_after,
             hours=others.hours,
             is_all=others.is_all,
+            looked_from=others.looked_from,
         )
         done = await database.submit(unit)
         if isinstance(done, Refusal):
@@ -103,7 +105,8 @@ async def erase_consumer(
 class _Others:
     """What else has the consumer's name, looked for in parts, and what of the consumer has to be moved if anything has.
 
-    The writer looks at what came since by itself. So this may look long before: what was found stays true.
+    The writer looks at what came since by itself. So this may look long before: what was found stays true. Only where
+    retention took a row that came since, sums of it may stand where nobody looks any more: then it looks anew.
     """
 
     def __init__(self, database: Database, consumer: str) -> None:
@@ -112,27 +115,34 @@ class _Others:
         self.are_there = False
         self.usage_after = 0
         """The row of usage up to which was looked; 0 before the first look."""
+        self.looked_from = namesakes.LAST
+        """The number of the newest row of usage when it began to look."""
         self._at = self._next = (0, -namesakes.LAST)
         """The step and the hour from which on there is more to move, and where to go on once what follows is moved."""
         self.steps: list[int] = []
         self.steps_after = 0
         self.hours: list[int] = []
         self.is_all = False
-        self._has_rows = self._has_looked = False
+        self._has_rows = self._has_looked = self._is_moved = False
 
     def take(self, done: Erased) -> None:
         """Go on from what a unit did."""
         self.are_there, self._has_rows = self.are_there or done.is_shared, done.has_rows
-        if done.took_all:
+        self._is_moved = self._is_moved or done.is_moved
+        if done.is_stale:
+            self.looked_from, self.usage_after, self._at = namesakes.LAST, 0, (0, -namesakes.LAST)
+        elif done.took_all:
             self._at = self._next
 
     async def look(self) -> bool:
         """Look until something is found, and then for the next of what has to be moved; true for the first look."""
         is_first, self._has_looked = not self._has_looked, True
+        if self.looked_from == namesakes.LAST:
+            self.looked_from = await self._database.read(namesakes.last_given)
         if not self.are_there:
             self.are_there = await self._is_shared()
         self.steps, self.hours, self.is_all, self._next = [], [], False, self._at
-        if self.are_there and not self._has_rows:
+        if (self.are_there or self._is_moved) and not self._has_rows:
             await self._look_for_more()
         return is_first
 

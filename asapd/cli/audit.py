@@ -334,6 +334,8 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
         return
     for budget in first["budgets"]:
         click.echo(f"the configuration names {consumer} in budget {budget}: take it out there as well", err=True)
+    for key in first["keys"]:
+        click.echo(f"API key {key} names {consumer} among its agents, and stays in the log", err=True)
     would = "would be erased" if dry_run else f"erased, now {first['pseudonym']}"
     click.echo(
         f"{consumer}: {first['entries']} entries, {first['usage']} events, {first['task']} steps of tasks {would}"

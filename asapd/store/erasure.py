@@ -10,6 +10,7 @@ from asapd.core.errors import Refusal
 from asapd.store import delegation_news, namesakes, renumbering
 from asapd.store.erasures import erase_payloads, runs, usage_rows_of
 from asapd.store.namesakes import number_of
+from asapd.store.retention import retired_through
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import EraseConsumer, Erased
@@ -61,6 +62,14 @@ _OF_BREACH = "budget IS NOT NULL AND CASE WHEN json_valid(evidence) THEN evidenc
 def budgets_of(connection: apsw.Connection, consumer: str) -> list[str]:
     """The configured budgets that name a consumer: the file is the operator's to change."""
     return [name for (name,) in fetch(connection, "SELECT name FROM budget WHERE consumer = ? ORDER BY 1", (consumer,))]
+
+
+def keys_of(connection: apsw.Connection, consumer: str) -> list[str]:
+    """The ids of API keys that name a consumer among their agents: what they may do stands in the log."""
+    sql = (
+        "SELECT id FROM api_key WHERE EXISTS (SELECT 1 FROM json_each(agents) WHERE value = ?) ORDER BY created_us, id"
+    )
+    return [key for (key,) in fetch(connection, sql, (consumer,))]
 
 
 def count_of(connection: apsw.Connection, consumer: str) -> dict[str, int]:
@@ -132,14 +141,19 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         is_last = len(late) <= LATE and len(late_news) <= LATE_NEWS and max(reservations, breaches) < ROWS
     usage_rows = usage_rows_of(connection, seqs)
     erase_payloads(tx, seqs)
-    is_shared = unit.is_shared if not is_last else _is_shared(tx, unit, pseudonym)
+    is_stale = is_last and retired_through(connection) > unit.looked_from
+    is_shared = unit.is_shared if not is_last else _is_shared(tx, unit, is_stale=is_stale)
+    # The pseudonym has a number when some rows were moved before, or somebody read it in the log and reported under it.
+    is_moved = is_last and (is_shared is True or number_of(connection, pseudonym) >= 0)
+    is_whole = is_last and is_shared is not None
     # In the unit that erases the last entry, so that rows and entries never say different names.
     moved = renumbering.NOTHING
-    if is_last and is_shared:
+    if is_moved:
         moved = renumbering.move(tx, unit, number_of(connection, unit.consumer), pseudonym)
-    elif is_last and is_shared is not None:
-        tx.rename(unit.consumer, pseudonym)
-    is_whole = is_last and (moved.took_all and unit.is_all if is_shared else is_shared is not None)
+        is_whole = is_whole and moved.took_all and unit.is_all and not is_stale
+    if is_whole and not is_shared:
+        # Where all of it was moved nothing has its number any more.
+        tx.rename(unit.consumer, namesakes.free_name(connection, pseudonym))
     if seqs or reservations or moved.is_any:
         # A reservation is renamed with no entry of it erased: what was only authorised for the consumer has a digest.
         details = {
@@ -155,15 +169,10 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
         tx.audit("erasure.applied", unit.actor, pseudonym, details, unit.now_us)
     if is_whole:
         tx.execute("DELETE FROM erasure_begun WHERE consumer = ?", (unit.consumer,))
-    return Erased(len(seqs), is_whole, pseudonym, bool(is_shared), moved.took_all, moved.has_rows)
+    return Erased(len(seqs), is_whole, pseudonym, bool(is_shared), moved.took_all, moved.has_rows, is_moved, is_stale)
 
 
-def _is_shared(tx: Tx, unit: EraseConsumer, pseudonym: str) -> bool | None:
-    """Whether the consumer has to have another number: None when too much came since that was looked for.
-
-    Something else has the name by now; or the pseudonym has a number, because some of its rows were moved before, or
-    because somebody read it in the log and reported under it.
-    """
-    if unit.is_shared or number_of(tx.connection, pseudonym) >= 0:
-        return True
-    return namesakes.is_shared(tx.connection, unit.consumer, unit.usage_after)
+def _is_shared(tx: Tx, unit: EraseConsumer, *, is_stale: bool) -> bool | None:
+    """Whether something else has the name by now: None when too much came, or went, since that was looked for."""
+    is_found = unit.is_shared or namesakes.is_shared(tx.connection, unit.consumer, unit.usage_after)
+    return None if is_stale and not is_found else is_found

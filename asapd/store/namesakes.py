@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import apsw
 
+from asapd.store.retention import retired_through
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.usage_days import TENANTS
 
@@ -77,6 +78,11 @@ def is_agent(connection: apsw.Connection, name: str) -> bool:
 def newest_usage(connection: apsw.Connection) -> int:
     """The number of the newest row of usage."""
     return int(fetch(connection, "SELECT coalesce(max(seq), 0) FROM usage")[0][0])
+
+
+def last_given(connection: apsw.Connection) -> int:
+    """The highest number that a row of usage has or had."""
+    return max(newest_usage(connection), retired_through(connection))
 
 
 def next_hour(connection: apsw.Connection, start: int) -> int | None:

@@ -21,6 +21,7 @@ from asapd.store import audit, breaches, delegation_news, verifying
 from asapd.store.database import Database
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.delegations import SyncBudgets
+from asapd.store.units.house import ApiKey, CreateKey
 from asapd.store.units.usage import RecordUsage
 
 Inline = tuple[Database, apsw.Connection]
@@ -185,3 +186,13 @@ async def test_units_of_an_erasure_leave_the_writer_to_others_for_a_while(
     assert not (await erase(database))["more"]
     assert len(times) > 5
     assert min(later - one for one, later in itertools.pairwise(times)) >= 0.99 * BREATH_S
+
+
+async def test_keys_that_name_the_consumer_are_told(inline_database: Inline, autojump_clock: MockClock) -> None:
+    database, _ = inline_database
+    for agents in ([MAX], ["*"], [EVE, MAX]):
+        name = agents[0]
+        key = ApiKey(f"key_{name}", name, "reader", agents, None, False, b"x" * 32, T0)
+        await database.submit(CreateKey(key, "key:x", T0))
+    assert (await erase(database, dry_run=True))["keys"] == [f"key_{EVE}", f"key_{MAX}"]
+    assert (await erase(database))["keys"] == [f"key_{EVE}", f"key_{MAX}"]

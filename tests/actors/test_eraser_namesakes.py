@@ -334,6 +334,79 @@ async def test_what_was_begun_under_a_pseudonym_ends_under_it(
     assert findings(connection) == []
 
 
+async def test_a_name_that_nothing_has_any_more_goes_although_the_pseudonym_is_somebodys(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renumbering, "ROWS", 2)
+    database, connection = inline_database
+    await report(database, *(event(ACME, project=ACME) for _ in range(5)))
+    await step(database, ACME)
+    did = False
+
+    async def act(_: Any) -> None:
+        nonlocal did
+        if not did:
+            did = True
+            await report(database, event("ers_1"))
+        assert findings(connection) == []
+
+    monkeypatch.setattr("asapd.actors.eraser.STEP", 2)
+    after_each_unit(database, monkeypatch, act)
+    assert not (await erase(database))["more"]
+    assert connection.execute("SELECT count(*) FROM name WHERE name = ?", (ACME,)).get == 0
+    assert is_consumer_of(connection, "ers_1")["usage"] == 6
+    await report(database, event(ACME))
+    assert is_consumer_of(connection, ACME)["usage"] == 1
+    assert findings(connection) == []
+
+
+async def test_sums_that_came_behind_the_look_and_lost_their_event_are_looked_for_again(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renumbering, "SUMS_AT_ONCE", 1)
+    database, connection = inline_database
+    await fill_days(database)
+    await report(database, event(project=ACME))
+    await retire(database, T0 - DAY_US)
+    did = False
+
+    async def act(_: Any) -> None:
+        nonlocal did
+        if not did:
+            did = True
+            await report(database, event(ACME, T0 - 6 * DAY_US))
+            await retire(database, T0 - DAY_US)
+
+    after_each_unit(database, monkeypatch, act)
+    assert not (await erase(database))["more"]
+    assert is_consumer_of(connection, ACME) == {}
+    assert findings(connection) == []
+
+
+async def test_a_name_that_others_got_unseen_stays_theirs(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event came once nothing else had the name, and retention took it before the erasure's last unit."""
+    database, connection = inline_database
+    await report(database, event(ACME))
+    submit, did = database.submit, False
+
+    async def act_and_submit(unit: Any, **options: Any) -> Any:
+        nonlocal did
+        if isinstance(unit, EraseConsumer) and unit.after is not None and not did:
+            did = True
+            await report(database, event(EVE, T0 - 6 * DAY_US, project=ACME))
+            await retire(database, T0 - DAY_US)
+        return await submit(unit, **options)
+
+    monkeypatch.setattr(database, "submit", act_and_submit)
+    assert not (await erase(database))["more"]
+    number = namesakes.number_of(connection, ACME)
+    assert connection.execute("SELECT count(*) FROM usage_hour WHERE project = ?", (number,)).get == 1
+    assert is_consumer_of(connection, ACME) == {}
+    assert findings(connection) == []
+
+
 async def come_to_be(role: str, database: Database) -> None:
     match role:
         case "agent":

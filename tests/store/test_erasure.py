@@ -244,10 +244,11 @@ def test_somebody_who_reports_under_the_pseudonym_keeps_nobody_from_getting_one(
     submit(writer, RecordUsage("t", "key:x", NOW_US, [report], [Cost(7)]))
     last = EraseConsumer(MAX, "ers_2", [2, 3, 4], "request 17", "key:admin", NOW_US, 4)
     step = submit(writer, last)
-    assert (step.is_whole, step.is_shared) == (False, True)
-    assert submit(writer, structs.replace(last, seqs=[], is_shared=True, is_all=True)).is_whole
+    assert (step.is_whole, step.is_moved) == (False, True)
+    assert submit(writer, structs.replace(last, seqs=[], is_all=True)).is_whole
     names = connection.execute("SELECT name FROM name WHERE id IN (SELECT consumer FROM usage) ORDER BY id").fetchall()
     assert names == [(EVE,), ("ers_1",)]
+    assert connection.execute("SELECT count(*) FROM name WHERE name = ?", (MAX,)).get == 0
     assert counts(connection, MAX) == {"entries": 0, "usage": 0, "task": 0, "breach": 0}
 
 

@@ -55,8 +55,9 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
     """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name.
 
     `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another.
-    `is_shared` says that something else has the name as well, `took_all` that the steps and hours which the unit named
-    have the pseudonym, and `has_rows` that more rows of usage may have to get it.
+    `is_shared` says that something else has the name as well, `is_moved` that the consumer's rows are moved for that
+    or because the pseudonym has a number by now, `took_all` that the steps and hours which the unit named have the
+    pseudonym, and `has_rows` that more rows of usage may have to get it. With `is_stale` all has to be looked for anew.
     """
 
     entries: int
@@ -65,6 +66,8 @@ class Erased(msgspec.Struct, frozen=True, tag=True):
     is_shared: bool = False
     took_all: bool = False
     has_rows: bool = False
+    is_moved: bool = False
+    is_stale: bool = False
 
 
 class EraseConsumer(Unit[Erased | Refusal], frozen=True):
@@ -78,6 +81,7 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     The rest is of what else has the name: whether anything has that was looked at, of usage the rows up to
     `usage_after`. If so the consumer's rows are moved to a number of its own, some with each unit that has `after`, and
     of `steps` of tasks (up to `steps_after`) and `hours` with sums of it these; `is_all` says that there are no others.
+    Nobody looked at rows of usage behind `looked_from` that retention took since.
     """
 
     consumer: str
@@ -95,6 +99,7 @@ class EraseConsumer(Unit[Erased | Refusal], frozen=True):
     steps_after: int = 0
     hours: list[int] = []
     is_all: bool = False
+    looked_from: int = 2**63 - 1
 
 
 class SealHours(Unit[RowWritten | Refusal], frozen=True):
