@@ -20,6 +20,7 @@ from trio.testing import MockClock
 from asapd import config
 from asapd.actors.archivist import Archivist
 from asapd.actors.janitor import JanitorSettings, apply_retention, run_janitor
+from asapd.actors.retirer import Retirer
 from asapd.actors.sealer import Sealer
 from asapd.cli.verify import verify_file
 from asapd.core import merkle
@@ -263,7 +264,7 @@ async def test_the_janitor_retires_by_whole_days_and_a_request_at_once(
     for age_us in (2 * DAY_US, 25 * HOUR_US, 0):
         await enter(database, T0 + HOUR_US // 2 - age_us)
     clock, archivist = TrioClock(T0 + 12 * HOUR_US), make(database, tmp_path)
-    settings = JanitorSettings(config.Retention(audit="1d"))
+    retirer, settings = Retirer(database, clock, LOG), JanitorSettings(config.Retention(audit="1d"))
 
     async def tick() -> None:
         with trio.move_on_after(1):
@@ -272,6 +273,7 @@ async def test_the_janitor_retires_by_whole_days_and_a_request_at_once(
                 clock=clock,
                 settings=settings,
                 archivist=archivist,
+                retirer=retirer,
                 beat=lambda: None,
                 log=LOG,
             )
@@ -280,16 +282,16 @@ async def test_the_janitor_retires_by_whole_days_and_a_request_at_once(
     assert erased(connection) == {1, 2, 3, 4, 5, 6, 7, 8}
     assert "took the content of 8 audit entries" in caplog.text
     settings.retention = config.Retention(audit="1h")
-    would = await apply_retention(database, clock, settings, archivist, "key:x", dry_run=True)
+    would = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=True)
     assert not isinstance(would, Refusal)
     assert (would["audit"]["count"], would["audit"]["first_seq"], would["audit"]["last_seq"]) == (4, 9, 12)
-    assert await apply_retention(database, clock, settings, archivist, "key:x", dry_run=False) == {
+    assert await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False) == {
         **would,
         "dry_run": False,
     }
     assert len(erased(connection)) == 12
     settings.retention = config.Retention()
-    would = await apply_retention(database, clock, settings, archivist, "key:x", dry_run=True)
+    would = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=True)
     assert not isinstance(would, Refusal)
     assert would["audit"] == dict.fromkeys(("before", "first_seq", "last_seq", "oldest", "newest")) | {"count": 0}
     assert seals.newest(connection) is not None
@@ -307,6 +309,7 @@ async def test_a_janitor_whose_log_is_broken_says_so(
             clock=TrioClock(T0),
             settings=JanitorSettings(config.Retention(audit="1d")),
             archivist=make(database, tmp_path),
+            retirer=Retirer(database, TrioClock(T0), LOG),
             beat=lambda: None,
             log=LOG,
         )

@@ -214,9 +214,9 @@ async def test_a_new_configuration_takes_effect_at_once_and_keeps_what_was_count
 ) -> None:
     async with Desk(connection, tmp_path, budget("all", hard_usd="0.02")).open() as desk:
         assert codes(await desk.authorize_all(range(3))) == {"allowed": 2, "budget_exhausted": 1}
-        assert await desk.reconfigure(budget("all", hard_usd="0.03")) is None
+        assert await desk.reconfigure(budget("all", hard_usd="0.03")) == ()
         assert codes(await desk.authorize_all(range(3, 6))) == {"allowed": 1, "budget_exhausted": 2}
-        assert await desk.reconfigure() is None
+        assert await desk.reconfigure() == ()
         assert codes(await desk.authorize_all(range(6, 9))) == {"allowed": 3}
         assert read_rules(connection) == ()
         changes = connection.execute(
