@@ -14,15 +14,13 @@ from typing import Any
 
 import msgspec
 
-from asapd.core.canonical import exact, whole
+from asapd.core.canonical import exact, is_exact, whole
 from asapd.core.types import format_us
 
 GENESIS = bytes(32)
 """`previous_hash` of the first entry."""
 
 _sorted_json = msgspec.json.Encoder(order="sorted")
-# Where a number of sixteen digits from 9 on, or of more, may be: what is looked at closely for one beyond 2**53-1.
-_LARGE = re.compile(rb"[\[:,]-?(?:9[0-9]{15}|[0-9]{17})")
 _LARGE_TEXT = re.compile(r':"-?[0-9]{16,}"')
 _text = msgspec.json.Encoder()
 
@@ -60,8 +58,7 @@ def canonical_details(details: dict[str, Any]) -> bytes:
 
     Integers from 2**53 on become text, whoever gives them: nobody could verify the entry elsewhere.
     """
-    text = as_they_are(details)
-    return text if _LARGE.search(text) is None else as_they_are(exact(details))
+    return as_they_are(details if is_exact(details.values()) else exact(details))
 
 
 def as_they_are(details: dict[str, Any]) -> bytes:

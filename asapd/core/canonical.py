@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from json.encoder import encode_basestring
 from typing import Any, Final
 
@@ -51,6 +52,21 @@ def exact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [exact(item) for item in value]
     return str(value) if type(value) is int and not -MAX_INT <= value <= MAX_INT else value
+
+
+def is_exact(values: Iterable[Any]) -> bool:
+    """Whether `exact` would make text of nothing in these, in a fraction of its time: few entries hold any."""
+    for value in values:
+        kind = type(value)
+        if kind is int:
+            if not -MAX_INT <= value <= MAX_INT:
+                return False
+        elif kind is dict:
+            if not is_exact(value.values()):
+                return False
+        elif kind in (list, tuple) and not is_exact(value):
+            return False
+    return True
 
 
 def whole(value: Any) -> Any:

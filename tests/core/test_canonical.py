@@ -8,7 +8,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asapd.core.canonical import LARGEST_WRITTEN, MAX_DEPTH, CanonicalError, canonical, exact, whole
+from asapd.core.canonical import LARGEST_WRITTEN, MAX_DEPTH, CanonicalError, canonical, exact, is_exact, whole
 from asapd.core.types import MAX_INT
 
 floats = st.one_of(
@@ -147,6 +147,7 @@ def test_an_integer_that_not_every_reader_keeps_is_text_and_comes_back(number: i
     made = exact({"a": [number, (number, {"b": number})], "c": True, "d": 0.5})
     shown = str(number) if abs(number) > MAX_INT else number
     assert made == {"a": [shown, [shown, {"b": shown}]], "c": True, "d": 0.5}
+    assert is_exact([{"a": ({"b": number}, [number])}]) == (abs(number) <= MAX_INT)
     if abs(number) < 2**64:
         assert whole({"a": {"b": shown}}) == {"a": {"b": number}}
 
