@@ -76,7 +76,7 @@ async def test_an_older_copy_of_the_database_is_found_at_the_start_and_by_what_w
         assert verify(daemon)["valid"] is True
         bad = await trio.to_thread.run_sync(asapctl, daemon, "audit", "verify", "--against", str(kept))
         assert bad.returncode == 1
-        assert bad.stdout.startswith("bad: entry ")
+        assert bad.stdout.startswith("bad: at entry ")
 
 
 @pytest.mark.parametrize("rounds", [3])
