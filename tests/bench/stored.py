@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import DAY_US
 from asapd.store.database import prepare
@@ -46,7 +47,7 @@ def fill(path: Path, events: int) -> None:
     for number in range(events // ARRAY):
         (body,) = arrays(1, f"fill-{number}")
         decoded = decode_events(body)
-        assert not hasattr(decoded, "code"), decoded
+        assert not isinstance(decoded, Refusal), decoded
         now_us = time.time_ns() // 1000 - 30 * DAY_US * (events // ARRAY - number) // (events // ARRAY)
         shift_us = time.time_ns() // 1000 - now_us
         moved = [
