@@ -113,7 +113,7 @@ class Daemon:
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.runtime_dir / "admin.sock")) == 0
 
-    def stop(self, *, within_s: float = 10.0) -> None:
+    def stop(self, *, within_s: float = PATIENCE_S) -> None:
         """SIGTERM, and it has to end with 0."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)

@@ -32,19 +32,23 @@ class Party:
         usd: float | None = None,
         tasks: int | None = None,
         scopes: tuple[str, ...] = ("task.*",),
-        expires_in_s: float = 3600,
+        expires_in_s: float | None = None,
         parent: str | None = None,
         **claims: Any,
     ) -> str:
-        """A signed token; `claims` replace those it would have."""
+        """A signed token; `claims` replace those it would have. It ends in an hour, or with its parent."""
         now_s = int(time.time())
+        expires_at_s = now_s + 3600 if expires_in_s is None else int(now_s + expires_in_s)
+        if parent is not None and expires_in_s is None:
+            # One made a second after its parent would outlive it, and be refused for that.
+            expires_at_s = _claims(parent)["exp"]
         limits: dict[str, Any] = {"max_cost_usd": usd, "max_tasks": tasks}
         payload: dict[str, Any] = {
             "iss": self.urn,
             "aud": delegate.urn,
             "jti": f"jti-{next(_numbers)}-{time.time_ns()}",
             "iat": now_s - 10,
-            "exp": int(now_s + expires_in_s),
+            "exp": expires_at_s,
             "scp": scopes,
             "x-asap-constraints": {name: value for name, value in limits.items() if value is not None},
             **({} if parent is None else {"prf": parent}),
@@ -63,8 +67,12 @@ def _encode(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
+def _claims(token: str) -> Any:
+    middle = token.split(".")[1]
+    return json.loads(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))
+
+
 def jti_of(token: str) -> str:
     """The `jti` claim."""
-    middle = token.split(".")[1]
-    found: str = json.loads(base64.urlsafe_b64decode(middle + "=" * (-len(middle) % 4)))["jti"]
+    found: str = _claims(token)["jti"]
     return found
