@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from asapd.core.audit import Fault
@@ -21,6 +23,13 @@ from asapd.store.units.audit import KeepArchive, RetireAudit
 
 BREATH_S = 0.02
 """Between two steps, which take about as long: ingest has at least half of the writer, and of the loop."""
+
+
+class Retired(msgspec.Struct, frozen=True):
+    """How many entries lost their content, and whether the time was over before all had that were to."""
+
+    entries: int
+    more: bool
 
 
 class Archivist:
@@ -55,13 +64,18 @@ class Archivist:
             after = prefix.last_seq
         return audit_retention.shown(before_us, found)
 
-    async def retire(self, before_us: int, actor: str) -> int | Refusal:
-        """Archive and erase what was written before a time; how many entries lost their content.
+    async def retire(self, before_us: int, actor: str, until_s: float = math.inf) -> Retired | Refusal:
+        """Archive and erase what was written before a time. No archive is begun once it is `until_s` on Trio's clock.
 
-        It can end anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
+        One that has begun is finished: begun anew by each who asks again, it might never be. It can be cancelled
+        anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
         """
         total = 0
-        async with self._lock:
+        with trio.move_on_at(until_s) as patience:
+            await self._lock.acquire()
+        if patience.cancelled_caught:
+            return Retired(total, more=True)
+        try:
             while True:
                 retired = await self._retire_archived(actor)
                 if isinstance(retired, Refusal):
@@ -69,11 +83,13 @@ class Archivist:
                 total += retired
                 after = await self._retired_through()
                 prefix = await self._database.read(audit_retention.due, after, before_us)
-                if prefix is None:
-                    return total
+                if prefix is None or trio.current_time() >= until_s:
+                    return Retired(total, more=prefix is not None)
                 kept = await self._archive(prefix, before_us, actor)
                 if isinstance(kept, Refusal):
                     return kept
+        finally:
+            self._lock.release()
 
     async def _retired_through(self) -> int:
         archive = await self._database.read(audit_retention.newest)

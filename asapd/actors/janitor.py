@@ -144,8 +144,8 @@ async def _archive(archivist: Archivist, clock: Clock, settings: JanitorSettings
             done = await archivist.retire(before_us // DAY_US * DAY_US, "asapd")
             if isinstance(done, Refusal):
                 log.warning("the audit log was not retired: %s", done.detail)
-            elif done:
-                log.info("retention took the content of %d audit entries", done)
+            elif done.entries:
+                log.info("retention took the content of %d audit entries", done.entries)
         await trio.sleep(RETIRE_EVERY_S)
 
 
@@ -199,14 +199,19 @@ async def apply_retention(
     )
     if dry_run:
         return {"dry_run": True, **due, "more": False}
+    until_s = trio.current_time() + APPLY_S
     retired: int | Refusal = 0
-    with trio.move_on_after(APPLY_S) as patience:
+    with trio.move_on_at(until_s) as patience:
         retired = await retirer.retire(partial(retired_before_us, settings), actor)
         if not isinstance(retired, Refusal):
             retired = await _retire_alerts(database, clock, settings, actor)
-        if not isinstance(retired, Refusal) and entries_before_us is not None:
-            retired = await archivist.retire(entries_before_us, actor)
     if isinstance(retired, Refusal):
         return retired
+    more = patience.cancelled_caught
+    if entries_before_us is not None and not more:
+        archived = await archivist.retire(entries_before_us, actor, until_s)
+        if isinstance(archived, Refusal):
+            return archived
+        more = archived.more
     # Probes go by the sweep of every second.
-    return {"dry_run": False, **due, "more": patience.cancelled_caught}
+    return {"dry_run": False, **due, "more": more}

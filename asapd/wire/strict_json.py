@@ -19,6 +19,7 @@ _MAX_NUMBER_CHARS = 24
 _MAX_EXPONENT = 24
 # An unclosed string matches to the end as well: were it to fail, every quote in it would be tried anew.
 _LONG_NUMBER = re.compile(rb"[0-9]{20}")
+_BLANK = b" \t\r\n"
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def parse_strict_json(raw: bytes, *, max_nesting: int = MAX_NESTING) -> Any:
     if raw.count(b"[") + raw.count(b"{") <= max_nesting and not _LONG_NUMBER.search(raw):
         try:
             value = _DECODER.decode(raw)
-            if _ENCODER.encode(value) == raw:
+            if _ENCODER.encode(value) == raw.strip(_BLANK):
                 return value
         except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
             pass

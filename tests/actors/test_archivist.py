@@ -18,7 +18,7 @@ from nacl.signing import SigningKey
 from trio.testing import MockClock
 
 from asapd import config
-from asapd.actors.archivist import Archivist
+from asapd.actors.archivist import Archivist, Retired
 from asapd.actors.janitor import JanitorSettings, apply_retention, run_janitor
 from asapd.actors.retirer import Retirer
 from asapd.actors.sealer import Sealer
@@ -97,7 +97,7 @@ async def test_a_prefix_is_in_a_verified_file_and_old_proofs_keep_verifying(
     due = await archivist.due(T0 - DAY_US)
     assert (due["count"], due["first_seq"], due["last_seq"]) == (4, 1, 4)
     assert due["oldest"] == due["newest"] == "2027-01-13T00:00:00.000000Z"
-    assert await archivist.retire(T0 - DAY_US, "key:x") == 4
+    assert await archivist.retire(T0 - DAY_US, "key:x") == Retired(4, more=False)
     assert erased(connection) == {1, 2, 3, 4} == archived(tmp_path)
     report = assert_all_is_explained(connection)
     assert report.tallies is not None
@@ -120,7 +120,7 @@ async def test_a_prefix_is_in_a_verified_file_and_old_proofs_keep_verifying(
     path = tmp_path / "audit" / told[1]["details"]["file"]
     assert path.stat().st_mode & 0o777 == 0o600
     assert (await archivist.due(T0 - DAY_US))["count"] == 0
-    assert await archivist.retire(T0 - DAY_US, "key:x") == 0
+    assert await archivist.retire(T0 - DAY_US, "key:x") == Retired(0, more=False)
 
 
 class KilledError(Exception):
@@ -197,7 +197,7 @@ async def test_a_log_that_was_altered_is_not_retired(
         assert connection.execute("SELECT count(*) FROM audit WHERE salt IS NULL").get in {0, 1}
         assert archived(tmp_path) == set()
         connection.execute("ROLLBACK TO altered; RELEASE altered")
-    assert await archivist.retire(T0, "key:x") == 301
+    assert await archivist.retire(T0, "key:x") == Retired(301, more=False)
 
 
 async def test_an_archive_that_went_away_before_its_content_was_erased_is_made_anew(
@@ -216,7 +216,7 @@ async def test_an_archive_that_went_away_before_its_content_was_erased_is_made_a
     (path,) = (tmp_path / "audit").glob("*.gz")
     lost, elsewhere = path, tmp_path / "elsewhere.gz"
     lost.rename(elsewhere)
-    assert await make(database, tmp_path).retire(T0, "key:x") == 201
+    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(201, more=False)
     assert "is archived anew" in caplog.text
     names = sorted(found.name for found in (tmp_path / "audit").glob("*.gz"))
     assert [name[:18] for name in names] == ["audit-000000000501"]
@@ -229,7 +229,7 @@ async def test_what_an_erasure_took_stays_explained_by_it(
     database, connection = inline_database
     await enter(database, T0 - 3 * DAY_US)
     await database.submit(EraseConsumer("c", "ers_1", [1, 2], "r", "key:x", T0 - 2 * DAY_US, None))
-    assert await make(database, tmp_path).retire(T0, "key:x") == 2
+    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(2, more=False)
     report = assert_all_is_explained(connection)
     assert report.tallies is not None
     assert (report.tallies[-1].retired, report.tallies[-1].erased) == (2, 2)
@@ -326,4 +326,51 @@ async def test_a_request_whose_time_is_up_leaves_nothing_open(
         await make(database, tmp_path).retire(T0, "key:x")
     assert erased(connection) <= archived(tmp_path)
     assert not is_draft_left(tmp_path)
-    assert await make(database, tmp_path).retire(T0, "key:x") == 2_001
+    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(2_001, more=False)
+
+
+async def test_an_archive_that_takes_longer_than_a_request_may_is_finished(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr(audit_retention, "MOST", 3)
+    await enter(database, T0 - 3 * DAY_US, events=3)
+    await enter(database, T0 - 2 * DAY_US, events=3)
+
+    async def slow(function: Callable[..., Any], *arguments: Any) -> Any:
+        await trio.sleep(8)
+        return function(*arguments)
+
+    sealer = Sealer(database, TrioClock(T0), KEY, tmp_path / "checkpoints.log", config.Audit(), LOG, inline)
+    archivist = Archivist(database, TrioClock(T0), tmp_path / "audit", sealer.covering, LOG, slow)
+    clock, retirer = TrioClock(T0), Retirer(database, TrioClock(T0), LOG)
+    settings = JanitorSettings(config.Retention(audit="1d"))
+    more, counts = [], []
+    for _ in range(3):
+        done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False)
+        assert not isinstance(done, Refusal)
+        more.append(done["more"])
+        counts.append(len(erased(connection)))
+    assert more == [True, True, False]
+    assert counts == [3, 6, 8]
+    assert erased(connection) <= archived(tmp_path)
+
+
+async def test_a_request_waits_no_longer_for_another_than_it_may(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    database, _ = inline_database
+    await enter(database, T0 - 3 * DAY_US)
+
+    async def for_ever(function: Callable[..., Any], *arguments: Any) -> Any:
+        await trio.sleep_forever()
+
+    sealer = Sealer(database, TrioClock(T0), KEY, tmp_path / "checkpoints.log", config.Audit(), LOG, inline)
+    archivist = Archivist(database, TrioClock(T0), tmp_path / "audit", sealer.covering, LOG, for_ever)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(archivist.retire, T0, "asapd")
+        await trio.testing.wait_all_tasks_blocked()
+        started_s = trio.current_time()
+        assert await archivist.retire(T0, "key:x", started_s + 20) == Retired(0, more=True)
+        assert trio.current_time() == started_s + 20
+        nursery.cancel_scope.cancel()

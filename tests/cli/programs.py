@@ -20,7 +20,7 @@ bind = ["127.0.0.1:0"]
 interval = "1h"
 [sla]
 min_samples = 1
-evaluate_every = "10ms"
+evaluate_every = "100ms"
 [metering.pricing]
 file = "prices.toml"
 """
