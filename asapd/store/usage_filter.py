@@ -20,8 +20,8 @@ CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
 # The names of tasks are random: over all rows, an index of them has each event on a page of its own, which a commit
 # then writes. So it has them by stretches of rows, each of which is looked through, gaps of retention left out.
 IN_STRETCHES = (
-    "seq >> 17 IN (WITH RECURSIVE stretch (n) AS (SELECT (SELECT min(seq) FROM usage) >> 17 UNION ALL "
-    "SELECT (SELECT min(u.seq) FROM usage u WHERE u.seq >= n + 1 << 17) >> 17 FROM stretch WHERE n IS NOT NULL) "
+    "seq >> 15 IN (WITH RECURSIVE stretch (n) AS (SELECT (SELECT min(seq) FROM usage) >> 15 UNION ALL "
+    "SELECT (SELECT min(u.seq) FROM usage u WHERE u.seq >= n + 1 << 15) >> 15 FROM stretch WHERE n IS NOT NULL) "
     "SELECT n FROM stretch WHERE n IS NOT NULL)"
 )
 """All raw rows, for the index `usage_task`: beside it, a condition on the end of the name of a task."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# 2**17 rows a stretch, as `asapd.store.usage_filter` has it: some 3 MB of the index.
+# 2**15 rows a stretch, as `asapd.store.usage_filter` has it: some 250 pages of the index.
 SCRIPT = """
 DROP INDEX usage_task;
-CREATE INDEX usage_task ON usage (seq >> 17, substr(task_id, -8));
+CREATE INDEX usage_task ON usage (seq >> 15, substr(task_id, -8));
 """
