@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from asapd.client.delegation import Allowed, Authorization, Denied, Estimate, Unavailable, is_token
 from asapd.client.event import encode, new_id
@@ -19,6 +21,10 @@ TOKEN_HEADER = "x-asap-delegation-token"  # noqa: S105 -- a name, not a token
 NOBODY = "urn:asap:agent:unknown"
 RETRY_AFTER_S = 5
 
+_NAME_CHARS = 256
+# What the daemon refuses in a name: control characters, and lone surrogates, which are not UTF-8.
+_UNTAKEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
 Headers: TypeAlias = Mapping[str, str]
 """The headers of a request, with names in lower case."""
 
@@ -28,15 +34,17 @@ class Rules:
     """How requests are metered.
 
     The consumer is the header `x-asap-consumer`, which is the caller's own word, unless `consumer` is a function that
-    knows better, from the headers. The usage of a request is under the token in `x-asap-delegation-token`, if it
-    brings one, and flagged where that does not allow `action`. With `require_delegation` a request without a token
-    that allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503 while the
-    daemon cannot be asked. Paths in `skip` are neither metered nor guarded: their task records nothing. A response of
-    500 and more, or an exception, is a failed task.
+    knows better, from the headers; the header counts for nothing then. None stands for the meter's consumer. Where the
+    function fails or says what is no name, nobody is known to pay: the usage is `urn:asap:agent:unknown`'s, and with
+    `require_delegation` there is no permission. The usage of a request is under the token in `x-asap-delegation-token`,
+    if it brings one, and flagged where that does not allow `action`. With `require_delegation` a request without a
+    token that allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503
+    while the daemon cannot be asked. Paths in `skip` are neither metered nor guarded: their task records nothing. A
+    response of 500 and more, or an exception, is a failed task.
     """
 
     agent: str | None = None
-    consumer: Callable[[Headers], str | None] | None = None
+    consumer: Callable[[Headers], str | int | UUID | None] | None = None
     action: str = "task.execute"
     require_delegation: bool = False
     estimate: Estimate | Callable[[Headers], Estimate] | None = None
@@ -76,15 +84,11 @@ class Request:
         if self.is_skipped:
             self.task: Task = Task(_Unrecorded(meter.counters), "", "", None)
             return
-        consumer = headers.get(CONSUMER_HEADER)
-        if rules.consumer is not None:
-            try:
-                consumer = rules.consumer(headers)
-            except Exception as error:  # noqa: BLE001 -- metering never breaks the request
-                meter.counters.complain("the consumer of a request could not be told", error=error)
+        consumer = self._told_consumer()
+        self._is_consumer_known = consumer is not None
         self.task = meter.task(
             agent=rules.agent,
-            consumer=_name(consumer) or meter.consumer or NOBODY,
+            consumer=consumer or NOBODY,
             task_id=_name(headers.get(TASK_HEADER)) or new_id(),
             action=rules.action,
         )
@@ -92,6 +96,22 @@ class Request:
         if token and not rules.require_delegation:
             # Nobody is turned away; whether the token allowed the work, the daemon says with its usage.
             self.task.describe(delegation_token=token)
+
+    def _told_consumer(self) -> str | None:
+        """Who the request is for; None where the service's own function could not say it."""
+        tell = self._rules.consumer
+        named: str | None
+        if tell is None:
+            named = _name(self._headers.get(CONSUMER_HEADER))
+        else:
+            # The header is nothing to fall back on: who makes the function fail would choose who pays.
+            try:
+                named = _consumer(tell(self._headers))
+            except Exception as error:  # noqa: BLE001 -- metering never breaks the request
+                self._meter.counters.add("misused")
+                self._meter.counters.complain("the consumer of a request could not be told", error=error)
+                return None
+        return named or self._meter.consumer or NOBODY
 
     @property
     def is_guarded(self) -> bool:
@@ -112,6 +132,9 @@ class Request:
         return self._judge(self._ask(credential))
 
     def _ask(self, credential: str) -> Authorization:
+        if not self._is_consumer_known:
+            # As nobody it would pass by the budgets of whoever it is.
+            return Unavailable("the consumer could not be told")
         estimate = self._rules.estimate
         if callable(estimate):
             try:
@@ -159,8 +182,24 @@ class Request:
 
 
 def _name(value: str | None) -> str | None:
-    """A name that the daemon takes; anything else that a caller sends is as good as nothing."""
-    return value if value and len(value) <= 256 and value.isascii() and value.isprintable() else None
+    """A name in a header; anything but printable ASCII that a caller sends is as good as nothing."""
+    return value if value and len(value) <= _NAME_CHARS and value.isascii() and value.isprintable() else None
+
+
+def _consumer(said: object) -> str | None:
+    """What the service's own function said, as the daemon takes it; None where it names nobody.
+
+    Raises:
+        ValueError: for what is no consumer.
+    """
+    if said is None or said == "":
+        return None
+    is_number = isinstance(said, int | UUID) and not isinstance(said, bool)
+    name = str(said) if is_number else said
+    if isinstance(name, str) and len(name) <= _NAME_CHARS and not _UNTAKEN.search(name):
+        return name
+    takes = f"text of at most {_NAME_CHARS} characters without control characters, an int or a UUID"
+    raise ValueError(f"the function `consumer` of Rules has to return {takes}, or None, not {said!r:.100}")
 
 
 def _problem(status: int, document: Mapping[str, Any]) -> Answer:

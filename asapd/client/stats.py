@@ -25,7 +25,7 @@ class Stats:
     lost: int = 0
     """Events that are nowhere: the spool was full, or they could not be written as JSON."""
     misused: int = 0
-    """Calls that made no sense, such as a negative count, and changed nothing."""
+    """Calls that made no sense, such as a negative count, and changed nothing; requests for whom nobody could say."""
     pending: int = 0
     """Records that wait to be sent, those of former processes included."""
     pending_bytes: int = 0

@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 from wsgiref.util import setup_testing_defaults
 
 import pytest
 import trio
 
 from asapd.client import AsgiMiddleware, AsyncMeter, Meter, Rules, WsgiMiddleware, current_task
+from asapd.client.meter import Settings
+from asapd.wire.usage import Events, decode_events
 from tests.client.fake import Fake
 from tests.client.test_meter import AGENT, ALLOWED, CONSUMER, DENIED
 
@@ -184,11 +187,90 @@ def test_what_a_caller_sends_as_names_is_not_believed_blindly(way: str, meter: M
 
     ask = served(way, meter, Rules(agent="urn:asap:agent:other", consumer=consumer))
     ask(headers={"x-user": "alice", "x-asap-consumer": "urn:asap:agent:mallory", "x-asap-task-id": "x" * 300})
-    ask(headers={"x-user": "nobody"})
+    ask(headers={"x-user": "nobody", "x-asap-consumer": "urn:asap:agent:victim"})
     assert meter.flush()
     assert [event["consumer"] for event in fake.events] == ["urn:asap:agent:alice", "urn:asap:agent:unknown"]
+    assert meter.stats().misused == 1
     assert len(fake.events[0]["task_id"]) == 26
     assert fake.events[0]["agent"] == "urn:asap:agent:other"
+
+
+@ways
+@pytest.mark.parametrize(
+    ("said", "consumer"),
+    [
+        ("Müller GmbH", "Müller GmbH"),
+        ("ü" * 256, "ü" * 256),
+        ("soft\xadhyphen\u3000", "soft\xadhyphen\u3000"),
+        (42, "42"),
+        (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (None, "urn:asap:agent:house"),
+        ("", "urn:asap:agent:house"),
+    ],
+)
+def test_a_consumer_that_the_service_names_is_the_one_recorded(
+    way: str, home: Path, fake: Fake, said: Any, consumer: str
+) -> None:
+    """The meter's own is for requests that have none, and what is recorded is what the daemon takes."""
+    settings: Settings = {"agent": AGENT, "consumer": "urn:asap:agent:house", "spool": home / "spool"}
+    with Meter(home / "ingest.sock", **settings) as meter:
+        served(way, meter, Rules(consumer=lambda headers: said))(headers={"x-asap-consumer": "urn:asap:agent:victim"})
+        assert meter.flush()
+        assert meter.stats().misused == 0
+    assert [event["consumer"] for event in fake.events] == [consumer]
+    found = decode_events(json.dumps(fake.events[0]).encode())
+    assert isinstance(found, Events)
+    assert found.refusal is None
+
+
+@ways
+@pytest.mark.parametrize(
+    "said",
+    [
+        "x" * 257,
+        "two\nlines",
+        "\x85",
+        "\ud800",
+        pytest.param(10**300, id="long"),
+        pytest.param(10**5000, id="endless"),
+        True,
+        0.5,
+        b"alice",
+        ["alice"],
+    ],
+)
+def test_a_consumer_that_is_none_is_nobody_and_is_complained_of(
+    way: str, home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, said: Any
+) -> None:
+    """Not the meter's own consumer, who would pay for others."""
+    settings: Settings = {"agent": AGENT, "consumer": "urn:asap:agent:house", "spool": home / "spool"}
+    with Meter(home / "ingest.sock", **settings) as meter:
+        ask = served(way, meter, Rules(consumer=lambda headers: said))
+        assert [ask()[0], ask()[0]] == [200, 200]
+        assert meter.flush()
+        assert meter.stats().misused == 2
+    assert [event["consumer"] for event in fake.events] == ["urn:asap:agent:unknown"] * 2
+    assert [record.message for record in caplog.records] == ["the consumer of a request could not be told"]
+    assert caplog.records[0].exc_info is not None
+
+
+@ways
+@pytest.mark.parametrize("said", [None, 0.5])
+def test_who_cannot_be_told_is_not_authorised_as_somebody_else(
+    way: str, meter: Meter, fake: Fake, said: float | None
+) -> None:
+    """Neither as the one in the header, nor as nobody, past the budgets of whoever it is."""
+
+    def consumer(headers: Any) -> Any:
+        return said if said is not None else {}[headers["authorization"]]
+
+    fake.http = lambda path, headers, body: (200, ALLOWED)
+    sent = {"x-asap-delegation": "a.b.c", "x-asap-consumer": "urn:asap:agent:victim"}
+    status, headers, body = served(way, meter, Rules(require_delegation=True, consumer=consumer))(headers=sent)
+    assert (status, headers["retry-after"]) == (503, "5")
+    assert json.loads(body)["code"] == "authorization_unavailable"
+    assert meter.flush()
+    assert (fake.requests, fake.events) == ([], [])
 
 
 @ways
