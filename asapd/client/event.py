@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, Context, Decimal
 from typing import Any, Literal, TypedDict
 
 MAX_INT = 2**53 - 1
 ERROR_CHARS = 2000
+
+MAX_USD = MAX_INT // 1_000_000
+"""The largest cost that the daemon takes: its integers are micro-dollars."""
+
+# What Decimal reads and no sender means, which the daemon refuses: 1_000, spaces around, digits of other scripts.
+_UNMEANT = re.compile(r"[_\s]|[^\x00-\x7f]")
+_MICRO = Decimal("0.000001")
+# 1,200 digits: every amount that is a double, whole, with its 1,074 decimals; what is longer is rounded up.
+_EXACT = Context(prec=1_200, rounding=ROUND_CEILING, Emin=MIN_EMIN, Emax=MAX_EMAX)
 
 Usd = Decimal | int | str | float
 """An amount of US dollars; text and Decimal are exact."""
@@ -84,18 +94,34 @@ def count(value: Any) -> int:
 
 
 def dollars(value: Usd) -> Decimal:
-    """An amount.
+    """An amount, with all its decimals.
 
     Raises:
-        ValueError: for what is no finite amount from 0.
+        ValueError: for what is no finite amount from 0 to `MAX_USD`, and what Decimal reads but the daemon does not.
     """
+    if isinstance(value, str) and _UNMEANT.search(value):
+        raise ValueError(f'{value!r:.100} is no amount of US dollars such as "0.25"')
     try:
         amount = value if isinstance(value, Decimal) else Decimal(str(value))
     except ArithmeticError:
         raise ValueError(f"{value!r} is no amount of US dollars") from None
-    if not amount.is_finite() or amount < 0:
-        raise ValueError(f"a cost is a finite amount from 0, not {value!r}")
+    if not amount.is_finite() or not 0 <= amount <= MAX_USD:
+        raise ValueError(f"a cost is an amount from 0 to {MAX_USD} US dollars, not {value!r:.100}")
     return amount
+
+
+def add_dollars(total: Decimal | None, more: Usd) -> Decimal:
+    """The sum of amounts, with all its decimals: rounded one by one, many small ones would be too much.
+
+    Raises:
+        ValueError: as `dollars` does, and for a sum over `MAX_USD`.
+    """
+    return dollars(_EXACT.add(total or 0, dollars(more)))
+
+
+def _as_cost(amount: Decimal) -> str:
+    """A cost as it is sent: with at most six decimals, the rest rounded up, as the daemon does it."""
+    return format(_EXACT.quantize(amount, _MICRO), "f").rstrip("0").rstrip(".")
 
 
 def error_text(error: BaseException) -> str:
@@ -146,7 +172,7 @@ def build(
     if error:
         event["error"] = clean(error)[:ERROR_CHARS]
     if cost is not None:
-        event["cost_usd"] = format(cost, "f")
+        event["cost_usd"] = _as_cost(cost)
     for name, value in details.items():
         if value is not None:
             event[name] = dict(value) if isinstance(value, Mapping) else value

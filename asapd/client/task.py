@@ -16,10 +16,10 @@ from asapd.client.event import (
     Details,
     Metrics,
     Usd,
+    add_dollars,
     build,
     clean,
     count,
-    dollars,
     error_text,
     new_id,
     token_text,
@@ -124,7 +124,7 @@ class Task:
     @_harmless
     def cost(self, usd: Usd) -> None:
         """Add what the work cost in US dollars; without it the daemon's price table decides."""
-        self.cost_usd = dollars(usd) + (self.cost_usd or 0)
+        self.cost_usd = add_dollars(self.cost_usd, usd)
 
     @_harmless
     def describe(self, **details: Unpack[Details]) -> None:

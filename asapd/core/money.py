@@ -13,6 +13,10 @@ MICRO = 1_000_000
 MAX_MICROUSD = 2**53 - 1
 """Nine billion dollars: the largest integer that every JSON reader keeps exact."""
 
+MAX_CHARS = 64
+MAX_REPORTED_CHARS = 1_100
+"""A double has at most 1,074 decimals, and before them, where it is an amount, ten digits and a point."""
+
 # What is written is never rounded, nor becomes 0.
 _EXACT = Context(prec=MAX_PREC, Emin=MIN_EMIN, Emax=MAX_EMAX)
 # What Decimal reads and no sender means: 1_000, spaces around, digits of other scripts.
@@ -26,16 +30,18 @@ class MoneyError(ValueError):
 def parse_usd(value: float | str | Decimal, *, round_up: bool = False) -> Microusd:
     """USD as number or decimal string to micro-USD.
 
-    At most six decimals, unless `round_up`, which rounds the rest up (a reported cost
-    with more decimals is accepted). A float is read through its shortest repr, so 0.1 is 100000.
+    At most six decimals, unless `round_up`, which rounds the rest up (a reported cost with more decimals is accepted,
+    also with all that a double has). A float is read through its shortest repr, so 0.1 is 100000.
 
     Raises:
         MoneyError: not a finite, non-negative number, more than six decimals, or over MAX_MICROUSD.
     """
     if isinstance(value, bool):
         raise MoneyError("must be an amount of USD, not a boolean")
-    if isinstance(value, str) and len(value) > 64:
-        raise MoneyError("must be an amount of USD of at most 64 characters")
+    if isinstance(value, str) and len(value) > MAX_CHARS:
+        most = MAX_REPORTED_CHARS if round_up else MAX_CHARS
+        if len(value) > most:
+            raise MoneyError(f"must be an amount of USD of at most {most} characters")
     if isinstance(value, str) and _UNMEANT.search(value):
         raise MoneyError('must be an amount of USD such as 0.25 or "0.25"')
     try:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asapd.client import Allowed, Denied, Meter, Unavailable
 from asapd.client import meter as meters
+from asapd.client.event import dollars
 from asapd.client.spool import Spool
+from asapd.core.money import MoneyError, parse_usd
+from asapd.wire.usage import Events, decode_events
 from tests.client.fake import Fake, until
 
+SMALL, SMALLEST = 0.0001, 5e-324
+"""Doubles: as decimals one has 66 of them, and the other 1,074, which is the most."""
 AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
 
 
@@ -65,9 +74,47 @@ def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(hom
     with make(home) as meter:
         assert meter.record(tokens_in=-1) is None
         assert meter.record(cost_usd="much") is None
+        assert meter.record(cost_usd="1_000") is None
         assert meter.record(tokenz=1) is None  # type: ignore[call-arg] -- wrong on purpose
         stats = meter.stats()
-    assert (stats.lost, stats.misused, stats.recorded) == (0, 3, 0)
+    assert (stats.lost, stats.misused, stats.recorded) == (0, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("cost", "sent"),
+    [
+        (Decimal(SMALL), "0.000101"),
+        (Decimal(SMALLEST), "0.000001"),
+        (1e-7, "0.000001"),
+        ("0.25" + "0" * 2000, "0.25"),
+        (Decimal("0e-1000000000"), "0"),
+        (Decimal("1e-1000000000"), "0.000001"),
+        (Decimal("1234567890.1234561234567890123456789"), "1234567890.123457"),
+        (100, "100"),
+        ("-0", "-0"),
+    ],
+)
+def test_a_cost_is_sent_as_the_daemon_keeps_it(home: Path, fake: Fake, cost: Any, sent: str) -> None:
+    """Otherwise it would refuse the event for the text of its cost, and set aside the tokens as well."""
+    with make(home) as meter:
+        assert meter.record(tokens_in=9, cost_usd=cost) is not None
+        assert meter.flush()
+    (event,) = fake.events
+    assert event["cost_usd"] == sent
+    found = decode_events(json.dumps(event).encode())
+    assert isinstance(found, Events)
+    assert [one.reported_microusd for one in found.events] == [parse_usd(Decimal(str(cost)), round_up=True)]
+
+
+@given(st.text("0123456789.eE+-_ \tna٣x", max_size=20))
+def test_the_client_takes_for_a_cost_what_the_daemon_takes(text: str) -> None:
+    try:
+        wanted = parse_usd(text, round_up=True)
+    except MoneyError:
+        with pytest.raises(ValueError, match="US dollars"):
+            dollars(text)
+    else:
+        assert parse_usd(dollars(text), round_up=True) == wanted
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "relative/path", "http://", "https://user@host", "http://h/?q=1"])

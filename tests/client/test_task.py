@@ -132,11 +132,30 @@ def test_wrong_calls_change_nothing_and_are_counted(recorder: Recorder) -> None:
         task.cost("free")
         task.cost(float("nan"))
         task.cost(-1)
+        task.cost("1_000")
+        task.cost(" ٣ ")
+        task.cost(9_007_199_255)
+        task.cost("1e999999999")
         task.describe(labels=3)  # type: ignore[typeddict-item] -- wrong on purpose
         task.tokens(nonsense=1)  # type: ignore[call-arg] -- wrong on purpose
-    assert recorder.misused == 9
+    assert recorder.misused == 13
     assert "cost_usd" not in recorder.events[0]
     assert recorder.events[0]["metrics"].keys() <= {"duration_ms"}
+
+
+def test_costs_are_added_up_exactly_and_rounded_up_once(recorder: Recorder) -> None:
+    with recorder.task("t") as task:
+        for _ in range(11):
+            task.cost(1e-7)
+        task.cost("9007199253")
+    with recorder.task("u") as task:
+        for cost in (Decimal("5e-324"), Decimal("1e-1000000000"), 0.5, 0):
+            task.cost(cost)
+    with recorder.task("v") as task:
+        task.cost("9007199254")
+        task.cost(1)
+    assert [event["cost_usd"] for event in recorder.events] == ["9007199253.000002", "0.500001", "9007199254"]
+    assert recorder.misused == 1
 
 
 def test_a_detail_that_there_is_not_is_left_out_and_counted_once(

@@ -197,7 +197,7 @@ def test_token_parts_are_kept() -> None:
     assert event.cache_write_1h_tokens == 2
 
 
-@pytest.mark.parametrize("cost", [0.1, "0.1", "0.0999999", 0.09999999])
+@pytest.mark.parametrize("cost", [0.1, "0.1", "0.0999999", 0.09999999, f"0.0999999{'0' * 1080}1"])
 def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
     assert [event.reported_microusd for event in decoded(single(cost_usd=cost)).events] == [100_000]
 
@@ -255,6 +255,7 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"cost_usd": " 1"}, "cost_usd", "such as"),
         ({"cost_usd": "１"}, "cost_usd", "such as"),
         ({"cost_usd": True}, "cost_usd", "not bool"),
+        ({"cost_usd": "0" * 1101}, "cost_usd", "at most 1100 characters"),
         ({"cost_usd": "NaN"}, "cost_usd", "finite"),
         ({"cost_usd": 10**12}, "cost_usd", "at most"),
         ({"action": "a b"}, "action", "dots"),

@@ -231,7 +231,8 @@ Usd = int | float | str
 """An amount of money in a body. Not `Decimal`, which would read `"1_000"` and digits of other scripts as numbers."""
 
 
-# Amounts repeat, and exact arithmetic is slow. Longer texts than 64 characters are refused, which is not remembered.
+# Amounts repeat, and exact arithmetic is slow. Texts have at most 1,100 characters: a megabyte of them. Longer ones are
+# refused, which is not remembered.
 _microusd = lru_cache(maxsize=1024, typed=True)(parse_usd)
 
 

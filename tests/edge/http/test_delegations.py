@@ -161,7 +161,7 @@ async def test_an_authorisation_holds_until_it_is_settled(edge: Edge) -> None:
     assert (shown["state"], shown["held_usd"]) == ("open", Decimal("0.4"))
     longer = (await edge.post(f"/reservations/{one}/extend", {"ttl_seconds": 600})).ok()
     assert longer["expires_at"] == "2027-01-15T08:10:00.000000Z"
-    settled = (await edge.post(f"/reservations/{one}/settle", {"cost_usd": "0.1000001"})).ok()
+    settled = (await edge.post(f"/reservations/{one}/settle", {"cost_usd": f"0.1{'0' * 1000}1"})).ok()
     assert (settled["state"], settled["used_usd"], settled["held_usd"]) == (
         "settled",
         Decimal("0.100001"),
