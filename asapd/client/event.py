@@ -19,7 +19,7 @@ MAX_USD = MAX_INT // 1_000_000
 """The largest cost that the daemon takes: its integers are micro-dollars."""
 
 # What Decimal reads and no sender means, which the daemon refuses: 1_000, spaces around, digits of other scripts.
-_UNMEANT = re.compile(r"[_\s]|[^\x00-\x7f]")
+_UNMEANT = re.compile(r"[^!-^`-~]")
 _MICRO = Decimal("0.000001")
 # 1,200 digits: every amount that is a double, whole, with its 1,074 decimals; what is longer is rounded up.
 _EXACT = Context(prec=1_200, rounding=ROUND_CEILING, Emin=MIN_EMIN, Emax=MAX_EMAX)

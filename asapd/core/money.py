@@ -19,8 +19,9 @@ MAX_REPORTED_CHARS = 1_100
 
 # What is written is never rounded, nor becomes 0.
 _EXACT = Context(prec=MAX_PREC, Emin=MIN_EMIN, Emax=MAX_EMAX)
-# What Decimal reads and no sender means: 1_000, spaces around, digits of other scripts.
-_UNMEANT = re.compile(r"[_\s]|[^\x00-\x7f]")
+# What Decimal reads and no sender means: 1_000, spaces around, digits of other scripts. That is the underscore and all
+# but printable ASCII, as one class, which is five times as fast in long texts.
+_UNMEANT = re.compile(r"[^!-^`-~]")
 
 
 class MoneyError(ValueError):
