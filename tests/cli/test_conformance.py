@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,9 +36,26 @@ CREDENTIALS = "Bearer secret"
 Behave = Callable[["Request"], None]
 
 
+class Server(ThreadingHTTPServer):
+    """An agent whose end is the end of its threads: one that went on would complain in the midst of another test."""
+
+    daemon_threads = False
+
+    def __init__(self, handler: type[Request]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.is_over = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client may leave whenever it wants, which is no fault of the agent's."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 class Request(BaseHTTPRequestHandler):
     """One request to an agent, and ways to answer it."""
 
+    server: Server
+    timeout = 10
     behave: dict[tuple[str, str], Behave]
     seen: list[tuple[str, str]]
 
@@ -103,16 +121,16 @@ GOOD: dict[tuple[str, str], Behave] = {
 def serving(behave: dict[tuple[str, str], Behave]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     seen: list[tuple[str, str]] = []
     handler = type("Agent", (Request,), {"behave": behave, "seen": seen})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", seen
     finally:
+        server.is_over.set()
         server.shutdown()
-        server.server_close()
         thread.join()
+        server.server_close()  # waits for the threads of the requests
 
 
 def test_an_agent_that_is_right_conforms_and_nothing_is_changed_there(ctl: Program, tmp_path: Path) -> None:
@@ -140,7 +158,8 @@ def drip(request: Request) -> None:
     request.end_headers()
     for _ in range(100):
         request.wfile.write(b" ")
-        time.sleep(0.05)
+        if request.server.is_over.wait(0.05):
+            return
 
 
 def flood(request: Request) -> None:
@@ -161,7 +180,7 @@ def badly_signed() -> dict[str, Any]:
 
 
 def hang(request: Request) -> None:
-    time.sleep(2)
+    request.server.is_over.wait(2)
     request.close_connection = True
 
 
@@ -246,6 +265,26 @@ LIARS: list[tuple[dict[tuple[str, str], Behave], str]] = [
     ),
     ({("GET", "/asap/delegations"): says({}, 401), ("POST", "/asap/delegations"): says({}, 500)}, "delegation_error"),
 ]
+
+
+@pytest.mark.parametrize("behave", [drip, flood, hang, reset])
+def test_an_agent_of_these_tests_ends_with_its_test(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its client does, so that no thread of it is left to break the test after."""
+    before = set(threading.enumerate())
+    came = threading.Event()
+
+    def noticed(request: Request) -> None:
+        came.set()
+        behave(request)
+
+    with (
+        serving({("GET", "/"): noticed}) as (url, _),
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert came.wait(30)
+    assert set(threading.enumerate()) <= before
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("behave", "code"), LIARS, ids=[code for _, code in LIARS])
