@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Final
+
 import msgspec
 
 from asapd.actors.messages import ReportSpans, TelemetryRecorded
@@ -14,6 +17,12 @@ from asapd.store.units.usage import Evidence, Recorded, RecordTelemetry, SpanFac
 from asapd.store.visibility import Visibility
 from asapd.wire.otlp_spans import SpanUsage
 from asapd.wire.usage import MAX_EVENTS
+
+Link = tuple[bytes, bytes]
+"""A span, by its trace and its own id, and the id of its parent."""
+
+TRACE_BYTES: Final = 16
+"""So many bytes of a span's name are that of its trace."""
 
 
 async def record_spans(
@@ -41,16 +50,12 @@ async def record_spans(
             rejected.append(f"span {span.event.id} {reason}")
     if not timely and not message.links:
         return TelemetryRecorded(0, 0, rejected)
-    # Agents' spans behind the calls below them, or an earlier part would count what the next one has to void.
-    timely.sort(key=lambda span: span.is_work)
     recorded = duplicates = 0
-    links = message.links
-    for start in range(0, max(1, len(timely)), MAX_EVENTS):
-        part = timely[start : start + MAX_EVENTS]
+    for part, links in _parts_of(timely, message.links):
         outcome = await _record_part(message.caller, part, links, database, make_unit, times)
         if isinstance(outcome, Refusal):
             return outcome
-        recorded, duplicates, links = recorded + outcome.recorded, duplicates + outcome.duplicates, []
+        recorded, duplicates = recorded + outcome.recorded, duplicates + outcome.duplicates
         rejected += [
             f"span {part[index].event.id} was reported before with other content" for index, _ in outcome.conflicts
         ]
@@ -58,10 +63,37 @@ async def record_spans(
     return TelemetryRecorded(recorded, duplicates, rejected)
 
 
+def _parts_of(spans: list[SpanUsage], links: list[Link]) -> list[tuple[list[SpanUsage], list[Link]]]:
+    """Spans in parts of no more than a commit takes, each with all links of its traces: what is kept of a trace from
+    one commit to the next has bounds.
+
+    A trace is in one part where it fits in one. The links of traces without such spans are in the first.
+    """
+    traces: dict[bytes, list[SpanUsage]] = {}
+    # Agents' spans behind the calls below them, or an earlier part would count what the next one has to void.
+    for span in sorted(spans, key=lambda span: span.is_work):
+        traces.setdefault(span.span[:TRACE_BYTES], []).append(span)
+    parts: list[list[SpanUsage]] = [[]]
+    for whole in traces.values():
+        if len(parts[-1]) + len(whole) > MAX_EVENTS and parts[-1]:
+            parts.append([])
+        parts[-1] += whole[:MAX_EVENTS]
+        parts += [whole[start : start + MAX_EVENTS] for start in range(MAX_EVENTS, len(whole), MAX_EVENTS)]
+    by_trace: dict[bytes, list[Link]] = {}
+    for link in links:
+        by_trace.setdefault(link[0][:TRACE_BYTES], []).append(link)
+    named = [list(dict.fromkeys(span.span[:TRACE_BYTES] for span in part)) for part in parts]
+    named[0] += [trace for trace in by_trace if trace not in traces]
+    return [
+        (part, list(chain.from_iterable(by_trace.get(trace, ()) for trace in names)))
+        for part, names in zip(parts, named, strict=True)
+    ]
+
+
 async def _record_part(
     caller: Caller,
     spans: list[SpanUsage],
-    links: list[tuple[bytes, bytes]],
+    links: list[Link],
     database: Database,
     make_unit: MakeUnit,
     times: Times,

@@ -36,6 +36,8 @@ class SpanTree(msgspec.Struct, array_like=True, gc=False):
         reached = list(counted)
         full = {*reached, *self.covered}
         for span, parent in links:
+            if parent in self.covered:
+                continue  # and all above it: the link says nothing any more, and comes with each part of its trace
             if span in full:
                 reached.append(span)
             known = self.parents.setdefault(span, [])

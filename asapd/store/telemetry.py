@@ -16,6 +16,7 @@ import apsw
 import msgspec
 
 from asapd.core.span_tree import SpanTree
+from asapd.core.types import MINUTE_US
 from asapd.core.usage import UsageEvent
 from asapd.store import identity, span_identity, superseding, usage
 from asapd.store.rows import fetch
@@ -37,6 +38,9 @@ from asapd.wire.otlp import digest
 
 # As many as an export brings anew, and more: the tables shrink faster than they can grow by exports that are kept.
 FORGET_AT_ONCE = 1_000
+
+# A trace comes in several exports: of each process that it went through, every few seconds, and again where one failed.
+LINKS_KEPT_US: Final = 10 * MINUTE_US
 
 SPANS: Final = 2
 METRICS: Final = 1
@@ -334,15 +338,17 @@ def _read_parts(raw: bytes, is_void: int) -> dict[bytes, CollectionPart]:
 def _forget(tx: Tx, unit: RecordTelemetry) -> None:
     """Drop what no export can refer to any more: what would has points and spans too late to be taken.
 
-    A trace of which nothing counts is only of use to those that come along with it.
+    A trace of which nothing counts is only of use to those that come along with it, however near spans have to be to
+    win over metrics.
     """
     before_us = unit.forget_before_us
+    links_before_us = unit.usage.now_us - max(unit.near_us, LINKS_KEPT_US)
     for table, key, condition, value in (
         ("otlp_stream", "stream", "seen_us < ?", before_us),
         ("otlp_evidence", "resource, rank, start_us", "end_us < ?", before_us),
         ("otlp_collection", "key", "time_us < ?", before_us),
         ("otlp_trace", "trace", "counted = 1 AND seen_us < ?", before_us),
-        ("otlp_trace", "trace", "counted = 0 AND seen_us < ?", max(before_us, unit.usage.now_us - unit.near_us)),
+        ("otlp_trace", "trace", "counted = 0 AND seen_us < ?", max(before_us, links_before_us)),
     ):
         tx.execute(
             f"DELETE FROM {table} WHERE (tenant, {key}) IN "

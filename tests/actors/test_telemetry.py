@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -574,3 +574,70 @@ async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) ->
     host.times = Times(T0 + 16 * DAY_US, T0 + 17 * DAY_US, HOUR_US)
     await send(host, export_spans([(None, "call")], T0 + 16 * DAY_US + 1))
     assert host.connection.execute(kept).fetchall() == []
+
+
+# --- exports of more than one commit takes
+
+
+def between_parts(host: Host, do: Callable[[], Awaitable[Any]]) -> None:
+    """Have something done once, after the first commit of telemetry."""
+    runner = host.database._runner
+    execute = runner.execute
+
+    async def then(unit: Any, **options: Any) -> Any:
+        outcome = await execute(unit, **options)
+        runner.execute = execute  # type: ignore[method-assign]
+        await do()
+        return outcome
+
+    runner.execute = then  # type: ignore[method-assign]
+
+
+async def test_calls_of_a_later_part_cover_their_agents_spans_whatever_comes_in_between(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", 2)
+    host.times = Times(T0 - 7 * DAY_US, T0 + 7 * DAY_US, 0)
+
+    async def another_export() -> None:
+        host.now_us += HOUR_US
+        await send(host, export_spans([(None, "call")], T0))
+
+    between_parts(host, another_export)
+    await send(host, [one for _ in range(3) for one in export_spans([(None, "work"), (0, "call")], T0)])
+    assert host.totals() == Totals(4, 4, 100 + 3 * 101, 4 * 7, 3, 4, 400)
+    assert host.connection.execute("SELECT count(*) FROM usage_void").get == 0
+
+
+async def test_a_trace_of_more_links_than_are_kept_is_known_whole_to_each_part(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", 2)
+    monkeypatch.setattr("asapd.core.span_tree.MAX_LINKS", 1)
+    agents: list[tuple[int | None, str]] = [(None, "work"), (0, "work"), (0, "work"), (0, "work")]
+    # As spans end: those below before those above.
+    trace = export_spans([*agents, (1, "call"), (2, "call"), (3, "call")], T0)[::-1]
+    for _ in range(2):
+        await send(host, trace)
+        assert host.totals() == Totals(3, 3, 104 + 105 + 106, 3 * 7, 4 + 5 + 6, 3, 300)
+
+
+async def test_a_trace_that_fits_into_a_part_is_not_split(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", 3)
+    commits: list[int] = []
+
+    async def look() -> None:
+        commits.append(host.totals().events)
+
+    between_parts(host, look)
+    await send(host, [one for _ in range(2) for one in export_spans([(None, "call"), (0, "call")], T0)])
+    assert (commits, host.totals().events) == ([2], 4)
+
+
+async def test_links_are_kept_for_some_minutes_where_no_span_wins_over_anything(host: Host) -> None:
+    host.times = Times(T0 - 7 * DAY_US, T0 + 7 * DAY_US, 0)
+    work, plain, call = export_spans([(None, "work"), (0, "plain"), (1, "call")], T0)
+    for piece in ([plain], export_spans([(None, "call")], T0), [call], [work]):
+        await send(host, piece)
+        host.now_us += 2 * MINUTE_US
+    assert host.totals().tokens_in == 100 + 102

@@ -84,6 +84,9 @@ def test_what_is_above_a_counted_span_needs_no_link_any_more() -> None:
     assert (tree.parents, tree.covered) == ({}, {B, C})
     tree.grow([(C, D)], [])
     assert (tree.parents, tree.covered) == ({}, {B, C, D})
+    # Nor is it kept when it comes again.
+    tree.grow([(A, B), (B, C)], [])
+    assert (tree.parents, tree.covered) == ({}, {B, C, D})
 
 
 def test_of_a_huge_trace_the_oldest_links_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
