@@ -103,8 +103,11 @@ async def record_metrics(
     )
     recorded = duplicates = 0
     baselines: list[int] = []
-    for part in _parts_of(points):
-        done = await _record_part(message.caller, part, unit, database, make_unit, times, rejected, counts)
+    parts, families = await _plan(message.caller, points, database, times)
+    for place, part in enumerate(parts, 1):
+        # What one part would forget the next may go by.
+        unit = msgspec.structs.replace(unit, forget_before_us=times.forget_before_us if place == len(parts) else 0)
+        done = await _record_part(message.caller, part, families, unit, database, make_unit, times, rejected, counts)
         if isinstance(done, Refusal):
             return done
         if done is not None:
@@ -114,6 +117,29 @@ async def record_metrics(
             unit = msgspec.structs.replace(unit, evidence=[])  # the first part has that of all
     notes = not_counted("points", len(points), counts) if counts == "spans" else _baseline_note(baselines)
     return TelemetryRecorded(recorded, duplicates, rejected, notes)
+
+
+async def _plan(
+    caller: Caller, points: list[MetricPoint], database: Database, times: Times
+) -> tuple[list[list[MetricPoint]], dict[bytes, StreamValue]]:
+    """The parts that points are recorded in, and when the families of all were first heard, where it takes several.
+
+    Baselines make no events, so they all go with the first: from then on their family counts as heard, and a stream
+    that was not noted with the others would pass for a new one.
+    """
+    parts = _parts_of(points)
+    if len(parts) <= 1:
+        return parts, {}
+    tenant = caller.tenant or DEFAULT_TENANT
+    memory = await database.read(remembered, tenant, _streams_of(points), [], times.forget_before_us)
+    deltas, families = _fold(points, memory, times, {})
+    first = [delta.point for delta in deltas if delta.is_baseline]
+    noted = {id(point) for point in first}
+    return [first, *_parts_of([point for point in points if id(point) not in noted])], families
+
+
+def _streams_of(points: list[MetricPoint]) -> list[bytes]:
+    return list({key for point in points if point.is_cumulative for key in (point.stream, point.family)})
 
 
 def _parts_of(points: list[MetricPoint]) -> list[list[MetricPoint]]:
@@ -146,6 +172,7 @@ class _Done(msgspec.Struct, frozen=True):
 async def _record_part(
     caller: Caller,
     points: list[MetricPoint],
+    families: dict[bytes, StreamValue],
     unit: RecordTelemetry,
     database: Database,
     make_unit: MakeUnit,
@@ -155,14 +182,15 @@ async def _record_part(
 ) -> _Done | Refusal | None:
     """Record points that make no more events than a commit takes; None when they add nothing.
 
-    `unit` is what the parts of an export have in common.
+    `unit` is what the parts of an export have in common, and `families` when those that nothing is remembered of are
+    first heard in it.
     """
     tenant = caller.tenant or DEFAULT_TENANT
     attempt = 0
     while points and attempt < ATTEMPTS:
-        streams = list({key for point in points if point.is_cumulative for key in (point.stream, point.family)})
-        memory = await database.read(remembered, tenant, streams, list({collection_key(point) for point in points}))
-        deltas, heard = _fold(points, memory, times)
+        keys = list({collection_key(point) for point in points})
+        memory = await database.read(remembered, tenant, _streams_of(points), keys, times.forget_before_us)
+        deltas, heard = _fold(points, memory, times, families)
         collections = {} if counts == "spans" else _collect(deltas, memory)
         contradicted = [delta for collection in collections.values() for delta in collection.contradicted]
         beyond = [delta for collection in collections.values() for delta in collection.beyond]
@@ -220,17 +248,21 @@ def _is_timely(point: MetricPoint, times: Times, rejected: list[str]) -> bool:
     return reason is None
 
 
-def _fold(points: list[MetricPoint], memory: Memory, times: Times) -> tuple[list[Delta], dict[bytes, StreamValue]]:
+def _fold(
+    points: list[MetricPoint], memory: Memory, times: Times, families: dict[bytes, StreamValue]
+) -> tuple[list[Delta], dict[bytes, StreamValue]]:
     """What the points add, in the order of their times, for a stream may have several.
 
-    Besides, the families of their streams: when each was first heard, kept as a stream of its own that adds nothing.
+    Besides, the families of their streams: when each was first heard, kept as a stream of its own that adds nothing;
+    `families` are those of the whole export. One that was silent until its streams may be forgotten is heard anew:
+    those that are not known may be old ones that were.
     """
     states = {stream: StreamState(*msgspec.structs.astuple(value)) for stream, value in memory.streams.items()}
     points = sorted(points, key=lambda point: point.time_ns)
-    heard = {point.family: memory.streams[point.family] for point in points if point.family in memory.streams}
+    heard = families | {point.family: memory.streams[point.family] for point in points if point.family in memory.fresh}
     for point in points:
         # Kept by a version that knew of no families: a stream was heard at the latest when its last point was.
-        if point.family and point.family not in heard and point.stream in states:
+        if point.family and point.family not in heard and point.stream in memory.fresh:
             heard[point.family] = StreamValue(point.start_ns, states[point.stream].time_ns, 0, 0)
     deltas = []
     for point in points:

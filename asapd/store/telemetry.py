@@ -63,17 +63,23 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """The last values of streams, and the parts of collections by their keys, where there are any."""
+    """The last values of streams, and the parts of collections by their keys, where there are any.
+
+    `fresh` are the streams that no commit forgets now.
+    """
 
     streams: dict[bytes, StreamValue]
     collections: dict[bytes, dict[bytes, CollectionPart]]
+    fresh: set[bytes]
 
 
-def remembered(connection: apsw.Connection, tenant: str, streams: list[bytes], collections: list[bytes]) -> Memory:
+def remembered(
+    connection: apsw.Connection, tenant: str, streams: list[bytes], collections: list[bytes], forget_before_us: int
+) -> Memory:
     """What is remembered of these streams and collections."""
     found = fetch(
         connection,
-        "SELECT stream, start_ns, time_ns, value, calls FROM otlp_stream "
+        "SELECT stream, seen_us, start_ns, time_ns, value, calls FROM otlp_stream "
         "WHERE tenant = (SELECT id FROM name WHERE name = ?) AND stream IN (SELECT unhex(value) FROM json_each(?))",
         (tenant, _hex(streams)),
     )
@@ -84,8 +90,9 @@ def remembered(connection: apsw.Connection, tenant: str, streams: list[bytes], c
         (tenant, _hex(collections)),
     )
     return Memory(
-        {row[0]: StreamValue(*row[1:]) for row in found},
+        {row[0]: StreamValue(*row[2:]) for row in found},
         {key: _read_parts(raw, is_void) for key, raw, is_void in parts},
+        {row[0] for row in found if row[1] >= forget_before_us},
     )
 
 

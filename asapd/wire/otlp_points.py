@@ -75,9 +75,9 @@ def fold_cumulative(
     A stream not seen before counts from its start, unless that is unknown or before `since_ns` (the horizon of
     lateness): then its first value is only the baseline. But where its `family` was first heard in a collection before
     this one, at `heard_ns`, the stream was not in that and began after it: senders repeat all streams at each
-    collection. A new start, or a total that has shrunk, is a reset and counts from zero. A point no newer than the last
-    adds nothing, and the next one makes good for it. Fold also where the tokens are not used because spans win, so that
-    they are not counted later.
+    collection. Whoever forgets streams hears a family anew that was silent for as long. A new start, or a total that
+    has shrunk, is a reset and counts from zero. A point no newer than the last adds nothing, and the next one makes
+    good for it. Fold also where the tokens are not used because spans win, so that they are not counted later.
 
     Source: the OpenTelemetry metrics data model, "Resets and Gaps".
     """

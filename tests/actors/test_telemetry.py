@@ -31,6 +31,7 @@ from asapd.actors.telemetry import record_metrics
 from asapd.actors.telemetry_spans import record_spans
 from asapd.actors.telemetry_terms import Counts, Times
 from asapd.core.access import Caller
+from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_rows
@@ -90,12 +91,15 @@ class Host:
         return found
 
     async def metrics(self, body: bytes, caller: Caller = CALLER) -> TelemetryRecorded:
+        found = await self.try_metrics(body, caller)
+        assert isinstance(found, TelemetryRecorded)
+        return found
+
+    async def try_metrics(self, body: bytes, caller: Caller = CALLER) -> TelemetryRecorded | Refusal:
         decoded = decode_metrics(body, "protobuf")
         assert isinstance(decoded, MetricsOutcome)
         message = ReportMetrics(caller, decoded.points, None)  # type: ignore[arg-type]  # nobody replies
-        found = await record_metrics(message, self.database, self.unit, self.times, self.compare, self.counts)
-        assert isinstance(found, TelemetryRecorded)
-        return found
+        return await record_metrics(message, self.database, self.unit, self.times, self.compare, self.counts)
 
     def totals(self) -> Totals:
         """What the rollup has, which is what the raw rows add up to."""
@@ -523,7 +527,11 @@ async def test_another_process_and_one_that_says_no_start_have_a_baseline_of_the
     assert host.totals().tokens_in == 0
 
 
-async def test_streams_kept_by_an_earlier_version_tell_what_is_new(host: Host) -> None:
+@pytest.mark.parametrize("at_once", [1, 5_000])
+async def test_streams_kept_by_an_earlier_version_tell_what_is_new(
+    host: Host, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry.MAX_EVENTS", at_once)
     await host.metrics(of_old_process({"a": 1_000}, 0))
     host.connection.execute("DELETE FROM otlp_stream WHERE value = 0")
     await host.metrics(of_old_process({"b": 500, "a": 1_001}, 1))
@@ -535,7 +543,10 @@ async def test_streams_kept_by_an_earlier_version_tell_what_is_new(host: Host) -
 def test_an_old_process_counts_what_it_adds_to_its_first_collection_in_any_pieces(
     template: Path, grown: list[list[int]], data: st.DataObject
 ) -> None:
-    """A stream is in every collection since it began; pieces of one collection come in any order, again and again."""
+    """A stream is in every collection since it began; pieces of one collection come in any order, again and again.
+
+    However many collections a commit takes.
+    """
     born = [data.draw(st.integers(0, len(grown) - 1)) for _ in range(4)]
     totals, pieces, first = [0] * 4, [], 0
     for minute, added in enumerate(grown):
@@ -548,8 +559,11 @@ def test_an_old_process_counts_what_it_adds_to_its_first_collection_in_any_piece
         cut = data.draw(st.integers(0, len(order)))
         pieces += [(dict(part), minute) for part in (order[:cut], order[cut:], order[:cut]) if part]
 
+    at_once = data.draw(st.sampled_from([1, 2, 5_000]))
+
     async def main() -> None:
-        with hosted(template) as host:
+        with hosted(template) as host, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("asapd.actors.telemetry.MAX_EVENTS", at_once)
             # Unless something was there to be heard, what comes first is the first.
             await host.metrics(of_old_process({"always": 1}, 0))
             for part, minute in pieces:
@@ -557,6 +571,55 @@ def test_an_old_process_counts_what_it_adds_to_its_first_collection_in_any_piece
             assert host.totals().tokens_in == sum(totals) - first
 
     trio.run(main)
+
+
+def late_after(host: Host, late_us: int, minute: int) -> None:
+    host.now_us = T0 + minute * MINUTE_US
+    host.times = Times(host.now_us - late_us, host.now_us, HOUR_US)
+
+
+async def test_a_process_that_was_silent_for_long_is_heard_anew(host: Host) -> None:
+    """What was forgotten of it meanwhile is not taken for new, whichever of its streams comes first."""
+
+    async def tell(minute: int, **totals: int) -> int:
+        late_after(host, 2 * HOUR_US, minute)
+        for model, total in totals.items():
+            await host.metrics(of_old_process({model: total}, minute, T0 - MINUTE_US))
+        return host.totals().tokens_in
+
+    assert await tell(0, a=1_000, b=2_000) == 3_000
+    # The commit of the first forgets the second, whose growth nobody can tell any more.
+    assert await tell(6 * 60, a=1_010, b=2_010) == 3_010
+    assert await tell(6 * 60 + 1, a=1_020, b=2_020, c=5) == 3_035
+
+
+async def test_one_part_does_not_forget_what_the_next_goes_by(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry.MAX_EVENTS", 1)
+    for minute, added in ((0, 0), (6 * 60, 10)):
+        late_after(host, 2 * HOUR_US, minute)
+        await host.metrics(of_old_process({"a": 1_000 + added, "b": 2_000 + added}, minute, T0 - MINUTE_US))
+    assert host.totals().tokens_in == 3_020
+
+
+async def test_all_baselines_are_noted_before_a_family_is_known_as_heard(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no more than the first commit succeeds, and nobody sends again, the rest is not taken for new."""
+    monkeypatch.setattr("asapd.actors.telemetry.MAX_EVENTS", 2)
+    first = ExportMetricsServiceRequest.FromString(of_old_process(dict.fromkeys("abcd", 1_000), 0))
+    for delta in export_metrics("alone", [(True, 7, 0, 0)], T0, delta=True):
+        first.MergeFrom(delta)
+
+    async def refuse(unit: Any, **options: Any) -> Refusal:
+        return Refusal("storage_full", "nothing was written", retry_after_s=30)
+
+    async def fail_from_now_on() -> None:
+        host.database._runner.execute = refuse  # type: ignore[assignment,method-assign]
+
+    between_parts(host, fail_from_now_on)
+    assert isinstance(await host.try_metrics(first.SerializeToString()), Refusal)
+    await Host(host.connection).metrics(of_old_process(dict.fromkeys("abcd", 1_001), 1))
+    assert host.totals().tokens_in == 4
 
 
 async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) -> None:
