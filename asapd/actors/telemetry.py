@@ -85,7 +85,7 @@ async def record_metrics(
     count once metrics do.
     """
     rejected: list[str] = []
-    points = [point for point in message.points if _is_timely(point, times, rejected)]
+    points = [_as_told(point, message.caller) for point in message.points if _is_timely(point, times, rejected)]
     evidence = list(
         dict.fromkeys(
             Evidence(told_of(point.resource, message.caller), METRICS, point.time_ns // 1_000)
@@ -246,6 +246,12 @@ def _is_timely(point: MetricPoint, times: Times, rejected: list[str]) -> bool:
     if reason is not None:
         rejected.append(f"a point of {point.of.agent} {reason}")
     return reason is None
+
+
+def _as_told(point: MetricPoint, caller: Caller) -> MetricPoint:
+    """A point in its family as a caller tells of it: with what came before of that, others count or are baselines."""
+    family = told_of(point.family, caller) if point.family else b""
+    return point if family == point.family else msgspec.structs.replace(point, family=family)
 
 
 def _fold(

@@ -46,9 +46,10 @@ class Times(msgspec.Struct, frozen=True):
 
 
 def told_of(resource: bytes, caller: Caller) -> bytes:
-    """A resource as a caller tells of it: whose patterns leave agents out does so for itself alone.
+    """A resource or family as a caller tells of it: whose patterns leave agents out does so for itself alone.
 
     Anybody can name a resource, and what better telemetry of it outranks is voided: usage of agents of other keys too.
+    And when a family was first heard says whether the totals of its other streams count.
     """
     return resource if "*" in caller.agents else digest([resource, sorted(caller.agents)])
 

@@ -26,7 +26,7 @@ class MetricPoint(msgspec.Struct, frozen=True, gc=False):
     cumulative point and since the point before for others. `start_ns` is 0 when the sender did not know it. `legacy`
     points are of the first generation, and worth nothing where the same resource reports in the second as well.
     `family` (16 bytes) is what all cumulative streams of one resource, scope, metric and start have in common; it is
-    empty where there is none, or no start.
+    empty where there is none, or no start. Anybody can name one: what is kept of it is kept by who tells.
     """
 
     stream: bytes

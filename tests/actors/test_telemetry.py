@@ -622,6 +622,23 @@ async def test_all_baselines_are_noted_before_a_family_is_known_as_heard(
     assert host.totals().tokens_in == 4
 
 
+async def test_a_narrow_key_does_not_tell_when_a_process_of_others_was_first_heard(host: Host) -> None:
+    evil = Caller("key:evil", Role.INGEST, ("urn:asap:agent:evil",))
+    before = ExportMetricsServiceRequest.FromString(of_old_process({"x": 0}, -1))
+    point = before.resource_metrics[0].scope_metrics[0].metrics[0].sum.data_points[0]
+    point.attributes.add(key="asap.agent.id").value.string_value = "urn:asap:agent:evil"
+    assert (await host.metrics(before.SerializeToString(), evil)).rejected == []
+    assert (await host.metrics(of_old_process({"a": 1_000}, 0))).notes != ()
+    assert host.totals().tokens_in == 0
+    # To itself it does.
+    for model, tokens in (("y", 5), ("z", 6)):
+        own = ExportMetricsServiceRequest.FromString(of_old_process({model: tokens}, 1))
+        point = own.resource_metrics[0].scope_metrics[0].metrics[0].sum.data_points[0]
+        point.attributes.add(key="asap.agent.id").value.string_value = "urn:asap:agent:evil"
+        assert (await host.metrics(own.SerializeToString(), evil)).notes == ()
+    assert host.totals().tokens_in == 11
+
+
 async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) -> None:
     spans = export_spans([(None, "plain"), (0, "plain")], T0), export_spans([(None, "plain"), (0, "call")], T0)
     for parts in spans:
