@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
@@ -23,7 +23,7 @@ from asapd.actors.messages import (
     ReportTask,
     VoidRequest,
 )
-from asapd.actors.set_aside import SetAside, Tokens
+from asapd.actors.set_aside import Aside, SetAside, Tokens
 from asapd.actors.telemetry import record_metrics
 from asapd.actors.telemetry_spans import record_spans
 from asapd.actors.telemetry_terms import Times
@@ -183,7 +183,7 @@ def _compare(
     agents: Mapping[bytes, str],
     *,
     spans: Tokens,
-    metrics: Tokens,
+    metrics: Sequence[Aside],
 ) -> None:
     for gap in set_aside.note(now_us, agents, spans=spans, metrics=metrics):
         log.warning(

@@ -12,7 +12,7 @@ from typing import Final, cast
 import msgspec
 
 from asapd.actors.messages import ReportMetrics, TelemetryRecorded
-from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, set_aside_in, told_of
+from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT
@@ -113,7 +113,7 @@ async def record_metrics(
         if done is not None:
             recorded, duplicates = recorded + done.outcome.recorded, duplicates + done.outcome.duplicates
             baselines += [delta.point.value for delta in done.deltas if delta.is_baseline and delta.point.value]
-            compare(done.agents, spans={}, metrics=set_aside_in(done.outcome))
+            compare(done.agents, spans={}, metrics=done.outcome.set_aside)
             unit = msgspec.structs.replace(unit, evidence=[])  # the first part has that of all
     notes = not_counted("points", len(points), counts) if counts == "spans" else _baseline_note(baselines)
     return TelemetryRecorded(recorded, duplicates, rejected, notes)
@@ -124,8 +124,9 @@ async def _plan(
 ) -> tuple[list[list[MetricPoint]], dict[bytes, StreamValue]]:
     """The parts that points are recorded in, and when the families of all were first heard, where it takes several.
 
-    Baselines make no events, so they all go with the first: from then on their family counts as heard, and a stream
-    that was not noted with the others would pass for a new one.
+    Baselines make no events, and fifty thousand are written as fast as the events of a part. They all go with the
+    first: from then on their family counts as heard, and a stream that was not noted with the others would pass for a
+    new one.
     """
     parts = _parts_of(points)
     if len(parts) <= 1:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from asapd.actors.messages import ReportSpans, TelemetryRecorded
-from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, set_aside_in, told_of
+from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.store.database import Database
@@ -117,13 +117,13 @@ async def _record_part(
 
 
 def _compare(caller: Caller, spans: list[SpanUsage], outcome: Recorded, compare: Compare) -> None:
-    """Tell what the spans that count told of their resources, and what was set aside for them."""
-    covered = set(outcome.covered)
+    """Tell what the spans that count, and did not before, told of their resources, and what was set aside for them."""
+    told = {*outcome.covered, *outcome.resent, *(place for place, _ in outcome.conflicts)}
     agents: dict[bytes, str] = {}
     tokens: dict[bytes, int] = {}
     for place, span in enumerate(spans):
         resource = told_of(span.resource, caller)
         agents.setdefault(resource, span.event.agent)
-        if place not in covered:
+        if place not in told:
             tokens[resource] = tokens.get(resource, 0) + span.event.tokens_in + span.event.tokens_out
-    compare(agents, spans=tokens, metrics=set_aside_in(outcome))
+    compare(agents, spans=tokens, metrics=outcome.set_aside)

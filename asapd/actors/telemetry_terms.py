@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
-from asapd.actors.set_aside import Tokens
+from asapd.actors.set_aside import Aside, Tokens
 from asapd.core.access import Caller
 from asapd.core.usage import UsageEvent
-from asapd.store.units.usage import Recorded, RecordUsage
+from asapd.store.units.usage import RecordUsage
 from asapd.wire.otlp import digest
 
 MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
@@ -19,7 +19,7 @@ MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
 class Compare(Protocol):
     """Hears what the spans of resources told, and the metrics that were set aside for them, and whose they are."""
 
-    def __call__(self, agents: Mapping[bytes, str], *, spans: Tokens, metrics: Tokens) -> None: ...
+    def __call__(self, agents: Mapping[bytes, str], *, spans: Tokens, metrics: Sequence[Aside]) -> None: ...
 
 
 Counts = Literal["both", "spans", "metrics"]
@@ -52,14 +52,6 @@ def told_of(resource: bytes, caller: Caller) -> bytes:
     And when a family was first heard says whether the totals of its other streams count.
     """
     return resource if "*" in caller.agents else digest([resource, sorted(caller.agents)])
-
-
-def set_aside_in(outcome: Recorded) -> Tokens:
-    """The tokens of metrics that a commit set aside for spans."""
-    tokens: dict[bytes, int] = {}
-    for resource, number in outcome.set_aside:
-        tokens[resource] = tokens.get(resource, 0) + number
-    return tokens
 
 
 def not_counted(what: str, number: int, counts: Counts) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
             counting.append(change)
         elif outranked_by == {SPANS}:
             event = unit.usage.events[change.event]
-            set_aside.append((change.resource, event.tokens_in + event.tokens_out))
+            set_aside.append((change.resource, event.id, event.tokens_in + event.tokens_out))
     left_out |= {change.event for change in unit.collections} - {change.event for change in counting}
     spans = [(place, unit.usage.events[place]) for place in range(len(unit.spans)) if place not in left_out]
     elsewhere = span_identity.of_others(tx, unit.usage.tenant, spans)
@@ -148,25 +148,19 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
 
 
 def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict:
-    """Record the usage of a unit but for some events; conflicts are at their places among all."""
-    if not left_out:
-        return usage.record(tx, unit.usage)
+    """Record the usage of a unit but for some events; conflicts and repeats are at their places among all."""
     kept = [place for place in range(len(unit.usage.events)) if place not in left_out]
     events = [unit.usage.events[place] for place in kept]
     costs = [unit.usage.costs[place] for place in kept]
     contents = [unit.usage.contents[place] for place in kept] if unit.usage.contents else []
-
-    def placed(conflicts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [(kept[index], seq) for index, seq in conflicts]
-
+    its = msgspec.structs.replace(unit.usage, events=events, costs=costs, contents=contents, places=kept)
     try:
-        recorded = usage.record(tx, msgspec.structs.replace(unit.usage, events=events, costs=costs, contents=contents))
+        return usage.record(tx, its)
     except RefuseError as refused:
         if isinstance(refused.value, UsageConflict):
-            raise RefuseError(UsageConflict(placed(refused.value.conflicts))) from None
+            conflicts = [(kept[index], seq) for index, seq in refused.value.conflicts]
+            raise RefuseError(UsageConflict(conflicts)) from None
         raise
-    assert isinstance(recorded, Recorded)
-    return msgspec.structs.replace(recorded, conflicts=placed(recorded.conflicts))
 
 
 def _keep(
@@ -259,13 +253,15 @@ def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
 # --- evidence
 
 
-def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> tuple[list[tuple[int, str]], list[tuple[bytes, int]]]:
+def _note_evidence(
+    tx: Tx, tenant: int, unit: RecordTelemetry
+) -> tuple[list[tuple[int, str]], list[tuple[bytes, str, int]]]:
     """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go.
 
-    Besides, how many tokens go for the sake of spans, by resource.
+    Besides, of what resources which events go for the sake of spans, and how many tokens.
     """
     superseded: list[tuple[int, str]] = []
-    set_aside: list[tuple[bytes, int]] = []
+    set_aside: list[tuple[bytes, str, int]] = []
     for resource, rank, start_us, end_us in _stretches(unit.evidence, unit.near_us):
         key = (tenant, resource, rank)
         reach = (start_us - 2 * unit.near_us, end_us + 2 * unit.near_us)
@@ -288,15 +284,15 @@ def _note_evidence(tx: Tx, tenant: int, unit: RecordTelemetry) -> tuple[list[tup
         outranked = fetch(tx.connection, f"SELECT seq FROM otlp_collection {where}", values)
         superseded += [(seq, _OUTRANKED) for (seq,) in outranked]
         if rank == SPANS:
-            set_aside += [(resource, _tokens_of(tx, seq)) for (seq,) in outranked]
+            set_aside += [(resource, *_told_by(tx, seq)) for (seq,) in outranked]
         tx.execute(f"DELETE FROM otlp_collection {where}", values)
     return superseded, set_aside
 
 
-def _tokens_of(tx: Tx, seq: int) -> int:
-    """The tokens of a row of usage; 0 where it is gone."""
-    row = tx.row("SELECT tokens_in + tokens_out FROM usage WHERE seq = ?", (seq,))
-    return 0 if row is None else row[0]
+def _told_by(tx: Tx, seq: int) -> tuple[str, int]:
+    """The id and the tokens of a row of usage; none where it is gone."""
+    row = tx.row("SELECT id, tokens_in + tokens_out FROM usage WHERE seq = ?", (seq,))
+    return ("", 0) if row is None else (row[0], row[1])
 
 
 def _stretches(evidence: Iterable[Evidence], near_us: int) -> list[tuple[bytes, int, int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
 from asapd.actors import set_aside
@@ -10,11 +12,12 @@ from asapd.core.types import MINUTE_US, SECOND_US
 
 R = b"resource"
 A = "urn:asap:agent:a"
+_numbers = count()
 
 
 def told(compare: SetAside, at_us: int, *, spans: int = 0, metrics: int = 0, resource: bytes = R) -> list[Gap]:
-    found = {"spans": {resource: spans} if spans else {}, "metrics": {resource: metrics} if metrics else {}}
-    return compare.note(at_us, {resource: A}, **found)
+    aside = [(resource, f"metric:{next(_numbers)}", metrics)] if metrics else []
+    return compare.note(at_us, {resource: A}, spans={resource: spans} if spans else {}, metrics=aside)
 
 
 def test_metrics_of_more_than_twice_the_tokens_of_spans_are_a_gap_after_ten_minutes() -> None:
@@ -67,3 +70,11 @@ def test_of_too_many_resources_those_are_kept_that_spoke_last(monkeypatch: pytes
         told(compare, 0, metrics=10, resource=resource)
     found = [told(compare, STRETCH_US, spans=1, resource=resource) for resource in (b"1", b"3", b"2")]
     assert found == [[Gap(A, 0, 20)], [Gap(A, 0, 10)], []]
+
+
+def test_metrics_set_aside_again_are_known_as_long_as_there_are_not_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(set_aside, "MAX_EVENTS", 2)
+    compare = SetAside()
+    for event in ("1", "1", "2", "3", "3", "1"):
+        compare.note(0, {R: A}, spans={}, metrics=[(R, event, 10)])
+    assert told(compare, STRETCH_US, spans=1) == [Gap(A, 0, 40)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import set_span_in_context
 
 from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
-from asapd.actors.set_aside import SetAside
+from asapd.actors.set_aside import Aside, SetAside, Tokens
 from asapd.actors.telemetry import record_metrics
 from asapd.actors.telemetry_spans import record_spans
 from asapd.actors.telemetry_terms import Counts, Times
@@ -74,7 +74,7 @@ class Host:
         self.counts: Counts = "both"
         self.set_aside = SetAside()
 
-    def compare(self, agents: Mapping[bytes, str], *, spans: Mapping[bytes, int], metrics: Mapping[bytes, int]) -> None:
+    def compare(self, agents: Mapping[bytes, str], *, spans: Tokens, metrics: Sequence[Aside]) -> None:
         self.set_aside.note(self.now_us, agents, spans=spans, metrics=metrics)
 
     def unit(self, events: list[UsageEvent]) -> RecordUsage:
@@ -654,6 +654,20 @@ async def test_traces_of_which_nothing_counts_are_forgotten_first(host: Host) ->
     host.times = Times(T0 + 16 * DAY_US, T0 + 17 * DAY_US, HOUR_US)
     await send(host, export_spans([(None, "call")], T0 + 16 * DAY_US + 1))
     assert host.connection.execute(kept).fetchall() == []
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+async def test_what_is_sent_again_makes_no_gap_and_hides_none(host: Host, spans_first: bool) -> None:
+    """Spans and metrics of the same calls, sent three times; then of ten times as much, of which a tenth is traced."""
+    later_us = T0 + 11 * MINUTE_US
+    for at_us, tokens_in, missing in ((T0, 100, 0), (later_us, 1_063, 0), (later_us + 11 * MINUTE_US, 1, 1_070 - 107)):
+        host.now_us = at_us
+        spans = export_spans([(None, "call")], at_us)
+        metrics = export_metrics("spans", [(False, tokens_in, 0, 7)], at_us, delta=True)
+        told = [spans, metrics] if spans_first else [metrics, spans]
+        for piece in (*told, *told, *told):
+            await send(host, piece)
+        assert host.set_aside.missing_tokens == missing
 
 
 # --- exports of more than one commit takes

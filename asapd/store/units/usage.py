@@ -38,7 +38,7 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     that has its identity. Where the unit had `places`, this has those of `ids`, and events are told by their places.
 
     Of telemetry `covered` are the places of agents' spans that do not count, for spans below them do, and `set_aside`
-    has for resources the tokens of metrics that do not count, for spans tell of the same calls.
+    has for resources the ids and tokens of events of metrics that do not count, for spans tell of the same calls.
     """
 
     recorded: int
@@ -51,7 +51,7 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     late: list[tuple[int, str]] = []
     resent: list[int] = []
     covered: list[int] = []
-    set_aside: list[tuple[bytes, int]] = []
+    set_aside: list[tuple[bytes, str, int]] = []
 
 
 class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
