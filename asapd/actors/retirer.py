@@ -55,7 +55,11 @@ class Retirer:
         return [f"{_ALARM}: {first}{more}"]
 
     async def retire(self, before_us: Callable[[int], int], actor: str) -> int | Refusal:
-        """Retire all that is due, step by step; returns how many events went. `before_us` is that of a moment."""
+        """Retire all that is due, step by step; returns how many events went.
+
+        `before_us` says of a moment what is due. It is asked again before each step: what a reload keeps for longer
+        stays, however long ago this began. An earlier time needs no hour sealed that was not.
+        """
         async with self._lock:
             due_us = before_us(self._clock.now_us())
             # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
@@ -65,14 +69,16 @@ class Retirer:
                 return refused
             total = 0
             kept = sorted(self._unlike)
-            while await self._database.read(retention.is_due, due_us, kept, newest):
+            while True:
+                due_us = min(due_us, before_us(self._clock.now_us()))
+                if not await self._database.read(retention.is_due, due_us, kept, newest):
+                    return total
                 unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
                 done = await self._database.submit(unit)
                 if isinstance(done, Refusal):
                     return done
                 total += done.rows
                 await trio.sleep(BREATH_S)
-            return total
 
     async def seal(self, before_us: int, actor: str) -> Refusal | None:
         """Enter what the sums of all hours are that ended before a time, where they agree with the events."""

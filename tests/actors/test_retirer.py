@@ -214,6 +214,27 @@ async def test_what_comes_while_hours_go_is_sealed_the_next_time(
     assert retirer.alarms == hours_left(connection) == findings(connection) == []
 
 
+async def test_a_reload_that_keeps_usage_for_longer_stops_what_was_begun(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    hours = [HOUR - days * 24 for days in (9, 8, 7, 6)]
+    for hour in hours:
+        # As many as one step takes, by which the hours go one after the other.
+        await report(database, *(event(EVE, (hour + 1) * HOUR_US - 1) for _ in range(RetireUsage(0, "", 0).limit)))
+    kept_days = [5]
+
+    class Reloaded(Beside):
+        async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+            if isinstance(unit, RetireUsage):
+                kept_days.append(8)
+            return await super().execute(unit, urgent=urgent, idempotency=idempotency)
+
+    retirer = Retirer(Database(Reloaded(database, []), InlineReaders(connection)), TrioClock(T0), log)
+    await retirer.retire(lambda now_us: now_us - kept_days[-1] * DAY_US, "asapd")
+    assert hours_left(connection) == hours[1:]
+
+
 @pytest.mark.parametrize("kind", [SealHours, RetireUsage])
 async def test_it_goes_on_where_it_was(inline_database: Inline, kind: type) -> None:
     database, connection = inline_database
