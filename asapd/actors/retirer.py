@@ -30,6 +30,10 @@ AGAIN_US = HOUR_US
 _FIRST = -(2**63)
 
 _ALARM = "the sums of an hour are not those of its events, which retention keeps"
+_DAMAGED = (
+    "an entry of the audit log cannot be read, so retention keeps the events of each hour that it may have told of and "
+    "whose sums are not those of its events; what is wrong with it asapctl audit verify says"
+)
 
 
 class Retirer:
@@ -47,12 +51,14 @@ class Retirer:
 
     @property
     def alarms(self) -> list[str]:
-        """Which hours keep their events because their sums are not what these come to."""
+        """Which hours keep their events because their sums are not what these come to, and what cannot be told of."""
+        known = self._known
+        damaged = [] if known is None or not known.unreadable else [f"{_DAMAGED}: entry {known.unreadable[0]}"]
         if not self._unlike:
-            return []
+            return damaged
         first = self._unlike[min(self._unlike)]
         more = "" if len(self._unlike) == 1 else f" (and {len(self._unlike) - 1} more hours)"
-        return [f"{_ALARM}: {first}{more}"]
+        return [*damaged, f"{_ALARM}: {first}{more}"]
 
     async def retire(self, before_us: Callable[[int], int], actor: str) -> int | Refusal:
         """Retire all that is due, step by step; returns how many events went.
@@ -91,6 +97,9 @@ class Retirer:
         skipped = before
         if not 0 <= now_us - self._looked_us < AGAIN_US:
             skipped, self._looked_us = frozenset(), now_us
+            if self._known is not None and self._known.unreadable:
+                self._known = usage_hours.Log()  # it may have been mended
+        unlike = set(skipped)
         at, tries = _FIRST, 0
         added_up: usage_hours.AddedUp | None = None
         while True:
@@ -120,7 +129,12 @@ class Retirer:
                 if hour not in before:
                     self._log.error("%s: %s", _ALARM, what)
                 self._unlike[hour] = what
+                unlike.add(hour)
             if found.is_last:
+                # What this look did not find agrees by now, or is no longer due; what the log has was sealed, whoever
+                # was told so.
+                unlike -= set() if self._known is None else self._known.digests.keys()
+                self._unlike = {hour: what for hour, what in self._unlike.items() if hour in unlike}
                 return None
             at = found.at
             await trio.sleep(BREATH_S)
@@ -142,5 +156,8 @@ class Retirer:
             head, _ = await read(audit.head)
             while self._known.after < head:
                 through = min(head, self._known.after + audit.WINDOW)
+                unreadable = len(self._known.unreadable)
                 self._known.take(await read(usage_hours.said, self._known.after, through), through)
+                for entry in self._known.unreadable[unreadable:]:
+                    self._log.error("%s: entry %d", _DAMAGED, entry)
         return await read(usage_hours.examine, at, before_us, self._known, skipped, added_up)

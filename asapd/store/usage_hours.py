@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import apsw
 import msgspec
@@ -96,8 +96,8 @@ _MOVED_SINCE = (
 # By the number of the row: what came since is little, and an hour may be large.
 _CAME_SINCE = "SELECT 1 FROM usage WHERE seq > ? AND +timestamp_us < ? LIMIT 1"
 _SAID = (
-    "SELECT seq, event_type, details FROM audit WHERE seq > ? AND seq <= ? AND (event_type = 'usage.sealed' "
-    "OR (event_type = 'retention.applied' AND subject = 'usage')) ORDER BY seq"
+    "SELECT seq, event_type, CAST(details AS BLOB) FROM audit WHERE seq > ? AND seq <= ? AND "
+    "(event_type = 'usage.sealed' OR (event_type = 'retention.applied' AND subject = 'usage')) ORDER BY seq"
 )
 
 Digest = tuple[int, int, str]
@@ -107,6 +107,22 @@ Digest = tuple[int, int, str]
 def made_of(connection: apsw.Connection, rows: list[int]) -> list[Row]:
     """What some rows of usage come to in each hour and under each key: the hour, the key, the sums."""
     return fetch(connection, _MADE_OF, (msgspec.json.encode(rows).decode(),))
+
+
+class _Taken(msgspec.Struct):
+    """What an entry of retention says; builds of before did not say from when on it took."""
+
+    before_us: int
+    first_timestamp_us: int = -(2**63)
+    last_timestamp_us: int | None = None
+
+
+class _Sealed(msgspec.Struct):
+    """What an entry says of hours that were sealed, or were changed once they were."""
+
+    hours: list[Digest]
+    through_hour: int = -1
+    was: list[Digest] = []
 
 
 class Log:
@@ -121,36 +137,60 @@ class Log:
         """The entry up to which this is known."""
         self.through = -1
         self.digests: dict[int, tuple[int, str]] = {}
+        self.unreadable: list[int] = []
+        """Entries that were damaged: what they said of hours nobody knows."""
         self._taken: set[tuple[int, int]] = set()
 
     def take(self, entries: Iterable[Row], through: int) -> None:
         """Take in the next entries, up to one with this number."""
-        self.after = max(self.after, through)
-        for _, kind, details in entries:
+        for seq, kind, details in entries:
             if details is None:
                 continue
-            told = msgspec.json.decode(details)
-            if kind == "retention.applied":
-                first_us = told.get("first_timestamp_us", -(2**63))
-                last_us = told.get("last_timestamp_us", told["before_us"])
-                self._taken.add((first_us // HOUR_US, last_us // HOUR_US))
-                continue
-            self.through = max(self.through, told["through_hour"])
-            was = {hour: (rows, digest) for hour, rows, digest in told.get("was", ())}
-            for hour, *digest in told["hours"]:
-                # What a changed one was has to be what was entered of it before; and what was, is not sealed again.
-                if was.get(hour) == self.digests.get(hour):
-                    self.digests[hour] = (digest[0], digest[1])
+            try:
+                if kind == "retention.applied":
+                    self._take_retired(_decoded(details, _Taken))
+                else:
+                    self._take_sealed(_decoded(details, _Sealed))
+            except ValueError:  # not JSON, not UTF-8, or not of that form
+                self.unreadable.append(seq)
+        self.after = max(self.after, through)
+
+    def _take_retired(self, told: _Taken) -> None:
+        last_us = told.before_us if told.last_timestamp_us is None else told.last_timestamp_us
+        self._taken.add((told.first_timestamp_us // HOUR_US, last_us // HOUR_US))
+
+    def _take_sealed(self, told: _Sealed) -> None:
+        self.through = max(self.through, told.through_hour)
+        was = {hour: (rows, digest) for hour, rows, digest in told.was}
+        for hour, rows, digest in told.hours:
+            # What a changed one was has to be what was entered of it before; and what was, is not sealed again.
+            if was.get(hour) == self.digests.get(hour):
+                self.digests[hour] = (rows, digest)
 
     def is_unsealed(self, hour: int) -> bool:
         """Whether retention took events of an hour whose sums nobody has entered, as builds of before did it."""
         return hour > self.through and any(first <= hour <= last for first, last in self._taken)
 
 
+_Form = TypeVar("_Form", _Taken, _Sealed)
+
+
+def _decoded(details: bytes, form: type[_Form]) -> _Form:
+    # All of it is decoded, or a byte in the name of a field would have that passed over. An entry has integers that are
+    # too large for JSON as text.
+    return msgspec.convert(msgspec.json.decode(details), form, strict=False)
+
+
 def read_log(connection: apsw.Connection, log: Log) -> None:
-    """Take in all that was entered since this was last done."""
+    """Take in all that was entered since this was last done.
+
+    Raises:
+        ValueError: an entry was damaged; without it hours would be found to be altered that are not.
+    """
     head = _head(connection)
     log.take(said(connection, log.after, head), head)
+    if log.unreadable:
+        raise ValueError(f"entry {log.unreadable[0]} of the log, which tells of hours, cannot be read")
 
 
 def said(connection: apsw.Connection, after: int, through: int) -> list[Row]:
@@ -231,7 +271,9 @@ def examine(
             _hold_to_events(connection, hour, found.append, made)
             is_unclear = log is None and bool(found) and hour < retired_before
             digest = (hour, *_digest(connection, hour))
-            if found and not (log is not None and log.is_unsealed(hour)):
+            if found and log is not None and log.unreadable and hour < max(retired_before, sealed_through + 1):
+                unlike[hour] = f"{found[0]}, unless entry {log.unreadable[0]}, which cannot be read, tells why"
+            elif found and not (log is not None and log.is_unsealed(hour)):
                 unlike[hour] = found[0]
             else:
                 agreed.append(digest)

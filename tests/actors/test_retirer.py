@@ -144,6 +144,38 @@ async def test_sums_that_are_put_in_before_retention_are_not_sealed(inline_datab
     assert len([one for one in found if "there are sums and no events of them" in one]) == 3
 
 
+@pytest.mark.parametrize("how", ["removed", "sealed", "not due"])
+async def test_an_alarm_goes_with_what_it_tells_of(
+    inline_database: Inline, autojump_clock: MockClock, how: str
+) -> None:
+    database, connection = inline_database
+    old = HOUR - 6 * 24
+    events = [event(CAROL, old * HOUR_US)] if how != "removed" else []
+    await report(database, *events, event(CAROL, (old - 1) * HOUR_US))
+    if events:
+        alter(connection, old)
+    else:
+        forged = list(connection.execute("SELECT * FROM usage_hour").fetchall()[0])
+        forged[1] = old
+        connection.execute(f"INSERT INTO usage_hour VALUES ({','.join('?' * len(forged))})", forged)
+    retirer = Retirer(database, TrioClock(T0), log)
+    assert await retire(retirer) == 1
+    assert len(retirer.alarms) == 1
+    if how == "removed":
+        connection.execute("DELETE FROM usage_hour WHERE hour = ?", (old,))
+    elif how == "sealed":
+        # As by a unit that was committed and whose answer was lost.
+        connection.execute("UPDATE usage_hour SET cost_microusd = 7")
+        assert await Retirer(database, TrioClock(T0), log).seal((old + 1) * HOUR_US, "asapd") is None
+    await trio.sleep(AGAIN_US / SECOND_US)
+    days = 30 if how == "not due" else 5
+    assert await retire(retirer, days) == (how == "sealed")
+    assert retirer.alarms == []
+    if how == "not due":
+        assert await retire(retirer) == 0
+        assert len(retirer.alarms) == 1
+
+
 class Beside:
     """Runs a unit before each one that seals, as somebody else may."""
 
@@ -376,3 +408,38 @@ async def test_any_life_verifies_and_each_altered_sum_is_found_for_good(
             fresh = Retirer(Database(InlineRunner(Writer(other)), InlineReaders(other)), clock, log)
             assert not isinstance(await fresh.retire(lambda _: T0 - DAY_US, "asapd"), Refusal)
             assert [one for one in findings(other) if one.startswith("usage_hour of")] == hours
+
+
+@pytest.mark.parametrize("kind", ["usage.sealed", "retention.applied"])
+async def test_a_damaged_entry_of_the_log_is_told_of_and_stops_nothing(
+    inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    database, connection = inline_database
+    old = HOUR - 8 * 24
+    await report(database, *(event(EVE, old * HOUR_US) for _ in range(6)), event(EVE, (old + 1) * HOUR_US))
+    assert await Retirer(database, TrioClock(T0), log).seal((old + 2) * HOUR_US, "asapd") is None
+    await database.submit(RetireUsage((old + 2) * HOUR_US, "asapd", T0, 2))
+    connection.execute("DROP TRIGGER audit_no_update")
+    change = "UPDATE audit SET details = CAST(replace(CAST(details AS BLOB), ?, ?) AS TEXT) WHERE event_type = ?"
+    key = b'"through_hour":' if kind == "usage.sealed" else b'"before_us":'
+    connection.execute(change, (key, key.replace(b"o", b"\xff"), kind))
+    number = connection.execute("SELECT seq FROM audit WHERE event_type = ?", (kind,)).get
+    clock = TrioClock(T0)
+    retirer = Retirer(database, clock, log)
+    kept = [old] if kind == "usage.sealed" else []
+    assert await retire(retirer) == (1 if kept else 5)
+    assert hours_left(connection) == kept
+    damaged, *unlike = retirer.alarms
+    assert damaged.endswith(f": entry {number}")
+    said = f"events is 6, and the events come to 4, unless entry {number}, which cannot be read, tells why"
+    assert [said in one for one in unlike] == [True] * len(kept)
+    assert await retire(retirer) == 0
+    assert [message for message in caplog.messages if "cannot be read, so" in message] == [damaged]
+    assert not verifying.report(connection, verifying.Request()).is_valid
+    with pytest.raises(ValueError, match=f"entry {number} of the log, which tells of hours, cannot be read"):
+        usage_hours.compare(connection, pytest.fail)
+    # What was mended is read again after a while.
+    connection.execute(change, (key.replace(b"o", b"\xff"), key, kind))
+    await trio.sleep(AGAIN_US / SECOND_US)
+    assert await retire(retirer) == 4 * len(kept)
+    assert (retirer.alarms, hours_left(connection), findings(connection)) == ([], [], [])
