@@ -36,7 +36,7 @@ class Retired:
         """Take in a step."""
         told = entry.details
         if entry.kind == "usage.sealed":
-            self._hour = told["through_hour"]
+            self._hour = told.get("through_hour", self._hour)
         elif entry.kind == "audit.archived":
             # One that was made before, of which nothing went, gives way to the next of the same beginning.
             names = ("last_seq", "before_us", "file", "sha256")

@@ -307,13 +307,18 @@ def seal(tx: Tx, unit: SealHours) -> RowWritten:
     """Enter the digests of some hours, whose events may go from then on.
 
     Raises:
-        RefuseError: `invalid`, when they are not over yet, or sealed with all events gone, or not as they were read.
+        RefuseError: `invalid`, when they are not over yet, or sealed with all events gone, or not as they were read; or
+            when more is said to be sealed than can be: that is not signed, and stays a finding.
     """
     hours = [hour for hour, _, _ in unit.hours]
     before = _sealed_through(tx.connection)
+    if not _is_over(before, unit.now_us):
+        what = f"usage_hour_sealed says that hours are sealed up to {before} (since 1970), which is yet to come"
+        hint = "it was altered, or the clock is behind: see what asapctl audit verify finds"
+        raise RefuseError(Refusal("invalid", f"{what}: nothing was done; {hint}"))
     if (
         hours != sorted(set(hours))
-        or (hours[-1] + 1) * HOUR_US > unit.now_us
+        or not _is_over(hours[-1], unit.now_us)
         or not all(_count_events(tx.connection, hour, 1) for hour in hours if hour <= before)
     ):
         raise RefuseError(Refusal("invalid", "these hours are sealed, or not over yet: nothing was done"))
@@ -329,24 +334,28 @@ def seal(tx: Tx, unit: SealHours) -> RowWritten:
     return RowWritten(through)
 
 
+def _is_over(hour: int, now_us: int) -> bool:
+    return (hour + 1) * HOUR_US <= now_us
+
+
 @contextmanager
 def changing(tx: Tx, hours: Iterable[int], actor: str, now_us: int) -> Iterator[None]:
     """Have sums of some hours changed in the block, and those that are sealed entered anew, each with what it was.
 
-    Nothing is made good by that: one that was not then what had been sealed is found as before.
+    Nothing is made good by that: one that was not then what had been sealed is found as before. Where more is said to
+    be sealed than can be, that is not signed, and so much as can be is entered: of an hour that is not sealed that
+    counts for nothing.
     """
     through = _sealed_through(tx.connection)
-    sealed = sorted({hour for hour in hours if hour <= through})
+    sealed = sorted({hour for hour in hours if hour <= through and _is_over(hour, now_us)})
     was = [[hour, *_digest(tx.connection, hour)] for hour in sealed]
     yield
     now = [[hour, *_digest(tx.connection, hour)] for hour in sealed]
     changed = [(before, after) for before, after in zip(was, now, strict=True) if before != after]
     if changed:
-        details = {
-            "hours": [after for _, after in changed],
-            "through_hour": through,
-            "was": [old for old, _ in changed],
-        }
+        details: dict[str, Any] = {"hours": [after for _, after in changed], "was": [old for old, _ in changed]}
+        if _is_over(through, now_us):
+            details["through_hour"] = through
         tx.audit("usage.sealed", actor, "usage_hour", details, now_us)
 
 

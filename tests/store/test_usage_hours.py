@@ -173,9 +173,9 @@ def test_hours_that_changed_since_they_were_read_are_not_sealed(filled: apsw.Con
 def test_what_changes_a_sealed_hour_by_right_enters_it_anew_and_makes_nothing_good(filled: apsw.Connection) -> None:
     seal(filled, examine(filled, HOUR + 2).agreed)
     units: list[AnyUnit] = [
-        VoidUsage(7, "r", "key:o", NOW_US + 3),
-        CorrectCosts([Correction(10, 9, 5, "priced", 5), Correction(8, 7, 1, "priced", 1)], "w", "key:o", NOW_US + 4),
-        RecordUsage("t", "key:x", NOW_US, [UsageEvent("t", A, "c", NOW_US, 5)], [Cost(9)]),
+        VoidUsage(7, "r", "key:o", LATER_US + 3),
+        CorrectCosts([Correction(10, 9, 5, "priced", 5), Correction(8, 7, 1, "priced", 1)], "w", "key:o", LATER_US + 4),
+        RecordUsage("t", "key:x", LATER_US, [UsageEvent("t", A, "c", NOW_US, 5)], [Cost(9)]),
     ]
     for unit in units:
         submit(filled, unit)
@@ -185,9 +185,48 @@ def test_what_changes_a_sealed_hour_by_right_enters_it_anew_and_makes_nothing_go
     filled.execute("UPDATE usage_hour SET tokens_in = tokens_in + 1 WHERE hour = ?", (HOUR,))
     (before,) = findings(filled)
     for seq in (10, 25):
-        submit(filled, VoidUsage(seq, "r", "key:o", NOW_US + 5))
+        submit(filled, VoidUsage(seq, "r", "key:o", LATER_US + 5))
     seal(filled, [(HOUR, *usage_hours._digest(filled, HOUR))])
     assert findings(filled) == [before]
+
+
+@pytest.mark.parametrize("through", [1_000_000_000, 2**62])
+def test_a_sealed_hour_that_is_yet_to_come_is_never_signed(filled: apsw.Connection, through: int) -> None:
+    seal(filled, examine(filled, HOUR + 1).agreed)
+    filled.execute("UPDATE usage_hour_sealed SET through_hour = ?", (through,))
+
+    def said() -> list[dict[str, Any]]:
+        shown = audit.list_entries(filled, audit.AuditFilter(event_type="usage.sealed"), 9, 0, descending=False)
+        return [entry["details"] for entry in shown]
+
+    def found() -> list[str]:
+        tallies = verifying.report(filled, verifying.Request()).tallies or ()
+        return [one for tally in tallies for one in tally.named]
+
+    finding = f"usage_hour_sealed is [({through},)], and the log comes to ({HOUR},)"
+    assert found() == [finding]
+    # What is reported of hours that go on is entered as ever; what was sealed and is changed by right is as well.
+    for entries, at_us in ((1, NOW_US + HOUR_US), (2, NOW_US)):
+        event = UsageEvent("t", A, "c", at_us, 5)
+        assert submit(filled, RecordUsage("t", "key:x", NOW_US + HOUR_US, [event], [Cost(9)])).recorded == 1
+        assert len(said()) == entries
+        assert found() == [finding]
+    assert "through_hour" not in said()[-1]
+    due = usage_hours.examine(filled, -1, (HOUR + 2) * HOUR_US, usage_hours.Log(), frozenset())
+    refused = seal(filled, due.agreed)
+    assert isinstance(refused, Refusal)
+    assert f"up to {through} (since 1970), which is yet to come" in refused.detail
+    assert found() == [finding]
+    filled.execute("UPDATE usage_hour_sealed SET through_hour = ?", (HOUR,))
+    known = usage_hours.Log()
+    usage_hours.read_log(filled, known)
+    assert known.through == HOUR
+
+
+def test_a_number_that_an_entry_has_as_text_is_read_as_one(filled: apsw.Connection) -> None:
+    known = usage_hours.Log()
+    known.take([(1, "usage.sealed", b'{"hours":[[7,1,"aa"]],"through_hour":"4611686018427387904"}')], 1)
+    assert (known.through, known.digests, known.unreadable) == (2**62, {7: (1, "aa")}, [])
 
 
 def test_an_hour_of_which_all_is_void_is_sealed_as_empty(connection: apsw.Connection) -> None:
