@@ -189,17 +189,27 @@ async def apply_retention(
     actor: str,
     dry_run: bool,
 ) -> dict[str, Any] | Refusal:
-    """Apply retention now, or say what would go; `more` is true when it did not come to its end in time."""
+    """Apply retention now, or say what would go; `more` is true when it did not come to its end in time.
+
+    Events of hours that keep them are not counted as going: as far as hours were looked at, which a dry run leaves to
+    the janitor.
+    """
     now_us = clock.now_us()
     before_us, entries_before_us = retired_before_us(settings, now_us), audit_before_us(settings, now_us)
-    due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us)
+    until_s = trio.current_time() + APPLY_S
+    if not dry_run:
+        refused: Refusal | None = None
+        with trio.move_on_at(until_s):
+            refused = await retirer.seal(before_us, actor)
+        if refused is not None:
+            return refused
+    due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us, retirer.kept)
     due["alerts"] = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
     due["audit"] = (
         audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
     )
     if dry_run:
         return {"dry_run": True, **due, "more": False}
-    until_s = trio.current_time() + APPLY_S
     retired: int | Refusal = 0
     with trio.move_on_at(until_s) as patience:
         retired = await retirer.retire(partial(retired_before_us, settings), actor)

@@ -60,6 +60,11 @@ class Retirer:
         more = "" if len(self._unlike) == 1 else f" (and {len(self._unlike) - 1} more hours)"
         return [*damaged, f"{_ALARM}: {first}{more}"]
 
+    @property
+    def kept(self) -> list[int]:
+        """The hours that keep their events, in order."""
+        return sorted(self._unlike)
+
     async def retire(self, before_us: Callable[[int], int], actor: str) -> int | Refusal:
         """Retire all that is due, step by step; returns how many events went.
 
@@ -74,7 +79,7 @@ class Retirer:
             if refused is not None:
                 return refused
             total = 0
-            kept = sorted(self._unlike)
+            kept = self.kept
             while True:
                 due_us = min(due_us, before_us(self._clock.now_us()))
                 if not await self._database.read(retention.is_due, due_us, kept, newest):

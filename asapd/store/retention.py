@@ -24,6 +24,10 @@ _OLDEST = (
     "id = agent), (SELECT name FROM name WHERE id = source) FROM usage WHERE timestamp_us >= ? AND timestamp_us < ? "
     "AND seq <= ? ORDER BY timestamp_us, seq LIMIT ?"
 )
+_DUE = (
+    "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM usage "
+    "WHERE timestamp_us >= ? AND timestamp_us < ?"
+)
 
 
 def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
@@ -117,20 +121,24 @@ def _spans(before_us: int, kept: Sequence[int]) -> Iterator[tuple[int, int]]:
     yield start_us, before_us
 
 
-def due(connection: apsw.Connection, usage_before_us: int, probes_before_us: int) -> dict[str, Any]:
-    """What retention would take now."""
-    count, first, last, oldest, newest = fetch(
-        connection,
-        "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM usage WHERE timestamp_us < ?",
-        (usage_before_us,),
-    )[0]
+def due(
+    connection: apsw.Connection, usage_before_us: int, probes_before_us: int, kept: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What retention would take now, and how many events of hours that are kept, which are in order, stay."""
+    parts = [fetch(connection, _DUE, span)[0] for span in _spans(usage_before_us, kept)]
+    parts = [part for part in parts if part[0]] or [(0, None, None, None, None)]
+    counts, firsts, lasts, oldests, newests = zip(*parts, strict=True)
+    hours = [(hour * HOUR_US, min((hour + 1) * HOUR_US, usage_before_us)) for hour in kept]
+    stay = sum(fetch(connection, _DUE, hour)[0][0] for hour in hours)
+    oldest, newest = min(oldests), max(newests)
     probes = fetch(connection, "SELECT count(*) FROM probe WHERE ts_us < ?", (probes_before_us,))[0][0]
     return {
         "usage": {
             "before": format_us(usage_before_us),
-            "count": count,
-            "first_row": first,
-            "last_row": last,
+            "count": sum(counts),
+            "kept": stay,
+            "first_row": min(firsts),
+            "last_row": max(lasts),
             "oldest": None if oldest is None else format_us(oldest),
             "newest": None if newest is None else format_us(newest),
         },

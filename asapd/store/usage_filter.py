@@ -18,9 +18,10 @@ CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
 """Raw rows that are no usage, but correct the cost of another."""
 
 # The names of tasks are random: over all rows, an index of them has each event on a page of its own, which a commit
-# then writes. So it has them by stretches of rows, each of which is looked through, gaps of retention left out.
+# then writes. So it has them by stretches of rows, each of which is looked through, gaps of retention left out. Behind
+# the last stretch that 64 bits have it begins again with the first: UNION takes that for known, and ends.
 IN_STRETCHES = (
-    "seq >> 15 IN (WITH RECURSIVE stretch (n) AS (SELECT (SELECT min(seq) FROM usage) >> 15 UNION ALL "
+    "seq >> 15 IN (WITH RECURSIVE stretch (n) AS (SELECT (SELECT min(seq) FROM usage) >> 15 UNION "
     "SELECT (SELECT min(u.seq) FROM usage u WHERE u.seq >= n + 1 << 15) >> 15 FROM stretch WHERE n IS NOT NULL) "
     "SELECT n FROM stretch WHERE n IS NOT NULL)"
 )

@@ -224,9 +224,43 @@ async def test_retention_goes_on_where_it_was_when_the_store_is_back(
     assert "retention was not applied" in caplog.text
     settings = JanitorSettings(config.Retention())
     assert await apply(away, settings, "key:x", False) == WRITER_AWAY
+    assert await Retirer(database, TrioClock(T0), log).seal(T0 - 400 * DAY_US, "asapd") is None
+    assert await apply(away, settings, "key:x", False) == WRITER_AWAY
     done = await apply(database, settings, "key:x", False)
     assert not isinstance(done, Refusal)
     assert (done["usage"]["count"], done["more"]) == (1, False)
+
+
+async def test_what_went_leaves_out_the_events_of_hours_that_keep_them(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    old_us = T0 - 401 * DAY_US
+    for at_us, events in ((old_us, 2), (old_us + DAY_US // 4, 3), (old_us + DAY_US // 2, 1)):
+        made = [UsageEvent("t", A, "c", at_us) for _ in range(events)]
+        await database.submit(RecordUsage("default", "key:x", T0, made, [UNKNOWN_COST] * events))
+    altered = "UPDATE usage_hour SET tokens_in = 7 WHERE hour = ?"
+    connection.execute(altered, ((old_us + DAY_US // 4) // HOUR_US,))
+    clock, settings, archivist = TrioClock(T0), JanitorSettings(config.Retention()), archivist_of(database)
+    retirer = Retirer(database, clock, log)
+
+    async def usage(dry_run: bool) -> Any:
+        done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run)
+        assert not isinstance(done, Refusal)
+        return done["usage"]
+
+    went = await usage(dry_run=False)
+    assert connection.execute("SELECT count(*) FROM usage").get == 3
+    assert [went[name] for name in ("count", "kept", "first_row", "last_row")] == [3, 3, 1, 6]
+    would = await usage(dry_run=True)
+    assert [would[name] for name in ("count", "kept", "first_row", "oldest")] == [0, 3, None, None]
+    # What would go behind the kept ones is counted.
+    event = UsageEvent("t", A, "c", old_us + DAY_US // 2)
+    await database.submit(RecordUsage("default", "key:x", T0, [event], [UNKNOWN_COST]))
+    for dry_run in (True, False):
+        found = await usage(dry_run)
+        assert [found[name] for name in ("count", "kept", "first_row", "last_row")] == [1, 3, 7, 7]
+    assert connection.execute("SELECT count(*) FROM usage").get == 3
 
 
 async def test_retention_that_is_asked_for_beside_the_janitors_own_is_no_trouble(

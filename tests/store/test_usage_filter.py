@@ -46,7 +46,7 @@ def test_rows_of_a_task_are_found_in_all_stretches_and_gaps_are_passed_over(conn
         connection.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(columns))})", tuple(row.values()))
 
     stretch = 1 << 15
-    seqs = [1, stretch - 1, stretch, 40 * stretch + 7, (1 << 60) + 5]
+    seqs = [1, stretch - 1, stretch, 40 * stretch + 7, (1 << 60) + 5, (1 << 63) - 9]
     for seq in seqs:
         put(seq, "a task of some name")
         put(seq + 3, "another name")
