@@ -13,6 +13,7 @@ from nacl.signing import SigningKey
 from asapd.store import seals
 from asapd.store.backup import CopyFailedError, copy_database
 from asapd.store.migrations import NotOurDatabaseError, migrate
+from asapd.store.overwriting import overwrite_what_goes
 from asapd.store.rows import fetch
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
@@ -52,6 +53,7 @@ def take(file: Path, target: Path, key: SigningKey | None) -> int:
             entries = 0
             with contextlib.suppress(apsw.SQLError, apsw.NotADBError):  # which the migration judges
                 entries = _entries(connection)
+            overwrite_what_goes(connection)
             migrate(connection, None, key)
             return entries
     except NotOurDatabaseError:
@@ -126,6 +128,7 @@ def mark(path: Path, restored: Head, abandoned: Head | None, actor: str, now_us:
     }
     with contextlib.closing(apsw.Connection(str(path))) as connection:
         connection.pragma("synchronous", "full")
+        overwrite_what_goes(connection)
         (answer,) = Writer(connection).run([Envelope(1, Note("log.restored", actor, "audit", details, now_us), True)])
         if not isinstance(answer.result, RowWritten):
             raise CopyFailedError(f"the entry log.restored was not written: {answer.result}")

@@ -38,6 +38,7 @@ from asapd.store.beside import Beside
 from asapd.store.folding import Folding
 from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
+from asapd.store.overwriting import overwrite_what_goes
 from asapd.store.prepared import Prepared, prepare, suppose
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied, Reserve
@@ -100,6 +101,7 @@ def open_for_writing(path: Path, *, synchronous: str = "full", key: SigningKey |
     if path.stat().st_size == 0:
         # Only before the first table: retention then hands pages back. An older file needs one VACUUM for it.
         connection.pragma("auto_vacuum", "incremental")
+    overwrite_what_goes(connection)
     migrate(connection, path, key)  # first: a file that is refused is left as it was, its journal mode too
     journal_mode = connection.pragma("journal_mode", "wal")
     assert journal_mode == "wal", f"{path} cannot be put into WAL mode"

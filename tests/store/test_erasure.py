@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import apsw
@@ -12,7 +14,7 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, erasure, usage_sums, verifying
+from asapd.store import audit, delegation_news, erasure, namesakes, renumbering, usage_sums, verifying
 from asapd.store.units.agents import AgentRecord, PutAgent
 from asapd.store.units.alerts import AddSilence, RemoveSilence, Silence
 from asapd.store.units.audit import EraseConsumer, Erased
@@ -22,7 +24,7 @@ from asapd.store.units.usage import CorrectCosts, RecordTask, RecordUsage, TaskE
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.verifying import Request
 from asapd.store.visibility import EVERYTHING
-from asapd.store.writer import Writer
+from asapd.store.writer import Writer, open_for_writing
 from tests.store.ledger_desk import Ledger, link
 
 NOW_US = 1_795_169_203_000_000
@@ -95,6 +97,34 @@ def test_the_name_goes_and_the_log_and_every_sum_stay(connection: apsw.Connectio
     assert MAX not in dump.replace(f"{MAX}0", "").replace(f"{MAX}1", "").replace(
         f"{MAX}2", ""
     )  # ids are the reporter's
+
+
+@pytest.mark.parametrize("project", ["", MAX])
+def test_what_was_erased_is_in_no_page_of_the_file(tmp_path: Path, project: str) -> None:
+    """Where a project has the name too it stays there, and nowhere else; the news are longer than a page."""
+    path, copy = tmp_path / "asapd.db", tmp_path / "vacuumed.db"
+    path.touch()
+    with contextlib.closing(open_for_writing(path, synchronous="off")) as connection:
+        writer = Writer(connection)
+        other = UsageEvent("t", A, EVE, NOW_US, 5, 5, id="other", project=project)
+        submit(writer, RecordUsage("t", "key:x", NOW_US, [other], [Cost(7)]))
+        for part in range(4):
+            ids = [f"{part}-{number}" for number in range(50)]
+            events = [UsageEvent(f"t{one}", A, MAX, NOW_US, 5, 5, id=one, delegation="unknown") for one in ids]
+            submit(writer, RecordUsage("t", "key:x", NOW_US, events, [Cost(7)] * len(events)))
+        seqs = erasure.entries_of(connection, MAX, 0, 999)
+        salts = [salt for seq, salt in connection.execute("SELECT seq, salt FROM audit") if seq in seqs]
+        assert len(seqs) == len(salts) == 200
+        hours, _ = renumbering.hours_of(connection, namesakes.number_of(connection, MAX), -namesakes.LAST)
+        news = delegation_news.naming(connection, MAX, 0, 99)
+        unit = EraseConsumer(MAX, "ers_1", seqs, "r", "key:admin", NOW_US, 0, news, is_all=True, hours=hours)
+        steps = [submit(writer, unit), *(submit(writer, structs.replace(unit, seqs=[], news=[])) for _ in range(2))]
+        assert (steps[-1].is_whole, steps[0].is_shared) == (True, bool(project))
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connection.execute("VACUUM INTO ?", (str(copy),))
+        raw = path.read_bytes()
+    assert raw.count(MAX.encode()) == copy.read_bytes().count(MAX.encode()) == (2 if project else 0)
+    assert [salt for salt in salts if salt in raw] == []
 
 
 def test_an_erased_entry_answers_for_one_row_and_no_more(connection: apsw.Connection, writer: Writer) -> None:
