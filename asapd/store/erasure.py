@@ -150,6 +150,7 @@ def erase(tx: Tx, unit: EraseConsumer) -> Erased:
     moved = renumbering.NOTHING
     if is_moved:
         moved = renumbering.move(tx, unit, number_of(connection, unit.consumer), pseudonym)
+        pseudonym = _pseudonym(tx, unit)
         is_whole = is_whole and moved.took_all and unit.is_all and not is_stale
     if is_whole and not is_shared:
         # Where all of it was moved nothing has its number any more.

@@ -119,7 +119,8 @@ def hours_of(connection: apsw.Connection, consumer: int, start: int) -> tuple[li
 def move(tx: Tx, unit: EraseConsumer, consumer: int, pseudonym: str) -> Moved:
     """Move some rows of usage, and once none is left, the steps and hours that the unit names.
 
-    With the last of these go the steps that came since they were looked for.
+    With the last of these go the steps that came since they were looked for. Where the sums of the pseudonym are full
+    the erasure goes on under another from here on: `erasure_begun` says which.
     """
     to = tx.intern(pseudonym)
     tx.execute("SAVEPOINT moving")
@@ -130,7 +131,9 @@ def move(tx: Tx, unit: EraseConsumer, consumer: int, pseudonym: str) -> Moved:
             raise
         # Somebody reported so much under the pseudonym that these sums, which it is added to, would pass 64 bits.
         tx.execute("ROLLBACK TO moving")
-        moved = _move(tx, unit, consumer, tx.intern(free_name(tx.connection, pseudonym)))
+        free = free_name(tx.connection, pseudonym)
+        tx.execute("UPDATE erasure_begun SET pseudonym = ? WHERE consumer = ?", (free, unit.consumer))
+        moved = _move(tx, unit, consumer, tx.intern(free))
     tx.execute("RELEASE moving")
     return moved
 

@@ -491,7 +491,7 @@ async def test_sums_that_are_full_under_the_pseudonym_keep_no_rows_from_one(
     inline_database: Inline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database, connection = inline_database
-    await report(database, *(event(ACME) for _ in range(300)), event(project=ACME))
+    await report(database, *(event(ACME) for _ in range(400)), event(project=ACME))
     did = False
 
     async def act(_: Any) -> None:
@@ -503,10 +503,12 @@ async def test_sums_that_are_full_under_the_pseudonym_keep_no_rows_from_one(
         assert findings(connection) == []
 
     after_each_unit(database, monkeypatch, act)
-    assert not (await erase(database))["more"]
+    done = await erase(database)
+    assert (done["more"], done["pseudonym"]) == (False, "ers_1_")
     assert is_consumer_of(connection, ACME) == {}
     assert erasure.count_of(connection, "ers_1")["usage"] > 1_024
-    assert erasure.count_of(connection, "ers_1_")["usage"] > 0
+    assert erasure.count_of(connection, "ers_1_")["usage"] > renumbering.ROWS  # of more than one unit
+    assert namesakes.number_of(connection, "ers_1__") == -1
 
 
 async def test_a_day_that_would_be_too_full_is_read_by_its_hours(

@@ -54,7 +54,8 @@ class KeepCosignature(Unit[RowWritten], frozen=True):
 class Erased(msgspec.Struct, frozen=True, tag=True):
     """So many entries have no payload any more. `is_whole`: nothing of the consumer is left under its name.
 
-    `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another.
+    `pseudonym` is what it is called from now on: that of the first unit of its erasure, which may have been another,
+    or with a `_` behind it where there was no room for its sums.
     `is_shared` says that something else has the name as well, `is_moved` that the consumer's rows are moved for that
     or because the pseudonym has a number by now, `took_all` that the steps and hours which the unit named have the
     pseudonym, and `has_rows` that more rows of usage may have to get it. With `is_stale` all has to be looked for anew.
