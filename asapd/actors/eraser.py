@@ -34,16 +34,16 @@ async def erase_consumer(
     Asked again, it goes on, under the pseudonym that was given first.
     The name is replaced when no entry has it any more: what is reported under it later is new.
     """
-    # In windows: a log of many millions of entries takes longer to look through than a read may.
-    head, _ = await database.read(audit.head)
-    entries = 0
-    for first in range(0, head, audit.WINDOW):
-        entries += await database.read(erasure.count_entries, consumer, first, first + audit.WINDOW)
-    found: dict[str, Any] = {"entries": entries, **await database.read(erasure.count_of, consumer)}
+    found: dict[str, Any] = dict(await database.read(erasure.count_of, consumer))
     found["budgets"] = await database.read(erasure.budgets_of, consumer)
     found["keys"] = await database.read(erasure.keys_of, consumer)
     if dry_run:
-        return {"dry_run": True, **found, "pseudonym": None, "more": False}
+        # In windows: a log of many millions of entries takes longer to look through than a read may.
+        head, _ = await database.read(audit.head)
+        entries = 0
+        for first in range(0, head, audit.WINDOW):
+            entries += await database.read(erasure.count_entries, consumer, first, first + audit.WINDOW)
+        return {"dry_run": True, "entries": entries, **found, "pseudonym": None, "more": False}
     after, erased, told, done = 0, 0, 0, None
     deadline = trio.current_time() + APPLY_S
     others = _Others(database, consumer)
@@ -70,7 +70,7 @@ async def erase_consumer(
                     return done
                 pseudonym = done.pseudonym
                 if trio.current_time() > deadline:
-                    return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": True}
+                    return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": True}
                 await trio.sleep(BREATH_S)
         after = max(after, seqs[-1] if len(seqs) == STEP else through)
         if is_last and await others.look():  # for the first time, which takes as long in a large log as erasing may
@@ -98,7 +98,7 @@ async def erase_consumer(
         others.take(done)
         erased, pseudonym = erased + done.entries, done.pseudonym
         if done.is_whole or trio.current_time() > deadline:
-            return {"dry_run": False, **found, "entries": erased, "pseudonym": pseudonym, "more": not done.is_whole}
+            return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": not done.is_whole}
         await trio.sleep(BREATH_S)
 
 

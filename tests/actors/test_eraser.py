@@ -17,7 +17,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
-from asapd.store import audit, breaches, delegation_news, verifying
+from asapd.store import audit, breaches, delegation_news, erasure, verifying
 from asapd.store.database import Database
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.delegations import SyncBudgets
@@ -112,6 +112,25 @@ async def test_an_erasure_that_was_interrupted_goes_on_under_its_first_pseudonym
     assert connection.execute("SELECT name FROM name WHERE name GLOB 'ers*'").fetchall() == [("ers_1",)]
     assert connection.execute("SELECT count(*) FROM erasure_begun").get == 0
     assert verifying.report(connection, verifying.Request()).is_valid
+
+
+async def test_entries_are_counted_only_to_say_how_many_there_are(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting reads the whole log, and no deadline ends it: an erasure says what it erased instead."""
+    database, _ = inline_database
+    await report(database, MAX, 3)
+    read, asked = database.read, []
+
+    async def read_and_note(query: Any, *arguments: Any) -> Any:
+        asked.append(query)
+        return await read(query, *arguments)
+
+    monkeypatch.setattr(database, "read", read_and_note)
+    assert (await erase(database))["entries"] == 3
+    assert erasure.count_entries not in asked
+    assert (await erase(database, dry_run=True))["entries"] == 0
+    assert erasure.count_entries in asked
 
 
 @pytest.mark.parametrize("late", [100, 101, 250])
