@@ -327,19 +327,26 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
     path = "/audit/erase?dry_run=true" if dry_run else "/audit/erase"
     body = {"consumer": consumer, "reason": reason}
     first = done = session.door.post(path, body)
+    entries = first["entries"]
     while done["more"]:
         done = session.door.post(path, body)
+        entries += done["entries"]
+    # What was found is what the first request found, and what went of the log is what all of them erased.
+    told = {**first, "entries": entries, "pseudonym": done["pseudonym"], "more": False}
     if session.as_json:
-        show_json({**first, "more": False})
+        show_json(told)
         return
     for budget in first["budgets"]:
         click.echo(f"the configuration names {consumer} in budget {budget}: take it out there as well", err=True)
+    for version in first["versions"]:
+        kept = f"config/{version}.toml in the state directory"
+        click.echo(
+            f"version {version} of the configuration has {consumer}: delete {kept} when it is not in force", err=True
+        )
     for key in first["keys"]:
         click.echo(f"API key {key} names {consumer} among its agents, and stays in the log", err=True)
-    would = "would be erased" if dry_run else f"erased, now {first['pseudonym']}"
-    click.echo(
-        f"{consumer}: {first['entries']} entries, {first['usage']} events, {first['task']} steps of tasks {would}"
-    )
+    would = "would be erased" if dry_run else f"erased, now {told['pseudonym']}"
+    click.echo(f"{consumer}: {entries} entries, {first['usage']} events, {first['task']} steps of tasks {would}")
 
 
 @audit.command()

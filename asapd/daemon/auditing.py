@@ -22,6 +22,7 @@ from asapd.actors.witnesses import Witnesses
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.daemon.boot import Premises
+from asapd.daemon.versions import Versions
 from asapd.runtime.clock import Clock
 from asapd.runtime.posting import post_text
 from asapd.runtime.supervisor import Actor
@@ -52,6 +53,7 @@ class Auditing:
         self.receipts = Receipts(database, clock, self.sealer)
         self.backups = Backups(database, clock, self.sealer, premises.database, premises.backup)
         self.packs = Packs(database, clock, self.sealer, identity)
+        self._versions = Versions(premises.versions)
         self._database = database
         self._clock = clock
         self._log = log
@@ -86,10 +88,15 @@ class Auditing:
             self._log.warning("no last checkpoint was made: it took longer than %g s", within_s)
 
     async def erase(self, consumer: str, reason: str, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
-        """Erase what is kept of a consumer, or with `dry_run` say how much that is."""
+        """Erase what is kept of a consumer, or with `dry_run` say how much that is.
+
+        `versions` are those of the configuration that have its name: the files are the operator's to delete.
+        """
         erase = partial(erase_consumer, self._database, self._clock, consumer=consumer, reason=reason, actor=actor)
         async with self._erasing:
-            return await erase(pseudonym=self._new_id(PSEUDONYM, self._clock.now_us()), dry_run=dry_run)
+            versions = await trio.to_thread.run_sync(self._versions.holding, consumer)
+            done = await erase(pseudonym=self._new_id(PSEUDONYM, self._clock.now_us()), dry_run=dry_run)
+        return done if isinstance(done, Refusal) else {**done, "versions": versions}
 
     async def status(self) -> dict[str, Any]:
         """What the daemon's status says besides the head of the log."""

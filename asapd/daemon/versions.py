@@ -68,6 +68,14 @@ class Versions:
         except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
 
+    def holding(self, name: str) -> list[int]:
+        """The numbers of those versions that have a name anywhere in their text, the newest first.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        return [number for number in self._numbers() if name in (self.text(number) or "")]
+
     def _numbers(self) -> list[int]:
         names = self._directory.glob("*.toml") if self._directory.is_dir() else ()
         return sorted((int(path.stem) for path in names if path.stem.isdecimal()), reverse=True)

@@ -63,15 +63,19 @@ def own_daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
-    """A socket where something answers every request with the same bytes, or with silence when there are none."""
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A socket where something answers each request with the next of some bytes, and then with the last of them.
+
+    It answers with silence when these are none.
+    """
     directory = Path(tempfile.mkdtemp(prefix="asapd-cli-"))
-    reply = b""
+    replies = [b""]
     over = threading.Event()
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.recv(65_536)
+            reply = replies.pop(0) if len(replies) > 1 else replies[0]
             if reply:
                 self.request.sendall(reply)
                 # What came after the first read is read as well: closing before that would reset the connection.
@@ -81,9 +85,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]
             else:
                 over.wait(10)
 
-    def answer(new: bytes) -> None:
-        nonlocal reply
-        reply = new
+    def answer(*new: bytes) -> None:
+        replies[:] = new
 
     with socketserver.ThreadingUnixStreamServer(str(directory / "admin.sock"), Handler) as server:
         monkeypatch.setenv("ASAPD_SOCKET", str(directory / "admin.sock"))
