@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import get_args
+from itertools import islice
+from typing import Any, get_args
 
 import msgspec
 
@@ -17,6 +19,10 @@ _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`\Z"
 # Half of a pair, with less behind it than the other half would have: the reader takes that for a cut.
 _HALF_PAIR = re.compile(rb'(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}[^\\"]*"')
 _TAIL_BYTES = 64
+
+_MISSING = "is missing"
+_MOST_WITHIN = 100
+"""Bad fields named of an object inside a body: as many as of any body."""
 
 
 def why_unreadable(error: Exception, body: bytes) -> str:
@@ -38,22 +44,58 @@ def reason_of(error: msgspec.ValidationError, wanted: object) -> str:
     return _WORDING.sub(lambda found: _WORDS[found[0]], str(error).partition(" - at ")[0]).strip()
 
 
-def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct]) -> FieldError:
-    """The field of a body that is wrong, with dots between levels, and why; `body` stands for all of it."""
+def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct], within: str = "") -> FieldError:
+    """The field of a body that is wrong, with dots between levels, and why; `body` stands for all of it.
+
+    `within` names the field of the body whose value alone was read.
+    """
     text = str(error)
     what, _, where = text.rpartition(" - at `$")
     if not what or (_FIELD.match(text) and not _FIELD.match(what)):  # nothing is said of where but by the name itself
         what, where = text, ""
-    place = where.rstrip("`").lstrip(".")
+    place = f"{within}{where.rstrip('`')}".lstrip(".")
     types = {field.encode_name: field.type for field in msgspec.structs.fields(shape)}
     named = _FIELD.match(what)
     if named is not None:
         field = f"{place}.{named[2]}" if place else named[2]
         if named[1] == "missing required":
-            return FieldError(field, "is missing")
-        there_are = "" if place else f"; there are {', '.join(sorted(types)) or 'none'}"
-        return FieldError(field, f"is not a field here{there_are}")
+            return FieldError(field, _MISSING)
+        return FieldError(field, "is not a field here" if place else _unknown(types))
     return FieldError(place or "body", reason_of(error, types.get(place)))
+
+
+def field_errors(body: bytes, shape: type[msgspec.Struct]) -> Iterator[FieldError]:
+    """Each field that keeps a JSON object from being a struct that takes no others; nothing of another value."""
+    if body.lstrip()[:1] != b"{":
+        return
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    fields = {field.encode_name: field for field in msgspec.structs.fields(shape)}
+    for name, field in fields.items():
+        if name in parts:
+            yield from _value_errors(bytes(parts[name]), field.type, shape, name)
+        elif field.required:
+            yield FieldError(name, _MISSING)
+    yield from (FieldError(name, _unknown(fields)) for name in parts if name not in fields)
+
+
+def _value_errors(value: bytes, wanted: Any, shape: type[msgspec.Struct], name: str) -> Iterator[FieldError]:
+    try:
+        msgspec.json.decode(value, type=wanted)
+    except msgspec.ValidationError as error:
+        inner = _struct_in(wanted)
+        within = [] if inner is None else [*islice(field_errors(value, inner), _MOST_WITHIN)]
+        yield from (FieldError(f"{name}.{bad.field}", bad.reason) for bad in within)
+        if not within:
+            yield field_error(error, shape, name)
+
+
+def _unknown(there_are: Iterable[str]) -> str:
+    return f"is not a field here; there are {', '.join(sorted(there_are)) or 'none'}"
+
+
+def _struct_in(wanted: Any) -> type[msgspec.Struct] | None:
+    kinds = (wanted, *get_args(wanted))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, msgspec.Struct)), None)
 
 
 def _words(wanted: object) -> list[str]:

@@ -7,7 +7,7 @@ slowly, to name every bad field.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Container, Generator, Iterator
 from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -488,7 +488,32 @@ def _read_one(item: Any, *, explain: bool) -> UsageEvent | list[FieldError]:
     try:
         return normalise(msgspec.convert(item, WireEvent))
     except msgspec.ValidationError:
-        return field_errors(item) if explain else [FieldError(_WHOLE, "is wrong too")]
+        return _all_errors(item) if explain else [FieldError(_WHOLE, "is wrong too")]
+
+
+def _all_errors(item: Any) -> list[FieldError]:
+    """What `field_errors` finds, and what is missing or wrong by its value among the rest; at most `MAX_ERRORS`."""
+    errors = field_errors(item)
+    if not isinstance(item, dict) or len(errors) == MAX_ERRORS:
+        return errors
+    named = {bad.field for bad in errors}
+    # Who gave `agent_id` badly is not told that `agent` is missing.
+    also = named | {name.removesuffix("_id") for name in ("agent_id", "consumer_id") if name in named}
+    rest = normalise(right_part(item, named))
+    if isinstance(rest, list):
+        errors += [bad for bad in rest if bad.field not in also]
+    return errors[:MAX_ERRORS]
+
+
+def right_part(item: dict[Any, Any], named: Container[str]) -> WireEvent:
+    """The event without what `field_errors` names; without labels, of which nothing else can be wrong."""
+    kept = {name: value for name, value in item.items() if name in _EVENT_TYPES and name not in named}
+    kept.pop("labels", None)
+    if isinstance(metrics := kept.get("metrics"), dict):
+        kept["metrics"] = {
+            name: value for name, value in metrics.items() if name in _METRICS_TYPES and f"metrics.{name}" not in named
+        }
+    return msgspec.convert(kept, WireEvent)
 
 
 def field_errors(item: Any) -> list[FieldError]:

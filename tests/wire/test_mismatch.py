@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from asapd.wire.mismatch import field_error
+from asapd.wire.mismatch import field_error, field_errors
 
 
 class Colour(StrEnum):
@@ -52,3 +52,30 @@ def test_the_field_and_the_reason_are_told(body: str, field: str, reason: str) -
         msgspec.json.decode(body, type=Sent)
     wrong = field_error(raised.value, Sent)
     assert (wrong.field, wrong.reason) == (field, reason)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        ('{"size": "huge", "name": 5, "zz": 1}', ["name", "size", "zz"]),
+        ('{"colour": "green"}', ["name", "colour"]),
+        ('{"name": "n", "inner": {"names": [""], "zz": 1}}', ["inner.depth", "inner.zz"]),
+        ('{"name": "n", "inner": {"depth": 1, "names": ["", 1]}}', ["inner.names[1]"]),
+        ('{"name": "n", "inner": 5}', ["inner"]),
+        ('{"name": 5, "name": "n"}', []),
+        ('{"name": "n"}', []),
+        ("[]", []),
+    ],
+)
+def test_every_bad_field_of_a_body_is_told(body: str, fields: list[str]) -> None:
+    assert [wrong.field for wrong in field_errors(body.encode(), Sent)] == fields
+
+
+def test_every_bad_field_is_told_in_the_words_of_one() -> None:
+    found = {wrong.field: wrong.reason for wrong in field_errors(b'{"size": "huge", "colour": "green", "zz": 1}', Sent)}
+    assert found == {
+        "name": "is missing",
+        "size": "must be one of small, large",
+        "colour": "must be one of red, blue",
+        "zz": "is not a field here; there are colour, inner, name, size",
+    }

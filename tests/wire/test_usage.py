@@ -118,7 +118,14 @@ def test_ndjson_has_one_event_a_line(line: str) -> None:
 
 def test_a_line_that_cannot_be_read_is_named_and_keeps_out_no_other() -> None:
     line = json.dumps(NESTED).encode()
-    bad = (b'{"a":', b'{"task_id": "\xff"}', b"[" * 100_000, b'{"task_id": 5}', b'{"task_id": "\\ud800"}', b"{} {}")
+    bad = (
+        b'{"a":',
+        b'{"task_id": "\xff"}',
+        b"[" * 100_000,
+        json.dumps(single(task_id=5)).encode(),
+        b'{"task_id": "\\ud800"}',
+        b"{} {}",
+    )
     found = decode_events(b"\n".join([line, *bad, b"", line]), "ndjson")
     assert isinstance(found, Events)
     assert found.events == [EVENT, EVENT]
@@ -304,6 +311,31 @@ def test_all_mistakes_of_one_event_are_named_at_once() -> None:
         "action",
         "cost_usd",
     }
+
+
+@pytest.mark.parametrize(
+    ("event", "fields"),
+    [
+        (
+            {"x": 1, "agent": "foo", "metrics": {"tokens_in": -1, "zz": 2}, "cost_usd": "a", "timestamp": "q"},
+            ["x", "metrics.tokens_in", "metrics.zz", "consumer", "agent", "task_id", "timestamp", "cost_usd"],
+        ),
+        ({"x": 1}, ["x", "agent", "consumer", "task_id", "timestamp"]),
+        (single(agent=5, action="-!-"), ["agent", "action"]),
+        ({**FLAT, "agent_id": 5, "consumer_id": 5}, ["agent_id", "consumer_id"]),
+        (single(metrics=5, labels={"a": 5}, cost_usd=-1), ["metrics", "labels.a", "cost_usd"]),
+        (single(metrics={"tokens_in": 1, "tokens_out": 1, "reasoning_tokens": -1}), ["metrics.reasoning_tokens"]),
+        (single(metrics={"tokens_out": -1, "reasoning_tokens": 2}), ["metrics.tokens_out"]),
+        ({str(n): n for n in range(MAX_ERRORS + 1)}, [str(n) for n in range(MAX_ERRORS)]),
+        ({str(n): n for n in range(MAX_ERRORS - 1)}, [*(str(n) for n in range(MAX_ERRORS - 1)), "agent"]),
+    ],
+)
+def test_what_is_missing_or_wrong_by_its_value_is_named_beside_what_is_of_a_wrong_type(
+    event: dict[str, Any], fields: list[str]
+) -> None:
+    assert [name for name, _, _ in errors(event)] == fields
+    among = errors([NESTED, event, NESTED])
+    assert [(name, index) for name, _, index in among] == [(field, 1) for field in fields]
 
 
 @pytest.mark.parametrize(

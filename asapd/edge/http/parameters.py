@@ -7,6 +7,7 @@ import binascii
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,8 +16,8 @@ from quart import Response, request
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import Outcome
-from asapd.wire.mismatch import field_error, why_unreadable
-from asapd.wire.usage import parse_timestamp
+from asapd.wire.mismatch import field_error, field_errors, why_unreadable
+from asapd.wire.usage import MAX_ERRORS, parse_timestamp
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1_000
@@ -246,7 +247,7 @@ def usd_field(amount: Usd, field: str, *, round_up: bool = False) -> int:
 
 
 def decode_body(body: bytes, shape: type[S]) -> S:
-    """A JSON object as a struct; a wrong field is named."""
+    """A JSON object as a struct; each wrong field is named, the first in the detail as well."""
     if not body.strip():
         raise RefusedError(Refusal("malformed", "there is no body: send a JSON object"))
     try:
@@ -257,6 +258,9 @@ def decode_body(body: bytes, shape: type[S]) -> S:
             raise
     except msgspec.ValidationError as error:
         wrong = field_error(error, shape)
-        raise RefusedError(Refusal("invalid", f"{wrong.field} {wrong.reason}", (wrong,))) from None
+        others = (bad for bad in field_errors(body, shape) if bad.field != wrong.field)
+        errors = (wrong, *islice(others, MAX_ERRORS - 1))
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise RefusedError(Refusal("invalid", f"{wrong.field} {wrong.reason}{more}", errors)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(Refusal("malformed", f"the body cannot be read: {why_unreadable(error, body)}")) from None

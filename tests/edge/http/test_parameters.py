@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asapd.edge.http.parameters import RefusedError, decode_body, encode_cursor, page
 from asapd.wire.bodies import zstd
+from asapd.wire.usage import MAX_ERRORS
 from tests.edge.house import NOW, A, B, Edge
 
 
@@ -189,6 +190,20 @@ def test_a_wrong_body_names_its_field(body: bytes, code: str, field: str | None)
         decode_body(body, Sent)
     assert refused.value.refusal.code == code
     assert [error.field for error in refused.value.refusal.errors] == ([] if field is None else [field])
+
+
+def test_every_wrong_field_of_a_body_is_named_and_the_first_is_the_detail() -> None:
+    with pytest.raises(RefusedError) as refused:
+        decode_body(b'{"inner":[1,"b"],"oops":1,"free":{}}', Sent)
+    refusal = refused.value.refusal
+    assert [error.field for error in refusal.errors] == ["inner[1]", "name", "oops"]
+    assert refusal.detail == f"inner[1] {refusal.errors[0].reason} (and 2 more)"
+
+
+def test_the_wrong_fields_named_of_a_body_are_bounded() -> None:
+    with pytest.raises(RefusedError) as refused:
+        decode_body(b"{%b}" % b",".join(b'"%d":1' % n for n in range(2 * MAX_ERRORS)), Sent)
+    assert len(refused.value.refusal.errors) == MAX_ERRORS
 
 
 @given(st.binary())
