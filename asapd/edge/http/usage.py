@@ -21,7 +21,7 @@ from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, 
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.edge.usage_request import DELEGATION_HEADER, UsageRequest, answer
-from asapd.wire.usage import parse_timestamp
+from asapd.wire.usage import CONTROL, parse_timestamp
 
 
 class GroupPlace(msgspec.Struct, frozen=True, array_like=True):
@@ -195,10 +195,9 @@ def _shown(wholeness: Wholeness) -> dict[str, Any]:
 
 def _task_event(sent: TaskStep) -> TaskEvent:
     errors = [
-        FieldError(name, "must have 1 to 256 printable characters")
+        FieldError(name, "must have 1 to 256 characters, none of them a control character")
         for name in ("task_id", "consumer", "parent_task_id")
-        if getattr(sent, name) is not None
-        and not (1 <= len(getattr(sent, name)) <= 256 and getattr(sent, name).isprintable())
+        if (text := getattr(sent, name)) is not None and (not 1 <= len(text) <= 256 or CONTROL.search(text))
     ]
     if not AGENT_URN.match(sent.agent):
         errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))

@@ -355,10 +355,18 @@ async def test_a_task_is_recorded_and_ends_once(edge: Edge) -> None:
     assert (await edge.post("/tasks", task, key="own")).refused(403)["code"] == "forbidden"
 
 
+async def test_a_task_may_be_called_whatever_usage_may_call_it(edge: Edge) -> None:
+    names = {"task_id": "t\u00a01", "consumer": "Kost\u00e9 \u2028 \u00ad 1", "parent_task_id": "p\u00a0"}
+    (await edge.post("/usage", event(**names))).ok(201)
+    (await edge.post("/tasks", {**names, "agent": A, "state": "started", "timestamp": NOW})).ok(201)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"task_id": ""}, "task_id"),
+        ({"task_id": "x" * 257}, "task_id"),
+        ({"parent_task_id": "a\x9b"}, "parent_task_id"),
         ({"consumer": "a\nb"}, "consumer"),
         ({"agent": "x"}, "agent"),
         ({"timestamp": "never"}, "timestamp"),
