@@ -120,7 +120,7 @@ OPERATIONS = (
             **USAGE,
             **formats("ndjson", "json", "csv", "parquet"),
             "after": {**NUMBER, "description": "seq of the last row that is known"},
-            "through": {**NUMBER, "description": "seq of the last row that is wanted"},
+            "through": {**NUMBER, "description": "seq of the last row that is wanted, 0 for none"},
         },
     ),
     Operation(

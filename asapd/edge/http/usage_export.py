@@ -41,12 +41,12 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
         filters = usage_filters(parameters)
-        through = parameters.number("through", 0, 1, _MOST)
+        through = parameters.number("through", _MOST, 0, _MOST)
         after_seq = parameters.number("after", 0, 1, _MOST)
         parameters.done()
         after = await _position(services, caller, after_seq)
-        newest = await services.reads.usage.snapshot(caller)
-        through = min(through, newest) if through else newest
+        # 0 where the caller may see no row: who goes on with that gets none, as in the first reply.
+        through = min(through, await services.reads.usage.snapshot(caller))
         form = Csv(COLUMNS, goes_on=True) if after and name == "csv" else _format(name)
         export = Export(services, caller, filters, through, form, PARQUET_PAGE if name == "parquet" else PAGE)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said

@@ -66,6 +66,15 @@ async def test_a_void_takes_an_event_out_once(edge: Edge) -> None:
     assert [(row["id"], row["tokens_in"], row["voids"]) for row in rows][2] == (voided["id"], -10, "e/1")
 
 
+async def test_an_export_of_nothing_can_be_gone_on_with(edge: Edge) -> None:
+    empty = await edge.get("/usage/export")
+    assert (empty.body, empty.headers["asapd-snapshot"]) == (b"", "0")
+    await edge.post("/usage", event())
+    again = await edge.get("/usage/export?through=0")
+    assert (again.body, again.headers["asapd-snapshot"]) == (b"", "0")
+    assert (await edge.get("/usage/export?through=-1")).refused(400)["errors"][0]["field"] == "through"
+
+
 async def test_an_id_that_several_sources_used_has_to_be_told_apart(edge: Edge) -> None:
     await edge.post("/usage", [event("e1", source="x"), event("e1", source="y")])
     assert (await edge.post("/usage/e1/void", {"reason": "r"})).refused(409)["code"] == "usage_ambiguous"
