@@ -92,9 +92,7 @@ def _public(connection: apsw.Connection, rule: Rule, now_us: int) -> dict[str, A
         "events": balance.events,
         "unpriced_events": balance.unpriced,
         "limit_reached": None if level is None else level.level.name.lower(),
-        "burn_rate_per_hour": _amounts(
-            budget, {unit: None if rate is None else round(rate) for unit, rate in rates.items()}
-        ),
+        "burn_rate_per_hour": {unit: _rate(budget, unit, rate) for unit, rate in rates.items()},
         "forecast": {
             unit: _forecast(unit, forecast(balance.spent(unit), _limit(budget, unit), start_us, end_us, now_us))
             for unit in _UNITS
@@ -139,6 +137,13 @@ def _amounts(budget: Budget, amounts: dict[BudgetUnit, int | None]) -> dict[str,
 
 def _amount(unit: BudgetUnit, amount: int | None) -> Any:
     return None if amount is None else amount_value(unit, amount)
+
+
+def _rate(budget: Budget, unit: BudgetUnit, rate: float | None) -> Any:
+    """Money to the micro-dollar; counts with their fraction, as a few tasks a day would be none an hour."""
+    if rate is None or (unit == "tasks" and not budget.counts_tasks):
+        return None
+    return amount_value(unit, round(rate)) if unit == "usd" else round(rate, 6)
 
 
 def _forecast(unit: BudgetUnit, found: Forecast | None) -> dict[str, Any] | None:

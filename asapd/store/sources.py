@@ -158,7 +158,7 @@ def _public(
     first: int | None,
     last: int | None,
 ) -> dict[str, Any]:
-    shown = {"agent_id": agent, "source": source, "events": events, "resent": resent}
+    shown = {"agent_id": agent, "source": source or None, "events": events, "resent": resent}
     if first is None or last is None:
         return {**shown, "seq": None, "drift_percent": None}
     # Newest first: a gap that opens now is what somebody looks for.

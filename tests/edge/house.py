@@ -181,9 +181,9 @@ class Edge:
         if key is not None:
             sent.setdefault("Authorization", f"Bearer {self.keys.get(key, key)}")
         data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
-        response = await app.test_client().open(
-            path, method=method, data=data, headers=sent, scope_base={"asapd": door or {"door": "http"}}
-        )
+        # The path as it was sent, which the server has and the test client forgets.
+        scope = {"asapd": door or {"door": "http"}, "raw_path": path.partition("?")[0].encode()}
+        response = await app.test_client().open(path, method=method, data=data, headers=sent, scope_base=scope)
         raw = await response.get_data(as_text=False)
         return Reply(response.status_code, {name.lower(): value for name, value in response.headers.items()}, raw)
 

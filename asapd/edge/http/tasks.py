@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 
 from asapd.actors.reads import STATES
-from asapd.core.access import Permission
+from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, page
@@ -37,14 +37,19 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_task(task: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
-        found = await services.reads.usage.task(caller, task)
-        if found is None:
-            return refuse(Refusal("task_not_found", f"nothing is known of task {task}: check the id"))
-        return reply(found)
+        return await shown(caller, task)
 
     @app.get("/tasks/<path:task>/receipt")
     async def get_receipt(task: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
+        if request.scope["raw_path"].lower().endswith(b"%2freceipt"):  # a slash of the id: a task that is called so
+            return await shown(caller, f"{task}/receipt")
         found = await services.receipts.receipt(caller, task)
         return refuse(found) if isinstance(found, Refusal) else Response(found, content_type="application/json")
+
+    async def shown(caller: Caller, task: str) -> Response:
+        found = await services.reads.usage.task(caller, task)
+        if found is None:
+            return refuse(Refusal("task_not_found", f"nothing is known of task {task}: check the id"))
+        return reply(found)

@@ -48,7 +48,7 @@ async def test_a_budget_shows_its_limits_and_what_is_left(host: Edge) -> None:
     assert row["spent"] == {"usd": Decimal("0.4"), "tokens": 120, "tasks": 1}
     assert row["reserved"] == {"usd": 0, "tokens": 0, "tasks": 0}
     assert row["remaining"] == {"usd": Decimal("0.6"), "tokens": 880, "tasks": 2}
-    assert row["burn_rate_per_hour"] == {"usd": Decimal("0.05"), "tokens": 15, "tasks": 0}
+    assert row["burn_rate_per_hour"] == {"usd": Decimal("0.05"), "tokens": 15, "tasks": 0.125}
     assert row["forecast"]["usd"]["exhausted_at"] == "2027-01-15T20:00:00.000000Z"
     assert row["spike"]["usd"] is None
     assert row["open_breach"] is None

@@ -48,6 +48,16 @@ async def receipt(edge: Edge, task: str = "t", **options: Any) -> dict[str, Any]
     return document
 
 
+async def test_a_task_that_is_called_as_if_it_were_a_receipt_can_be_read(edge: Edge) -> None:
+    await edge.post("/usage", [event("a", 0), event("a/receipt", 0)])
+    for path in ("/tasks/a%2Freceipt", "/tasks/a%2freceipt"):
+        assert (await edge.get(path)).ok()["task_id"] == "a/receipt"
+    assert (await receipt(edge, "a"))["task_id"] == "a"
+    for path in ("a%2Freceipt", "a/receipt"):
+        assert (await receipt(edge, path))["task_id"] == "a/receipt"
+    assert (await edge.get("/tasks/b%2Freceipt")).refused(404)["code"] == "task_not_found"
+
+
 async def test_a_receipt_adds_up_to_what_is_stored_and_verifies(edge: Edge) -> None:
     await fill(edge)
     document = await receipt(edge)

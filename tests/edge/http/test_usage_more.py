@@ -50,6 +50,12 @@ async def test_sources_show_what_is_missing(edge: Edge) -> None:
     assert (await edge.get("/usage/sources", key="reader-c")).ok()["data"] == []
 
 
+async def test_no_source_is_null_wherever_it_is_shown(edge: Edge) -> None:
+    await edge.post("/usage", event("e1"))
+    for path in ("/usage", "/usage/export?format=json", "/usage/sources", "/usage/sources?source="):
+        assert [row["source"] for row in (await edge.get(path)).ok()["data"]] == [None], path
+
+
 async def test_a_void_takes_an_event_out_once(edge: Edge) -> None:
     await edge.post("/usage", [event("e/1"), event("e2")])
     reason = {"reason": "sent by a test"}
