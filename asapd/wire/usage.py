@@ -41,6 +41,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LINE = re.compile(rb"\S[^\r\n]*")
 _EPOCH_MS_ABOVE = 10**11
 """An epoch above this is in milliseconds."""
+_NO_TIME = "must be a date and time such as 2026-11-20T09:00:01Z"
+_LEAP_SECOND = "must not be in second 60, a leap second, which asapd does not count: send second 59 instead"
 
 
 class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -399,13 +401,14 @@ def parse_timestamp(value: str | float) -> int:
         ValueError: with a reason for the client.
     """
     if isinstance(value, str):
-        if len(value) < 16 or value[10] not in "Tt ":
-            raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z")
         try:
+            # Python takes more than RFC 3339: dates by the week, any separator, hours and minutes without a colon.
+            if value[13] != ":" or value[10] not in "Tt " or value[7] != "-":
+                raise ValueError
             # RFC 3339 allows a small z, which Python does not read.
             return datetime_us(datetime.fromisoformat(value[:-1] + "Z" if value[-1] == "z" else value))
-        except (ValueError, OverflowError):
-            raise ValueError("must be a date and time such as 2026-11-20T09:00:01Z") from None
+        except (ValueError, OverflowError, IndexError):
+            raise ValueError(_LEAP_SECOND if value[16:19] == ":60" else _NO_TIME) from None
     if not 0 <= value <= 253_402_300_799_000:
         raise ValueError("must be an epoch between 1970 and 9999")
     if value > _EPOCH_MS_ABOVE:

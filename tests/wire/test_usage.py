@@ -455,6 +455,36 @@ def test_what_is_no_time_is_refused_with_a_reason(value: str | float) -> None:
         parse_timestamp(value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2026-W47-5T09:00:00Z",
+        "2026-W47-5 09:00:00",
+        "2026-11-20T090000Z",
+        "2026-11-20T0900Z....",
+        "2026-11-20T09",
+        "2026-11-20T09Z",
+        "2026-11-20T09:",
+        "20261120T09:00:00Z",
+        "2026-11-20_09:00:00Z",
+    ],
+)
+def test_other_forms_of_times_than_those_of_rfc_3339_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match="must be a date and time such as"):
+        parse_timestamp(value)
+
+
+@pytest.mark.parametrize("value", ["2026-11-20T09:00", "2026-11-20T09:00Z", "2026-11-20T10:00:00,000+0100"])
+def test_seconds_may_be_left_out_and_fractions_and_offsets_be_those_of_iso_8601(value: str) -> None:
+    assert parse_timestamp(value) == 1_795_165_200_000_000
+
+
+@pytest.mark.parametrize("value", ["2026-06-30T23:59:60Z", "2026-07-01T05:29:60.5+05:30"])
+def test_a_leap_second_is_refused_as_what_it_is(value: str) -> None:
+    with pytest.raises(ValueError, match=r"leap second.*send second 59"):
+        parse_timestamp(value)
+
+
 @given(st.text(max_size=40) | st.integers() | st.floats())
 def test_reading_a_time_raises_nothing_else(value: str | float) -> None:
     try:
