@@ -123,7 +123,7 @@ def _reserve(tx: Tx, unit: Reserve, found: _Path) -> Reserved:
             raise RefuseError(AuthorizationDenied(denied, remaining(path)))
         case MissingEstimate(account_id=limited):
             field = FieldError("estimate.cost_usd", f"is needed, because delegation {limited} limits cost")
-            raise RefuseError(Refusal("missing_estimate", "an estimate is missing: add it", (field,)))
+            raise RefuseError(Refusal("missing_estimate", f"{field.field} {field.reason}: add it", (field,)))
         case None:
             pass
         case never:

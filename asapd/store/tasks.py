@@ -61,6 +61,14 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
         told = (task.state, task.timestamp_us, task.error, task.parent_task_id)
         if (known.state, known.timestamp_us, known.error, known.parent) == told and _is_of(known, task):
             return RowWritten(known.seq)
+        if known.state == "abandoned":
+            raise RefuseError(
+                _conflict(
+                    f"task {task.task_id} was given up: nothing was heard of it for metering.task_timeout",
+                    "report the end under another task_id, and lengthen that setting if tasks take so long, "
+                    "or report partial usage meanwhile",
+                )
+            )
         raise RefuseError(
             _conflict(
                 f"task {task.task_id} is already {known.state}, at another time or in another way",

@@ -12,8 +12,22 @@ import msgspec
 
 from asapd.core.errors import FieldError
 
-_WORDS = {"Expected": "must be", "`": "", ", got": ", not"}
-_WORDING = re.compile("|".join(map(re.escape, _WORDS)))
+_EXPECTED = re.compile(
+    r"Expected `(?P<kinds>[^`]*)`(?: of length (?P<size>[<>]=) (?P<length>\d+)| (?P<bound>[<>]=) (?P<number>\S+))?"
+    r"(?:, got `(?P<got>[^`]*)`)?"
+)
+_KINDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "object": "an object",
+    "array": "an array",
+}
+# Whole numbers of more than 64 bits are read as floats.
+_GOT = {"int": "a number", "float": "a fraction or a number beyond 64 bits"}
+_PARTS = {"str": "character", "object": "entry", "array": "entry"}
+_BOUNDS = {"<=": "at most", ">=": "at least"}
 _FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`\Z", re.DOTALL)
 
 # Half of a pair, with less behind it than the other half would have: the reader takes that for a cut.
@@ -41,7 +55,24 @@ def reason_of(error: msgspec.ValidationError, wanted: object) -> str:
     words = _words(wanted)
     if words and str(error).startswith("Invalid enum value"):
         return f"must be one of {', '.join(words)}"
-    return _WORDING.sub(lambda found: _WORDS[found[0]], str(error).partition(" - at ")[0]).strip()
+    text = str(error).partition(" - at ")[0]
+    found = _EXPECTED.fullmatch(text)
+    return text.replace("Expected", "must be").replace("`", "") if found is None else _in_words(found)
+
+
+def _in_words(found: re.Match[str]) -> str:
+    kinds = found["kinds"].split(" | ")
+    if found["size"]:
+        part = _PARTS.get(kinds[0], "byte")
+        parts = part if found["length"] == "1" else f"{part.removesuffix('y')}ies" if part[-1] == "y" else f"{part}s"
+        return f"must have {_BOUNDS[found['size']]} {found['length']} {parts}"
+    if "float" in kinds and "int" in kinds:
+        kinds.remove("int")
+    *before, last = [_KINDS.get(kind, kind) for kind in kinds]
+    wanted = f"{', '.join(before)} or {last}" if before else last
+    bound = f", {_BOUNDS[found['bound']]} {found['number']}" if found["bound"] else ""
+    got = _GOT.get(found["got"], _KINDS.get(found["got"], found["got"]))
+    return f"must be {wanted}{bound}" + (f", not {got}" if got else "")
 
 
 def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct], within: str = "") -> FieldError:

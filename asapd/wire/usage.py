@@ -33,6 +33,7 @@ BodyFormat = Literal["json", "ndjson", "msgpack"]
 _Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Short = Annotated[str, Meta(max_length=128)]
+_Time = str | int | float
 _Label = Annotated[str, Meta(max_length=256)]
 _LabelName = Annotated[str, Meta(min_length=1, max_length=256)]
 _MAX_LABELS = 16
@@ -66,7 +67,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     agent_id: _Name | None = None
     consumer: _Name | None = None
     consumer_id: _Name | None = None
-    timestamp: str | int | float | None = None
+    timestamp: _Time | None = None
     metrics: WireMetrics | None = None
     tokens_in: _Count = 0
     tokens_out: _Count = 0
@@ -530,10 +531,10 @@ def _types_of(shape: type[msgspec.Struct]) -> dict[Any, Any]:
     return {field.name: field.type for field in msgspec.structs.fields(shape)}
 
 
-_EVENT_TYPES = _types_of(WireEvent)
+_REQUIRED = {**dict.fromkeys(("task_id", "agent", "agent_id", "consumer", "consumer_id"), _Name), "timestamp": _Time}
+"""Fields that may be null as far as their types in `WireEvent` go, and are missing then."""
+_EVENT_TYPES = {**_types_of(WireEvent), **_REQUIRED}
 _METRICS_TYPES = _types_of(WireMetrics)
-_REQUIRED = frozenset(("task_id", "agent", "agent_id", "consumer", "consumer_id", "timestamp"))
-"""Fields that may be null as far as their types go, and are missing then."""
 
 
 def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Iterator[FieldError]:
@@ -545,10 +546,10 @@ def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Ite
             yield from _bad_fields(value, _METRICS_TYPES, "metrics.")
         elif name == "labels" and isinstance(value, dict) and len(value) <= _MAX_LABELS:
             yield from _bad_labels(value)
-        else:
+        elif not (value is None and name in _REQUIRED):
             reason = _mismatch(value, types[name])
             if reason is not None:
-                yield FieldError(f"{prefix}{name}", reason.replace(" | null", "") if name in _REQUIRED else reason)
+                yield FieldError(f"{prefix}{name}", reason)
 
 
 def _bad_labels(labels: dict[Any, Any]) -> Iterator[FieldError]:

@@ -155,6 +155,7 @@ def test_a_missing_cost_is_named_where_an_account_limits_cost(ledger: Ledger) ->
     refusal = ledger.reserve(ROOT, cost=None)
     assert code(refusal) == "missing_estimate"
     assert refusal.errors[0].field == "estimate.cost_usd"
+    assert refusal.detail == "estimate.cost_usd is needed, because delegation root limits cost: add it"
     assert isinstance(ledger.reserve(link("free"), cost=None), Reserved)
 
 

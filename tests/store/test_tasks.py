@@ -57,7 +57,8 @@ def test_a_task_of_which_nothing_is_heard_is_abandoned_once(writer: Writer, conn
     assert (entry["subject"], entry["details"]["started_us"]) == ("t", NOW_US)
     late = step(writer, replace(STARTED, state="completed", timestamp_us=NOW_US + 7))
     assert isinstance(late, Refusal)
-    assert "already abandoned" in late.detail
+    assert "was given up: nothing was heard of it for metering.task_timeout" in late.detail
+    assert "report partial usage meanwhile" in late.detail
 
 
 def test_a_task_that_ended_is_not_abandoned_in_whatever_order_it_was_told(

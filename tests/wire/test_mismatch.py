@@ -39,12 +39,12 @@ class Sent(msgspec.Struct, forbid_unknown_fields=True):
         ('{"name": "n", "inner": {"depth": 1, "a` - at `$.b": 2}}', "inner.a` - at `$.b", "is not a field here"),
         ('{"name": "n", "inner": {}}', "inner.depth", "is missing"),
         ('{"name": "n", "inner": {"depth": 1, "zz": 2}}', "inner.zz", "is not a field here"),
-        ('{"name": "n", "inner": {"depth": 1, "names": [1]}}', "inner.names[0]", "must be str, not int"),
+        ('{"name": "n", "inner": {"depth": 1, "names": [1]}}', "inner.names[0]", "must be text, not a number"),
         ('{"name": "n", "colour": "green"}', "colour", "must be one of red, blue"),
         ('{"name": "n", "size": "huge"}', "size", "must be one of small, large"),
-        ('{"name": "n", "colour": 1}', "colour", "must be str, not int"),
-        ('{"name": ""}', "name", "must be str of length >= 1"),
-        ("[]", "body", "must be object, not array"),
+        ('{"name": "n", "colour": 1}', "colour", "must be text, not a number"),
+        ('{"name": ""}', "name", "must have at least 1 character"),
+        ("[]", "body", "must be an object, not an array"),
     ],
 )
 def test_the_field_and_the_reason_are_told(body: str, field: str, reason: str) -> None:
