@@ -22,7 +22,7 @@ _REFUSALS = {
     400: Refusal("malformed", "This is not a well-formed HTTP/1.1 request."),
     403: Refusal("forbidden", "The WebSocket was refused."),
     408: Refusal("request_timeout", "The request did not arrive in time: send it again, without pauses."),
-    413: Refusal("too_large", "The body is over the limit: send smaller batches."),
+    413: Refusal("too_large", "The body is over the limit of {limit}: send smaller batches."),
     431: Refusal("headers_too_large", "The request line and headers are over the limit."),
     500: Refusal("internal", "The request failed inside the daemon; its log says why."),
     501: Refusal(
@@ -40,12 +40,16 @@ class Asked(msgspec.Struct, frozen=True):
     content_type: str
 
 
-def refusal_response(status: int, asked: Asked | None = None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def refusal_response(
+    status: int, asked: Asked | None = None, limit: str = "http.max_body"
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, headers and body: a problem document, for exporters of OpenTelemetry what those understand.
 
-    What would be too large to report is the verdict of a validation.
+    What would be too large to report is the verdict of a validation. `limit` is what a body is over.
     """
     refusal = _REFUSALS.get(status, _REFUSALS[400])
+    if status == 413:
+        refusal = Refusal(refusal.code, refusal.detail.format(limit=limit))
     content_type, body = PROBLEM_JSON, encode_json(problem(refusal, status=status))
     if asked is not None and asked.path in OTLP_PATHS:
         content_type, body = otlp_error(refusal.code, refusal.detail, asked.content_type)

@@ -78,6 +78,8 @@ class _Http(HTTPStream):
 
     body_bytes = 0
     max_body_bytes = 0
+    limit = ""
+    """What `max_body_bytes` is in words."""
 
     async def handle(self, event: stream_events.Event) -> None:
         if isinstance(event, stream_events.Body) and not self.closed:
@@ -91,7 +93,7 @@ class _Http(HTTPStream):
 
     async def _send_error_response(self, status_code: int) -> None:
         asked = _asked(self.scope["path"].encode(), self.scope["headers"])
-        status_code, headers, body = refusal_response(status_code, asked)
+        status_code, headers, body = refusal_response(status_code, asked, self.limit)
         await self.send(stream_events.Response(stream_id=STREAM_ID, headers=headers, status_code=status_code))
         if self.scope["method"] != "HEAD":
             await self.send(stream_events.Body(stream_id=STREAM_ID, data=body))
@@ -232,7 +234,9 @@ class Http11(H11Protocol):
     async def _send_error_response(self, status_code: int) -> None:
         request = self._request
         status_code, headers, body = refusal_response(
-            status_code, None if request is None else _asked(request.target, request.headers)
+            status_code,
+            None if request is None else _asked(request.target, request.headers),
+            "" if request is None else self._limit(self._limit_bytes(request)),
         )
         headers += self.config.response_headers("h11")
         without_body = request is not None and request.method == b"HEAD"
@@ -266,6 +270,7 @@ class Http11(H11Protocol):
             self.stream = stream = _Http(*arguments, self.stream_send, STREAM_ID)
             limit_bytes = self._limit_bytes(request)
             stream.max_body_bytes = limit_bytes if self._held_bytes else min(self._max_body_bytes, limit_bytes)
+            stream.limit = self._limit(stream.max_body_bytes)
         await self.stream.handle(
             stream_events.Request(
                 stream_id=STREAM_ID,
@@ -291,6 +296,11 @@ class Http11(H11Protocol):
         if b"content-length" in headers and b"transfer-encoding" in headers:
             return 400
         return 413 if _length_bytes(request) > self._limit_bytes(request) else None
+
+    def _limit(self, limit_bytes: int) -> str:
+        """A limit with its setting, which for exports may be one of their own."""
+        setting = "http.max_body" if limit_bytes == self._max_body_bytes else "metering.otlp.max_body"
+        return f"{limit_bytes} bytes ({setting})"
 
     def _limit_bytes(self, request: h11.Request) -> int:
         large = self._large_bodies

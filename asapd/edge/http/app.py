@@ -93,7 +93,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
 
     class _Request(TrioRequest):
         def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
-            options["max_content_length"] = body_limit(services.settings(), path)
+            options["max_content_length"], _ = body_limit(services.settings(), path)
             super().__init__(method, scheme, path, *rest, **options)
 
     app.request_class = _Request
@@ -150,8 +150,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     async def refused_by_framework(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 413:
-            limit = body_limit(services.settings(), request.path)
-            return refuse(Refusal("too_large", f"a body may have {limit} bytes: send it in parts"))
+            limit, setting = body_limit(services.settings(), request.path)
+            return refuse(Refusal("too_large", f"a body may have {limit} bytes ({setting}): send it in parts"))
         code = _STATUS_CODES.get(status, "malformed" if status < 500 else "internal")
         if isinstance(error, NotFound):
             return refuse(Refusal(code, f"nothing is served at {request.path}: /docs lists what is"), status)

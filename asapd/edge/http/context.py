@@ -44,9 +44,11 @@ def require_everything(permission: Permission) -> Caller:
     return caller
 
 
-def body_limit(settings: config.Config, path: str) -> int:
-    """The most bytes of a request's body, as it comes and unpacked."""
-    return settings.metering.otlp.max_body_bytes if path.rstrip("/") in OTLP_PATHS else settings.http.max_body_bytes
+def body_limit(settings: config.Config, path: str) -> tuple[int, str]:
+    """The most bytes of a request's body, as it comes and unpacked, and the setting that says so."""
+    if path.rstrip("/") in OTLP_PATHS:
+        return settings.metering.otlp.max_body_bytes, "metering.otlp.max_body"
+    return settings.http.max_body_bytes, "http.max_body"
 
 
 async def raw_body() -> bytes:

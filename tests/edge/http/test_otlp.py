@@ -725,7 +725,10 @@ async def test_large_exports_take_room_from_their_first_byte_to_their_answer(edg
         assert (await exported(port, large + body)).startswith(b"HTTP/1.1 200")
         assert room.free_bytes == len(body)
         chunked = post + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b" % (len(body), body)
-        assert (await exported(port, chunked)).startswith(b"HTTP/1.1 413")
+        assert b"is over the limit of 8388608 bytes (http.max_body)" in await exported(port, chunked)
+        over = await exported(port, post + b"content-length: 99999999\r\n\r\n")
+        assert over.startswith(b"HTTP/1.1 413")
+        assert b"is over the limit of 16777216 bytes (metering.otlp.max_body)" in over
         usage = large.replace(b"/v1/traces", b"/usage")
         assert (await exported(port, usage)).startswith(b"HTTP/1.1 413")
     assert (await edge.get("/usage/summary")).ok()["total_api_calls"] == 512
