@@ -355,6 +355,18 @@ async def test_a_task_is_recorded_and_ends_once(edge: Edge) -> None:
     assert (await edge.post("/tasks", task, key="own")).refused(403)["code"] == "forbidden"
 
 
+async def test_every_wrong_or_missing_field_of_a_step_is_named(edge: Edge) -> None:
+    refused = (await edge.post("/tasks", {"task_id": "x", "error": 5})).refused(422)
+    assert {error["field"] for error in refused["errors"]} == {"agent", "consumer", "state", "timestamp", "error"}
+
+
+@pytest.mark.parametrize("path", ["/usage", "/usage/validate"])
+async def test_every_wrong_or_missing_field_of_an_event_is_named(edge: Edge, path: str) -> None:
+    answer = await edge.post(path, {"x": 1, "agent": "foo"})
+    fields = [error["field"] for error in answer.json["errors"]]
+    assert fields == ["x", "consumer", "agent", "task_id", "timestamp"]
+
+
 async def test_a_task_may_be_called_whatever_usage_may_call_it(edge: Edge) -> None:
     names = {"task_id": "t\u00a01", "consumer": "Kost\u00e9 \u2028 \u00ad 1", "parent_task_id": "p\u00a0"}
     (await edge.post("/usage", event(**names))).ok(201)
