@@ -266,15 +266,15 @@ class FastLane:
 async def _outcome(services: Services, caller: Caller, request: UsageRequest) -> Outcome:
     if request.path != AUTHORIZE:
         return await answer(services, caller, request, patient=True)
-    body = _decision(services, request)
+    body = await _decision(services, request)
     if isinstance(body, Refusal):
         return body
     key = request.headers.get("idempotency-key")
     return await authorize(services, caller, body, key, request.query, patient=True)
 
 
-def _decision(services: Services, request: UsageRequest) -> bytes | Refusal:
+async def _decision(services: Services, request: UsageRequest) -> bytes | Refusal:
     """The body of a request for an authorisation."""
     headers = request.headers
     limit = services.settings().http.max_body_bytes
-    return json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)
+    return await json_body(headers.get("content-type"), headers.get("content-encoding"), request.body, limit)

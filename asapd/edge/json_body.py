@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from asapd.core.errors import Refusal
-from asapd.wire.bodies import unpack
+from asapd.edge.unpacking import unpack_beside
 
 _JSON = "application/json"
 _UTF_8 = frozenset(("utf-8", "utf8", "us-ascii", "ascii"))
 """What JSON may be said to be in: ASCII is UTF-8 as well."""
 
 
-def json_body(content_type: str | None, content_encoding: str | None, body: bytes, max_bytes: int) -> bytes | Refusal:
+async def json_body(
+    content_type: str | None, content_encoding: str | None, body: bytes, max_bytes: int
+) -> bytes | Refusal:
     """The JSON of a request, unpacked to at most `max_bytes`; JSON is what a body without a content type is taken for.
 
     Another type is refused, also because a page of another origin can send a few of those without asking first. What
@@ -20,7 +22,7 @@ def json_body(content_type: str | None, content_encoding: str | None, body: byte
         return body
     if _kind(content_type) != _JSON:
         return Refusal("unsupported_media_type", f"{_kind(content_type)} is not taken here: send {_JSON}")
-    return foreign_charset(content_type) or unpack(body, content_encoding, max_bytes)
+    return foreign_charset(content_type) or await unpack_beside(body, content_encoding, max_bytes)
 
 
 def is_json(content_type: str | None) -> bool:

@@ -16,7 +16,7 @@ from asapd.edge.http.parameters import Parameters, RefusedError
 from asapd.edge.json_body import foreign_charset
 from asapd.edge.reporting import BinaryEvent, Written, attribute, report, report_nowait, validate
 from asapd.edge.services import Services
-from asapd.wire.bodies import unpack
+from asapd.edge.unpacking import unpack_beside
 from asapd.wire.cloudevents import BATCH_TYPE, HEADERS, STRUCTURED_TYPE, is_binary
 
 PATHS: Final = ("/usage", "/usage/batch", "/usage/validate")
@@ -81,7 +81,8 @@ async def answer(
         except RefusedError as error:
             return error.refusal
     written = written_as(request.headers)
-    body = unpack(request.body, request.headers.get("content-encoding"), services.settings().http.max_body_bytes)
+    most_bytes = services.settings().http.max_body_bytes
+    body = await unpack_beside(request.body, request.headers.get("content-encoding"), most_bytes)
     for unread in (written, body):
         if isinstance(unread, Refusal):
             # A validation always has an answer, which may be that nothing could be read.

@@ -83,7 +83,7 @@ async def sent_json(*, optional: bool = False) -> bytes:
     headers, sent = request.headers, await raw_body()
     if optional and not sent:
         return b"{}"
-    body = json_body(headers.get("Content-Type"), headers.get("Content-Encoding"), sent, limit)
+    body = await json_body(headers.get("Content-Type"), headers.get("Content-Encoding"), sent, limit)
     if isinstance(body, Refusal):
         raise RefusedError(body)
     return body

@@ -23,6 +23,7 @@ from asapd.edge.http.context import raw_body, require
 from asapd.edge.http.parameters import RefusedError
 from asapd.edge.json_body import foreign_charset
 from asapd.edge.services import Services
+from asapd.edge.unpacking import INLINE_BYTES
 from asapd.wire.bodies import unpack
 from asapd.wire.otlp import (
     CONTENT_TYPES,
@@ -38,8 +39,6 @@ from asapd.wire.problem import PROBLEM_JSON
 
 T = TypeVar("T")
 
-# A body of this size is decoded in about a millisecond; a hop into a thread costs a tenth of that.
-INLINE_BYTES: Final = 16_384
 # What unpacks to more is decoded one at a time: such a body may take many times its size.
 LARGE_BYTES: Final = 1_048_576
 # The decoders hold the GIL, so more at once would only take turns; the large one beside it is not waited for.
@@ -81,11 +80,16 @@ def register(app: QuartTrio, services: Services) -> None:
             return plain if isinstance(plain, Refusal) else decoder(plain, encoding, names)
 
         # Nobody knows what a body unpacks to before it has: it is tried as a small one first, for a part of the price.
-        decoded = within(INLINE_BYTES)
-        if _is_larger(decoded, INLINE_BYTES, most_bytes):
-            decoded = await trio.to_thread.run_sync(within, LARGE_BYTES, limiter=threads)
-        if _is_larger(decoded, LARGE_BYTES, most_bytes):
-            decoded = await trio.to_thread.run_sync(within, most_bytes, limiter=large)
+        # That of much that is packed is high even where it is nothing that it unpacks to.
+        for bound_bytes, limiter in ((INLINE_BYTES, None), (LARGE_BYTES, threads), (most_bytes, large)):
+            if bound_bytes < most_bytes and len(body) > bound_bytes:
+                continue
+            if limiter is None:
+                decoded = within(bound_bytes)
+            else:
+                decoded = await trio.to_thread.run_sync(within, bound_bytes, limiter=limiter)
+            if not _is_larger(decoded, bound_bytes, most_bytes):
+                break
         if isinstance(decoded, Refusal):
             raise RefusedError(decoded)
         return decoded, encoding

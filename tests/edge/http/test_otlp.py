@@ -36,8 +36,8 @@ from asapd.actors.messages import ReconfigureMeter
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
-from asapd.edge.http.otlp import INLINE_BYTES
 from asapd.edge.large_bodies import LargeBodies
+from asapd.edge.unpacking import INLINE_BYTES
 from asapd.runtime.ask import ask
 from asapd.runtime.room import Room
 from asapd.store.units.usage import RecordTelemetry
