@@ -115,7 +115,8 @@ class Limits(_Section):
     """Bounds against exhaustion."""
 
     max_connections: int = Field(default=4096, ge=1, le=1_000_000)
-    # Room for eight bodies of the largest size at once; those of up to 64 KiB need none.
+    # Half of it is room for four reports of the largest size at once, where those of up to 64 KiB need none; the other
+    # half for two exports.
     max_buffered_bytes: Size = Field(default=64 * 2**20, alias="max_buffered")
     rate_per_key: Annotated[Rate, PlainValidator(values.read_rate)] | None = None
     rate_burst: int = Field(default=100, ge=1, le=1_000_000)

@@ -40,7 +40,10 @@ class Serving:
     ) -> None:
         self._max_body_bytes = settings.http.max_body_bytes
         self._max_connections = max_connections
-        self._room = Room(settings.limits.max_buffered_bytes)
+        # Reports may wait for reports, and exports for exports, which are larger and come more slowly.
+        exports_bytes = settings.limits.max_buffered_bytes // 2
+        self._exports = Room(max(1, exports_bytes))
+        self._room = Room(settings.limits.max_buffered_bytes - exports_bytes)
         self._log = log
         self._doors = Doors(settings, runtime_dir, environ)
         self._server: HttpServer | None = None
@@ -74,7 +77,7 @@ class Serving:
             max_connections=self._max_connections,
             limits=limits,
             grace_s=GRACE_S,
-            large_bodies=LargeBodies(lambda: services.settings().metering.otlp.max_body_bytes, self._room),
+            large_bodies=LargeBodies(lambda: services.settings().metering.otlp.max_body_bytes, self._exports),
             log=self._log.getChild("http"),
         )
         with contextlib.closing(self._doors):

@@ -283,7 +283,8 @@ class HttpConnection:
                     return trio.current_time() + limits.silence_s
                 # Also of who broke off their body, and is being answered all the same.
                 if connection.their_state in {h11.SEND_BODY, h11.ERROR}:
-                    return min(self._phase_since + limits.body_s, trio.current_time() + limits.body_idle_s)
+                    body_s = min(limits.body_s, self._protocol.body_s)
+                    return min(self._phase_since + body_s, trio.current_time() + limits.body_idle_s)
                 return inf
 
     def _enter(self, phase: Phase) -> None:

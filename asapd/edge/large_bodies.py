@@ -20,6 +20,8 @@ class LargeBodies(msgspec.Struct, frozen=True):
     max_bytes: Callable[[], int]
     room: Room
     wait_s: float = 15.0
+    least_bytes_per_s: int = 1_048_576
+    """How fast a body has to come behind its first `wait_s`: others wait for its room, exporters wait for less."""
 
 
 def is_export(target: bytes) -> bool:

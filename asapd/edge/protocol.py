@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from math import inf
 from typing import Any, cast
 
 import h11
@@ -179,6 +180,8 @@ class Http11(H11Protocol):
         self._max_body_bytes = max_body_bytes
         self._large_bodies = large_bodies
         self._held_bytes = 0
+        self.body_s = inf
+        """How long the body that is being received may take, if it holds room that others wait for."""
         self._request: h11.Request | None = None
         """The one that is being answered."""
         self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
@@ -214,14 +217,18 @@ class Http11(H11Protocol):
             assert self._large_bodies is not None, "room is taken of nothing else"
             self._large_bodies.room.give_back(self._held_bytes)
             self._held_bytes = 0
+            self.body_s = inf
 
     async def _has_room(self, length_bytes: int) -> bool:
         """Whether a body may be received; a large one that finds no room in time is refused."""
         large = self._large_bodies
         if large is None or length_bytes <= self._max_body_bytes:
             return True
+        asked_at = trio.current_time()
         with trio.move_on_after(large.wait_s):
             self._held_bytes = await large.room.take(length_bytes)
+            # From the end of the head on: that it had to wait for room is not held against it.
+            self.body_s = trio.current_time() - asked_at + large.wait_s + length_bytes / large.least_bytes_per_s
         return self._held_bytes > 0
 
     def _must_close(self) -> bool:

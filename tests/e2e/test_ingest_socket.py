@@ -235,3 +235,20 @@ async def test_frames_in_flight_at_a_stop_are_answered() -> None:
             assert await trio.to_thread.run_sync(stopping.wait, 10) == 0
         await trio.to_thread.run_sync(daemon.start)
         assert await total(daemon) == answered * 100
+
+
+async def test_exports_that_come_slowly_hold_no_room_of_reports() -> None:
+    """One export holds all the room there is for such; a frame that is large as well is taken meanwhile."""
+    with running(f'{QUICK}[limits]\nmax_buffered = "64KiB"\n') as daemon:
+        key = daemon.create_key("ingest")
+        fields = f"host: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/x-protobuf"
+        head = f"POST /v1/traces HTTP/1.1\r\n{fields}\r\nexpect: 100-continue\r\ncontent-length: {16 << 20}\r\n\r\n"
+        async with await trio.open_tcp_stream("127.0.0.1", daemon.port) as slow, lane(daemon) as connection:
+            await slow.send_all(head.encode())
+            with trio.fail_after(30):
+                # It comes once there is room.
+                assert (await slow.receive_some()).startswith(b"HTTP/1.1 100")
+            body = json.dumps([event() for _ in range(500)]).encode()
+            assert len(body) > 65_536
+            await connection.send(body)
+            assert (await connection.receive())["recorded"] == 500

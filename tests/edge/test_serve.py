@@ -40,6 +40,7 @@ from wsproto.extensions import PerMessageDeflate
 from asapd.edge import serve
 from asapd.edge.connection import Limits
 from asapd.edge.ingest import run_ingest
+from asapd.edge.large_bodies import LargeBodies
 from asapd.edge.serve import Door, HttpServer
 from asapd.edge.sockets import open_tcp, open_unix, peer_credentials
 from asapd.runtime.room import Room
@@ -120,6 +121,7 @@ def application(site: Site) -> QuartTrio:
         return "late"
 
     @app.post("/swallow")
+    @app.post("/v1/traces")
     async def swallow() -> str:
         site.seen.append("swallow")
         async for piece in request.body:
@@ -682,6 +684,35 @@ async def test_slow_bodies_meet_a_deadline(clock: MockClock, every_s: int, ends_
             nursery.cancel_scope.cancel()
         assert data.startswith(b"HTTP/1.1 408")
         assert trio.current_time() == pytest.approx(ends_s, abs=1)
+
+
+async def test_slow_bodies_do_not_keep_the_room_that_others_wait_for(clock: MockClock) -> None:
+    """Each has its time from when it got room, not from when it asked."""
+    room = Room(1000)
+    large = LargeBodies(lambda: 1000, room, wait_s=20, least_bytes_per_s=1000)
+    ended_s = []
+
+    async def drip(site: Site) -> None:
+        async with await site.connect() as stream, trio.open_nursery() as nursery:
+            await stream.send_all(b"POST /v1/traces HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n")
+
+            async def bytewise() -> None:
+                while True:
+                    await stream.send_all(b"x")
+                    await trio.sleep(5)
+
+            nursery.start_soon(bytewise)
+            assert (await until_closed(stream)).startswith(b"HTTP/1.1 408")
+            ended_s.append(trio.current_time())
+            nursery.cancel_scope.cancel()
+
+    async with running(limits=Limits(max_body_bytes=10), large_bodies=large) as site, trio.open_nursery() as nursery:
+        nursery.start_soon(drip, site)
+        await trio.sleep(5)
+        assert room.free_bytes == 0
+        nursery.start_soon(drip, site)
+    assert ended_s == [pytest.approx(21, abs=1), pytest.approx(42, abs=1)]
+    assert room.free_bytes == 1000
 
 
 async def test_a_request_that_takes_long_is_no_slow_client(clock: MockClock) -> None:
