@@ -5,7 +5,9 @@ Source: the OTLP 1.x specification, section OTLP/HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 import msgspec
@@ -39,10 +41,23 @@ from asapd.wire.problem import PROBLEM_JSON
 
 T = TypeVar("T")
 
-# What unpacks to more is decoded one at a time: such a body may take many times its size.
+# What unpacks to more may take six times its size once it is decoded.
 LARGE_BYTES: Final = 1_048_576
-# The decoders hold the GIL, so more at once would only take turns; the large one beside it is not waited for.
-THREADS: Final = 1
+# As many are decoded and wait for their commits at once: 100 MiB of those that are not large, 200 MiB of those that are
+# as large as they may be. One of 48 000 spans takes some seconds, so two have their answers before anybody gives up.
+MEDIUM_AT_ONCE: Final = 16
+LARGE_AT_ONCE: Final = 2
+# Who waits longer for others is told to come again, before anything of theirs is recorded.
+TURN_S: Final = 15.0
+
+
+class _Size(msgspec.Struct, frozen=True):
+    """What exports that unpack to so many bytes at most share; small ones share nothing, and need no thread."""
+
+    bound_bytes: int
+    turns: trio.Semaphore | None = None
+    # The decoders hold the GIL, so more at once would only take turns; large ones are not waited for.
+    threads: trio.CapacityLimiter | None = None
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
@@ -52,7 +67,11 @@ def settings_of(otlp: config.Otlp) -> OtlpSettings:
 
 def register(app: QuartTrio, services: Services) -> None:
     """Add the routes."""
-    threads, large = trio.CapacityLimiter(THREADS), trio.CapacityLimiter(1)
+    sizes = (
+        _Size(INLINE_BYTES),
+        _Size(LARGE_BYTES, trio.Semaphore(MEDIUM_AT_ONCE), trio.CapacityLimiter(1)),
+        _Size(sys.maxsize, trio.Semaphore(LARGE_AT_ONCE), trio.CapacityLimiter(1)),
+    )
 
     @app.after_request
     async def as_status(response: Response) -> Response:
@@ -64,7 +83,9 @@ def register(app: QuartTrio, services: Services) -> None:
             response.content_type = content_type
         return response
 
-    async def decode(decoder: Callable[..., T | Refusal]) -> tuple[T, Encoding]:
+    @asynccontextmanager
+    async def decoded(decoder: Callable[..., T | Refusal]) -> AsyncIterator[tuple[T, Encoding]]:
+        """What the request exports, and how it is written; within the context nothing has to wait for its turn."""
         encoding = CONTENT_TYPES.get(request.mimetype)
         if encoding is None:
             detail = f"{request.mimetype or 'no content type'} is not taken: send {' or '.join(CONTENT_TYPES)}"
@@ -76,56 +97,73 @@ def register(app: QuartTrio, services: Services) -> None:
         names, most_bytes = settings_of(settings.metering.otlp), settings.metering.otlp.max_body_bytes
 
         def within(bound_bytes: int) -> T | Refusal:
-            plain = unpack(body, packed, min(bound_bytes, most_bytes))
+            plain = unpack(body, packed, bound_bytes)
             return plain if isinstance(plain, Refusal) else decoder(plain, encoding, names)
 
         # Nobody knows what a body unpacks to before it has: it is tried as a small one first, for a part of the price.
         # That of much that is packed is high even where it is nothing that it unpacks to.
-        for bound_bytes, limiter in ((INLINE_BYTES, None), (LARGE_BYTES, threads), (most_bytes, large)):
-            if bound_bytes < most_bytes and len(body) > bound_bytes:
+        for size in sizes:
+            bound_bytes = min(size.bound_bytes, most_bytes)
+            if len(body) > bound_bytes < most_bytes:
                 continue
-            if limiter is None:
-                decoded = within(bound_bytes)
-            else:
-                decoded = await trio.to_thread.run_sync(within, bound_bytes, limiter=limiter)
-            if not _is_larger(decoded, bound_bytes, most_bytes):
-                break
-        if isinstance(decoded, Refusal):
-            raise RefusedError(decoded)
-        return decoded, encoding
+            async with _turn(size):
+                if size.threads is None:
+                    found = within(bound_bytes)
+                else:
+                    found = await trio.to_thread.run_sync(within, bound_bytes, limiter=size.threads)
+                if isinstance(found, Refusal):
+                    if found.code == "too_large" and bound_bytes < most_bytes:
+                        continue
+                    raise RefusedError(found)
+                yield found, encoding
+                return
 
     @app.post("/v1/traces")
     async def post_traces() -> Response:
         caller = require(Permission.INGEST)
-        outcome, encoding = await decode(decode_traces)
-        own, rejected = _own(caller, outcome.spans, lambda span: span.event.agent)
-        recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
-        if own or outcome.links:
-            recorded = await ask_actor(
-                services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.links, reply)
-            )
-        if isinstance(recorded, Refusal):
-            raise RefusedError(recorded)
-        rejected += recorded.rejected
-        return _reply(encode_traces_response, outcome, rejected, recorded.notes, encoding)
+        async with decoded(decode_traces) as (outcome, encoding):
+            own, rejected = _own(caller, outcome.spans, lambda span: span.event.agent)
+            recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
+            if own or outcome.links:
+                recorded = await ask_actor(
+                    services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.links, reply)
+                )
+            if isinstance(recorded, Refusal):
+                raise RefusedError(recorded)
+            rejected += recorded.rejected
+            return _reply(encode_traces_response, outcome, rejected, recorded.notes, encoding)
 
     @app.post("/v1/metrics")
     async def post_metrics() -> Response:
         caller = require(Permission.INGEST)
-        outcome, encoding = await decode(decode_metrics)
-        own, rejected = _own(caller, outcome.points, lambda point: point.of.agent)
-        recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
-        if own:
-            recorded = await ask_actor(services.mailboxes.meter, lambda reply: ReportMetrics(caller, own, reply))
-        if isinstance(recorded, Refusal):
-            raise RefusedError(recorded)
-        rejected += recorded.rejected
-        return _reply(encode_metrics_response, outcome, rejected, recorded.notes, encoding)
+        async with decoded(decode_metrics) as (outcome, encoding):
+            own, rejected = _own(caller, outcome.points, lambda point: point.of.agent)
+            recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
+            if own:
+                recorded = await ask_actor(services.mailboxes.meter, lambda reply: ReportMetrics(caller, own, reply))
+            if isinstance(recorded, Refusal):
+                raise RefusedError(recorded)
+            rejected += recorded.rejected
+            return _reply(encode_metrics_response, outcome, rejected, recorded.notes, encoding)
 
 
-def _is_larger(decoded: object, tried_bytes: int, most_bytes: int) -> bool:
-    """Whether a body was only too large for what was tried."""
-    return isinstance(decoded, Refusal) and decoded.code == "too_large" and tried_bytes < most_bytes
+@asynccontextmanager
+async def _turn(size: _Size) -> AsyncIterator[None]:
+    """One of the turns of a size, waited for a while."""
+    if size.turns is None:
+        yield
+        return
+    with trio.move_on_after(TURN_S) as waiting:
+        await size.turns.acquire()
+    if waiting.cancelled_caught:
+        detail = f"other exports are being recorded, and this one waited {TURN_S:.0f} s for them in vain"
+        raise RefusedError(
+            Refusal("overloaded", f"{detail}: nothing of it was recorded, send it again", retry_after_s=5)
+        )
+    try:
+        yield
+    finally:
+        size.turns.release()
 
 
 def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[list[T], list[str]]:

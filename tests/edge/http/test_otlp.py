@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import apsw
 import msgspec
 import pytest
 import trio
@@ -29,10 +31,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import set_span_in_context
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
-from asapd.actors.messages import ReconfigureMeter
+from asapd.actors.messages import ReconfigureMeter, TelemetryRecorded
 from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
@@ -40,8 +42,9 @@ from asapd.edge.large_bodies import LargeBodies
 from asapd.edge.unpacking import INLINE_BYTES
 from asapd.runtime.ask import ask
 from asapd.runtime.room import Room
+from asapd.store.database import Database
 from asapd.store.units.usage import RecordTelemetry
-from tests.edge.house import T0, A, B, Edge, Reply
+from tests.edge.house import T0, A, B, Edge, Reply, open_edge
 
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
 JSON = {"Content-Type": "application/json"}
@@ -692,6 +695,43 @@ async def test_spans_with_the_messages_of_their_conversations_are_taken(edge: Ed
         reply = await send(edge, sent, headers={**PROTOBUF, **headers})
         assert reply.status == 413
         assert "1048576 bytes" in Status.FromString(reply.body).message
+
+
+async def test_few_large_exports_wait_for_their_commits_at_once_and_others_are_told_to_come_again(
+    inline_database: tuple[Database, apsw.Connection], tmp_path: Path, mock_clock: MockClock
+) -> None:
+    """Those that wait hold what they sent, and nothing of theirs is recorded when they are refused."""
+    body = with_content(60)
+    async with open_edge(inline_database[1], tmp_path, meter=True) as edge:
+        meter = edge.mailboxes["meter"][1]
+        replies: list[Reply] = []
+
+        async def export() -> None:
+            replies.append(await send(edge, body))
+
+        async def until(condition: Callable[[], bool]) -> None:
+            """The clock stands still: threads and the server take as long as they take."""
+            patience_ends_s = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < patience_ends_s
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(export)
+            await until(lambda: meter.statistics().current_buffer_used == 2)
+            meter.receive_nowait().reply.send(TelemetryRecorded(60, 0, []))
+            await until(lambda: len(replies) == 1 and meter.statistics().current_buffer_used == 2)
+            assert taken(replies[0]).rejected_spans == 0
+            await wait_all_tasks_blocked()
+            mock_clock.jump(16)
+            await until(lambda: len(replies) == 2)
+            assert (replies[1].status, replies[1].headers["retry-after"]) == (503, "5")
+            assert Status.FromString(replies[1].body).message.startswith("overloaded: ")
+            assert meter.statistics().current_buffer_used == 2
+            for _ in range(2):
+                meter.receive_nowait().reply.send(TelemetryRecorded(60, 0, []))
+        assert [reply.status for reply in replies] == [200, 503, 200, 200]
 
 
 async def exported(port: int, sent: bytes) -> bytes:
