@@ -6,8 +6,9 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import pytest
@@ -168,6 +169,23 @@ async def test_a_role_that_may_not_read_is_403(edge: Edge, port: int) -> None:
 async def test_a_foreign_host_is_403(edge: Edge, port: int) -> None:
     async with listening(port, key=edge.keys["reader"], host="evil.example") as client:
         assert (await refusal(client))["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize("target", ["/nothing", "/healthz", "/usage", "/v1/traces"])
+async def test_a_handshake_where_no_websocket_is_is_404(edge: Edge, port: int, target: str) -> None:
+    async with listening(port, key=edge.keys["reader"], target=target) as client:
+        problem = await refusal(client)
+    assert (problem["status"], problem["code"]) == (404, "not_found")
+    assert problem["detail"].startswith(f"there is no WebSocket at {target}: ")
+
+
+async def test_a_bug_met_by_a_handshake_is_a_problem_and_is_logged(
+    edge: Edge, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge.services = replace(edge.services, ring=cast("Any", None))
+    async with edge.served(tmp_path) as (_, port, _), listening(port, key=edge.keys["reader"]) as client:
+        assert (await refusal(client))["code"] == "internal"
+    assert "GET /ws failed" in caplog.text
 
 
 async def test_the_admin_socket_needs_no_key_and_any_host_will_do(edge: Edge, tmp_path: Path) -> None:

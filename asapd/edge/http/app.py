@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from quart import Response, g, request
+from quart import Response, g, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
@@ -148,6 +148,9 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
 
     @app.errorhandler(HTTPException)
     async def refused_by_framework(error: HTTPException) -> Response:
+        if has_websocket_context():
+            detail = f"there is no WebSocket at {websocket.path}: live alerts are at /ws, and the rest is asked by HTTP"
+            return refuse(Refusal("not_found", detail))
         status = error.code or 500
         if status == 413:
             limit, setting = body_limit(services.settings(), request.path)
@@ -166,7 +169,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
 
     @app.errorhandler(Exception)
     async def broken(error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.path, exc_info=error)
+        asked = websocket if has_websocket_context() else request
+        log.error("%s %s failed", asked.method, asked.path, exc_info=error)
         return refuse(Refusal("internal", "the request met a bug, which is in the log; sending it again does not help"))
 
     modules = (
