@@ -87,12 +87,24 @@ def test_a_msgpack_array_with_a_32_bit_length_is_a_batch() -> None:
     assert found.events == [EVENT]
 
 
-def test_ndjson_skips_blank_lines_and_takes_every_line_ending() -> None:
+def test_ndjson_skips_blank_lines_and_takes_both_line_endings() -> None:
     line = json.dumps(NESTED).encode()
-    found = decode_events(b"\n" + line + b"\r\n  \n" + line + b"\r" + line, "ndjson")
+    spaced = line.replace(b", ", b",\r")
+    found = decode_events(b"\n" + line + b"\r\n \t\r\n" + spaced + b"\n\r\t " + line + b" \t\r", "ndjson")
     assert isinstance(found, Events)
     assert found.events == [EVENT] * 3
     assert found.is_batch
+
+
+@pytest.mark.parametrize(
+    "line", ["\v{0}", "\f{0}", "{0}\v", "{0}\f", "\v", "\x1e{0}", "{0}\r{0}", "\ufeff{0}", "{0}\u2028{0}"]
+)
+def test_only_newlines_part_lines_and_only_white_space_of_json_surrounds_an_event(line: str) -> None:
+    good = json.dumps(NESTED)
+    found = decode_events(f"{good}\n{line.format(good)}\n{good}".encode(), "ndjson")
+    assert isinstance(found, Events)
+    assert (found.events, found.places, found.code) == ([EVENT] * 2, [0, 2], "malformed")
+    assert [(error.field, error.index) for error in found.errors] == [("event", 1)]
 
 
 @pytest.mark.parametrize(("lines", "unread"), [("{0}\n{1}\n{2},{2}", [0, 1, 2]), ("{2}\n{0}\n{1}\n{2},{2}", [1, 2, 3])])
@@ -603,7 +615,8 @@ def test_a_field_nobody_knows_is_refused_and_leaves_the_rest_of_the_batch(event:
         (b"\n" * 300_000, "malformed"),
         (b" \n" * 300_000, "malformed"),
         (b"1\n" * 300_000, "too_many_events"),
-        (b"1\r" * (MAX_EVENTS + 1), "too_many_events"),
+        (b"1\r\n" * (MAX_EVENTS + 1), "too_many_events"),
+        (b"1\r" * 300_000, "malformed"),
     ],
 )
 def test_ndjson_of_short_and_blank_lines_is_not_taken_apart(body: bytes, code: str) -> None:
