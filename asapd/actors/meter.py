@@ -416,14 +416,19 @@ def _stands_alone(message: Report) -> bool:
     return event.delegation is None and event.reservation is None
 
 
+def clash(event_id: str, *, was_reported: bool) -> str:
+    """Why an event is refused whose id another has: one that was reported, or one before it in the request."""
+    if was_reported:
+        return f"{event_id} was reported before with other content"
+    return f"{event_id} stands twice in this request with different content"
+
+
 async def _explain_conflict(message: Report, outcome: UsageConflict, database: Database) -> Refusal:
     """Name the conflicting events, and show the stored ones to a caller who may read them."""
     errors = tuple(
         FieldError(
             "id",
-            f"{message.events[index].id} was reported before with other content"
-            if seq
-            else f"{message.events[index].id} stands twice in this request with different content",
+            clash(message.events[index].id, was_reported=bool(seq)),
             None if message.places is None else message.places[index],
         )
         for index, seq in outcome.conflicts[:100]

@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from asapd.actors.messages import Attribute, Attribution, Idempotency, Recorded, Report
-from asapd.actors.meter import untimely
+from asapd.actors.meter import clash, untimely
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.usage import UsageEvent
@@ -138,8 +138,8 @@ class _Prepared(msgspec.Struct, frozen=True):
             ids = dict(zip(self.places, (event.id for event in self.events), strict=True))
             errors = [*self.errors, *(FieldError("timestamp", reason, place) for place, reason in recorded.late)]
             errors += [
-                FieldError("id", f"{ids.get(place)} was reported before with other content", place)
-                for place, _ in recorded.conflicts
+                FieldError("id", clash(str(ids.get(place)), was_reported=bool(seq)), place)
+                for place, seq in recorded.conflicts
             ]
             reply["refused"] = len({error.index for error in errors})
             reply["errors"] = errors[:MAX_ERRORS]
@@ -314,11 +314,15 @@ async def validate(services: Services, caller: Caller, body: bytes, written: Wri
             "errors": errors[:MAX_ERRORS],
         }
     repeats = await services.reads.usage.repeats(caller, decoded.events)
-    conflicts = [
-        FieldError("id", f"{event.id} was reported before with other content", place if decoded.is_batch else None)
-        for event, place, repeat in zip(decoded.events, decoded.places, repeats, strict=True)
-        if repeat is False
-    ]
+    new = set()
+    conflicts = []
+    for event, place, repeat in zip(decoded.events, decoded.places, repeats, strict=True):
+        identity = event.agent, event.source, event.id
+        if repeat is None:
+            new.add(identity)
+        elif not repeat:
+            reason = clash(event.id, was_reported=identity not in new)
+            conflicts.append(FieldError("id", reason, place if decoded.is_batch else None))
     if conflicts:
         error = f"id {conflicts[0].reason}; give a new event a new id"
         return {"valid": False, "error": error, "code": "usage_conflict", "errors": conflicts[:MAX_ERRORS]}

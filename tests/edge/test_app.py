@@ -48,6 +48,9 @@ async def test_an_address_or_method_that_is_not_there_is_a_problem(edge: Edge) -
     assert "does not take" in reply.json["detail"]
     assert "POST" in reply.headers["allow"]
     assert (await edge.get("/usage/")).status == 200
+    for path in ("/v1/traces//", "/v1//traces", "/usage//", "/healthz//"):
+        assert (await edge.post(path)).refused(404)["code"] == "not_found"
+        assert (await edge.get(path)).refused(404)["detail"] == f"nothing is served at {path}: /docs lists what is"
 
 
 async def test_a_foreign_host_or_origin_is_refused_before_the_key_is_looked_at(edge: Edge) -> None:

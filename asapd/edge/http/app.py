@@ -100,6 +100,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     app.config["MAX_CONTENT_LENGTH"] = services.settings().http.max_body_bytes
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.url_map.strict_slashes = False
+    # A redirect in HTML is nothing that clients of an API read, and an id may have two slashes.
+    app.url_map.merge_slashes = False
 
     @app.before_request
     async def authenticate() -> Response | None:

@@ -180,6 +180,23 @@ async def test_validate_goes_by_an_edge_that_does_not_move_back(edge: Edge) -> N
         assert verdict.get("errors") == answer.json.get("errors")
 
 
+async def test_what_stands_twice_in_a_request_is_told_from_what_was_reported_by_reports_and_validations(
+    edge: Edge,
+) -> None:
+    (await edge.post("/usage", event("old"))).ok(201)
+    batch = [event("new"), event("old", task_id="t9"), event("new", task_id="t9"), event("new")]
+    reasons = [
+        (1, "old was reported before with other content"),
+        (2, "new stands twice in this request with different content"),
+    ]
+    verdict = (await edge.post("/usage/validate", batch)).ok()
+    partial = (await edge.post("/usage?partial=true", batch)).ok(201)
+    for told in (verdict, (await edge.post("/usage", [event("new2"), *batch[1:2]])).refused(409), partial):
+        assert [(error["index"], error["reason"]) for error in told["errors"]] == reasons[: len(told["errors"])]
+    assert (len(verdict["errors"]), len(partial["errors"])) == (2, 2)
+    assert verdict["error"] == f"id {reasons[0][1]}; give a new event a new id"
+
+
 async def test_validate_says_what_is_a_repeat_and_what_a_conflict(edge: Edge) -> None:
     await edge.new_key("elsewhere", "ingest", tenant="elsewhere")
     (await edge.post("/usage", event("e1"))).ok(201)
