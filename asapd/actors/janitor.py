@@ -196,27 +196,31 @@ async def apply_retention(
     """
     now_us = clock.now_us()
     before_us, entries_before_us = retired_before_us(settings, now_us), audit_before_us(settings, now_us)
-    until_s = trio.current_time() + APPLY_S
-    if not dry_run:
-        refused: Refusal | None = None
-        with trio.move_on_at(until_s):
-            refused = await retirer.seal(before_us, actor)
-        if refused is not None:
-            return refused
-    due = await database.read(retention.due, before_us, now_us - settings.retention.probes_us, retirer.kept)
-    due["alerts"] = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
-    due["audit"] = (
-        audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
-    )
+    usage: dict[str, Any] = {}
+    others = {
+        "alerts": await database.read(alert_retention.due, now_us - settings.retention.alerts_us),
+        "audit": (
+            audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
+        ),
+    }
+
+    async def count() -> None:
+        usage.update(await database.read(retention.due, before_us, now_us - settings.retention.probes_us, retirer.kept))
+
     if dry_run:
-        return {"dry_run": True, **due, "more": False}
+        await count()
+        return {"dry_run": True, **usage, **others, "more": False}
+    # Counting is not in it: however long that takes, each request takes something away.
+    until_s = trio.current_time() + APPLY_S
     retired: int | Refusal = 0
     with trio.move_on_at(until_s) as patience:
-        retired = await retirer.retire(partial(retired_before_us, settings), actor)
+        retired = await retirer.retire(partial(retired_before_us, settings), actor, count)
         if not isinstance(retired, Refusal):
             retired = await _retire_alerts(database, clock, settings, actor)
     if isinstance(retired, Refusal):
         return retired
+    if not usage:
+        await count()
     more = patience.cancelled_caught
     if entries_before_us is not None and not more:
         archived = await archivist.retire(entries_before_us, actor, until_s)
@@ -224,4 +228,4 @@ async def apply_retention(
             return archived
         more = archived.more
     # Probes go by the sweep of every second.
-    return {"dry_run": False, **due, "more": more}
+    return {"dry_run": False, **usage, **others, "more": more}

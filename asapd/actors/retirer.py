@@ -6,7 +6,7 @@ An hour whose sums somebody altered keeps its events: they are all that shows it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -27,9 +27,13 @@ TRIES = 3
 AGAIN_US = HOUR_US
 """An hour that does not agree is looked at again only so often: to read one with many events takes a while."""
 
+STUCK_AFTER = 3
+"""So often in a row hours could not be sealed: it is no longer that they change while they are read."""
+
 _FIRST = -(2**63)
 
 _ALARM = "the sums of an hour are not those of its events, which retention keeps"
+_STUCK = "retention takes no usage events, and they become more and more"
 _DAMAGED = (
     "an entry of the audit log cannot be read, so retention keeps the events of each hour that it may have told of and "
     "whose sums are not those of its events; what is wrong with it asapctl audit verify says"
@@ -45,28 +49,36 @@ class Retirer:
         self._log = log
         self._lock = trio.Lock()
         self._unlike: dict[int, str] = {}
+        self._refused: list[str] = []
+        """Why nothing was taken, each time since something could be."""
+        self._told: set[int] = set()
+        """Entries that cannot be read, of which that was said."""
         self._looked_us = 0
         self._known: usage_hours.Log | None = None
         """What the log says of hours: read once it is asked for, for it may be long."""
 
     @property
     def alarms(self) -> list[str]:
-        """Which hours keep their events because their sums are not what these come to, and what cannot be told of."""
+        """Which hours keep their events because their sums are not what these come to, and why else nothing goes."""
         known = self._known
-        damaged = [] if known is None or not known.unreadable else [f"{_DAMAGED}: entry {known.unreadable[0]}"]
-        if not self._unlike:
-            return damaged
-        first = self._unlike[min(self._unlike)]
-        more = "" if len(self._unlike) == 1 else f" (and {len(self._unlike) - 1} more hours)"
-        return [*damaged, f"{_ALARM}: {first}{more}"]
+        found = [f"{_STUCK}: {self._refused[-1]}"] if len(self._refused) >= STUCK_AFTER else []
+        if known is not None and known.unreadable:
+            found.append(f"{_DAMAGED}: entry {known.unreadable[0]}")
+        if self._unlike:
+            first = self._unlike[min(self._unlike)]
+            more = "" if len(self._unlike) == 1 else f" (and {len(self._unlike) - 1} more hours)"
+            found.append(f"{_ALARM}: {first}{more}")
+        return found
 
     @property
     def kept(self) -> list[int]:
         """The hours that keep their events, in order."""
         return sorted(self._unlike)
 
-    async def retire(self, before_us: Callable[[int], int], actor: str) -> int | Refusal:
-        """Retire all that is due, step by step; returns how many events went.
+    async def retire(
+        self, before_us: Callable[[int], int], actor: str, before_any: Callable[[], Awaitable[None]] | None = None
+    ) -> int | Refusal:
+        """Retire all that is due, step by step; returns how many events went. `before_any` is called before the first.
 
         `before_us` says of a moment what is due. It is asked again before each step: what a reload keeps for longer
         stays, however long ago this began. An earlier time needs no hour sealed that was not.
@@ -76,8 +88,11 @@ class Retirer:
             # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
             _, newest = await self._database.read(usage_hours.newest_of)
             refused = await self._seal(due_us, actor)
+            self._refused = [] if refused is None else [*self._refused, refused.detail][-STUCK_AFTER:]
             if refused is not None:
                 return refused
+            if before_any is not None:
+                await before_any()
             total = 0
             kept = self.kept
             while True:
@@ -161,8 +176,8 @@ class Retirer:
             head, _ = await read(audit.head)
             while self._known.after < head:
                 through = min(head, self._known.after + audit.WINDOW)
-                unreadable = len(self._known.unreadable)
                 self._known.take(await read(usage_hours.said, self._known.after, through), through)
-                for entry in self._known.unreadable[unreadable:]:
+                for entry in set(self._known.unreadable) - self._told:
+                    self._told.add(entry)
                     self._log.error("%s: entry %d", _DAMAGED, entry)
         return await read(usage_hours.examine, at, before_us, self._known, skipped, added_up)

@@ -338,7 +338,10 @@ def erase(session: Session, consumer: str, reason: str, dry_run: bool) -> None:
         return
     for budget in first["budgets"]:
         click.echo(f"the configuration names {consumer} in budget {budget}: take it out there as well", err=True)
-    for version in first["versions"]:
+    versions = first.get("versions", [])  # which a daemon of before does not say
+    if versions is None:
+        click.echo("the kept versions of the configuration cannot be read: the daemon's log says why", err=True)
+    for version in versions or ():
         kept = f"config/{version}.toml in the state directory"
         click.echo(
             f"version {version} of the configuration has {consumer}: delete {kept} when it is not in force", err=True

@@ -13,7 +13,8 @@ from urllib.parse import quote, urlencode
 
 from asapd.cli.outcome import Exit, Failure
 
-# The daemon answers within 30 s or says why not; only a walk of a long audit log takes longer.
+# The daemon answers within 30 s or says why not; only a walk of a long audit log takes longer, and what has its own
+# patience.
 READ_S = 60.0
 CONNECT_S = 5.0
 PAGE = 1000
@@ -93,9 +94,11 @@ class Door:
         """Remove a resource."""
         return self._ask("DELETE", path, parameters)
 
-    def post(self, path: str, body: dict[str, Any] | None = None, **parameters: Any) -> Any:
+    def post(
+        self, path: str, body: dict[str, Any] | None = None, *, patience_s: float = READ_S, **parameters: Any
+    ) -> Any:
         """Make something; fields and parameters that are None are left out."""
-        return self._ask("POST", path, parameters, {} if body is None else body)
+        return self._ask("POST", path, parameters, {} if body is None else body, patience_s)
 
     def send(self, path: str, content: bytes) -> Any:
         """Hand over JSON just as it is written, because a signature covers it."""
@@ -126,7 +129,12 @@ class Door:
                 return
 
     def _ask(
-        self, method: str, path: str, parameters: dict[str, Any], body: dict[str, Any] | bytes | None = None
+        self,
+        method: str,
+        path: str,
+        parameters: dict[str, Any],
+        body: dict[str, Any] | bytes | None = None,
+        patience_s: float = READ_S,
     ) -> Any:
         import http.client
         from contextlib import closing
@@ -143,6 +151,7 @@ class Door:
             # One connection a request: an idle one may be closed by the daemon just when it is used again.
             with closing(http.client.HTTPConnection("asapd", timeout=READ_S)) as connection:
                 connection.sock = self._connect()
+                connection.sock.settimeout(patience_s)
                 connection.request(method, f"{path}?{urlencode(given)}" if given else path, content, headers)
                 response = connection.getresponse()
                 raw = response.read()

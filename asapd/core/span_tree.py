@@ -14,6 +14,9 @@ import msgspec
 MAX_LINKS: Final = 10_000
 """Links that are remembered of one trace, some 250 kB of them; of a larger one the oldest are forgotten."""
 
+MAX_PARENTS: Final = 16
+"""Parents that are remembered of one span: it has one, and only senders that are wrong tell of many."""
+
 
 class SpanTree(msgspec.Struct, array_like=True, gc=False):
     """What is known of one trace. Spans are their ids of 8 bytes.
@@ -41,7 +44,7 @@ class SpanTree(msgspec.Struct, array_like=True, gc=False):
             if span in full:
                 reached.append(span)
             known = self.parents.setdefault(span, [])
-            if parent != span and parent not in known:
+            if parent != span and len(known) < MAX_PARENTS and parent not in known:
                 known.append(parent)
         superseded: list[int] = []
         while reached:

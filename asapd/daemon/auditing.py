@@ -90,11 +90,16 @@ class Auditing:
     async def erase(self, consumer: str, reason: str, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
         """Erase what is kept of a consumer, or with `dry_run` say how much that is.
 
-        `versions` are those of the configuration that have its name: the files are the operator's to delete.
+        `versions` are those of the configuration that have its name: the files are the operator's to delete. It is None
+        where they cannot be read, which is no reason to erase nothing.
         """
         erase = partial(erase_consumer, self._database, self._clock, consumer=consumer, reason=reason, actor=actor)
         async with self._erasing:
-            versions = await trio.to_thread.run_sync(self._versions.holding, consumer)
+            versions: list[int] | None = None
+            try:
+                versions = await trio.to_thread.run_sync(self._versions.holding, consumer)
+            except OSError as error:
+                self._log.warning("versions of the configuration cannot be looked through: %s", error)
             done = await erase(pseudonym=self._new_id(PSEUDONYM, self._clock.now_us()), dry_run=dry_run)
         return done if isinstance(done, Refusal) else {**done, "versions": versions}
 

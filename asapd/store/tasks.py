@@ -65,8 +65,7 @@ def record_task(tx: Tx, unit: RecordTask) -> RowWritten:
             raise RefuseError(
                 _conflict(
                     f"task {task.task_id} was given up: nothing was heard of it for metering.task_timeout",
-                    "report the end under another task_id, and lengthen that setting if tasks take so long, "
-                    "or report partial usage meanwhile",
+                    "lengthen that setting if tasks take so long, or report partial usage meanwhile",
                 )
             )
         raise RefuseError(

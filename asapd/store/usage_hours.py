@@ -151,7 +151,7 @@ class Log:
                     self._take_retired(_decoded(details, _Taken))
                 else:
                     self._take_sealed(_decoded(details, _Sealed))
-            except ValueError:  # not JSON, not UTF-8, or not of that form
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, not of that form, or nested without end
                 self.unreadable.append(seq)
         self.after = max(self.after, through)
 

@@ -443,3 +443,23 @@ async def test_a_damaged_entry_of_the_log_is_told_of_and_stops_nothing(
     await trio.sleep(AGAIN_US / SECOND_US)
     assert await retire(retirer) == 4 * len(kept)
     assert (retirer.alarms, hours_left(connection), findings(connection)) == ([], [], [])
+
+
+async def test_that_nothing_goes_is_an_alarm_until_something_does(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    retirer = Retirer(database, TrioClock(T0), log)
+    await report(database, event(EVE, T0 - 9 * DAY_US), event(EVE, T0 - 6 * DAY_US))
+    ((sealed,),) = connection.execute("SELECT through_hour FROM usage_hour_sealed").fetchall()
+    connection.execute("UPDATE usage_hour_sealed SET through_hour = ?", (HOUR + 1,))
+    for number in range(4):
+        assert len(retirer.alarms) == (number > 2)
+        refused = await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd")
+        assert isinstance(refused, Refusal)
+    assert retirer.alarms == [
+        f"retention takes no usage events, and they become more and more: {refused.detail}",
+    ]
+    connection.execute("UPDATE usage_hour_sealed SET through_hour = ?", (sealed,))
+    assert await retire(retirer) == 2
+    assert retirer.alarms == []

@@ -41,6 +41,8 @@ def test_what_went_and_what_stays_is_said(ctl: Program, own_daemon: Daemon) -> N
     (own_daemon.directory / "config" / "2.toml").unlink()
     again = ctl(*ERASE, "--json").json
     assert (again["entries"], again["usage"], again["budgets"], again["versions"]) == (0, 0, [], [])
+    (own_daemon.directory / "config" / "9.toml").symlink_to("9.toml")  # which nobody can read
+    assert ctl(*ERASE, "--json").json["versions"] is None
 
 
 def test_what_several_requests_erased_is_added_up(ctl: Program, answers: Callable[..., None]) -> None:
@@ -60,3 +62,5 @@ def test_what_several_requests_erased_is_added_up(ctl: Program, answers: Callabl
     say(*steps)
     told = ctl(*ERASE, "--json").json
     assert (told["entries"], told["usage"], told["pseudonym"], told["more"]) == (11, 9, "ers_1_", False)
+    say({"entries": 0, "pseudonym": "ers_1", "more": False, "versions": None})
+    assert "versions of the configuration cannot be read" in ctl(*ERASE).err

@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -164,6 +165,14 @@ def test_retention_says_what_would_go_and_goes(daemon: Daemon, ctl: Program) -> 
     ran = ctl("retention")
     assert ran.code == Exit.DONE
     assert ran.out.splitlines()[0].split() == ["RECORDS", "FROM", "BEFORE", "WENT"]
+
+
+def test_retention_says_what_stays(ctl: Program, answers: Callable[..., None]) -> None:
+    gone = {"before": "2026-01-01T00:00:00.000000Z", "count": 3}
+    told = {"usage": {**gone, "kept": 7}, "probes": gone, "alerts": gone, "audit": gone, "more": False}
+    body = json.dumps(told).encode()
+    answers(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert ctl("retention").err.startswith("7 events stay")
 
 
 def test_a_download_that_is_cut_off_fails(tmp_path: Path) -> None:

@@ -94,3 +94,10 @@ def test_of_a_huge_trace_the_oldest_links_are_forgotten(monkeypatch: pytest.Monk
     tree: Any = SpanTree()
     tree.grow([(A, B), (B, C), (C, D)], [])
     assert list(tree.parents) == [B, C]
+
+
+def test_a_span_with_many_parents_keeps_some_of_them() -> None:
+    tree = SpanTree()
+    parents = [number.to_bytes(8, "big") for number in range(1_000, 1_100)]
+    tree.grow([(A, parent) for parent in parents], [])
+    assert tree.parents == {A: parents[: span_tree.MAX_PARENTS]}

@@ -43,8 +43,9 @@ T = TypeVar("T")
 
 # What unpacks to more may take six times its size once it is decoded.
 LARGE_BYTES: Final = 1_048_576
-# As many are decoded and wait for their commits at once: 100 MiB of those that are not large, 200 MiB of those that are
-# as large as they may be. One of 48 000 spans takes some seconds, so two have their answers before anybody gives up.
+# As many are decoded and wait for their commits at once, as long as their senders wait for them: 100 MiB of those that
+# are not large, 200 MiB of those that are as large as they may be. One of 48 000 spans takes some seconds, so two have
+# their answers before anybody gives up.
 MEDIUM_AT_ONCE: Final = 16
 LARGE_AT_ONCE: Final = 2
 # Who waits longer for others is told to come again, before anything of theirs is recorded.
