@@ -95,7 +95,7 @@ class Door:
         return self._ask("DELETE", path, parameters)
 
     def post(
-        self, path: str, body: dict[str, Any] | None = None, *, patience_s: float = READ_S, **parameters: Any
+        self, path: str, body: dict[str, Any] | None = None, *, patience_s: float | None = None, **parameters: Any
     ) -> Any:
         """Make something; fields and parameters that are None are left out."""
         return self._ask("POST", path, parameters, {} if body is None else body, patience_s)
@@ -134,7 +134,7 @@ class Door:
         path: str,
         parameters: dict[str, Any],
         body: dict[str, Any] | bytes | None = None,
-        patience_s: float = READ_S,
+        patience_s: float | None = None,
     ) -> Any:
         import http.client
         from contextlib import closing
@@ -150,8 +150,7 @@ class Door:
         try:
             # One connection a request: an idle one may be closed by the daemon just when it is used again.
             with closing(http.client.HTTPConnection("asapd", timeout=READ_S)) as connection:
-                connection.sock = self._connect()
-                connection.sock.settimeout(patience_s)
+                connection.sock = self._connect(patience_s)
                 connection.request(method, f"{path}?{urlencode(given)}" if given else path, content, headers)
                 response = connection.getresponse()
                 raw = response.read()
@@ -193,7 +192,7 @@ class Door:
         parameters: dict[str, Any],
         body: bytes | None = None,
         *,
-        patience_s: float = READ_S,
+        patience_s: float | None = None,
     ) -> tuple[dict[str, str], Iterator[bytes]]:
         import http.client
         from contextlib import closing
@@ -203,8 +202,7 @@ class Door:
         given = {name: value for name, value in parameters.items() if value is not None}
         try:
             connection = http.client.HTTPConnection("asapd", timeout=READ_S)
-            connection.sock = self._connect()
-            connection.sock.settimeout(patience_s)
+            connection.sock = self._connect(patience_s)
             connection.request(method, f"{path}?{urlencode(given)}" if given else path, body)
             response = connection.getresponse()
             if response.status >= 400:
@@ -234,14 +232,14 @@ class Door:
 
         return {name.lower(): value for name, value in response.getheaders()}, parts()
 
-    def _connect(self) -> socket.socket:
+    def _connect(self, patience_s: float | None) -> socket.socket:
         connected = socket.socket(socket.AF_UNIX)
         try:
             connected.settimeout(CONNECT_S)
             connected.connect(str(self.path))
             known = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             self.owners.add(_UCRED.unpack(known)[1])
-            connected.settimeout(READ_S)
+            connected.settimeout(READ_S if patience_s is None else patience_s)
         except BaseException:
             connected.close()
             raise
