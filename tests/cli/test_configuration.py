@@ -170,8 +170,8 @@ def test_a_socket_that_was_swapped_between_two_answers_is_not_taken_at_its_word(
     assert ctl("reload").code == 0
     connect, asked = Door._connect, []
 
-    def swapped(door: Door) -> socket.socket:
-        connected = connect(door)
+    def swapped(door: Door, patience_s: float | None) -> socket.socket:
+        connected = connect(door, patience_s)
         asked.append(door)
         if len(asked) == 3:  # who tells the text
             door.owners.add(os.geteuid() + 1)
