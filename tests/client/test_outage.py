@@ -22,6 +22,8 @@ from tests.client.daemon import Daemon
 from tests.client.test_middleware import wsgi
 from tests.e2e.tokens import Party
 
+pytestmark = pytest.mark.load
+
 AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
 RATE_PER_S = 500
 # With ASAPD_LONG_OUTAGE=30 the daemon is away for half a minute.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import trio
 
 from tests.e2e.daemon import QUICK, Daemon, running, until
 from tests.e2e.test_sealing import asapd, report, verify
 from tests.e2e.test_tampering import asapctl
+
+pytestmark = pytest.mark.load
 
 
 def retired(daemon: Daemon) -> int:

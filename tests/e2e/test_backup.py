@@ -8,11 +8,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from tests.e2e.daemon import QUICK, Daemon, running
 from tests.e2e.test_sealing import asapd, report, verify
 from tests.e2e.test_tampering import asapctl
+
+pytestmark = pytest.mark.load
 
 
 async def run(function: Any, *arguments: Any) -> Any:

@@ -17,6 +17,8 @@ import trio
 from tests.e2e.daemon import QUICK, Daemon, check_problem, every_page, running, until
 from tests.e2e.tokens import Party, jti_of
 
+pytestmark = pytest.mark.load
+
 ASKERS = 1_000
 # What one asks for, and for how many there is enough.
 USD, TOKENS = Decimal("0.01"), 10

@@ -14,10 +14,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 
 from tests.e2e.daemon import QUICK, Daemon, running, until
 from tests.e2e.test_promises import subscribed
+
+pytestmark = pytest.mark.load
 
 SECRET = b"an e2e secret of enough bytes"
 TIER = '[[sla.tier]]\nname = "fast"\nmax_latency_p95_ms = 500\n'

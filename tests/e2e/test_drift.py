@@ -23,6 +23,8 @@ from tests.e2e.daemon import QUICK, Daemon, every_page, exact, until
 from tests.e2e.test_totals import check_audit
 from tests.recount import GROUPS, TIME_GROUPS, Stored
 
+pytestmark = pytest.mark.load
+
 BERLIN = ZoneInfo("Europe/Berlin")
 ZONES = (recount.UTC, BERLIN, ZoneInfo("Asia/Kolkata"))
 DAY_S, HOUR_S = 86_400, 3_600

@@ -10,8 +10,11 @@ from random import Random
 from typing import Any
 
 import httpx2
+import pytest
 
 from tests.e2e.daemon import Daemon, running
+
+pytestmark = pytest.mark.load
 
 AGENT, ACME = "urn:asap:agent:a", "acme"
 _numbers = count(1)

@@ -20,6 +20,8 @@ from asapd.store.units.usage import RecordUsage
 from asapd.store.writer import Writer, open_for_writing
 from tests.e2e.daemon import Daemon
 
+pytestmark = pytest.mark.load
+
 ROWS, COPIES = 5_000, 60
 EVENTS = ROWS * COPIES
 # The rows are some 180 MB in JSON; pages of 500 rows, buffers of sockets and the caches of SQLite are a tenth of that.

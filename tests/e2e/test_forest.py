@@ -27,6 +27,8 @@ from asapd.wire.token import decode, lineage
 from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, running, until
 from tests.e2e.tokens import Party, jti_of
 
+pytestmark = pytest.mark.load
+
 ASKED = 1_000
 CENT = 10_000
 ROOT = Party("root")

@@ -36,6 +36,8 @@ from tests.e2e.daemon import QUICK, Daemon, running
 from tests.e2e.doors import Answer, FrameDoor, Headers, HttpDoor
 from tests.e2e.mutations import Draw, as_json, as_msgpack, damaged, mutated, packed, tree
 
+pytestmark = pytest.mark.load
+
 # With ASAPD_LONG_FUZZ=600 each test goes on for its share of ten minutes, every time with other bodies.
 LONG_S = float(os.environ.get("ASAPD_LONG_FUZZ", "0"))
 GROWTH_BYTES = 96 * 2**20

@@ -18,6 +18,8 @@ import trio
 
 from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, check_problem, running, until
 
+pytestmark = pytest.mark.load
+
 GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 _numbers = itertools.count(1)
 

@@ -10,10 +10,13 @@ from decimal import Decimal
 from typing import Any
 
 import httpx2
+import pytest
 import trio
 
 from tests.e2e.agent import Agent
 from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, check_problem, exact, running, until
+
+pytestmark = pytest.mark.load
 
 _numbers = itertools.count(1)
 

@@ -22,6 +22,8 @@ from tests.e2e.test_totals import (
     metered,
 )
 
+pytestmark = pytest.mark.load
+
 __all__ = ["metered"]
 
 DEARER = PRICES.replace('"3"', '"4"').replace('"small-*"', '["small-*", "unheard-of"]')

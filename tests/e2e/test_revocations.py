@@ -19,6 +19,8 @@ from tests.e2e.daemon import PATIENCE_S, QUICK, Daemon, check_problem, running, 
 from tests.e2e.forest import multiply
 from tests.e2e.tokens import Party, jti_of
 
+pytestmark = pytest.mark.load
+
 ROOT, WORKER, HELPER, STRANGER = (Party(name) for name in ("root", "worker", "helper", "stranger"))
 PEER = SigningKey.generate()
 

@@ -14,6 +14,8 @@ from asapd.actors.verifier import SHORT
 from tests.e2e import sandbox
 from tests.e2e.every_feature import house
 
+pytestmark = pytest.mark.load
+
 UNIT = Path(__file__).parents[2] / "systemd" / "asapd.service"
 ARRAY = 1_000
 

@@ -15,6 +15,8 @@ import trio
 from tests.e2e.daemon import QUICK, Daemon, running, until
 from tests.e2e.test_tampering import asapctl
 
+pytestmark = pytest.mark.load
+
 
 def report(daemon: Daemon, count: int) -> None:
     """Events that no other request has."""

@@ -11,9 +11,12 @@ from http.client import HTTPException
 from typing import Any
 
 import httpx2
+import pytest
 import trio
 
 from tests.e2e.daemon import Daemon, check_problem, running, until
+
+pytestmark = pytest.mark.load
 
 _numbers = itertools.count(1)
 

@@ -18,6 +18,8 @@ import trio
 
 from tests.e2e.daemon import QUICK, Daemon, every_page, exact, running, until
 
+pytestmark = pytest.mark.load
+
 PRICES = """
 version = "test"
 currency = "USD"

@@ -12,6 +12,8 @@ import trio
 from tests.e2e.daemon import Daemon, until
 from tests.e2e.test_totals import check_audit, check_totals, kill_daemon, kill_writer, make_arrays, metered
 
+pytestmark = pytest.mark.load
+
 __all__ = ["metered"]
 
 VOIDS = 60
