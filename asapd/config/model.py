@@ -143,13 +143,15 @@ class Pricing(_Section):
 class Otlp(_Section):
     """How OpenTelemetry is read: the attributes that name whom usage is of, best first, and when spans win.
 
-    `counts` leaves a whole signal out: traces that are sampled tell of a part of the calls.
+    `counts` leaves a whole signal out: traces that are sampled tell of a part of the calls. `inference` are operations
+    that are calls of a model, besides those that are known.
     """
 
     agent: Many[Name] = ("asap.agent.id", "gen_ai.agent.id", "gen_ai.agent.name", "service.name")
     consumer: Many[Name] = ("asap.consumer.id", "enduser.id", "user.id", "enduser.pseudo.id")
     task: Many[Name] = ("asap.task.id",)
     project: Many[Name] = ("asap.project",)
+    inference: Many[Name] = ()
     counts: Literal["both", "spans", "metrics"] = "both"
     spans_win_us: Duration = Field(default=HOUR_US, alias="spans_win")
     # Spans with the content of conversations have some 20 kB each, and SDKs send 512 at once. What is made to be dear

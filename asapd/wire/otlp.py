@@ -36,6 +36,25 @@ INFERENCE: Final = frozenset(("chat", "text_completion", "generate_content", "em
 
 AGENT_WORK: Final = frozenset(("invoke_agent", "create_agent"))
 
+OTHER_NAMES: Final = frozenset(
+    (
+        # LiteLLM writes its types of calls, each also asynchronous.
+        *("completion", "acompletion", "atext_completion", "responses", "aresponses", "embedding", "aembedding"),
+        *("anthropic_messages", "aanthropic_messages"),
+        *("agenerate_content", "generate_content_stream", "agenerate_content_stream"),
+        # Semantic Kernel. The Azure AI SDK has `responses` too.
+        *("chat.completions", "chat.streaming_completions", "text.completions", "text.streaming_completions"),
+    )
+)
+"""Those of `INFERENCE`, as instrumentations in wide use name them that came before the conventions, or go beside."""
+
+_NO_CALL: Final = AGENT_WORK | {
+    *("execute_tool", "fetch_response", "invoke_workflow", "plan", "retrieval"),
+    *("create_memory", "create_memory_store", "delete_memory", "delete_memory_store"),
+    *("search_memory", "update_memory", "upsert_memory"),
+}
+"""The operations of the conventions that are none, though some tell of the tokens of calls below them."""
+
 Attributes = dict[str, Any]
 
 _MAX_REASONS = 5
@@ -54,6 +73,13 @@ class OtlpSettings(msgspec.Struct, frozen=True, kw_only=True):
     task: tuple[str, ...] = ("asap.task.id",)
     """Without any: a span's trace id."""
     project: tuple[str, ...] = ("asap.project",)
+    inference: tuple[str, ...] = ()
+    """Operations that are calls of a model, besides those that are known as such; of agents' work none becomes one."""
+
+    @property
+    def calls(self) -> frozenset[str]:
+        """The operations that are one call of a model, in lower case."""
+        return INFERENCE | OTHER_NAMES | ({name.lower() for name in self.inference} - AGENT_WORK)
 
     @property
     def names(self) -> frozenset[str]:
@@ -242,6 +268,22 @@ def reasons(found: list[str]) -> str:
     """The first few of the reasons for which records were rejected, for `error_message`."""
     more = f"; and {len(found) - _MAX_REASONS} more" if len(found) > _MAX_REASONS else ""
     return "; ".join(found[:_MAX_REASONS]) + more
+
+
+def unknown_operations(found: Iterable[str], what: str, calls: frozenset[str]) -> str:
+    """What to tell of operations that have tokens and are not among the calls, each once: they may be calls after all.
+
+    Those that the conventions know to be none are nothing to tell of.
+    """
+    known = calls | _NO_CALL
+    others = dict.fromkeys(clean(name, 60) for name in found if name not in known)
+    return reasons(
+        [
+            f"operation '{name}' is not known to be a call of a model, so its {what} were not counted: "
+            "if it is one, name it in [metering.otlp] inference"
+            for name in others
+        ]
+    )
 
 
 def encode_traces_response(rejected: int, message: str, encoding: Encoding) -> bytes:

@@ -14,7 +14,6 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from asapd.core.errors import Refusal
 from asapd.wire.otlp import (
     DEFAULT_SETTINGS,
-    INFERENCE,
     Attributes,
     Encoding,
     JsonAttribute,
@@ -29,6 +28,7 @@ from asapd.wire.otlp import (
     reasons,
     resource_key,
     too_many_records,
+    unknown_operations,
 )
 from asapd.wire.otlp_points import Bucket, MetricPoint
 from asapd.wire.usage import malformed
@@ -59,7 +59,7 @@ _NO_RECORDED_VALUE = 1
 class MetricsOutcome(msgspec.Struct, frozen=True):
     """What an export of metrics held: points of token usage, and how many such points could not be understood, and why.
 
-    Of a resource with both generations in the export, only the second's points are here.
+    The message also names operations that are not known: these may be calls under a name of their own.
     """
 
     points: list[MetricPoint]
@@ -271,20 +271,25 @@ def _json_points(metric: _JsonMetric) -> list[_Point]:
 def _outcome(groups: list[_Group], settings: OtlpSettings) -> MetricsOutcome:
     points: list[MetricPoint] = []
     problems: list[str] = []
+    calls = settings.calls
+    others: list[str] = []
     for group in groups:
         key = resource_key(group.resource)
         base = digest([group.resource, group.scope])
         for raw in group.points:
             operation = raw.attributes.get("gen_ai.operation.name")
-            counts = not isinstance(operation, str) or not operation or operation.lower() in INFERENCE
-            if raw.flags & _NO_RECORDED_VALUE or not counts:
+            if raw.flags & _NO_RECORDED_VALUE:
+                continue
+            if isinstance(operation, str) and operation and operation.lower() not in calls:
+                others.append(operation.lower())
                 continue
             point = _point(raw, key, base, group.resource, settings)
             if isinstance(point, str):
                 problems.append(f"{raw.metric}: {point}")
             else:
                 points.append(point)
-    return MetricsOutcome(points, len(problems), reasons(problems))
+    told = (reasons(problems), unknown_operations(others, "points", calls))
+    return MetricsOutcome(points, len(problems), "; ".join(text for text in told if text))
 
 
 def _point(raw: _Point, key: bytes, base: bytes, resource: Attributes, settings: OtlpSettings) -> MetricPoint | str:

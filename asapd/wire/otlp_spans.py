@@ -16,7 +16,6 @@ from asapd.wire.otlp import (
     AGENT_WORK,
     ATTRIBUTION_NAMES,
     DEFAULT_SETTINGS,
-    INFERENCE,
     Attributes,
     Encoding,
     JsonAttribute,
@@ -31,6 +30,7 @@ from asapd.wire.otlp import (
     reasons,
     resource_key,
     too_many_records,
+    unknown_operations,
 )
 from asapd.wire.usage import malformed
 
@@ -80,7 +80,8 @@ class OtlpOutcome(msgspec.Struct, frozen=True):
     """What an export of traces held.
 
     `spans` are those that may count, in the export's order; `rejected` spans were inference and could not be
-    understood, as `message` says; all others are nobody's usage and no error.
+    understood, as `message` says; all others are nobody's usage and no error. The message also names operations that
+    have tokens and are not known: these may be calls under a name of their own.
 
     `links` are of every span that has a parent: trace and span id as in `SpanUsage`, and the parent's span id. Which of
     an agent's spans count depends on them, and on those of other exports of the same trace.
@@ -149,7 +150,7 @@ _json_export = msgspec.json.Decoder(_JsonExport, strict=False)
 def decode_traces(body: bytes, encoding: Encoding, settings: OtlpSettings = DEFAULT_SETTINGS) -> OtlpOutcome | Refusal:
     """Decode an ExportTraceServiceRequest; never raises.
 
-    Inference spans count: those whose operation is in `INFERENCE`, and of the first conventions, which had none, those
+    Inference spans count: those whose operation is a call, and of the first conventions, which had no operations, those
     with system, model and tokens. A span of an agent's work counts when nothing below it does, which is not decided
     here: other exports may have what is below it. The identity of an event is the source "otlp" and the id
     `<trace id>:<span id>`, so an export sent twice gives the same events.
@@ -224,11 +225,13 @@ def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome:
     problems: list[str] = []
     covered: set[str] = set()
     keys: dict[int, bytes] = {}
+    calls = settings.calls
+    others: list[str] = []
     for place in _children_first(spans):
         span = spans[place]
         operation = _operation(span)
         is_work, is_covered = operation in AGENT_WORK, span.id in covered
-        if is_work or operation in INFERENCE:
+        if is_work or operation in calls:
             event = _event(span, settings)
             if isinstance(event, UsageEvent):
                 key = keys.setdefault(id(span.resource), resource_key(span.resource))
@@ -236,9 +239,13 @@ def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome:
                 is_covered = True
             elif not (is_work and is_covered):
                 problems.append(f"span {clean(span.id, 60)}: {event}")
+        elif operation and _has_tokens(span):
+            others.append(operation)
         if is_covered and span.parent is not None:
             covered.add(span.parent)
-    return OtlpOutcome([found[place] for place in sorted(found)], _links(spans), len(problems), reasons(problems))
+    told = (reasons(problems), unknown_operations(others, "spans", calls))
+    message = "; ".join(text for text in told if text)
+    return OtlpOutcome([found[place] for place in sorted(found)], _links(spans), len(problems), message)
 
 
 def _links(spans: list[_Span]) -> list[tuple[bytes, bytes]]:
@@ -277,6 +284,10 @@ def _operation(span: _Span) -> str:
     names = ("gen_ai.system", "gen_ai.request.model")
     has_tokens = any(name in found for bucket in ("tokens_in", "tokens_out") for name in _BUCKETS[bucket])
     return "chat" if has_tokens and all(name in found for name in names) else ""
+
+
+def _has_tokens(span: _Span) -> bool:
+    return any(span.attributes.get(name) is not None for names in _BUCKETS.values() for name in names)
 
 
 def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:

@@ -157,7 +157,48 @@ def test_spans_that_are_no_inference_are_passed_over() -> None:
         sdk.span({**CHAT, "gen_ai.operation.name": operation})
     sdk.span({"http.request.method": "POST"})
     outcome = decoded(sdk.export())
-    assert (outcome.spans, outcome.rejected, outcome.links) == ([], 0, [])
+    assert outcome == OtlpOutcome([], [], 0, "")
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        *("completion", "acompletion", "atext_completion", "responses", "aresponses", "embedding", "aembedding"),
+        *("anthropic_messages", "aanthropic_messages", "generate_content_stream"),
+        *("agenerate_content", "agenerate_content_stream"),
+        *("chat.completions", "text.completions", "chat.streaming_completions", "Text.Streaming_Completions"),
+    ],
+)
+def test_calls_count_by_the_other_names_that_instrumentations_have_for_them(operation: str) -> None:
+    assert only({**CHAT, "gen_ai.operation.name": operation}).tokens_in == 100
+
+
+def test_operations_that_are_calls_are_a_setting() -> None:
+    sdk = Sdk()
+    for operation in ("Think", "invoke_agent"):
+        sdk.span({**CHAT, "gen_ai.operation.name": operation})
+    outcome = decoded(sdk.export(), settings=OtlpSettings(inference=("thinK", "invoke_agent")))
+    assert [span.is_work for span in outcome.spans] == [False, True]
+    assert outcome.message == ""
+
+
+@pytest.mark.parametrize("encoding", ["protobuf", "json"])
+def test_an_operation_with_tokens_that_nobody_knows_is_named_once_and_covers_nothing(encoding: Encoding) -> None:
+    sdk = Sdk()
+    work = sdk.span(AGENT)
+    for operation in ("Think", "think", "moderation\n"):
+        sdk.span({**CHAT, "gen_ai.operation.name": operation}, work)
+    sdk.span({"gen_ai.operation.name": "no tokens"}, work)
+    sdk.span({**CHAT, "gen_ai.usage.input_tokens": -1})
+    outcome = decoded(sdk.export(encoding), encoding)
+    assert ([span.is_work for span in outcome.spans], outcome.rejected) == ([True], 1)
+    rejected, *named = outcome.message.split("; ")
+    assert rejected.endswith("gen_ai.usage.input_tokens must be an integer from 0 to 2**53-1")
+    assert sorted(named) == [
+        f"operation '{name}' is not known to be a call of a model, so its spans were not counted: "
+        "if it is one, name it in [metering.otlp] inference"
+        for name in ("moderation_", "think")
+    ]
 
 
 def test_attributes_of_both_generations_count_once_a_bucket() -> None:

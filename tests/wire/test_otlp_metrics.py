@@ -16,7 +16,7 @@ from opentelemetry.sdk.resources import Resource
 
 from asapd.core.errors import Refusal
 from asapd.core.usage import UsageEvent
-from asapd.wire.otlp import MAX_RECORDS, Attribution, Encoding, resource_key
+from asapd.wire.otlp import MAX_RECORDS, Attribution, Encoding, OtlpSettings, resource_key
 from asapd.wire.otlp_metrics import COUNTERS, HISTOGRAM, MetricsOutcome, decode_metrics
 from asapd.wire.otlp_points import (
     Delta,
@@ -168,6 +168,22 @@ def test_a_cumulative_export_sent_twice_adds_nothing_and_a_delta_export_the_same
 def test_other_operations_than_inference_are_passed_over(sdk: Sdk) -> None:
     sdk.call(100, 40, **{"gen_ai.operation.name": "invoke_agent"})
     assert decoded(sdk.export()["protobuf"]) == MetricsOutcome([], 0, "")
+
+
+def test_points_count_by_other_names_of_calls_and_operations_that_nobody_knows_are_named_once(sdk: Sdk) -> None:
+    for operation in ("acompletion", "chat.streaming_completions", "Think", "think"):
+        sdk.call(100, 40, **{"gen_ai.operation.name": operation})
+    export = sdk.export()
+    for encoding in export:
+        outcome = decoded(export[encoding], encoding)
+        assert (len(outcome.points), outcome.rejected) == (4, 0)
+        assert outcome.message == (
+            "operation 'think' is not known to be a call of a model, so its points were not counted: "
+            "if it is one, name it in [metering.otlp] inference"
+        )
+    found = decode_metrics(export["protobuf"], "protobuf", OtlpSettings(inference=("THINK",)))
+    assert isinstance(found, MetricsOutcome)
+    assert (len(found.points), found.message) == (8, "")
 
 
 def request_with(**changes: Any) -> ExportMetricsServiceRequest:

@@ -62,8 +62,10 @@ class _Size(msgspec.Struct, frozen=True):
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
-    """The configured names of attributes, as the decoders take them."""
-    return OtlpSettings(agent=otlp.agent, consumer=otlp.consumer, task=otlp.task, project=otlp.project)
+    """The configured names of attributes and operations, as the decoders take them."""
+    return OtlpSettings(
+        agent=otlp.agent, consumer=otlp.consumer, task=otlp.task, project=otlp.project, inference=otlp.inference
+    )
 
 
 def register(app: QuartTrio, services: Services) -> None:

@@ -234,12 +234,14 @@ async def test_a_large_export_is_decoded_beside_the_event_loop(edge: Edge) -> No
     assert (await edge.get("/usage/summary")).ok()["total_api_calls"] == 200
 
 
-async def test_the_names_of_attributes_are_configuration(edge: Edge) -> None:
-    otlp = config.Otlp(agent=("my.agent",), consumer=("my.customer",))
+async def test_the_names_of_attributes_and_operations_are_configuration(edge: Edge) -> None:
+    otlp = config.Otlp(agent=("my.agent",), consumer=("my.customer",), inference=("my operation",))
     edge.with_settings(metering=edge.settings.metering.model_copy(update={"otlp": otlp}))
     traces = Traces()
-    traces.span({**CHAT, "my.agent": "x y", "my.customer": "c"})
-    taken(await send(edge, traces.export()))
+    traces.span({**CHAT, "my.agent": "x y", "my.customer": "c", "gen_ai.operation.name": "my operation"})
+    traces.span({**CHAT, "gen_ai.operation.name": "another"})
+    success = taken(await send(edge, traces.export()))
+    assert (success.rejected_spans, success.error_message.partition(" is not known")[0]) == (0, "operation 'another'")
     (row,) = (await edge.get("/usage")).ok()["data"]
     assert (row["agent_id"], row["consumer_id"]) == ("urn:asap:agent:x-y", "c")
 
