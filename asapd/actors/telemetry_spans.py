@@ -12,8 +12,7 @@ from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_c
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.store.database import Database
-from asapd.store.telemetry import SPANS
-from asapd.store.units.usage import Evidence, Recorded, RecordTelemetry, SpanFact, StreamsMoved, UsageConflict
+from asapd.store.units.usage import Recorded, RecordTelemetry, SpanFact, StreamsMoved, UsageConflict
 from asapd.store.visibility import Visibility
 from asapd.wire.otlp_spans import SpanUsage
 from asapd.wire.usage import MAX_EVENTS
@@ -98,16 +97,14 @@ async def _record_part(
     make_unit: MakeUnit,
     times: Times,
 ) -> Recorded | Refusal:
-    # A span that does not count for the sake of one below it still says that its resource has spans.
-    evidence = list(
-        dict.fromkeys(Evidence(told_of(span.resource, caller), SPANS, span.event.timestamp_us) for span in spans)
-    )
     unit = RecordTelemetry(
         msgspec.structs.replace(make_unit([span.event for span in spans]), partial=True),
         times.forget_before_us,
         times.spans_win_us,
-        evidence=evidence,
-        spans=[SpanFact(span.span, span.is_work) for span in spans],
+        spans=[
+            SpanFact(span.span, span.is_work, told_of(span.resource, caller) if span.tells_tokens else b"")
+            for span in spans
+        ],
         links=links,
         by=Visibility(caller.tenant, caller.agents),
     )

@@ -107,13 +107,14 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     moved = any(_value(tx, tenant, change.stream) != change.before for change in unit.streams)
     if moved or any(_parts_of(tx, tenant, change.key) != change.before for change in unit.collections):
         raise RefuseError(StreamsMoved())
-    superseded, set_aside = _note_evidence(tx, tenant, unit)
     trees = _trees_of(tx, tenant, unit)
-    superseded += [(row, _COVERED) for row in _grow(trees, unit)]
+    uncounted = [(row, _COVERED) for row in _grow(trees, unit)]
     left_out = {
         place for place, fact in enumerate(unit.spans) if fact.is_work and _id(fact) in trees[_trace(fact)].covered
     }
     covered = sorted(left_out)
+    superseded, set_aside = _note_evidence(tx, tenant, unit, left_out)
+    superseded += uncounted
     counting = []
     for change in unit.collections:
         outranked_by = _outranking(tx, tenant, unit, change)
@@ -253,8 +254,21 @@ def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
 # --- evidence
 
 
+def _evidence_of(unit: RecordTelemetry, covered: set[int]) -> Iterable[Evidence]:
+    """That of a unit and of its spans. An agent's span with one below it that counts is none: its tokens do not count.
+
+    Nor is one that told no tokens: metrics of its resource that did would be lost for the sake of nothing.
+    """
+    told = {
+        Evidence(fact.told_of, SPANS, unit.usage.events[place].timestamp_us)
+        for place, fact in enumerate(unit.spans)
+        if fact.told_of and place not in covered
+    }
+    return [*unit.evidence, *told]
+
+
 def _note_evidence(
-    tx: Tx, tenant: int, unit: RecordTelemetry
+    tx: Tx, tenant: int, unit: RecordTelemetry, covered: set[int]
 ) -> tuple[list[tuple[int, str]], list[tuple[bytes, str, int]]]:
     """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go.
 
@@ -262,7 +276,7 @@ def _note_evidence(
     """
     superseded: list[tuple[int, str]] = []
     set_aside: list[tuple[bytes, str, int]] = []
-    for resource, rank, start_us, end_us in _stretches(unit.evidence, unit.near_us):
+    for resource, rank, start_us, end_us in _stretches(_evidence_of(unit, covered), unit.near_us):
         key = (tenant, resource, rank)
         reach = (start_us - 2 * unit.near_us, end_us + 2 * unit.near_us)
         # Two are near each other when any time between them is near one of them.

@@ -67,13 +67,15 @@ _STATUS_ERROR = 2
 class SpanUsage(msgspec.Struct, frozen=True, gc=False):
     """What a span used. `span` is its trace id (16 bytes) and span id (8); `resource` the `resource_key`.
 
-    With `is_work` it is of an agent's work, and counts only while no span below it does.
+    With `is_work` it is of an agent's work, and counts only while no span below it does. With `tells_tokens` it has an
+    attribute of tokens, be it of none.
     """
 
     event: UsageEvent
     span: bytes
     resource: bytes
     is_work: bool
+    tells_tokens: bool
 
 
 class OtlpOutcome(msgspec.Struct, frozen=True):
@@ -235,7 +237,8 @@ def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome:
             event = _event(span, settings)
             if isinstance(event, UsageEvent):
                 key = keys.setdefault(id(span.resource), resource_key(span.resource))
-                found[place] = SpanUsage(event, bytes.fromhex(span.trace_id + span.span_id), key, is_work)
+                name = bytes.fromhex(span.trace_id + span.span_id)
+                found[place] = SpanUsage(event, name, key, is_work, _has_tokens(span))
                 is_covered = True
             elif not (is_work and is_covered):
                 problems.append(f"span {clean(span.id, 60)}: {event}")

@@ -416,6 +416,49 @@ async def test_spans_win_within_the_window_on_either_side_of_them(host: Host, ap
     assert host.totals().tokens_in == (100 if apart_us == HOUR_US else 120)
 
 
+def without_tokens(request: Any) -> Any:
+    """An export of one span, which tells no tokens any more."""
+    attributes = request.resource_spans[0].scope_spans[0].spans[0].attributes
+    left = [pair for pair in attributes if not pair.key.startswith("gen_ai.usage.")]
+    del attributes[:]
+    attributes.extend(left)
+    return request
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+@pytest.mark.parametrize("kind", ["call", "work"])
+async def test_a_span_that_tells_no_tokens_leaves_metrics_what_they_count(
+    host: Host, kind: str, spans_first: bool
+) -> None:
+    metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
+    spans = [without_tokens(*export_spans([(None, kind)], T0))]
+    for piece in (spans, metrics) if spans_first else (metrics, spans):
+        await send(host, piece)
+    assert host.totals()[:4] == (2, 1, 10, 1)
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+async def test_an_agents_span_wins_over_metrics_where_it_counts(host: Host, spans_first: bool) -> None:
+    metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
+    spans = export_spans([(None, "work")], T0)
+    for piece in (spans, metrics) if spans_first else (metrics, spans):
+        await send(host, piece)
+    assert host.totals().tokens_in == 100
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_an_agents_span_that_does_not_count_leaves_metrics_what_they_count(
+    host: Host, spans_first: bool, at_once: bool
+) -> None:
+    metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
+    work, call = export_spans([(None, "work"), (0, "call")], T0)
+    spans = [[work, without_tokens(call)]] if at_once else [[without_tokens(call)], [work]]
+    for piece in (*spans, metrics) if spans_first else (metrics, *spans):
+        await send(host, piece)
+    assert host.totals()[:4] == (2, 1, 10, 1)
+
+
 async def test_spans_near_each_other_are_one_stretch_and_others_their_own(host: Host) -> None:
     for at_us in (T0, T0 + 5 * HOUR_US, T0 + 2 * HOUR_US, T0 + 7 * HOUR_US + 1):
         await send(host, export_spans([(None, "call")], at_us))

@@ -137,7 +137,7 @@ def test_an_inference_span_of_the_sdk_is_an_event(encoding: Encoding) -> None:
     ]
     assert (outcome.rejected, outcome.message, outcome.links) == (0, "", [])
     key = resource_key(dict(sdk.finished()[0].resource.attributes))
-    assert outcome.spans == [SpanUsage(outcome.spans[0].event, id_of(span), key, is_work=False)]
+    assert outcome.spans == [SpanUsage(outcome.spans[0].event, id_of(span), key, is_work=False, tells_tokens=True)]
 
 
 def test_the_same_export_gives_equal_events_twice_and_in_either_encoding() -> None:
@@ -199,6 +199,19 @@ def test_an_operation_with_tokens_that_nobody_knows_is_named_once_and_covers_not
         "if it is one, name it in [metering.otlp] inference"
         for name in ("moderation_", "think")
     ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tells"), [({}, False), ({"input_tokens": 0}, True), ({"cache_read.input_tokens": 5}, True)]
+)
+@pytest.mark.parametrize("operation", ["chat", "invoke_agent"])
+def test_a_span_tells_tokens_where_it_has_an_attribute_of_them(
+    operation: str, tokens: dict[str, int], tells: bool
+) -> None:
+    sdk = Sdk()
+    counts = {f"gen_ai.usage.{name}": number for name, number in tokens.items()}
+    sdk.span({"gen_ai.operation.name": operation, **counts})
+    assert [span.tells_tokens for span in decoded(sdk.export()).spans] == [tells]
 
 
 def test_attributes_of_both_generations_count_once_a_bucket() -> None:

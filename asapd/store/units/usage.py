@@ -126,10 +126,14 @@ class CollectionChanged(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SpanFact(msgspec.Struct, frozen=True, array_like=True):
-    """Which span an event is of: trace id (16 bytes) and span id (8); with `is_work` of an agent's work."""
+    """Which span an event is of: trace id (16 bytes) and span id (8); with `is_work` of an agent's work.
+
+    `told_of` is the resource that told tokens by it, empty where it told none: while it counts, it is evidence.
+    """
 
     span: bytes
     is_work: bool
+    told_of: bytes = b""
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True):
@@ -147,10 +151,10 @@ class StreamsMoved(msgspec.Struct, frozen=True, tag=True):
 class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True):
     """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
 
-    `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence holds for `near_us`
-    before and after its time; with `spans_ended`, when spans are counted no longer, that of spans ends with the last of
-    them. What was last heard of before `forget_before_us` is dropped; it is 0 where another part of the same export may
-    still go by that. `by` is who reports: see `asapd.store.superseding`.
+    `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence, `evidence` and that
+    of spans, holds for `near_us` before and after its time; with `spans_ended`, when spans are counted no longer, that
+    of spans ends with the last of them. What was last heard of before `forget_before_us` is dropped; it is 0 where
+    another part of the same export may still go by that. `by` is who reports: see `asapd.store.superseding`.
     """
 
     usage: RecordUsage
