@@ -61,6 +61,8 @@ _MAX_REASONS = 5
 _DISALLOWED = re.compile(r"[^A-Za-z0-9._:-]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _INT64 = re.compile(r"-?[0-9]{1,19}\Z")
+# Not empty, for an empty text says that there is no value.
+_UNREADABLE = " "
 
 
 class OtlpSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +128,12 @@ def named(names: Iterable[str], attributes: Attributes, resource: Attributes, mo
             if isinstance(value, str | int) and not isinstance(value, bool) and (found := clean(str(value), most)):
                 return found
     return ""
+
+
+def operation_of(attributes: Attributes) -> str:
+    """The operation that a span or point names, in lower case; empty where it names none."""
+    operation = attributes.get("gen_ai.operation.name")
+    return operation.strip().lower() if isinstance(operation, str) else ""
 
 
 def clean(text: str, most: int) -> str:
@@ -235,10 +243,10 @@ def _json_value(value: Any) -> Any:
 
 
 def _portable(value: Any) -> Any:
-    """A scalar that has a digest; for all else, integers beyond 64 bits included, a text that is no count."""
+    """A scalar that has a digest; for all else, integers beyond 64 bits included, a text that is no count or name."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return ""
-    return value if isinstance(value, str | int | float) else ""
+        return _UNREADABLE
+    return value if isinstance(value, str | int | float) else _UNREADABLE
 
 
 # --- replies

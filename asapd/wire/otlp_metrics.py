@@ -25,6 +25,7 @@ from asapd.wire.otlp import (
     digest,
     from_json,
     from_proto,
+    operation_of,
     reasons,
     resource_key,
     too_many_records,
@@ -277,11 +278,11 @@ def _outcome(groups: list[_Group], settings: OtlpSettings) -> MetricsOutcome:
         key = resource_key(group.resource)
         base = digest([group.resource, group.scope])
         for raw in group.points:
-            operation = raw.attributes.get("gen_ai.operation.name")
+            operation = operation_of(raw.attributes)
             if raw.flags & _NO_RECORDED_VALUE:
                 continue
-            if isinstance(operation, str) and operation and operation.lower() not in calls:
-                others.append(operation.lower())
+            if operation and operation not in calls:
+                others.append(operation)
                 continue
             point = _point(raw, key, base, group.resource, settings)
             if isinstance(point, str):

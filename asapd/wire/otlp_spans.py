@@ -27,6 +27,7 @@ from asapd.wire.otlp import (
     from_json,
     from_proto,
     named,
+    operation_of,
     reasons,
     resource_key,
     too_many_records,
@@ -280,17 +281,21 @@ def _children_first(spans: list[_Span]) -> Iterator[int]:
 
 def _operation(span: _Span) -> str:
     found = span.attributes
-    operation = found.get("gen_ai.operation.name")
-    if isinstance(operation, str) and operation:
-        return operation.lower()
+    if operation := operation_of(found):
+        return operation
     # Up to 1.26 the conventions had no operation: such spans are calls of a model, known by what they must have.
     names = ("gen_ai.system", "gen_ai.request.model")
-    has_tokens = any(name in found for bucket in ("tokens_in", "tokens_out") for name in _BUCKETS[bucket])
+    has_tokens = any(found.get(name, "") != "" for bucket in ("tokens_in", "tokens_out") for name in _BUCKETS[bucket])
     return "chat" if has_tokens and all(name in found for name in names) else ""
 
 
 def _has_tokens(span: _Span) -> bool:
-    return any(span.attributes.get(name) is not None for names in _BUCKETS.values() for name in names)
+    return any(_has(span, name) for names in _BUCKETS.values() for name in names)
+
+
+def _has(span: _Span, name: str) -> bool:
+    """Whether an attribute says something. LiteLLM writes an empty text for what it does not know."""
+    return span.attributes.get(name) not in (None, "")
 
 
 def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
@@ -301,7 +306,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         return "has no end time"
     counts: dict[str, int] = {}
     for bucket, names in _BUCKETS.items():
-        name = next((name for name in names if span.attributes.get(name) is not None), None)
+        name = next((name for name in names if _has(span, name)), None)
         if name is not None:
             number = count(span.attributes[name])
             if number is None:

@@ -186,7 +186,7 @@ def test_operations_that_are_calls_are_a_setting() -> None:
 def test_an_operation_with_tokens_that_nobody_knows_is_named_once_and_covers_nothing(encoding: Encoding) -> None:
     sdk = Sdk()
     work = sdk.span(AGENT)
-    for operation in ("Think", "think", "moderation\n"):
+    for operation in ("Think", "think", "moder\nation"):
         sdk.span({**CHAT, "gen_ai.operation.name": operation}, work)
     sdk.span({"gen_ai.operation.name": "no tokens"}, work)
     sdk.span({**CHAT, "gen_ai.usage.input_tokens": -1})
@@ -197,7 +197,7 @@ def test_an_operation_with_tokens_that_nobody_knows_is_named_once_and_covers_not
     assert sorted(named) == [
         f"operation '{name}' is not known to be a call of a model, so its spans were not counted: "
         "if it is one, name it in [metering.otlp] inference"
-        for name in ("moderation_", "think")
+        for name in ("moder_ation", "think")
     ]
 
 
@@ -416,6 +416,31 @@ def test_an_inference_span_without_sense_is_rejected_and_the_others_count(tokens
         outcome = decoded(sdk.export(encoding), encoding)
         assert (len(outcome.spans), outcome.rejected) == (1, 1)
         assert "gen_ai.usage.input_tokens must be" in outcome.message
+
+
+@pytest.mark.parametrize("encoding", ["protobuf", "json"])
+def test_an_attribute_of_tokens_that_is_an_empty_text_is_as_if_absent(encoding: Encoding) -> None:
+    sdk = Sdk()
+    sdk.span({**CHAT, "gen_ai.usage.input_tokens": "", "gen_ai.usage.prompt_tokens": 5})
+    sdk.span({**CHAT, "gen_ai.usage.input_tokens": "", "gen_ai.usage.output_tokens": ""})
+    sdk.span({"gen_ai.system": "openai", "gen_ai.request.model": "m", "gen_ai.usage.prompt_tokens": ""})
+    outcome = decoded(sdk.export(encoding), encoding)
+    assert [(event.tokens_in, event.tokens_out) for event in events_of(outcome)] == [(5, 40), (0, 0)]
+    assert [span.tells_tokens for span in outcome.spans] == [True, False]
+    assert (outcome.rejected, outcome.message) == (0, "")
+
+
+@pytest.mark.parametrize("value", [{"intValue": "9" * 30}, {"stringValue": [1]}, {"doubleValue": {}}])
+def test_a_value_of_tokens_that_json_cannot_have_is_rejected(value: Any) -> None:
+    pairs = {"gen_ai.operation.name": {"stringValue": "chat"}, "gen_ai.usage.input_tokens": value}
+    span = {
+        "traceId": "1" * 32,
+        "spanId": "2" * 16,
+        "endTimeUnixNano": str(START_NS),
+        "attributes": [{"key": name, "value": value} for name, value in pairs.items()],
+    }
+    outcome = decoded(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).encode(), "json")
+    assert (outcome.spans, outcome.rejected) == ([], 1)
 
 
 def test_totals_that_grow_too_large_are_rejected() -> None:
