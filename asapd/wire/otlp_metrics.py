@@ -53,6 +53,7 @@ _TOKEN_TYPES: Final[dict[str, Bucket]] = {
     "output": "tokens_out",
     "completion": "tokens_out",
 }
+_SUM_OF_TYPES: Final = "total"
 _DELTA, _CUMULATIVE = 1, 2
 _NO_RECORDED_VALUE = 1
 
@@ -280,6 +281,8 @@ def _outcome(groups: list[_Group], settings: OtlpSettings) -> MetricsOutcome:
         for raw in group.points:
             operation = operation_of(raw.attributes)
             if raw.flags & _NO_RECORDED_VALUE:
+                continue
+            if raw.metric == HISTOGRAM and raw.attributes.get("gen_ai.token.type") == _SUM_OF_TYPES:
                 continue
             if operation and operation not in calls:
                 others.append(operation)

@@ -224,6 +224,16 @@ def test_a_token_point_without_sense_is_rejected(changes: dict[str, Any], reason
         assert reason in outcome.message
 
 
+def test_points_of_all_tokens_taken_together_are_passed_over_in_silence(sdk: Sdk) -> None:
+    sdk.call(100, 40)
+    sdk.histogram.record(140, {**WHO, "gen_ai.token.type": "total"})
+    export = sdk.export()
+    for encoding in export:
+        outcome = decoded(export[encoding], encoding)
+        assert sorted(point.value for point in outcome.points) == [40, 100]
+        assert (outcome.rejected, outcome.message) == (0, "")
+
+
 def test_a_point_that_says_that_it_has_no_value_is_passed_over() -> None:
     assert decoded(request_with(flags=1).SerializeToString()) == MetricsOutcome([], 0, "")
 
