@@ -69,8 +69,8 @@ def _parts_of(spans: list[SpanUsage], links: list[Link]) -> list[tuple[list[Span
     A trace is in one part where it fits in one. The links of traces without such spans are in the first.
     """
     traces: dict[bytes, list[SpanUsage]] = {}
-    # Agents' spans behind the calls below them, or an earlier part would count what the next one has to void.
-    for span in sorted(spans, key=lambda span: span.is_work):
+    # Those that give way behind the calls below them, or an earlier part would count what the next one has to void.
+    for span in sorted(spans, key=lambda span: span.gives_way):
         traces.setdefault(span.span[:TRACE_BYTES], []).append(span)
     parts: list[list[SpanUsage]] = [[]]
     for whole in traces.values():
@@ -102,7 +102,7 @@ async def _record_part(
         times.forget_before_us,
         times.spans_win_us,
         spans=[
-            SpanFact(span.span, span.is_work, told_of(span.resource, caller) if span.tells_tokens else b"")
+            SpanFact(span.span, span.gives_way, told_of(span.resource, caller) if span.tells_tokens else b"")
             for span in spans
         ],
         links=links,

@@ -110,7 +110,7 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     trees = _trees_of(tx, tenant, unit)
     uncounted = [(row, _COVERED) for row in _grow(trees, unit)]
     left_out = {
-        place for place, fact in enumerate(unit.spans) if fact.is_work and _id(fact) in trees[_trace(fact)].covered
+        place for place, fact in enumerate(unit.spans) if fact.gives_way and _id(fact) in trees[_trace(fact)].covered
     }
     covered = sorted(left_out)
     superseded, set_aside = _note_evidence(tx, tenant, unit, left_out)
@@ -178,7 +178,7 @@ def _keep(
         "INSERT OR REPLACE INTO otlp_stream VALUES (?,?,?,?,?,?,?)",
         ((tenant, change.stream, *msgspec.structs.astuple(change.after), now_us) for change in unit.streams),
     )
-    work = [place for place, fact in enumerate(unit.spans) if fact.is_work and place not in left_out]
+    work = [place for place, fact in enumerate(unit.spans) if fact.gives_way and place not in left_out]
     rows = _rows_of(tx, unit.usage.tenant, [events[place] for place in work])
     for place, row in zip(work, rows, strict=True):
         fact = unit.spans[place]

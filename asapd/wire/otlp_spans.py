@@ -16,6 +16,7 @@ from asapd.wire.otlp import (
     AGENT_WORK,
     ATTRIBUTION_NAMES,
     DEFAULT_SETTINGS,
+    INFERENCE,
     Attributes,
     Encoding,
     JsonAttribute,
@@ -68,14 +69,15 @@ _STATUS_ERROR = 2
 class SpanUsage(msgspec.Struct, frozen=True, gc=False):
     """What a span used. `span` is its trace id (16 bytes) and span id (8); `resource` the `resource_key`.
 
-    With `is_work` it is of an agent's work, and counts only while no span below it does. With `tells_tokens` it has an
+    With `gives_way` it counts only while no span below it does: it is of an agent's work, or a call as a framework or
+    gateway names it, behind which the provider's SDK may tell of the same call. With `tells_tokens` it has an
     attribute of tokens, be it of none.
     """
 
     event: UsageEvent
     span: bytes
     resource: bytes
-    is_work: bool
+    gives_way: bool
     tells_tokens: bool
 
 
@@ -154,9 +156,9 @@ def decode_traces(body: bytes, encoding: Encoding, settings: OtlpSettings = DEFA
     """Decode an ExportTraceServiceRequest; never raises.
 
     Inference spans count: those whose operation is a call, and of the first conventions, which had no operations, those
-    with system, model and tokens. A span of an agent's work counts when nothing below it does, which is not decided
-    here: other exports may have what is below it. The identity of an event is the source "otlp" and the id
-    `<trace id>:<span id>`, so an export sent twice gives the same events.
+    with system, model and tokens. One of an agent's work, or of a call by a name that the conventions do not have,
+    counts when nothing below it does, which is not decided here: other exports may have what is below it. The identity
+    of an event is the source "otlp" and the id `<trace id>:<span id>`, so an export sent twice gives the same events.
 
     A `Refusal` is `malformed` or `too_many_events`.
     """
@@ -233,15 +235,15 @@ def _outcome(spans: list[_Span], settings: OtlpSettings) -> OtlpOutcome:
     for place in _children_first(spans):
         span = spans[place]
         operation = _operation(span)
-        is_work, is_covered = operation in AGENT_WORK, span.id in covered
-        if is_work or operation in calls:
+        gives_way, is_covered = operation not in INFERENCE, span.id in covered
+        if operation in calls or operation in AGENT_WORK:
             event = _event(span, settings)
             if isinstance(event, UsageEvent):
                 key = keys.setdefault(id(span.resource), resource_key(span.resource))
                 name = bytes.fromhex(span.trace_id + span.span_id)
-                found[place] = SpanUsage(event, name, key, is_work, _has_tokens(span))
+                found[place] = SpanUsage(event, name, key, gives_way, _has_tokens(span))
                 is_covered = True
-            elif not (is_work and is_covered):
+            elif not (gives_way and is_covered):
                 problems.append(f"span {clean(span.id, 60)}: {event}")
         elif operation and _has_tokens(span):
             others.append(operation)

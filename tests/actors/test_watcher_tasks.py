@@ -68,14 +68,14 @@ async def test_a_task_that_is_abandoned_is_an_error_that_breaches(autojump_clock
 async def test_an_agents_span_leaves_the_figures_with_the_totals(autojump_clock: MockClock, host: Host) -> None:
     trace, parent, child = b"t" * 16, b"p" * 8, b"c" * 8
 
-    def telemetry(span: bytes, duration_ms: int, is_work: bool) -> RecordTelemetry:
+    def telemetry(span: bytes, duration_ms: int, gives_way: bool) -> RecordTelemetry:
         now_us = host.clock.now_us()
         event = UsageEvent(
             "t", A, "c", now_us, duration_ms=duration_ms, id=f"{trace.hex()}:{span.hex()}", source="otlp"
         )
         usage = RecordUsage("default", "test", now_us, [event], [UNKNOWN_COST])
-        links = [] if is_work else [(trace + span, parent)]
-        return RecordTelemetry(usage, 0, spans=[SpanFact(trace + span, is_work)], links=links)
+        links = [] if gives_way else [(trace + span, parent)]
+        return RecordTelemetry(usage, 0, spans=[SpanFact(trace + span, gives_way)], links=links)
 
     await host.agent()
     async with watching(host) as watcher:

@@ -124,7 +124,7 @@ def test_what_the_daemon_named_takes_no_identity_along(writer: Writer, connectio
 def test_a_span_is_retired_with_both_its_identities(writer: Writer, connection: apsw.Connection) -> None:
     span = UsageEvent("t", A, "c", NOW_US + 1, id="1:2", source="otlp")
     usage = RecordUsage("default", "key:x", NOW_US, [span], [UNKNOWN_COST], partial=True)
-    facts = [SpanFact(bytes(24), is_work=False)]
+    facts = [SpanFact(bytes(24), gives_way=False)]
     assert submit(writer, RecordTelemetry(usage, 0, HOUR_US, spans=facts)).recorded == 1
     retire(writer, 5)
     assert connection.execute("SELECT count(*) FROM usage_identity").get == 0

@@ -137,7 +137,7 @@ def test_an_inference_span_of_the_sdk_is_an_event(encoding: Encoding) -> None:
     ]
     assert (outcome.rejected, outcome.message, outcome.links) == (0, "", [])
     key = resource_key(dict(sdk.finished()[0].resource.attributes))
-    assert outcome.spans == [SpanUsage(outcome.spans[0].event, id_of(span), key, is_work=False, tells_tokens=True)]
+    assert outcome.spans == [SpanUsage(outcome.spans[0].event, id_of(span), key, gives_way=False, tells_tokens=True)]
 
 
 def test_the_same_export_gives_equal_events_twice_and_in_either_encoding() -> None:
@@ -146,7 +146,7 @@ def test_the_same_export_gives_equal_events_twice_and_in_either_encoding() -> No
     for operation in ("chat", "text_completion", "generate_content", "embeddings"):
         sdk.span({**CHAT, "gen_ai.operation.name": operation}, root)
     first = decoded(sdk.export())
-    assert [span.is_work for span in first.spans] == [True, False, False, False, False]
+    assert [span.gives_way for span in first.spans] == [True, False, False, False, False]
     assert decoded(sdk.export()) == first
     assert decoded(sdk.export("json"), "json") == first
 
@@ -178,8 +178,15 @@ def test_operations_that_are_calls_are_a_setting() -> None:
     for operation in ("Think", "invoke_agent"):
         sdk.span({**CHAT, "gen_ai.operation.name": operation})
     outcome = decoded(sdk.export(), settings=OtlpSettings(inference=("thinK", "invoke_agent")))
-    assert [span.is_work for span in outcome.spans] == [False, True]
+    assert [span.gives_way for span in outcome.spans] == [True, True]
     assert outcome.message == ""
+
+
+def test_a_call_by_another_name_gives_way_to_what_the_sdk_below_it_tells_of_the_same_call() -> None:
+    sdk = Sdk()
+    gateway = sdk.span({**CHAT, "gen_ai.operation.name": "acompletion"})
+    sdk.span(CHAT, gateway)
+    assert [span.gives_way for span in decoded(sdk.export()).spans] == [True, False]
 
 
 @pytest.mark.parametrize("encoding", ["protobuf", "json"])
@@ -191,7 +198,7 @@ def test_an_operation_with_tokens_that_nobody_knows_is_named_once_and_covers_not
     sdk.span({"gen_ai.operation.name": "no tokens"}, work)
     sdk.span({**CHAT, "gen_ai.usage.input_tokens": -1})
     outcome = decoded(sdk.export(encoding), encoding)
-    assert ([span.is_work for span in outcome.spans], outcome.rejected) == ([True], 1)
+    assert ([span.gives_way for span in outcome.spans], outcome.rejected) == ([True], 1)
     rejected, *named = outcome.message.split("; ")
     assert rejected.endswith("gen_ai.usage.input_tokens must be an integer from 0 to 2**53-1")
     assert sorted(named) == [
@@ -318,7 +325,7 @@ def test_of_an_agents_work_the_spans_and_their_links_are_told() -> None:
     lone = sdk.span({**AGENT, "gen_ai.operation.name": "create_agent"})
     for encoding in ("protobuf", "json"):
         outcome = decoded(sdk.export(encoding), encoding)
-        assert [(span.span, span.is_work) for span in outcome.spans] == [
+        assert [(span.span, span.gives_way) for span in outcome.spans] == [
             (id_of(outer), True),
             (id_of(inner), True),
             (id_of(chat), False),

@@ -126,13 +126,14 @@ class CollectionChanged(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SpanFact(msgspec.Struct, frozen=True, array_like=True):
-    """Which span an event is of: trace id (16 bytes) and span id (8); with `is_work` of an agent's work.
+    """Which span an event is of: trace id (16 bytes) and span id (8).
 
-    `told_of` is the resource that told tokens by it, empty where it told none: while it counts, it is evidence.
+    With `gives_way` it counts only while no span below it does. `told_of` is the resource that told tokens by it, empty
+    where it told none: while it counts, it is evidence.
     """
 
     span: bytes
-    is_work: bool
+    gives_way: bool
     told_of: bytes = b""
 
 
