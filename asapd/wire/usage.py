@@ -10,7 +10,8 @@ import re
 from collections.abc import Container, Generator, Iterator
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -48,20 +49,26 @@ _LEAP_SECOND = "must not be in second 60, a leap second, which asapd does not co
 
 
 class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """The counts of an event in its nested form."""
+    """The counts of an event in its nested form.
+
+    Null is as if left out, as dumps of classes have it, but of the tokens: a sum that is not known is not zero.
+    """
 
     tokens_in: _Count = 0
     tokens_out: _Count = 0
-    duration_ms: _Count | UnsetType = UNSET
-    api_calls: _Count = 0
-    cached_tokens_in: _Count = 0
-    cache_write_tokens: _Count = 0
-    reasoning_tokens: _Count = 0
-    cache_write_1h_tokens: _Count = 0
+    duration_ms: _Count | None = None
+    api_calls: _Count | None = 0
+    cached_tokens_in: _Count | None = 0
+    cache_write_tokens: _Count | None = 0
+    reasoning_tokens: _Count | None = 0
+    cache_write_1h_tokens: _Count | None = 0
 
 
 class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One event as clients write it: the nested form and the reference implementation's flat one."""
+    """One event as clients write it: the nested form and the reference implementation's flat one.
+
+    Null is as if left out, as in `WireMetrics`.
+    """
 
     task_id: _Name | None = None
     agent: _Name | None = None
@@ -72,16 +79,16 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     metrics: WireMetrics | None = None
     tokens_in: _Count = 0
     tokens_out: _Count = 0
-    duration_ms: _Count | UnsetType = UNSET
-    api_calls: _Count = 0
-    cached_tokens_in: _Count = 0
-    cache_write_tokens: _Count = 0
-    reasoning_tokens: _Count = 0
-    cache_write_1h_tokens: _Count = 0
+    duration_ms: _Count | None = None
+    api_calls: _Count | None = 0
+    cached_tokens_in: _Count | None = 0
+    cache_write_tokens: _Count | None = 0
+    reasoning_tokens: _Count | None = 0
+    cache_write_1h_tokens: _Count | None = 0
     id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     source: Annotated[str, Meta(max_length=256)] | None = None
     seq: _Count | None = None
-    outcome: Literal["completed", "failed"] = "completed"
+    outcome: Literal["completed", "failed"] | None = "completed"
     error: Annotated[str, Meta(max_length=2000)] | None = None
     model: _Short | None = None
     provider: _Short | None = None
@@ -89,7 +96,7 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     delegation: _Name | None = None
     reservation: _Name | None = None
     action: _Short | None = None
-    partial: bool = False
+    partial: bool | None = False
     parent_task_id: _Name | None = None
     project: _Short | None = None
     labels: Annotated[dict[_LabelName, _Label], Meta(max_length=_MAX_LABELS)] | None = None
@@ -228,7 +235,10 @@ def _typed(body: bytes, is_msgpack: bool) -> tuple[list[WireEvent], bool]:
     whole = (_msgpack_body if is_msgpack else _json_body).decode(body)
     if whole.events is UNSET and whole.usage is UNSET:
         return [whole], False
-    beside = any(getattr(whole, field.name) != field.default for field in msgspec.structs.fields(WireEvent))
+    beside = any(
+        (value := getattr(whole, field.name)) is not None and value != field.default
+        for field in msgspec.structs.fields(WireEvent)
+    )
     if beside or (whole.events is not UNSET and whole.usage is not UNSET):
         raise msgspec.ValidationError("fields beside `usage` or `events`")
     if whole.events is not UNSET:
@@ -300,13 +310,13 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         _timestamp(wire.timestamp, errors),
         counts.tokens_in,
         counts.tokens_out,
-        None if counts.duration_ms is UNSET else counts.duration_ms,
-        counts.api_calls,
-        counts.cached_tokens_in,
-        counts.cache_write_tokens,
-        counts.reasoning_tokens,
-        1 if wire.outcome == "completed" else 2,
-        wire.partial,
+        counts.duration_ms,
+        counts.api_calls or 0,
+        counts.cached_tokens_in or 0,
+        counts.cache_write_tokens or 0,
+        counts.reasoning_tokens or 0,
+        2 if wire.outcome == "failed" else 1,
+        wire.partial or False,
         wire.id or "",
         wire.source or "",
         wire.seq,
@@ -321,7 +331,7 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         wire.parent_task_id,
         wire.labels or None,
         wire.trace_id,
-        counts.cache_write_1h_tokens,
+        counts.cache_write_1h_tokens or 0,
     )
     if not is_plain and not _is_printable(event):
         errors += [
@@ -368,7 +378,7 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
     prefix = ""
     if wire.metrics is not None:
         counts, prefix = wire.metrics, "metrics."
-        beside = wire.tokens_in or wire.tokens_out or wire.duration_ms is not UNSET or wire.api_calls
+        beside = wire.tokens_in or wire.tokens_out or wire.duration_ms is not None or wire.api_calls
         parts = wire.cached_tokens_in or wire.cache_write_tokens or wire.cache_write_1h_tokens or wire.reasoning_tokens
         if beside or parts:
             errors.append(
@@ -376,11 +386,12 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
             )
     written = counts.cache_write_tokens or counts.cache_write_1h_tokens
     if written or counts.cached_tokens_in or counts.reasoning_tokens:
-        if counts.cached_tokens_in + counts.cache_write_tokens > counts.tokens_in:
+        cache_write_tokens = counts.cache_write_tokens or 0
+        if (counts.cached_tokens_in or 0) + cache_write_tokens > counts.tokens_in:
             errors.append(FieldError(f"{prefix}tokens_in", "must include cached_tokens_in and cache_write_tokens"))
-        if counts.cache_write_1h_tokens > counts.cache_write_tokens:
+        if (counts.cache_write_1h_tokens or 0) > cache_write_tokens:
             errors.append(FieldError(f"{prefix}cache_write_tokens", "must include cache_write_1h_tokens"))
-        if counts.reasoning_tokens > counts.tokens_out:
+        if (counts.reasoning_tokens or 0) > counts.tokens_out:
             errors.append(FieldError(f"{prefix}tokens_out", "must include reasoning_tokens"))
     return counts
 
@@ -436,7 +447,11 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
         return malformed(error, body)
     if isinstance(raw, dict) and ("events" in raw or "usage" in raw):
         holder, wanted = ("events", list) if "events" in raw else ("usage", dict)
-        stray = [FieldError(str(name), f"does not belong beside {holder}") for name in raw if name != holder]
+        stray = [
+            FieldError(str(name), f"does not belong beside {holder}")
+            for name, value in raw.items()
+            if name != holder and not (value is None and name in _NULLABLE)
+        ]
         if stray:
             return Events([], [], tuple(stray), is_batch=False)
         raw = raw[holder]
@@ -536,6 +551,8 @@ _REQUIRED = {**dict.fromkeys(("task_id", "agent", "agent_id", "consumer", "consu
 """Fields that may be null as far as their types in `WireEvent` go, and are missing then."""
 _EVENT_TYPES = {**_types_of(WireEvent), **_REQUIRED}
 _METRICS_TYPES = _types_of(WireMetrics)
+_NULLABLE = frozenset(name for name, kind in _types_of(WireEvent).items() if NoneType in get_args(kind))
+"""Fields of which null is as if they were left out."""
 
 
 def _bad_fields(item: dict[Any, Any], types: dict[Any, Any], prefix: str) -> Iterator[FieldError]:

@@ -55,7 +55,15 @@ def expected(**changes: Any) -> UsageEvent:
     return only(decode_events(json.dumps({**NESTED, "id": "e1", "source": "/here", **changes}).encode()))
 
 
-@pytest.mark.parametrize("data", [NESTED, FLAT, {**NESTED, "id": "own", "source": "own"}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        NESTED,
+        FLAT,
+        {**NESTED, "id": "own", "source": "own"},
+        {**FLAT, "duration_ms": None, "outcome": None, "partial": None, "model": None},
+    ],
+)
 def test_data_in_either_form_is_the_event_that_source_and_id_of_the_envelope_identify(data: dict[str, Any]) -> None:
     assert only(decode_structured(structured(data=data))) == expected()
 

@@ -55,6 +55,49 @@ def single(**changes: Any) -> dict[str, Any]:
 
 # --- forms
 
+NULLABLE_COUNTS = (
+    *("duration_ms", "api_calls", "cached_tokens_in"),
+    *("cache_write_tokens", "reasoning_tokens", "cache_write_1h_tokens"),
+)
+NULLABLE = (
+    *("id", "source", "seq", "outcome", "error", "model", "provider", "cost_usd", "delegation", "reservation"),
+    *("action", "partial", "parent_task_id", "project", "labels", "trace_id"),
+)
+
+
+@pytest.mark.parametrize("name", [*NULLABLE, *NULLABLE_COUNTS])
+def test_null_of_an_optional_field_is_as_if_it_was_left_out(name: str) -> None:
+    tokens = {"tokens_in": 10, "tokens_out": 5}
+    nested, flat = {**NESTED, "metrics": tokens}, {**FLAT, **tokens}
+    for count in ("duration_ms", "api_calls"):
+        del flat[count]
+    without = decoded(nested).events
+    if name in NULLABLE_COUNTS:
+        nulls = [{**nested, "metrics": {**tokens, name: None}}, {**flat, name: None}, {**nested, name: None}]
+    else:
+        nulls = [{**nested, name: None}, {**flat, name: None}]
+    for event in nulls:
+        assert [decode_event(msgspec.json.encode(event))] == without
+        for body_format in FORMATS:
+            assert decoded(event, body_format).events == without
+        for form in ({"usage": event}, {"events": [event]}, [event], {"usage": nested, name: None}):
+            assert (decoded(form).events, decoded(form, "msgpack").events) == (without, without)
+        beside_another = decoded([event, single(task_id=5)])
+        assert beside_another.events == without
+        assert [(bad.field, bad.index) for bad in beside_another.errors] == [("task_id", 1)]
+    # Where something is wrong, what is null is not.
+    assert [field for field, _, _ in errors({"events": [single(task_id=5)], name: None})] == ["task_id"]
+
+
+def test_parts_of_tokens_are_held_to_their_sums_beside_nulls() -> None:
+    parts = dict.fromkeys(NULLABLE_COUNTS[2:])
+    for part, sum_of in (
+        *(("cached_tokens_in", "tokens_in"), ("cache_write_tokens", "tokens_in")),
+        *(("reasoning_tokens", "tokens_out"), ("cache_write_1h_tokens", "cache_write_tokens")),
+    ):
+        found = errors(single(metrics={"tokens_in": 1, "tokens_out": 1, **parts, part: 2}))
+        assert [field for field, _, _ in found] == [f"metrics.{sum_of}"]
+
 
 @pytest.mark.parametrize("body_format", ["json", "msgpack"])
 @pytest.mark.parametrize("form", [NESTED, FLAT, {"usage": NESTED}, {"usage": FLAT}])
@@ -234,6 +277,10 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"agent": "a"}, "agent", "URN"),
         ({"agent_id": "urn:asap:agent:z"}, "agent_id", "something else"),
         ({"consumer_id": "urn:asap:agent:z"}, "consumer_id", "something else"),
+        ({"task_id": None}, "task_id", "missing"),
+        ({"agent": None}, "agent", "missing"),
+        ({"consumer": None}, "consumer", "missing"),
+        ({"timestamp": None}, "timestamp", "missing"),
         ({"task_id": ""}, "task_id", "must have at least 1 character"),
         ({"task_id": "x" * 257}, "task_id", "must have at most 256 characters"),
         ({"task_id": 5}, "task_id", "must be text, not a number"),
@@ -249,6 +296,9 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"metrics": 5}, "metrics", "object"),
         ({"metrics": {"tokens_inn": 5}}, "metrics.tokens_inn", "labels"),
         ({"metrics": {"tokens_in": -1}}, "metrics.tokens_in", "must be a whole number, at least 0"),
+        ({"metrics": {"tokens_in": None}}, "metrics.tokens_in", "must be a whole number, not null"),
+        ({"metrics": {"tokens_out": None}}, "metrics.tokens_out", "must be a whole number, not null"),
+        ({"metrics": {"duration_ms": 1.5}}, "metrics.duration_ms", "must be a whole number or null, not a fraction"),
         (
             {"metrics": {"tokens_in": MAX_INT + 1}},
             "metrics.tokens_in",
@@ -289,7 +339,7 @@ def test_a_reported_cost_is_exact_and_rounds_up(cost: float | str) -> None:
         ({"labels": {"": "a"}}, "labels", "empty name"),
         ({"labels": 5}, "labels", "object"),
         ({"id": "x" * 129}, "id", "at most 128 characters"),
-        ({"partial": "yes"}, "partial", "must be true or false, not text"),
+        ({"partial": "yes"}, "partial", "must be true or false or null, not text"),
         ({"seq": 1.5}, "seq", "must be a whole number or null, not a fraction"),
     ],
 )

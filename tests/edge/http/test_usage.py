@@ -146,6 +146,28 @@ async def test_an_event_without_a_duration_says_so_and_is_no_other_than_one_of_0
     assert (await edge.get("/usage/summary")).ok()["total_duration_ms"] == 0
 
 
+async def test_an_event_with_nulls_is_the_same_as_one_without_these_fields(edge: Edge) -> None:
+    metrics = {"tokens_in": 1, "tokens_out": 1}
+    nulls = {"outcome": None, "partial": None, "error": None, "seq": None, "labels": None}
+    parts = dict.fromkeys(("duration_ms", "api_calls", "cached_tokens_in", "cache_write_tokens", "reasoning_tokens"))
+    dumped = event("e1", metrics={**metrics, **parts}, **nulls)
+    for sent in ([dumped], [event("e1", metrics=metrics)], [dumped]):
+        assert (await edge.post("/usage", sent)).ok(201)["ids"] == ["e1"]
+    assert (await edge.get("/usage/stats")).ok()["total_events"] == 1
+    for field in ("tokens_in", "tokens_out"):
+        problem = (await edge.post("/usage", event("e2", metrics={**metrics, field: None}))).refused(422)
+        assert [bad["field"] for bad in problem["errors"]] == [f"metrics.{field}"]
+
+
+async def test_a_step_of_a_task_with_nulls_is_the_same_as_one_without_these_fields(edge: Edge) -> None:
+    step = {"task_id": "t", "agent": A, "consumer": B, "state": "started", "timestamp": NOW}
+    for sent in (step, {**step, "error": None, "parent_task_id": None}, step):
+        (await edge.post("/tasks", sent)).ok(201)
+    for field in step:
+        problem = (await edge.post("/tasks", {**step, field: None})).refused(422)
+        assert [bad["field"] for bad in problem["errors"]] == [field]
+
+
 async def test_a_conflict_is_409_with_both_events(edge: Edge) -> None:
     await edge.post("/usage", event("e1"))
     problem = (await edge.post("/usage", event("e1", task_id="t2"))).refused(409)
