@@ -9,6 +9,7 @@ from quart import Response, g, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.routing import BaseConverter
 from werkzeug.routing.exceptions import WebsocketMismatch
 
 from asapd.core.access import Caller
@@ -87,6 +88,14 @@ def _is_for_ingest(method: str, path: str) -> bool:
     return method == "POST" and path.rstrip("/") in _TAKES
 
 
+class _AnyText(BaseConverter):
+    """An id with whatever is in it: Werkzeug's own `path` takes none that begins with a slash."""
+
+    regex = "(?s:.+?)"
+    part_isolating = False
+    weight = 200
+
+
 def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     """One application for every HTTP door; a door says in the ASGI scope who is at it."""
     app = QuartTrio("asapd", static_folder=None)
@@ -102,6 +111,7 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
     app.url_map.strict_slashes = False
     # A redirect in HTML is nothing that clients of an API read, and an id may have two slashes.
     app.url_map.merge_slashes = False
+    app.url_map.converters["text"] = _AnyText
 
     @app.before_request
     async def authenticate() -> Response | None:

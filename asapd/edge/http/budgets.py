@@ -29,7 +29,7 @@ def register(app: QuartTrio, services: Services) -> None:
         rows = found[:limit]
         return reply(page(rows, limit, rows[-1]["name"] if len(found) > limit else None))
 
-    @app.get("/budgets/<path:name>")
+    @app.get("/budgets/<text:name>")
     async def get_budget(name: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()

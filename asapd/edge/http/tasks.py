@@ -33,13 +33,13 @@ def register(app: QuartTrio, services: Services) -> None:
         position = parameters.place("tasks", rows[-1][0] if rows else None)
         return reply(page([row for _, row in rows], limit, position))
 
-    @app.get("/tasks/<path:task>")
+    @app.get("/tasks/<text:task>")
     async def get_task(task: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()
         return await shown(caller, task)
 
-    @app.get("/tasks/<path:task>/receipt")
+    @app.get("/tasks/<text:task>/receipt")
     async def get_receipt(task: str) -> Response:
         caller = require(Permission.READ)
         Parameters().done()

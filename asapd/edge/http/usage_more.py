@@ -39,7 +39,7 @@ def register(app: QuartTrio, services: Services) -> None:
         position = parameters.place("sources", rows[-1][0] if rows else None)
         return reply(page([row for _, row in rows], limit, position))
 
-    @app.post("/usage/<path:event>/void")
+    @app.post("/usage/<text:event>/void")
     async def post_void(event: str) -> Response:
         caller = require(Permission.OPERATE)
         parameters = Parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -56,6 +57,15 @@ async def test_a_budget_shows_its_limits_and_what_is_left(host: Edge) -> None:
     rest = (await host.get(f"/budgets?limit=1&cursor={first['next_cursor']}")).ok()
     assert [row["name"] for row in rest["data"]] == ["whole host"]
     assert rest["next_cursor"] is None
+
+
+async def test_a_budget_is_shown_whatever_slashes_its_name_has(edge: Edge) -> None:
+    names = ["/b", "/", "b/", "a//b"]
+    budgets = [Budget(name, Match(), "day", "UTC", hard=Limits(USD)) for name in names]
+    assert not isinstance(await edge.database.submit(SyncBudgets(budgets, "test", T0)), Refusal)
+    for name in names:
+        assert (await edge.get(f"/budgets/{quote(name, safe='')}")).ok()["name"] == name
+    assert (await edge.get("/budgets/%2Fother")).refused(404)["code"] == "budget_not_found"
 
 
 async def test_a_budget_is_seen_by_those_who_may_see_all_its_work(host: Edge) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from nacl.signing import SigningKey
@@ -56,6 +57,16 @@ async def test_a_task_that_is_called_as_if_it_were_a_receipt_can_be_read(edge: E
     for path in ("a%2Freceipt", "a/receipt"):
         assert (await receipt(edge, path))["task_id"] == "a/receipt"
     assert (await edge.get("/tasks/b%2Freceipt")).refused(404)["code"] == "task_not_found"
+
+
+@pytest.mark.parametrize("task", ["/t", "/", "//", "/receipt", "t/", "a//b", ".."])
+async def test_a_task_can_be_read_and_has_a_receipt_whatever_slashes_its_id_has(edge: Edge, task: str) -> None:
+    await edge.post("/usage", event("t", 0, task_id=task))
+    quoted = quote(task, safe="")
+    assert (await edge.get(f"/tasks/{quoted}")).ok()["task_id"] == task
+    assert (await receipt(edge, quoted))["task_id"] == task
+    assert (await edge.get("/tasks/")).ok()["data"] == []
+    assert (await edge.get("/tasks/%2Fx%0Ay")).refused(404)["code"] == "task_not_found"
 
 
 async def test_a_receipt_adds_up_to_what_is_stored_and_verifies(edge: Edge) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -70,6 +71,16 @@ async def test_a_void_takes_an_event_out_once(edge: Edge) -> None:
     assert (total["total_tasks"], total["total_cost_usd"]) == (1, Decimal("0.25"))
     rows = (await edge.get("/usage")).ok()["data"]
     assert [(row["id"], row["tokens_in"], row["voids"]) for row in rows][2] == (voided["id"], -10, "e/1")
+
+
+@pytest.mark.parametrize("event_id", ["/x", "//", "/", "/void", "x/", "a//b", "..", "sources", "/sources"])
+async def test_an_event_is_voided_whatever_slashes_its_id_has(edge: Edge, event_id: str) -> None:
+    await edge.post("/usage", event(event_id))
+    path = f"/usage/{quote(event_id, safe='')}/void"
+    assert (await edge.post(path, {"reason": "a test"})).ok(201)["voids"] == event_id
+    for other in ("/usage/void", "/usage//void"):
+        assert (await edge.post(other, {"reason": "a test"})).refused(404)["code"] == "not_found", other
+    assert (await edge.get("/usage/sources")).ok()["count"] == 1
 
 
 async def test_an_export_of_nothing_can_be_gone_on_with(edge: Edge) -> None:
