@@ -14,7 +14,7 @@ from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.actors.retirer import Retirer
 from asapd.core.errors import Refusal
-from asapd.core.types import DAY_US, HOUR_US
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
 from asapd.runtime.clock import Clock
 from asapd.store import alert_retention, audit_retention, retention, usage_days
 from asapd.store.database import Database
@@ -28,6 +28,9 @@ IDEMPOTENCY_US = DAY_US
 
 EVERY_S = 1.0
 """A lapsed reservation refuses nothing by itself for longer than this."""
+
+TOLD_LATE_US = 5 * MINUTE_US
+"""Between a start that is told late and its end: a spool sent again after an outage has both, but not at once."""
 
 RETIRE_EVERY_S = 60.0
 """To events that are kept for days, and to days that are to be added up, a minute is nothing; a look each second is."""
@@ -105,6 +108,7 @@ async def _sweep(
             now_us - IDEMPOTENCY_US,
             usage_before_us=now_us - settings.metering.late_max_us,
             tasks_before_us=now_us - settings.metering.task_timeout_us,
+            task_grace_us=min(TOLD_LATE_US, settings.metering.task_timeout_us),
             revocations_before_us=now_us - settings.metering.clock_skew_max_us,
             # A few stretches a day: kept as long as what they are billed with.
             uptime_before_us=now_us - max(settings.retention.usage_us, settings.retention.probes_us),

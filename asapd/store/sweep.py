@@ -12,7 +12,7 @@ _KEYS = {"idempotency": "key", "probe": "seq", "uptime_segment": "(agent, start_
 def sweep(tx: Tx, unit: Sweep) -> Swept:
     """Expire lapsed reservations; give up overdue tasks; end the alerts of past budgets; drop what is old."""
     expired = reservations.expire_lapsed(tx, unit.now_us, unit.limit)
-    abandoned = tasks.abandon_overdue(tx, unit.tasks_before_us, unit.now_us, unit.limit)
+    abandoned = tasks.abandon_overdue(tx, unit.tasks_before_us, unit.task_grace_us, unit.now_us, unit.limit)
     deleted = budgets.sweep(tx, unit.now_us, unit.usage_before_us, unit.limit)
     deleted += revocations.forget_lapsed(tx, unit.revocations_before_us, unit.limit)
     deleted += delegation_news.forget_old(tx, unit.probes_before_us, unit.limit)

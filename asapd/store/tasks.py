@@ -151,22 +151,29 @@ def _conflict(what: str, hint: str, errors: tuple[FieldError, ...] = ()) -> Refu
     return Refusal("task_conflict", f"nothing was recorded: {what}; {hint}", errors)
 
 
-def abandon_overdue(tx: Tx, before_us: int, now_us: int, limit: int) -> int:
+def abandon_overdue(tx: Tx, before_us: int, grace_us: int, now_us: int, limit: int) -> int:
     """Give up tasks of which nothing was heard since a time and that did not end; returns how many were closed.
 
     A task whose usage has come in ended as that says. One with interim reports since is still running, and is looked at
-    again when these are as old.
+    again when these are as old. One whose start was recorded less than `grace_us` ago was told late, maybe by a spool
+    whose next line is its end: it is looked at again after that.
     """
     overdue = fetch(
         tx.connection,
-        "SELECT s.seq, s.tenant, s.agent, s.consumer, s.task_id, s.timestamp_us, s.parent_task_id, "
+        "SELECT s.seq, s.committed_us, s.tenant, s.agent, s.consumer, s.task_id, s.timestamp_us, s.parent_task_id, "
         "(SELECT name FROM name WHERE id = s.tenant), (SELECT name FROM name WHERE id = s.agent), "
         "(SELECT name FROM name WHERE id = s.consumer) "
         "FROM task_open o JOIN task s USING (seq) WHERE o.started_us < ? ORDER BY o.started_us LIMIT ?",
         (before_us, limit),
     )
     closed = 0
-    for seq, tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name in overdue:
+    for seq, recorded_us, *of_start in overdue:
+        if recorded_us + grace_us > now_us:
+            # This gets as old as `before_us` when the grace is over.
+            again_us = recorded_us + grace_us - (now_us - before_us)
+            tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (again_us, seq))
+            continue
+        tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name = of_start
         of_task = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
         key = (task_id, task_id, tenant, agent)
         heard = tx.row(

@@ -83,14 +83,17 @@ async def apply(database: Database, settings: JanitorSettings, actor: str, dry_r
     return await apply_retention(database, clock, settings, archivist_of(database), retirer, actor, dry_run)
 
 
-async def sweep_for(seconds: float, database: Database, probes: str = "35d", at_us: int = T0) -> int:
+async def sweep_for(
+    seconds: float, database: Database, probes: str = "35d", at_us: int = T0, task_timeout: str = "1d"
+) -> int:
     beats = 0
 
     def beat() -> None:
         nonlocal beats
         beats += 1
 
-    settings = JanitorSettings(config.Retention(probes=probes))
+    metering = config.Metering.model_validate({"task_timeout": task_timeout})
+    settings = JanitorSettings(config.Retention(probes=probes), metering)
     with trio.move_on_after(seconds):
         await run_janitor(
             database=database,
@@ -118,11 +121,22 @@ async def test_a_sweep_that_found_more_goes_on_at_once_and_the_others_wait(
         T0 - IDEMPOTENCY_US,
         usage_before_us=T0 - 7 * DAY_US,
         tasks_before_us=T0 - DAY_US,
+        task_grace_us=5 * MINUTE_US,
         uptime_before_us=T0 - 400 * DAY_US,
         revocations_before_us=T0 - 5 * MINUTE_US,
     )
     assert "3 reservations expired" in caplog.text
     assert "nothing was swept" in caplog.text
+
+
+async def test_a_start_that_is_told_late_has_no_longer_than_tasks_have(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    runner = ScriptedRunner([Swept(0, 0, more=False)])
+    await sweep_for(0.5, Database(runner, InlineReaders(inline_database[1])), task_timeout="30s")
+    (sweep,) = runner.units
+    assert isinstance(sweep, Sweep)
+    assert (sweep.tasks_before_us, sweep.task_grace_us) == (T0 - 30 * SECOND_US, 30 * SECOND_US)
 
 
 async def test_a_start_closes_every_reservation_that_lapsed_before_it(inline_database: Inline) -> None:

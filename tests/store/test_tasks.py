@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from asapd.core.errors import Refusal
+from asapd.core.types import format_us
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, tasks, verifying
 from asapd.store.tasks import TaskFilter, family_of, get_task, list_tasks
@@ -159,6 +160,28 @@ def test_usage_for_another_consumer_opens_no_task(writer: Writer, connection: ap
     submit(writer, RecordUsage("default", "key:x", NOW_US, [usage], [UNKNOWN_COST]))
     assert isinstance(step(writer, replace(STARTED, parent_task_id="p1")), RowWritten)
     assert isinstance(step(writer, ENDED), RowWritten)
+
+
+def test_a_start_that_is_told_late_has_time_until_its_end_is_told(writer: Writer, connection: apsw.Connection) -> None:
+    def swept(after_us: int, grace_us: int = 300, timeout_us: int = 1_000) -> list[tuple[str, str]]:
+        now_us = NOW_US + after_us
+        unit = Sweep(now_us, 0, 0, tasks_before_us=now_us - timeout_us, task_grace_us=grace_us)
+        assert submit(writer, unit).tasks_abandoned == sum(state == "abandoned" for _, state in states(connection))
+        return states(connection)
+
+    for late in ("t", "u"):
+        step(writer, replace(STARTED, task_id=late, timestamp_us=NOW_US - 5_000))
+    assert swept(0) == swept(299) == [("t", "started"), ("u", "started")]
+    ended = replace(STARTED, state="completed", timestamp_us=NOW_US - 4_000)
+    assert isinstance(step(writer, ended), RowWritten)
+    assert swept(300) == [("u", "started"), ("t", "completed")]
+    assert swept(301) == [("t", "completed"), ("u", "abandoned")]
+    row = get_task(connection, EVERYTHING, "u")
+    assert row is not None
+    assert [row["data"][0][name] for name in ("started_at", "ended_at")] == [
+        format_us(NOW_US - 5_000),
+        format_us(NOW_US + 301),
+    ]
 
 
 @pytest.mark.parametrize(("partial", "state"), [(False, "failed"), (True, "abandoned")])

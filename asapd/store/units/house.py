@@ -68,7 +68,8 @@ class Swept(msgspec.Struct, frozen=True, tag=True):
 class Sweep(Unit[Swept], frozen=True):
     """Expire lapsed reservations and drop what nothing needs any more, in a small bounded step.
 
-    No usage from before `usage_before_us` can come any more. A task that began before `tasks_before_us` is overdue.
+    No usage from before `usage_before_us` can come any more. A task that began before `tasks_before_us` is overdue,
+    `task_grace_us` after its start was recorded.
     Tokens that expired before `revocations_before_us` are refused for that alone. Uptime from before `uptime_before_us`
     is old.
     """
@@ -79,5 +80,6 @@ class Sweep(Unit[Swept], frozen=True):
     limit: int = 500
     usage_before_us: int = 0
     tasks_before_us: int = 0
+    task_grace_us: int = 0
     revocations_before_us: int = 0
     uptime_before_us: int = 0
