@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import click
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import BaseModel
@@ -31,6 +32,7 @@ from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
 from asapd.store.writer import Writer, open_for_writing
 from asapd.wire.problem import CODES
+from asapd.wire.usage import WireEvent
 from tests.edge.test_metrics import STATUS
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +201,22 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
     assert {re.sub(r"\{\w+\}", "{}", route) for route in documented} == {
         re.sub(r"<[^>]+>", "{}", route) for route in offered
     }
+
+
+def test_every_bound_of_a_text_in_an_event_is_documented() -> None:
+    bounds = {}
+    for name, schema in msgspec.json.schema(WireEvent)["$defs"]["WireEvent"]["properties"].items():
+        for part in schema.get("anyOf", []):
+            if "maxLength" in part and not name.endswith(("agent_id", "consumer_id")):
+                bounds[name] = f"{part.get('minLength', 0)} to {part['maxLength']}"
+    rows = [line.split("|")[1:3] for line in section(read("docs/http.md"), "## Usage").splitlines()]
+    documented = {
+        name: found[1]
+        for names, text in (row for row in rows if len(row) == 2)
+        if (found := re.match(r" (\d+ to \d+)\b", text))
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert documented == bounds
 
 
 def test_every_metric_is_documented_with_its_kind_and_labels_and_every_documented_one_exists() -> None:
