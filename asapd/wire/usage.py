@@ -303,11 +303,19 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
     action = wire.action or "task.execute"
     if action != "task.execute" and not is_action(action):
         errors.append(FieldError("action", "must be words joined by dots, such as task.execute"))
+    timestamp_us = 0
+    if wire.timestamp is None:
+        errors.append(FieldError("timestamp", "is missing"))
+    else:
+        try:
+            timestamp_us = parse_timestamp(wire.timestamp)
+        except ValueError as error:
+            errors.append(FieldError("timestamp", str(error)))
     event = UsageEvent(
         wire.task_id or "",
         agent,
         consumer,
-        _timestamp(wire.timestamp, errors),
+        timestamp_us,
         counts.tokens_in,
         counts.tokens_out,
         counts.duration_ms,
@@ -394,17 +402,6 @@ def _counts(wire: WireEvent, errors: list[FieldError]) -> WireEvent | WireMetric
         if (counts.reasoning_tokens or 0) > counts.tokens_out:
             errors.append(FieldError(f"{prefix}tokens_out", "must include reasoning_tokens"))
     return counts
-
-
-def _timestamp(value: str | float | None, errors: list[FieldError]) -> int:
-    if value is None:
-        errors.append(FieldError("timestamp", "is missing"))
-        return 0
-    try:
-        return parse_timestamp(value)
-    except ValueError as error:
-        errors.append(FieldError("timestamp", str(error)))
-        return 0
 
 
 def parse_timestamp(value: str | float) -> int:
