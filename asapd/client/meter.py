@@ -54,9 +54,9 @@ class Meter:
 
     `address`: the ingest socket (`/run/asapd/ingest.sock`, the default) or `http(s)://host:port`, with an API `key`
     (else `$ASAPD_KEY`). `agent` and `consumer` are those of tasks that name none. `spool` is a directory on a local
-    disk, of at most `spool_bytes` a process; True stands for one below `$XDG_STATE_HOME`, False for none. `source`
-    names this program in the daemon's list of sources. A batch leaves when it has `batch_events` or its first event
-    is `batch_age_s` old.
+    disk, of at most `spool_bytes` a process; True stands for one below `$XDG_STATE_HOME`, for this daemon and key,
+    False for none. `source` names this program in the daemon's list of sources. A batch leaves when it has
+    `batch_events` or its first event is `batch_age_s` old.
 
     Raises:
         ValueError: for an address that is none, or bounds that are not positive. Nothing else here or later: without
@@ -86,7 +86,8 @@ class Meter:
         # Without the line end that a key read from a file has.
         self._key = key.strip() or None
         self._tls = tls
-        self._root = _default_spool(self._address) if spool is True else Path(spool) if spool else None
+        self._has_default_root = spool is True
+        self._root = _default_spool(self._address, self._key) if spool is True else Path(spool) if spool else None
         self._spool_bytes = spool_bytes
         self._source = source
         self._batch_events = batch_events
@@ -129,7 +130,22 @@ class Meter:
                 self._spool = spool.take(self._root, self._spool_bytes, self._source)
             except OSError as error:
                 self.counters.complain("no spool, events wait in memory: %s", error)
+            else:
+                if self._has_default_root:
+                    self._tell_of_others(self._root)
         self._queues = [self._memory] if self._spool is None else [self._spool, self._memory]
+
+    def _tell_of_others(self, root: Path) -> None:
+        """What waits under another key is left alone: under this one it would be refused, or be somebody else's."""
+        others: list[str] = []
+        with contextlib.suppress(OSError):
+            others = [str(path) for path in _other_spools(root) if spool.is_left(path)]
+        if others:
+            self.counters.complain(
+                "usage events wait in %s, recorded under another key or by an older asapd.client, and this meter does "
+                "not send them; to send them, make a meter with their key and with that directory as its `spool`",
+                ", ".join(others),
+            )
 
     def _work(self) -> Work:
         requests = self._requests
@@ -334,14 +350,27 @@ class Meter:
         self.close()
 
 
-def _default_spool(address: addresses.Address) -> Path | None:
-    """One directory for each daemon, so that no program sends to one what is meant for another."""
+def _default_spool(address: addresses.Address, key: str | None) -> Path | None:
+    """One directory for each daemon and key, so that no program sends what is meant for another, or as another."""
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
     with contextlib.suppress(RuntimeError):
         home = home.expanduser()
     if not home.is_absolute():
         return None
-    return home / "asapd" / "spool" / hashlib.sha256(str(address).encode()).hexdigest()[:16]
+    name = _digest(str(address))
+    if key is not None:  # without one it is the name that it had when keys counted for nothing, so that it is found
+        name += "-" + _digest(f"{address}\n{key}")
+    return home / "asapd" / "spool" / name
+
+
+def _other_spools(root: Path) -> list[Path]:
+    """The default spools for the same daemon under other keys, and that from before keys had one each."""
+    address = root.name.partition("-")[0]
+    return sorted(path for path in root.parent.glob(f"{address}*") if path != root)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _after_fork() -> None:

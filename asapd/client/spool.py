@@ -323,6 +323,20 @@ def abandoned(root: Path, max_bytes: int) -> Iterator[Spool]:
                 yield Spool(root / str(number), max_bytes, None)
 
 
+def is_left(root: Path) -> bool:
+    """Whether something waits below `root` whose process is gone; nothing there is changed."""
+    with contextlib.suppress(OSError):
+        return any(_holds_records(root / str(number)) and _is_free(root / str(number)) for number in _numbers(root))
+    return False
+
+
+def _is_free(directory: Path) -> bool:
+    with contextlib.suppress(SpoolLockedError, OSError):
+        os.close(_lock(directory / "lock"))
+        return True
+    return False
+
+
 def _numbers(root: Path) -> list[int]:
     return [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
 

@@ -20,6 +20,7 @@ from asapd.client import Allowed, Denied, Meter, Unavailable
 from asapd.client import meter as meters
 from asapd.client.event import dollars
 from asapd.client.spool import Spool
+from asapd.client.waiting import Kind
 from asapd.core.money import MoneyError, parse_usd
 from asapd.wire.usage import Events, decode_events
 from tests.client.fake import Fake, until
@@ -137,6 +138,55 @@ def test_the_default_spool_is_one_for_each_daemon(home: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     with Meter("/run/nobody/ingest.sock") as meter:
         assert meter._spool is None
+
+
+def test_the_default_spool_is_one_for_each_key_and_what_waits_under_another_is_named_and_left(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a program would send with its own key what another recorded: it would be refused, or booked elsewhere."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    address = home / "ingest.sock"
+    roots: dict[str, Path] = {}
+    for key in ("", "first-key", "\udc80"):
+        with Meter(address, key=key, agent=AGENT, consumer=CONSUMER) as meter:
+            assert meter._root is not None
+            roots[key] = meter._root
+            meter.close(0.0)
+    assert len(set(roots.values())) == 3
+    for key, root in roots.items():
+        left = Spool(root / "1", 10**6, None)
+        left.append(Kind.USAGE, {"id": f"of {key!r}"})
+        left.close()
+    running = Spool(roots["first-key"].with_name(roots[""].name + "-0") / "1", 10**6, None)
+    running.append(Kind.USAGE, {"id": "of one that runs"})
+    with Fake(address) as fake:
+        with Meter(address, key="first-key\n", agent=AGENT, consumer=CONSUMER) as meter:
+            assert meter.flush()
+            until(lambda: meter.stats().pending == 0)
+        assert [event["id"] for event in fake.events] == ["of 'first-key'"]
+        (said,) = [record.getMessage() for record in caplog.records if "another key" in record.message]
+        assert (str(roots[""]) + "," in said, str(roots["\udc80"]) in said) == (True, True)
+        assert (str(roots["first-key"]) in said, "first-key" in said, "-0" in said) == (False, False, False)
+        with Meter(address, key="", spool=roots[""]) as meter:
+            until(lambda: meter.stats().pending == 0)
+        with Meter(address, key="\udc80", spool=roots["\udc80"]) as meter:
+            until(lambda: meter.stats().pending == 0)
+        assert len(fake.events) == 3
+    running.close()
+
+
+def test_what_cannot_be_looked_into_beside_the_default_spool_is_no_trouble(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    monkeypatch.setattr("asapd.client.spool.is_left", refuse)
+    Meter(fake.path).close()
+    with Meter(fake.path, key="other", agent=AGENT, consumer=CONSUMER) as meter:
+        meter.record()
+        assert meter.flush()
 
 
 def test_without_a_spool_events_wait_in_memory_and_are_lost_with_the_process(home: Path) -> None:

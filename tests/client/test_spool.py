@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapd.client import spool as spools
-from asapd.client.spool import Spool, SpoolLockedError, abandoned, take
+from asapd.client.spool import Spool, SpoolLockedError, abandoned, is_left, take
 from asapd.client.waiting import Kind, Memory, Record
 
 ROOM = 10**6
@@ -193,6 +193,21 @@ def test_processes_take_spools_of_their_own_and_adopt_what_others_left(tmp_path:
     third = take(tmp_path, ROOM, None)
     assert names(third) == ["own"]
     third.close()
+
+
+def test_whether_something_was_left_is_told_without_taking_it(tmp_path: Path) -> None:
+    assert not is_left(tmp_path / "missing")
+    spool = take(tmp_path, ROOM, None)
+    spool.close()
+    assert not is_left(tmp_path)
+    spool = take(tmp_path, ROOM, None)
+    append(spool, "a")
+    assert not is_left(tmp_path), "its process is there"
+    spool.close()
+    assert is_left(tmp_path)
+    spool = take(tmp_path, ROOM, None)
+    assert names(spool) == ["a"]
+    spool.close()
 
 
 def test_a_directory_that_cannot_be_used_is_an_error_of_the_system(tmp_path: Path) -> None:
