@@ -338,6 +338,7 @@ class Meter:
                 for queue in self._queues:
                     queue.close()
             self._requests.close()
+            self.counters.say_rest()
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be closed", error=error)
 

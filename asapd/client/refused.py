@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -20,7 +21,7 @@ class RefusedFile:
         self.path = path
 
     def add(self, record: Record, code: str, reason: str) -> bool:
-        """Write one line, durably; False when the file is full or there is none.
+        """Write one line, durably, all of it or nothing; False when the file is full or there is none.
 
         Raises:
             OSError: the disk refuses.
@@ -34,10 +35,22 @@ class RefusedFile:
         line = {"code": code, "reason": reason, "refused_at": timestamp(time.time_ns()), "event": event}
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(fd).st_size >= MAX_BYTES:
+            # So that what is cut off again is never a line of another process.
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            size_bytes = os.fstat(fd).st_size
+            if size_bytes >= MAX_BYTES:
                 return False
-            os.write(fd, encode(line) + b"\n")
-            os.fsync(fd)
+            try:
+                _write(fd, encode(line) + b"\n")
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, size_bytes)
+                raise
         finally:
             os.close(fd)
         return True
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import threading
@@ -339,13 +338,28 @@ class Sender:
             self._work.counters.add("duplicates", answer.duplicates)
 
     def _set_aside(self, record: Record, code: str, reason: str) -> None:
-        work = self._work
-        work.counters.add("refused")
-        is_kept = False
-        with contextlib.suppress(OSError):
-            is_kept = work.refused.add(record, code, reason)
-        shown = str(work.refused.path) if is_kept else record.body.decode("utf-8", "replace")
-        work.counters.complain("asapd refuses a usage event: %s: %s; it is set aside: %s", code, reason, shown)
+        counters, refused = self._work.counters, self._work.refused
+        counters.add("refused")
+        why = "there is no file for it"
+        try:
+            if refused.add(record, code, reason):
+                counters.complain(
+                    "asapd refuses a usage event: %s: %s; it is set aside: %s", code, reason, refused.path
+                )
+                return
+            if refused.path is not None:
+                why = f"{refused.path} is full: send or remove what is in it"
+        except OSError as error:
+            why = str(error)
+        # Acknowledged all the same, or it would stand in the way of all the others for ever.
+        counters.add("lost")
+        counters.complain_of_unkept(
+            "asapd refuses one: %s: %s; it cannot be set aside, %s: %s",
+            code,
+            reason,
+            why,
+            record.body.decode("utf-8", "replace"),
+        )
 
 
 _MARK = f'"{TOKEN_FIELD}":"'.encode()

@@ -21,9 +21,11 @@ class Stats:
     duplicates: int = 0
     """Events that the daemon knew already: an answer was lost, and they were sent again."""
     refused: int = 0
-    """Events that the daemon will never take; they stand in `refused.ndjson` of the spool, with the reason."""
+    """Events that the daemon will never take; they stand in `refused.ndjson` of the spool, with the reason. Those that
+    could not be written there are among the `lost` as well."""
     lost: int = 0
-    """Events that are nowhere: the spool was full, or they could not be written as JSON."""
+    """Events that are nowhere: the spool was full, they could not be written as JSON, they were refused and could not
+    be kept, or they waited in memory when the meter was closed."""
     misused: int = 0
     """Calls that made no sense, such as a negative count, and changed nothing; requests for whom nobody could say."""
     pending: int = 0
@@ -41,6 +43,7 @@ class Counters:
         self._lock = threading.Lock()
         self._log = log
         self._said_at: dict[str, float] = {}
+        self._unsaid = 0
 
     def add(self, name: str, number: int = 1) -> None:
         """Add to a figure of `Stats`."""
@@ -59,13 +62,36 @@ class Counters:
 
     def complain(self, message: str, *args: object, error: BaseException | None = None) -> None:
         """Log a message, each kind at most once a minute."""
-        now_s = time.monotonic()
         with self._lock:
-            said_at = self._said_at.get(message)
-            if said_at is not None and now_s - said_at < QUIET_S:
-                return
-            self._said_at[message] = now_s
-        self._log.warning(message, *args, exc_info=error)
+            may_say = self._may_say(message)
+        if may_say:
+            self._log.warning(message, *args, exc_info=error)
+
+    def complain_of_unkept(self, message: str, *args: object) -> None:
+        """Log a refused event that could not be kept, after the number of those since the last such line."""
+        with self._lock:
+            self._unsaid += 1
+            number = self._unsaid
+            may_say = self._may_say(message)
+            if may_say:
+                self._unsaid = 0
+        if may_say:
+            self._log.warning("usage events lost: %d; " + message, number, *args)
+
+    def say_rest(self) -> None:
+        """Log at the end how many refused events were lost since the last line that said so."""
+        with self._lock:
+            number, self._unsaid = self._unsaid, 0
+        if number:
+            self._log.warning("usage events lost: %d; asapd refused them too, and they could not be set aside", number)
+
+    def _may_say(self, message: str) -> bool:
+        now_s = time.monotonic()
+        said_at = self._said_at.get(message)
+        if said_at is not None and now_s - said_at < QUIET_S:
+            return False
+        self._said_at[message] = now_s
+        return True
 
     def snapshot(self, pending: int, pending_bytes: int) -> Stats:
         """The figures now."""
@@ -76,3 +102,4 @@ class Counters:
         """Start afresh in a forked child."""
         self._lock = threading.Lock()
         self._stats = Stats()
+        self._unsaid = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from asapd.client import Meter, sender
-from asapd.client.spool import Spool
+from asapd.client.spool import Spool, is_left
 from asapd.client.waiting import Kind
 from tests.client.fake import Event, Fake, refused, taken, until
 
@@ -250,6 +252,7 @@ def test_closing_does_not_wait_for_a_daemon_that_does_not_answer(home: Path, fak
     meter.close(0.1)
     hold.set()
     assert time.monotonic() - began_s < 5
+    until(lambda: is_left(home / "spool"))
     left = Spool(home / "spool" / "1", 10**6, None)
     assert left.count == 1
     left.close()
@@ -321,20 +324,79 @@ def test_what_comes_between_while_a_bad_event_is_looked_for_is_no_trouble(home: 
     }
 
 
-def test_without_a_place_for_it_a_refused_event_is_at_least_logged(
+def test_what_is_refused_and_cannot_be_kept_is_lost_and_at_least_logged(
     home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.handle = lambda events: refused("invalid")
     with make(home, spool=False) as meter:
         meter.record(task_id="here it is")
         assert meter.flush()
+        assert (meter.stats().refused, meter.stats().lost) == (1, 1)
     assert "here it is" in caplog.text
     monkeypatch.setattr("asapd.client.refused.MAX_BYTES", 0)
     with make(home) as meter:
         meter.record(task_id="and here")
         assert meter.flush()
-        assert meter.stats().refused == 1
+        assert (meter.stats().refused, meter.stats().lost) == (1, 1)
     assert "and here" in caplog.text
+    assert "refused.ndjson is full" in caplog.text
+
+
+def test_the_number_of_the_refused_that_are_lost_is_said_though_each_is_not(
+    home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> list[str]:
+        return [record.getMessage().partition(";")[0] for record in caplog.records]
+
+    fake.handle = lambda events: refused("invalid", *range(len(events)))
+    meter = make(home, spool=False)
+    for number in range(3):
+        meter.record(task_id=str(number))
+    assert meter.flush()
+    assert said() == ["usage events lost: 1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("asapd.client.stats.QUIET_S", 0.0)
+        meter.record(task_id="a minute later")
+        assert meter.flush()
+    for number in range(2):
+        meter.record(task_id=str(number))
+    meter.close()
+    assert said() == [f"usage events lost: {number}" for number in (1, 3, 2)]
+    assert meter.stats().lost == 6
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync"])
+def test_of_a_refused_event_all_is_kept_or_nothing(
+    home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """On a disk that fills up a write is short first, and fails then."""
+    write = os.write
+    room = iter([10, 10])
+
+    def short(fd: int, data: bytes) -> int:
+        if "refused" not in Path(f"/proc/self/fd/{fd}").readlink().name:
+            return write(fd, data)
+        size_bytes = next(room, 0)
+        if not size_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[:size_bytes])
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    fake.handle = lambda events: refused("invalid", *range(len(events)))
+    with make(home) as meter:
+        meter.record(task_id="kept")
+        assert meter.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"asapd.client.refused.os.{broken}", {"write": short, "fsync": fail}[broken])
+            meter.record(task_id="nowhere")
+            assert meter.flush()
+        meter.record(task_id="kept too")
+        assert meter.flush()
+        assert (meter.stats().refused, meter.stats().lost) == (3, 1)
+    assert [line["event"]["task_id"] for line in set_aside(home)] == ["kept", "kept too"]
+    assert "nowhere" in caplog.text
 
 
 def test_a_bug_in_the_thread_does_not_end_it(home: Path, fake: Fake) -> None:
