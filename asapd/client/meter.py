@@ -317,10 +317,10 @@ class Meter:
         return self.counters.snapshot(pending, pending_bytes)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the daemon has all that was recorded before; False when the time is over."""
+        """Wait until the daemon has all that was recorded before; False when the time is over, or it never will."""
         try:
             sender = self._open()
-            return sender is not None and (self._is_closed or sender.flush(timeout_s))
+            return sender is not None and sender.flush(timeout_s)
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be flushed", error=error)
             return False
@@ -335,6 +335,7 @@ class Meter:
             if self._sender is not None:
                 self._sender.close(timeout_s)
             else:
+                self.counters.add("lost", self._memory.count)
                 for queue in self._queues:
                     queue.close()
             self._requests.close()

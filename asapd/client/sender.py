@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -65,7 +66,9 @@ class Sender:
         self._waits_since_s: float | None = time.monotonic()
         self._is_hurried = False
         self._closing_at_s: float | None = None
-        self._done = 0
+        self._done: Counter[int] = Counter()  # by the id of the queue
+        self._lost = 0
+        self._has_ended = False
         self._synced_at_s = 0.0
         self._adopted_at_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="asapd-meter", daemon=True)
@@ -89,18 +92,22 @@ class Sender:
         return sum(queue.count for queue in queues), sum(queue.size_bytes for queue in queues)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that waits now is dealt with."""
+        """Wait until all that waits now in the own queues is dealt with; False too for what was lost at the end."""
         with self._changed:
-            wanted = self._done + self.waiting()[0]
+            # Queue by queue: what is sent of one, perhaps of a process that is gone, says nothing about another.
+            wanted = Counter({id(queue): self._done[id(queue)] + queue.count for queue in self._own()})
             deadline_s = time.monotonic() + timeout_s
-            while self._done < wanted and self._thread.is_alive():
+            while not wanted <= self._done and self._thread.is_alive():
                 self._is_hurried = True
                 self._changed.notify_all()
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
                     return False
                 self._changed.wait(min(left_s, 0.1))
-            return self._done >= wanted
+            return wanted <= self._done and not self._lost
+
+    def _own(self) -> list[Waiting]:
+        return self._work.queues[: self._work.own]
 
     def close(self, timeout_s: float) -> None:
         """Send what can be sent in the time, and end the thread."""
@@ -111,6 +118,18 @@ class Sender:
         if self._thread.is_alive():
             self._work.link.abort()
             self._thread.join(min(timeout_s, 1.0))
+        # The thread may still be about to end; it corrects the number then by what got through after all.
+        self._count_lost()
+
+    def _count_lost(self) -> None:
+        with self._changed:
+            if self._has_ended:
+                return
+            lost = sum(queue.count for queue in self._work.queues if not queue.is_durable)
+            self._work.counters.add("lost", lost - self._lost)
+            self._lost = lost
+        if lost:
+            self._work.counters.complain("events that waited in memory are lost with the process")
 
     @property
     def is_alive(self) -> bool:
@@ -147,10 +166,8 @@ class Sender:
 
     def _end(self) -> None:
         self._work.link.close()
-        lost = sum(queue.count for queue in self._work.queues if not queue.is_durable)
-        if lost:
-            self._work.counters.add("lost", lost)
-            self._work.counters.complain("events that waited in memory are lost with the process")
+        self._count_lost()
+        self._has_ended = True
         self._sync(float("inf"))
         for queue in self._work.queues:
             queue.close()
@@ -230,11 +247,11 @@ class Sender:
             self._work.batches.pop(id(queue), None)
             raise
         if away is None:
-            queue.acknowledge(batch.records[-1], len(batch.records))
-            del self._work.batches[id(queue)]
-            with self._changed:
-                self._done += len(batch.records)
+            with self._changed:  # both at once for `flush`, which adds them up
+                queue.acknowledge(batch.records[-1], len(batch.records))
+                self._done[id(queue)] += len(batch.records)
                 self._changed.notify_all()
+            del self._work.batches[id(queue)]
         return away
 
     def _begin(self, queue: Waiting) -> _Batch:

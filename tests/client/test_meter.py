@@ -23,7 +23,7 @@ from asapd.client.spool import Spool
 from asapd.client.waiting import Kind
 from asapd.core.money import MoneyError, parse_usd
 from asapd.wire.usage import Events, decode_events
-from tests.client.fake import Fake, until
+from tests.client.fake import Fake, taken, until
 
 SMALL, SMALLEST = 0.0001, 5e-324
 """Doubles: as decimals one has 66 of them, and the other 1,074, which is the most."""
@@ -197,8 +197,10 @@ def test_without_a_spool_events_wait_in_memory_and_are_lost_with_the_process(hom
         assert len(fake.events) == 1
     (home / "ingest.sock").unlink()
     meter.record()
+    assert meter.flush(0.0) is False
     meter.close(0.1)
     assert meter.stats().lost == 1
+    assert meter.flush() is False
 
 
 def test_a_spool_that_cannot_be_made_leaves_memory(home: Path, fake: Fake) -> None:
@@ -268,6 +270,36 @@ def test_a_closed_meter_loses_what_comes_and_says_so(home: Path, fake: Fake) -> 
     assert meter.stats().lost == 1
 
 
+def test_a_closed_meter_says_whether_the_daemon_has_everything(home: Path) -> None:
+    meter = make(home)
+    meter.record()
+    meter.close(0.0)
+    assert meter.flush() is False
+    assert meter.stats().pending == 1
+    with Fake(home / "ingest.sock"):
+        meter = make(home)
+        meter.close(60)
+        assert meter.flush() is True
+
+
+def test_what_is_lost_when_closing_is_counted_though_the_thread_has_not_ended(home: Path, fake: Fake) -> None:
+    """And what got through after all, before the thread ended, was not lost."""
+    hold, aborted = threading.Event(), threading.Event()
+    fake.handle = lambda events: taken(events) if hold.wait(20) else None
+    meter = make(home, spool=False)
+    meter.record()
+    until(lambda: fake.batches)
+    # As if aborting took long: the answer comes before.
+    meter._link.abort = aborted.set  # type: ignore[method-assign] -- the race, made sure of
+    meter.close(0.0)
+    assert aborted.is_set()
+    assert meter.stats().lost == 1
+    hold.set()
+    until(lambda: meter.stats().lost == 0)
+    assert (meter.stats().sent, meter.stats().pending) == (1, 0)
+    assert meter.flush() is True
+
+
 def test_a_host_without_threads_keeps_the_events(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -278,6 +310,10 @@ def test_a_host_without_threads_keeps_the_events(home: Path, monkeypatch: pytest
         assert meter.record(task_id="t") is not None
         assert meter.flush() is False
         meter.close()
+        meter = make(home, spool=False)
+        assert meter.record(task_id="t") is not None
+        meter.close()
+        assert meter.stats().lost == 1
     left = Spool(home / "spool" / "1", 10**6, None)
     assert left.count == 1
     left.close()

@@ -15,7 +15,7 @@ import pytest
 
 from asapd.client import Meter, sender
 from asapd.client.spool import Spool, is_left
-from asapd.client.waiting import Kind
+from asapd.client.waiting import Kind, Memory
 from tests.client.fake import Event, Fake, refused, taken, until
 
 AGENT, CONSUMER = "urn:asap:agent:writer", "urn:asap:agent:desk"
@@ -63,6 +63,30 @@ def test_flush_does_not_wait_for_company(home: Path, fake: Fake) -> None:
         assert meter.flush()
         assert meter.flush(0.0)
         assert len(fake.events) == 1
+
+
+def test_flush_is_about_the_meter_and_not_about_what_others_left(home: Path, fake: Fake) -> None:
+    """However much of a former process is sent, the own event, which cannot be read, waits."""
+    left = Memory(10**6, None)
+    more = iter("bcd")
+
+    def handle(events: list[Event]) -> dict[str, Any]:
+        for name in next(more, ""):
+            left.append(Kind.USAGE, {"id": name})
+        return taken(events)
+
+    def broken(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    fake.handle = handle
+    with make(home, batch_age_s=60) as meter:
+        meter._spool.read = broken  # type: ignore[union-attr,method-assign,assignment] -- as a disk does it
+        meter.record(task_id="cannot be read")
+        left.append(Kind.USAGE, {"id": "a"})
+        meter._sender._work.queues.append(left)  # type: ignore[union-attr] -- as if it had been adopted
+        assert meter.flush(0.3) is False
+        until(lambda: left.count == 0)
+    assert [event["id"] for event in fake.events] == ["a", "b", "c", "d"]
 
 
 def test_events_of_an_outage_come_in_order_with_the_ids_they_were_given(home: Path) -> None:
