@@ -104,7 +104,6 @@ class Meter:
         self._link = make_link(self._address, self._requests)
         self._spool: spool.Spool | None = None
         self._memory = Memory(MEMORY_BYTES, self._source)
-        self._queues: list[Waiting] = []
         self._sender: Sender | None = None
 
     # --- opening, and forking
@@ -124,16 +123,21 @@ class Meter:
                 self.counters.complain("the meter cannot start to send, events are kept", error=error)
             return self._sender
 
-    def _take_spool(self) -> None:
-        if self._root is not None and self._spool is None:
-            try:
-                self._spool = spool.take(self._root, self._spool_bytes, self._source)
-            except OSError as error:
-                self.counters.complain("no spool, events wait in memory: %s", error)
-            else:
-                if self._has_default_root:
-                    self._tell_of_others(self._root)
-        self._queues = [self._memory] if self._spool is None else [self._spool, self._memory]
+    def _take_spool(self) -> Waiting | None:
+        """The spool, if there is to be one and it could not be opened so far; tried again by the sender."""
+        if self._root is None or self._spool is not None:
+            return None
+        try:
+            self._spool = spool.take(self._root, self._spool_bytes, self._source)
+        except OSError as error:
+            self.counters.complain("no spool, events wait in memory until it can be opened: %s", error)
+            return None
+        if self._has_default_root:
+            self._tell_of_others(self._root)
+        return self._spool
+
+    def _own(self) -> list[Waiting]:
+        return [self._memory] if self._spool is None else [self._spool, self._memory]
 
     def _tell_of_others(self, root: Path) -> None:
         """What waits under another key is left alone: under this one it would be refused, or be somebody else's."""
@@ -149,14 +153,16 @@ class Meter:
 
     def _work(self) -> Work:
         requests = self._requests
+        own = self._own()
         return Work(
             link=self._link,
             settle=lambda reservation: settle(requests, reservation),
             report_under=lambda token, events: report(requests, events, token),
-            queues=list(self._queues),
-            own=len(self._queues),
+            queues=own,
+            own=len(own),
+            take_spool=self._take_spool,
             adopt=self._abandoned,
-            refused=RefusedFile(None if self._spool is None or self._root is None else self._root / "refused.ndjson"),
+            refused=RefusedFile(None if self._root is None else self._root / "refused.ndjson"),
             counters=self.counters,
             batch_events=self._batch_events,
             batch_age_s=self._batch_age_s,
@@ -164,13 +170,16 @@ class Meter:
 
     def _abandoned(self) -> Iterator[Waiting]:
         if self._root is not None and self._spool is not None:
-            yield from spool.abandoned(self._root, self._spool_bytes)
+            yield from spool.abandoned(self._root, self._spool_bytes, self._passed_over)
+
+    def _passed_over(self, directory: Path, error: OSError) -> None:
+        # With the name in it, so that none of several is silent because of another.
+        self.counters.complain(f"what waits in {directory} is not sent, it cannot be opened", error=error)
 
     def forget_in_child(self) -> None:
         """In a forked child: leave the spool and the connections to the parent; the next event opens others."""
-        for queue in self._queues:
-            if isinstance(queue, spool.Spool):
-                queue.forget_in_child()
+        if self._spool is not None:
+            self._spool.forget_in_child()
         self._link.close()
         self._requests.forget_in_child()
         self.counters.forget_in_child()
@@ -336,7 +345,7 @@ class Meter:
                 self._sender.close(timeout_s)
             else:
                 self.counters.add("lost", self._memory.count)
-                for queue in self._queues:
+                for queue in self._own():
                     queue.close()
             self._requests.close()
             self.counters.say_rest()

@@ -46,8 +46,10 @@ class Work:
     report_under: Callable[[str, Sequence[bytes]], Answer]
     """Reports events under the token of a delegation."""
     queues: list[Waiting]
-    """The first is the own spool; none of the first `own` is ever closed by the sender."""
+    """First the own ones, `own` of them, which are closed at the end only."""
     own: int
+    take_spool: Callable[[], Waiting | None]
+    """The own spool, where it could not be opened before and now can."""
     adopt: Callable[[], Iterator[Waiting]]
     """Queues that processes which are gone left behind."""
     refused: RefusedFile
@@ -219,6 +221,11 @@ class Sender:
         if now_s >= self._adopted_at_s + ADOPT_EVERY_S:
             self._adopted_at_s = now_s
             try:
+                spool = work.take_spool()
+                if spool is not None:
+                    with self._changed:
+                        work.queues.insert(0, spool)
+                        work.own += 1
                 work.queues.extend(work.adopt())
             except OSError as error:
                 work.counters.complain("abandoned spools cannot be looked at", error=error)

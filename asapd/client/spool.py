@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -310,17 +310,33 @@ def take(root: Path, max_bytes: int, name: str | None) -> Spool:
     known = sorted(_numbers(root), key=lambda number: (not _holds_records(root / str(number)), number))
     fresh = max(known, default=0) + 1
     for number in [*known, *range(fresh, fresh + 1000)]:
-        with contextlib.suppress(SpoolLockedError, PermissionError):
+        try:
             return Spool(root / str(number), max_bytes, name)
+        except (SpoolLockedError, PermissionError):
+            continue
+        except OSError:
+            # What is wrong with one directory is passed over, and what is wrong with a new one is so with all.
+            if number >= fresh:
+                raise
     raise OSError(errno.EBUSY, "all spools are in use", str(root))
 
 
-def abandoned(root: Path, max_bytes: int) -> Iterator[Spool]:
-    """The spools below `root` in which something waits and whose process is gone, opened."""
+def abandoned(root: Path, max_bytes: int, passed_over: Callable[[Path, OSError], None]) -> Iterator[Spool]:
+    """The spools below `root` in which something waits and whose process is gone, opened.
+
+    `passed_over` is told of those that cannot be opened, but for what belongs to others.
+    """
     for number in sorted(_numbers(root)):
-        if _holds_records(root / str(number)):
-            with contextlib.suppress(SpoolLockedError, PermissionError):
-                yield Spool(root / str(number), max_bytes, None)
+        directory = root / str(number)
+        if _holds_records(directory):
+            try:
+                spool = Spool(directory, max_bytes, None)
+            except (SpoolLockedError, PermissionError):
+                continue
+            except OSError as error:
+                passed_over(directory, error)
+                continue
+            yield spool
 
 
 def is_left(root: Path) -> bool:

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from asapd.client import Allowed, Denied, Meter, Unavailable
 from asapd.client import meter as meters
+from asapd.client import sender as senders
 from asapd.client.event import dollars
 from asapd.client.spool import Spool
 from asapd.client.waiting import Kind
 from asapd.core.money import MoneyError, parse_usd
 from asapd.wire.usage import Events, decode_events
-from tests.client.fake import Fake, taken, until
+from tests.client.fake import Fake, refused, taken, until
 
 SMALL, SMALLEST = 0.0001, 5e-324
 """Doubles: as decimals one has 66 of them, and the other 1,074, which is the most."""
@@ -151,7 +152,6 @@ def test_the_default_spool_is_one_for_each_key_and_what_waits_under_another_is_n
         with Meter(address, key=key, agent=AGENT, consumer=CONSUMER) as meter:
             assert meter._root is not None
             roots[key] = meter._root
-            meter.close(0.0)
     assert len(set(roots.values())) == 3
     for key, root in roots.items():
         left = Spool(root / "1", 10**6, None)
@@ -209,6 +209,38 @@ def test_a_spool_that_cannot_be_made_leaves_memory(home: Path, fake: Fake) -> No
         meter.record()
         assert meter.flush()
     assert len(fake.events) == 1
+
+
+def test_a_spool_that_can_be_made_later_is_taken_then(home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(senders, "ADOPT_EVERY_S", 0.02)
+    (home / "spool").write_text("a file")
+    fake.handle = lambda events: None
+    with make(home) as meter:
+        meter.record(task_id="in memory")
+        (home / "spool").unlink()
+        until(lambda: meter._spool is not None)
+        meter.record(task_id="on disk")
+        assert (meter.flush(0.0), meter.stats().pending) == (False, 2)
+        fake.handle = lambda events: refused("invalid") if events[0]["task_id"] == "on disk" else taken(events)
+        assert meter.flush()
+        assert meter.stats().lost == 0
+    assert "on disk" in (home / "spool" / "refused.ndjson").read_text()
+    assert (home / "spool" / "1" / "source").exists()
+
+
+def test_of_a_spool_that_cannot_be_opened_the_log_says_what_is_not_sent(
+    home: Path, fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in ("1", "2"):
+        left = Spool(home / "spool" / number, 10**6, None)
+        left.append(Kind.USAGE, {"id": f"in {number}"})
+        left.close()
+    (home / "spool" / "1" / "source").unlink()
+    (home / "spool" / "1" / "source.new").mkdir()
+    with make(home) as meter:
+        until(lambda: any(f"{home}/spool/1 is not sent" in record.message for record in caplog.records))
+        assert meter.flush()
+    assert [event["id"] for event in fake.events] == ["in 2"]
 
 
 def test_while_the_disk_refuses_events_wait_in_memory_and_leave_no_gap(

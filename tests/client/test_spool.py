@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -25,6 +26,10 @@ def bodies(records: list[Record]) -> list[dict[str, Any]]:
 
 def append(spool: Spool | Memory, *names: str) -> list[bool]:
     return [spool.append(Kind.USAGE, {"id": name}) for name in names]
+
+
+def fail(directory: Path, error: OSError) -> None:
+    raise AssertionError(directory) from error
 
 
 def names(spool: Spool, number: int = 1000) -> list[str]:
@@ -180,15 +185,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_processes_take_spools_of_their_own_and_adopt_what_others_left(tmp_path: Path) -> None:
     first, second = take(tmp_path, ROOM, None), take(tmp_path, ROOM, None)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
-    assert list(abandoned(tmp_path, ROOM)) == []
+    assert list(abandoned(tmp_path, ROOM, fail)) == []
     append(first, "own")
     append(second, "left")
     second.close()
-    (adopted,) = abandoned(tmp_path, ROOM)
+    (adopted,) = abandoned(tmp_path, ROOM, fail)
     assert names(adopted) == ["left"]
     acknowledge(adopted, 1)
     adopted.close()
-    assert list(abandoned(tmp_path, ROOM)) == []
+    assert list(abandoned(tmp_path, ROOM, fail)) == []
     first.close()
     third = take(tmp_path, ROOM, None)
     assert names(third) == ["own"]
@@ -208,6 +213,40 @@ def test_whether_something_was_left_is_told_without_taking_it(tmp_path: Path) ->
     spool = take(tmp_path, ROOM, None)
     assert names(spool) == ["a"]
     spool.close()
+
+
+def test_a_directory_in_which_something_is_wrong_is_passed_over_and_named(tmp_path: Path) -> None:
+    for number in ("1", "2", "3"):
+        spool = Spool(tmp_path / number, ROOM, None)
+        append(spool, f"in {number}")
+        spool.close()
+    (tmp_path / "1" / "source").unlink()
+    (tmp_path / "1" / "source.new").mkdir()
+    passed: list[Path] = []
+    left = list(abandoned(tmp_path, ROOM, lambda directory, error: passed.append(directory)))
+    assert [names(spool) for spool in left] == [["in 2"], ["in 3"]]
+    assert passed == [tmp_path / "1"]
+    left.pop().close()
+    own = take(tmp_path, ROOM, None)
+    assert names(own) == ["in 3"]
+    fresh = take(tmp_path, ROOM, None)
+    assert names(fresh) == []
+    for spool in (*left, own, fresh):
+        spool.close()
+
+
+def test_where_no_new_directory_can_be_made_one_try_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+
+    def full(directory: Path, *args: object) -> Spool:
+        tried.append(directory)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "4").mkdir()
+    monkeypatch.setattr(spools, "Spool", full)
+    with pytest.raises(OSError, match="No space"):
+        take(tmp_path, ROOM, None)
+    assert tried == [tmp_path / "4", tmp_path / "5"]
 
 
 def test_a_directory_that_cannot_be_used_is_an_error_of_the_system(tmp_path: Path) -> None:
