@@ -40,7 +40,10 @@ class Rules:
     if it brings one, and flagged where that does not allow `action`. With `require_delegation` a request without a
     token that allows it, there or in `x-asap-delegation`, gets 403 (an id is not enough: it is no secret), and 503
     while the daemon cannot be asked. Paths in `skip` are neither metered nor guarded: their task records nothing. A
-    response of 500 and more, or an exception, is a failed task.
+    response of 500 and more, or an exception before it is complete, is a failed task.
+
+    Raises:
+        ValueError: for a `skip` that is one text, in which every part of it would be found: a comma is missing.
     """
 
     agent: str | None = None
@@ -49,6 +52,11 @@ class Rules:
     require_delegation: bool = False
     estimate: Estimate | Callable[[Headers], Estimate] | None = None
     skip: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what would leave paths unguarded that nobody meant."""
+        if isinstance(self.skip, str):
+            raise ValueError(f"skip of Rules is a collection of paths: write skip=({self.skip!r},), not {self.skip!r}")
 
 
 @dataclass(frozen=True)

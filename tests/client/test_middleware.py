@@ -284,6 +284,12 @@ def test_skipped_paths_are_left_alone(way: str, meter: Meter, fake: Fake) -> Non
     assert meter.stats().misused == meter.stats().recorded == 0
 
 
+def test_a_path_to_skip_that_is_no_collection_is_an_error_at_once() -> None:
+    """In the text "/healthz" there is "/" too, which would be neither metered nor guarded."""
+    with pytest.raises(ValueError, match=r"write skip=\('/healthz',\)"):
+        Rules(skip=("/healthz"))
+
+
 @ways
 def test_with_a_delegation_the_work_is_reserved_and_settled(way: str, meter: Meter, fake: Fake) -> None:
     settled = (200, {"state": "settled"})
