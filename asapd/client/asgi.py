@@ -20,7 +20,8 @@ Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 class AsgiMiddleware:
     """Each HTTP request, and each WebSocket connection, is a task: `current_task()`, and `scope["asapd.task"]`.
 
-    It lasts until the last byte of the response was handed over, and its id is in the header `x-asap-task-id`.
+    It lasts until the last byte of the response was handed over, and its id is in the header `x-asap-task-id`. It is
+    recorded when the application returns, with what background tasks have used by then; whether they fail is not said.
     """
 
     def __init__(self, app: Application, meter: Meter | AsyncMeter, rules: Rules | None = None) -> None:
@@ -55,6 +56,8 @@ class AsgiMiddleware:
             elif kind in {"websocket.close", "websocket.http.response.start"} and status is None:
                 status = message.get("status", 403)
             await send(message)
+            if kind == "http.response.body" and not message.get("more_body", False):
+                request.answered()
 
         outer = task.enter()
         task.start()

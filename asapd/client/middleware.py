@@ -88,6 +88,7 @@ class Request:
         self._rules = rules
         self._headers = headers
         self._reservation: str | None = None
+        self._is_answered = False
         self.is_skipped = path in rules.skip
         if self.is_skipped:
             self.task: Task = Task(_Unrecorded(meter.counters), "", "", None)
@@ -180,8 +181,15 @@ class Request:
                 problem = {"title": "Cannot authorise", "detail": detail, "code": "authorization_unavailable"}
                 return _problem(503, problem)
 
+    def answered(self) -> None:
+        """The response is complete: the time is over, and what fails from here on is not the request."""
+        self._is_answered = True
+        self.task.stop()
+
     def finish(self, status: int | None, error: BaseException | None) -> None:
         """Record the request; `status` is None when there was no response."""
+        if self._is_answered and status is not None and status < 500:
+            error = None
         if error is None and (status is None or status >= 500):
             self.task.failed("no response" if status is None else f"HTTP status {status}")
         self.task.finish(error)

@@ -155,16 +155,26 @@ class Task:
         self._began_ns = time.perf_counter_ns()
 
     @_harmless
+    def stop(self) -> None:
+        """End to time; what is used until `finish` counts still. For work that goes on after it was answered."""
+        if self._began_ns is not None:
+            self._measure()
+
+    def _measure(self) -> None:
+        assert self._began_ns is not None
+        elapsed_ns = time.perf_counter_ns() - self._began_ns
+        self.metrics.setdefault("duration_ms", (elapsed_ns + 500_000) // 1_000_000)
+
+    @_harmless
     def finish(self, error: BaseException | None = None) -> None:
         """Record the work; the second time does nothing."""
         if self._began_ns is None:
             return
-        elapsed_ns = time.perf_counter_ns() - self._began_ns
+        self._measure()
         self._began_ns = None
         if _is_failure(error):
             assert error is not None
             self.outcome, self.error = "failed", error_text(error)
-        self.metrics.setdefault("duration_ms", (elapsed_ns + 500_000) // 1_000_000)
         self.recorder.submit(
             build(
                 agent=self.agent,

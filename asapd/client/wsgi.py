@@ -17,7 +17,8 @@ Application: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 class WsgiMiddleware:
     """Each request is a task: `current_task()`, and `environ["asapd.task"]`.
 
-    It lasts until the server closes the response, and its id is in the header `x-asap-task-id`.
+    It lasts until the last part of the response was handed over, and its id is in the header `x-asap-task-id`. It is
+    recorded when the server closes the response, with what was used by then.
     """
 
     def __init__(self, app: Application, meter: Meter, rules: Rules | None = None) -> None:
@@ -71,6 +72,7 @@ class _Response:
                 self._iterator = iter(self.parts)
             return next(self._iterator)
         except StopIteration:
+            self._request.answered()
             raise
         except BaseException as error:
             self._error = error

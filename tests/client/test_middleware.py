@@ -171,13 +171,82 @@ def test_a_wsgi_response_that_breaks_off_is_a_failure(meter: Meter, fake: Fake) 
 
     with pytest.raises(OSError, match="gone"):
         wsgi(WsgiMiddleware(app, meter))
+    unread: Any = WsgiMiddleware(lambda environ, start: start("200 OK", []) and Parts(), meter)(
+        {}, lambda *args: lambda data: None
+    )
     with pytest.raises(ValueError, match="cannot close"):
-        wsgi(WsgiMiddleware(lambda environ, start: start("200 OK", []) and Parts(), meter))
+        unread.close()
     silent: Any = WsgiMiddleware(lambda environ, start: [], meter)({}, lambda *args: lambda data: None)
     assert list(silent) == []
     silent.close()
     assert meter.flush()
     assert [event["error"] for event in fake.events] == ["OSError: gone", "ValueError: cannot close", "no response"]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The time in ms, which goes on only when it is told to."""
+    now = [0]
+    monkeypatch.setattr("asapd.client.task.time.perf_counter_ns", lambda: now[0] * 1_000_000)
+    return now
+
+
+@ways
+@pytest.mark.parametrize(("status", "error"), [(200, None), (500, "RuntimeError: too late")])
+def test_what_comes_after_the_response_counts_and_neither_lasts_nor_fails(
+    way: str, meter: Meter, fake: Fake, clock: list[int], status: int, error: str | None
+) -> None:
+    """Background tasks under ASGI, and what is called at the closing under WSGI. A status of 500 has failed anyhow."""
+
+    def goes_on(task: Any) -> None:
+        clock[0] += 60_000
+        task.tokens(7)
+        raise RuntimeError("too late")
+
+    async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        clock[0] += 20
+        await send({"type": "http.response.body", "body": b"some", "more_body": True})
+        clock[0] += 10
+        await send({"type": "http.response.body"})
+        goes_on(scope["asapd.task"])
+
+    class Parts:
+        def __init__(self, task: Any) -> None:
+            self.task = task
+
+        def __iter__(self) -> Iterator[bytes]:
+            clock[0] += 20
+            yield b"some"
+            clock[0] += 10
+
+        def close(self) -> None:
+            goes_on(self.task)
+
+    def wsgi_app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response(f"{status} X", [])
+        return Parts(environ["asapd.task"])
+
+    ask = {"asgi": lambda: asgi(AsgiMiddleware(asgi_app, meter)), "wsgi": lambda: wsgi(WsgiMiddleware(wsgi_app, meter))}
+    with pytest.raises(RuntimeError, match="too late"):
+        ask[way]()
+    assert meter.flush()
+    (event,) = fake.events
+    assert event["metrics"] == {"tokens_in": 7, "duration_ms": 30}
+    assert event.get("error") == error
+    assert event.get("outcome") == (error and "failed")
+
+
+def test_a_response_that_is_not_complete_is_a_failure(meter: Meter, fake: Fake) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"some", "more_body": True})
+        raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        asgi(AsgiMiddleware(app, meter))
+    assert meter.flush()
+    assert fake.events[0]["error"] == "RuntimeError: halfway"
 
 
 @ways

@@ -186,11 +186,13 @@ def test_a_recorder_that_breaks_does_not_break_the_work(recorder: Recorder) -> N
 
 def test_a_task_ends_once(recorder: Recorder) -> None:
     task = recorder.task()
+    task.stop()
     task.finish()
     task.start()
     task.finish()
     task.finish()
     assert len(recorder.events) == 1
+    assert recorder.misused == 0
 
 
 def test_tasks_nest(recorder: Recorder) -> None:
