@@ -177,9 +177,7 @@ class Meter:
         self.counters.complain(f"what waits in {directory} is not sent, it cannot be opened", error=error)
 
     def forget_in_child(self) -> None:
-        """In a forked child: leave the spool and the connections to the parent; the next event opens others."""
-        if self._spool is not None:
-            self._spool.forget_in_child()
+        """In a forked child, whose spools are closed: leave the connections to the parent; what comes opens others."""
         self._link.close()
         self._requests.forget_in_child()
         self.counters.forget_in_child()
@@ -385,6 +383,7 @@ def _digest(text: str) -> str:
 
 
 def _after_fork() -> None:
+    spool.forget_in_child()
     for meter in list(_meters):
         meter.forget_in_child()
 

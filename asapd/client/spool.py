@@ -24,6 +24,8 @@ from asapd.client.waiting import Kind, Record, new_source, numbered
 SEGMENT_BYTES = 4 * 2**20
 _READ_BYTES = 2**18
 _HEAD_BYTES = len(b"u 00000000 ")
+_open_spools: set[Spool] = set()
+"""Those of this process, from before they are locked, so that a fork at any time leaves none of them in the child."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -58,9 +60,10 @@ class Spool:
         self._reading_number = 0
         self.count = 0
         self.size_bytes = 0
-        self._fd = self._mark_fd = -1
-        self._lock_fd = _lock(directory / "lock")
+        self._fd = self._mark_fd = self._lock_fd = -1
+        _open_spools.add(self)
         try:
+            self._lock_fd = _lock(directory / "lock")
             self._open(name)
         except BaseException:
             self.close()
@@ -251,11 +254,18 @@ class Spool:
             self._sealed = {}
             self._fd = self._mark_fd = self._lock_fd = self._reading = -1
             self._reading_number = 0
+            _open_spools.discard(self)
 
     def forget_in_child(self) -> None:
         """Close what a forked child inherited; the parent goes on with it."""
         self._lock = threading.Lock()
         self.close()
+
+
+def forget_in_child() -> None:
+    """In a forked child: close all spools, also those that other threads had adopted or were about to open."""
+    for spool in list(_open_spools):
+        spool.forget_in_child()
 
 
 def _lock(path: Path) -> int:

@@ -377,6 +377,44 @@ if child:
     assert sorted(sources.values()) == [[("before", 1), ("parent", 2), ("after", 3)], [("child", 1)]]
 
 
+def test_a_forked_child_does_not_hold_what_its_parent_adopted(home: Path) -> None:
+    """Else what waits there could be sent by nobody for as long as the child lives."""
+    script = """
+import os, pathlib, sys, time
+from asapd.client import Meter
+from asapd.client.spool import Spool
+root = pathlib.Path(sys.argv[2])
+meter = Meter(sys.argv[1], spool=root)
+while meter.stats().pending < 2:
+    time.sleep(0.005)
+ready, go = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    os.close(go[1])
+    os.write(ready[1], b"x")
+    os.read(go[0], 1)
+    os._exit(0)
+os.read(ready[0], 1)
+meter.close(0)
+left = None
+while left is None:
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    if meter._sender.is_alive:
+        time.sleep(0.005)
+    else:
+        left = Spool(root / "7", 10**6, None)
+os.write(go[1], b"x")
+os.waitpid(child, 0)
+"""
+    for number in ("1", "7"):
+        left = Spool(home / "spool" / number, 10**6, None)
+        left.append(Kind.USAGE, {"id": number})
+        left.close()
+    arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
 def test_a_killed_program_loses_nothing_that_it_recorded(home: Path) -> None:
     script = """
 import os, signal, sys
