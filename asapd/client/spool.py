@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asapd.client.waiting import Kind, Record, new_source, numbered
+from asapd.client.waiting import Kind, Record, new_source, numbered, source_name
 
 SEGMENT_BYTES = 4 * 2**20
 _READ_BYTES = 2**18
@@ -36,8 +36,9 @@ class SpoolLockedError(Exception):
 class Spool:
     """One directory of segments, which one process uses at a time.
 
-    `source` and its numbering go on from one process to the next. After a reboot there is a new source, because a
-    power cut may have taken numbers that were already sent.
+    `source` and its numbering go on from one process to the next; with a `name` that is another than the one before,
+    there is a new source. After a reboot there is one too, because a power cut may have taken numbers that were already
+    sent.
 
     Raises:
         SpoolLockedError: when another process has it.
@@ -124,7 +125,8 @@ class Spool:
         path = self._directory / "source"
         with contextlib.suppress(OSError, ValueError):
             source, old_boot = path.read_text("utf-8").split("\n")[:2]
-            if old_boot == boot and source:
+            is_named = name is None or source.rpartition("-")[0] == name
+            if old_boot == boot and source and is_named:
                 return source, True
         source = new_source(name)
         fresh = path.with_suffix(".new")
@@ -321,7 +323,7 @@ def take(root: Path, max_bytes: int, name: str | None) -> Spool:
     fresh = max(known, default=0) + 1
     for number in [*known, *range(fresh, fresh + 1000)]:
         try:
-            return Spool(root / str(number), max_bytes, name)
+            return Spool(root / str(number), max_bytes, source_name(name))
         except (SpoolLockedError, PermissionError):
             continue
         except OSError:

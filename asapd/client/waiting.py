@@ -77,9 +77,14 @@ class Waiting(Protocol):
         ...
 
 
+def source_name(name: str | None) -> str:
+    """What a source is called before its chance: the name that was given, or the host's."""
+    return (name or socket.gethostname())[:200]
+
+
 def new_source(name: str | None) -> str:
     """A source that no other process uses: the name, or the host's, and some chance."""
-    return f"{name or socket.gethostname()}"[:200] + f"-{os.urandom(6).hex()}"
+    return f"{source_name(name)}-{os.urandom(6).hex()}"
 
 
 def numbered(kind: Kind, values: Mapping[str, Any], source: str, seq: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_what_was_not_acknowledged_is_there_after_reopening_and_numbers_go_on(tm
     acknowledge(spool, 1)
     source, size_bytes = spool.source, spool.size_bytes
     spool.close()
-    spool = Spool(tmp_path, ROOM, "other")
+    spool = Spool(tmp_path, ROOM, None)
     assert (spool.source, spool.count, spool.size_bytes) == (source, 2, size_bytes)
     append(spool, "d")
     assert [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))] == [("b", 2), ("c", 3), ("d", 4)]
@@ -88,6 +89,36 @@ def test_after_a_reboot_there_is_a_new_source(tmp_path: Path, monkeypatch: pytes
     assert second["seq"] == 1
     assert second["source"] != source
     spool.close()
+
+
+def test_a_program_of_another_name_is_another_source(tmp_path: Path) -> None:
+    """Though it goes on where a program of the same boot was; what that one left is sent as that one's."""
+    sources = []
+    for name in ("billing", "billing", "billing-eu", None, None, "x" * 300, "x" * 300):
+        spool = take(tmp_path, ROOM, name)
+        append(spool, "a")
+        sources.append(spool.source)
+        spool.close()
+    billing, eu, host, long = sources[0], sources[2], sources[3], sources[5]
+    assert sources == [billing, billing, eu, host, host, long, long]
+    assert [source[:-12] for source in (billing, eu, host, long)] == [
+        "billing-",
+        "billing-eu-",
+        f"{socket.gethostname()}-",
+        "x" * 200 + "-",
+    ]
+    (adopted,) = abandoned(tmp_path, ROOM, fail)
+    assert adopted.source == long
+    assert [(body["source"], body["seq"]) for body in bodies(adopted.read(9, ROOM))] == [
+        (billing, 1),
+        (billing, 2),
+        (eu, 1),
+        (host, 1),
+        (host, 2),
+        (long, 1),
+        (long, 2),
+    ]
+    adopted.close()
 
 
 def test_a_line_that_was_not_wholly_written_is_cut_off(tmp_path: Path) -> None:
