@@ -8,28 +8,22 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import trio
 
+from asapd.actors.retired import Retired, refused
 from asapd.core.audit import Fault
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
 from asapd.store import audit_archive, audit_retention, seals
 from asapd.store.audit_archive import Draft
-from asapd.store.audit_retention import Prefix
+from asapd.store.audit_retention import Archive, Prefix
 from asapd.store.database import Database
 from asapd.store.seals import SealedAt
 from asapd.store.units.audit import KeepArchive, RetireAudit
+from asapd.store.units.unit import Taken
 
 BREATH_S = 0.02
 """Between two steps, which take about as long: ingest has at least half of the writer, and of the loop."""
-
-
-class Retired(msgspec.Struct, frozen=True):
-    """How many entries lost their content, and whether the time was over before all had that were to."""
-
-    entries: int
-    more: bool
 
 
 class Archivist:
@@ -54,40 +48,51 @@ class Archivist:
 
     async def due(self, before_us: int) -> dict[str, Any]:
         """What would go of what was written before a time: how much content, of which entries and times."""
-        found = {"count": 0, "first_seq": None, "last_seq": None, "oldest_us": None, "newest_us": None}
+        goes = Taken()
         after = await self._retired_through()
         while (prefix := await self._database.read(audit_retention.due, after, before_us)) is not None:
-            more = await self._database.read(audit_retention.counted, prefix.first_seq, prefix.last_seq)
-            for name, choose in (("first_seq", min), ("oldest_us", min), ("last_seq", max), ("newest_us", max)):
-                found[name] = choose((value for value in (found[name], more[name]) if value is not None), default=None)
-            found["count"] += more["count"]
+            goes = goes.plus(await self._database.read(audit_retention.counted, prefix.first_seq, prefix.last_seq))
             after = prefix.last_seq
-        return audit_retention.shown(before_us, found)
+        return audit_retention.shown(before_us, goes)
 
-    async def retire(self, before_us: int, actor: str, until_s: float = math.inf) -> Retired | Refusal:
+    async def retire(
+        self, before_us: Callable[[], int | None], actor: str, until_s: float = math.inf
+    ) -> Retired[int | None] | Refusal:
         """Archive and erase what was written before a time. No archive is begun once it is `until_s` on Trio's clock.
 
-        One that has begun is finished: begun anew by each who asks again, it might never be. It can be cancelled
-        anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
+        `before_us` says what is due, None that nothing is. It is asked again before each archive and each step that
+        erases: what a reload keeps for longer stays, however long ago this began.
+
+        An archive that has begun is finished: begun anew by each who asks again, it might never be. It can be
+        cancelled anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
         """
-        total = 0
+        taken = Taken()
         with trio.move_on_at(until_s) as patience:
             await self._lock.acquire()
         if patience.cancelled_caught:
-            return Retired(total, more=True)
+            return Retired(taken, before_us(), more=True)
+
+        def due_now_us() -> int | None:
+            # No later than at first: of what is written meanwhile there might be no end.
+            due_us = before_us()
+            return None if due_us is None or first_us is None else min(due_us, first_us)
+
         try:
+            first_us = before_us()
             while True:
-                retired = await self._retire_archived(actor)
-                if isinstance(retired, Refusal):
-                    return retired
-                total += retired
-                after = await self._retired_through()
-                prefix = await self._database.read(audit_retention.due, after, before_us)
-                if prefix is None or trio.current_time() >= until_s:
-                    return Retired(total, more=prefix is not None)
-                kept = await self._archive(prefix, before_us, actor)
-                if isinstance(kept, Refusal):
-                    return kept
+                erased, refusal = await self._retire_archived(due_now_us, actor)
+                taken = taken.plus(erased)
+                if refusal is None:
+                    due_us = due_now_us()
+                    if due_us is None:
+                        return Retired(taken, None, more=False)
+                    after = await self._retired_through()
+                    prefix = await self._database.read(audit_retention.due, after, due_us)
+                    if prefix is None or trio.current_time() >= until_s:
+                        return Retired(taken, due_us, more=prefix is not None)
+                    refusal = await self._archive(prefix, due_us, actor)
+                if refusal is not None:
+                    return refused(refusal, {"audit entries": taken.count})
         finally:
             self._lock.release()
 
@@ -95,26 +100,30 @@ class Archivist:
         archive = await self._database.read(audit_retention.newest)
         return 0 if archive is None else archive.through_seq
 
-    async def _retire_archived(self, actor: str) -> int | Refusal:
-        """Erase what the newest archive holds, as far as that was not done; nothing when its file is not there."""
+    async def _retire_archived(self, before_us: Callable[[], int | None], actor: str) -> tuple[Taken, Refusal | None]:
+        """Erase what the newest archive holds, as far as that was not done.
+
+        Nothing when its file is not there, or while the archive has what is to be kept for longer by now.
+        """
+        taken = Taken()
         archive = await self._database.read(audit_retention.newest)
-        if archive is None or archive.through_seq >= archive.last_seq:
-            return 0
+        if archive is None or archive.through_seq >= archive.last_seq or not _is_due(archive, before_us()):
+            return taken, None
         if not await self._off_loop(audit_archive.is_whole, self._directory / archive.file, archive.sha256):
             self._log.warning(
                 "%s is not there as it was written: what it held that is still in the log is archived anew",
                 archive.file,
             )
-            return 0
-        total = 0
-        while True:
+            return taken, None
+        while _is_due(archive, before_us()):
             done = await self._database.submit(RetireAudit(actor, self._clock.now_us()))
             if isinstance(done, Refusal):
-                return done
-            total += done.entries
+                return taken, done
+            taken = taken.plus(done.taken)
             if not done.more:
-                return total
+                break
             await trio.sleep(BREATH_S)
+        return taken, None
 
     async def _archive(self, prefix: Prefix, before_us: int, actor: str) -> Refusal | None:
         """Write entries into a file that verifies, and record it."""
@@ -165,6 +174,10 @@ class Archivist:
 
 
 _END = object()
+
+
+def _is_due(archive: Archive, before_us: int | None) -> bool:
+    return before_us is not None and archive.before_us <= before_us
 
 
 def _broken(reason: str) -> Refusal:

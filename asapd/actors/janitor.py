@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ import trio
 
 from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
+from asapd.actors.retired import Retired, refused
 from asapd.actors.retirer import Retirer
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
@@ -21,6 +23,7 @@ from asapd.store.database import Database
 from asapd.store.units.alerts import RetireAlerts
 from asapd.store.units.delegations import RecoverReservations
 from asapd.store.units.house import Sweep
+from asapd.store.units.unit import Taken
 from asapd.store.units.usage import AddUpDays
 
 IDEMPOTENCY_US = DAY_US
@@ -39,7 +42,7 @@ SETTLED_US = HOUR_US
 """After its end a day is still reported of for a while; what comes once it is added up is written twice."""
 
 APPLY_S = 20.0
-"""How long one request applies retention before it answers that there is more."""
+"""How long one request takes usage and alerts, and then entries, before it answers that there is more."""
 
 
 @dataclass
@@ -130,26 +133,28 @@ async def _retire(
         done = await retirer.retire(partial(retired_before_us, settings), "asapd")
         if isinstance(done, Refusal):
             log.info("retention was not applied: %s", done.detail)
-        elif done:
-            log.info("retention took %d usage events", done)
+        elif done.taken.count:
+            log.info("retention took %d usage events", done.taken.count)
         gone = await _retire_alerts(database, clock, settings, "asapd")
         if isinstance(gone, Refusal):
             log.info("retention was not applied to alerts: %s", gone.detail)
-        elif gone:
-            log.info("retention took %d alerts", gone)
+        elif gone.taken.count:
+            log.info("retention took %d alerts", gone.taken.count)
         await trio.sleep(RETIRE_EVERY_S)
 
 
 async def _archive(archivist: Archivist, clock: Clock, settings: JanitorSettings, log: logging.Logger) -> None:
-    while True:
+    def before() -> int | None:
+        # By whole days: an archive a day, not one a minute.
         before_us = audit_before_us(settings, clock.now_us())
-        if before_us is not None:
-            # By whole days: an archive a day, not one a minute.
-            done = await archivist.retire(before_us // DAY_US * DAY_US, "asapd")
-            if isinstance(done, Refusal):
-                log.warning("the audit log was not retired: %s", done.detail)
-            elif done.entries:
-                log.info("retention took the content of %d audit entries", done.entries)
+        return None if before_us is None else before_us // DAY_US * DAY_US
+
+    while True:
+        done = await archivist.retire(before, "asapd")
+        if isinstance(done, Refusal):
+            log.warning("the audit log was not retired: %s", done.detail)
+        elif done.taken.count:
+            log.info("retention took the content of %d audit entries", done.taken.count)
         await trio.sleep(RETIRE_EVERY_S)
 
 
@@ -167,20 +172,22 @@ async def _add_up(database: Database, clock: Clock, log: logging.Logger) -> None
         await trio.sleep(RETIRE_EVERY_S)
 
 
-async def _retire_alerts(database: Database, clock: Clock, settings: JanitorSettings, actor: str) -> int | Refusal:
-    """Retire the alerts that are due and that every push target has come past; returns how many went."""
-    total = 0
+async def _retire_alerts(
+    database: Database, clock: Clock, settings: JanitorSettings, actor: str, until_s: float = math.inf
+) -> Retired[int] | Refusal:
+    """Retire the alerts that are due and that every push target has come past, at least a step of them."""
+    taken, more = Taken(), True
     while True:
         now_us = clock.now_us()
         before_us = now_us - settings.retention.alerts_us
-        if not await database.read(alert_retention.is_due, before_us):
-            return total
+        if not more or not await database.read(alert_retention.is_due, before_us):
+            return Retired(taken, before_us, more=False)
+        if taken.count and trio.current_time() >= until_s:
+            return Retired(taken, before_us, more=True)
         done = await database.submit(RetireAlerts(before_us, actor, now_us))
         if isinstance(done, Refusal):
-            return done
-        total += done.rows
-        if not done.more:
-            return total
+            return refused(done, {"alerts": taken.count})
+        taken, more = taken.plus(Taken(done.rows)), done.more
         await trio.sleep(BREATH_S)
 
 
@@ -193,43 +200,43 @@ async def apply_retention(
     actor: str,
     dry_run: bool,
 ) -> dict[str, Any] | Refusal:
-    """Apply retention now, or say what would go; `more` is true when it did not come to its end in time.
+    """Apply retention now and say what this took, or what would go.
+
+    `more` is true when it did not come to its end in time. However long it takes to look, each takes something away,
+    but where the time went by waiting for the janitor, which takes it meanwhile.
 
     Events of hours that keep them are not counted as going: as far as hours were looked at, which a dry run leaves to
     the janitor.
     """
     now_us = clock.now_us()
-    before_us, entries_before_us = retired_before_us(settings, now_us), audit_before_us(settings, now_us)
-    usage: dict[str, Any] = {}
-    others = {
-        "alerts": await database.read(alert_retention.due, now_us - settings.retention.alerts_us),
-        "audit": (
-            audit_retention.shown(None, {}) if entries_before_us is None else await archivist.due(entries_before_us)
-        ),
-    }
-
-    async def count() -> None:
-        usage.update(await database.read(retention.due, before_us, now_us - settings.retention.probes_us, retirer.kept))
-
+    probes_before_us = now_us - settings.retention.probes_us  # these go by the sweep of every second
     if dry_run:
-        await count()
-        return {"dry_run": True, **usage, **others, "more": False}
-    # Counting is not in it: however long that takes, each request takes something away.
-    until_s = trio.current_time() + APPLY_S
-    retired: int | Refusal = 0
-    with trio.move_on_at(until_s) as patience:
-        retired = await retirer.retire(partial(retired_before_us, settings), actor, count)
-        if not isinstance(retired, Refusal):
-            retired = await _retire_alerts(database, clock, settings, actor)
-    if isinstance(retired, Refusal):
-        return retired
-    if not usage:
-        await count()
-    more = patience.cancelled_caught
-    if entries_before_us is not None and not more:
-        archived = await archivist.retire(entries_before_us, actor, until_s)
-        if isinstance(archived, Refusal):
-            return archived
-        more = archived.more
-    # Probes go by the sweep of every second.
-    return {"dry_run": False, **usage, **others, "more": more}
+        entries_before_us = audit_before_us(settings, now_us)
+        due = await database.read(retention.due, retired_before_us(settings, now_us), probes_before_us, retirer.kept)
+        alerts_due = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
+        never = audit_retention.shown(None, Taken())
+        audit_due = never if entries_before_us is None else await archivist.due(entries_before_us)
+        return {"dry_run": True, **due, "alerts": alerts_due, "audit": audit_due, "more": False}
+    started_s = trio.current_time()
+    usage = await retirer.retire(partial(retired_before_us, settings), actor, APPLY_S)
+    alerts = await _retire_alerts(database, clock, settings, actor, started_s + APPLY_S)
+
+    def entries_before() -> int | None:
+        return audit_before_us(settings, clock.now_us())
+
+    audit: Retired[int | None] | Refusal = Retired(Taken(), entries_before(), more=False)
+    if isinstance(usage, Refusal) or not usage.more:
+        # In a time of its own: usage whose hours take long to look at would keep it from ever beginning.
+        audit = await archivist.retire(entries_before, actor, trio.current_time() + APPLY_S)
+    if isinstance(usage, Refusal) or isinstance(alerts, Refusal) or isinstance(audit, Refusal):
+        parts = {"usage events": usage, "alerts": alerts, "audit entries": audit}
+        no = next(part for part in parts.values() if isinstance(part, Refusal))
+        return refused(no, {what: part.taken.count for what, part in parts.items() if isinstance(part, Retired)})
+    went = await database.read(retention.told, usage.before_us, usage.taken, probes_before_us, retirer.kept)
+    return {
+        "dry_run": False,
+        **went,
+        "alerts": alert_retention.shown(alerts.before_us, alerts.taken.count),
+        "audit": audit_retention.shown(audit.before_us, audit.taken),
+        "more": usage.more or alerts.more or audit.more,
+    }

@@ -6,16 +6,19 @@ An hour whose sums somebody altered keeps its events: they are all that shows it
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Callable
 
 import trio
 
+from asapd.actors.retired import Retired, refused
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.runtime.clock import Clock
 from asapd.store import audit, retention, usage_hours
 from asapd.store.database import Database
 from asapd.store.units.audit import SealHours
+from asapd.store.units.unit import Taken
 from asapd.store.units.usage import RetireUsage
 
 BREATH_S = 0.02
@@ -56,6 +59,8 @@ class Retirer:
         self._looked_us = 0
         self._known: usage_hours.Log | None = None
         """What the log says of hours: read once it is asked for, for it may be long."""
+        self._added_up: usage_hours.AddedUp | None = None
+        """A large hour that is not sealed yet: whoever is cut off leaves it to the next."""
 
     @property
     def alarms(self) -> list[str]:
@@ -76,42 +81,62 @@ class Retirer:
         return sorted(self._unlike)
 
     async def retire(
-        self, before_us: Callable[[int], int], actor: str, before_any: Callable[[], Awaitable[None]] | None = None
-    ) -> int | Refusal:
-        """Retire all that is due, step by step; returns how many events went. `before_any` is called before the first.
+        self, before_us: Callable[[int], int], actor: str, for_s: float = math.inf
+    ) -> Retired[int] | Refusal:
+        """Retire all that is due, step by step; what went, by which time, and whether more is due after so long.
 
         `before_us` says of a moment what is due. It is asked again before each step: what a reload keeps for longer
         stays, however long ago this began. An earlier time needs no hour sealed that was not.
+
+        Who waited for another may have taken nothing when the time is over; who did not takes a step in any case,
+        however long it takes to seal the first hours: begun anew by each who asks again, that might never come to it.
         """
-        async with self._lock:
-            due_us = before_us(self._clock.now_us())
-            # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
-            _, newest = await self._database.read(usage_hours.newest_of)
-            refused = await self._seal(due_us, actor)
-            self._refused = [] if refused is None else [*self._refused, refused.detail][-STUCK_AFTER:]
-            if refused is not None:
-                return refused
-            if before_any is not None:
-                await before_any()
-            total = 0
-            kept = self.kept
-            while True:
-                due_us = min(due_us, before_us(self._clock.now_us()))
-                if not await self._database.read(retention.is_due, due_us, kept, newest):
-                    return total
-                unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
-                done = await self._database.submit(unit)
-                if isinstance(done, Refusal):
-                    return done
-                total += done.rows
-                await trio.sleep(BREATH_S)
+        until_s = trio.current_time() + for_s
+        with trio.move_on_at(until_s) as patience:
+            await self._lock.acquire()
+        if patience.cancelled_caught:
+            return Retired(Taken(), before_us(self._clock.now_us()), more=True)
+        try:
+            return await self._retire(before_us, actor, until_s)
+        finally:
+            self._lock.release()
+
+    async def _retire(self, before_us: Callable[[int], int], actor: str, until_s: float) -> Retired[int] | Refusal:
+        due_us = before_us(self._clock.now_us())
+        # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
+        _, newest = await self._database.read(usage_hours.newest_of)
+        sealed = await self._seal(due_us, actor, until_s, newest)
+        self._refused = [*self._refused, sealed.detail][-STUCK_AFTER:] if isinstance(sealed, Refusal) else []
+        if isinstance(sealed, Refusal):
+            return sealed
+        more = sealed < due_us
+        due_us = sealed
+        taken, is_begun = Taken(), False
+        kept = self.kept
+        while True:
+            due_us = min(due_us, before_us(self._clock.now_us()))
+            if not await self._database.read(retention.is_due, due_us, kept, newest):
+                return Retired(taken, due_us, more)
+            if is_begun and trio.current_time() >= until_s:
+                return Retired(taken, due_us, more=True)
+            unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
+            done = await self._database.submit(unit)
+            if isinstance(done, Refusal):
+                return refused(done, {"usage events": taken.count})
+            taken, is_begun = taken.plus(done.taken), True
+            await trio.sleep(BREATH_S)
 
     async def seal(self, before_us: int, actor: str) -> Refusal | None:
         """Enter what the sums of all hours are that ended before a time, where they agree with the events."""
         async with self._lock:
-            return await self._seal(before_us, actor)
+            done = await self._seal(before_us, actor)
+            return done if isinstance(done, Refusal) else None
 
-    async def _seal(self, before_us: int, actor: str) -> Refusal | None:
+    async def _seal(self, before_us: int, actor: str, until_s: float = math.inf, newest: int = 0) -> int | Refusal:
+        """Seal hours that are due; up to which time that was done, which is earlier once it is `until_s`.
+
+        But not before an event up to the row `newest` may go.
+        """
         now_us = self._clock.now_us()
         before = frozenset(self._unlike)
         skipped = before
@@ -121,17 +146,17 @@ class Retirer:
                 self._known = usage_hours.Log()  # it may have been mended
         unlike = set(skipped)
         at, tries = _FIRST, 0
-        added_up: usage_hours.AddedUp | None = None
         while True:
-            found = await self._examine(at, before_us, skipped, added_up)
+            found = await self._examine(at, before_us, skipped)
             if found.is_unclear and self._known is None:
                 self._known = usage_hours.Log()
                 continue
             if found.large is not None and found.at == at:
-                tries += added_up is not None
+                tries += self._added_up is not None
                 if tries == TRIES:
+                    self._added_up = None
                     return Refusal("invalid", "an hour changed whenever its events were added up: they go later")
-                added_up = await self._add_up(found.large)
+                self._added_up = await self._add_up(found.large)
                 continue
             if found.agreed:
                 unit = SealHours(found.agreed, actor, self._clock.now_us(), found.head, found.newest)
@@ -142,7 +167,7 @@ class Retirer:
                         return sealed
                     await trio.sleep(BREATH_S)
                     continue
-            tries, added_up = 0, None
+            tries, self._added_up = 0, None
             for hour, _, _ in found.agreed:
                 self._unlike.pop(hour, None)
             for hour, what in found.unlike.items():
@@ -155,8 +180,13 @@ class Retirer:
                 # was told so.
                 unlike -= set() if self._known is None else self._known.digests.keys()
                 self._unlike = {hour: what for hour, what in self._unlike.items() if hour in unlike}
-                return None
+                return before_us
             at = found.at
+            looked_us = (at + 1) * HOUR_US
+            if trio.current_time() >= until_s and await self._database.read(
+                retention.is_due, looked_us, self.kept, newest
+            ):
+                return looked_us
             await trio.sleep(BREATH_S)
 
     async def _add_up(self, hour: int) -> usage_hours.AddedUp:
@@ -167,9 +197,7 @@ class Retirer:
             await self._database.read(usage_hours.add_part, found, part)
         return found
 
-    async def _examine(
-        self, at: int, before_us: int, skipped: frozenset[int], added_up: usage_hours.AddedUp | None
-    ) -> usage_hours.Examined:
+    async def _examine(self, at: int, before_us: int, skipped: frozenset[int]) -> usage_hours.Examined:
         read = self._database.read
         if self._known is not None:
             # In windows: a log of many millions of entries takes longer to look through than a read may.
@@ -180,4 +208,4 @@ class Retirer:
                 for entry in set(self._known.unreadable) - self._told:
                     self._told.add(entry)
                     self._log.error("%s: entry %d", _DAMAGED, entry)
-        return await read(usage_hours.examine, at, before_us, self._known, skipped, added_up)
+        return await read(usage_hours.examine, at, before_us, self._known, skipped, self._added_up)

@@ -60,4 +60,9 @@ def due(connection: apsw.Connection, before_us: int) -> dict[str, Any]:
         "(SELECT coalesce(min(seq), 9007199254740991) FROM alert WHERE ts_us >= ?)",
         (before_us,),
     )[0]
+    return shown(before_us, count)
+
+
+def shown(before_us: int, count: int) -> dict[str, Any]:
+    """What went, or would go, as it is told to whoever asked."""
     return {"before": format_us(before_us), "count": count}

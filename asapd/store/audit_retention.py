@@ -14,7 +14,7 @@ from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usa
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import AuditRetired, KeepArchive, RetireAudit
-from asapd.store.units.unit import RowWritten
+from asapd.store.units.unit import RowWritten, Taken
 
 MOST = 50_000
 """Entries of one archive: some eight megabytes, written and verified in a few seconds."""
@@ -67,7 +67,7 @@ def due(connection: apsw.Connection, after: int, before_us: int) -> Prefix | Non
         (after, end, before_us),
     )
     last = young[0][0] - 1 if young else end
-    if last <= after or (last < after + MOST and not counted(connection, after + 1, last)["count"]):
+    if last <= after or (last < after + MOST and not counted(connection, after + 1, last).count):
         return None
     hashes: dict[int, bytes] = dict(fetch(connection, "SELECT seq, hash FROM audit WHERE seq IN (?, ?)", (after, last)))
     if last not in hashes or (after and after not in hashes):
@@ -75,15 +75,15 @@ def due(connection: apsw.Connection, after: int, before_us: int) -> Prefix | Non
     return Prefix(after + 1, last, hashes.get(after, bytes(32)), hashes[last])
 
 
-def counted(connection: apsw.Connection, first: int, last: int) -> dict[str, Any]:
+def counted(connection: apsw.Connection, first: int, last: int) -> Taken:
     """How much content retention takes from some entries, and of which times."""
-    count, low, high, oldest, newest_us = fetch(
+    found = fetch(
         connection,
         "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM audit "
         f"WHERE seq BETWEEN ? AND ? AND salt IS NOT NULL AND {_TAKEN}",
         (first, last),
     )[0]
-    return {"count": count, "first_seq": low, "last_seq": high, "oldest_us": oldest, "newest_us": newest_us}
+    return Taken(*found)
 
 
 def strange_block(connection: apsw.Connection, first: int, last: int) -> str | None:
@@ -131,15 +131,17 @@ def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
     """
     archive = newest(tx.connection)
     if archive is None or archive.through_seq >= archive.last_seq:
-        return AuditRetired(0, more=False)
+        return AuditRetired(Taken(), more=False)
     through = min(archive.through_seq + unit.limit, archive.last_seq)
     rows = fetch(
         tx.connection,
-        f"SELECT seq FROM audit WHERE seq > ? AND seq <= ? AND salt IS NOT NULL AND {_TAKEN}",
+        f"SELECT seq, timestamp_us FROM audit WHERE seq > ? AND seq <= ? AND salt IS NOT NULL AND {_TAKEN}",
         (archive.through_seq, through),
     )
-    seqs = [seq for (seq,) in rows]
-    if seqs:
+    taken = Taken()
+    if rows:
+        seqs, times = [seq for seq, _ in rows], [at_us for _, at_us in rows]
+        taken = Taken(len(seqs), min(seqs), max(seqs), min(times), max(times))
         details = {
             "before_us": archive.before_us,
             "count": len(seqs),
@@ -158,16 +160,15 @@ def retire(tx: Tx, unit: RetireAudit) -> AuditRetired:
         erase_payloads(tx, seqs)
         tx.audit("retention.applied", unit.actor, "audit", details, unit.now_us)
     tx.execute("UPDATE audit_archive SET through_seq = ? WHERE first_seq = ?", (through, archive.first_seq))
-    return AuditRetired(len(seqs), more=through < archive.last_seq)
+    return AuditRetired(taken, more=through < archive.last_seq)
 
 
-def shown(before_us: int | None, found: dict[str, Any]) -> dict[str, Any]:
-    """What goes, as it is told to whoever asked."""
-    times = {name: found.get(f"{name}_us") for name in ("oldest", "newest")}
+def shown(before_us: int | None, goes: Taken) -> dict[str, Any]:
+    """What went, or would go, as it is told to whoever asked."""
+    times = {"before": before_us, "oldest": goes.oldest_us, "newest": goes.newest_us}
     return {
-        "before": None if before_us is None else format_us(before_us),
-        "count": found.get("count", 0),
-        "first_seq": found.get("first_seq"),
-        "last_seq": found.get("last_seq"),
+        "count": goes.count,
+        "first_seq": goes.first,
+        "last_seq": goes.last,
         **{name: None if at_us is None else format_us(at_us) for name, at_us in times.items()},
     }

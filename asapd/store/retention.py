@@ -14,6 +14,7 @@ from asapd.store import identity
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.span_identity import of_span
 from asapd.store.tx import Tx
+from asapd.store.units.unit import Taken
 from asapd.store.units.usage import RetireUsage, UsageRetired
 
 FREED_PAGES = 1_000
@@ -28,6 +29,7 @@ _DUE = (
     "SELECT count(*), min(seq), max(seq), min(timestamp_us), max(timestamp_us) FROM usage "
     "WHERE timestamp_us >= ? AND timestamp_us < ?"
 )
+_STAY = "SELECT count(*) FROM usage WHERE timestamp_us >= ? AND timestamp_us < ?"
 
 
 def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
@@ -37,13 +39,15 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
     count again; `usage_retired` keeps it, so that no later setting brings that time back.
     """
     rows: list[Row] = []
+    taken = Taken()
     for start_us, end_us in _spans(unit.before_us, unit.kept):
         if len(rows) < unit.limit:
             rows += fetch(tx.connection, _OLDEST, (start_us, end_us, unit.through_row, unit.limit - len(rows)))
     if rows:
         _drop(tx, rows)
         contents = blake2b(b"".join(row[3] for row in rows), digest_size=32)
-        seqs = [row[0] for row in rows]
+        seqs, times = [row[0] for row in rows], [row[1] for row in rows]
+        taken = Taken(len(rows), min(seqs), max(seqs), min(times), max(times))
         tx.execute(
             "UPDATE usage_retired SET before_us = max(before_us, ?), through_seq = max(through_seq, ?), "
             "events = events + ?",
@@ -75,7 +79,7 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
         tx.audit("retention.applied", unit.actor, "task_outcome", said, unit.now_us)
     # Finds nothing to do in a file that was made before pages could be given back.
     fetch(tx.connection, f"PRAGMA incremental_vacuum({FREED_PAGES})")
-    return UsageRetired(len(rows), more=unit.limit in {len(rows), outcomes})
+    return UsageRetired(taken, more=unit.limit in {len(rows), outcomes})
 
 
 def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
@@ -125,22 +129,27 @@ def due(
     connection: apsw.Connection, usage_before_us: int, probes_before_us: int, kept: Sequence[int] = ()
 ) -> dict[str, Any]:
     """What retention would take now, and how many events of hours that are kept, which are in order, stay."""
-    parts = [fetch(connection, _DUE, span)[0] for span in _spans(usage_before_us, kept)]
-    parts = [part for part in parts if part[0]] or [(0, None, None, None, None)]
-    counts, firsts, lasts, oldests, newests = zip(*parts, strict=True)
+    goes = Taken()
+    for span in _spans(usage_before_us, kept):
+        goes = goes.plus(Taken(*fetch(connection, _DUE, span)[0]))
+    return told(connection, usage_before_us, goes, probes_before_us, kept)
+
+
+def told(
+    connection: apsw.Connection, usage_before_us: int, goes: Taken, probes_before_us: int, kept: Sequence[int]
+) -> dict[str, Any]:
+    """What went, or would go, as it is told to whoever asked; of probes that is what the next sweep takes."""
     hours = [(hour * HOUR_US, min((hour + 1) * HOUR_US, usage_before_us)) for hour in kept]
-    stay = sum(fetch(connection, _DUE, hour)[0][0] for hour in hours)
-    oldest, newest = min(oldests), max(newests)
     probes = fetch(connection, "SELECT count(*) FROM probe WHERE ts_us < ?", (probes_before_us,))[0][0]
     return {
         "usage": {
             "before": format_us(usage_before_us),
-            "count": sum(counts),
-            "kept": stay,
-            "first_row": min(firsts),
-            "last_row": max(lasts),
-            "oldest": None if oldest is None else format_us(oldest),
-            "newest": None if newest is None else format_us(newest),
+            "count": goes.count,
+            "kept": sum(fetch(connection, _STAY, hour)[0][0] for hour in hours),
+            "first_row": goes.first,
+            "last_row": goes.last,
+            "oldest": None if goes.oldest_us is None else format_us(goes.oldest_us),
+            "newest": None if goes.newest_us is None else format_us(goes.newest_us),
         },
         "probes": {"before": format_us(probes_before_us), "count": probes},
     }

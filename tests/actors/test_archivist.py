@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,8 +18,9 @@ from nacl.signing import SigningKey
 from trio.testing import MockClock
 
 from asapd import config
-from asapd.actors.archivist import Archivist, Retired
+from asapd.actors.archivist import Archivist
 from asapd.actors.janitor import JanitorSettings, apply_retention, run_janitor
+from asapd.actors.retired import Retired
 from asapd.actors.retirer import Retirer
 from asapd.actors.sealer import Sealer
 from asapd.cli.verify import verify_file
@@ -61,6 +62,12 @@ async def enter(database: Database, at_us: int, events: int = 3) -> None:
     await database.submit(RecordTask(task, "key:x", "default", at_us))
 
 
+async def went(retiring: Awaitable[Retired[int | None] | Refusal]) -> tuple[int, bool]:
+    done = await retiring
+    assert not isinstance(done, Refusal), done
+    return done.taken.count, done.more
+
+
 def assert_all_is_explained(connection: apsw.Connection) -> verifying.Report:
     report = verifying.report(connection, Request())
     assert report.is_valid, report
@@ -97,7 +104,7 @@ async def test_a_prefix_is_in_a_verified_file_and_old_proofs_keep_verifying(
     due = await archivist.due(T0 - DAY_US)
     assert (due["count"], due["first_seq"], due["last_seq"]) == (4, 1, 4)
     assert due["oldest"] == due["newest"] == "2027-01-13T00:00:00.000000Z"
-    assert await archivist.retire(T0 - DAY_US, "key:x") == Retired(4, more=False)
+    assert await went(archivist.retire(lambda: T0 - DAY_US, "key:x")) == (4, False)
     assert erased(connection) == {1, 2, 3, 4} == archived(tmp_path)
     report = assert_all_is_explained(connection)
     assert report.tallies is not None
@@ -120,7 +127,7 @@ async def test_a_prefix_is_in_a_verified_file_and_old_proofs_keep_verifying(
     path = tmp_path / "audit" / told[1]["details"]["file"]
     assert path.stat().st_mode & 0o777 == 0o600
     assert (await archivist.due(T0 - DAY_US))["count"] == 0
-    assert await archivist.retire(T0 - DAY_US, "key:x") == Retired(0, more=False)
+    assert await went(archivist.retire(lambda: T0 - DAY_US, "key:x")) == (0, False)
 
 
 class KilledError(Exception):
@@ -161,13 +168,13 @@ async def test_an_end_at_any_step_loses_no_content_and_the_next_run_finishes(
         if lives % 8 == 0:
             await enter(database, T0 - 9 * DAY_US + lives * SECOND_US, events=8)
         try:
-            await make(Mortal(database, lives), tmp_path).retire(T0 + DAY_US, "key:x")
+            await make(Mortal(database, lives), tmp_path).retire(lambda: T0 + DAY_US, "key:x")
         except KilledError:
             assert erased(connection) <= archived(tmp_path)
             assert_all_is_explained(connection)
         else:
             break
-    await make(database, tmp_path).retire(T0 + DAY_US, "key:x")
+    await make(database, tmp_path).retire(lambda: T0 + DAY_US, "key:x")
     kept = [kind for (kind,) in connection.execute("SELECT DISTINCT event_type FROM audit WHERE salt IS NOT NULL")]
     assert sorted(kept) == ["audit.archived", "retention.applied"]
     assert erased(connection) <= archived(tmp_path)
@@ -191,13 +198,13 @@ async def test_a_log_that_was_altered_is_not_retired(
     ):
         connection.execute("SAVEPOINT altered")
         connection.execute(f"UPDATE audit SET {change} WHERE seq = 3")
-        refused = await archivist.retire(T0, "key:x")
+        refused = await archivist.retire(lambda: T0, "key:x")
         assert isinstance(refused, Refusal), change
         assert refused.code == "log_broken"
         assert connection.execute("SELECT count(*) FROM audit WHERE salt IS NULL").get in {0, 1}
         assert archived(tmp_path) == set()
         connection.execute("ROLLBACK TO altered; RELEASE altered")
-    assert await archivist.retire(T0, "key:x") == Retired(301, more=False)
+    assert await went(archivist.retire(lambda: T0, "key:x")) == (301, False)
 
 
 async def test_an_archive_that_went_away_before_its_content_was_erased_is_made_anew(
@@ -207,16 +214,16 @@ async def test_an_archive_that_went_away_before_its_content_was_erased_is_made_a
     await enter(database, T0 - 3 * DAY_US, events=700)
     for lives in count():
         with pytest.raises(KilledError):
-            await make(Mortal(database, lives), tmp_path).retire(T0, "key:x")
+            await make(Mortal(database, lives), tmp_path).retire(lambda: T0, "key:x")
         if audit_retention.newest(connection) is not None:
             break
     with pytest.raises(KilledError):
-        await make(Mortal(database, 2), tmp_path).retire(T0, "key:x")
+        await make(Mortal(database, 2), tmp_path).retire(lambda: T0, "key:x")
     assert len(erased(connection)) == 500
     (path,) = (tmp_path / "audit").glob("*.gz")
     lost, elsewhere = path, tmp_path / "elsewhere.gz"
     lost.rename(elsewhere)
-    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(201, more=False)
+    assert await went(make(database, tmp_path).retire(lambda: T0, "key:x")) == (201, False)
     assert "is archived anew" in caplog.text
     names = sorted(found.name for found in (tmp_path / "audit").glob("*.gz"))
     assert [name[:18] for name in names] == ["audit-000000000501"]
@@ -229,7 +236,7 @@ async def test_what_an_erasure_took_stays_explained_by_it(
     database, connection = inline_database
     await enter(database, T0 - 3 * DAY_US)
     await database.submit(EraseConsumer("c", "ers_1", [1, 2], "r", "key:x", T0 - 2 * DAY_US, None))
-    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(2, more=False)
+    assert await went(make(database, tmp_path).retire(lambda: T0, "key:x")) == (2, False)
     report = assert_all_is_explained(connection)
     assert report.tallies is not None
     assert (report.tallies[-1].retired, report.tallies[-1].erased) == (2, 2)
@@ -241,7 +248,7 @@ async def test_a_disk_that_takes_no_file_stops_the_erasure(
     database, connection = inline_database
     await enter(database, T0 - 3 * DAY_US)
     (tmp_path / "audit").write_text("in the way")
-    refused = await make(database, tmp_path).retire(T0, "key:x")
+    refused = await make(database, tmp_path).retire(lambda: T0, "key:x")
     assert isinstance(refused, Refusal)
     assert refused.code == "storage_failed"
     assert erased(connection) == set()
@@ -323,10 +330,10 @@ async def test_a_request_whose_time_is_up_leaves_nothing_open(
     database, connection = inline_database
     await enter(database, T0 - 3 * DAY_US, events=2_000)
     with trio.move_on_after(0.03):
-        await make(database, tmp_path).retire(T0, "key:x")
+        await make(database, tmp_path).retire(lambda: T0, "key:x")
     assert erased(connection) <= archived(tmp_path)
     assert not is_draft_left(tmp_path)
-    assert await make(database, tmp_path).retire(T0, "key:x") == Retired(2_001, more=False)
+    assert await went(make(database, tmp_path).retire(lambda: T0, "key:x")) == (2_001, False)
 
 
 async def test_an_archive_that_takes_longer_than_a_request_may_is_finished(
@@ -368,9 +375,59 @@ async def test_a_request_waits_no_longer_for_another_than_it_may(
     sealer = Sealer(database, TrioClock(T0), KEY, tmp_path / "checkpoints.log", config.Audit(), LOG, inline)
     archivist = Archivist(database, TrioClock(T0), tmp_path / "audit", sealer.covering, LOG, for_ever)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(archivist.retire, T0, "asapd")
+        nursery.start_soon(archivist.retire, lambda: T0, "asapd")
         await trio.testing.wait_all_tasks_blocked()
         started_s = trio.current_time()
-        assert await archivist.retire(T0, "key:x", started_s + 20) == Retired(0, more=True)
+        assert await went(archivist.retire(lambda: T0, "key:x", started_s + 20)) == (0, True)
         assert trio.current_time() == started_s + 20
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("now_kept", ["forever", "300d"])
+async def test_a_reload_that_keeps_entries_for_longer_stops_what_was_begun(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, now_kept: str
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr(audit_retention, "MOST", 4)
+    monkeypatch.setattr("asapd.actors.archivist.RetireAudit", partial(RetireAudit, limit=2))
+    for number in range(6):
+        await enter(database, T0 - 30 * DAY_US + number * SECOND_US)
+    settings = JanitorSettings(config.Retention(audit="1d"))
+
+    class Reloaded(Mortal):
+        async def submit(self, unit: Any, **options: Any) -> Any:
+            if isinstance(unit, RetireAudit):
+                settings.retention = config.Retention(audit=now_kept)
+            return await super().submit(unit, **options)
+
+    clock, archivist = TrioClock(T0), make(Reloaded(database, 10**9), tmp_path)
+    retirer = Retirer(database, clock, LOG)
+    done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False)
+    assert not isinstance(done, Refusal)
+    assert (done["audit"]["count"], done["more"]) == (2, False)
+    assert (done["audit"]["before"] or "never")[:10] == ("never" if now_kept == "forever" else "2026-03-22")
+    assert len(erased(connection)) == 2
+    assert_all_is_explained(connection)
+
+
+async def test_an_archive_of_what_is_kept_for_longer_by_now_is_not_gone_on_with(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    await enter(database, T0 - 9 * DAY_US)
+    await enter(database, T0 - 3 * DAY_US)
+    for lives in count():
+        with pytest.raises(KilledError):
+            await make(Mortal(database, lives), tmp_path).retire(lambda: T0 - DAY_US, "key:x")
+        if audit_retention.newest(connection) is not None:
+            break
+    clock, archivist, retirer = TrioClock(T0), make(database, tmp_path), Retirer(database, TrioClock(T0), LOG)
+    for days, goes in ((300, 0), (5, 4), (1, 4)):
+        settings = JanitorSettings(config.Retention(audit=f"{days}d"))
+        for dry_run in (True, False):
+            done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run)
+            assert not isinstance(done, Refusal)
+            assert done["audit"]["count"] == goes
+    assert len(erased(connection)) == 8
+    assert erased(connection) <= archived(tmp_path)
+    assert_all_is_explained(connection)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -15,6 +18,7 @@ from trio.testing import MockClock
 from asapd import config
 from asapd.actors.archivist import Archivist
 from asapd.actors.janitor import (
+    APPLY_S,
     EVERY_S,
     IDEMPOTENCY_US,
     JanitorSettings,
@@ -26,22 +30,25 @@ from asapd.actors.retirer import Retirer
 from asapd.core.delegation import Claims
 from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
-from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US
+from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, format_us
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.runtime.clock import TrioClock
+from asapd.store import usage_hours
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders
 from asapd.store.seals import SealedAt
 from asapd.store.units.agents import RecordProbe
-from asapd.store.units.alerts import BreachRow, WriteBreach
+from asapd.store.units.alerts import BreachRow, RetireAlerts, WriteBreach
+from asapd.store.units.audit import SealHours
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, Reserved
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.units.house import Sweep, Swept
-from asapd.store.units.usage import RecordUsage
+from asapd.store.units.usage import RecordUsage, RetireUsage
 
 A = "urn:asap:agent:a"
 T0 = 1_800_000_000 * SECOND_US
 log = logging.getLogger("test.janitor")
 Inline = tuple[Database, apsw.Connection]
+R = TypeVar("R")
 
 
 @dataclass
@@ -188,6 +195,15 @@ async def test_days_are_added_up_an_hour_after_they_ended(
     assert connection.execute(added).fetchall() == [(2, 1), (1, 2)]
 
 
+async def alerts(database: Database, count: int) -> None:
+    """So many alerts that are due."""
+    for number in range(count):
+        row = BreachRow(
+            *(f"brc_{number}", f"{A}-{number}", "latency", 1, "1", 1.0, "2", 2.0, "warning", "open", T0, 20, "default")
+        )
+        await database.submit(WriteBreach("opened", row, T0 - 401 * DAY_US))
+
+
 async def test_alerts_past_their_time_go_at_the_start_and_on_demand(
     inline_database: Inline, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -277,6 +293,170 @@ async def test_what_went_leaves_out_the_events_of_hours_that_keep_them(
     assert connection.execute("SELECT count(*) FROM usage").get == 3
 
 
+class Slow(Database):
+    """A database whose reads take so many seconds, like those of a thread, which cannot be cancelled."""
+
+    def __init__(self, database: Database, takes: dict[str, float]) -> None:
+        self._database = database
+        self._takes = takes
+
+    async def read(self, query: Callable[..., R], *arguments: Any) -> R:
+        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(self._takes.get(query.__name__, 0))
+            return await self._database.read(query, *arguments)
+
+    async def submit(self, unit: Any, **options: Any) -> Any:
+        return await self._database.submit(unit, **options)
+
+
+async def report_hours(database: Database, *counts: int) -> None:
+    """So many events of each of some hours that are due."""
+    for number, count in enumerate(counts):
+        events = [UsageEvent("t", A, "c", T0 - 401 * DAY_US + number * HOUR_US) for _ in range(count)]
+        await database.submit(RecordUsage("default", "key:x", T0, events, [UNKNOWN_COST] * count))
+
+
+async def ask(database: Database, retirer: Retirer, settings: JanitorSettings | None = None) -> dict[str, Any]:
+    settings = settings or JanitorSettings(config.Retention())
+    archivist = archivist_of(database)
+    done = await apply_retention(database, TrioClock(T0), settings, archivist, retirer, "key:x", dry_run=False)
+    assert not isinstance(done, Refusal), done
+    return done
+
+
+async def ask_on(database: Database) -> list[dict[str, Any]]:
+    """What is said to requests until there is no more."""
+    retirer = Retirer(database, TrioClock(T0), log)
+    replies = [await ask(database, retirer)]
+    while replies[-1]["more"]:
+        assert len(replies) < 20
+        replies.append(await ask(database, retirer))
+    return replies
+
+
+@pytest.mark.parametrize("slow", ["told", "is_due", "examine", "add_part"])
+async def test_each_request_takes_something_however_long_it_looks_and_says_what(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr(usage_hours, "LARGE", 2)
+    monkeypatch.setattr(usage_hours, "AT_ONCE", 1)
+    await report_hours(database, 2, 3, 1, 4)
+    connection.execute("UPDATE usage_hour SET tokens_in = 7 WHERE hour % 4 = ?", ((T0 - 401 * DAY_US) // HOUR_US % 4,))
+    replies = await ask_on(Slow(database, {slow: APPLY_S + 1}))
+    went = [reply["usage"]["count"] for reply in replies]
+    assert all(went)
+    assert sum(went) == 8
+    assert len(went) == {"told": 1, "is_due": 1, "examine": 3, "add_part": 2}[slow]
+    assert {reply["usage"]["kept"] for reply in replies} == {2}
+    assert [reply["usage"]["first_row"] for reply in replies] == [3, 6, 7][: len(replies)]
+    assert connection.execute("SELECT count(*) FROM usage").get == 2
+
+
+async def test_a_large_hour_that_was_added_up_for_who_hung_up_is_not_added_up_again(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, _ = inline_database
+    monkeypatch.setattr(usage_hours, "LARGE", 2)
+    await report_hours(database, 3)
+    slow = Slow(database, {"add_part": 1})
+    retirer = Retirer(slow, TrioClock(T0), log)
+    with trio.move_on_after(usage_hours.PARTS) as patience:
+        await ask(slow, retirer)
+    assert patience.cancelled_caught
+    started_s = trio.current_time()
+    assert (await ask(slow, retirer))["usage"]["count"] == 3
+    assert trio.current_time() - started_s < 1
+
+
+async def test_what_a_reload_keeps_while_a_request_waits_is_not_said_to_have_gone(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    await report_hours(database, 9)
+    settings, replies = JanitorSettings(config.Retention()), []
+    retirer = Retirer(Slow(database, {"examine": 9}), TrioClock(T0), log)
+
+    async def request() -> None:
+        replies.append(await ask(database, retirer, settings))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(retirer.retire, lambda _: T0 - 500 * DAY_US, "asapd")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(request)
+        await trio.testing.wait_all_tasks_blocked()
+        settings.retention = config.Retention(usage="450d")
+    (reply,) = replies
+    before = format_us((T0 - 450 * DAY_US) // HOUR_US * HOUR_US)
+    assert (reply["usage"]["count"], reply["usage"]["before"], reply["more"]) == (0, before, False)
+    assert connection.execute("SELECT count(*) FROM usage").get == 9
+
+
+async def test_a_request_waits_no_longer_for_the_janitor_than_it_may(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, _ = inline_database
+    await report_hours(database, 1)
+    retirer = Retirer(Slow(database, {"examine": 2 * APPLY_S}), TrioClock(T0), log)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(retirer.retire, lambda _: T0, "asapd")
+        await trio.testing.wait_all_tasks_blocked()
+        reply = await ask(database, retirer)
+        assert (reply["usage"]["count"], reply["more"], trio.current_time()) == (0, True, APPLY_S)
+
+
+async def test_alerts_go_a_step_a_request_where_there_is_no_time(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr("asapd.actors.janitor.RetireAlerts", partial(RetireAlerts, limit=1))
+    await alerts(database, 3)
+    replies = await ask_on(Slow(database, {"newest_of": APPLY_S}))
+    assert [(reply["alerts"]["count"], reply["more"]) for reply in replies] == [(1, True), (1, True), (1, False)]
+    assert connection.execute("SELECT count(*) FROM alert").get == 0
+
+
+class Refuses(Slow):
+    """A database that refuses one kind of unit, once it took some."""
+
+    def __init__(self, database: Database, kind: type, taken: int = 0) -> None:
+        super().__init__(database, {})
+        self._kind, self._left = kind, taken
+
+    async def submit(self, unit: Any, **options: Any) -> Any:
+        if isinstance(unit, self._kind):
+            self._left -= 1
+            if self._left < 0:
+                return WRITER_AWAY
+        return await super().submit(unit, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "said"),
+    [
+        (SealHours, 0, "; 2 alerts went all the same"),
+        (RetireUsage, 1, "; 500 usage events went all the same; 2 alerts went all the same"),
+        (RetireAlerts, 1, "; 1 alerts went all the same; 501 usage events went all the same"),
+    ],
+)
+async def test_what_cannot_go_keeps_nothing_else_and_is_said_with_what_went(
+    inline_database: Inline,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    taken: int,
+    said: str,
+) -> None:
+    database, _ = inline_database
+    monkeypatch.setattr("asapd.actors.janitor.RetireAlerts", partial(RetireAlerts, limit=1))
+    await report_hours(database, 501)
+    await alerts(database, 2)
+    refuses = Refuses(database, kind, taken)
+    done = await apply(refuses, JanitorSettings(config.Retention()), "key:x", dry_run=False)
+    assert done == msgspec.structs.replace(WRITER_AWAY, detail=WRITER_AWAY.detail + said)
+
+
 async def test_retention_that_is_asked_for_beside_the_janitors_own_is_no_trouble(
     inline_database: Inline, autojump_clock: MockClock
 ) -> None:
@@ -287,7 +467,9 @@ async def test_retention_that_is_asked_for_beside_the_janitors_own_is_no_trouble
     retirer, taken = Retirer(database, TrioClock(T0), log), []
 
     async def retire() -> None:
-        taken.append(await retirer.retire(lambda now_us: now_us - 400 * DAY_US, "asapd"))
+        done = await retirer.retire(lambda now_us: now_us - 400 * DAY_US, "asapd")
+        assert not isinstance(done, Refusal)
+        taken.append(done.taken.count)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(retire)

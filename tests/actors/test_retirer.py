@@ -71,7 +71,7 @@ def alter(connection: apsw.Connection, hour: int) -> None:
 async def retire(retirer: Retirer, days: int = 5) -> int:
     done = await retirer.retire(lambda now_us: now_us - days * DAY_US, "asapd")
     assert not isinstance(done, Refusal), done
-    return done
+    return done.taken.count
 
 
 def hours_left(connection: apsw.Connection) -> list[int]:

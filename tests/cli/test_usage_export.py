@@ -167,12 +167,52 @@ def test_retention_says_what_would_go_and_goes(daemon: Daemon, ctl: Program) -> 
     assert ran.out.splitlines()[0].split() == ["RECORDS", "FROM", "BEFORE", "WENT"]
 
 
-def test_retention_says_what_stays(ctl: Program, answers: Callable[..., None]) -> None:
-    gone = {"before": "2026-01-01T00:00:00.000000Z", "count": 3}
-    told = {"usage": {**gone, "kept": 7}, "probes": gone, "alerts": gone, "audit": gone, "more": False}
+def answer(status: bytes, told: dict[str, Any]) -> bytes:
     body = json.dumps(told).encode()
-    answers(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    assert ctl("retention").err.startswith("7 events stay")
+    head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+    return head + body
+
+
+def went(day: int, count: int, first: int | None, more: bool) -> bytes:
+    """What one request took: so much of each kind, usage and entries from a row on."""
+    gone = {"before": f"2026-01-0{day}T00:00:00.000000Z", "count": count}
+    times = (
+        {"oldest": None, "newest": None} if first is None else {"oldest": f"2025-{first}", "newest": f"2025-{first}"}
+    )
+    usage = {**gone, **times, "kept": 10 - day, "first_row": first, "last_row": first}
+    audit = {**gone, **times, "first_seq": first, "last_seq": first}
+    told = {"dry_run": False, "usage": usage, "probes": gone, "alerts": gone, "audit": audit, "more": more}
+    return answer(b"200 OK", told)
+
+
+def test_retention_adds_up_what_its_requests_took(ctl: Program, answers: Callable[..., None]) -> None:
+    replies = [went(1, 3, 20, True), went(2, 0, None, True), went(3, 4, 11, False)]
+    answers(*replies)
+    ran = ctl("retention")
+    assert [line.split() for line in ran.out.splitlines()[1:]] == [
+        ["usage", "2026-01-03T00:00:00.000000Z", "7"],
+        ["probes", "2026-01-01T00:00:00.000000Z", "3"],
+        ["alerts", "2026-01-03T00:00:00.000000Z", "7"],
+        ["audit", "2026-01-03T00:00:00.000000Z", "7"],
+    ]
+    assert ran.err.startswith("7 events stay")
+    answers(*replies)
+    told = ctl("retention", "--json").json
+    assert (told["more"], told["usage"]["first_row"], told["usage"]["last_row"]) == (False, 11, 20)
+    assert (told["audit"]["first_seq"], told["audit"]["oldest"], told["audit"]["newest"]) == (11, "2025-11", "2025-20")
+
+
+def test_retention_says_what_went_before_a_request_was_refused(ctl: Program, answers: Callable[..., None]) -> None:
+    no = answer(b"503 Service Unavailable", {"code": "storage_failed", "detail": "the disk failed", "status": 503})
+    answers(went(1, 3, 20, True), no)
+    ran = ctl("retention")
+    assert ran.code != Exit.DONE
+    assert ran.out.splitlines()[1].split() == ["usage", "2026-01-01T00:00:00.000000Z", "3"]
+    assert "the disk failed" in ran.err
+    answers(went(1, 3, 20, True), no)
+    assert ctl("retention", "--json").json["more"] is True
+    answers(no)
+    assert ctl("retention").out == ""
 
 
 def test_a_download_that_is_cut_off_fails(tmp_path: Path) -> None:

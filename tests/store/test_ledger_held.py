@@ -238,7 +238,7 @@ def late(connection: apsw.Connection, request: pytest.FixtureRequest) -> Ledger:
         ledger.now_us += 5
         if task == "before":
             ledger.void(ledger.newest())
-    assert ledger.submit(RetireUsage(old_us + 5, "asapd", ledger.now_us)).rows == 3
+    assert ledger.submit(RetireUsage(old_us + 5, "asapd", ledger.now_us)).taken.count == 3
     ledger.now_us += 5
     ledger.void(2)
     return ledger

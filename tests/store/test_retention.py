@@ -14,6 +14,7 @@ from asapd.core.types import HOUR_US
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, retention, usage_sums, verifying
 from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.unit import Taken
 from asapd.store.units.usage import RecordTelemetry, RecordUsage, RetireUsage, SpanFact, UsageRetired, VoidUsage
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
@@ -50,8 +51,8 @@ def test_the_oldest_go_first_and_the_sums_stay(writer: Writer, connection: apsw.
     before = usage_sums.summary(connection, ALL)
     contents = dict(connection.execute("SELECT timestamp_us, content FROM usage").fetchall())
     assert retention.due(connection, NOW_US + 5, 0)["usage"]["count"] == 3
-    assert retire(writer, 5, limit=2) == UsageRetired(2, more=True)
-    assert retire(writer, 5, limit=2) == UsageRetired(1, more=False)
+    assert retire(writer, 5, limit=2) == UsageRetired(Taken(2, 2, 3, NOW_US + 1, NOW_US + 2), more=True)
+    assert retire(writer, 5, limit=2) == UsageRetired(Taken(1, 1, 1, NOW_US + 3, NOW_US + 3), more=False)
     assert connection.execute("SELECT timestamp_us FROM usage").fetchall() == [(NOW_US + 9,)]
     assert connection.execute("SELECT count(*) FROM usage_identity").get == 1
     assert usage_sums.summary(connection, ALL) == before
@@ -67,7 +68,7 @@ def test_the_oldest_go_first_and_the_sums_stay(writer: Writer, connection: apsw.
 
 def test_nothing_due_is_nothing_noted(writer: Writer, connection: apsw.Connection) -> None:
     record(writer, 9)
-    assert retire(writer, 5) == UsageRetired(0, more=False)
+    assert retire(writer, 5) == UsageRetired(Taken(), more=False)
     assert retention.retired_before(connection) == 0
     assert not retention.is_due(connection, NOW_US + 5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from asapd.core.errors import Refusal
-from asapd.store.units.unit import RowWritten, Unit
+from asapd.store.units.unit import RowWritten, Taken, Unit
 
 
 class Sealed(msgspec.Struct, frozen=True, tag=True):
@@ -131,9 +131,9 @@ class KeepArchive(Unit[RowWritten | Refusal], frozen=True):
 
 
 class AuditRetired(msgspec.Struct, frozen=True, tag=True):
-    """How many entries a step took the content of, and whether the archive holds more that is not retired."""
+    """The entries that a step took the content of, and whether the archive holds more that is not retired."""
 
-    entries: int
+    taken: Taken
     more: bool
 
 

@@ -23,6 +23,30 @@ class RowWritten(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """Rows that went: how many, the lowest and the highest number, the oldest and the newest time; None of no rows."""
+
+    count: int = 0
+    first: int | None = None
+    last: int | None = None
+    oldest_us: int | None = None
+    newest_us: int | None = None
+
+    def plus(self, other: Taken) -> Taken:
+        """These and others."""
+
+        def known(name: str) -> list[int]:
+            return [value for one in (self, other) if (value := getattr(one, name)) is not None]
+
+        return Taken(
+            self.count + other.count,
+            min(known("first"), default=None),
+            max(known("last"), default=None),
+            min(known("oldest_us"), default=None),
+            max(known("newest_us"), default=None),
+        )
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The handler of this unit had a bug; nothing of the unit was written."""
 

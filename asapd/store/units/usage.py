@@ -9,7 +9,7 @@ import msgspec
 from asapd.core.errors import Refusal
 from asapd.core.repricing import Correction
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store.units.unit import RowWritten, Unit
+from asapd.store.units.unit import RowWritten, Taken, Unit
 from asapd.store.visibility import EVERYTHING, Visibility
 
 
@@ -220,7 +220,7 @@ class CorrectCosts(Unit[CostsCorrected], frozen=True):
 class UsageRetired(msgspec.Struct, frozen=True, tag=True):
     """Rows that a step of retention took, and whether there are more that are due."""
 
-    rows: int
+    taken: Taken
     more: bool
 
 
