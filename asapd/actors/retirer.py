@@ -30,8 +30,8 @@ TRIES = 3
 AGAIN_US = HOUR_US
 """An hour that does not agree is looked at again only so often: to read one with many events takes a while."""
 
-STUCK_AFTER = 3
-"""So often in a row hours could not be sealed: it is no longer that they change while they are read."""
+STUCK_AFTER_S = 100.0
+"""Nothing could be taken for so long, by the third of the janitor's rounds: it does not pass by itself any more."""
 
 _FIRST = -(2**63)
 
@@ -52,8 +52,8 @@ class Retirer:
         self._log = log
         self._lock = trio.Lock()
         self._unlike: dict[int, str] = {}
-        self._refused: list[str] = []
-        """Why nothing was taken, each time since something could be."""
+        self._stuck: tuple[float, float, str] | None = None
+        """Since when nothing could be taken, when that was so for the last time, and why."""
         self._told: set[int] = set()
         """Entries that cannot be read, of which that was said."""
         self._looked_us = 0
@@ -66,7 +66,10 @@ class Retirer:
     def alarms(self) -> list[str]:
         """Which hours keep their events because their sums are not what these come to, and why else nothing goes."""
         known = self._known
-        found = [f"{_STUCK}: {self._refused[-1]}"] if len(self._refused) >= STUCK_AFTER else []
+        found = []
+        if self._stuck is not None:
+            since_s, at_s, why = self._stuck
+            found += [f"{_STUCK}: {why}"] if at_s - since_s >= STUCK_AFTER_S else []
         if known is not None and known.unreadable:
             found.append(f"{_DAMAGED}: entry {known.unreadable[0]}")
         if self._unlike:
@@ -106,9 +109,8 @@ class Retirer:
         # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
         _, newest = await self._database.read(usage_hours.newest_of)
         sealed = await self._seal(due_us, actor, until_s, newest)
-        self._refused = [*self._refused, sealed.detail][-STUCK_AFTER:] if isinstance(sealed, Refusal) else []
         if isinstance(sealed, Refusal):
-            return sealed
+            return self._is_stuck(sealed)
         more = sealed < due_us
         due_us = sealed
         taken, is_begun = Taken(), False
@@ -116,15 +118,22 @@ class Retirer:
         while True:
             due_us = min(due_us, before_us(self._clock.now_us()))
             if not await self._database.read(retention.is_due, due_us, kept, newest):
+                self._stuck = None
                 return Retired(taken, due_us, more)
             if is_begun and trio.current_time() >= until_s:
                 return Retired(taken, due_us, more=True)
             unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
             done = await self._database.submit(unit)
             if isinstance(done, Refusal):
-                return refused(done, {"usage events": taken.count})
+                return refused(done, {"usage events": taken.count}) if is_begun else self._is_stuck(done)
+            self._stuck = None
             taken, is_begun = taken.plus(done.taken), True
             await trio.sleep(BREATH_S)
+
+    def _is_stuck(self, refusal: Refusal) -> Refusal:
+        now_s = trio.current_time()
+        self._stuck = (now_s if self._stuck is None else self._stuck[0], now_s, refusal.detail)
+        return refusal
 
     async def seal(self, before_us: int, actor: str) -> Refusal | None:
         """Enter what the sums of all hours are that ended before a time, where they agree with the events."""

@@ -445,21 +445,50 @@ async def test_a_damaged_entry_of_the_log_is_told_of_and_stops_nothing(
     assert (retirer.alarms, hours_left(connection), findings(connection)) == ([], [], [])
 
 
-async def test_that_nothing_goes_is_an_alarm_until_something_does(
-    inline_database: Inline, autojump_clock: MockClock
+@pytest.mark.parametrize("kind", [SealHours, RetireUsage])
+async def test_that_nothing_goes_for_minutes_is_an_alarm_until_something_does(
+    inline_database: Inline, autojump_clock: MockClock, kind: type
 ) -> None:
+    database, connection = inline_database
+    await report(database, event(EVE, T0 - 9 * DAY_US), event(EVE, T0 - 6 * DAY_US))
+    kinds = [kind]
+
+    class Runner(AwayRunner):
+        async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
+            self._kind = kinds[0]
+            return await super().execute(unit, urgent=urgent, idempotency=idempotency)
+
+    retirer = Retirer(Database(Runner(database, kind), InlineReaders(connection)), TrioClock(T0), log)
+
+    async def refused() -> Refusal:
+        done = await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd")
+        assert isinstance(done, Refusal)
+        return done
+
+    for minute in range(4):
+        # So many requests are no more than one.
+        for _ in range(5):
+            assert await refused() == WRITER_AWAY
+        alarm = f"retention takes no usage events, and they become more and more: {WRITER_AWAY.detail}"
+        assert retirer.alarms == ([alarm] if minute > 1 else [])
+        await trio.sleep(60)
+    kinds[0] = type(None)
+    assert await retire(retirer) == 2
+    assert retirer.alarms == []
+    kinds[0] = SealHours
+    await report(database, event(EVE, T0 - 7 * DAY_US))
+    await refused()
+    assert retirer.alarms == []
+
+
+async def test_more_that_is_said_to_be_sealed_than_can_be_is_refused(inline_database: Inline) -> None:
     database, connection = inline_database
     retirer = Retirer(database, TrioClock(T0), log)
     await report(database, event(EVE, T0 - 9 * DAY_US), event(EVE, T0 - 6 * DAY_US))
     ((sealed,),) = connection.execute("SELECT through_hour FROM usage_hour_sealed").fetchall()
     connection.execute("UPDATE usage_hour_sealed SET through_hour = ?", (HOUR + 1,))
-    for number in range(4):
-        assert len(retirer.alarms) == (number > 2)
-        refused = await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd")
-        assert isinstance(refused, Refusal)
-    assert retirer.alarms == [
-        f"retention takes no usage events, and they become more and more: {refused.detail}",
-    ]
+    refused = await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd")
+    assert isinstance(refused, Refusal)
+    assert "which is yet to come" in refused.detail
     connection.execute("UPDATE usage_hour_sealed SET through_hour = ?", (sealed,))
     assert await retire(retirer) == 2
-    assert retirer.alarms == []
