@@ -17,6 +17,7 @@ from asapd.core.types import HOUR_US
 from asapd.runtime.clock import Clock
 from asapd.store import audit, retention, usage_hours
 from asapd.store.database import Database
+from asapd.store.times import hour_us
 from asapd.store.units.audit import SealHours
 from asapd.store.units.unit import Taken
 from asapd.store.units.usage import RetireUsage
@@ -191,7 +192,7 @@ class Retirer:
                 self._unlike = {hour: what for hour, what in self._unlike.items() if hour in unlike}
                 return before_us
             at = found.at
-            looked_us = (at + 1) * HOUR_US
+            _, looked_us = hour_us(at)
             if trio.current_time() >= until_s and await self._database.read(
                 retention.is_due, looked_us, self.kept, newest
             ):

@@ -8,10 +8,10 @@ import apsw
 import msgspec
 
 from asapd.core.errors import Refusal
-from asapd.core.types import format_us
 from asapd.store import budget_counts, seals
 from asapd.store.erasures import EXPLAINING, STANDING, erase_payloads, runs, usage_rows_of
 from asapd.store.rows import fetch, fetch_one
+from asapd.store.times import shown_us
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import AuditRetired, KeepArchive, RetireAudit
 from asapd.store.units.unit import RowWritten, Taken
@@ -170,5 +170,5 @@ def shown(before_us: int | None, goes: Taken) -> dict[str, Any]:
         "count": goes.count,
         "first_seq": goes.first,
         "last_seq": goes.last,
-        **{name: None if at_us is None else format_us(at_us) for name, at_us in times.items()},
+        **{name: shown_us(at_us) for name, at_us in times.items()},
     }

@@ -8,11 +8,12 @@ from typing import Any
 
 import apsw
 
-from asapd.core.types import HOUR_US, format_us
+from asapd.core.types import format_us
 from asapd.core.usage import OTLP
 from asapd.store import identity
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.span_identity import of_span
+from asapd.store.times import FIRST_US, hour_us, shown_us
 from asapd.store.tx import Tx
 from asapd.store.units.unit import Taken
 from asapd.store.units.usage import RetireUsage, UsageRetired
@@ -112,16 +113,17 @@ def is_due(connection: apsw.Connection, before_us: int, kept: Sequence[int] = ()
     """Whether an event up to a row, of an hour that is not kept, or an outcome of a task is from before a time."""
     found = "SELECT 1 FROM {} WHERE timestamp_us >= ? AND timestamp_us < ? AND seq <= ? LIMIT 1"
     asked = [("usage", (*span, through_row)) for span in _spans(before_us, kept)]
-    asked.append(("task_outcome", (-(2**63), before_us, 2**63 - 1)))
+    asked.append(("task_outcome", (FIRST_US, before_us, 2**63 - 1)))
     return any(fetch_one(connection, found.format(table), values) is not None for table, values in asked)
 
 
 def _spans(before_us: int, kept: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The time before a moment without some hours, which are in order."""
-    start_us = -(2**63)
+    start_us = FIRST_US
     for hour in kept:
-        yield start_us, min(hour * HOUR_US, before_us)
-        start_us = (hour + 1) * HOUR_US
+        first_us, end_us = hour_us(hour)
+        yield start_us, min(first_us, before_us)
+        start_us = end_us
     yield start_us, before_us
 
 
@@ -139,7 +141,7 @@ def told(
     connection: apsw.Connection, usage_before_us: int, goes: Taken, probes_before_us: int, kept: Sequence[int]
 ) -> dict[str, Any]:
     """What went, or would go, as it is told to whoever asked; of probes that is what the next sweep takes."""
-    hours = [(hour * HOUR_US, min((hour + 1) * HOUR_US, usage_before_us)) for hour in kept]
+    hours = [(start_us, min(end_us, usage_before_us)) for start_us, end_us in map(hour_us, kept)]
     probes = fetch(connection, "SELECT count(*) FROM probe WHERE ts_us < ?", (probes_before_us,))[0][0]
     return {
         "usage": {
@@ -148,8 +150,8 @@ def told(
             "kept": sum(fetch(connection, _STAY, hour)[0][0] for hour in hours),
             "first_row": goes.first,
             "last_row": goes.last,
-            "oldest": None if goes.oldest_us is None else format_us(goes.oldest_us),
-            "newest": None if goes.newest_us is None else format_us(goes.newest_us),
+            "oldest": shown_us(goes.oldest_us),
+            "newest": shown_us(goes.newest_us),
         },
         "probes": {"before": format_us(probes_before_us), "count": probes},
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import apsw
 import msgspec
@@ -18,6 +18,7 @@ import msgspec
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US, format_us
 from asapd.store.rows import Row, fetch, fetch_one, one_moment
+from asapd.store.times import bounded_us, hour_us
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.audit import SealHours
 from asapd.store.units.unit import RowWritten
@@ -36,9 +37,6 @@ LARGE = 1_000_000
 
 PARTS = 60
 """Reads that add up such an hour."""
-
-_END = 2**63 // HOUR_US
-"""Hours, either way, in which a time of 64 bits can be."""
 
 KEY = ("tenant", "agent", "consumer", "model", "project", "outcome")
 _COUNTS = (
@@ -100,7 +98,8 @@ _SAID = (
     "(event_type = 'usage.sealed' OR (event_type = 'retention.applied' AND subject = 'usage')) ORDER BY seq"
 )
 
-Digest = tuple[int, int, str]
+_Hour = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Digest = tuple[_Hour, int, str]
 """An hour, how many sums there are of it, and the SHA-256 of these."""
 
 
@@ -233,7 +232,7 @@ def newest_of(connection: apsw.Connection) -> tuple[int, int]:
 def add_part(connection: apsw.Connection, to: AddedUp, part: int) -> None:
     """Add what the events of a part of an hour come to; a void and a correction are as old as their event."""
     first_us = to.hour * HOUR_US
-    times = first_us + part * HOUR_US // PARTS, first_us + (part + 1) * HOUR_US // PARTS
+    times = bounded_us(first_us + part * HOUR_US // PARTS), bounded_us(first_us + (part + 1) * HOUR_US // PARTS)
     for key, values in _made(connection, times).items():
         sums = to.made.setdefault(key, [0] * len(SUMS))
         for place, value in enumerate(values):
@@ -406,11 +405,11 @@ def _hold_to_events(
     added_up: Mapping[Row, Sequence[int]] | None = None,
 ) -> int:
     kept = {row[: len(KEY)]: row[len(KEY) :] for row in fetch(connection, _KEPT, (hour,))}
-    made: dict[Row, Row] = {}
+    made: dict[Row, Row]
     if added_up is not None:
         made = {key: tuple(sums) for key, sums in added_up.items() if sums[0]}
-    elif abs(hour) < _END:
-        made = _made(connection, (hour * HOUR_US, (hour + 1) * HOUR_US))
+    else:
+        made = _made(connection, hour_us(hour))
     for key in sorted(kept.keys() | made.keys()):
         is_sum, of_events = kept.get(key), made.get(key)
         if is_sum == of_events:
@@ -457,16 +456,14 @@ def _hours(connection: apsw.Connection) -> Iterator[int]:
 
 
 def _next_event(connection: apsw.Connection, after: int) -> int | None:
-    after_us = min(max(-(2**63), (after + 1) * HOUR_US), 2**63 - 1)
-    first_us = fetch(connection, "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?", (after_us,))[0][0]
+    sql = "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?"
+    first_us = fetch(connection, sql, (bounded_us((after + 1) * HOUR_US),))[0][0]
     return None if first_us is None else int(first_us) // HOUR_US
 
 
 def _count_events(connection: apsw.Connection, hour: int, most: int = -1) -> int:
-    if abs(hour) >= _END:
-        return 0
     sql = "SELECT count(*) FROM (SELECT 1 FROM usage WHERE timestamp_us >= ? AND timestamp_us < ? LIMIT ?)"
-    return int(fetch(connection, sql, (hour * HOUR_US, (hour + 1) * HOUR_US, most))[0][0])
+    return int(fetch(connection, sql, (*hour_us(hour), most))[0][0])
 
 
 def _next(connection: apsw.Connection, after: int) -> int | None:

@@ -21,7 +21,7 @@ from asapd.core.repricing import Correction
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
-from asapd.store import audit, usage_hours, verifying
+from asapd.store import audit, retention, usage_hours, verifying
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders, InlineRunner
 from asapd.store.units.audit import SealHours
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
@@ -492,3 +492,51 @@ async def test_more_that_is_said_to_be_sealed_than_can_be_is_refused(inline_data
     assert "which is yet to come" in refused.detail
     connection.execute("UPDATE usage_hour_sealed SET through_hour = ?", (sealed,))
     assert await retire(retirer) == 2
+
+
+@pytest.mark.parametrize("at_us", [-(2**62), -(2**63)])
+@pytest.mark.parametrize("sums", ["none", "of it", "of others"])
+async def test_times_that_were_altered_beyond_what_can_be_asked_for_end_nothing(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch, at_us: int, sums: str
+) -> None:
+    """The other hours go; so does the event, where its sums are what it comes to, and is else a finding."""
+    monkeypatch.setattr(usage_hours, "LARGE", 1)
+    database, connection = inline_database
+    old = HOUR - 8 * 24
+    await report(database, *(event(EVE, (old + number) * HOUR_US) for number in (0, 0, 0, 1)))
+    connection.execute("DROP TRIGGER usage_no_update; UPDATE usage SET timestamp_us = ? WHERE seq < 3", (at_us,))
+    if sums != "none":
+        (first,) = connection.execute("SELECT * FROM usage_hour WHERE hour = ?", (old,)).fetchall()
+        names = [name for (name,) in connection.execute("SELECT name FROM pragma_table_info('usage_hour')")]
+        values = dict(zip(names, first, strict=True)) | {"hour": at_us // HOUR_US}
+        if sums == "of it":
+            values |= {name: value // 3 * 2 for name, value in values.items() if name in usage_hours.SUMS}
+        connection.execute(f"INSERT INTO usage_hour VALUES ({','.join('?' * len(names))})", [*values.values()])
+    would = retention.due(connection, T0 - 5 * DAY_US, 0)["usage"]
+    assert (would["count"], would["oldest"]) == (4, "0001-01-01T00:00:00.000000Z")
+    retirer = Retirer(database, TrioClock(T0), log)
+    assert await retire(retirer) == (3 if sums == "of it" else 1)
+    kept = [] if sums == "of it" else [at_us // HOUR_US]
+    assert retirer.kept == [*kept, old]
+    would = retention.due(connection, T0 - 5 * DAY_US, 0, retirer.kept)["usage"]
+    assert (would["count"], would["kept"]) == (0, 3 - 2 * (sums == "of it"))
+    assert len(findings(connection)) >= len(kept) + 1
+
+
+@pytest.mark.parametrize("hour", [2**63, -(2**63) - 1, 2**80])
+async def test_a_sealed_hour_that_was_altered_beyond_what_can_be_asked_for_is_an_entry_that_cannot_be_read(
+    inline_database: Inline, hour: int
+) -> None:
+    database, connection = inline_database
+    await report(database, event(EVE, T0 - 8 * DAY_US))
+    await retire(Retirer(database, TrioClock(T0), log))
+    connection.execute("DROP TRIGGER audit_no_update")
+    change = "UPDATE audit SET details = replace(details, '[[', ?) WHERE event_type = 'usage.sealed'"
+    connection.execute(change, (f'[[{hour},1,"ab"],[',))
+    with pytest.raises(ValueError, match="which tells of hours, cannot be read"):
+        usage_hours.compare(connection, pytest.fail)
+    assert not verifying.report(connection, verifying.Request()).is_valid
+    retirer = Retirer(database, TrioClock(T0), log)
+    await report(database, event(EVE, T0 - 8 * DAY_US))
+    await retire(retirer)
+    assert "an entry of the audit log cannot be read" in retirer.alarms[0]
