@@ -58,6 +58,7 @@ class Retirer:
         self._told: set[int] = set()
         """Entries that cannot be read, of which that was said."""
         self._looked_us = 0
+        """When a look at all hours that was brought to its end began."""
         self._known: usage_hours.Log | None = None
         """What the log says of hours: read once it is asked for, for it may be long."""
         self._added_up: usage_hours.AddedUp | None = None
@@ -136,22 +137,17 @@ class Retirer:
         self._stuck = (now_s if self._stuck is None else self._stuck[0], now_s, refusal.detail)
         return refusal
 
-    async def seal(self, before_us: int, actor: str) -> Refusal | None:
-        """Enter what the sums of all hours are that ended before a time, where they agree with the events."""
-        async with self._lock:
-            done = await self._seal(before_us, actor)
-            return done if isinstance(done, Refusal) else None
+    async def _seal(self, before_us: int, actor: str, until_s: float, newest: int) -> int | Refusal:
+        """Enter the sums of hours that ended before a time, where they agree with the events; up to which time.
 
-    async def _seal(self, before_us: int, actor: str, until_s: float = math.inf, newest: int = 0) -> int | Refusal:
-        """Seal hours that are due; up to which time that was done, which is earlier once it is `until_s`.
-
-        But not before an event up to the row `newest` may go.
+        That is earlier once it is `until_s`, if an event up to the row `newest` may go by then.
         """
         now_us = self._clock.now_us()
         before = frozenset(self._unlike)
         skipped = before
-        if not 0 <= now_us - self._looked_us < AGAIN_US:
-            skipped, self._looked_us = frozenset(), now_us
+        is_anew = not 0 <= now_us - self._looked_us < AGAIN_US
+        if is_anew:
+            skipped = frozenset()
             if self._known is not None and self._known.unreadable:
                 self._known = usage_hours.Log()  # it may have been mended
         unlike = set(skipped)
@@ -190,6 +186,8 @@ class Retirer:
                 # was told so.
                 unlike -= set() if self._known is None else self._known.digests.keys()
                 self._unlike = {hour: what for hour, what in self._unlike.items() if hour in unlike}
+                if is_anew:
+                    self._looked_us = now_us
                 return before_us
             at = found.at
             _, looked_us = hour_us(at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from itertools import count
 from random import Random
@@ -154,7 +155,7 @@ async def test_a_name_that_only_its_own_rows_have_is_nowhere_any_more(inline_dat
 
 
 async def seal(database: Database, before_us: int) -> None:
-    assert await Retirer(database, TrioClock(T0), log).seal(before_us, "asapd") is None
+    assert await Retirer(database, TrioClock(T0), log)._seal(before_us, "asapd", math.inf, 0) == before_us
 
 
 async def retire(database: Database, before_us: int) -> None:

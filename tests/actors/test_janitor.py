@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -254,7 +255,9 @@ async def test_retention_goes_on_where_it_was_when_the_store_is_back(
     assert "retention was not applied" in caplog.text
     settings = JanitorSettings(config.Retention())
     assert await apply(away, settings, "key:x", False) == WRITER_AWAY
-    assert await Retirer(database, TrioClock(T0), log).seal(T0 - 400 * DAY_US, "asapd") is None
+    assert (
+        await Retirer(database, TrioClock(T0), log)._seal(T0 - 400 * DAY_US, "asapd", math.inf, 0) == T0 - 400 * DAY_US
+    )
     assert await apply(away, settings, "key:x", False) == WRITER_AWAY
     done = await apply(database, settings, "key:x", False)
     assert not isinstance(done, Refusal)

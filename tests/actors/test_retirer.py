@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -166,7 +167,10 @@ async def test_an_alarm_goes_with_what_it_tells_of(
     elif how == "sealed":
         # As by a unit that was committed and whose answer was lost.
         connection.execute("UPDATE usage_hour SET cost_microusd = 7")
-        assert await Retirer(database, TrioClock(T0), log).seal((old + 1) * HOUR_US, "asapd") is None
+        assert (
+            await Retirer(database, TrioClock(T0), log)._seal((old + 1) * HOUR_US, "asapd", math.inf, 0)
+            == (old + 1) * HOUR_US
+        )
     await trio.sleep(AGAIN_US / SECOND_US)
     days = 30 if how == "not due" else 5
     assert await retire(retirer, days) == (how == "sealed")
@@ -174,6 +178,25 @@ async def test_an_alarm_goes_with_what_it_tells_of(
     if how == "not due":
         assert await retire(retirer) == 0
         assert len(retirer.alarms) == 1
+
+
+async def test_a_look_that_was_not_brought_to_its_end_is_done_again(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, connection = inline_database
+    old = HOUR - 8 * 24
+    await report(database, event(CAROL, old * HOUR_US))
+    alter(connection, old)
+    runner = AwayRunner(database, type(None))
+    retirer = Retirer(Database(runner, InlineReaders(connection)), TrioClock(T0), log)
+    assert await retire(retirer) == 0
+    await trio.sleep(AGAIN_US / SECOND_US)
+    runner.kind = SealHours
+    connection.execute("UPDATE usage_hour SET cost_microusd = 7")
+    assert isinstance(await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd"), Refusal)
+    assert retirer.kept == [old]
+    runner.kind = type(None)
+    assert await retire(retirer) == 1
 
 
 class Beside:
@@ -211,13 +234,13 @@ class AwayRunner:
     """A writer that is away for one kind of unit."""
 
     def __init__(self, database: Database, kind: type) -> None:
-        self._database, self._kind = database, kind
+        self._database, self.kind = database, kind
 
     async def post(self, unit: AnyUnit, then: Any, **options: Any) -> None:
         raise AssertionError("units are awaited here")
 
     async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
-        if isinstance(unit, self._kind):
+        if isinstance(unit, self.kind):
             return WRITER_AWAY
         done: Any = await self._database.submit(unit)
         return done if isinstance(done, Refusal) else Answer(0, done)
@@ -382,7 +405,7 @@ async def test_any_life_verifies_and_each_altered_sum_is_found_for_good(
                 if random.random() < 0.3:
                     retirer = Retirer(database, clock, log)
                 if random.random() < 0.5:
-                    assert await retirer.seal(edge_us, "asapd") is None
+                    assert await retirer._seal(edge_us, "asapd", math.inf, 0) == edge_us
                     await database.submit(RetireUsage(edge_us, "asapd", T0, random.choice([1, 2, 500])))
                 else:
                     assert not isinstance(await retirer.retire(lambda _: edge_us, "asapd"), Refusal)
@@ -417,7 +440,10 @@ async def test_a_damaged_entry_of_the_log_is_told_of_and_stops_nothing(
     database, connection = inline_database
     old = HOUR - 8 * 24
     await report(database, *(event(EVE, old * HOUR_US) for _ in range(6)), event(EVE, (old + 1) * HOUR_US))
-    assert await Retirer(database, TrioClock(T0), log).seal((old + 2) * HOUR_US, "asapd") is None
+    assert (
+        await Retirer(database, TrioClock(T0), log)._seal((old + 2) * HOUR_US, "asapd", math.inf, 0)
+        == (old + 2) * HOUR_US
+    )
     await database.submit(RetireUsage((old + 2) * HOUR_US, "asapd", T0, 2))
     connection.execute("DROP TRIGGER audit_no_update")
     change = "UPDATE audit SET details = CAST(replace(CAST(details AS BLOB), ?, ?) AS TEXT) WHERE event_type = ?"
@@ -451,14 +477,8 @@ async def test_that_nothing_goes_for_minutes_is_an_alarm_until_something_does(
 ) -> None:
     database, connection = inline_database
     await report(database, event(EVE, T0 - 9 * DAY_US), event(EVE, T0 - 6 * DAY_US))
-    kinds = [kind]
-
-    class Runner(AwayRunner):
-        async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
-            self._kind = kinds[0]
-            return await super().execute(unit, urgent=urgent, idempotency=idempotency)
-
-    retirer = Retirer(Database(Runner(database, kind), InlineReaders(connection)), TrioClock(T0), log)
+    runner = AwayRunner(database, kind)
+    retirer = Retirer(Database(runner, InlineReaders(connection)), TrioClock(T0), log)
 
     async def refused() -> Refusal:
         done = await retirer.retire(lambda now_us: now_us - 5 * DAY_US, "asapd")
@@ -472,10 +492,10 @@ async def test_that_nothing_goes_for_minutes_is_an_alarm_until_something_does(
         alarm = f"retention takes no usage events, and they become more and more: {WRITER_AWAY.detail}"
         assert retirer.alarms == ([alarm] if minute > 1 else [])
         await trio.sleep(60)
-    kinds[0] = type(None)
+    runner.kind = type(None)
     assert await retire(retirer) == 2
     assert retirer.alarms == []
-    kinds[0] = SealHours
+    runner.kind = SealHours
     await report(database, event(EVE, T0 - 7 * DAY_US))
     await refused()
     assert retirer.alarms == []
