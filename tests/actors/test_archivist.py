@@ -30,7 +30,7 @@ from asapd.core.types import DAY_US, HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import audit, audit_retention, seals, verifying
-from asapd.store.database import Database
+from asapd.store.database import WRITER_AWAY, Database
 from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
 from asapd.store.units.house import Note
 from asapd.store.units.usage import RecordTask, RecordUsage, TaskEvent
@@ -431,3 +431,24 @@ async def test_an_archive_of_what_is_kept_for_longer_by_now_is_not_gone_on_with(
     assert len(erased(connection)) == 8
     assert erased(connection) <= archived(tmp_path)
     assert_all_is_explained(connection)
+
+
+async def test_what_is_refused_on_the_way_says_what_went_before_it(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr("asapd.actors.archivist.RetireAudit", partial(RetireAudit, limit=2))
+    await enter(database, T0 - 3 * DAY_US)
+    steps = count()
+
+    class Away(Mortal):
+        async def submit(self, unit: Any, **options: Any) -> Any:
+            if isinstance(unit, RetireAudit) and next(steps) == 1:
+                return WRITER_AWAY
+            return await super().submit(unit, **options)
+
+    refused = await make(Away(database, 10**9), tmp_path).retire(lambda: T0, "key:x")
+    assert isinstance(refused, Refusal)
+    assert refused.detail == f"{WRITER_AWAY.detail}; 2 audit entries went all the same"
+    assert len(erased(connection)) == 2
+    assert await went(make(database, tmp_path).retire(lambda: T0, "key:x")) == (2, False)

@@ -357,6 +357,15 @@ async def test_each_request_takes_something_however_long_it_looks_and_says_what(
     assert connection.execute("SELECT count(*) FROM usage").get == 2
 
 
+async def test_a_request_whose_time_is_over_leaves_the_next_steps_to_the_next(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    database, _ = inline_database
+    await report_hours(database, 501, 1)
+    replies = await ask_on(Slow(database, {"is_due": APPLY_S}))
+    assert [(reply["usage"]["count"], reply["more"]) for reply in replies] == [(500, True), (2, False)]
+
+
 async def test_a_large_hour_that_was_added_up_for_who_hung_up_is_not_added_up_again(
     inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
