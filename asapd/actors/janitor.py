@@ -15,6 +15,7 @@ from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.actors.retired import Retired, refused
 from asapd.actors.retirer import Retirer
+from asapd.actors.slow_reads import ReadTooLongError, refuse_slow
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
 from asapd.runtime.clock import Clock
@@ -208,6 +209,21 @@ async def apply_retention(
     Events of hours that keep them are not counted as going: as far as hours were looked at, which a dry run leaves to
     the janitor.
     """
+    try:
+        return await _apply(database, clock, settings, archivist, retirer, actor, dry_run)
+    except ReadTooLongError as error:
+        return refuse_slow(error, "asapd looks every minute for what is due, and takes it away by itself")
+
+
+async def _apply(
+    database: Database,
+    clock: Clock,
+    settings: JanitorSettings,
+    archivist: Archivist,
+    retirer: Retirer,
+    actor: str,
+    dry_run: bool,
+) -> dict[str, Any] | Refusal:
     now_us = clock.now_us()
     probes_before_us = now_us - settings.retention.probes_us  # these go by the sweep of every second
     if dry_run:

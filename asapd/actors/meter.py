@@ -24,6 +24,7 @@ from asapd.actors.messages import (
     VoidRequest,
 )
 from asapd.actors.set_aside import Aside, SetAside, Tokens
+from asapd.actors.slow_reads import refusing_slow
 from asapd.actors.telemetry import record_metrics
 from asapd.actors.telemetry_spans import record_spans
 from asapd.actors.telemetry_terms import Times
@@ -147,7 +148,7 @@ async def run_meter(
         try:
             await mailbox.serve(
                 inbox,
-                handle,
+                refusing_slow(handle),
                 failed=failed,
                 passes_on=pass_on,
                 rests=reports.send_gathered,

@@ -32,6 +32,7 @@ from asapd.actors.messages import (
     Validity,
 )
 from asapd.actors.revocations import Imported, RevokedTokens, find_signer, imported, plan_import, read_list
+from asapd.actors.slow_reads import refusing_slow
 from asapd.core.access import Caller, Permission, Tenants
 from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
@@ -130,7 +131,12 @@ async def run_registry(
         nursery.start_soon(registry.revoked.follow, revocations_changed or Wakeup())
         task_status.started()
         await mailbox.serve(
-            inbox, registry.handle, failed=failed, passes_on=registry.pass_on, concurrency=CONCURRENCY, beat=beat
+            inbox,
+            refusing_slow(registry.handle),
+            failed=failed,
+            passes_on=registry.pass_on,
+            concurrency=CONCURRENCY,
+            beat=beat,
         )
         nursery.cancel_scope.cancel()
 

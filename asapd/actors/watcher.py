@@ -29,6 +29,7 @@ from asapd.actors.messages import (
     ReconfigureWatcher,
     WatcherMessage,
 )
+from asapd.actors.slow_reads import refusing_slow
 from asapd.actors.vigil import keep_vigil, last_sign, notice_stop
 from asapd.core import breach, burnrate
 from asapd.core.breach import BreachState, Escalated, Opened, Resolved, Transition
@@ -109,7 +110,7 @@ async def run_watcher(
             partial(keep_vigil, database, clock, noticed=watch.look_anew, undone=books.read_again, log=log)
         )
         task_status.started()
-        await serve(mailbox, watch.handle, failed=failed)
+        await serve(mailbox, refusing_slow(watch.handle), failed=failed)
         await last_sign(database, clock)
         nursery.cancel_scope.cancel()
 

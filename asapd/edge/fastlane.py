@@ -17,6 +17,7 @@ from wsgiref.handlers import format_date_time
 import trio
 
 from asapd import config
+from asapd.actors.slow_reads import ReadTooLongError, refuse_slow
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge.auth import check_host, tcp_caller
@@ -200,6 +201,9 @@ class FastLane:
         try:
             # One connection alone may have as many in hand as an actor has room for: it is slowed, not refused.
             return await _outcome(self._services, sent.caller, sent.request)
+        except ReadTooLongError as error:
+            self._log.warning("POST %s: %s", sent.request.path, error)
+            return refuse_slow(error)
         except Exception:  # noqa: BLE001 -- as in the application: the client hears of it, the log has it
             self._log.exception("POST %s failed", sent.request.path)
             return _BUG

@@ -13,6 +13,7 @@ from quart_trio import QuartTrio
 
 from asapd.actors.notifier import Alert, Gap
 from asapd.actors.revocations import News, public_news
+from asapd.actors.slow_reads import ReadTooLongError, refuse_slow
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.edge.alert_stream import Frames, alert_filter, known_to_reference, own_shape, reference_shape
@@ -36,6 +37,8 @@ _SESSION_READS = Refusal(
 GOING_AWAY = 1001
 POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
+
+_LATER = "the disk is slow now, ask again later"
 
 # A subscriber that takes nothing for this long is let go; it comes back with its last seq. The connection then makes
 # room for what is under way (`Limits.websocket_stuck_s`), so that the close can follow it.
@@ -153,7 +156,7 @@ class _Session:
         sent = jsonrpc.decode_request(message)
         answers = []
         for request in sent if isinstance(sent, tuple) else (sent,):
-            answer = await self._answer(request)
+            answer = await self._answer_in_time(request)
             if isinstance(request, Fault) or request.wants_answer:
                 answers.append(answer)
             if not self._may_stay():
@@ -165,6 +168,13 @@ class _Session:
             self._following[what] = scope = trio.CancelScope()
             nursery.start_soon(follow, scope)
         self._beginning.clear()
+
+    async def _answer_in_time(self, request: Request | Fault) -> str:
+        try:
+            return await self._answer(request)
+        except ReadTooLongError as error:
+            assert isinstance(request, Request)  # nothing is read for what is none
+            return _refused(request, refuse_slow(error, _LATER))
 
     async def _answer(self, request: Request | Fault) -> str:
         if isinstance(request, Fault):
@@ -285,6 +295,9 @@ class _Session:
                         found = await next_found()
                     except FeedClosed:
                         await self._close(GOING_AWAY, "asapd is shutting down")
+                        return
+                    except ReadTooLongError:
+                        await self._close(TRY_AGAIN_LATER, "reading took too long: connect again")
                         return
                     if not self._may_stay():
                         return

@@ -227,7 +227,7 @@ class ThreadReaders:
             with _snapshot(connection):
                 return query(connection, *arguments)
         except apsw.InterruptError:
-            raise ReadTooLongError(f"the query ran for over {READ_LIMIT_S:g} s: narrow it") from None
+            raise ReadTooLongError(f"reading took longer than {READ_LIMIT_S:g} s and was given up") from None
         finally:
             self._idle.append(connection)
 

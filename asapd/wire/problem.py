@@ -77,6 +77,7 @@ CODES: dict[str, tuple[int, str]] = {
     "not_implemented": (501, "This socket does not serve that"),
     "not_installed": (501, "An optional part is not installed"),
     "overloaded": (503, "asapd has more to do than it can"),
+    "read_too_long": (503, "Reading took too long"),
     "shutting_down": (503, "asapd is shutting down"),
     "outcome_unknown": (503, "Whether this was recorded is not known"),
     "writer_unavailable": (503, "The writer is being restarted"),

@@ -17,8 +17,9 @@ from asapd.core.rates import Rate
 from asapd.edge.http.app import create_app
 from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
-from asapd.store.database import Database
-from tests.edge.house import LOG, ME, NOW, A, B, Edge, open_edge
+from asapd.store import database as store_database
+from asapd.store.database import Database, InlineReaders, ThreadReaders
+from tests.edge.house import LOG, ME, NOW, A, B, Edge, giving_up, open_edge
 
 EVENT = {"task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": NOW}
 Inline = tuple[Database, apsw.Connection]
@@ -92,6 +93,57 @@ async def test_a_bug_in_a_route_is_a_problem_and_is_logged(edge: Edge, caplog: p
     assert problem["code"] == "internal"
     assert "GET /metrics failed" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_read_that_takes_too_long_is_503_and_says_how_to_narrow_it(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in range(3):
+        events = [{**EVENT, "id": f"e{part}.{number}"} for number in range(1_000)]
+        assert (await edge.post("/usage", events)).ok(201)["recorded"] == 1_000
+    readers = ThreadReaders(Path(edge.connection.filename))
+    monkeypatch.setattr(InlineReaders, "run", lambda _, query, *arguments: readers.run(query, *arguments))
+    path = "/usage/aggregate?group_by=minute"
+    assert (await edge.get(path)).ok()["count"] == 1
+    monkeypatch.setattr(store_database, "READ_LIMIT_S", 0.0)
+    for door in ({"door": "http"}, {"door": "admin", "peer": ME}):
+        reply = await edge.get(path, door=door)
+        problem = reply.refused(503)
+        assert problem["code"] == "read_too_long"
+        assert problem["detail"] == (
+            "reading took longer than 0 s and was given up: "
+            "ask for less: a shorter time (start, end), one agent or consumer, coarser groups"
+        )
+        assert "retry-after" not in reply.headers  # the same again takes as long
+    monkeypatch.undo()
+    assert (await edge.get(path)).ok()["count"] == 1
+    readers.close()
+    assert "GET /usage/aggregate: reading took longer than 0 s" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "query"),
+    [
+        ("DELETE", "/delegations/del_x", None, "get_delegation"),
+        ("GET", "/sla", None, "past_breaches"),
+        ("POST", "/retention", b"", "due"),
+        ("POST", "/retention?dry_run=true", b"", "due"),
+    ],
+)
+async def test_a_read_that_takes_too_long_for_an_actor_is_no_bug_either(
+    edge: Edge,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    path: str,
+    body: Any,
+    query: str,
+) -> None:
+    monkeypatch.setattr(InlineReaders, "run", giving_up(query))
+    problem = (await edge.call(method, path, body)).refused(503)
+    assert (problem["code"], problem["detail"][:7]) == ("read_too_long", "GAVE UP")
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_full_mailbox_is_503_with_retry_after(inline_database: Inline, tmp_path: Path) -> None:

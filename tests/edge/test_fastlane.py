@@ -34,9 +34,10 @@ from asapd.edge.services import Services
 from asapd.edge.sockets import Peer, open_tcp, open_unix
 from asapd.edge.throttle import Throttle
 from asapd.runtime.room import Room
+from asapd.store.database import InlineReaders
 from asapd.wire.frames import encode
 from asapd.wire.token import sign
-from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge, open_edge
+from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge, giving_up, open_edge
 
 
 def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -534,6 +535,19 @@ async def test_a_bug_is_500_and_the_connection_stays(edge: Edge, tmp_path: Path,
         client = await lane.unix()
         assert [(await client.ask(post(event())))[2]["code"] for _ in range(2)] == ["internal"] * 2
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_read_that_takes_too_long_is_503_and_the_connection_stays(
+    edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(InlineReaders, "run", giving_up("repeats"))
+    async with lane_of(edge, tmp_path) as lane:
+        client = await lane.tcp()
+        for _ in range(2):
+            status, _, problem = await client.ask(post(event("e1"), path="/usage/validate", key=lane.key))
+            assert (status, problem["code"]) == (503, "read_too_long")
+    assert "POST /usage/validate: GAVE UP" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_an_answer_that_does_not_come_in_time_is_a_503_behind_those_that_did(

@@ -32,8 +32,9 @@ from asapd.core.types import Role
 from asapd.edge.connection import Limits
 from asapd.edge.sessions import COOKIE, SESSION_US
 from asapd.edge.ws import GOING_AWAY, POLICY_VIOLATION, SEND_S, TRY_AGAIN_LATER
-from asapd.store.database import Database
-from tests.edge.house import A, B, Edge, open_edge
+from asapd.store.database import Database, InlineReaders
+from asapd.wire import jsonrpc
+from tests.edge.house import A, B, Edge, giving_up, open_edge
 
 Inline = tuple[Database, apsw.Connection]
 
@@ -197,6 +198,24 @@ async def test_without_authentication_everybody_may_listen(edge: Edge, port: int
     edge.with_settings(http=config.Http(auth="none"))
     async with accepted(port) as client:
         assert await client.ask("ping") == {"pong": True}
+
+
+async def test_a_read_that_takes_too_long_is_an_error_and_ends_what_is_followed(
+    edge: Edge, port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with accepted(port, key=edge.keys["reader"]) as client:
+        assert await client.ask("sla.subscribe", resume_after=0) == {"subscribed": True, "seq": 0}
+        with monkeypatch.context() as patched:
+            patched.setattr(InlineReaders, "run", giving_up("newest_news"))
+            failed = await client.ask("delegation.subscribe")
+            assert failed["code"] == jsonrpc.INTERNAL_ERROR
+            assert failed["message"] == "GAVE UP: the disk is slow now, ask again later"
+        assert (await client.ask("delegation.subscribe"))["subscribed"]
+        monkeypatch.setattr(InlineReaders, "run", giving_up("_page"))
+        edge.committed.notify()
+        ended = await client.closed()
+        assert (ended.code, ended.reason) == (TRY_AGAIN_LATER, "reading took too long: connect again")
+    assert "Traceback" not in caplog.text
 
 
 # --- what is heard

@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import BaseConverter
 from werkzeug.routing.exceptions import WebsocketMismatch
 
+from asapd.actors.slow_reads import ReadTooLongError, refuse_slow
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.edge import ws
@@ -178,6 +179,12 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         if isinstance(error, WebsocketMismatch):
             return refuse(Refusal(code, f"{request.path} is for WebSockets: connect with ws:// or wss://"), status)
         return refuse(Refusal(code, error.description or error.name), status)
+
+    @app.errorhandler(ReadTooLongError)
+    async def gave_up(error: ReadTooLongError) -> Response:
+        asked = websocket if has_websocket_context() else request
+        log.warning("%s %s: %s", asked.method, asked.path, error)
+        return refuse(refuse_slow(error))
 
     @app.errorhandler(Exception)
     async def broken(error: Exception) -> Response:
