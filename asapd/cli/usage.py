@@ -98,8 +98,9 @@ def report(
 ) -> None:
     """Sum up usage and cost.
 
-    Sums of whole hours are kept for ever. What asks for less (a time that is not on the hour, or a zone that stands off
-    UTC by a part of one) is summed up from events, which retention takes: it says so where some of them are gone.
+    Sums of whole hours UTC are kept for ever. What asks for less (a time that is not on the hour; of a zone that
+    stands off UTC by a part of one its hours, and the hour inside which a longer period begins) is summed up from
+    events, which retention takes: it says so where some of them are gone.
 
     \b
     Examples:
@@ -127,12 +128,21 @@ def report(
         click.echo(f"{unpriced} events have no known cost, which is not in these sums", err=True)
 
 
+_NAMED = 3
+"""So many stretches are named each: of days that begin inside an hour there is one a day."""
+
+
 def _warn_of_gone(page: dict[str, Any]) -> None:
     """Say which part of the time that was asked for is not, or not all, in the sums."""
-    for part in page["incomplete"]:
+    parts = page["incomplete"]
+    which = "events"
+    if len(parts) > _NAMED:
+        which = f"events of {len(parts)} stretches"
+        parts = [{"start": parts[0]["start"], "end": parts[-1]["end"]}]
+    for part in parts:
         since = "from the beginning" if part["start"] is None else f"from {part['start']}"
         click.echo(
-            f"events {since} to {part['end']} are missing in these sums, as far as retention took them: for ever it "
+            f"{which} {since} to {part['end']} are missing in these sums, as far as retention took them: for ever it "
             "keeps only sums of whole hours UTC. Ask for times on the hour, and periods of a zone that stands off UTC "
             f"by whole hours, or for what is later than {page['raw_since']}; retention.usage says how long events stay",
             err=True,

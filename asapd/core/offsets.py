@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime, tzinfo
+from collections.abc import Callable
+from datetime import date, datetime, tzinfo
 
 _DAY_S = 86_400
+_HOUR_S = 3_600
+_EPOCH_DAY = date(1970, 1, 1).toordinal()
+
+# Whether one begins with a day, which is counted from the epoch; that was a Thursday.
+_BEGINS: dict[str, Callable[[int], bool]] = {
+    "day": lambda _: True,
+    "week": lambda day: (day + 3) % 7 == 0,
+    "month": lambda day: date.fromordinal(_EPOCH_DAY + day).day == 1,
+}
 
 
 def clock_offsets(zone: tzinfo, low_s: int, high_s: int) -> list[tuple[int, int]]:
@@ -30,6 +40,21 @@ def clock_offsets(zone: tzinfo, low_s: int, high_s: int) -> list[tuple[int, int]
             found.append((after_s, offset_s))
         at_s = next_s
     return found
+
+
+def split_hours(period: str, offsets: list[tuple[int, int]], until_s: int) -> list[int]:
+    """The hours of UTC, since the epoch, inside which a day, week or month of clocks begins, or clocks change.
+
+    `offsets` are those of the clocks, as `clock_offsets` has them, and hold until `until_s`.
+    """
+    begins = _BEGINS[period]
+    ends = [*(start_s for start_s, _ in offsets[1:]), until_s]
+    found = {start_s // _HOUR_S for start_s, _ in offsets[1:] if start_s % _HOUR_S}
+    for (start_s, offset_s), end_s in zip(offsets, ends, strict=True):
+        if offset_s % _HOUR_S:
+            days = range((start_s + offset_s) // _DAY_S + 1, (end_s + offset_s) // _DAY_S + 1)
+            found.update((day * _DAY_S - offset_s) // _HOUR_S for day in days if begins(day))
+    return sorted(found)
 
 
 def _offset_s(zone: tzinfo, at_s: int) -> int:

@@ -11,7 +11,7 @@ import apsw
 import msgspec
 
 from asapd.core.money import to_usd
-from asapd.core.offsets import clock_offsets
+from asapd.core.offsets import clock_offsets, split_hours
 from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
 from asapd.core.usage import RollupSums
 from asapd.store import usage_days
@@ -77,10 +77,17 @@ Range = tuple[int | None, int | None]
 
 _DIMS = "agent, consumer, model, project, outcome"
 _FIELDS = ", ".join(RollupSums._fields)
-_RAW = (
+_RAW_COLUMNS = (
     f"SELECT timestamp_us / 60000000 * 60 AS at_s, {_DIMS}, "
-    f"{', '.join(f'{_RAW_SUMS.get(field, field)} AS {field}' for field in RollupSums._fields)} FROM usage"
+    f"{', '.join(f'{_RAW_SUMS.get(field, field)} AS {field}' for field in RollupSums._fields)}"
 )
+_RAW = f"{_RAW_COLUMNS} FROM usage"
+# The hours come first, and rows by the index of their time; `id` is a column of rows only.
+_RAW_OF_SPLIT = (
+    f"{_RAW_COLUMNS} FROM (SELECT value AS split FROM json_each(?)) CROSS JOIN usage "
+    f"WHERE timestamp_us >= split * {HOUR_US} AND timestamp_us < (split + 1) * {HOUR_US}"
+)
+_NOT_SPLIT = "hour NOT IN (SELECT value FROM json_each(?))"
 
 
 def _rollups(
@@ -124,12 +131,24 @@ def _ends(query: UsageFilter) -> list[Range]:
     return [(low, high) for low, high in ends if low is not None and high is not None and low < high]
 
 
+def _inside(query: UsageFilter, hours: Sequence[int]) -> list[int]:
+    """Those of some hours that a time range holds whole; the ends of it are raw rows anyway."""
+    first, last = _whole_hours(query)
+    return [hour for hour in hours if (first is None or first <= hour) and (last is None or hour < last)]
+
+
 def _source(
-    connection: apsw.Connection, query: UsageFilter, *, by_day: bool = True, raw_only: bool = False
+    connection: apsw.Connection,
+    query: UsageFilter,
+    *,
+    by_day: bool = True,
+    raw_only: bool = False,
+    split: Sequence[int] = (),
 ) -> tuple[str, list[Any]]:
     """SQL that yields sums and when they begin (`at_s`): whole periods from the rollups, the rest from raw rows.
 
-    Where no rollup can tell, raw rows are read by an index of their own.
+    Where no rollup can tell, raw rows are read by an index of their own. Of the hours `split` it cannot either: then
+    it must not be by day.
     """
     parts: list[str] = []
     values: list[Any] = []
@@ -137,16 +156,22 @@ def _source(
     if not (raw_only or _is_raw(query)):
         raw_ranges = _ends(query)
         where, bound = of_dimensions(query)
+        split = _inside(query, split)
+        unsplit, listed = ([_NOT_SPLIT], [msgspec.json.encode(split).decode()]) if split else ([], [])
         for period, low, high in _rollups(connection, *_whole_hours(query), by_day=by_day):
             # The table of hours is ordered by tenant first.
             first = [f"tenant IN {TENANTS}"] if period == "hour" and low is not None else []
             conditions, bounds = within(period, low, high)
-            parts.append(_rollup_of(period, [*where, *first, *conditions]))
-            values += [*bound, *bounds]
+            parts.append(_rollup_of(period, [*where, *first, *conditions, *unsplit]))
+            values += [*bound, *bounds, *listed]
             given_up = _given_up(connection, low, high) if period == "day" else []
             if given_up:
                 parts.append(_rollup_of("hour", [*where, f"tenant IN {TENANTS}", _OF_DAYS]))
                 values += [*bound, msgspec.json.encode(given_up).decode()]
+        if split:
+            where, bound = of_rows(query)
+            parts.append(f"{_RAW_OF_SPLIT} AND {' AND '.join([*where, LIVE])}")
+            values += [*listed, *bound]
     for low, high in raw_ranges:
         where, bound = of_rows(query)
         conditions, bounds = within("timestamp_us", low, high)
@@ -177,24 +202,48 @@ SELECT min((SELECT min(hour) FROM usage_hour h WHERE h.tenant = t.tenant)),
 """
 
 
+@lru_cache(maxsize=64)
+def _split(zone: ZoneInfo, periods: tuple[str, ...], low_hour: int, high_hour: int) -> list[int]:
+    found = (split_hours(period, _offsets(zone, low_hour, high_hour), high_hour * _HOUR_S) for period in periods)
+    return sorted(set().union(*found))
+
+
 @lru_cache(maxsize=64)  # clocks change twice a year; finding out costs a millisecond for each year
 def _offsets(zone: ZoneInfo, low_hour: int, high_hour: int) -> list[tuple[int, int]]:
     return clock_offsets(zone, low_hour * _HOUR_S, high_hour * _HOUR_S)
 
 
-def _offsets_of(connection: apsw.Connection, query: UsageFilter, zone: ZoneInfo) -> list[tuple[int, int]]:
-    """The offsets of a zone's clocks over all that a query can meet."""
-    if zone.key == "UTC":
-        return [(0, 0)]
+class _Clocks(NamedTuple):
+    """How periods of a zone's clocks lie over all that a query can meet.
+
+    With `raw_only` groups are of less than whole hours of UTC, which is all that rollups have; else just those of the
+    hours `split` are, inside which a period begins or clocks change.
+    """
+
+    offsets: list[tuple[int, int]]
+    raw_only: bool
+    split: list[int]
+
+
+def _clocks(connection: apsw.Connection, query: UsageFilter, zone: ZoneInfo, timed: Sequence[str]) -> _Clocks:
+    by_minute = "minute" in timed
+    still = _Clocks([(0, 0)], by_minute, [])
+    if not timed or zone.key == "UTC":
+        return still
     first, last = fetch(connection, _HOURS)[0]
     if first is None:
-        return [(0, 0)]
+        return still
     low = first if query.start_us is None else max(first, query.start_us // HOUR_US)
     high = last if query.end_us is None else min(last, query.end_us // HOUR_US)
     if low > high:
-        return [(0, 0)]  # there is nothing, and a calendar may not go so far
+        return still  # there is nothing, and a calendar may not go so far
     # To whole weeks, or the cache would be of no use while time goes on.
-    return _offsets(zone, low // 168 * 168, (high // 168 + 1) * 168)
+    weeks = (low // 168 * 168, (high // 168 + 1) * 168)
+    offsets = _offsets(zone, *weeks)
+    if by_minute or ("hour" in timed and any(offset_s % _HOUR_S for _, offset_s in offsets)):
+        return _Clocks(offsets, raw_only=True, split=[])
+    longer = tuple(group for group in timed if group != "hour")
+    return _Clocks(offsets, False, [hour for hour in _split(zone, longer, *weeks) if low <= hour <= high])
 
 
 _PLAIN = ", ".join(f"sum({field})" for field in RollupSums._fields)
@@ -251,15 +300,17 @@ def aggregate(
 ) -> Grouped:
     """Sums by any of `GROUPS`, in the order of the groups, from behind the place `after`; periods by a zone's clocks.
 
-    By the minute, and where clocks stand off UTC by a part of an hour, raw rows are summed up.
+    By the minute, and by the hour where clocks stand off UTC by a part of one, raw rows are summed up; by longer
+    periods of such clocks those of the hours that a period begins in.
     """
     timed = [group for group in group_by if group in TIME_GROUPS]
-    offsets = _offsets_of(connection, query, zone) if timed else [(0, 0)]
+    offsets, raw_only, split = _clocks(connection, query, zone, timed)
     source, values = _source(
         connection,
         query,
         by_day=not {"minute", "hour"} & set(timed) and not any(offset_s for _, offset_s in offsets),
-        raw_only=_splits_hours(timed, offsets),
+        raw_only=raw_only,
+        split=split,
     )
     # The first stretch begins with what was asked for, not with a change.
     changes = [_NEVER_S, *(change_s for change_s, _ in offsets[1:])]
@@ -309,11 +360,6 @@ def _by_stretch(changes: list[int], values: list[int]) -> str:
     return f"CASE {' '.join(cases)} ELSE {values[-1]} END" if cases else str(values[-1])
 
 
-def _splits_hours(timed: Sequence[str], offsets: list[tuple[int, int]]) -> bool:
-    """Whether groups are of less than whole hours of UTC, which is all that rollups have."""
-    return "minute" in timed or any(offset_s % _HOUR_S for _, offset_s in offsets)
-
-
 def incomplete(
     connection: apsw.Connection,
     query: UsageFilter,
@@ -325,8 +371,10 @@ def incomplete(
     if not retired_before_us:
         return []
     timed = [group for group in group_by if group in TIME_GROUPS]
-    is_raw = _is_raw(query) or (bool(timed) and _splits_hours(timed, _offsets_of(connection, query, zone)))
-    read: list[Range] = [(query.start_us, query.end_us)] if is_raw else _ends(query)
+    _, raw_only, split = _clocks(connection, query, zone, timed)
+    read: list[Range] = [(query.start_us, query.end_us)]
+    if not (raw_only or _is_raw(query)):
+        read = sorted([*_ends(query), *((hour * HOUR_US, (hour + 1) * HOUR_US) for hour in _inside(query, split))])
     cut = [(low, retired_before_us if high is None else min(high, retired_before_us)) for low, high in read]
     return [(low, high) for low, high in cut if low is None or low < high]
 

@@ -18,6 +18,7 @@ import pytest
 from asapd.cli.door import Door
 from asapd.cli.options import moment_in
 from asapd.cli.outcome import Exit
+from asapd.cli.usage import _warn_of_gone
 from tests.cli.programs import Daemon, Program, daemon_in
 
 NOW = datetime.now(UTC)
@@ -58,7 +59,11 @@ def daemon(retired: Daemon, monkeypatch: pytest.MonkeyPatch) -> Daemon:
 
 
 def test_sums_of_whole_hours_are_whole_and_say_nothing(daemon: Daemon, ctl: Program) -> None:
-    for arguments in (("--period", "month"), ("--period", "day", "--timezone", "Europe/Berlin"), ("--by", "agent")):
+    for arguments in (
+        ("--period", "month"),
+        ("--period", "day", "--timezone", "Europe/Berlin"),
+        ("--by", "agent"),
+    ):
         ran = ctl("usage", "report", *arguments, "--json")
         assert sum(row["total_events"] for row in ran.json["data"]) == 3
         assert (ran.json["incomplete"], ran.err) == ([], "")
@@ -70,7 +75,7 @@ def test_sums_of_whole_hours_are_whole_and_say_nothing(daemon: Daemon, ctl: Prog
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_sums_that_lack_what_retention_took_say_so(daemon: Daemon, ctl: Program, form: str) -> None:
-    asked = ("usage", "report", "--period", "month", "--timezone", "Asia/Kolkata")
+    asked = ("usage", "report", "--period", "hour", "--timezone", "Asia/Kolkata")
     told = ctl(*asked, "--json").json
     assert sum(row["total_events"] for row in told["data"]) == 1
     assert (told["timezone"], told["incomplete"]) == ("Asia/Kolkata", [{"start": None, "end": told["raw_since"]}])
@@ -83,6 +88,20 @@ def test_sums_that_lack_what_retention_took_say_so(daemon: Daemon, ctl: Program,
         assert [row["total_events"] for row in csv.DictReader(io.StringIO(ran.out))] == ["1"]
     since = ctl(*asked, "--since", told["raw_since"], "--json")
     assert (since.json["incomplete"], since.err) == ([], "")
+
+
+def test_many_stretches_that_are_gone_are_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """As of the days of India, each of which begins inside an hour of UTC."""
+    hours = [(f"2026-12-0{day}T18:00:00Z", f"2026-12-0{day}T19:00:00Z") for day in range(1, 6)]
+    for count, said in (
+        (3, [f"events from {start} to {end} are missing" for start, end in hours[:3]]),
+        (5, ["events of 5 stretches from 2026-12-01T18:00:00Z to 2026-12-05T19:00:00Z are missing"]),
+    ):
+        parts = [{"start": start, "end": end} for start, end in hours[:count]]
+        _warn_of_gone({"incomplete": parts, "raw_since": "2026-12-09T00:00:00Z"})
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(said)
+        assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
 def test_a_part_of_an_hour_that_is_gone_is_named(daemon: Daemon, ctl: Program) -> None:

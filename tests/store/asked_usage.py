@@ -31,13 +31,21 @@ HALF_BACK_US = int(datetime(2026, 4, 4, 15, tzinfo=UTC).timestamp()) * 1_000_000
 zones = st.sampled_from(
     [
         *(ZoneInfo(name) for name in ("UTC", "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Etc/GMT+12")),
-        ZoneInfo("Australia/Lord_Howe"),
+        *(ZoneInfo(f"Australia/{name}") for name in ("Lord_Howe", "Adelaide")),
+        *(ZoneInfo(name) for name in ("Asia/Kathmandu", "America/St_Johns")),
     ]
 )
+# 2026-12-31 18:00, 13:00 and 3:00 UTC: within these hours a month begins in Kolkata and Kathmandu, in Adelaide, and
+# a day in St. John's. A week begins in Kolkata at 18:30 of a Sunday.
+NEW_YEAR_US = 3 * DAYS_US + 20 * HOUR_US
+SPLIT_US = (NEW_YEAR_US, NEW_YEAR_US - 5 * HOUR_US, NEW_YEAR_US - 15 * HOUR_US, -4 * HOUR_US)
 hours = st.sampled_from(
-    (HALF_FORTH_US, HALF_BACK_US, BACK_US, BACK_US + HOUR_US, 0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US)
+    (
+        *(HALF_FORTH_US, HALF_BACK_US, BACK_US, BACK_US + HOUR_US, 0, HOUR_US, 2 * HOUR_US, 5 * DAYS_US, 8 * DAYS_US),
+        *SPLIT_US,
+    )
 )
-inside = st.sampled_from((0, 1, HOUR_US // 2, HOUR_US - 1))
+inside = st.sampled_from((0, 1, HOUR_US // 4, HOUR_US // 2, HOUR_US - 1))
 times = st.builds(lambda hour, offset: START_US + hour + offset, hours, inside)
 bounds = st.none() | st.builds(lambda time, offset: time + offset, times, st.integers(-1, 1))
 counts = st.integers(0, 3)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from asapd.core.types import HOUR_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import usage_sums
+from asapd.store import retention, usage_sums
 from asapd.store.units.exchange import Envelope
-from asapd.store.units.usage import AddUpDays, RecordUsage
+from asapd.store.units.usage import AddUpDays, RecordUsage, RetireUsage, UsageRetired
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer
@@ -65,6 +65,64 @@ def test_aggregates_equal_a_recount_of_the_raw_events(
             after = page.last
         assert paged == expected
         assert usage_sums.summary(connection, query) == recount.totals(kept)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=stored, query=filters, groups=groupings, zone=zones, before_us=times, data=st.data())
+def test_aggregates_lack_what_retention_took_of_the_stretches_that_are_named_and_nothing_else(
+    open_store: OpenStore,
+    rows: list[Stored],
+    query: UsageFilter,
+    groups: list[str],
+    zone: ZoneInfo,
+    before_us: int,
+    data: st.DataObject,
+) -> None:
+    before_us = before_us // HOUR_US * HOUR_US
+    with open_store() as connection:
+        fill(connection, rows)
+        if data.draw(st.booleans()):
+            Writer(connection).run([Envelope(1, AddUpDays(2**60), False)])
+        Writer(connection).run([Envelope(1, RetireUsage(before_us, "asapd", START_US), False)])
+        retired_us = retention.retired_before(connection)
+        missing = usage_sums.incomplete(connection, query, retired_us, groups, zone)
+        left = [
+            row
+            for row in rows
+            if not any(
+                (low is None or low <= row[1].timestamp_us) and row[1].timestamp_us < high
+                for low, high in missing
+                if high is not None
+            )
+        ]
+        expected = recount.aggregate([row for row in left if keep(query, row)], groups, zone)
+        assert usage_sums.aggregate(connection, query, tuple(groups), 1000, 0, zone).rows == expected
+
+
+@pytest.mark.parametrize(("period", "short"), [("day", 31), ("week", 4), ("month", 1)])
+def test_of_clocks_off_by_half_an_hour_only_hours_that_a_period_begins_in_need_events(
+    connection: apsw.Connection, period: str, short: int
+) -> None:
+    """Of December in Kolkata nothing is lost but the hours of UTC inside which a day, a week or the month begins."""
+    first_us = int(datetime(2026, 11, 30, 18, tzinfo=UTC).timestamp()) * 1_000_000
+    times_us = [first_us + hour * HOUR_US + (hour // 24 + 1) % 2 * HOUR_US // 2 for hour in range(31 * 24)]
+    events: list[Stored] = [("one", UsageEvent("t", "x.a", "c", time_us), Cost(1)) for time_us in times_us]
+    fill(connection, events)
+    zone, query = ZoneInfo("Asia/Kolkata"), UsageFilter(EVERYTHING)
+    whole = usage_sums.aggregate(connection, query, (period,), 100, 0, zone).rows
+    assert whole == recount.aggregate(events, (period,), zone)
+    end_us = first_us + 31 * 24 * HOUR_US
+    while True:
+        (answer,) = Writer(connection).run([Envelope(1, RetireUsage(end_us, "asapd", end_us), False)])
+        assert isinstance(answer.result, UsageRetired)
+        if not answer.result.more:
+            break
+    rows = usage_sums.aggregate(connection, query, (period,), 100, 0, zone).rows
+    missing = usage_sums.incomplete(connection, query, end_us, (period,), zone)
+    assert len(missing) == short
+    assert all(low is not None and high == low + HOUR_US for low, high in missing)
+    assert sum(row["total_events"] for row in whole) - sum(row["total_events"] for row in rows) == short
+    assert [row["period"] for row in rows] == [row["period"] for row in whole[-len(rows) :]]
 
 
 def test_sums_past_64_bits_are_exact(connection: apsw.Connection) -> None:
