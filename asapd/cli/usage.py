@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from asapd.cli.options import Session, asks_daemon, moment, moment_in
+from asapd.cli.options import Session, asks_daemon, moment_in
 from asapd.cli.show import show_json, show_table
 from asapd.cli.usage_download import download
 from asapd.cli.written import written
@@ -170,12 +170,30 @@ def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     type=click.Choice(("ndjson", "json", "csv", "parquet")),
     help="ndjson unless --json is given.",
 )
-@click.option("--since", "start", type=moment, metavar="TIME", help="From then on: 2026-11-20T09:00:00Z, or 7d.")
-@click.option("--until", "end", type=moment, metavar="TIME", help="Before then.")
+@click.option(
+    "--timezone",
+    metavar="ZONE",
+    is_eager=True,  # as that of a report
+    help="Whose clocks tell when days begin that --since and --until name, such as Europe/Berlin; UTC unless given.",
+)
+@click.option(
+    "--since",
+    "start",
+    callback=_there,
+    metavar="TIME",
+    help="From then on: 2026-11-20T09:00:00Z, 2026-11-20 for its first moment, or 7d for a week ago.",
+)
+@click.option("--until", "end", callback=_there, metavar="TIME", help="Before then.")
 @click.option("--agent", metavar="URN", help="Only work of this agent.")
 @click.option("--consumer", metavar="URN", help="Only work for this consumer.")
 @asks_daemon
-def export(session: Session, file: Path, form: str | None, **filters: str | None) -> None:
+def export(
+    session: Session,
+    file: Path,
+    form: str | None,
+    timezone: str | None,  # noqa: ARG001 -- by it days were read already
+    **filters: str | None,
+) -> None:
     """Write out every usage event.
 
     All that is recorded when it begins, in the order of time; a file is there as a whole or not at all. Where the
@@ -185,6 +203,7 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
     \b
     Examples:
       asapctl usage export --out usage.ndjson
+      asapctl usage export --timezone Europe/Berlin --since 2026-11-01 --until 2026-12-01 --out november.ndjson
       asapctl usage export --format parquet --since 30d --out usage.parquet
     """
     chosen = form or ("json" if session.as_json else "ndjson")
@@ -193,12 +212,11 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
     raw_since = headers.get("asapd-raw-since")
     start = filters["start"]
     is_short = raw_since is not None and (start is None or start < raw_since)
-    counted = {**filters, "start": raw_since} if is_short else filters
-    with _progress(session, chosen, counted) as advance, written(file) as out:
+    with _progress() as show, written(file) as out:
         for part in parts:
             out.write(part)
             size += len(part)
-            advance(part.count(b"\n"))
+            show(size)
     if is_short:
         click.echo(
             f"events from before {raw_since} are not in it, as far as retention took them (retention.usage): "
@@ -210,11 +228,12 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
 
 
 @contextmanager
-def _progress(session: Session, form: str, filters: dict[str, str | None]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, by lines of what the totals promise; Parquet has none to count."""
-    if form == "parquet" or not sys.stderr.isatty():
-        yield lambda _lines: None
+def _progress() -> Iterator[Callable[[int], None]]:
+    """On a terminal, how many bytes came. How many will, nobody knows: sums count no voids and no corrections."""
+    if not sys.stderr.isatty():
+        yield lambda _size: None
         return
-    total = session.door.get("/usage/summary", **filters)["total_events"]
-    with click.progressbar(length=total, label="events", file=sys.stderr) as bar:
-        yield bar.update
+    try:
+        yield lambda size: click.echo(f"\r{size / 1_000_000:.1f} MB", nl=False, err=True)
+    finally:
+        click.echo(err=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from asapd.cli.outcome import Exit, Failure
@@ -39,6 +41,38 @@ def whole(file: Path, *, like: os.stat_result | None = None) -> Iterator[BinaryI
     Raises:
         OSError: it cannot be written.
     """
+    with _ended_in_order(), _replaced(file, like) as out:
+        yield out
+
+
+class _EndedError(BaseException):
+    """A signal that ends the program came, and first of all what is half written has to go."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """What would end the program at once does so when the block has been left."""
+    came: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        raise _EndedError
+
+    # Who ignores one, as nohup does, or heeds it, goes on doing so.
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
+@contextmanager
+def _replaced(file: Path, like: os.stat_result | None) -> Iterator[BinaryIO]:
     descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
         with os.fdopen(descriptor, "wb") as out:

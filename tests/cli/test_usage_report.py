@@ -125,12 +125,20 @@ def test_an_export_says_what_retention_took_of_it(daemon: Daemon, ctl: Program) 
         assert is_short or not ran.err
 
 
-def test_the_bar_of_an_export_counts_what_is_there(
+def test_a_day_that_an_export_begins_with_is_one_of_the_zone(daemon: Daemon, ctl: Program) -> None:
+    day = f"{NOW + timedelta(hours=14):%Y-%m-%d}"
+    for zone, count in (("Pacific/Kiritimati", 1), ("Etc/GMT+12", 0)):  # 26 hours between the first and the last
+        assert len(ctl("usage", "export", "--since", day, "--timezone", zone).out.splitlines()) == count
+    ran = ctl("usage", "export", "--since", day, "--timezone", "Nowhere")
+    assert (ran.code, "--timezone" in ran.err) == (Exit.USAGE, True)
+
+
+def test_an_export_to_a_terminal_shows_how_much_came(
     daemon: Daemon, ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     ran = ctl("usage", "export", "--out", str(tmp_path / "usage.ndjson"))
-    assert (ran.code, "100%" in ran.err) == (Exit.DONE, True), ran.err
+    assert (ran.code, "\r0.0 MB\n" in ran.err) == (Exit.DONE, True), ran.err
 
 
 @pytest.mark.parametrize(
