@@ -170,6 +170,7 @@ def _write_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     type=click.Choice(("ndjson", "json", "csv", "parquet")),
     help="ndjson unless --json is given.",
 )
+@click.option("--bom", is_flag=True, help="Of csv: put the mark before it by which Excel knows UTF-8.")
 @click.option(
     "--timezone",
     metavar="ZONE",
@@ -191,6 +192,7 @@ def export(
     session: Session,
     file: Path,
     form: str | None,
+    bom: bool,
     timezone: str | None,  # noqa: ARG001 -- by it days were read already
     **filters: str | None,
 ) -> None:
@@ -207,7 +209,7 @@ def export(
       asapctl usage export --format parquet --since 30d --out usage.parquet
     """
     chosen = form or ("json" if session.as_json else "ndjson")
-    headers, parts = download(session.door, chosen, filters)
+    headers, parts = download(session.door, chosen, {**filters, "bom": "true" if bom else None})
     size = 0
     raw_since = headers.get("asapd-raw-since")
     start = filters["start"]

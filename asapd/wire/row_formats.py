@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import re
@@ -88,18 +89,20 @@ class Json:
 class Csv:
     """RFC 4180; what a spreadsheet would take for a formula has an apostrophe before it.
 
-    With a header, but where the records go on from some that were had before.
+    With a header, but where the records go on from some that were had before. Before it stands, with `bom`, the mark by
+    which Excel knows UTF-8.
     """
 
     content_type = "text/csv; charset=utf-8"
 
-    def __init__(self, columns: Sequence[str], *, goes_on: bool = False) -> None:
+    def __init__(self, columns: Sequence[str], *, goes_on: bool = False, bom: bool = False) -> None:
         self._columns = columns
         self._goes_on = goes_on
+        self._mark = codecs.BOM_UTF8 if bom else b""
 
     def begin(self) -> bytes:
         """The header."""
-        return b"" if self._goes_on else csv_records([self._columns])
+        return b"" if self._goes_on else self._mark + csv_records([self._columns])
 
     def rows(self, rows: Rows) -> bytes:
         """A record for each; what has a structure as JSON in one cell."""

@@ -133,6 +133,13 @@ def test_a_day_that_an_export_begins_with_is_one_of_the_zone(daemon: Daemon, ctl
     assert (ran.code, "--timezone" in ran.err) == (Exit.USAGE, True)
 
 
+def test_an_export_for_excel_begins_with_its_mark(daemon: Daemon, ctl: Program, tmp_path: Path) -> None:
+    file = tmp_path / "usage.csv"
+    assert ctl("usage", "export", "--format", "csv", "--bom", "--out", str(file)).code == Exit.DONE
+    assert file.read_bytes().startswith(b"\xef\xbb\xbfseq,")
+    assert ctl("usage", "export", "--bom").code == Exit.USAGE
+
+
 def test_an_export_to_a_terminal_shows_how_much_came(
     daemon: Daemon, ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

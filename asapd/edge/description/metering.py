@@ -27,6 +27,7 @@ from asapd.edge.description.queries import (
     AGENT,
     CONSUMER,
     DRY_RUN,
+    FLAG,
     LAST_EVENT,
     NUMBER,
     OFFSET,
@@ -119,6 +120,7 @@ OPERATIONS = (
         {
             **USAGE,
             **formats("ndjson", "json", "csv", "parquet"),
+            "bom": {**FLAG, "description": "CSV with the mark by which Excel knows UTF-8"},
             "after": {**NUMBER, "description": "seq of the last row that is known"},
             "through": {**NUMBER, "description": "seq of the last row that is wanted, 0 for none"},
         },

@@ -43,11 +43,14 @@ def register(app: QuartTrio, services: Services) -> None:
         filters = usage_filters(parameters)
         through = parameters.number("through", _MOST, 0, _MOST)
         after_seq = parameters.number("after", 0, 1, _MOST)
+        bom = parameters.flag("bom")
         parameters.done()
+        if bom and name != "csv":
+            raise bad_parameter("bom", "is for format=csv: leave it out, the other formats need no mark")
         after = await _position(services, caller, after_seq)
         # 0 where the caller may see no row: who goes on with that gets none, as in the first reply.
         through = min(through, await services.reads.usage.snapshot(caller))
-        form = Csv(COLUMNS, goes_on=True) if after and name == "csv" else _format(name)
+        form = Csv(COLUMNS, goes_on=after is not None, bom=bom) if name == "csv" else _format(name)
         export = Export(services, caller, filters, through, form, PARQUET_PAGE if name == "parquet" else PAGE)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
         response = Response(export.parts(first), content_type=export.format.content_type)

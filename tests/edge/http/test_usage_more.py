@@ -200,6 +200,16 @@ async def test_an_export_tells_of_voids_as_of_its_snapshot(edge: Edge) -> None:
     assert [row["voided_by"] for row in table] == [row["voided_by"] or "" for row in rows]
 
 
+async def test_csv_has_a_mark_for_excel_when_asked_and_only_before_its_header(edge: Edge) -> None:
+    await record(edge, 3)
+    plain = (await edge.get("/usage/export?format=csv")).body
+    assert (await edge.get("/usage/export?format=csv&bom=true")).body == b"\xef\xbb\xbf" + plain
+    rest = (await edge.get("/usage/export?format=csv&bom=true&after=1")).body
+    assert (rest[:2], plain.endswith(rest)) == (b"2,", True)
+    refused = (await edge.get("/usage/export?format=json&bom=true")).refused(400)
+    assert (refused["code"], refused["errors"][0]["field"]) == ("bad_parameter", "bom")
+
+
 async def test_parquet_without_its_package_says_what_to_install(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
