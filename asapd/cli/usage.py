@@ -214,11 +214,12 @@ def export(
     raw_since = headers.get("asapd-raw-since")
     start = filters["start"]
     is_short = raw_since is not None and (start is None or start < raw_since)
-    with _progress() as show, written(file) as out:
+    counted = {**filters, "start": raw_since} if is_short else filters
+    with _progress(session, chosen, counted) as show, written(file) as out:
         for part in parts:
             out.write(part)
             size += len(part)
-            show(size)
+            show(part)
     if is_short:
         click.echo(
             f"events from before {raw_since} are not in it, as far as retention took them (retention.usage): "
@@ -230,12 +231,24 @@ def export(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """On a terminal, how many bytes came. How many will, nobody knows: sums count no voids and no corrections."""
+def _progress(session: Session, form: str, filters: dict[str, str | None]) -> Iterator[Callable[[bytes], None]]:
+    """On a terminal a bar, by lines; of Parquet, which has none, how many bytes came.
+
+    There are about as many lines as the sums have events: voids, corrections and line ends in cells of CSV come on top.
+    """
     if not sys.stderr.isatty():
-        yield lambda _size: None
-        return
-    try:
-        yield lambda size: click.echo(f"\r{size / 1_000_000:.1f} MB", nl=False, err=True)
-    finally:
+        yield lambda _part: None
+    elif form == "parquet":
+        sizes = [0]
+
+        def show(part: bytes) -> None:
+            sizes[0] += len(part)
+            click.echo(f"\r{sizes[0] / 1_000_000:.1f} MB", nl=False, err=True)
+
+        yield show
         click.echo(err=True)
+    else:
+        total = session.door.get("/usage/summary", **filters)["total_events"]
+        with click.progressbar(length=total, label="about", show_pos=True, show_percent=True, file=sys.stderr) as bar:
+            yield lambda part: bar.update(part.count(b"\n"))
+            bar.update(max(0, total - bar.pos))

@@ -140,12 +140,13 @@ def test_an_export_for_excel_begins_with_its_mark(daemon: Daemon, ctl: Program, 
     assert ctl("usage", "export", "--bom").code == Exit.USAGE
 
 
-def test_an_export_to_a_terminal_shows_how_much_came(
-    daemon: Daemon, ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("form", "said"), [("ndjson", "100%"), ("csv", "100%"), ("parquet", "\r0.0 MB\n")])
+def test_an_export_to_a_terminal_shows_how_far_it_is(
+    form: str, said: str, daemon: Daemon, ctl: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    ran = ctl("usage", "export", "--out", str(tmp_path / "usage.ndjson"))
-    assert (ran.code, "\r0.0 MB\n" in ran.err) == (Exit.DONE, True), ran.err
+    ran = ctl("usage", "export", "--format", form, "--out", str(tmp_path / "usage"))
+    assert (ran.code, said in ran.err) == (Exit.DONE, True), ran.err
 
 
 @pytest.mark.parametrize(
