@@ -10,7 +10,8 @@ from typing import Any
 
 import trio
 
-from asapd.actors.retired import Retired, refused
+from asapd.actors.retired import Retired, Went
+from asapd.actors.slow_reads import TAKEN_ANYWAY, ReadTooLongError, refuse_slow
 from asapd.core.audit import Fault
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
@@ -66,11 +67,11 @@ class Archivist:
         An archive that has begun is finished: begun anew by each who asks again, it might never be. It can be
         cancelled anywhere: nothing is erased that no verified archive holds, and the next time goes on from there.
         """
-        taken = Taken()
+        went = Went("audit entries")
         with trio.move_on_at(until_s) as patience:
             await self._lock.acquire()
         if patience.cancelled_caught:
-            return Retired(taken, before_us(), more=True)
+            return Retired(went.taken, before_us(), more=True)
 
         def due_now_us() -> int | None:
             # No later than at first: of what is written meanwhile there might be no end.
@@ -81,18 +82,20 @@ class Archivist:
             first_us = before_us()
             while True:
                 erased, refusal = await self._retire_archived(due_now_us, actor)
-                taken = taken.plus(erased)
+                went.add(erased)
                 if refusal is None:
                     due_us = due_now_us()
                     if due_us is None:
-                        return Retired(taken, None, more=False)
+                        return Retired(went.taken, None, more=False)
                     after = await self._retired_through()
                     prefix = await self._database.read(audit_retention.due, after, due_us)
                     if prefix is None or trio.current_time() >= until_s:
-                        return Retired(taken, due_us, more=prefix is not None)
+                        return Retired(went.taken, due_us, more=prefix is not None)
                     refusal = await self._archive(prefix, due_us, actor)
                 if refusal is not None:
-                    return refused(refusal, {"audit entries": taken.count})
+                    return went.refused(refusal)
+        except ReadTooLongError as error:
+            return went.refused(refuse_slow(error, TAKEN_ANYWAY))
         finally:
             self._lock.release()
 

@@ -13,9 +13,9 @@ import trio
 
 from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
-from asapd.actors.retired import Retired, refused
+from asapd.actors.retired import Retired, Went, refused
 from asapd.actors.retirer import Retirer
-from asapd.actors.slow_reads import ReadTooLongError, refuse_slow
+from asapd.actors.slow_reads import TAKEN_ANYWAY, ReadTooLongError, refuse_slow
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
 from asapd.runtime.clock import Clock
@@ -177,19 +177,23 @@ async def _retire_alerts(
     database: Database, clock: Clock, settings: JanitorSettings, actor: str, until_s: float = math.inf
 ) -> Retired[int] | Refusal:
     """Retire the alerts that are due and that every push target has come past, at least a step of them."""
-    taken, more = Taken(), True
-    while True:
-        now_us = clock.now_us()
-        before_us = now_us - settings.retention.alerts_us
-        if not more or not await database.read(alert_retention.is_due, before_us):
-            return Retired(taken, before_us, more=False)
-        if taken.count and trio.current_time() >= until_s:
-            return Retired(taken, before_us, more=True)
-        done = await database.submit(RetireAlerts(before_us, actor, now_us))
-        if isinstance(done, Refusal):
-            return refused(done, {"alerts": taken.count})
-        taken, more = taken.plus(Taken(done.rows)), done.more
-        await trio.sleep(BREATH_S)
+    went, more = Went("alerts"), True
+    try:
+        while True:
+            now_us = clock.now_us()
+            before_us = now_us - settings.retention.alerts_us
+            if not more or not await database.read(alert_retention.is_due, before_us):
+                return Retired(went.taken, before_us, more=False)
+            if went.taken.count and trio.current_time() >= until_s:
+                return Retired(went.taken, before_us, more=True)
+            done = await database.submit(RetireAlerts(before_us, actor, now_us))
+            if isinstance(done, Refusal):
+                return went.refused(done)
+            went.add(Taken(done.rows))
+            more = done.more
+            await trio.sleep(BREATH_S)
+    except ReadTooLongError as error:
+        return went.refused(refuse_slow(error, TAKEN_ANYWAY))
 
 
 async def apply_retention(
@@ -209,30 +213,20 @@ async def apply_retention(
     Events of hours that keep them are not counted as going: as far as hours were looked at, which a dry run leaves to
     the janitor.
     """
-    try:
-        return await _apply(database, clock, settings, archivist, retirer, actor, dry_run)
-    except ReadTooLongError as error:
-        return refuse_slow(error, "asapd looks every minute for what is due, and takes it away by itself")
-
-
-async def _apply(
-    database: Database,
-    clock: Clock,
-    settings: JanitorSettings,
-    archivist: Archivist,
-    retirer: Retirer,
-    actor: str,
-    dry_run: bool,
-) -> dict[str, Any] | Refusal:
     now_us = clock.now_us()
     probes_before_us = now_us - settings.retention.probes_us  # these go by the sweep of every second
     if dry_run:
         entries_before_us = audit_before_us(settings, now_us)
-        due = await database.read(retention.due, retired_before_us(settings, now_us), probes_before_us, retirer.kept)
-        alerts_due = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
-        never = audit_retention.shown(None, Taken())
-        audit_due = never if entries_before_us is None else await archivist.due(entries_before_us)
-        return {"dry_run": True, **due, "alerts": alerts_due, "audit": audit_due, "more": False}
+        try:
+            usage_due = await database.read(
+                retention.due, retired_before_us(settings, now_us), probes_before_us, retirer.kept
+            )
+            alerts_due = await database.read(alert_retention.due, now_us - settings.retention.alerts_us)
+            never = audit_retention.shown(None, Taken())
+            audit_due = never if entries_before_us is None else await archivist.due(entries_before_us)
+        except ReadTooLongError as error:
+            return refuse_slow(error, TAKEN_ANYWAY)
+        return {"dry_run": True, **usage_due, "alerts": alerts_due, "audit": audit_due, "more": False}
     started_s = trio.current_time()
     usage = await retirer.retire(partial(retired_before_us, settings), actor, APPLY_S)
     alerts = await _retire_alerts(database, clock, settings, actor, started_s + APPLY_S)
@@ -248,7 +242,11 @@ async def _apply(
         parts = {"usage events": usage, "alerts": alerts, "audit entries": audit}
         no = next(part for part in parts.values() if isinstance(part, Refusal))
         return refused(no, {what: part.taken.count for what, part in parts.items() if isinstance(part, Retired)})
-    went = await database.read(retention.told, usage.before_us, usage.taken, probes_before_us, retirer.kept)
+    try:
+        went = await database.read(retention.told, usage.before_us, usage.taken, probes_before_us, retirer.kept)
+    except ReadTooLongError as error:
+        taken = {"usage events": usage.taken, "alerts": alerts.taken, "audit entries": audit.taken}
+        return refused(refuse_slow(error, TAKEN_ANYWAY), {what: part.count for what, part in taken.items()})
     return {
         "dry_run": False,
         **went,

@@ -21,6 +21,22 @@ class Retired(msgspec.Struct, Generic[Before], frozen=True):
     more: bool
 
 
+class Went:
+    """What went so far of what is named so."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.taken = Taken()
+
+    def add(self, taken: Taken) -> None:
+        """That went as well."""
+        self.taken = self.taken.plus(taken)
+
+    def refused(self, refusal: Refusal) -> Refusal:
+        """A refusal on the way, which says what went before it."""
+        return refused(refusal, {self.what: self.taken.count})
+
+
 def refused(refusal: Refusal, went: Mapping[str, int]) -> Refusal:
     """A refusal that says as well what went before it, or beside it: of that no other reply tells."""
     told = "".join(f"; {count} {what} went all the same" for what, count in went.items() if count)

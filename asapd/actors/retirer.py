@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import trio
 
-from asapd.actors.retired import Retired, refused
+from asapd.actors.retired import Retired, Went
+from asapd.actors.slow_reads import TAKEN_ANYWAY, ReadTooLongError, refuse_slow
 from asapd.core.errors import Refusal
 from asapd.core.types import HOUR_US
 from asapd.runtime.clock import Clock
@@ -101,12 +102,18 @@ class Retirer:
             await self._lock.acquire()
         if patience.cancelled_caught:
             return Retired(Taken(), before_us(self._clock.now_us()), more=True)
+        went = Went("usage events")
         try:
-            return await self._retire(before_us, actor, until_s)
+            return await self._retire(before_us, actor, until_s, went)
+        except ReadTooLongError as error:
+            slow = refuse_slow(error, TAKEN_ANYWAY)
+            return went.refused(slow) if went.taken.count else self._is_stuck(slow)
         finally:
             self._lock.release()
 
-    async def _retire(self, before_us: Callable[[int], int], actor: str, until_s: float) -> Retired[int] | Refusal:
+    async def _retire(
+        self, before_us: Callable[[int], int], actor: str, until_s: float, went: Went
+    ) -> Retired[int] | Refusal:
         due_us = before_us(self._clock.now_us())
         # What comes behind it may be of an hour that was empty when it was looked at: the next time seals that.
         _, newest = await self._database.read(usage_hours.newest_of)
@@ -115,21 +122,22 @@ class Retirer:
             return self._is_stuck(sealed)
         more = sealed < due_us
         due_us = sealed
-        taken, is_begun = Taken(), False
+        is_begun = False
         kept = self.kept
         while True:
             due_us = min(due_us, before_us(self._clock.now_us()))
             if not await self._database.read(retention.is_due, due_us, kept, newest):
                 self._stuck = None
-                return Retired(taken, due_us, more)
+                return Retired(went.taken, due_us, more)
             if is_begun and trio.current_time() >= until_s:
-                return Retired(taken, due_us, more=True)
+                return Retired(went.taken, due_us, more=True)
             unit = RetireUsage(due_us, actor, self._clock.now_us(), kept=kept, through_row=newest)
             done = await self._database.submit(unit)
             if isinstance(done, Refusal):
-                return refused(done, {"usage events": taken.count}) if is_begun else self._is_stuck(done)
+                return went.refused(done) if is_begun else self._is_stuck(done)
             self._stuck = None
-            taken, is_begun = taken.plus(done.taken), True
+            went.add(done.taken)
+            is_begun = True
             await trio.sleep(BREATH_S)
 
     def _is_stuck(self, refusal: Refusal) -> Refusal:

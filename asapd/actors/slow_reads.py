@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 from asapd.core.errors import Refusal
 from asapd.store.database import ReadTooLongError
 
-__all__ = ["ReadTooLongError", "refuse_slow", "refusing_slow"]
+__all__ = ["TAKEN_ANYWAY", "ReadTooLongError", "refuse_slow", "refusing_slow"]
 
 M = TypeVar("M", bound=Any)
+
+TAKEN_ANYWAY = "asapd looks every minute for what is due, and takes it away by itself"
+"""What there is to do where retention was asked for."""
 
 _NARROW = "ask for less: a shorter time (start, end), one agent or consumer, coarser groups"
 

@@ -56,7 +56,8 @@ def _ended_in_order() -> Iterator[None]:
 
     def end(number: int, _frame: FrameType | None) -> None:
         came.append(number)
-        raise _EndedError
+        if len(came) == 1:  # a second must not cut off what the first has begun
+            raise _EndedError
 
     # Who ignores one, as nohup does, or heeds it, goes on doing so.
     ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]

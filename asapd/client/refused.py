@@ -12,6 +12,8 @@ from asapd.client.event import encode, timestamp
 from asapd.client.waiting import Record
 
 MAX_BYTES = 64 * 2**20
+LOCKED_S = 2.0
+"""How long another process may write at most before a line is given up."""
 
 
 class RefusedFile:
@@ -36,7 +38,7 @@ class RefusedFile:
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # So that what is cut off again is never a line of another process.
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             size_bytes = os.fstat(fd).st_size
             if size_bytes >= MAX_BYTES:
                 return False
@@ -47,8 +49,27 @@ class RefusedFile:
                 os.ftruncate(fd, size_bytes)
                 raise
         finally:
+            # Not left to the last descriptor: a child that was forked meanwhile has one too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
         return True
+
+
+def _lock(fd: int) -> None:
+    """Wait for the others' lines.
+
+    Raises:
+        BlockingIOError: one that writes does not come to its end; it may have been stopped.
+    """
+    deadline_s = time.monotonic() + LOCKED_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(0.01)
 
 
 def _write(fd: int, data: bytes) -> None:

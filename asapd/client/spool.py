@@ -215,21 +215,27 @@ class Spool:
     def _read_at(self, number: int, offset: int, size: int) -> bytes:
         if self._reading_number != number:
             fd = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
-            if self._reading >= 0:
-                os.close(self._reading)
-            self._reading, self._reading_number = fd, number
+            # A fork may come between any two steps, and the child closes what is known here.
+            before, self._reading, self._reading_number = self._reading, fd, number
+            if before >= 0:
+                os.close(before)
         return os.pread(self._reading, size, offset)
 
     def acknowledge(self, record: Record, count: int) -> None:
         """See `Waiting`."""
         with self._lock:
             gone, self._acknowledged = self._acknowledged, record.end
+            try:
+                self._write_mark()
+            except BaseException:
+                self._acknowledged = gone  # nothing has changed: they are acknowledged again
+                raise
             finished = range(gone[0], record.end[0])
             self.size_bytes -= record.end[1] - gone[1] + sum(map(self._size, finished))
             self.count -= count
-            self._write_mark()
             for number in finished:
-                self._path(number).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what stays is taken away by whoever opens the directory next
+                    self._path(number).unlink(missing_ok=True)
                 if number in self._sealed:
                     os.close(self._sealed.pop(number))
 
@@ -248,26 +254,35 @@ class Spool:
             os.close(fd)
 
     def close(self) -> None:
-        """See `Waiting`. The lock goes with its last descriptor, so a forked child does not take it from its parent."""
+        """See `Waiting`."""
         with self._lock:
-            for fd in [self._fd, self._mark_fd, self._lock_fd, self._reading, *self._sealed.values()]:
-                if fd >= 0:
-                    os.close(fd)
-            self._sealed = {}
-            self._fd = self._mark_fd = self._lock_fd = self._reading = -1
-            self._reading_number = 0
-            _open_spools.discard(self)
+            if self._lock_fd >= 0:
+                # Not left to its last descriptor: a child that is forked meanwhile has one too.
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+            self._close()
+
+    def _close(self) -> None:
+        known = [self._fd, self._mark_fd, self._lock_fd, self._reading, *self._sealed.values()]
+        # Before they are closed: a child that is forked meanwhile must not close what has their numbers by then.
+        self._sealed = {}
+        self._fd = self._mark_fd = self._lock_fd = self._reading = -1
+        self._reading_number = 0
+        _open_spools.discard(self)
+        for fd in known:
+            if fd >= 0:
+                os.close(fd)
 
     def forget_in_child(self) -> None:
-        """Close what a forked child inherited; the parent goes on with it."""
+        """Close what a forked child inherited; the parent goes on with it, and keeps the lock."""
         self._lock = threading.Lock()
-        self.close()
+        self._close()
 
 
 def forget_in_child() -> None:
     """In a forked child: close all spools, also those that other threads had adopted or were about to open."""
     for spool in list(_open_spools):
-        spool.forget_in_child()
+        with contextlib.suppress(OSError):
+            spool.forget_in_child()
 
 
 def _lock(path: Path) -> int:

@@ -150,7 +150,7 @@ class Memory:
         """Memory does not survive anything."""
 
     def close(self) -> None:
-        """Forget everything."""
+        """Forget everything, and take nothing more: it would be nowhere."""
         with self._lock:
             self._records.clear()
-            self._size_bytes = 0
+            self._size_bytes = self._max_bytes = 0

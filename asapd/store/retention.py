@@ -145,7 +145,7 @@ def told(
     probes = fetch(connection, "SELECT count(*) FROM probe WHERE ts_us < ?", (probes_before_us,))[0][0]
     return {
         "usage": {
-            "before": format_us(usage_before_us),
+            "before": shown_us(usage_before_us),
             "count": goes.count,
             "kept": sum(fetch(connection, _STAY, hour)[0][0] for hour in hours),
             "first_row": goes.first,

@@ -168,7 +168,7 @@ def abandon_overdue(tx: Tx, before_us: int, grace_us: int, now_us: int, limit: i
     )
     closed = 0
     for seq, recorded_us, *of_start in overdue:
-        if recorded_us + grace_us > now_us:
+        if now_us - grace_us < recorded_us <= now_us:  # a clock that was ahead then puts nothing off
             # This gets as old as `before_us` when the grace is over.
             again_us = recorded_us + grace_us - (now_us - before_us)
             tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (again_us, seq))

@@ -457,7 +457,10 @@ def _hours(connection: apsw.Connection) -> Iterator[int]:
 
 def _next_event(connection: apsw.Connection, after: int) -> int | None:
     sql = "SELECT min(timestamp_us) FROM usage WHERE timestamp_us >= ?"
-    first_us = fetch(connection, sql, (bounded_us((after + 1) * HOUR_US),))[0][0]
+    start_us = bounded_us((after + 1) * HOUR_US)
+    if start_us < (after + 1) * HOUR_US:
+        return None  # no time is that late
+    first_us = fetch(connection, sql, (start_us,))[0][0]
     return None if first_us is None else int(first_us) // HOUR_US
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -14,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asapd.client import refused
 from asapd.client import spool as spools
+from asapd.client.refused import RefusedFile
 from asapd.client.spool import Spool, SpoolLockedError, abandoned, is_left, take
 from asapd.client.waiting import Kind, Memory, Record
 
@@ -335,3 +338,38 @@ def test_memory_is_a_bounded_queue_too() -> None:
     memory.sync()
     memory.close()
     assert (memory.count, memory.size_bytes) == (0, 0)
+    assert append(memory, "h") == [False]
+
+
+def test_what_could_not_be_marked_is_acknowledged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path, ROOM, None)
+    append(spool, "a", "b", "c")
+    records = spool.read(2, ROOM)
+    with monkeypatch.context() as broken:
+        broken.setattr(Spool, "_write_mark", _fails)
+        for _ in range(2):
+            with pytest.raises(OSError, match="broken"):
+                spool.acknowledge(records[-1], len(records))
+    assert (spool.count, names(spool)) == (3, ["a", "b", "c"])
+    spool.acknowledge(records[-1], len(records))
+    assert (spool.count, names(spool)) == (1, ["c"])
+    spool.close()
+
+
+def _fails(*_: object) -> None:
+    raise OSError("the disk is broken")
+
+
+def test_a_refused_event_is_given_up_when_another_process_has_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refused, "LOCKED_S", 0.05)
+    file = RefusedFile(tmp_path / "refused.ndjson")
+    record = Record(Kind.USAGE, b'{"id":"a"}', (0, 0))
+    assert file.add(record, "invalid", "is odd")
+    with (tmp_path / "refused.ndjson").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            file.add(record, "invalid", "is odd")
+    assert file.add(record, "invalid", "is odd")
+    assert len((tmp_path / "refused.ndjson").read_bytes().splitlines()) == 2

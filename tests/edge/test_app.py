@@ -127,7 +127,9 @@ async def test_a_read_that_takes_too_long_is_503_and_says_how_to_narrow_it(
     [
         ("DELETE", "/delegations/del_x", None, "get_delegation"),
         ("GET", "/sla", None, "past_breaches"),
-        ("POST", "/retention", b"", "due"),
+        ("POST", "/retention", b"", "told"),
+        ("POST", "/retention", b"", "is_due"),
+        ("POST", "/retention", b"", "newest"),
         ("POST", "/retention?dry_run=true", b"", "due"),
     ],
 )

@@ -117,6 +117,11 @@ def test_a_row_that_goes_comes_or_has_no_time_is_found(filled: apsw.Connection) 
     assert "name 7777" in altered(filled, "UPDATE usage_hour SET agent = 7777")[-1]
 
 
+@pytest.mark.parametrize("time_us", [-(2**63), 2**63 - 1])
+def test_an_event_at_the_first_or_last_time_there_is_ends_no_walk(filled: apsw.Connection, time_us: int) -> None:
+    assert altered(filled, f"UPDATE usage SET timestamp_us = {time_us} WHERE seq = 7")
+
+
 def retire(connection: apsw.Connection, hour: int, limit: int = 500) -> None:
     submit(connection, RetireUsage(hour * HOUR_US, "asapd", NOW_US, limit))
 
