@@ -7,6 +7,7 @@ from typing import Any
 import trio
 
 from asapd.actors.archivist import BREATH_S
+from asapd.actors.slow_reads import ReadAfterCommitError, ReadTooLongError
 from asapd.core.errors import Refusal
 from asapd.runtime.clock import Clock
 from asapd.store import audit, delegation_news, erasure, namesakes, renumbering
@@ -47,59 +48,64 @@ async def erase_consumer(
     after, erased, told, done = 0, 0, 0, None
     deadline = trio.current_time() + APPLY_S
     others = _Others(database, consumer)
-    while True:
-        head, _ = await database.read(audit.head)
-        through = min(head, after + audit.WINDOW)
-        seqs = await database.read(erasure.entries_of, consumer, after, STEP, through)
-        is_last = len(seqs) < STEP and through == head
-        if not seqs and not is_last:
-            after = through
-            continue
-        if is_last or done is None:
-            # First of all, and again before a unit that may be the last: that takes only so many as came since.
-            newest = await database.read(delegation_news.newest_news)
-            while told < newest:
-                last = min(newest, told + NEWS_WINDOW)
-                news = await database.read(delegation_news.naming, consumer, told, NEWS, last)
-                told = news[-1] if len(news) == NEWS else last
-                if not news:
-                    continue
-                unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
-                done = await database.submit(unit)
-                if isinstance(done, Refusal):
-                    return done
-                pseudonym = done.pseudonym
-                if trio.current_time() > deadline:
-                    return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": True}
-                await trio.sleep(BREATH_S)
-        after = max(after, seqs[-1] if len(seqs) == STEP else through)
-        if is_last and await others.look():  # for the first time, which takes as long in a large log as erasing may
-            deadline = trio.current_time() + APPLY_S
-        unit = EraseConsumer(
-            consumer,
-            pseudonym,
-            seqs,
-            reason,
-            actor,
-            clock.now_us(),
-            after if is_last else None,
-            news_after=told,
-            is_shared=others.are_there,
-            usage_after=others.usage_after,
-            steps=others.steps,
-            steps_after=others.steps_after,
-            hours=others.hours,
-            is_all=others.is_all,
-            looked_from=others.looked_from,
-        )
-        done = await database.submit(unit)
-        if isinstance(done, Refusal):
-            return done
-        others.take(done)
-        erased, pseudonym = erased + done.entries, done.pseudonym
-        if done.is_whole or trio.current_time() > deadline:
-            return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": not done.is_whole}
-        await trio.sleep(BREATH_S)
+    try:
+        while True:
+            head, _ = await database.read(audit.head)
+            through = min(head, after + audit.WINDOW)
+            seqs = await database.read(erasure.entries_of, consumer, after, STEP, through)
+            is_last = len(seqs) < STEP and through == head
+            if not seqs and not is_last:
+                after = through
+                continue
+            if is_last or done is None:
+                # First of all, and again before a unit that may be the last: that takes only so many as came since.
+                newest = await database.read(delegation_news.newest_news)
+                while told < newest:
+                    last = min(newest, told + NEWS_WINDOW)
+                    news = await database.read(delegation_news.naming, consumer, told, NEWS, last)
+                    told = news[-1] if len(news) == NEWS else last
+                    if not news:
+                        continue
+                    unit = EraseConsumer(consumer, pseudonym, [], reason, actor, clock.now_us(), None, news)
+                    done = await database.submit(unit)
+                    if isinstance(done, Refusal):
+                        return done
+                    pseudonym = done.pseudonym
+                    if trio.current_time() > deadline:
+                        return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": True}
+                    await trio.sleep(BREATH_S)
+            after = max(after, seqs[-1] if len(seqs) == STEP else through)
+            if is_last and await others.look():  # for the first time, which takes as long in a large log as erasing may
+                deadline = trio.current_time() + APPLY_S
+            unit = EraseConsumer(
+                consumer,
+                pseudonym,
+                seqs,
+                reason,
+                actor,
+                clock.now_us(),
+                after if is_last else None,
+                news_after=told,
+                is_shared=others.are_there,
+                usage_after=others.usage_after,
+                steps=others.steps,
+                steps_after=others.steps_after,
+                hours=others.hours,
+                is_all=others.is_all,
+                looked_from=others.looked_from,
+            )
+            done = await database.submit(unit)
+            if isinstance(done, Refusal):
+                return done
+            others.take(done)
+            erased, pseudonym = erased + done.entries, done.pseudonym
+            if done.is_whole or trio.current_time() > deadline:
+                return {"dry_run": False, "entries": erased, **found, "pseudonym": pseudonym, "more": not done.is_whole}
+            await trio.sleep(BREATH_S)
+    except ReadTooLongError as error:
+        if done is None:
+            raise
+        raise ReadAfterCommitError(str(error)) from None
 
 
 class _Others:

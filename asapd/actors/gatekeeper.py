@@ -11,6 +11,7 @@ from typing import assert_never
 import trio
 
 from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
+from asapd.actors.slow_reads import after_commit, refusing_slow
 from asapd.core.access import Caller, Tenants
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us
@@ -36,6 +37,11 @@ class KeyRing:
     def replace(self, keys: list[ApiKey]) -> None:
         """Hold exactly the keys of this list that are not revoked."""
         self._keys = {key.id: key for key in keys if key.revoked_us is None}
+        self.changed.notify()
+
+    def drop(self, key_id: str) -> None:
+        """Hold a key no more."""
+        self._keys.pop(key_id, None)
         self.changed.notify()
 
     def find(self, presented: str) -> Caller | None:
@@ -84,13 +90,18 @@ async def run_gatekeeper(
         match message:
             case CreateKeyRequest():
                 outcome = await _create(message, database, clock.now_us(), entropy, seed)
-                keys = await database.read(list_keys)
+                with after_commit():
+                    keys = await database.read(list_keys)
                 ring.replace(keys)
                 message.reply.send(_unless_revoked(outcome, keys))
             case RevokeKeyRequest():
                 unit = RevokeKey(message.id, message.caller.actor, clock.now_us())
                 revoked = await database.submit(unit, urgent=True)
-                ring.replace(await database.read(list_keys))
+                if isinstance(revoked, Refusal):
+                    with after_commit():
+                        ring.replace(await database.read(list_keys))
+                else:
+                    ring.drop(revoked.id)  # from the reply on, however slow the disk is
                 message.reply.send(revoked)
             case _:
                 assert_never(message)
@@ -100,7 +111,7 @@ async def run_gatekeeper(
 
     async with inbox:
         task_status.started()
-        await mailbox.serve(inbox, handle, failed=failed, beat=beat)
+        await mailbox.serve(inbox, refusing_slow(handle, log), failed=failed, beat=beat)
 
 
 async def _create(

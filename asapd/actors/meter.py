@@ -148,7 +148,7 @@ async def run_meter(
         try:
             await mailbox.serve(
                 inbox,
-                refusing_slow(handle),
+                refusing_slow(handle, log),
                 failed=failed,
                 passes_on=pass_on,
                 rests=reports.send_gathered,

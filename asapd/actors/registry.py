@@ -32,7 +32,7 @@ from asapd.actors.messages import (
     Validity,
 )
 from asapd.actors.revocations import Imported, RevokedTokens, find_signer, imported, plan_import, read_list
-from asapd.actors.slow_reads import refusing_slow
+from asapd.actors.slow_reads import after_commit, refusing_slow
 from asapd.core.access import Caller, Permission, Tenants
 from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
@@ -132,7 +132,7 @@ async def run_registry(
         task_status.started()
         await mailbox.serve(
             inbox,
-            refusing_slow(registry.handle),
+            refusing_slow(registry.handle, log),
             failed=failed,
             passes_on=registry.pass_on,
             concurrency=CONCURRENCY,
@@ -197,7 +197,8 @@ class _Registry:
             self._log.error("%s", problem)
         self._settings.key_problems = problems
         self._keys.held, self._keys.pinned, self._keys.manifest_keys = held, pinned, delegation.manifest_keys
-        await self._load_keys(delegation.roots)
+        with after_commit():
+            await self._load_keys(delegation.roots)
         return None
 
     async def _load_keys(self, roots: tuple[str, ...] | None = None) -> None:
@@ -369,8 +370,11 @@ class _Registry:
         outcome = await self._take_in(chain, caller, message.idempotency)
         if not isinstance(outcome, Registered):
             return outcome
+        if outcome.created and message.idempotency is None:
+            return Issued(outcome.id, chain.tokens[-1].text, created=True)
         # An Idempotency-Key may have brought back an earlier delegation: its own token goes with it.
-        row = await self._database.read(ledger_queries.get_delegation, outcome.id)
+        with after_commit():
+            row = await self._database.read(ledger_queries.get_delegation, outcome.id)
         return Issued(outcome.id, chain.tokens[-1].text if row is None else row.token, outcome.created)
 
     async def _take_in(
@@ -529,16 +533,17 @@ class _Registry:
             return _forbidden(f"only who may act for {row.delegator} can revoke this delegation{hint}")
         unit = Revoke(row.id, message.caller.actor, message.reason, self._clock.now_us())
         outcome = await self._database.submit(unit, urgent=True)
-        # In force before the reply; and after an unknown outcome the store alone knows.
-        await self.revoked.refresh()
-        if isinstance(outcome, Refusal):
-            return outcome
-        seen = outcome.ids
-        if not message.caller.sees_everything:
-            seen = await self._database.read(ledger_queries.seen_among, seen, may_see)
+        with after_commit():
+            # In force before the reply; and after an unknown outcome the store alone knows.
+            await self.revoked.refresh()
+            if isinstance(outcome, Refusal):
+                return outcome
+            seen = outcome.ids
+            if not message.caller.sees_everything:
+                seen = await self._database.read(ledger_queries.seen_among, seen, may_see)
+            query_open = reservation_queries.open_under
+            left = await self._database.read(query_open, outcome.ids, self._clock.now_us(), MAX_LEFT_OPEN)
         others = [one for one in others if one[0] not in outcome.ids]
-        query_open = reservation_queries.open_under
-        left = await self._database.read(query_open, outcome.ids, self._clock.now_us(), MAX_LEFT_OPEN)
         return Revoked(seen, outcome.newly, len(outcome.ids) - len(seen), others, left)
 
     async def _import_revocations(self, message: ImportRevocationList) -> Imported | Refusal:
@@ -557,7 +562,8 @@ class _Registry:
             return signer
         unit, foreign = plan_import(found, signer, message.body, actor=actor, now_us=now_us, skew_us=settings.skew_us)
         outcome = await self._database.submit(unit, urgent=True, idempotency=message.idempotency)
-        await self.revoked.refresh()
+        with after_commit():
+            await self.revoked.refresh()
         return outcome if isinstance(outcome, Refusal) else imported(unit, outcome, foreign)
 
     # --- usage that comes with a token

@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from asapd.actors.meter import MeterSettings
+from asapd.actors.slow_reads import ReadTooLongError
 from asapd.core.errors import Refusal
 from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
@@ -74,8 +75,15 @@ async def reprice(
     estimates_kept = 0
     look = partial(_look, prices=prices, prefer=prefer)
     begun_s = clock.monotonic_s()
+    is_begun = False
     while True:  # at least one page: a part that does nothing would never end a run
-        page, found, corrections = await database.read(look, selection, position)
+        try:
+            page, found, corrections = await database.read(look, selection, position)
+        except ReadTooLongError:
+            if not is_begun:
+                raise
+            break  # the pages before are corrected: of these it tells, and the next part begins where they end
+        is_begun = True
         for name, change in found.items():
             _add(totals, name, change)
         if not request.dry_run:

@@ -266,9 +266,9 @@ class Rounds:
 
         if await self._record(watch, unit, stored):
             watch.manifest = newest
+            self._directory_changed.notify()  # before a read that may take too long: what was stored is to be known
             rows = await self._database.read(directory, EVERYTHING, watch.id)
             watch.keys = rows[0].keys if rows else ()
-            self._directory_changed.notify()
             if signer is not None and unit.verification in {"key_changed", "wrong_key"}:
                 self._warn_of_key(watch.id, signer)
             if unit.sla_error is not None:

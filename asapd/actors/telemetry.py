@@ -6,12 +6,14 @@ wrong in it, but recorded without that, and says so.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 from typing import Final, cast
 
 import msgspec
 
 from asapd.actors.messages import ReportMetrics, TelemetryRecorded
+from asapd.actors.slow_reads import after_commit
 from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
@@ -103,14 +105,19 @@ async def record_metrics(
     )
     recorded = duplicates = 0
     baselines: list[int] = []
+    is_begun = False
     parts, families = await _plan(message.caller, points, database, times)
     for place, part in enumerate(parts, 1):
         # What one part would forget the next may go by.
         unit = msgspec.structs.replace(unit, forget_before_us=times.forget_before_us if place == len(parts) else 0)
-        done = await _record_part(message.caller, part, families, unit, database, make_unit, times, rejected, counts)
+        with after_commit() if is_begun else nullcontext():
+            done = await _record_part(
+                message.caller, part, families, unit, database, make_unit, times, rejected, counts
+            )
         if isinstance(done, Refusal):
             return done
         if done is not None:
+            is_begun = True
             recorded, duplicates = recorded + done.outcome.recorded, duplicates + done.outcome.duplicates
             baselines += [delta.point.value for delta in done.deltas if delta.is_baseline and delta.point.value]
             compare(done.agents, spans={}, metrics=done.outcome.set_aside)

@@ -110,7 +110,7 @@ async def run_watcher(
             partial(keep_vigil, database, clock, noticed=watch.look_anew, undone=books.read_again, log=log)
         )
         task_status.started()
-        await serve(mailbox, refusing_slow(watch.handle), failed=failed)
+        await serve(mailbox, refusing_slow(watch.handle, log), failed=failed)
         await last_sign(database, clock)
         nursery.cancel_scope.cancel()
 

@@ -12,17 +12,19 @@ from trio.testing import MockClock
 
 from asapd.actors.archivist import BREATH_S
 from asapd.actors.eraser import erase_consumer
+from asapd.actors.slow_reads import ReadAfterCommitError
 from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import audit, breaches, delegation_news, erasure, verifying
-from asapd.store.database import Database
+from asapd.store.database import Database, InlineReaders, ReadTooLongError
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.delegations import SyncBudgets
 from asapd.store.units.house import ApiKey, CreateKey
 from asapd.store.units.usage import RecordUsage
+from tests.slow_reads import giving_up
 
 Inline = tuple[Database, apsw.Connection]
 T0 = 1_800_000_000 * SECOND_US
@@ -112,6 +114,20 @@ async def test_an_erasure_that_was_interrupted_goes_on_under_its_first_pseudonym
     assert connection.execute("SELECT name FROM name WHERE name GLOB 'ers*'").fetchall() == [("ers_1",)]
     assert connection.execute("SELECT count(*) FROM erasure_begun").get == 0
     assert verifying.report(connection, verifying.Request()).is_valid
+
+
+@pytest.mark.parametrize(("query", "is_begun"), [("last_given", True), ("newest_news", False)])
+async def test_what_was_erased_is_not_denied_where_a_read_takes_too_long(
+    inline_database: Inline, monkeypatch: pytest.MonkeyPatch, query: str, is_begun: bool
+) -> None:
+    database, _ = inline_database
+    await report(database, MAX, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(InlineReaders, "run", giving_up(query))
+        with pytest.raises(ReadTooLongError) as met:
+            await erase(database)
+    assert isinstance(met.value, ReadAfterCommitError) is is_begun
+    assert not (await erase(database))["more"]
 
 
 async def test_entries_are_counted_only_to_say_how_many_there_are(

@@ -21,8 +21,9 @@ from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US, Role
 from asapd.runtime.ask import HandlerFailed, ask
 from asapd.runtime.clock import TrioClock
-from asapd.store.database import Database
+from asapd.store.database import Database, InlineReaders
 from asapd.store.units.house import ApiKey
+from tests.slow_reads import giving_up
 
 T0 = 1_800_000_000 * SECOND_US
 ADMIN = Caller("admin", Role.ADMIN)
@@ -99,6 +100,23 @@ async def test_a_revoked_key_is_gone_from_the_reply_on(inline_database: Inline, 
         unknown = await gate.revoke("nobody")
         assert isinstance(unknown, Refusal)
         assert unknown.code == "key_not_found"
+
+
+async def test_a_key_is_revoked_and_none_is_denied_however_slow_the_disk_is(
+    inline_database: Inline, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = Idempotency(b"k" * 16, b"r" * 16, T0)
+    async with running(inline_database) as gate:
+        new, other = made(await gate.create("one")), made(await gate.create("two"))
+        with monkeypatch.context() as patched:
+            patched.setattr(InlineReaders, "run", giving_up("list_keys"))
+            assert isinstance(await gate.revoke("one"), ApiKey)
+            assert gate.ring.find(new.secret) is None
+            assert gate.ring.find(other.secret) is not None
+            for outcome in (await gate.create("three", idempotency=once), await gate.revoke("nobody")):
+                assert isinstance(outcome, Refusal)
+                assert outcome.code == "outcome_unknown"
+        assert gate.ring.find(made(await gate.create("three", idempotency=once)).secret) is not None
 
 
 async def test_the_ring_is_filled_from_the_store_at_the_start(

@@ -738,6 +738,21 @@ async def test_a_manifest_is_stored_once_and_again_when_it_changes(autojump_cloc
     assert virtual.network.times("a", "manifest.json") == [0, 20, 40, 60, 80]
 
 
+async def test_a_manifest_that_was_stored_is_told_of_though_what_follows_cannot_be_read(
+    autojump_clock: MockClock, virtual: Rig
+) -> None:
+    async def answers() -> Fetched:
+        virtual.readers.failures = 1
+        return plain(manifest(sla=SLA))
+
+    virtual.network.set_manifest("a", answers)
+    async with virtual.running(agent()):
+        changes = virtual.changed.count
+        await trio.sleep(5)
+        assert virtual.manifests() == [("unsigned", True)]
+        assert (virtual.readers.failures, virtual.changed.count) == (0, changes + 1)
+
+
 async def test_a_tenant_that_gets_an_agent_sees_its_manifest_though_it_did_not_change(
     autojump_clock: MockClock, virtual: Rig
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -52,6 +52,7 @@ from asapd.store.units.delegations import AuthorizationDenied, ReservationChange
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
 from asapd.wire.token import sign, sign_document
+from tests.slow_reads import giving_up
 
 A, B, C, D = (f"urn:asap:agent:{letter}" for letter in "abcd")
 KEYS = {agent: SigningKey(bytes([number]) * 32) for number, agent in enumerate((A, B, C, D), 1)}
@@ -545,6 +546,38 @@ async def test_an_idempotency_key_brings_back_the_delegation_with_its_own_token(
     assert (again.id, again.token) == (first.id, first.token)
     other = await desk.issue(idempotency=msgspec.structs.replace(key, request=b"s" * 16))
     assert code(other) == "idempotency_key_reused"
+
+
+async def test_a_delegation_that_was_just_made_is_told_without_a_read(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InlineReaders, "run", giving_up("get_delegation"))
+    done = issued(await desk.register(token()))
+    assert (done.id, done.token, done.created) == ("j1", token(), True)
+
+
+@pytest.mark.parametrize("query", ["get_delegation", "revoked_after", "seen_among", "open_under", "keys_of"])
+async def test_what_was_committed_is_not_denied_where_the_answer_cannot_be_read(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, query: str
+) -> None:
+    ways: dict[str, Callable[[], Awaitable[Any]]] = {
+        "get_delegation": lambda: desk.register(token(), idempotency=Idempotency(b"k" * 16, b"r" * 16, T0)),
+        "keys_of": lambda: desk.ask(lambda to: ReconfigureRegistry(config.Delegation(max_depth=1), {}, to)),
+    }
+    issuer = Caller("x", Role.OPERATOR, (A,))
+    if query not in ways:
+        assert issued(await desk.register(token())).created
+    ask_for = ways.get(query, lambda: desk.revoke("j1", issuer))
+    with monkeypatch.context() as patched:
+        patched.setattr(InlineReaders, "run", giving_up(query))
+        refused = await ask_for()
+    assert isinstance(refused, Refusal)
+    assert refused.code == "outcome_unknown"
+    assert refused.detail.startswith("GAVE UP when this was to be answered, so it may be done, in part or whole: look")
+    assert refused.retry_after_s is not None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].endswith(" was refused: GAVE UP")
+    assert not isinstance(await ask_for(), Refusal)
 
 
 async def test_registering_is_for_who_may_act_for_one_of_the_parties(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import apsw
@@ -21,7 +22,7 @@ from asapd.core.pricing import Price, PriceTable
 from asapd.core.usage import Cost, UsageEvent
 from asapd.runtime.clock import TrioClock
 from asapd.store import usage_rows, usage_sums
-from asapd.store.database import Database, InlineReaders, InlineRunner
+from asapd.store.database import Database, InlineReaders, InlineRunner, ReadTooLongError
 from asapd.store.units.exchange import AnyUnit, Idempotency
 from asapd.store.units.usage import CorrectCosts, RecordUsage, VoidUsage
 from asapd.store.usage_filter import UsageFilter
@@ -99,6 +100,26 @@ async def shop(autojump_clock: MockClock, tmp_path: Any, monkeypatch: pytest.Mon
     await shop.fill()
     yield shop
     connection.close()
+
+
+async def test_a_page_that_takes_too_long_to_read_does_not_deny_what_was_corrected(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, pages = shop.database.read, itertools.count(1)
+
+    async def read_one_page(query: Callable[..., Any], *arguments: Any) -> Any:
+        if isinstance(query, partial) and next(pages) > 1:
+            raise ReadTooLongError("GAVE UP")
+        return await read(query, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shop.database, "read", read_one_page)
+        reply, after = await shop.part()
+        assert (sum(row["changed"] for row in reply["data"]), reply["more"]) == (7, True)
+        with pytest.raises(ReadTooLongError):
+            await shop.part(after)
+    reply, after = await shop.part(after)
+    assert (reply["more"], after, shop.total) == (False, None, WHOLE)
 
 
 async def test_a_dry_run_says_what_a_run_then_does_and_a_second_has_nothing_to_do(shop: Shop) -> None:

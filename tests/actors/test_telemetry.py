@@ -27,6 +27,7 @@ from opentelemetry.trace import set_span_in_context
 
 from asapd.actors.messages import ReportMetrics, ReportSpans, TelemetryRecorded
 from asapd.actors.set_aside import Aside, SetAside, Tokens
+from asapd.actors.slow_reads import ReadAfterCommitError
 from asapd.actors.telemetry import record_metrics
 from asapd.actors.telemetry_spans import record_spans
 from asapd.actors.telemetry_terms import Counts, Times
@@ -35,7 +36,7 @@ from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_rows
-from asapd.store.database import Database, InlineReaders, InlineRunner
+from asapd.store.database import Database, InlineReaders, InlineRunner, ReadTooLongError
 from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
@@ -642,6 +643,29 @@ async def test_one_part_does_not_forget_what_the_next_goes_by(host: Host, monkey
         late_after(host, 2 * HOUR_US, minute)
         await host.metrics(of_old_process({"a": 1_000 + added, "b": 2_000 + added}, minute, T0 - MINUTE_US))
     assert host.totals().tokens_in == 3_020
+
+
+@pytest.mark.parametrize(("nth", "raised"), [(2, ReadTooLongError), (3, ReadAfterCommitError)])
+async def test_a_part_that_was_recorded_is_not_denied_where_the_next_takes_too_long_to_read(
+    host: Host, monkeypatch: pytest.MonkeyPatch, nth: int, raised: type[Exception]
+) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry.MAX_EVENTS", 1)
+    await host.metrics(of_old_process({"a": 1_000, "b": 2_000}, 0))
+    read, reads = host.database.read, count(1)
+
+    async def read_some(*asked: Any) -> Any:
+        if next(reads) == nth:
+            raise ReadTooLongError("GAVE UP")
+        return await read(*asked)
+
+    export = of_old_process({"a": 1_010, "b": 2_010}, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(host.database, "read", read_some)
+        with pytest.raises(ReadTooLongError) as met:
+            await host.metrics(export)
+    assert type(met.value) is raised
+    await host.metrics(export)
+    assert host.totals().tokens_in == 20
 
 
 async def test_all_baselines_are_noted_before_a_family_is_known_as_heard(

@@ -59,7 +59,7 @@ from asapd.runtime.fanout import Feed, Wakeup
 from asapd.runtime.fetch import FetchFailed
 from asapd.runtime.posting import post_text
 from asapd.store.breaches import Alert, alert_bounds
-from asapd.store.database import Database, InlineReaders, InlineRunner, ReadTooLongError
+from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units.alerts import BreachRow, WriteBreach
 from asapd.store.writer import Writer
 from asapd.wire.keys import private_pem
@@ -137,18 +137,6 @@ class Reply(msgspec.Struct):
         assert self.status == status, (self.status, self.body)
         assert self.headers["content-type"] == "application/json"
         return self.json
-
-
-def giving_up(*names: str) -> Callable[..., Awaitable[Any]]:
-    """`InlineReaders.run` where the queries of these names take too long."""
-    run = InlineReaders.run
-
-    async def run_or_give_up(readers: InlineReaders, query: Callable[..., Any], *arguments: Any) -> Any:
-        if getattr(query, "__name__", "") in names:
-            raise ReadTooLongError("GAVE UP")
-        return await run(readers, query, *arguments)
-
-    return run_or_give_up
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from asapd import config
+from asapd.actors.reads import Reads
 from asapd.core.rates import Rate
+from asapd.core.types import SECOND_US
 from asapd.edge.http.app import create_app
 from asapd.edge.sockets import Peer
 from asapd.edge.throttle import Throttle
 from asapd.store import database as store_database
-from asapd.store.database import Database, InlineReaders, ThreadReaders
-from tests.edge.house import LOG, ME, NOW, A, B, Edge, giving_up, open_edge
+from asapd.store.database import Database, InlineReaders, ReadTooLongError, ThreadReaders
+from asapd.wire.keys import public_base64
+from tests.edge.house import HELD, IDENTITY, LOG, ME, NOW, T0, A, B, Edge, open_edge
+from tests.slow_reads import giving_up
 
 EVENT = {"task_id": "t", "agent": A, "consumer": B, "metrics": {}, "timestamp": NOW}
 Inline = tuple[Database, apsw.Connection]
@@ -145,6 +150,51 @@ async def test_a_read_that_takes_too_long_for_an_actor_is_no_bug_either(
     monkeypatch.setattr(InlineReaders, "run", giving_up(query))
     problem = (await edge.call(method, path, body)).refused(503)
     assert (problem["code"], problem["detail"][:7]) == ("read_too_long", "GAVE UP")
+    assert "Traceback" not in caplog.text
+
+
+class SlowAfterCommit(InlineReaders):
+    """Readers for the doors that give up once something was committed since they were made."""
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__(edge.connection)
+        self._committed, self._before = edge.committed, edge.committed.count
+
+    async def run(self, query: Callable[..., Any], *arguments: Any) -> Any:
+        """Run one query, or not."""
+        if self._committed.count != self._before:
+            raise ReadTooLongError("GAVE UP")
+        return await super().run(query, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/agents", {"id": A, "url": "http://127.0.0.1:2"}),
+        ("POST", f"/agents/{A}/pause", b""),
+        ("POST", f"/agents/{B}/keys", {"public_key": public_base64(bytes(IDENTITY.verify_key))}),
+        ("DELETE", f"/agents/{B}/keys/{{kid}}", None),
+        (
+            "POST",
+            "/delegations",
+            {"delegator": A, "delegate": B, "constraints": {"expires_at": T0 / SECOND_US + 3600}, "scopes": ["*"]},
+        ),
+        ("POST", "/breaches/brc_1/ack", b""),
+    ],
+)
+async def test_a_commit_is_not_denied_where_what_is_to_be_shown_of_it_cannot_be_read(
+    edge: Edge, caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any
+) -> None:
+    for agent, key in ((A, None), (B, public_base64(bytes(HELD.verify_key)))):
+        assert (await edge.post("/agents", {"id": agent, "url": "http://127.0.0.1:1", "public_key": key})).ok(201)
+    await edge.breach()
+    path = path.replace("{kid}", (await edge.get(f"/agents/{B}/keys")).ok()["data"][0]["kid"])
+    reads = Reads(Database(edge.database._runner, SlowAfterCommit(edge)), edge.clock)
+    reply = await edge.call(method, path, body, services=replace(edge.services, reads=reads))
+    problem = reply.refused(503)
+    assert (problem["code"], problem["detail"][:7]) == ("outcome_unknown", "GAVE UP")
+    assert int(reply.headers["retry-after"]) >= 1
+    assert f"{method} {path}: GAVE UP" in caplog.text
     assert "Traceback" not in caplog.text
 
 

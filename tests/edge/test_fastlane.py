@@ -37,7 +37,8 @@ from asapd.runtime.room import Room
 from asapd.store.database import InlineReaders
 from asapd.wire.frames import encode
 from asapd.wire.token import sign
-from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge, giving_up, open_edge
+from tests.edge.house import HELD, LOG, NOW, T0, A, B, C, Edge, open_edge
+from tests.slow_reads import giving_up
 
 
 def event(event_id: str | None = None, **changes: Any) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from asapd.edge.sessions import COOKIE, SESSION_US
 from asapd.edge.ws import GOING_AWAY, POLICY_VIOLATION, SEND_S, TRY_AGAIN_LATER
 from asapd.store.database import Database, InlineReaders
 from asapd.wire import jsonrpc
-from tests.edge.house import A, B, Edge, giving_up, open_edge
+from tests.edge.house import A, B, Edge, open_edge
+from tests.slow_reads import giving_up
 
 Inline = tuple[Database, apsw.Connection]
 

@@ -10,6 +10,7 @@ from quart import Response, request
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import ImportKeyRequest, RetireKeyRequest
+from asapd.actors.slow_reads import after_commit
 from asapd.config.values import duration_between
 from asapd.core.access import Caller, Permission
 from asapd.core.agent_keys import AgentKey, verifying
@@ -103,7 +104,8 @@ def register(app: QuartTrio, services: Services) -> None:
         )
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        return reply(await shown(caller, agent), 201 if outcome.changed else 200)
+        with after_commit():
+            return reply(await shown(caller, agent), 201 if outcome.changed else 200)
 
     @app.delete("/agents/<agent>/keys/<kid>")
     async def delete_agent_key(agent: str, kid: str) -> Response:
@@ -117,7 +119,8 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(refusal)
         overlap_us = None if overlap is None else _overlap_us(overlap)
         outcome = await ask_actor(prober, lambda to: RetireKeyRequest(agent, kid, overlap_us, caller.actor, to))
-        return reply(outcome if isinstance(outcome, Refusal) else await shown(caller, agent))
+        with after_commit():
+            return reply(outcome if isinstance(outcome, Refusal) else await shown(caller, agent))
 
     @app.get("/.well-known/jwks.json")
     async def get_jwks() -> Response:

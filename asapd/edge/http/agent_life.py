@@ -9,6 +9,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import HeartbeatRequest, SetPausedRequest
+from asapd.actors.slow_reads import after_commit
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.health import AgentStatus, Status
@@ -95,7 +96,8 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(prober, lambda to: SetPausedRequest(agent, paused, reason, caller.actor, to))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        rows = await services.reads.agents.directory(caller, agent)
+        with after_commit():
+            rows = await services.reads.agents.directory(caller, agent)
         if not rows:
             return refuse(unknown_agent(agent))
         state, since = state_of(rows[0], services.clock.now_us()), format_us(rows[0].since_us)

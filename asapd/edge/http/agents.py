@@ -9,6 +9,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from asapd.actors.messages import AgentRecord, Figures, FiguresRequest, PutAgentRequest, RemoveAgentRequest
+from asapd.actors.slow_reads import after_commit
 from asapd.config import check_agent_url
 from asapd.config.values import check_support_hours
 from asapd.core.access import Caller, Permission
@@ -100,7 +101,8 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await ask_actor(prober, lambda to: PutAgentRequest(record, caller.actor, key, to, is_bound))
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        rows = await rows_of(caller, record.id, services.settings().sla.breach_window_us)
+        with after_commit():
+            rows = await rows_of(caller, record.id, services.settings().sla.breach_window_us)
         return reply(rows[0][0] if rows else {"id": record.id, "url": record.url}, 201 if outcome.added else 200)
 
     @app.get("/agents/<agent>")

@@ -8,6 +8,7 @@ import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
+from asapd.actors.slow_reads import after_commit
 from asapd.config import read_duration
 from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
@@ -56,7 +57,8 @@ def register(app: QuartTrio, services: Services) -> None:
         outcome = await desk.acknowledge(caller, breach, sent.comment, key)
         if isinstance(outcome, Refusal):
             return refuse(outcome)
-        found = await services.reads.sla.breach(caller, breach)
+        with after_commit():
+            found = await services.reads.sla.breach(caller, breach)
         shown = None if found is None else found[1]
         return reply({"breach": shown, "acknowledged": outcome.acknowledged}, 201 if outcome.created else 200)
 

@@ -15,6 +15,7 @@ from asapd.actors.messages import (
     RevokeDelegation,
     Validate,
 )
+from asapd.actors.slow_reads import after_commit
 from asapd.core.access import Caller, Permission
 from asapd.core.delegation import MAX_SCOPES, Claims
 from asapd.core.denial import Denied
@@ -92,7 +93,8 @@ def register(app: QuartTrio, services: Services) -> None:
             case Refusal():
                 return refuse(outcome)
             case Issued(id=delegation, token=token, created=created):
-                shown = await show(caller, delegation, 100, None)
+                with after_commit():
+                    shown = await show(caller, delegation, 100, None)
                 return reply({"id": delegation, "token": token, "delegation": shown}, 201 if created else 200)
 
     @app.get("/delegations")
