@@ -29,7 +29,7 @@ from asapd.actors.messages import (
     ReconfigureWatcher,
     WatcherMessage,
 )
-from asapd.actors.slow_reads import refusing_slow
+from asapd.actors.slow_reads import ReadTooLongError, refusing_slow
 from asapd.actors.vigil import keep_vigil, last_sign, notice_stop
 from asapd.core import breach, burnrate
 from asapd.core.breach import BreachState, Escalated, Opened, Resolved, Transition
@@ -40,6 +40,7 @@ from asapd.core.sla import (
     evaluate,
 )
 from asapd.core.types import MINUTE_US, SECOND_US
+from asapd.runtime.beating import beating
 from asapd.runtime.clock import Clock
 from asapd.runtime.fanout import Wakeup
 from asapd.runtime.mailbox import serve
@@ -58,6 +59,8 @@ _SAVED_S = 0.05
 # Of those that are due, judged in one turn: a millisecond and a pause of four, in which an alert may have to wait.
 _AT_ONCE = 8
 _BEAT_EVERY_S = 1.0
+# After a read of the directory and of maintenance that took too long: at most half of the time goes into such reads.
+_ANEW_AGAIN_S = 30.0
 # The windows of burn rates move by ten seconds; at each event they are looked at once a second at most.
 _BURN_EVERY_S = 10.0
 _BURN_PAUSE_S = 1.0
@@ -141,8 +144,11 @@ class _Watch:
         self._settings = settings
         self._new_breach_id = new_breach_id
         self._beat = beat
+        self._log = log
         self.doorbell = Wakeup()
         self._record = BreachRecord(database, clock, log)
+        self._anew_at_s = math.inf
+        """When to look anew again, as the last time took too long; never, where it did not."""
         self._burn_seen_s: dict[str, float] = {}
         self._burn_news: set[str] = set()
         """Agents with news since their burn rates were last looked at."""
@@ -153,9 +159,24 @@ class _Watch:
         await self._record.start(self._books.sla.breach_window_us)
 
     async def look_anew(self) -> None:
-        """Take over what the store now holds of time that does not count."""
-        await self._books.refresh()
-        self.doorbell.notify()
+        """Take over what the store now holds of time that does not count; `follow` tries again where it takes too long.
+
+        Who asked for a change that was committed is told so, whether the figures have it yet or not.
+        """
+        async with beating(self._beat):
+            try:
+                await self._books.refresh()
+            except ReadTooLongError as error:
+                self._anew_at_s = self._clock.monotonic_s() + _ANEW_AGAIN_S
+                self._log.warning(
+                    "figures and breaches still go by the settings, agents and maintenance of before, as %s; they are "
+                    "read again in %d s, until it succeeds: is the disk slow?",
+                    error,
+                    _ANEW_AGAIN_S,
+                )
+            else:
+                self._anew_at_s = math.inf
+                self.doorbell.notify()
 
     # --- following
 
@@ -172,6 +193,8 @@ class _Watch:
             self._beat()
             rung, began_s = self.doorbell.count, self._clock.monotonic_s()
             saved_s = min(saved_s + (began_s - ended_s) / _PAUSE_FOR_WORK, _SAVED_S)
+            if began_s >= self._anew_at_s:
+                await self.look_anew()
             await self._books.catch_up()
             news = self._books.take_touched()
             if not due and self._clock.monotonic_s() >= due_s:

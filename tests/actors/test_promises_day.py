@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from asapd.core.sla import Metrics
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Outcome, Role
 from asapd.runtime.ask import ask
 from asapd.store.agents import directory
+from asapd.store.database import InlineReaders
 from asapd.store.maintenance import list_windows
 from asapd.store.rows import fetch
 from asapd.store.units.agents import ChangeAgentState
@@ -32,6 +34,7 @@ from asapd.store.visibility import EVERYTHING
 from asapd.store.watching import blind_between, last_alive
 from tests.actors.test_watcher import T0, A, Host, JumpingClock, Watcher, event, hosted, probe, sla_of, watching
 from tests.actors.test_watcher import make_template as make_template
+from tests.slow_reads import giving_up
 
 OPERATOR = Caller("olga", Role.OPERATOR)
 
@@ -65,6 +68,43 @@ async def declare(watcher: Watcher, start_us: int, end_us: int, agent: str | Non
 
 async def end(watcher: Watcher, window: str) -> Maintenance | Refusal:
     return await ask(watcher.outbox, lambda to: EndMaintenanceRequest(OPERATOR, window, to), deadline_s=5)
+
+
+@pytest.mark.parametrize("asked", ["declare", "end", "reconfigure"])
+async def test_what_cannot_be_read_in_time_after_a_change_is_told_and_read_later(
+    autojump_clock: MockClock,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: str,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    await host.agent()
+    async with watching(host) as watcher:
+        await trio.sleep(60)
+        window = await declare(watcher, T0, T0 + HOUR_US) if asked == "end" else None
+
+        async def sees_change() -> bool:
+            if asked == "reconfigure":
+                return not isinstance(await watcher.ask(A, 2 * HOUR_US), Refusal)
+            excluded_us = (await watcher.figures()).metrics.excluded_us
+            return excluded_us < 100 * SECOND_US if asked == "end" else excluded_us > 0
+
+        with monkeypatch.context() as patched:
+            patched.setattr(InlineReaders, "run", giving_up("windows_between"))
+            if asked == "declare":
+                await declare(watcher, T0, T0 + HOUR_US)
+            elif window is not None:
+                assert isinstance(await end(watcher, window.id), Maintenance)
+            else:
+                await watcher.reconfigure(sla_of(windows=["2h"]))
+            await trio.sleep(70)
+            assert not await sees_change()
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == 3  # at once, and twice in 70 s
+        assert all("still go by" in line and "GAVE UP" in line for line in told)
+        await trio.sleep(31)
+        assert await sees_change()
 
 
 async def past(host: Host, start_us: int, end_us: int, step_us: int, limit: int = 1000) -> list[Metrics]:
