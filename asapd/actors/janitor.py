@@ -15,7 +15,7 @@ from asapd import config
 from asapd.actors.archivist import BREATH_S, Archivist
 from asapd.actors.retired import Retired, Went, refused
 from asapd.actors.retirer import Retirer
-from asapd.actors.slow_reads import TAKEN_ANYWAY, ReadTooLongError, refuse_slow
+from asapd.actors.slow_reads import SLOW, TAKEN_ANYWAY, ReadTooLongError, refuse_slow
 from asapd.core.errors import Refusal
 from asapd.core.types import DAY_US, HOUR_US, MINUTE_US
 from asapd.runtime.clock import Clock
@@ -202,6 +202,7 @@ async def apply_retention(
     settings: JanitorSettings,
     archivist: Archivist,
     retirer: Retirer,
+    log: logging.Logger,
     actor: str,
     dry_run: bool,
 ) -> dict[str, Any] | Refusal:
@@ -213,6 +214,21 @@ async def apply_retention(
     Events of hours that keep them are not counted as going: as far as hours were looked at, which a dry run leaves to
     the janitor.
     """
+    done = await _apply(database, clock, settings, archivist, retirer, actor, dry_run)
+    if isinstance(done, Refusal) and done.code == SLOW:
+        log.warning("retention that was asked for: %s", done.detail)  # the janitor's own rounds say it themselves
+    return done
+
+
+async def _apply(
+    database: Database,
+    clock: Clock,
+    settings: JanitorSettings,
+    archivist: Archivist,
+    retirer: Retirer,
+    actor: str,
+    dry_run: bool,
+) -> dict[str, Any] | Refusal:
     now_us = clock.now_us()
     probes_before_us = now_us - settings.retention.probes_us  # these go by the sweep of every second
     if dry_run:

@@ -10,9 +10,20 @@ from typing import Any, TypeVar
 from asapd.core.errors import Refusal
 from asapd.store.database import ReadTooLongError
 
-__all__ = ["TAKEN_ANYWAY", "ReadAfterCommitError", "ReadTooLongError", "after_commit", "refuse_slow", "refusing_slow"]
+__all__ = [
+    "SLOW",
+    "TAKEN_ANYWAY",
+    "ReadAfterCommitError",
+    "ReadTooLongError",
+    "after_commit",
+    "refuse_slow",
+    "refusing_slow",
+]
 
 M = TypeVar("M", bound=Any)
+
+SLOW = "read_too_long"
+"""The code of a refusal that says that nothing was done, but for what its detail names."""
 
 TAKEN_ANYWAY = "asapd looks every minute for what is due, and takes it away by itself"
 """What there is to do where retention was asked for."""
@@ -49,7 +60,7 @@ def refuse_slow(error: ReadTooLongError, what_to_do: str = _NARROW) -> Refusal:
         detail = f"{error} when this was to be answered, so it may be done, in part or whole: look what is there, or"
         again = "send it again, with the same Idempotency-Key if it had one"
         return Refusal("outcome_unknown", f"{detail} {again}", retry_after_s=_RETRY_AFTER_S)
-    return Refusal("read_too_long", f"{error}: {what_to_do}")
+    return Refusal(SLOW, f"{error}: {what_to_do}")
 
 
 def refusing_slow(handle: Callable[[M], Awaitable[None]], log: logging.Logger) -> Callable[[M], Awaitable[None]]:

@@ -291,6 +291,7 @@ class House:
                 self._janitor,
                 self._auditing.archivist,
                 self._auditing.retirer,
+                self._log,
             ),
             prices=lambda: self._meter.prices,
             reprice=partial(reprice, self._database, self._clock, self._meter),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -48,7 +49,7 @@ TURN = 8
 LOOK_S = 60.0
 
 
-def register(app: QuartTrio, services: Services) -> None:
+def register(app: QuartTrio, services: Services, log: logging.Logger) -> None:
     """Add the routes."""
 
     @app.before_websocket
@@ -82,7 +83,7 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(too_many)
         offered = websocket.requested_subprotocols
         await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await _Session(services, caller, frames, is_reference=is_reference).run()
+        await _Session(services, caller, frames, log, is_reference=is_reference).run()
         return None
 
 
@@ -116,8 +117,11 @@ class _Piece(msgspec.Struct, frozen=True):
 class _Session:
     """One connection: a task reads requests, others send what is followed, and only one of them writes at a time."""
 
-    def __init__(self, services: Services, caller: Caller, frames: Frames, *, is_reference: bool) -> None:
+    def __init__(
+        self, services: Services, caller: Caller, frames: Frames, log: logging.Logger, *, is_reference: bool
+    ) -> None:
         self._services = services
+        self._log = log
         self._caller = caller
         self._frames = frames
         self._is_reference = is_reference
@@ -174,6 +178,7 @@ class _Session:
             return await self._answer(request)
         except ReadTooLongError as error:
             assert isinstance(request, Request)  # nothing is read for what is none
+            self._log.warning("WebSocket, %s: %s", request.method, error)
             return _refused(request, refuse_slow(error, _LATER))
 
     async def _answer(self, request: Request | Fault) -> str:
@@ -296,7 +301,8 @@ class _Session:
                     except FeedClosed:
                         await self._close(GOING_AWAY, "asapd is shutting down")
                         return
-                    except ReadTooLongError:
+                    except ReadTooLongError as error:
+                        self._log.warning("WebSocket, what follows %s.subscribe: %s", what, error)
                         await self._close(TRY_AGAIN_LATER, "reading took too long: connect again")
                         return
                     if not self._may_stay():

@@ -289,16 +289,16 @@ async def test_the_janitor_retires_by_whole_days_and_a_request_at_once(
     assert erased(connection) == {1, 2, 3, 4, 5, 6, 7, 8}
     assert "took the content of 8 audit entries" in caplog.text
     settings.retention = config.Retention(audit="1h")
-    would = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=True)
+    would = await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run=True)
     assert not isinstance(would, Refusal)
     assert (would["audit"]["count"], would["audit"]["first_seq"], would["audit"]["last_seq"]) == (4, 9, 12)
-    assert await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False) == {
+    assert await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run=False) == {
         **would,
         "dry_run": False,
     }
     assert len(erased(connection)) == 12
     settings.retention = config.Retention()
-    would = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=True)
+    would = await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run=True)
     assert not isinstance(would, Refusal)
     assert would["audit"] == dict.fromkeys(("before", "first_seq", "last_seq", "oldest", "newest")) | {"count": 0}
     assert seals.newest(connection) is not None
@@ -354,7 +354,7 @@ async def test_an_archive_that_takes_longer_than_a_request_may_is_finished(
     settings = JanitorSettings(config.Retention(audit="1d"))
     more, counts = [], []
     for _ in range(3):
-        done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False)
+        done = await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run=False)
         assert not isinstance(done, Refusal)
         more.append(done["more"])
         counts.append(len(erased(connection)))
@@ -402,7 +402,7 @@ async def test_a_reload_that_keeps_entries_for_longer_stops_what_was_begun(
 
     clock, archivist = TrioClock(T0), make(Reloaded(database, 10**9), tmp_path)
     retirer = Retirer(database, clock, LOG)
-    done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run=False)
+    done = await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run=False)
     assert not isinstance(done, Refusal)
     assert (done["audit"]["count"], done["more"]) == (2, False)
     assert (done["audit"]["before"] or "never")[:10] == ("never" if now_kept == "forever" else "2026-03-22")
@@ -425,7 +425,7 @@ async def test_an_archive_of_what_is_kept_for_longer_by_now_is_not_gone_on_with(
     for days, goes in ((300, 0), (5, 4), (1, 4)):
         settings = JanitorSettings(config.Retention(audit=f"{days}d"))
         for dry_run in (True, False):
-            done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run)
+            done = await apply_retention(database, clock, settings, archivist, retirer, LOG, "key:x", dry_run)
             assert not isinstance(done, Refusal)
             assert done["audit"]["count"] == goes
     assert len(erased(connection)) == 8

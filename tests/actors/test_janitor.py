@@ -88,7 +88,7 @@ def archivist_of(database: Database, directory: Path = Path("nowhere")) -> Archi
 async def apply(database: Database, settings: JanitorSettings, actor: str, dry_run: bool) -> dict[str, Any] | Refusal:
     clock = TrioClock(T0)
     retirer = Retirer(database, clock, log)
-    return await apply_retention(database, clock, settings, archivist_of(database), retirer, actor, dry_run)
+    return await apply_retention(database, clock, settings, archivist_of(database), retirer, log, actor, dry_run)
 
 
 async def sweep_for(
@@ -278,7 +278,7 @@ async def test_what_went_leaves_out_the_events_of_hours_that_keep_them(
     retirer = Retirer(database, clock, log)
 
     async def usage(dry_run: bool) -> Any:
-        done = await apply_retention(database, clock, settings, archivist, retirer, "key:x", dry_run)
+        done = await apply_retention(database, clock, settings, archivist, retirer, log, "key:x", dry_run)
         assert not isinstance(done, Refusal)
         return done["usage"]
 
@@ -323,7 +323,7 @@ async def report_hours(database: Database, *counts: int) -> None:
 async def ask(database: Database, retirer: Retirer, settings: JanitorSettings | None = None) -> dict[str, Any]:
     settings = settings or JanitorSettings(config.Retention())
     archivist = archivist_of(database)
-    done = await apply_retention(database, TrioClock(T0), settings, archivist, retirer, "key:x", dry_run=False)
+    done = await apply_retention(database, TrioClock(T0), settings, archivist, retirer, log, "key:x", dry_run=False)
     assert not isinstance(done, Refusal), done
     return done
 

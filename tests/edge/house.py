@@ -342,6 +342,7 @@ async def open_edge(connection: apsw.Connection, tmp_path: Path, **paused: bool)
             JanitorSettings(settings.retention, settings.metering),
             Archivist(database, clock, tmp_path / "audit", sealer.covering, LOG),
             Retirer(database, clock, LOG),
+            LOG,
         ),
         prices=lambda: meter.prices,
         reprice=partial(reprice, database, clock, meter),

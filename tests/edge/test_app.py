@@ -150,6 +150,9 @@ async def test_a_read_that_takes_too_long_for_an_actor_is_no_bug_either(
     monkeypatch.setattr(InlineReaders, "run", giving_up(query))
     problem = (await edge.call(method, path, body)).refused(503)
     assert (problem["code"], problem["detail"][:7]) == ("read_too_long", "GAVE UP")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert "GAVE UP" in told[0]
     assert "Traceback" not in caplog.text
 
 

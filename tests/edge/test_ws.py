@@ -217,6 +217,8 @@ async def test_a_read_that_takes_too_long_is_an_error_and_ends_what_is_followed(
         ended = await client.closed()
         assert (ended.code, ended.reason) == (TRY_AGAIN_LATER, "reading took too long: connect again")
     assert "Traceback" not in caplog.text
+    assert "WebSocket, delegation.subscribe: GAVE UP" in caplog.text
+    assert "WebSocket, what follows delegation.subscribe: GAVE UP" in caplog.text
 
 
 # --- what is heard

@@ -224,8 +224,8 @@ def create_app(services: Services, log: logging.Logger) -> QuartTrio:
         admin,
         asap,
         asap_usage,
-        ws,
     )
     for module in modules:
         module.register(app, services)
+    ws.register(app, services, log)
     return app
