@@ -384,9 +384,12 @@ class _Reports:
                 assert_never(outcome)
 
     async def _explain(self, message: Report, conflict: UsageConflict) -> None:
+        async def explain(message: Report) -> None:
+            message.reply.send(await _explain_conflict(message, conflict, self._database))
+
         with message.reply:
             try:
-                message.reply.send(await _explain_conflict(message, conflict, self._database))
+                await refusing_slow(explain, self._log)(message)
             except Exception as error:  # noqa: BLE001 -- one report must not stop the others
                 self._log.error("a conflict could not be explained", exc_info=error)
                 message.reply.fail()

@@ -27,7 +27,7 @@ from asapd.runtime.fanout import Wakeup
 from asapd.runtime.fetch import Fetched, FetchFailed
 from asapd.runtime.together import Together
 from asapd.store.agents import directory, probes
-from asapd.store.database import OUTCOME_UNKNOWN, Database
+from asapd.store.database import OUTCOME_UNKNOWN, Database, ReadTooLongError
 from asapd.store.manifests import StoredManifest
 from asapd.store.units.agents import AgentRecord, RecordManifest
 from asapd.store.units.unit import RowWritten, Unit
@@ -154,6 +154,8 @@ class Rounds:
             watch.say(
                 self._log, f"{what} failed", logging.WARNING, f"{what} not made, this host failed: {_named(group)}"
             )
+        except* ReadTooLongError as group:
+            watch.say(self._log, f"{what} failed", logging.WARNING, f"{what} not followed up: {_named(group)}")
         except* Exception as group:  # noqa: BLE001 -- a bug met with one agent must not end the watch over the others
             watch.say(self._log, f"{what} failed", logging.ERROR, f"{what} met a bug: {_named(group)}", error=group)
 

@@ -739,7 +739,7 @@ async def test_a_manifest_is_stored_once_and_again_when_it_changes(autojump_cloc
 
 
 async def test_a_manifest_that_was_stored_is_told_of_though_what_follows_cannot_be_read(
-    autojump_clock: MockClock, virtual: Rig
+    autojump_clock: MockClock, virtual: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def answers() -> Fetched:
         virtual.readers.failures = 1
@@ -751,6 +751,8 @@ async def test_a_manifest_that_was_stored_is_told_of_though_what_follows_cannot_
         await trio.sleep(5)
         assert virtual.manifests() == [("unsigned", True)]
         assert (virtual.readers.failures, virtual.changed.count) == (0, changes + 1)
+    assert f"agent {A}: manifest not followed up: ReadTooLongError: too long" in caplog.text
+    assert "bug" not in caplog.text
 
 
 async def test_a_tenant_that_gets_an_agent_sees_its_manifest_though_it_did_not_change(

@@ -21,6 +21,7 @@ from asapd import config
 from asapd.actors.messages import (
     Authorize,
     ChangeReservation,
+    ImportRevocationList,
     Issue,
     Issued,
     ReconfigureRegistry,
@@ -51,6 +52,7 @@ from asapd.store.units.agents import (
 from asapd.store.units.delegations import AuthorizationDenied, ReservationChanged, Reserve, Reserved, Revoke, Revoked
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.wire.keys import jwk_thumbprint, private_pem, public_base64
+from asapd.wire.revocations import Entry, sign_list
 from asapd.wire.token import sign, sign_document
 from tests.slow_reads import giving_up
 
@@ -578,6 +580,19 @@ async def test_what_was_committed_is_not_denied_where_the_answer_cannot_be_read(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert caplog.messages[0].endswith(" was refused: GAVE UP")
     assert not isinstance(await ask_for(), Refusal)
+
+
+async def test_an_import_that_was_committed_is_not_denied_where_it_cannot_be_read(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [Entry(A, "j1", T0, T0 + DAY_US)]
+    body = sign_list(entries, KEYS[A], issuer=A, number=1, updated_us=T0)
+    with monkeypatch.context() as patched:
+        patched.setattr(InlineReaders, "run", giving_up("revoked_after"))
+        assert code(await desk.ask(lambda to: ImportRevocationList(ADMIN, body, None, to))) == "outcome_unknown"
+    again = await desk.ask(lambda to: ImportRevocationList(ADMIN, body, None, to))
+    assert (again.added, again.known) == (0, 1)
+    assert await desk.validate(token()) is Reason.REVOKED
 
 
 async def test_registering_is_for_who_may_act_for_one_of_the_parties(desk: Desk) -> None:

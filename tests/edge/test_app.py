@@ -156,6 +156,18 @@ async def test_a_read_that_takes_too_long_for_an_actor_is_no_bug_either(
     assert "Traceback" not in caplog.text
 
 
+async def test_a_conflict_whose_event_takes_too_long_to_read_is_no_bug_either(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    event = {**EVENT, "id": "e1"}
+    assert (await edge.post("/usage", event)).ok(201)
+    monkeypatch.setattr(InlineReaders, "run", giving_up("get_usage"))
+    problem = (await edge.post("/usage", {**event, "task_id": "other"})).refused(503)
+    assert (problem["code"], problem["detail"][:7]) == ("read_too_long", "GAVE UP")
+    assert "a Report was refused: GAVE UP" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 class SlowAfterCommit(InlineReaders):
     """Readers for the doors that give up once something was committed since they were made."""
 
