@@ -8,11 +8,13 @@ unless who reported it may not report for every agent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from asapd.core.usage import OTLP, Identity, UsageEvent, identity_key
+from asapd.core.usage import OTLP, Identity, UsageEvent, content_digest, identity_key
 from asapd.store import identity
 from asapd.store.rows import fetch
 from asapd.store.tx import Tx
+from asapd.store.units.usage import RecordUsage
 
 
 def of_span(tenant: str, event_id: str) -> Identity:
@@ -20,26 +22,55 @@ def of_span(tenant: str, event_id: str) -> Identity:
     return (tenant, "", OTLP, event_id)
 
 
-def of_others(tx: Tx, tenant: str, spans: Sequence[tuple[int, UsageEvent]]) -> dict[int, int]:
-    """Which spans, of pairs of place and event, are usage of another agent: their places, and the rows of that.
+class Refused(NamedTuple):
+    """Why a span is not recorded: its identity has the row `seq`, 0 where that is of another span of the same unit.
 
-    The row is 0 where the other stands before it among these.
+    `is_others` says that it is usage of another agent, and `has_its_tokens` that the tokens which the span tells, if
+    any, are counted all the same.
     """
-    rows = identity.holders(tx.connection, [of_span(tenant, event.id) for _, event in spans])
-    agents: dict[int, int] = dict(
-        fetch(
+
+    seq: int
+    is_others: bool
+    has_its_tokens: bool
+
+
+class _Holder(NamedTuple):
+    seq: int
+    agent: int
+    content: bytes
+    tokens_in: int
+    tokens_out: int
+
+    def refuses(self, event: UsageEvent, agent: int) -> Refused:
+        is_told = event.tokens_in > 0 or event.tokens_out > 0
+        has_its_tokens = is_told and (self.tokens_in, self.tokens_out) == (event.tokens_in, event.tokens_out)
+        return Refused(self.seq, self.agent != agent, has_its_tokens)
+
+
+def refused(tx: Tx, unit: RecordUsage) -> dict[int, Refused]:
+    """Which spans were reported before, of another agent or with other content: their places, and what has them."""
+    own = [(unit.tenant, event.agent, event.source, event.id) for event in unit.events]
+    of_nobody = [of_span(unit.tenant, event.id) for event in unit.events]
+    rows = identity.holders(tx.connection, [*own, *of_nobody])
+    held = {
+        row[0]: _Holder(*row)
+        for row in fetch(
             tx.connection,
-            "SELECT seq, agent FROM usage WHERE seq IN (SELECT value FROM json_each(?))",
+            "SELECT seq, agent, content, tokens_in, tokens_out FROM usage "
+            "WHERE seq IN (SELECT value FROM json_each(?))",
             (str(sorted(rows.values())),),
         )
-    )
-    known = {its: (agents[row], row) for its, row in rows.items() if row in agents}
-    found: dict[int, int] = {}
-    for place, event in spans:
-        agent = tx.intern(event.agent)
-        first, row = known.setdefault(of_span(tenant, event.id), (agent, 0))
-        if first != agent:
-            found[place] = row
+    }
+    known = {its: held[row] for its, row in rows.items() if row in held}
+    found: dict[int, Refused] = {}
+    for place, (event, its, span) in enumerate(zip(unit.events, own, of_nobody, strict=True)):
+        agent, content = tx.intern(event.agent), unit.contents[place] if unit.contents else content_digest(event)
+        new = _Holder(0, agent, content, event.tokens_in, event.tokens_out)
+        holder = known.setdefault(span, new)
+        if holder.agent == agent:
+            holder = known.setdefault(its, new)
+        if (holder.agent, holder.content) != (agent, content):
+            found[place] = holder.refuses(event, agent)
     return found
 
 

@@ -113,7 +113,10 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
         place for place, fact in enumerate(unit.spans) if fact.gives_way and _id(fact) in trees[_trace(fact)].covered
     }
     covered = sorted(left_out)
-    superseded, set_aside = _note_evidence(tx, tenant, unit, left_out)
+    refused = span_identity.refused(tx, unit.usage) if unit.spans else {}
+    refused = {place: why for place, why in refused.items() if place not in left_out}
+    left_out |= refused.keys()
+    superseded, set_aside = _note_evidence(tx, tenant, unit, _evidence_of(unit, set(covered), refused))
     superseded += uncounted
     counting = []
     for change in unit.collections:
@@ -124,9 +127,6 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
             event = unit.usage.events[change.event]
             set_aside.append((change.resource, event.id, event.tokens_in + event.tokens_out))
     left_out |= {change.event for change in unit.collections} - {change.event for change in counting}
-    spans = [(place, unit.usage.events[place]) for place in range(len(unit.spans)) if place not in left_out]
-    elsewhere = span_identity.of_others(tx, unit.usage.tenant, spans)
-    left_out |= elsewhere.keys()
     for change in counting:
         if change.before is not None:
             row = tx.row("SELECT seq FROM otlp_collection WHERE tenant = ? AND key = ?", (tenant, change.key))
@@ -140,11 +140,13 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     _keep(tx, tenant, unit, counting, trees, left_out)
     if not unit.is_narrow:
         # The ids of spans go to whoever is called from within them, and nobody may take another agent's beforehand.
-        span_identity.keep(tx, unit.usage.tenant, [event for place, event in spans if place not in elsewhere])
+        gone = {*covered, *(place for place, why in refused.items() if why.is_others)}
+        kept = [unit.usage.events[place] for place in range(len(unit.spans)) if place not in gone]
+        span_identity.keep(tx, unit.usage.tenant, kept)
     _forget(tx, unit)
     if isinstance(recorded, UsageConflict):
         return recorded
-    conflicts = sorted([*recorded.conflicts, *elsewhere.items()])
+    conflicts = sorted([*recorded.conflicts, *((place, why.seq) for place, why in refused.items())])
     return msgspec.structs.replace(recorded, conflicts=conflicts, covered=covered, set_aside=set_aside)
 
 
@@ -254,21 +256,25 @@ def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
 # --- evidence
 
 
-def _evidence_of(unit: RecordTelemetry, covered: set[int]) -> Iterable[Evidence]:
+def _evidence_of(
+    unit: RecordTelemetry, covered: set[int], refused: dict[int, span_identity.Refused]
+) -> Iterable[Evidence]:
     """That of a unit and of its spans. An agent's span with one below it that counts is none: its tokens do not count.
 
-    Nor is one that told no tokens: metrics of its resource that did would be lost for the sake of nothing.
+    Nor is one that told no tokens, or was refused and told others than are counted in its place: metrics of its
+    resource would be lost for the sake of nothing.
     """
+    for_nothing = covered | {place for place, why in refused.items() if not why.has_its_tokens}
     told = {
         Evidence(fact.told_of, SPANS, unit.usage.events[place].timestamp_us)
         for place, fact in enumerate(unit.spans)
-        if fact.told_of and place not in covered
+        if fact.told_of and place not in for_nothing
     }
     return [*unit.evidence, *told]
 
 
 def _note_evidence(
-    tx: Tx, tenant: int, unit: RecordTelemetry, covered: set[int]
+    tx: Tx, tenant: int, unit: RecordTelemetry, evidence: Iterable[Evidence]
 ) -> tuple[list[tuple[int, str]], list[tuple[bytes, str, int]]]:
     """Remember when resources told of their usage; returns the rows of lesser metrics near it, and why they go.
 
@@ -276,7 +282,7 @@ def _note_evidence(
     """
     superseded: list[tuple[int, str]] = []
     set_aside: list[tuple[bytes, str, int]] = []
-    for resource, rank, start_us, end_us in _stretches(_evidence_of(unit, covered), unit.near_us):
+    for resource, rank, start_us, end_us in _stretches(evidence, unit.near_us):
         key = (tenant, resource, rank)
         reach = (start_us - 2 * unit.near_us, end_us + 2 * unit.near_us)
         # Two are near each other when any time between them is near one of them.

@@ -438,6 +438,73 @@ async def test_a_span_that_tells_no_tokens_leaves_metrics_what_they_count(
     assert host.totals()[:4] == (2, 1, 10, 1)
 
 
+def ended_later(request: Any) -> Any:
+    """The same span with another time: other content, which is refused."""
+    changed = request.__deepcopy__({})
+    changed.resource_spans[0].scope_spans[0].spans[0].end_time_unix_nano += 1_000_000
+    return changed
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("kind", ["call", "work"])
+async def test_a_span_that_is_refused_leaves_metrics_what_they_count(
+    host: Host, kind: str, at_once: bool, spans_first: bool
+) -> None:
+    """It told no tokens when it was counted, and what it tells of them now does not count."""
+    metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
+    (span,) = export_spans([(None, kind)], T0)
+    counted, refused = without_tokens(span.__deepcopy__({})), ended_later(span)
+    both = ExportTraceServiceRequest()
+    both.MergeFrom(counted)
+    both.MergeFrom(refused)
+    spans = [both] if at_once else [counted, refused]
+    if not spans_first:
+        await send(host, metrics)
+    found = [len((await host.spans(export.SerializeToString())).rejected) for export in spans]
+    assert found == ([1] if at_once else [0, 1])
+    if spans_first:
+        await send(host, metrics)
+    assert host.totals()[:4] == (2, 1, 10, 1)
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("tokens", [100, 99])
+async def test_a_span_of_another_agent_sets_metrics_aside_only_where_its_tokens_are_counted(
+    host: Host, tokens: int, at_once: bool, spans_first: bool
+) -> None:
+    """Two pipelines export the same, of which one names the service otherwise."""
+    (one,) = export_spans([(None, "call")], T0, "one")
+    other = one.__deepcopy__({})
+    (name,) = [pair for pair in other.resource_spans[0].resource.attributes if pair.key == "service.name"]
+    name.value.string_value = "other"
+    told = other.resource_spans[0].scope_spans[0].spans[0].attributes
+    next(pair for pair in told if pair.key == "gen_ai.usage.input_tokens").value.int_value = tokens
+    both = ExportTraceServiceRequest()
+    both.MergeFrom(one)
+    both.MergeFrom(other)
+    metrics = export_metrics("other", [(True, 10, 0, 1)], T0, delta=True)
+    if not spans_first:
+        await send(host, metrics)
+    for export in [both] if at_once else [one, other]:
+        await host.spans(export.SerializeToString())
+    if spans_first:
+        await send(host, metrics)
+    assert host.totals().tokens_in == (100 if tokens == 100 else 110)
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_span_that_is_sent_again_goes_on_to_win_over_metrics(host: Host, again: bool) -> None:
+    metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
+    spans = export_spans([(None, "call")], T0)
+    await send(host, spans * 2 if again else spans)
+    host.connection.execute("DELETE FROM otlp_evidence")  # as where it was too old to be kept
+    await send(host, spans)
+    await send(host, metrics)
+    assert host.totals().tokens_in == 100
+
+
 @pytest.mark.parametrize("spans_first", [True, False])
 async def test_an_agents_span_wins_over_metrics_where_it_counts(host: Host, spans_first: bool) -> None:
     metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
