@@ -51,6 +51,7 @@ The lowest is of metrics of the first generation, which the second took the plac
 """
 
 _COVERED = "a span below it counts"
+_TOPPED = "a span above it tells the tokens of the same call"
 _OUTRANKED = "better telemetry of its resource tells of the same calls"
 _REGROUPED = "counted anew with what came later of the same collection"
 _TRACE = 16
@@ -108,12 +109,9 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
     if moved or any(_parts_of(tx, tenant, change.key) != change.before for change in unit.collections):
         raise RefuseError(StreamsMoved())
     trees = _trees_of(tx, tenant, unit)
-    uncounted = [(row, _COVERED) for row in _grow(trees, unit)]
-    left_out = {
-        place for place, fact in enumerate(unit.spans) if fact.gives_way and _id(fact) in trees[_trace(fact)].covered
-    }
-    covered = sorted(left_out)
     refused = span_identity.refused(tx, unit.usage) if unit.spans else {}
+    left_out, uncounted = _grow(trees, unit, refused)
+    covered = sorted(left_out)
     refused = {place: why for place, why in refused.items() if place not in left_out}
     left_out |= refused.keys()
     superseded, set_aside = _note_evidence(tx, tenant, unit, _evidence_of(unit, set(covered), refused))
@@ -180,11 +178,15 @@ def _keep(
         "INSERT OR REPLACE INTO otlp_stream VALUES (?,?,?,?,?,?,?)",
         ((tenant, change.stream, *msgspec.structs.astuple(change.after), now_us) for change in unit.streams),
     )
-    work = [place for place, fact in enumerate(unit.spans) if fact.gives_way and place not in left_out]
-    rows = _rows_of(tx, unit.usage.tenant, [events[place] for place in work])
-    for place, row in zip(work, rows, strict=True):
+    may_go = [
+        place
+        for place, fact in enumerate(unit.spans)
+        if place not in left_out and (fact.gives_way or not _has_tokens(events[place]))
+    ]
+    rows = _rows_of(tx, unit.usage.tenant, [events[place] for place in may_go])
+    for place, row in zip(may_go, rows, strict=True):
         fact = unit.spans[place]
-        trees[_trace(fact)].work[_id(fact)] = row
+        trees[_trace(fact)].note(_id(fact), row, has_tokens=_has_tokens(events[place]), gives_way=fact.gives_way)
     tx.insert_many(
         "INSERT OR REPLACE INTO otlp_trace VALUES (?,?,?,?,?)",
         (
@@ -242,15 +244,41 @@ def _trees_of(tx: Tx, tenant: int, unit: RecordTelemetry) -> dict[bytes, SpanTre
     return trees | {traces[key]: _trees.decode(raw) for key, raw in found}
 
 
-def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
-    """Take in the spans of a unit; returns the rows of agents' spans that count no longer."""
+def _grow(
+    trees: dict[bytes, SpanTree], unit: RecordTelemetry, refused: dict[int, span_identity.Refused]
+) -> tuple[set[int], list[tuple[int, str]]]:
+    """Take in the spans of a unit; returns the places of those that give way, and rows that do so now, and why.
+
+    One that is refused was counted before, and what it told then is known; what it tells now is not.
+    """
     links: dict[bytes, list[tuple[bytes, bytes]]] = {}
-    counted: dict[bytes, list[bytes]] = {}
     for span, parent in unit.links:
         links.setdefault(span[:_TRACE], []).append((span[_TRACE:], parent))
-    for fact in unit.spans:
-        counted.setdefault(_trace(fact), []).append(_id(fact))
-    return [row for trace, tree in trees.items() for row in tree.grow(links.get(trace, ()), counted.get(trace, ()))]
+    told: dict[bytes, list[bytes]] = {}
+    untold: dict[bytes, list[bytes]] = {}
+    tops: dict[bytes, list[bytes]] = {}
+    for place, (fact, event) in enumerate(zip(unit.spans, unit.usage.events, strict=False)):
+        is_told = _has_tokens(event) and (place not in refused or refused[place].has_its_tokens)
+        (told if is_told else untold).setdefault(_trace(fact), []).append(_id(fact))
+        if is_told and fact.gives_way and place not in refused:
+            tops.setdefault(_trace(fact), []).append(_id(fact))
+    rows: list[tuple[int, str]] = []
+    below: dict[bytes, set[bytes]] = {}
+    for trace, tree in trees.items():
+        grown = tree.grow(links.get(trace, ()), told.get(trace, ()), untold.get(trace, ()), tops.get(trace, ()))
+        below[trace] = grown.below
+        rows += [(row, _COVERED) for row in grown.covered] + [(row, _TOPPED) for row in grown.topped]
+    gone = set()
+    for place, (fact, event) in enumerate(zip(unit.spans, unit.usage.events, strict=False)):
+        span, tree, has_tokens = _id(fact), trees[_trace(fact)], _has_tokens(event)
+        is_covered = fact.gives_way and (span in tree.covered or (not has_tokens and span in tree.hollow))
+        if is_covered or (not has_tokens and span in below[_trace(fact)]):
+            gone.add(place)
+    return gone, rows
+
+
+def _has_tokens(event: UsageEvent) -> bool:
+    return event.tokens_in > 0 or event.tokens_out > 0
 
 
 # --- evidence
@@ -259,7 +287,7 @@ def _grow(trees: dict[bytes, SpanTree], unit: RecordTelemetry) -> list[int]:
 def _evidence_of(
     unit: RecordTelemetry, covered: set[int], refused: dict[int, span_identity.Refused]
 ) -> Iterable[Evidence]:
-    """That of a unit and of its spans. An agent's span with one below it that counts is none: its tokens do not count.
+    """That of a unit and of its spans. One that gives way to another of its trace is none: its tokens do not count.
 
     Nor is one that told no tokens, or was refused and told others than are counted in its place: metrics of its
     resource would be lost for the sake of nothing.

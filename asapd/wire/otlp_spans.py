@@ -69,9 +69,9 @@ _STATUS_ERROR = 2
 class SpanUsage(msgspec.Struct, frozen=True, gc=False):
     """What a span used. `span` is its trace id (16 bytes) and span id (8); `resource` the `resource_key`.
 
-    With `gives_way` it counts only while no span below it does: it is of an agent's work, or a call as a framework or
-    gateway names it, behind which the provider's SDK may tell of the same call. With `tells_tokens` it has an
-    attribute of tokens, be it of none.
+    With `gives_way` it counts only while no span below it does that tells as much: it is of an agent's work, or a call
+    as a framework or gateway names it, behind which the provider's SDK may tell of the same call. With `tells_tokens`
+    it has an attribute of tokens, be it of none.
     """
 
     event: UsageEvent

@@ -47,7 +47,12 @@ from asapd.wire.otlp_spans import OtlpOutcome, decode_traces
 T0 = 1_800_000_000 * SECOND_US
 CALLER = Caller("key:1", Role.INGEST)
 LEGACY, MODERN = "gen_ai.client.token.usage", "gen_ai.client.inference.usage."
-OPERATIONS = {"work": {"gen_ai.operation.name": "invoke_agent"}, "call": {"gen_ai.operation.name": "chat"}, "plain": {}}
+OPERATIONS = {
+    "work": {"gen_ai.operation.name": "invoke_agent"},
+    "gateway": {"gen_ai.operation.name": "acompletion"},
+    "call": {"gen_ai.operation.name": "chat"},
+    "plain": {},
+}
 _numbers = count()
 
 
@@ -521,10 +526,74 @@ async def test_an_agents_span_that_does_not_count_leaves_metrics_what_they_count
 ) -> None:
     metrics = export_metrics("spans", [(True, 10, 0, 1)], T0, delta=True)
     work, call = export_spans([(None, "work"), (0, "call")], T0)
-    spans = [[work, without_tokens(call)]] if at_once else [[without_tokens(call)], [work]]
+    (name,) = [pair for pair in call.resource_spans[0].resource.attributes if pair.key == "service.name"]
+    name.value.string_value = "other"
+    spans = [[work, call]] if at_once else [[call], [work]]
     for piece in (*spans, metrics) if spans_first else (metrics, *spans):
         await send(host, piece)
-    assert host.totals()[:4] == (2, 1, 10, 1)
+    assert host.totals()[:3] == (2, 1, 111)
+
+
+@pytest.mark.parametrize(
+    "order", [[(0, 1, 2)], [(2, 1, 0)], [(0,), (1,), (2,)], [(2,), (1,), (0,)], [(1,), (2,), (0,)]]
+)
+@pytest.mark.parametrize("below", [None, 0])
+@pytest.mark.parametrize("kind", ["work", "gateway"])
+async def test_a_call_that_tells_no_tokens_gives_way_to_the_span_above_it_that_does(
+    host: Host, kind: str, below: int | None, order: list[tuple[int, ...]]
+) -> None:
+    """Whatever comes first: the tokens and the call of it count once. So where its span says that they were 0."""
+    above, between, call = export_spans([(None, kind), (0, "plain"), (1, "call")], T0)
+    without_tokens(call)
+    if below is not None:
+        attributes = call.resource_spans[0].scope_spans[0].spans[0].attributes
+        attributes.add(key="gen_ai.usage.input_tokens").value.int_value = below
+    spans = [above, between, call]
+    for piece in order:
+        await send(host, [spans[place] for place in piece])
+    assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
+    await send(host, spans)
+    assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
+    said = host.connection.execute("SELECT reason FROM usage_void").fetchall()
+    assert said == [("a span above it tells the tokens of the same call",)] * len(said)
+
+
+@pytest.mark.parametrize("order", [[(0, 1, 2, 3)], [(0,), (3,), (1,), (2,)], [(3,), (2,), (1,), (0,)]])
+async def test_of_spans_above_a_call_without_tokens_the_lowest_that_tells_them_counts(
+    host: Host, order: list[tuple[int, ...]]
+) -> None:
+    spans = export_spans([(None, "work"), (0, "gateway"), (1, "gateway"), (2, "call")], T0)
+    without_tokens(spans[3])
+    for piece in order:
+        await send(host, [spans[place] for place in piece])
+    assert host.totals() == Totals(1, 1, 102, 7, 2, 1, 100)
+
+
+@pytest.mark.parametrize("order", [[(0, 1, 2)], [(1,), (2,), (0,)], [(2,), (0,), (1,)]])
+async def test_a_try_that_told_no_tokens_counts_beside_the_one_that_did(
+    host: Host, order: list[tuple[int, ...]]
+) -> None:
+    spans = export_spans([(None, "gateway"), (0, "call"), (0, "call")], T0)
+    without_tokens(spans[1])
+    for piece in order:
+        await send(host, [spans[place] for place in piece])
+    assert host.totals() == Totals(2, 2, 102, 7, 2, 2, 100)
+
+
+async def test_a_call_that_gave_way_stays_so_when_the_span_above_it_does(host: Host) -> None:
+    above, one, other = export_spans([(None, "gateway"), (0, "call"), (0, "call")], T0)
+    for piece in ([above, without_tokens(one)], [other]):
+        await send(host, piece)
+    assert host.totals() == Totals(1, 1, 102, 7, 2, 1, 100)
+
+
+async def test_a_refused_span_takes_no_tokens_from_the_span_above_it(host: Host) -> None:
+    """Below a gateway's span one was counted without tokens, and comes again with some."""
+    above, call = export_spans([(None, "gateway"), (0, "call")], T0)
+    await send(host, [without_tokens(call.__deepcopy__({}))])
+    assert len((await host.spans(ended_later(call).SerializeToString())).rejected) == 1
+    await send(host, [above])
+    assert host.totals() == Totals(1, 1, 100, 7, 0, 1, 100)
 
 
 async def test_spans_near_each_other_are_one_stretch_and_others_their_own(host: Host) -> None:

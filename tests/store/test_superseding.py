@@ -72,13 +72,16 @@ def counted(ledger: Ledger) -> int:
 
 
 @pytest.mark.parametrize("below", [EMPTY, replace(EMPTY, delegation=None), replace(EMPTY, task_id="other")])
-def test_an_empty_span_below_gives_nothing_back_to_a_delegation(ledger: Ledger, below: UsageEvent) -> None:
-    agents_span(ledger)
-    call_below(ledger, below)
-    assert counted(ledger) == 0
-    spent, tasks = debited(ledger)
-    assert spent == 10
-    assert tasks == 1 + (below.task_id == "other")
+@pytest.mark.parametrize("first", ["work", "call"])
+def test_an_empty_span_below_takes_nothing_from_a_span_with_tokens(
+    ledger: Ledger, below: UsageEvent, first: str
+) -> None:
+    steps = [lambda: agents_span(ledger), lambda: call_below(ledger, below)]
+    for step in steps if first == "work" else steps[::-1]:
+        step()
+    assert counted(ledger) == 10
+    assert debited(ledger)[0] == 10
+    assert ledger.connection.execute("SELECT sum(events) FROM usage_hour").get == 1
 
 
 @pytest.mark.parametrize("below", [replace(SPENT, id="b", delegation=None), replace(SPENT, id="b", tokens_in=9)])
@@ -126,9 +129,9 @@ def test_a_repeat_makes_nothing_good(ledger: Ledger) -> None:
 
 def test_who_may_void_is_given_back_what_a_span_below_takes_the_place_of(ledger: Ledger) -> None:
     agents_span(ledger, by=EVERYTHING)
-    call_below(ledger, EMPTY, by=EVERYTHING)
-    assert counted(ledger) == 0
-    assert debited(ledger) == (0, 1)
+    call_below(ledger, replace(EMPTY, tokens_in=1), by=EVERYTHING)
+    assert counted(ledger) == 1
+    assert debited(ledger) == (1, 1)
 
 
 def test_what_is_withheld_goes_on_to_use_its_task(ledger: Ledger) -> None:
@@ -190,7 +193,7 @@ def test_a_hard_limit_is_given_back_what_is_debited_in_its_period(
         "WHERE start_us <= ?1 AND end_us > ?1 ORDER BY name",
         (NOW_US,),
     ).fetchall()
-    in_period = below.tokens_in * USD if below.timestamp_us == NOW_US else 0
+    in_period = 10 * USD if below.timestamp_us == NOW_US else 0
     assert found == [("hard", 10 * USD), ("soft", in_period)]
 
 

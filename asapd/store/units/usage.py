@@ -37,7 +37,7 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     `unauthorised` of the new ones were done without permission. `conflicts` are events, each by its index, with the row
     that has its identity. Where the unit had `places`, this has those of `ids`, and events are told by their places.
 
-    Of telemetry `covered` are the places of agents' spans that do not count, for spans below them do, and `set_aside`
+    Of telemetry `covered` are the places of spans that do not count, for others of their traces do, and `set_aside`
     has for resources the ids and tokens of events of metrics that do not count, for spans tell of the same calls.
     """
 
@@ -128,8 +128,8 @@ class CollectionChanged(msgspec.Struct, frozen=True, array_like=True):
 class SpanFact(msgspec.Struct, frozen=True, array_like=True):
     """Which span an event is of: trace id (16 bytes) and span id (8).
 
-    With `gives_way` it counts only while no span below it does. `told_of` is the resource that told tokens by it, empty
-    where it told none: while it counts, it is evidence.
+    With `gives_way` it counts only while no span below it does that has tokens, or none of them has. `told_of` is the
+    resource that told tokens by it, be it 0, empty where it told none: while it counts, it is evidence.
     """
 
     span: bytes
