@@ -447,7 +447,7 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
         stray = [
             FieldError(str(name), f"does not belong beside {holder}")
             for name, value in raw.items()
-            if name != holder and not (value is None and name in _NULLABLE)
+            if name != holder and not _says_nothing(name, value)
         ]
         if stray:
             return Events([], [], tuple(stray), is_batch=False)
@@ -460,6 +460,13 @@ def _explain(body: bytes, is_msgpack: bool) -> Events | Refusal:
     if len(items) > MAX_EVENTS:
         return too_many(len(items))
     return _judged(items, is_batch)
+
+
+def _says_nothing(name: Any, value: Any) -> bool:
+    """Whether a field beside events is as if left out: what the typed decoder takes for that it cannot tell from it."""
+    if value is None:
+        return name in _NULLABLE
+    return name in _DEFAULTS and value == _DEFAULTS[name] and _mismatch(value, _EVENT_TYPES[name]) is None
 
 
 def _explain_lines(lines: list[bytes]) -> Events | Refusal:
@@ -548,6 +555,7 @@ _REQUIRED = {**dict.fromkeys(("task_id", "agent", "agent_id", "consumer", "consu
 """Fields that may be null as far as their types in `WireEvent` go, and are missing then."""
 _EVENT_TYPES = {**_types_of(WireEvent), **_REQUIRED}
 _METRICS_TYPES = _types_of(WireMetrics)
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(WireEvent) if field.default is not None}
 _NULLABLE = frozenset(name for name, kind in _types_of(WireEvent).items() if NoneType in get_args(kind))
 """Fields of which null is as if they were left out."""
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import MAX_INT
 from asapd.core.usage import UsageEvent
-from asapd.wire.usage import MAX_ERRORS, MAX_EVENTS, BodyFormat, Events, decode_event, decode_events, parse_timestamp
+from asapd.wire.usage import (
+    MAX_ERRORS,
+    MAX_EVENTS,
+    BodyFormat,
+    Events,
+    WireEvent,
+    decode_event,
+    decode_events,
+    parse_timestamp,
+)
 
 COUNTS = {"tokens_in": 10, "tokens_out": 5, "duration_ms": 250, "api_calls": 1}
 NESTED: dict[str, Any] = {
@@ -596,6 +605,30 @@ def test_the_quick_way_to_one_event_finds_what_the_whole_one_finds_or_nothing(bo
         assert found == Events([quick], [0], (), is_batch=False)
     elif isinstance(found, Events) and not found.errors and body[:1] == b"{":
         assert found.is_batch or b"usage" in body
+
+
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(WireEvent)}
+# Defaults, which dumps of classes may have beside them, more often than what is something else.
+beside = st.lists(
+    st.sampled_from(sorted(_DEFAULTS.items(), key=str))
+    | st.tuples(st.sampled_from([*_DEFAULTS, "tokenz"]), st.sampled_from([None, 0, 0.0, 1, False, "", "failed", {}])),
+    max_size=2,
+).map(dict)
+
+
+@given(beside, st.sampled_from(["events", "usage"]), st.sampled_from(("json", "msgpack")))
+def test_what_may_stand_beside_events_does_not_depend_on_whether_they_are_right(
+    fields: dict[str, Any], holder: str, body_format: BodyFormat
+) -> None:
+    """Wrong ones are looked at again, slowly: what is said of the rest is the same."""
+    wrong = single(tokens_in=-1, metrics=...)
+    held: tuple[Any, Any] = (NESTED, wrong) if holder == "usage" else ([NESTED], [NESTED, wrong])
+    without, with_wrong = (decoded({**fields, holder: it}, body_format) for it in held)
+    if without.errors:
+        assert with_wrong == without
+    else:
+        assert with_wrong.events == ([] if holder == "usage" else without.events)
+        assert [bad.field for bad in with_wrong.errors] == ["tokens_in"]
 
 
 @given(values | broken_events | st.lists(broken_events, max_size=4), st.sampled_from(("json", "msgpack")))
