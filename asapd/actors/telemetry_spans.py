@@ -69,24 +69,49 @@ def _parts_of(spans: list[SpanUsage], links: list[Link]) -> list[tuple[list[Span
     A trace is in one part where it fits in one. The links of traces without such spans are in the first.
     """
     traces: dict[bytes, list[SpanUsage]] = {}
-    # Those that give way behind the calls below them, or an earlier part would count what the next one has to void.
-    for span in sorted(spans, key=lambda span: span.gives_way):
+    for span in spans:
         traces.setdefault(span.span[:TRACE_BYTES], []).append(span)
+    by_trace: dict[bytes, list[Link]] = {}
+    for link in links:
+        by_trace.setdefault(link[0][:TRACE_BYTES], []).append(link)
     parts: list[list[SpanUsage]] = [[]]
-    for whole in traces.values():
+    for trace, its in traces.items():
+        whole = its if len(its) <= MAX_EVENTS else _staying_first(its, by_trace.get(trace, []))
         if len(parts[-1]) + len(whole) > MAX_EVENTS and parts[-1]:
             parts.append([])
         parts[-1] += whole[:MAX_EVENTS]
         parts += [whole[start : start + MAX_EVENTS] for start in range(MAX_EVENTS, len(whole), MAX_EVENTS)]
-    by_trace: dict[bytes, list[Link]] = {}
-    for link in links:
-        by_trace.setdefault(link[0][:TRACE_BYTES], []).append(link)
     named = [list(dict.fromkeys(span.span[:TRACE_BYTES] for span in part)) for part in parts]
     named[0] += [trace for trace in by_trace if trace not in traces]
     return [
         (part, list(chain.from_iterable(by_trace.get(trace, ()) for trace in names)))
         for part, names in zip(parts, named, strict=True)
     ]
+
+
+def _staying_first(spans: list[SpanUsage], links: list[Link]) -> list[SpanUsage]:
+    """Spans of a trace, each behind those that it gives way to: no part counts what a later one would have to void.
+
+    First those with tokens, of which the ones that give way do so to what is below them, then those without, which give
+    way to them and to each other.
+    """
+    parents = {span[TRACE_BYTES:]: parent for span, parent in links}
+    depths: dict[bytes, int] = {}
+
+    def key(span: SpanUsage) -> tuple[bool, bool, int]:
+        name = at = span.span[TRACE_BYTES:]
+        above = []
+        while at in parents and at not in depths:
+            depths[at] = 0  # of a circle none is the highest
+            above.append(at)
+            at = parents[at]
+        depth = depths.get(at, 0)
+        for at in reversed(above):
+            depth = depths[at] = depth + 1
+        has_tokens = span.event.tokens_in > 0 or span.event.tokens_out > 0
+        return not has_tokens, span.gives_way, -depths.get(name, 0)
+
+    return sorted(spans, key=key)
 
 
 async def _record_part(

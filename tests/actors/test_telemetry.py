@@ -919,6 +919,33 @@ async def test_a_trace_of_more_links_than_are_kept_is_known_whole_to_each_part(
         assert host.totals() == Totals(3, 3, 104 + 105 + 106, 3 * 7, 4 + 5 + 6, 3, 300)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("ended_first", [True, False])
+async def test_of_a_trace_in_parts_none_counts_what_the_next_one_has_to_void(
+    host: Host, monkeypatch: pytest.MonkeyPatch, at_once: int, ended_first: bool
+) -> None:
+    """Agents below agents, a gateway's span above a call without tokens, and metrics that only they would outrank."""
+    monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", at_once)
+    kinds: list[tuple[int | None, str]] = [(None, "work"), (0, "work"), (1, "plain"), (2, "work")]
+    spans = export_spans([*kinds, (0, "gateway"), (4, "call"), (0, "work"), (6, "gateway"), (7, "call")], T0)
+    without_tokens(spans[5])
+    without_tokens(spans[6])
+    await send(host, spans[::-1] if ended_first else spans)
+    assert host.totals() == Totals(3, 3, 103 + 104 + 108, 3 * 7, 3 + 4 + 8, 3, 300)
+    assert host.connection.execute("SELECT count(*) FROM usage_void").get == 0
+
+
+async def test_links_in_a_circle_do_not_keep_a_trace_in_parts_from_being_recorded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", 1)
+    one, other = export_spans([(None, "call"), (0, "call")], T0)
+    spans = [request.resource_spans[0].scope_spans[0].spans[0] for request in (one, other)]
+    spans[0].parent_span_id = spans[1].span_id
+    await send(host, [one, other])
+    assert host.totals().tokens_in == 201
+
+
 async def test_a_trace_that_fits_into_a_part_is_not_split(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asapd.actors.telemetry_spans.MAX_EVENTS", 3)
     commits: list[int] = []
