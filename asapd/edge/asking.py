@@ -25,14 +25,19 @@ class Answerable(Protocol[T]):
 
 
 async def ask_actor(
-    mailbox: trio.MemorySendChannel[Any], build: Callable[[Reply[Any]], Answerable[T]], *, patient: bool = False
+    mailbox: trio.MemorySendChannel[Any],
+    build: Callable[[Reply[Any]], Answerable[T]],
+    *,
+    patient: bool = False,
+    then: Callable[[Reply[Any]], None] | None = None,
 ) -> T | Refusal:
     """Ask, and answer with a refusal when the actor cannot.
 
-    With `patient` the caller bounds the wait, for room with the actor too; else no room is a refusal at once.
+    With `patient` the caller bounds the wait, for room with the actor too; else no room is a refusal at once. `then` is
+    called when the actor is done with the message, be it after the caller has left.
     """
     try:
-        answer: T = await ask(mailbox, build, deadline_s=None if patient else ASK_S)
+        answer: T = await ask(mailbox, build, deadline_s=None if patient else ASK_S, then=then)
     except MailboxFull as error:
         return Refusal("overloaded", f"{error}: try again", retry_after_s=error.retry_after_s)
     except (AnswererGone, NoAnswerInTime) as error:

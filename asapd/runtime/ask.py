@@ -125,16 +125,23 @@ class Reply(Generic[T]):
             self._then(self)
 
 
-async def ask(mailbox: trio.MemorySendChannel[M], build: Callable[[Reply[T]], M], *, deadline_s: float | None) -> T:
+async def ask(
+    mailbox: trio.MemorySendChannel[M],
+    build: Callable[[Reply[T]], M],
+    *,
+    deadline_s: float | None,
+    then: Callable[[Reply[T]], None] | None = None,
+) -> T:
     """Send the message that `build` makes around a fresh reply, and return the answer.
 
     A full mailbox is refused at once. Without a deadline it is waited for, as the answer is: the caller bounds both, as
     a connection does whose waits share one scope; a scope of its own is a tenth of a small request. A caller that is
-    cancelled before the message was accepted has sent nothing.
+    cancelled before the message was accepted has sent nothing. `then` is called when the answerer is done with the
+    message, which may be long after the caller has left, or at once when it was not sent.
 
     Raises MailboxFull (nothing was done), AnswererGone, NoAnswerInTime (the outcome is unknown) and HandlerFailed.
     """
-    reply: Reply[T] = Reply()
+    reply: Reply[T] = Reply(then)
     message = build(reply)
     try:
         try:
@@ -143,8 +150,11 @@ async def ask(mailbox: trio.MemorySendChannel[M], build: Callable[[Reply[T]], M]
             if deadline_s is not None:
                 raise MailboxFull("the queue is full; nothing was done") from None
             await mailbox.send(message)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        raise AnswererGone("the answerer has shut down; nothing was done") from None
+    except BaseException as error:
+        reply.close()  # nobody else has it
+        if isinstance(error, trio.BrokenResourceError | trio.ClosedResourceError):
+            raise AnswererGone("the answerer has shut down; nothing was done") from None
+        raise
     if deadline_s is None:
         await reply.wait_ended()
     else:

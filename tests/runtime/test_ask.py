@@ -113,6 +113,36 @@ async def test_no_answer_in_time_leaves_the_request_sent(autojump_clock: MockClo
     assert message.reply.ended
 
 
+async def test_who_asks_hears_when_the_answerer_is_done_though_the_deadline_passed(autojump_clock: MockClock) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    ended: list[Reply[int]] = []
+    with pytest.raises(NoAnswerInTime):
+        await ask(send, double(1), deadline_s=1, then=ended.append)
+    assert ended == []
+    reply = receive.receive_nowait().reply
+    reply.send(2)
+    assert ended == [reply]
+
+
+@pytest.mark.parametrize("why", ["full", "gone", "cancelled"])
+async def test_who_asks_hears_at_once_of_what_was_not_sent(why: str) -> None:
+    send, receive = trio.open_memory_channel[Double](1)
+    send.send_nowait(Double(1))
+    if why == "gone":
+        receive.close()
+    ended: list[Reply[int]] = []
+    with trio.CancelScope() as scope:
+        if why == "cancelled":
+            scope.cancel()
+            await ask(send, double(2), deadline_s=None, then=ended.append)
+        else:
+            with pytest.raises(MailboxFull if why == "full" else AnswererGone):
+                await ask(send, double(2), deadline_s=1, then=ended.append)
+    (reply,) = ended
+    with pytest.raises(AnswererGone):
+        reply.result_nowait()
+
+
 async def test_an_answer_that_comes_with_the_deadline_counts(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     send, receive = trio.open_memory_channel[Double](0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
@@ -26,6 +26,7 @@ from asapd.edge.http.parameters import RefusedError
 from asapd.edge.json_body import foreign_charset
 from asapd.edge.services import Services
 from asapd.edge.unpacking import INLINE_BYTES
+from asapd.runtime.ask import Reply
 from asapd.wire.bodies import unpack
 from asapd.wire.otlp import (
     CONTENT_TYPES,
@@ -43,9 +44,9 @@ T = TypeVar("T")
 
 # What unpacks to more may take six times its size once it is decoded.
 LARGE_BYTES: Final = 1_048_576
-# As many are decoded and wait for their commits at once, as long as their senders wait for them: 100 MiB of those that
-# are not large, 200 MiB of those that are as large as they may be. One of 48 000 spans takes some seconds, so two have
-# their answers before anybody gives up.
+# As many are decoded and wait for their commits at once, whether their senders still wait for them or not: 100 MiB of
+# those that are not large, 200 MiB of those that are as large as they may be. One of 48 000 spans takes some seconds,
+# so two have their answers before anybody gives up.
 MEDIUM_AT_ONCE: Final = 16
 LARGE_AT_ONCE: Final = 2
 # Who waits longer for others is told to come again, before anything of theirs is recorded.
@@ -59,6 +60,25 @@ class _Size(msgspec.Struct, frozen=True):
     turns: trio.Semaphore | None = None
     # The decoders hold the GIL, so more at once would only take turns; large ones are not waited for.
     threads: trio.CapacityLimiter | None = None
+
+
+class _Turn:
+    """A turn, given back when whoever holds it is done: the request, and the meter with what the request exports."""
+
+    def __init__(self, turns: trio.Semaphore | None) -> None:
+        self._turns = turns
+        self._holders = 1
+
+    def hand_over(self) -> Callable[[Reply[Any]], None]:
+        """Have it held by the meter as well, until the reply ends."""
+        self._holders += 1
+        return lambda _: self.leave()
+
+    def leave(self) -> None:
+        """One of the holders is done."""
+        self._holders -= 1
+        if self._turns is not None and not self._holders:
+            self._turns.release()
 
 
 def settings_of(otlp: config.Otlp) -> OtlpSettings:
@@ -87,8 +107,8 @@ def register(app: QuartTrio, services: Services) -> None:
         return response
 
     @asynccontextmanager
-    async def decoded(decoder: Callable[..., T | Refusal]) -> AsyncIterator[tuple[T, Encoding]]:
-        """What the request exports, and how it is written; within the context nothing has to wait for its turn."""
+    async def decoded(decoder: Callable[..., T | Refusal]) -> AsyncIterator[tuple[T, Encoding, _Turn]]:
+        """What the request exports, how it is written, and the turn that it has."""
         encoding = CONTENT_TYPES.get(request.mimetype)
         if encoding is None:
             detail = f"{request.mimetype or 'no content type'} is not taken: send {' or '.join(CONTENT_TYPES)}"
@@ -109,7 +129,7 @@ def register(app: QuartTrio, services: Services) -> None:
             bound_bytes = min(size.bound_bytes, most_bytes)
             if len(body) > bound_bytes < most_bytes:
                 continue
-            async with _turn(size):
+            async with _turn(size) as turn:
                 if size.threads is None:
                     found = within(bound_bytes)
                 else:
@@ -118,18 +138,20 @@ def register(app: QuartTrio, services: Services) -> None:
                     if found.code == "too_large" and bound_bytes < most_bytes:
                         continue
                     raise RefusedError(found)
-                yield found, encoding
+                yield found, encoding, turn
                 return
 
     @app.post("/v1/traces")
     async def post_traces() -> Response:
         caller = require(Permission.INGEST)
-        async with decoded(decode_traces) as (outcome, encoding):
+        async with decoded(decode_traces) as (outcome, encoding, turn):
             own, rejected = _own(caller, outcome.spans, lambda span: span.event.agent)
             recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
             if own or outcome.links:
                 recorded = await ask_actor(
-                    services.mailboxes.meter, lambda reply: ReportSpans(caller, own, outcome.links, reply)
+                    services.mailboxes.meter,
+                    lambda reply: ReportSpans(caller, own, outcome.links, reply),
+                    then=turn.hand_over(),
                 )
             if isinstance(recorded, Refusal):
                 raise RefusedError(recorded)
@@ -139,11 +161,15 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/v1/metrics")
     async def post_metrics() -> Response:
         caller = require(Permission.INGEST)
-        async with decoded(decode_metrics) as (outcome, encoding):
+        async with decoded(decode_metrics) as (outcome, encoding, turn):
             own, rejected = _own(caller, outcome.points, lambda point: point.of.agent)
             recorded: TelemetryRecorded | Refusal = TelemetryRecorded(0, 0, [])
             if own:
-                recorded = await ask_actor(services.mailboxes.meter, lambda reply: ReportMetrics(caller, own, reply))
+                recorded = await ask_actor(
+                    services.mailboxes.meter,
+                    lambda reply: ReportMetrics(caller, own, reply),
+                    then=turn.hand_over(),
+                )
             if isinstance(recorded, Refusal):
                 raise RefusedError(recorded)
             rejected += recorded.rejected
@@ -151,22 +177,21 @@ def register(app: QuartTrio, services: Services) -> None:
 
 
 @asynccontextmanager
-async def _turn(size: _Size) -> AsyncIterator[None]:
+async def _turn(size: _Size) -> AsyncIterator[_Turn]:
     """One of the turns of a size, waited for a while."""
-    if size.turns is None:
-        yield
-        return
-    with trio.move_on_after(TURN_S) as waiting:
-        await size.turns.acquire()
-    if waiting.cancelled_caught:
-        detail = f"other exports are being recorded, and this one waited {TURN_S:.0f} s for them in vain"
-        raise RefusedError(
-            Refusal("overloaded", f"{detail}: nothing of it was recorded, send it again", retry_after_s=5)
-        )
+    if size.turns is not None:
+        with trio.move_on_after(TURN_S) as waiting:
+            await size.turns.acquire()
+        if waiting.cancelled_caught:
+            detail = f"other exports are being recorded, and this one waited {TURN_S:.0f} s for them in vain"
+            raise RefusedError(
+                Refusal("overloaded", f"{detail}: nothing of it was recorded, send it again", retry_after_s=5)
+            )
+    turn = _Turn(size.turns)
     try:
-        yield
+        yield turn
     finally:
-        size.turns.release()
+        turn.leave()
 
 
 def _own(caller: Caller, found: list[T], agent_of: Callable[[T], str]) -> tuple[list[T], list[str]]:

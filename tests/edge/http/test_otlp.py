@@ -39,6 +39,7 @@ from asapd.core.errors import Refusal
 from asapd.core.pricing import PriceTable
 from asapd.core.types import HOUR_US, MINUTE_US, SECOND_US
 from asapd.edge.large_bodies import LargeBodies
+from asapd.edge.services import ASK_S
 from asapd.edge.unpacking import INLINE_BYTES
 from asapd.runtime.ask import ask
 from asapd.runtime.room import Room
@@ -734,6 +735,50 @@ async def test_few_large_exports_wait_for_their_commits_at_once_and_others_are_t
             for _ in range(2):
                 meter.receive_nowait().reply.send(TelemetryRecorded(60, 0, []))
         assert [reply.status for reply in replies] == [200, 503, 200, 200]
+
+
+@pytest.mark.parametrize("how", ["answered", "failed", "closed"])
+async def test_large_exports_keep_their_turns_until_they_are_recorded_though_nobody_waits_any_more(
+    inline_database: tuple[Database, apsw.Connection], tmp_path: Path, mock_clock: MockClock, how: str
+) -> None:
+    """What they hold is held by the meter: others at once would have more in memory than turns are for."""
+    body = with_content(60)
+    async with open_edge(inline_database[1], tmp_path, meter=True) as edge:
+        meter = edge.mailboxes["meter"][1]
+        replies: list[Reply] = []
+
+        async def export() -> None:
+            replies.append(await send(edge, body))
+
+        async def until(condition: Callable[[], bool]) -> None:
+            patience_ends_s = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < patience_ends_s
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(export)
+            await until(lambda: meter.statistics().current_buffer_used == 2)
+            held = [meter.receive_nowait().reply for _ in range(2)]
+            mock_clock.jump(ASK_S + 1)
+            await until(lambda: len(replies) == 2)
+            nursery.start_soon(export)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(16)
+            await until(lambda: len(replies) == 3)
+            assert Status.FromString(replies[2].body).message.startswith("overloaded: ")
+            match how:
+                case "answered":
+                    held[0].send(TelemetryRecorded(60, 0, []))
+                case "failed":
+                    held[0].fail()
+                case _:
+                    held[0].close()
+            nursery.start_soon(export)
+            await until(lambda: meter.statistics().current_buffer_used == 1)
+            meter.receive_nowait().reply.send(TelemetryRecorded(60, 0, []))
+        assert [reply.status for reply in replies] == [503, 503, 503, 200]
 
 
 async def exported(port: int, sent: bytes) -> bytes:
