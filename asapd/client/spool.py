@@ -74,7 +74,7 @@ class Spool:
 
     def _open(self, name: str | None) -> None:
         segments = self._segments()
-        marked, offset, seq = self._read_mark()
+        marked, offset, seq = _read_mark(self._directory)
         self._acknowledged = (marked, offset) if marked in segments else (segments[0] if segments else 1, 0)
         for number in segments:
             if number < self._acknowledged[0]:
@@ -104,15 +104,6 @@ class Spool:
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:012d}.segment"
-
-    def _read_mark(self) -> tuple[int, int, int]:
-        """Segment, offset and last number. A mark that is lost or torn means that everything is sent again."""
-        with contextlib.suppress(OSError, ValueError):
-            text, _, crc = (self._directory / "acknowledged").read_text("ascii").strip().rpartition(" ")
-            if int(crc, 16) == zlib.crc32(text.encode()):
-                number, offset, seq = map(int, text.split())
-                return number, offset, seq
-        return 0, 0, 0
 
     def _write_mark(self) -> None:
         text = f"{self._acknowledged[0]:012d} {self._acknowledged[1]:012d} {self._seq:016d}"
@@ -298,6 +289,16 @@ def _lock(path: Path) -> int:
     return fd
 
 
+def _read_mark(directory: Path) -> tuple[int, int, int]:
+    """Segment, offset and last number. A mark that is lost, torn or not yet written means that everything is sent."""
+    with contextlib.suppress(OSError, ValueError):
+        text, _, crc = (directory / "acknowledged").read_text("ascii").strip().rpartition(" ")
+        if int(crc, 16) == zlib.crc32(text.encode()):
+            number, offset, seq = map(int, text.split())
+            return number, offset, seq
+    return 0, 0, 0
+
+
 def _cut_torn_line(fd: int) -> int:
     """Cut off a last line that was not wholly written, whose `append` never returned; gives the size."""
     size = end = os.fstat(fd).st_size
@@ -386,11 +387,8 @@ def _numbers(root: Path) -> list[int]:
 
 def _holds_records(directory: Path) -> bool:
     """Whether something may wait there: a guess without the lock, which opening then makes sure of."""
-    mark = (0, 0)
-    with contextlib.suppress(OSError, ValueError):
-        words = (directory / "acknowledged").read_text("ascii").split()[:2]
-        mark = (int(words[0]), int(words[1]))
+    marked, offset, _ = _read_mark(directory)
     with contextlib.suppress(OSError):
         sizes = {int(path.stem): path.stat().st_size for path in directory.glob("*.segment") if path.stem.isdecimal()}
-        return any(size > (mark[1] if number == mark[0] else 0) for number, size in sizes.items())
+        return any(size > (offset if number == marked else 0) for number, size in sizes.items())
     return False

@@ -148,7 +148,10 @@ def test_a_damaged_line_is_given_as_such_and_the_others_as_they_were(tmp_path: P
     spool.close()
 
 
-@pytest.mark.parametrize("mark", [b"", b"garbage", b"1 2", b"000000000001 000000000099 0000000000000007 00000000\n"])
+TORN_MARKS = [b"", b"garbage", b"1 2", b"000000000001 000000000099 0000000000000007 00000000\n"]
+
+
+@pytest.mark.parametrize("mark", TORN_MARKS)
 def test_a_mark_that_is_lost_or_torn_gives_everything_again(tmp_path: Path, mark: bytes) -> None:
     spool = Spool(tmp_path, ROOM, None)
     append(spool, "a", "b")
@@ -159,6 +162,23 @@ def test_a_mark_that_is_lost_or_torn_gives_everything_again(tmp_path: Path, mark
     append(spool, "c")
     assert [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))] == [("a", 1), ("b", 2), ("c", 3)]
     spool.close()
+
+
+@pytest.mark.parametrize("mark", TORN_MARKS)
+def test_a_mark_that_is_torn_or_not_yet_written_hides_nothing_and_stops_nobody(tmp_path: Path, mark: bytes) -> None:
+    """A process that opens a directory makes the file first; killed there, it must not keep the others from theirs."""
+    left = Spool(tmp_path / "1", ROOM, None)
+    append(left, "a")
+    left.close()
+    (tmp_path / "1" / "acknowledged").write_bytes(mark)
+    assert is_left(tmp_path)
+    (adopted,) = abandoned(tmp_path, ROOM, fail)
+    assert names(adopted) == ["a"]
+    adopted.close()
+    (tmp_path / "1" / "acknowledged").write_bytes(mark)
+    own = take(tmp_path, ROOM, None)
+    assert names(own) == ["a"]
+    own.close()
 
 
 def test_beyond_its_bound_it_takes_nothing_and_the_number_is_missing_for_ever(tmp_path: Path) -> None:
