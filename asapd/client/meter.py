@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 from asapd.client import address as addresses
 from asapd.client import delegation, spool
 from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
+from asapd.client.late import Late, is_held
 from asapd.client.link import Requests, make_link, report, settle
 from asapd.client.refused import RefusedFile
 from asapd.client.sender import Sender, Work
@@ -93,7 +94,7 @@ class Meter:
         self._batch_events = batch_events
         self._batch_age_s = batch_age_s
         self.counters = Counters(_log)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_closed = False
         self._forget()
         _meters.add(self)
@@ -105,6 +106,7 @@ class Meter:
         self._spool: spool.Spool | None = None
         self._memory = Memory(MEMORY_BYTES, self._source)
         self._sender: Sender | None = None
+        self._late = Late()
 
     # --- opening, and forking
 
@@ -162,6 +164,7 @@ class Meter:
             own=len(own),
             take_spool=self._take_spool,
             adopt=self._abandoned,
+            late=self._late,
             refused=RefusedFile(None if self._root is None else self._root / "refused.ndjson"),
             counters=self.counters,
             batch_events=self._batch_events,
@@ -181,7 +184,7 @@ class Meter:
         self._link.close()
         self._requests.forget_in_child()
         self.counters.forget_in_child()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._forget()
 
     # --- recording
@@ -249,8 +252,27 @@ class Meter:
 
     def submit(self, event: dict[str, Any]) -> bool:
         """Take an event in, which has an `id` and lacks `source` and `seq`; False if it is lost. Never raises."""
-        is_taken = self._append(Kind.USAGE, event)
-        self.counters.add("recorded" if is_taken else "lost")
+        return self._now_or_late(Kind.USAGE, event)
+
+    def _now_or_late(self, kind: Kind, values: dict[str, Any]) -> bool:
+        if self._is_entered():
+            self._late.put(lambda: self._take(kind, values))
+            return True
+        self._late.catch_up()
+        is_taken = self._take(kind, values)
+        self._late.catch_up()
+        return is_taken
+
+    def _is_entered(self) -> bool:
+        """Whether this thread is in one of the meter's locks, and what asks came between: a finalizer or a signal."""
+        sender = self._sender
+        is_sender_entered = sender is not None and sender.is_entered
+        return is_held(self._lock) or is_sender_entered or any(queue.is_entered for queue in self._own())
+
+    def _take(self, kind: Kind, values: dict[str, Any]) -> bool:
+        is_taken = self._append(kind, values)
+        if kind is Kind.USAGE:
+            self.counters.add("recorded" if is_taken else "lost")
         return is_taken
 
     def _append(self, kind: Kind, values: dict[str, Any]) -> bool:
@@ -314,7 +336,7 @@ class Meter:
 
     def settle(self, reservation: str) -> None:
         """Have a reservation closed, after all that was recorded before; never raises, survives an outage."""
-        self._append(Kind.SETTLE, {"reservation": reservation})
+        self._now_or_late(Kind.SETTLE, {"reservation": reservation})
 
     # --- ending
 
@@ -325,7 +347,10 @@ class Meter:
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the daemon has all that was recorded before; False when the time is over, or it never will."""
+        if self._is_entered():
+            return False
         try:
+            self._late.catch_up()
             sender = self._open()
             return sender is not None and sender.flush(timeout_s)
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
@@ -334,6 +359,10 @@ class Meter:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what can be sent in the time, and end. What remains in the spool is sent by whoever opens it next."""
+        if self._is_entered():
+            self.counters.complain("close() came inside another call of the meter, which is closed at the exit instead")
+            return
+        self._late.catch_up()
         with self._lock:
             if self._is_closed:
                 return

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from asapd.client.event import TOKEN_FIELD, encode
+from asapd.client.late import Late, is_held
 from asapd.client.link import Answer, Away, Link, Refused, Taken
 from asapd.client.refused import RefusedFile
 from asapd.client.stats import Counters
@@ -52,6 +53,7 @@ class Work:
     """The own spool, where it could not be opened before and now can."""
     adopt: Callable[[], Iterator[Waiting]]
     """Queues that processes which are gone left behind."""
+    late: Late
     refused: RefusedFile
     counters: Counters
     batch_events: int
@@ -134,6 +136,11 @@ class Sender:
             self._work.counters.complain("events that waited in memory are lost with the process")
 
     @property
+    def is_entered(self) -> bool:
+        """Whether this thread is in one of these methods already: no other may be called then."""
+        return is_held(self._changed)
+
+    @property
     def is_alive(self) -> bool:
         """Whether the thread still runs."""
         return self._thread.is_alive()
@@ -177,6 +184,7 @@ class Sender:
     def _wait_for_work(self) -> bool:
         """Until there is a batch, or the oldest record has waited long enough; False when it is time to end."""
         work = self._work
+        work.late.catch_up()
         with self._changed:
             while True:
                 waiting = self.waiting()[0]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from asapd.client.late import is_held
 from asapd.client.waiting import Kind, Record, new_source, numbered, source_name
 
 SEGMENT_BYTES = 4 * 2**20
@@ -54,7 +55,7 @@ class Spool:
         self._directory = directory
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sealed: dict[int, int] = {}
         self._is_dirty = False
         self._reading = -1
@@ -129,6 +130,11 @@ class Spool:
         return source, False
 
     # --- using
+
+    @property
+    def is_entered(self) -> bool:
+        """See `Waiting`."""
+        return is_held(self._lock)
 
     def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
         """See `Waiting`."""
@@ -265,7 +271,7 @@ class Spool:
 
     def forget_in_child(self) -> None:
         """Close what a forked child inherited; the parent goes on with it, and keeps the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._close()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass
 
 QUIET_S = 60.0
 
@@ -39,22 +40,25 @@ class Counters:
     """Figures that several threads add to, and what has to be said about them."""
 
     def __init__(self, log: logging.Logger) -> None:
-        self._stats = Stats()
-        self._lock = threading.Lock()
+        # One that its thread can take twice: a finalizer or the handler of a signal, which count too, run anywhere.
+        self._lock = threading.RLock()
         self._log = log
         self._said_at: dict[str, float] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._figures: dict[str, int] = defaultdict(int)
+        self._error: str | None = None
         self._unsaid = 0
 
     def add(self, name: str, number: int = 1) -> None:
         """Add to a figure of `Stats`."""
         with self._lock:
-            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + number})
+            self._figures[name] += number  # without a call, so that nothing of this thread comes between
 
     def set_error(self, error: str | None) -> None:
         """Remember whether sending works; a change is logged."""
-        with self._lock:
-            before = self._stats.last_error
-            self._stats = replace(self._stats, last_error=error)
+        before, self._error = self._error, error
         if error is not None and before is None:
             self._log.warning("asapd takes no usage events at present, they are kept: %s", error)
         elif error is None and before is not None:
@@ -96,10 +100,9 @@ class Counters:
     def snapshot(self, pending: int, pending_bytes: int) -> Stats:
         """The figures now."""
         with self._lock:
-            return replace(self._stats, pending=pending, pending_bytes=pending_bytes)
+            return Stats(**self._figures, pending=pending, pending_bytes=pending_bytes, last_error=self._error)
 
     def forget_in_child(self) -> None:
         """Start afresh in a forked child."""
-        self._lock = threading.Lock()
-        self._stats = Stats()
-        self._unsaid = 0
+        self._lock = threading.RLock()
+        self._forget()

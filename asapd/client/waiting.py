@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from asapd.client.event import encode
+from asapd.client.late import is_held
 
 
 class Kind(StrEnum):
@@ -50,6 +51,11 @@ class Waiting(Protocol):
     @property
     def size_bytes(self) -> int:
         """What they take."""
+        ...
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether this thread is in one of these methods already: no other may be called then."""
         ...
 
     def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
@@ -102,7 +108,7 @@ class Memory:
         self._source = new_source(name)
         self._seq = 0
         self._records: deque[Record] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._size_bytes = 0
 
     @property
@@ -114,6 +120,11 @@ class Memory:
     def size_bytes(self) -> int:
         """See `Waiting`."""
         return self._size_bytes
+
+    @property
+    def is_entered(self) -> bool:
+        """See `Waiting`."""
+        return is_held(self._lock)
 
     def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
         """See `Waiting`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import operator
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from asapd.client.spool import Spool
 from asapd.client.waiting import Kind
 from asapd.core.money import MoneyError, parse_usd
 from asapd.wire.usage import Events, decode_events
-from tests.client.fake import Fake, refused, taken, until
+from tests.client.fake import PATIENCE_S, Fake, refused, taken, until
 
 SMALL, SMALLEST = 0.0001, 5e-324
 """Doubles: as decimals one has 66 of them, and the other 1,074, which is the most."""
@@ -292,6 +295,53 @@ def test_many_threads_lose_and_double_nothing(home: Path, fake: Fake) -> None:
         assert meter.flush()
     assert sorted(event["seq"] for event in fake.events) == list(range(1, 1201))
     assert len({event["id"] for event in fake.events}) == 1200
+
+
+@pytest.mark.parametrize("lock", ["_lock", "_spool._lock", "_memory._lock", "_sender._changed", "counters._lock"])
+def test_what_a_finalizer_records_inside_a_lock_of_the_meter_comes_after_it(home: Path, fake: Fake, lock: str) -> None:
+    """A collection of garbage and a signal come anywhere: where they are, the thread holds what recording takes."""
+    meter = make(home)
+
+    @meter.task(task_id="left halfway")
+    async def numbers() -> AsyncIterator[int]:
+        yield 1
+
+    def collect() -> None:
+        left: Any = numbers()
+        with contextlib.suppress(StopIteration):
+            left.asend(None).send(None)
+        meter.record(task_id="before")
+        with operator.attrgetter(lock)(meter):
+            del left
+            meter.settle("res_1")
+            meter.record(tokens_in=-1)
+            flushed.append(meter.flush(0.0))
+        meter.record(task_id="after")
+        flushed.append(meter.flush())
+
+    flushed: list[bool] = []
+    fake.http = lambda *request: (200, {})
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert [event["task_id"] for event in fake.events] == ["before", "left halfway", "after"]
+    assert fake.log.index("/reservations/res_1/settle") > 0
+    assert flushed == [False, True]
+    assert (meter.stats().recorded, meter.stats().misused, meter.stats().lost) == (3, 1, 0)
+    meter.close()
+
+
+def test_a_handler_that_closes_the_meter_inside_its_lock_leaves_that_to_the_exit(
+    home: Path, fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(home) as meter:
+        assert meter._spool is not None
+        with meter._spool._lock:
+            meter.close()
+        assert "which is closed at the exit instead" in caplog.text
+        assert meter.record() is not None
+    assert len(fake.events) == 1
 
 
 def test_a_closed_meter_loses_what_comes_and_says_so(home: Path, fake: Fake) -> None:
