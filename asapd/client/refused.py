@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from asapd.client.event import encode, timestamp
+from asapd.client.locked import close_file, open_file
 from asapd.client.waiting import Record
 
 MAX_BYTES = 64 * 2**20
@@ -35,7 +36,7 @@ class RefusedFile:
         except ValueError:
             event = record.body.decode("utf-8", "replace")
         line = {"code": code, "reason": reason, "refused_at": timestamp(time.time_ns()), "event": event}
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_file(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             # So that what is cut off again is never a line of another process.
             _lock(fd)
@@ -49,9 +50,9 @@ class RefusedFile:
                 os.ftruncate(fd, size_bytes)
                 raise
         finally:
-            # Not left to the last descriptor: a child that was forked meanwhile has one too.
+            # Not left to the last descriptor: a child that is forked just now has one too, for a moment.
             fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            close_file(fd)
         return True
 
 

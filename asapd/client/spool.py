@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from asapd.client.late import is_held
+from asapd.client.locked import close_file, open_file
 from asapd.client.waiting import Kind, Record, new_source, numbered, source_name
 
 SEGMENT_BYTES = 4 * 2**20
@@ -254,13 +255,14 @@ class Spool:
         """See `Waiting`."""
         with self._lock:
             if self._lock_fd >= 0:
-                # Not left to its last descriptor: a child that is forked meanwhile has one too.
+                # Not left to its last descriptor: a child that is forked just now has one too, for a moment.
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             self._close()
 
     def _close(self) -> None:
-        known = [self._fd, self._mark_fd, self._lock_fd, self._reading, *self._sealed.values()]
+        known = [self._fd, self._mark_fd, self._reading, *self._sealed.values()]
         # Before they are closed: a child that is forked meanwhile must not close what has their numbers by then.
+        lock_fd = self._lock_fd
         self._sealed = {}
         self._fd = self._mark_fd = self._lock_fd = self._reading = -1
         self._reading_number = 0
@@ -268,6 +270,7 @@ class Spool:
         for fd in known:
             if fd >= 0:
                 os.close(fd)
+        close_file(lock_fd)
 
     def forget_in_child(self) -> None:
         """Close what a forked child inherited; the parent goes on with it, and keeps the lock."""
@@ -283,14 +286,14 @@ def forget_in_child() -> None:
 
 
 def _lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_file(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(fd)
+        close_file(fd)
         raise SpoolLockedError(f"{path.parent} is in use by another process") from None
     except OSError:
-        os.close(fd)
+        close_file(fd)
         raise
     return fd
 
@@ -382,7 +385,7 @@ def is_left(root: Path) -> bool:
 
 def _is_free(directory: Path) -> bool:
     with contextlib.suppress(SpoolLockedError, OSError):
-        os.close(_lock(directory / "lock"))
+        close_file(_lock(directory / "lock"))
         return True
     return False
 
