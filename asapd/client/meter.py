@@ -292,7 +292,9 @@ class Meter:
         return is_taken
 
     def _keep(self, kind: Kind, values: dict[str, Any]) -> bool:
-        if self._spool is not None:
+        # Behind the usage that waits there, which it may settle: a spool of its own would be sent first.
+        is_behind = kind is Kind.SETTLE and self._memory.count > 0
+        if self._spool is not None and not is_behind:
             try:
                 return self._spool.append(kind, values)
             except OSError as error:

@@ -96,7 +96,11 @@ class Sender:
         return sum(queue.count for queue in queues), sum(queue.size_bytes for queue in queues)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that waits now in the own queues is dealt with; False too for what was lost at the end."""
+        """Wait until all that waits now in the own queues is dealt with; False too for what was lost at the end.
+
+        A write to the spool that the thread has begun is waited for as well: records and their acknowledgement are
+        counted together with it.
+        """
         with self._changed:
             # Queue by queue: what is sent of one, perhaps of a process that is gone, says nothing about another.
             wanted = Counter({id(queue): self._done[id(queue)] + queue.count for queue in self._own()})

@@ -254,6 +254,30 @@ def test_reservations_are_settled_after_the_usage_before_them_even_across_an_out
     meter.close()
 
 
+@pytest.mark.parametrize("is_late", [True, False], ids=["a spool that is made late", "a disk that refuses for a while"])
+def test_a_reservation_is_settled_after_its_usage_though_that_waits_in_memory(
+    home: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if is_late:
+        monkeypatch.setattr(sender, "ADOPT_EVERY_S", 0.02)
+        (home / "spool").write_text("a file")
+    with make(home) as meter:
+        with monkeypatch.context() as patch:
+            patch.setattr("asapd.client.spool.os.write", refuse)
+            meter.record(task_id="a", reservation="res_1")
+        if is_late:
+            (home / "spool").unlink()
+            until(lambda: meter._spool is not None)
+        meter.settle("res_1")
+        with Fake(home / "ingest.sock") as fake:
+            fake.http = lambda path, headers, body: (200, {"state": "settled"})
+            assert meter.flush()
+            assert fake.log == ["usage", "/reservations/res_1/settle"]
+
+
 def test_a_settlement_waits_while_the_daemon_cannot_take_it_and_is_set_aside_when_refused(
     home: Path, fake: Fake
 ) -> None:
