@@ -143,27 +143,33 @@ class Spool:
             body = numbered(kind, values, self.source, self._seq + 1)
             line = b"%b %08x %b\n" % (kind.value.encode(), zlib.crc32(body), body)
             has_room = self.size_bytes + len(line) <= self._max_bytes
+            numbers = 1 if kind is Kind.USAGE else 0
             if has_room:
-                self._write(line)
-            if kind is Kind.USAGE:
-                self._seq += 1
-            if not has_room:
+                self._write(line, numbers)
+            else:
+                self._seq += numbers
                 self._write_mark()
             return has_room
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes, numbers: int) -> None:
         if self._end >= self._segment_bytes:
             number = self._number + 1
-            fd = os.open(self._path(number), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            # It may be there, empty, where a signal came between.
+            fd = os.open(self._path(number), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._sealed[self._number] = self._fd
             self._fd, self._number, self._end = fd, number, 0
-        written = os.write(self._fd, line)
-        if written < len(line):
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except BaseException:  # also a signal's, such as Ctrl-C: the line may be there, and nothing would know of it
             os.ftruncate(self._fd, self._end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise
+        # Without a call, so that no signal comes between.
         self._end += written
         self.size_bytes += written
         self.count += 1
+        self._seq += numbers
         self._is_dirty = True
 
     def read(self, max_records: int, max_bytes: int) -> list[Record]:

@@ -380,6 +380,32 @@ def _fails(*_: object) -> None:
     raise OSError("the disk is broken")
 
 
+@pytest.mark.parametrize("call", ["write", "open"])
+def test_an_interrupt_while_a_line_is_written_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A signal that comes during a call of the system is raised when that returns: it is done, and nobody knows."""
+    real = getattr(os, call)
+
+    def do_and_interrupt(*args: object) -> None:
+        real(*args)
+        raise KeyboardInterrupt
+
+    spool = Spool(tmp_path, ROOM, None, segment_bytes=1)
+    append(spool, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"asapd.client.spool.os.{call}", do_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            append(spool, "b")
+    append(spool, "c", "d")
+    kept = [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))]
+    assert kept == [("a", 1), ("c", 2), ("d", 3)]
+    spool.close()
+    spool = Spool(tmp_path, ROOM, None)
+    assert [(body["id"], body["seq"]) for body in bodies(spool.read(9, ROOM))] == kept
+    spool.close()
+
+
 def test_a_refused_event_is_given_up_when_another_process_has_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
