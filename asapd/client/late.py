@@ -7,6 +7,7 @@ taken twice would let it at what is half changed.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -24,17 +25,21 @@ class Late:
     """Work that is put off. Without any lock: it is used where one may be held."""
 
     def __init__(self) -> None:
-        self._work: deque[Callable[[], object]] = deque()
+        self._work: deque[tuple[int, Callable[[], object]]] = deque()  # each with the process in which it came
 
     def put(self, work: Callable[[], object]) -> None:
         """Have something done by whoever catches up next; it must not raise."""
-        self._work.append(work)
+        self._work.append((os.getpid(), work))
 
     def catch_up(self) -> None:
         """Do what was put off, outside of all locks."""
         while True:
             try:
-                work = self._work.popleft()
+                _, work = self._work.popleft()
             except IndexError:
                 return
             work()
+
+    def forget_in_child(self) -> None:
+        """In a forked child: leave to the parent what came there; what came since the fork is the child's."""
+        self._work = deque(late for late in self._work if late[0] == os.getpid())

@@ -96,6 +96,7 @@ class Meter:
         self.counters = Counters(_log)
         self._lock = threading.RLock()
         self._is_closed = False
+        self._late = Late()
         self._forget()
         _meters.add(self)
         self._open()
@@ -106,7 +107,7 @@ class Meter:
         self._spool: spool.Spool | None = None
         self._memory = Memory(MEMORY_BYTES, self._source)
         self._sender: Sender | None = None
-        self._late = Late()
+        self._pid = os.getpid()
 
     # --- opening, and forking
 
@@ -184,8 +185,13 @@ class Meter:
         self._link.close()
         self._requests.forget_in_child()
         self.counters.forget_in_child()
+        self._late.forget_in_child()
         self._lock = threading.RLock()
         self._forget()
+
+    def catch_up(self) -> None:
+        """Take in what came where it had to wait, such as in a child that did not have a spool of its own yet."""
+        self._late.catch_up()
 
     # --- recording
 
@@ -264,7 +270,12 @@ class Meter:
         return is_taken
 
     def _is_entered(self) -> bool:
-        """Whether this thread is in one of the meter's locks, and what asks came between: a finalizer or a signal."""
+        """Whether this thread is in one of the meter's locks, and what asks came between: a finalizer or a signal.
+
+        So is a child that was forked and has all that is the parent's until `forget_in_child`.
+        """
+        if self._pid != os.getpid():
+            return True
         sender = self._sender
         is_sender_entered = sender is not None and sender.is_entered
         return is_held(self._lock) or is_sender_entered or any(queue.is_entered for queue in self._own())
@@ -415,8 +426,11 @@ def _digest(text: str) -> str:
 
 def _after_fork() -> None:
     spool.forget_in_child()
-    for meter in list(_meters):
+    meters = list(_meters)
+    for meter in meters:
         meter.forget_in_child()
+    for meter in meters:
+        meter.catch_up()
 
 
 def _at_exit() -> None:

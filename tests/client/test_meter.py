@@ -428,6 +428,36 @@ if child:
     assert sorted(sources.values()) == [[("before", 1), ("parent", 2), ("after", 3)], [("child", 1)]]
 
 
+def test_what_is_recorded_while_a_child_comes_to_be_is_the_childs(home: Path, fake: Fake) -> None:
+    """A finalizer may run there, before the meter was told of the fork: what it has is the parent's yet."""
+    script = """
+import os, sys
+hooks = []
+os.register_at_fork(after_in_child=lambda: [hook() for hook in hooks])
+from asapd.client import Meter
+meter = Meter(sys.argv[1], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[2])
+meter.record(task_id="before")
+assert meter.flush()
+with meter._spool._lock:
+    meter.record(task_id="late")
+    hooks.append(lambda: meter.record(task_id="child"))
+    child = os.fork()
+if not child:
+    assert meter.flush()
+    assert meter.stats().recorded == 1
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+meter.record(task_id="parent")
+"""
+    arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    sources: dict[str, list[tuple[str, int]]] = {}
+    for event in fake.events:
+        sources.setdefault(event["source"], []).append((event["task_id"], event["seq"]))
+    assert sorted(sources.values()) == [[("before", 1), ("late", 2), ("parent", 3)], [("child", 1)]]
+
+
 def test_a_forked_child_does_not_hold_what_its_parent_adopted(home: Path) -> None:
     """Else what waits there could be sent by nobody for as long as the child lives."""
     script = """
