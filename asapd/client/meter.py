@@ -107,6 +107,7 @@ class Meter:
         self._spool: spool.Spool | None = None
         self._memory = Memory(MEMORY_BYTES, self._source)
         self._sender: Sender | None = None
+        self._starting = threading.Lock()
         self._pid = os.getpid()
 
     # --- opening, and forking
@@ -116,15 +117,30 @@ class Meter:
         sender = self._sender
         if sender is not None and sender.is_alive:
             return sender
-        with self._lock:
-            if self._is_closed or (self._sender is not None and self._sender.is_alive):
-                return self._sender
-            try:
-                self._take_spool()
-                self._sender = Sender(self._work())
-            except Exception as error:  # noqa: BLE001 -- a host without threads to spare does not stop the caller's work
-                self.counters.complain("the meter cannot start to send, events are kept", error=error)
-            return self._sender
+        try:
+            with self._lock:
+                if not self._is_closed:
+                    self._take_spool()
+            # Waited for by nobody else, and not in the lock: before the new thread has begun it may run a finalizer
+            # that records. What comes meanwhile is in the queues, and the sender is told of it.
+            if self._starting.acquire(blocking=False):
+                try:
+                    self._start()
+                finally:
+                    self._starting.release()
+        except Exception as error:  # noqa: BLE001 -- a host without threads to spare does not stop the caller's work
+            self.counters.complain("the meter cannot start to send, events are kept", error=error)
+        return self._sender
+
+    def _start(self) -> None:
+        if self._is_closed or (self._sender is not None and self._sender.is_alive):
+            return
+        self._sender = Sender(self._work())
+        try:
+            self._sender.start()
+        except BaseException:
+            self._sender = None
+            raise
 
     def _take_spool(self) -> Waiting | None:
         """The spool, if there is to be one and it could not be opened so far; tried again by the sender."""
@@ -291,8 +307,9 @@ class Meter:
             if self._is_closed:
                 self.counters.complain("an event came after the meter was closed, and is lost")
                 return False
-            sender = self._open()
+            self._open()
             is_taken = self._keep(kind, values)
+            sender = self._sender
             if sender is not None:
                 sender.appended()
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures

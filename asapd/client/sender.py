@@ -76,6 +76,13 @@ class Sender:
         self._synced_at_s = 0.0
         self._adopted_at_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="asapd-meter", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send.
+
+        Raises:
+            RuntimeError: the host has no thread to spare.
+        """
         self._thread.start()
 
     # --- from other threads

@@ -402,6 +402,36 @@ def test_a_host_without_threads_keeps_the_events(home: Path, monkeypatch: pytest
     left.close()
 
 
+def test_what_is_recorded_while_the_thread_is_started_does_not_wait_for_it(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new thread itself may run a finalizer that records, before it has begun and while its start is waited for."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def record_and_start(thread: threading.Thread) -> None:
+        if thread.name == "asapd-meter":
+            other = threading.Thread(target=lambda: meter.record(task_id="meanwhile"), daemon=True)
+            start(other)
+            other.join(PATIENCE_S)
+            waits.append(other.is_alive())
+        start(thread)
+
+    waits: list[bool] = []
+    start = threading.Thread.start
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        meter = make(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", record_and_start)
+        meter.record(task_id="first")
+    assert waits == [False]
+    assert meter.flush()
+    assert {event["task_id"] for event in fake.events} == {"first", "meanwhile"}
+    meter.close()
+
+
 def test_a_forked_child_reports_by_itself(home: Path, fake: Fake) -> None:
     """Child and parent have a source each, and neither sends what the other recorded."""
     script = """

@@ -245,8 +245,8 @@ def test_reservations_are_settled_after_the_usage_before_them_even_across_an_out
     meter.settle("res_2")
     meter.settle("../keys")
     answers = {"/reservations/res_1/settle": (200, {"state": "settled"})}
-    with Fake(home / "ingest.sock") as fake:
-        fake.http = lambda path, headers, body: answers.get(path, (409, {"code": "reservation_closed"}))
+    closed = (409, {"code": "reservation_closed"})
+    with Fake(home / "ingest.sock", http=lambda path, headers, body: answers.get(path, closed)) as fake:
         assert meter.flush()
         assert fake.log == ["usage", "/reservations/res_1/settle", "/reservations/res_2/settle"]
         assert fake.requests[0][1]["idempotency-key"] == "settle-res_1"
@@ -272,8 +272,7 @@ def test_a_reservation_is_settled_after_its_usage_though_that_waits_in_memory(
             (home / "spool").unlink()
             until(lambda: meter._spool is not None)
         meter.settle("res_1")
-        with Fake(home / "ingest.sock") as fake:
-            fake.http = lambda path, headers, body: (200, {"state": "settled"})
+        with Fake(home / "ingest.sock", http=lambda path, headers, body: (200, {"state": "settled"})) as fake:
             assert meter.flush()
             assert fake.log == ["usage", "/reservations/res_1/settle"]
 
