@@ -453,7 +453,7 @@ def _shown(event: UsageEvent) -> dict[str, object]:
     reported = shown.pop("reported_microusd", None)
     if reported is not None:
         shown["reported_cost_usd"] = to_usd(reported)
-    del shown["timestamp_us"]
+    del shown["timestamp_us"], shown["tells_tokens"]
     return {**shown, "outcome": Outcome(event.outcome).name.lower(), "timestamp": format_us(event.timestamp_us)}
 
 

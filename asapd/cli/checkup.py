@@ -226,7 +226,8 @@ def prices(models: Sequence[str], unpriced_events: int) -> Finding:
         State.WARNING,
         f"{unpriced_events} events have no known cost: {named}{' and others' if len(models) > 5 else ''}",
         "sums and budgets in money lack them",
-        "add the models to the price table, `asapctl reload`, then `asapctl prices reprice`",
+        "add the models that are not in the price table, `asapctl reload`, then `asapctl prices reprice`; for those "
+        "that are, have agents tell `tokens_in` and `tokens_out`, or `cost_usd`, of every call",
     )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import msgspec
 
 from asapd.core.money import MAX_MICROUSD
+from asapd.core.types import Outcome
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 
 
@@ -56,6 +57,11 @@ class Price(msgspec.Struct, frozen=True):
         written_1h = written if self.cache_write_1h_pico is None else self.cache_write_1h_pico
         reasoning = self.output_pico if self.reasoning_pico is None else self.reasoning_pico
         return self.input_pico, cached, written, written_1h, self.output_pico, reasoning, self.per_call_microusd
+
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether any token costs something."""
+        return any(self.rates[:-1])
 
     def microusd(self, event: UsageEvent) -> int:
         """The event's price over disjoint token buckets, rounded up to a micro-dollar once, at most MAX_MICROUSD."""
@@ -122,15 +128,26 @@ class PriceTable(msgspec.Struct, frozen=True, dict=True):
                 yield self._prefixes[model[:length]]
 
     def cost(self, event: UsageEvent, *, prefer: str) -> Cost:
-        """What the event cost. With both a price and a report `prefer` ("priced", "reported") decides."""
+        """What the event cost. With both a price and a report `prefer` ("priced", "reported") decides.
+
+        That no tokens were told is not that none were used: where tokens have a price, only a report says what such an
+        event cost. But one that failed and reports no cost is charged for its calls alone: what failed before it was
+        answered is not billed for tokens.
+        """
         price = self.find(event)
         reported = event.reported_microusd
-        if price is None:
+        if price is None or (not event.tells_tokens and _goes_by_untold(event, price)):
             return UNKNOWN_COST if reported is None else Cost(reported, "reported")
         priced = price.microusd(event)
         if reported is not None and prefer == "reported":
             return Cost(reported, "reported", priced, self.version)
         return Cost(priced, "priced", priced, self.version)
+
+
+def _goes_by_untold(event: UsageEvent, price: Price) -> bool:
+    """Whether what an event that tells no tokens cost depends on them."""
+    is_unbilled = event.outcome == Outcome.FAILED and event.reported_microusd is None
+    return price.is_of_tokens and not is_unbilled
 
 
 def _of_no_provider(rows: list[Price]) -> Price | None:

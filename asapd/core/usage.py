@@ -50,6 +50,8 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tokens, `cache_write_tokens` those kept for an hour, `tokens_out` reasoning tokens. `timestamp_us` is the
     end of the work. An empty `id` means that the client gave none: the daemon names the event and cannot tell
     a resend. `duration_ms` None means that nobody said how long it took: it adds nothing, and is no latency.
+    Without `tells_tokens` neither `tokens_in` nor `tokens_out` was given: they count as 0, but what they cost nobody
+    knows. That is for the price alone, and no part of what makes two events the same.
     """
 
     task_id: str
@@ -80,6 +82,7 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     labels: dict[str, str] | None = None
     trace_id: str | None = None
     cache_write_1h_tokens: int = 0
+    tells_tokens: bool = True
 
 
 class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -99,6 +102,7 @@ OTLP = "otlp"
 
 _encoder = msgspec.msgpack.Encoder(order="sorted")
 _FIRST_FIELDS = UsageEvent.__struct_fields__.index("trace_id") + 1
+_CONTENT_FIELDS = UsageEvent.__struct_fields__.index("cache_write_1h_tokens") + 1
 
 
 def content_digest(event: UsageEvent) -> bytes:
@@ -106,12 +110,12 @@ def content_digest(event: UsageEvent) -> bytes:
 
     A field that is younger than the first version takes part only where it is not its default: what was recorded
     before the field was known is still the same event when it is sent again. No duration and one of 0 are the same
-    here, as they were when the one was taken for the other.
+    here, as they were when the one was taken for the other, and so are no tokens and 0 of them.
     """
     if event.duration_ms is None:
         event = msgspec.structs.replace(event, duration_ms=0)
-    whole = _encoder.encode(event if event.cache_write_1h_tokens else msgspec.structs.astuple(event)[:_FIRST_FIELDS])
-    return blake2b(whole, digest_size=16).digest()
+    fields = _CONTENT_FIELDS if event.cache_write_1h_tokens else _FIRST_FIELDS
+    return blake2b(_encoder.encode(msgspec.structs.astuple(event)[:fields]), digest_size=16).digest()
 
 
 Identity = tuple[str, str, str, str]

@@ -240,7 +240,7 @@ class Page(msgspec.Struct, frozen=True):
 _ROWS = f"""
 SELECT seq, timestamp_us, tokens_in, tokens_out, api_calls, cached_tokens_in, cache_write_tokens, reasoning_tokens,
        cache_write_1h_tokens, (SELECT name FROM name WHERE id = model), (SELECT name FROM name WHERE id = provider),
-       reported_microusd, cost_microusd, priced_microusd,
+       reported_microusd, outcome, cost_microusd, priced_microusd,
        (SELECT sum(d.cost_microusd) FROM usage_repriced r JOIN usage d ON d.seq = r.seq WHERE r.event = usage.seq),
        (SELECT sum(d.priced_microusd) FROM usage_repriced r JOIN usage d ON d.seq = r.seq WHERE r.event = usage.seq)
 FROM usage WHERE {{where}} AND (timestamp_us, seq) <= (?, ?) AND {LIVE} AND NOT ({CORRECTION})
@@ -291,6 +291,7 @@ def _costed(
     model: str,
     provider: str,
     reported: int | None,
+    outcome: int,
     cost: int | None,
     priced: int | None,
     more: int | None,
@@ -308,10 +309,13 @@ def _costed(
         cached,
         written,
         reasoning,
+        outcome,
         model=model,
         provider=provider,
         reported_microusd=reported,
         cache_write_1h_tokens=written_1h,
+        # A row does not say whether its 0 was told. One that has a price keeps to what it was priced by.
+        tells_tokens=tokens_in > 0 or tokens_out > 0 or priced is not None or priced_more is not None,
     )
     if more is None:
         return CostedEvent(seq, event, cost, priced)

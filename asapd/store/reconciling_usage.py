@@ -202,7 +202,7 @@ def _called(connection: apsw.Connection, delegation: str | None) -> set[str | No
 def _is_content(row: dict[str, Any], delegations: set[str | None]) -> bool:
     """Whether a row holds what its digest was made of, before the daemon named the event or attributed it."""
     fields: dict[str, Any] = {
-        name: row[name] for name in UsageEvent.__struct_fields__ if name not in {"partial", "labels"}
+        name: row[name] for name in UsageEvent.__struct_fields__ if name not in {"partial", "labels", "tells_tokens"}
     }
     labels = None if row["labels"] is None else msgspec.json.decode(row["labels"])
     ids = {row["id"], ""} if row["id"].startswith("use_") else {row["id"]}

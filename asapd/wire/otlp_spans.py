@@ -314,6 +314,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
             if number is None:
                 return f"{name} must be an integer from 0 to 2**53-1"
             counts[bucket] = number
+    tells_tokens = bool(counts)
     # Where the whole is not told, it is what was written for an hour and for five minutes.
     counts.setdefault(
         "cache_write_tokens", counts.get("cache_write_1h_tokens", 0) + counts.get("cache_write_5m_tokens", 0)
@@ -348,6 +349,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         trace_id=span.trace_id,
         # Said of more than the whole, the part cannot be told from a part that is not in it.
         cache_write_1h_tokens=min(counts.get("cache_write_1h_tokens", 0), counts["cache_write_tokens"]),
+        tells_tokens=tells_tokens,
     )
 
 

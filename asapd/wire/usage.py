@@ -11,7 +11,7 @@ from collections.abc import Container, Generator, Iterator
 from datetime import datetime
 from itertools import islice
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -48,14 +48,19 @@ _NO_TIME = "must be a date and time such as 2026-11-20T09:00:01Z"
 _LEAP_SECOND = "must not be in second 60, a leap second, which asapd does not count: send second 59 instead"
 
 
+_UNTOLD: Final = False
+"""Stands where a count of tokens was not given. No format holds it as a number, so it is told from a 0 that somebody
+wrote, and it adds up and compares as the 0 that it counts as."""
+
+
 class WireMetrics(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The counts of an event in its nested form.
 
     Null is as if left out, as dumps of classes have it, but of the tokens: a sum that is not known is not zero.
     """
 
-    tokens_in: _Count = 0
-    tokens_out: _Count = 0
+    tokens_in: _Count = _UNTOLD
+    tokens_out: _Count = _UNTOLD
     duration_ms: _Count | None = None
     api_calls: _Count | None = 0
     cached_tokens_in: _Count | None = 0
@@ -77,8 +82,8 @@ class WireEvent(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     consumer_id: _Name | None = None
     timestamp: _Time | None = None
     metrics: WireMetrics | None = None
-    tokens_in: _Count = 0
-    tokens_out: _Count = 0
+    tokens_in: _Count = _UNTOLD
+    tokens_out: _Count = _UNTOLD
     duration_ms: _Count | None = None
     api_calls: _Count | None = 0
     cached_tokens_in: _Count | None = 0
@@ -316,8 +321,8 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         agent,
         consumer,
         timestamp_us,
-        counts.tokens_in,
-        counts.tokens_out,
+        counts.tokens_in or 0,
+        counts.tokens_out or 0,
         counts.duration_ms,
         counts.api_calls or 0,
         counts.cached_tokens_in or 0,
@@ -340,6 +345,7 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         wire.labels or None,
         wire.trace_id,
         counts.cache_write_1h_tokens or 0,
+        counts.tokens_in is not _UNTOLD or counts.tokens_out is not _UNTOLD,
     )
     if not is_plain and not _is_printable(event):
         errors += [

@@ -249,6 +249,21 @@ async def test_the_preferred_cost_counts_and_both_are_kept(
         assert meter.rows() == [("e", *stored), ("other", None, None, None), ("own", 3, "reported", None)]
 
 
+async def test_a_repeat_that_tells_its_tokens_of_none_is_a_repeat_of_what_told_none(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    untold = event("e", tells_tokens=False, model="m", reported_microusd=7)
+    async with Meter(inline_database).running() as meter:
+        await meter.report(untold)
+        again = await meter.report(msgspec.structs.replace(untold, tells_tokens=True))
+        assert isinstance(again, Recorded)
+        assert again.duplicates == 1
+        assert meter.rows() == [("e", 7, "reported", None)]
+        refused = await meter.report(msgspec.structs.replace(untold, tokens_in=1, tells_tokens=True))
+        assert isinstance(refused, Refusal)
+        assert "tells_tokens" not in refused.extra["received"], "nothing that an event can hold"
+
+
 async def test_a_reconfigured_meter_uses_other_prices_and_limits_from_the_next_message_on(
     inline_database: Inline, autojump_clock: MockClock
 ) -> None:

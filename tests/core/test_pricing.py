@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from asapd.core.money import MAX_MICROUSD
 from asapd.core.price_table import PriceTableError, parse_price_table, unused_rows
 from asapd.core.pricing import Price, PriceTable, specific_first
-from asapd.core.types import DAY_US
+from asapd.core.types import DAY_US, Outcome
 from asapd.core.usage import UNKNOWN_COST, Cost, UsageEvent
 
 DAY = 20_000 * DAY_US
@@ -280,6 +280,37 @@ def test_the_preference_decides_between_a_price_and_a_report_and_nothing_is_gues
 ) -> None:
     event = replace(EVENT, model=model, reported_microusd=reported)
     assert PriceTable("v", (price(),)).cost(event, prefer=prefer) == cost
+
+
+BY_CALL = price(input_pico=0, output_pico=0, per_call_microusd=7)
+OF_CACHE = price(input_pico=0, output_pico=0, cached_pico=1)
+FREE = price(input_pico=0, output_pico=0)
+
+
+@pytest.mark.parametrize("prefer", ["priced", "reported"])
+@pytest.mark.parametrize(
+    ("row", "outcome", "reported", "cost"),
+    [
+        (price(), Outcome.COMPLETED, None, UNKNOWN_COST),
+        (price(), Outcome.COMPLETED, 5, Cost(5, "reported")),
+        (price(), Outcome.COMPLETED, 0, Cost(0, "reported")),
+        (OF_CACHE, Outcome.COMPLETED, None, UNKNOWN_COST),
+        (BY_CALL, Outcome.COMPLETED, None, Cost(14, "priced", 14, "v")),
+        (FREE, Outcome.COMPLETED, None, Cost(0, "priced", 0, "v")),
+        (price(per_call_microusd=7), Outcome.FAILED, None, Cost(14, "priced", 14, "v")),
+        (price(per_call_microusd=7), Outcome.FAILED, 5, Cost(5, "reported")),
+    ],
+)
+def test_what_tells_no_tokens_costs_what_is_reported_where_tokens_have_a_price(
+    row: Price, outcome: Outcome, reported: int | None, cost: Cost, prefer: str
+) -> None:
+    event = replace(EVENT, tokens_in=0, tokens_out=0, tells_tokens=False, outcome=outcome, reported_microusd=reported)
+    assert PriceTable("v", (row,)).cost(event, prefer=prefer) == cost
+
+
+def test_no_tokens_that_are_told_are_priced() -> None:
+    event = replace(EVENT, tokens_in=0, tokens_out=0, reported_microusd=5)
+    assert PriceTable("v", (price(),)).cost(event, prefer="priced") == Cost(0, "priced", 0, "v")
 
 
 def test_without_a_table_only_reports_count() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from asapd.core.pricing import Price, PriceTable
 from asapd.core.repricing import Correction, CostedEvent, ModelChange, changes, correction, undone
+from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent
 
 TABLE = PriceTable("v2", (Price("m", input_pico=2_000_000), Price("n", input_pico=1_000_000)))
@@ -21,6 +22,11 @@ def reported(microusd: int | None, priced: int | None) -> CostedEvent:
     return CostedEvent(7, UsageEvent("", "", "", 0, tokens_in=10, model="m", reported_microusd=5), microusd, priced)
 
 
+def untold(microusd: int | None, *, reported: int | None = None, outcome: int = Outcome.COMPLETED) -> CostedEvent:
+    event = UsageEvent("", "", "", 0, outcome=outcome, model="m", reported_microusd=reported, tells_tokens=False)
+    return CostedEvent(7, event, microusd, None)
+
+
 @pytest.mark.parametrize(
     ("event", "prefer", "change"),
     [
@@ -31,6 +37,9 @@ def reported(microusd: int | None, priced: int | None) -> CostedEvent:
         (costed(None, tokens=0), "priced", Correction(7, None, 0, "priced", 0)),
         (costed(15, 15, model="gone"), "priced", None),
         (costed(None, model=""), "priced", None),
+        (untold(None), "priced", None),
+        (untold(5, reported=5), "priced", None),
+        (untold(None, outcome=Outcome.FAILED), "priced", Correction(7, None, 0, "priced", 0)),
         (reported(5, None), "priced", Correction(7, 5, 20, "priced", 20)),
         (reported(5, 15), "reported", None),
         (reported(15, 15), "reported", Correction(7, 15, 5, "reported", 5)),
@@ -50,6 +59,12 @@ def test_changes_are_told_by_model() -> None:
         "m": ModelChange("m", 3, 2, 1, 0, 1, 0, 35, 60),
         "gone": ModelChange("gone", 2, 0, 0, 2, 1, 1, 3, 3),
     }
+
+
+def test_what_tells_no_tokens_is_in_the_table_and_keeps_having_no_cost() -> None:
+    found, corrections = changes([untold(None)], TABLE, prefer="priced")
+    assert corrections == []
+    assert found == {"m": ModelChange("m", events=1, unpriced_before=1, unpriced_after=1)}
 
 
 some = st.builds(

@@ -18,7 +18,7 @@ from asapd.core.errors import Refusal
 from asapd.core.ledger import Estimate
 from asapd.core.money import to_usd
 from asapd.core.repricing import Correction
-from asapd.core.types import DAY_US, HOUR_US, SECOND_US
+from asapd.core.types import DAY_US, HOUR_US, SECOND_US, Outcome
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import audit, usage_days, usage_rows, usage_sums, verifying
 from asapd.store.corrections import Selection, page_to_price
@@ -475,3 +475,14 @@ def test_pages_hold_what_is_selected_in_the_order_of_time(writer: Writer, connec
     assert found(start_us=NOW_US + HOUR_US, end_us=NOW_US + 3 * HOUR_US) == [(2, 3), (3, 3)]
     record(writer, replace(EVENT, id="later"))
     assert found() == [(1, 10), (2, 3), (3, 3), (4, 3)]
+
+
+def test_a_row_without_tokens_tells_them_only_if_it_was_priced(writer: Writer, connection: apsw.Connection) -> None:
+    events = [replace(EVENT, id=f"e{number}", tokens_in=0, outcome=Outcome.FAILED) for number in range(4)]
+    events += [replace(EVENT, id="in"), replace(EVENT, id="out", tokens_in=0, tokens_out=5)]
+    costs = [Cost(), Cost(0, "priced", 0, "v1"), Cost(5, "reported"), Cost(), Cost(), Cost()]
+    submit(writer, RecordUsage("default", "key:x", NOW_US, events, costs))
+    submit(writer, CorrectCosts([Correction(4, None, 0, "priced", 0)], "v2", "key:o", NOW_US))
+    rows = page_to_price(connection, Selection(usage_rows.newest_seq(connection)), None, 100).rows
+    assert [row.event.tells_tokens for row in rows] == [False, True, False, True, True, True]
+    assert {row.event.outcome for row in rows[:4]} == {Outcome.FAILED}

@@ -218,7 +218,8 @@ def test_a_span_tells_tokens_where_it_has_an_attribute_of_them(
     sdk = Sdk()
     counts = {f"gen_ai.usage.{name}": number for name, number in tokens.items()}
     sdk.span({"gen_ai.operation.name": operation, **counts})
-    assert [span.tells_tokens for span in decoded(sdk.export()).spans] == [tells]
+    spans = decoded(sdk.export()).spans
+    assert [(span.tells_tokens, span.event.tells_tokens) for span in spans] == [(tells, tells)]
 
 
 def test_attributes_of_both_generations_count_once_a_bucket() -> None:

@@ -98,6 +98,30 @@ def test_null_of_an_optional_field_is_as_if_it_was_left_out(name: str) -> None:
     assert [field for field, _, _ in errors({"events": [single(task_id=5)], name: None})] == ["task_id"]
 
 
+@pytest.mark.parametrize(
+    ("counts", "tells"),
+    [
+        ({}, False),
+        ({"api_calls": 1, "cached_tokens_in": 0}, False),
+        ({"tokens_in": 0}, True),
+        ({"tokens_out": 0}, True),
+        ({"tokens_in": 0, "tokens_out": 0}, True),
+        ({"tokens_out": 3}, True),
+    ],
+)
+@pytest.mark.parametrize("body_format", FORMATS)
+def test_tokens_that_are_not_told_are_not_zero_of_them(
+    counts: dict[str, int], tells: bool, body_format: BodyFormat
+) -> None:
+    flat = {name: value for name, value in FLAT.items() if name not in COUNTS}
+    forms = [{**NESTED, "metrics": counts}, {**flat, **counts}, {**flat, **counts, "metrics": None}]
+    for form in forms:
+        (event,) = decoded(form, body_format).events
+        assert event.tells_tokens is tells
+        assert (event.tokens_in, event.tokens_out) == (0, counts.get("tokens_out", 0))
+        assert not any(isinstance(number, bool) for number in (event.tokens_in, event.tokens_out))
+
+
 def test_parts_of_tokens_are_held_to_their_sums_beside_nulls() -> None:
     parts = dict.fromkeys(NULLABLE_COUNTS[2:])
     for part, sum_of in (

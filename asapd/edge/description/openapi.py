@@ -136,4 +136,6 @@ def _decoded(operations: list[Operation]) -> dict[str, Any]:
         for name, schema in component.get("properties", {}).items():
             if schema == {}:
                 component["properties"][name] = _AS_IT_CAME
+            elif schema.get("type") == "integer" and schema.get("default") is False:
+                del schema["default"]  # it stands for a count that was not given, which is not 0 of it
     return components

@@ -363,7 +363,7 @@ function drawUsage(usage) {
           cell("Tasks", count(one.total_tasks), { number: true }),
           cell("Tokens", tokens(one.total_tokens), { number: true }),
           cell("Cost", usd(one.total_cost_usd), {
-            below: one.unpriced_events && one.total_cost_usd !== null ? `${count(one.unpriced_events)} without a price` : null,
+            below: one.unpriced_events && one.total_cost_usd !== null ? `${count(one.unpriced_events)} of unknown cost` : null,
             number: true,
           }),
         ),

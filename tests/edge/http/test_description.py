@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from asapd.core.types import Role
+from asapd.core.types import MAX_INT, Role
 from asapd.edge.description.openapi import SUBJECTS, document, roles
 from asapd.edge.description.operation import Operation
 from asapd.edge.sessions import COOKIE
@@ -96,6 +96,12 @@ def test_the_document_is_whole() -> None:
     for one in every_object(components):
         if isinstance(one.get("required"), list) and "properties" in one:
             assert set(one["required"]) <= set(one["properties"])
+
+
+def test_a_count_of_tokens_that_is_left_out_is_not_said_to_be_zero() -> None:
+    counts = [DOCUMENT["components"]["schemas"][name]["properties"] for name in ("WireEvent", "WireMetrics")]
+    whole = {"type": "integer", "minimum": 0, "maximum": MAX_INT}
+    assert [one[name] for one in counts for name in ("tokens_in", "tokens_out")] == [whole] * 4
 
 
 async def test_the_parameters_of_an_operation_are_those_that_it_knows(edge: Edge) -> None:

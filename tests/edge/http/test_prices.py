@@ -173,3 +173,29 @@ async def test_a_body_that_nobody_reads_is_refused(edge: Edge) -> None:
         assert "query" in (await edge.post(path, {"dry_run": True})).refused(422)["detail"]
         (await edge.post(path, {})).ok()
         (await edge.post(f"{path}?dry_run=true")).ok()
+
+
+@pytest.mark.parametrize("metrics", [{"api_calls": 1}, {}, None, ...])
+async def test_a_call_that_tells_no_tokens_costs_what_its_agent_says_or_nobody_knows(edge: Edge, metrics: Any) -> None:
+    await put_in_force(edge, TABLE)
+    event: dict[str, Any] = {"task_id": "t1", "agent": A, "consumer": B, "timestamp": NOW, "model": "m"}
+    if metrics is not ...:
+        event["metrics"] = metrics
+    own, unknown = {**event, "id": "own", "cost_usd": "0.25"}, {**event, "id": "unknown"}
+    zero = {**event, "id": "zero", "metrics": {"tokens_in": 0, "tokens_out": 0}, "cost_usd": "0.25"}
+    failed = {**event, "id": "failed", "outcome": "failed"}
+    assert (await edge.post("/usage", [own, unknown, zero, failed])).status == 201
+    shown = {row["id"]: (row["cost_usd"], row["cost_source"]) for row in (await edge.get("/usage")).ok()["data"]}
+    assert shown == {
+        "own": (Decimal("0.25"), "reported"),
+        "unknown": (None, None),
+        "zero": (0, "priced"),
+        "failed": (0, "priced"),
+    }
+    summary = (await edge.get("/usage/summary")).ok()
+    assert (summary["total_cost_usd"], summary["unpriced_events"]) == (Decimal("0.25"), 1)
+    told = {**unknown, "metrics": {**(event.get("metrics") or {}), "tokens_in": 0}}
+    assert (await edge.post("/usage/validate", told)).ok()["duplicates"] == 1
+    assert (await edge.post("/usage", told)).ok(201)["duplicates"] == 1
+    would = (await edge.post("/prices/reprice?dry_run=true")).ok()["data"]
+    assert [(row["changed"], row["not_in_table"], row["unpriced_events"]) for row in would] == [(0, 0, 1)]
