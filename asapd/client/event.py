@@ -59,6 +59,10 @@ class Metrics(TypedDict, total=False):
     api_calls: int
 
 
+# A duration of 0 is one that was measured: without it the event is no sample of latency. Tokens of 0 were counted: what
+# an event costs that tells none is not known, where tokens have a price.
+_SAID_BY_ZERO = frozenset(("duration_ms", "tokens_in", "tokens_out"))
+
 TOKEN_FIELD = "delegation_token"  # noqa: S105 -- a name, not a token
 # Longer ones would not pass as a header: the daemon refuses heads of over 32 KiB.
 _TOKEN_CHARS = 24 * 1024
@@ -164,8 +168,7 @@ def build(
         "agent": agent,
         "consumer": consumer,
         "timestamp": timestamp(now_ns),
-        # A duration of 0 is one that was measured: without it the event is no sample of latency.
-        "metrics": {name: value for name, value in metrics.items() if value or name == "duration_ms"},
+        "metrics": {name: value for name, value in metrics.items() if value or name in _SAID_BY_ZERO},
     }
     if outcome != "completed":
         event["outcome"] = outcome

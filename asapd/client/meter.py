@@ -228,8 +228,8 @@ class Meter:
         agent: str | None = None,
         consumer: str | None = None,
         task_id: str | None = None,
-        tokens_in: int = 0,
-        tokens_out: int = 0,
+        tokens_in: int | None = None,
+        tokens_out: int | None = None,
         cached_tokens_in: int = 0,
         cache_write_tokens: int = 0,
         cache_write_1h_tokens: int = 0,
@@ -244,13 +244,15 @@ class Meter:
         """Record work that was measured elsewhere and ends now; gives the event's id, or None without an event."""
         try:
             metrics = Metrics(
-                tokens_in=count(tokens_in),
-                tokens_out=count(tokens_out),
                 cached_tokens_in=count(cached_tokens_in),
                 cache_write_tokens=count(cache_write_tokens),
                 reasoning_tokens=count(reasoning_tokens),
                 api_calls=count(api_calls),
             )
+            if tokens_in is not None:
+                metrics["tokens_in"] = count(tokens_in)
+            if tokens_out is not None:
+                metrics["tokens_out"] = count(tokens_out)
             if duration_ms is not None:
                 metrics["duration_ms"] = count(duration_ms)
             if cache_write_1h_tokens:  # a daemon that does not know the field would refuse it

@@ -75,6 +75,17 @@ def test_a_recorded_event_has_what_was_said_and_its_id_is_given(home: Path, fake
     assert other["metrics"] == {}, "nobody said how long it took"
 
 
+def test_no_tokens_are_told_where_they_were_counted(home: Path, fake: Fake) -> None:
+    with make(home) as meter:
+        meter.record(tokens_in=0)
+        meter.record(tokens_out=0, cached_tokens_in=0)
+        with meter.task() as task:
+            task.tokens(0, 0, reasoning=0)
+        assert meter.flush()
+    told = [{name: n for name, n in event["metrics"].items() if name != "duration_ms"} for event in fake.events]
+    assert told == [{"tokens_in": 0}, {"tokens_out": 0}, {"tokens_in": 0, "tokens_out": 0}]
+
+
 def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(home: Path, fake: Fake) -> None:
     with make(home) as meter:
         assert meter.record(tokens_in=-1) is None
