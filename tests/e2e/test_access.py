@@ -98,6 +98,7 @@ ROUTES: list[tuple[str, str, Any, frozenset[str], int]] = [
     ("GET", "/asap/usage/stats", None, READ, 200),
     ("GET", "/asap/usage/export", None, READ, 200),
     ("GET", "/asap/sla", None, READ, 200),
+    ("GET", "/asap/sla/history", None, READ, 200),
     ("GET", "/asap/sla/breaches", None, READ, 200),
     ("GET", "/agents", None, READ, 200),
     ("GET", f"/agents/{OTHER}", None, READ, 200),

@@ -17,7 +17,7 @@ from asapd.edge.description.operation import (
     reference,
     shows,
 )
-from asapd.edge.description.queries import AGENT, CONSUMER, FLAG, OFFSET, PARTIAL, PERIOD, TASK, WINDOW
+from asapd.edge.description.queries import AGENT, CONSUMER, FLAG, HISTORY, OFFSET, PARTIAL, PERIOD, TASK, WINDOW
 from asapd.edge.http.parameters import MAX_LIMIT, SEVERITIES
 
 _FILTERS = {**AGENT, **CONSUMER, **TASK, **PERIOD}
@@ -101,6 +101,13 @@ OPERATIONS = (
         },
     ),
     Operation("GET /asap/sla", "Service levels of agents", READ, (shows(),), {**AGENT, **WINDOW}),
+    Operation(
+        "GET /asap/sla/history",
+        "Figures of the past, agent by agent",
+        READ,
+        (shows(),),
+        {**AGENT, **{name: schema for name, schema in HISTORY.items() if name != "cursor"}},
+    ),
     Operation(
         "GET /asap/sla/breaches",
         "Breaches of agents",

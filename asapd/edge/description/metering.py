@@ -120,6 +120,8 @@ OPERATIONS = (
         {
             **USAGE,
             **formats("ndjson", "json", "csv", "parquet"),
+            "export_format": {**one_of("ndjson", "json", "csv", "parquet"), "description": "another name for format"},
+            "limit": {"type": "integer", "minimum": 1, "description": "all of them unless given"},
             "bom": {**FLAG, "description": "CSV with the mark by which Excel knows UTF-8"},
             "after": {**NUMBER, "description": "seq of the last row that is known"},
             "through": {**NUMBER, "description": "seq of the last row that is wanted, 0 for none"},

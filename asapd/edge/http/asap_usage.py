@@ -17,6 +17,7 @@ from asapd.edge.http.asap import detail, plain
 from asapd.edge.http.context import raw_body, require
 from asapd.edge.http.parameters import MAX_LIMIT, Parameters
 from asapd.edge.http.sla import metrics_block, window_parameter
+from asapd.edge.http.sla_history import figures_of, skipped, span_of
 from asapd.edge.http.usage_export import PAGE, Export
 from asapd.edge.services import Services
 from asapd.edge.usage_request import UsageRequest, answer
@@ -167,6 +168,18 @@ def register(app: QuartTrio, services: Services) -> None:
                 "period_end": format_us(end_us),
             }
         )
+
+    @app.get("/asap/sla/history")
+    async def get_asap_sla_history() -> Response:
+        caller = require(Permission.READ)
+        parameters = Parameters()
+        agent = parameters.text("agent_id", "agent")
+        span = span_of(parameters, services.clock.now_us())
+        limit, offset = parameters.limit(), skipped(parameters)
+        parameters.done()
+        found = await figures_of(services, caller, agent, span, limit + offset)
+        shown = [picked(metrics_block(metrics), METRICS) for metrics, _ in found.rows[offset:]]
+        return plain({"data": shown, "count": len(shown), "total": found.total, "offset": offset, "limit": limit})
 
     @app.get("/asap/sla/breaches")
     async def get_asap_breaches() -> Response:

@@ -101,14 +101,15 @@ class Parameters:
             raise bad_parameter(name, "must be a number that is not negative")
         return number
 
-    def choice(self, name: str, choices: Iterable[str], default: str | None = None) -> str | None:
-        """One of several words."""
-        value = self.text(name)
+    def choice(self, name: str, choices: Iterable[str], default: str | None = None, *others: str) -> str | None:
+        """One of several words, given under its name or one of the others."""
+        value = self.text(name, *others)
         allowed = list(choices)
         if value is None or value == "":
             return default
         if value not in allowed:
-            raise bad_parameter(name, f"must be one of {', '.join(allowed)}")
+            given = next(one for one in (name, *others) if one in self._args)
+            raise bad_parameter(given, f"must be one of {', '.join(allowed)}")
         return value
 
     def flag(self, name: str) -> bool:

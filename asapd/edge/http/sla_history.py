@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
 from zoneinfo import ZoneInfo
 
+from msgspec import Struct
 from quart import Response
 from quart_trio import QuartTrio
 
-from asapd.actors.sla_history import STEPS_US
+from asapd.actors.sla_history import STEPS_US, Judged
 from asapd.core.access import Caller, Permission
 from asapd.core.errors import Refusal
 from asapd.core.money import to_usd
 from asapd.core.penalty import credit
 from asapd.core.periods import period_bounds
-from asapd.core.sla import compliance_percent, evaluate, percent_text
+from asapd.core.sla import Metrics, compliance_percent, evaluate, percent_text
 from asapd.core.types import DAY_US, HOUR_US, SECOND_US, datetime_us, format_us
 from asapd.edge.http.context import require
 from asapd.edge.http.parameters import Parameters, bad_parameter, encode_cursor
@@ -35,6 +35,70 @@ _PENALTY_RULE = (
     "before them; null where there was none, no time of the period is known, or the cost of an event is not known"
 )
 _PERIOD = re.compile(r"([0-9]{4})-(0[1-9]|1[0-2])\Z")
+
+
+class Span(Struct, frozen=True):
+    """A stretch of the past, and into what it is cut."""
+
+    resolution: str
+    start_us: int
+    end_us: int
+
+    @property
+    def periods(self) -> int:
+        """How many there are of each agent; the first and the last may be cut short."""
+        step_us = STEPS_US[self.resolution]
+        return -(-self.end_us // step_us) - self.start_us // step_us
+
+
+def span_of(parameters: Parameters, now_us: int) -> Span:
+    """What a history is asked for: up to now, and from some periods ago, unless said."""
+    resolution = parameters.choice("resolution", STEPS_US, "hour") or "hour"
+    until_us = parameters.time_us("end")
+    end_us = now_us if until_us is None else min(until_us, now_us)
+    start_us = parameters.time_us("start")
+    start_us = max(0, end_us - _SPAN_US[resolution] if start_us is None else start_us)
+    if start_us >= end_us:
+        raise bad_parameter("start", "must be before end, and not in the future")
+    return Span(resolution, start_us, end_us)
+
+
+def skipped(parameters: Parameters) -> int:
+    """How many periods to skip."""
+    return parameters.number("offset", 0, 0, _MOST_SKIPPED)
+
+
+class Figures(Struct, frozen=True):
+    """Periods with what each is held to, how many there are of all agents, and where those behind these begin."""
+
+    rows: list[tuple[Metrics, Judged]]
+    total: int
+    behind: tuple[str, int] | None
+
+
+async def figures_of(
+    services: Services, caller: Caller, agent: str | None, span: Span, count: int, after: tuple[str, int] | None = None
+) -> Figures:
+    """The next `count` periods, agent by agent in the order of their ids."""
+    rows: list[tuple[Metrics, Judged]] = []
+    behind: tuple[str, int] | None = None
+    held = await services.reads.agents.held(caller, agent)
+    known = [one for one in held if after is None or one.id >= after[0]]
+    for one in known:
+        from_us = span.start_us if after is None or one.id != after[0] else max(span.start_us, after[1])
+        while from_us < span.end_us and len(rows) < count:
+            past = await services.reads.sla.past(
+                one, services.settings().sla, from_us, span.end_us, STEPS_US[span.resolution], count - len(rows)
+            )
+            rows += zip(past.rows, past.judged, strict=True)
+            from_us = past.next_us if past.next_us is not None else span.end_us
+        if len(rows) >= count:
+            if from_us < span.end_us:
+                behind = (one.id, from_us)
+            elif one is not known[-1]:
+                behind = (known[known.index(one) + 1].id, span.start_us)
+            break
+    return Figures(rows, len(held) * span.periods, behind)
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -55,60 +119,38 @@ def register(app: QuartTrio, services: Services) -> None:
     async def history(parameters: Parameters, agent: str | None, caller: Caller) -> Response:
         """Agent by agent in the order of their ids, each from its oldest period to its newest."""
         now_us = services.clock.now_us()
-        resolution = parameters.choice("resolution", STEPS_US, "hour") or "hour"
-        until_us = parameters.time_us("end")
-        end_us = now_us if until_us is None else min(until_us, now_us)
-        start_us = parameters.time_us("start")
-        start_us = max(0, end_us - _SPAN_US[resolution] if start_us is None else start_us)
-        limit = parameters.limit()
-        after = parameters.cursor(tuple[str, int, int, int])
-        offset = parameters.number("offset", 0, 0, _MOST_SKIPPED)
-        skip = offset if after is None else 0
+        span = span_of(parameters, now_us)
+        limit, after = parameters.limit(), parameters.cursor(tuple[str, int, int, int])
+        offset = skipped(parameters)
         parameters.done()
-        if start_us >= end_us:
-            raise bad_parameter("start", "must be before end, and not in the future")
         if after is not None:
             # Both stay what they were on the first page, or "now" would move from page to page.
-            start_us, end_us = after[2], min(after[3], now_us)
-            if not start_us <= after[1] <= after[3] or start_us >= end_us:
+            span = Span(span.resolution, after[2], min(after[3], now_us))
+            if not span.start_us <= after[1] <= after[3] or span.start_us >= span.end_us:
                 raise bad_parameter("cursor", "must be the next_cursor of the page before")
-        rows: list[dict[str, Any]] = []
-        next_cursor: tuple[str, int, int, int] | None = None
-        known = [one for one in await services.reads.agents.held(caller, agent) if after is None or one.id >= after[0]]
-        for one in known:
-            from_us = start_us if after is None or one.id != after[0] else max(start_us, after[1])
-            while from_us < end_us and len(rows) < limit + skip:
-                left = limit + skip - len(rows)
-                past = await services.reads.sla.past(
-                    one, services.settings().sla, from_us, end_us, STEPS_US[resolution], left
-                )
-                for metrics, judged in zip(past.rows, past.judged, strict=True):
-                    verdicts = evaluate(metrics, judged.held.promise)
-                    rows.append(
-                        {
-                            **metrics_block(metrics),
-                            **judged_block(judged),
-                            "compliance": compliance_block(verdicts),
-                            "compliance_percent": compliance_percent(verdicts),
-                        }
-                    )
-                from_us = past.next_us if past.next_us is not None else end_us
-            if len(rows) >= limit + skip:
-                if from_us < end_us:
-                    next_cursor = (one.id, from_us, start_us, end_us)
-                elif one is not known[-1]:
-                    following = known[known.index(one) + 1]
-                    next_cursor = (following.id, start_us, start_us, end_us)
-                break
-        shown = rows[skip:]
+        skip = offset if after is None else 0
+        found = await figures_of(services, caller, agent, span, limit + skip, None if after is None else after[:2])
+        shown = [
+            {
+                **metrics_block(metrics),
+                **judged_block(judged),
+                "compliance": compliance_block(verdicts := evaluate(metrics, judged.held.promise)),
+                "compliance_percent": compliance_percent(verdicts),
+            }
+            for metrics, judged in found.rows[skip:]
+        ]
+        behind = found.behind
         return reply(
             {
-                "resolution": resolution,
-                "start": format_us(start_us),
-                "end": format_us(end_us),
+                "resolution": span.resolution,
+                "start": format_us(span.start_us),
+                "end": format_us(span.end_us),
                 "data": shown,
                 "count": len(shown),
-                "next_cursor": None if next_cursor is None else encode_cursor(next_cursor),
+                "total": found.total,
+                "offset": offset,
+                "limit": limit,
+                "next_cursor": None if behind is None else encode_cursor((*behind, span.start_us, span.end_us)),
             }
         )
 

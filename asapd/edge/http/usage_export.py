@@ -39,10 +39,12 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_export() -> Response:
         caller = require(Permission.READ)
         parameters = Parameters()
-        name = parameters.choice("format", FORMATS, "ndjson") or "ndjson"
+        name = parameters.choice("format", FORMATS, "ndjson", "export_format") or "ndjson"
         filters = usage_filters(parameters)
         through = parameters.number("through", _MOST, 0, _MOST)
         after_seq = parameters.number("after", 0, 1, _MOST)
+        # Without a limit all of it.
+        most = parameters.number("limit", 0, 1, _MOST) or None
         bom = parameters.flag("bom")
         parameters.done()
         if bom and name != "csv":
@@ -51,7 +53,8 @@ def register(app: QuartTrio, services: Services) -> None:
         # 0 where the caller may see no row: who goes on with that gets none, as in the first reply.
         through = min(through, await services.reads.usage.snapshot(caller))
         form = Csv(COLUMNS, goes_on=after is not None, bom=bom) if name == "csv" else _format(name)
-        export = Export(services, caller, filters, through, form, PARQUET_PAGE if name == "parquet" else PAGE)
+        page = PARQUET_PAGE if name == "parquet" else PAGE
+        export = Export(services, caller, filters, through, form, page, most)
         first = await export.read(after)  # before the reply begins: what goes wrong here can still be said
         response = Response(export.parts(first), content_type=export.format.content_type)
         response.headers["Asapd-Snapshot"] = str(through)

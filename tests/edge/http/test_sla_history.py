@@ -95,11 +95,32 @@ async def test_a_history_is_paged_agent_by_agent_and_gives_each_period_once(edge
     assert [row["agent_id"] for row in skipped["data"]] == [A, C]
     behind = (await edge.get(f"/sla/history?{span}&limit=2&offset=2&cursor={skipped['next_cursor']}")).ok()
     assert [row["agent_id"] for row in behind["data"]] == [C, C]
+    # Each page says how much there is in all, whichever it is itself.
+    assert [(one["total"], one["offset"], one["limit"]) for one in (skipped, behind)] == [(6, 2, 2)] * 2
+    assert (first["total"], rest["total"]) == (48, 48)
     assert (await edge.get(f"/sla/history?{span}&agent_id={C}")).ok()["count"] == 3
     await edge.new_key("nobody", "reader", B)
     assert (await edge.get(f"/sla/history?{span}", key="nobody")).ok()["count"] == 0
     assert (await edge.get(f"/agents/{B}/sla/breaches")).refused(404)["code"] == "agent_not_found"
     assert (await edge.get(f"/agents/{A}/sla/history", key="nobody")).refused(404)["code"] == "agent_not_found"
+
+
+async def test_clients_of_the_reference_page_through_all_of_a_history(edge: Edge) -> None:
+    await prepare(edge)
+    span = f"start={format_us(T0 - 150 * MINUTE_US)}"
+    seen: list[tuple[str, str]] = []
+    while True:
+        answer = (await edge.get(f"/asap/sla/history?{span}&limit=4&offset={len(seen)}")).ok()
+        assert list(answer) == ["data", "count", "total", "offset", "limit"]
+        assert (answer["total"], answer["offset"], answer["limit"]) == (6, len(seen), 4)
+        assert answer["count"] == len(answer["data"])
+        if not answer["data"]:
+            break
+        seen += [(row["agent_id"], row["period_start"]) for row in answer["data"]]
+    starts = [format_us(T0 - minutes * MINUTE_US) for minutes in (150, 120, 60)]
+    assert seen == [(agent, start) for agent in (A, C) for start in starts]
+    assert (await edge.get(f"/asap/sla/history?agent_id={C}")).ok()["total"] == 24
+    assert (await edge.get("/asap/sla/history?cursor=x")).refused(400)["errors"][0]["field"] == "cursor"
 
 
 @pytest.mark.parametrize(

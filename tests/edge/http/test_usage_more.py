@@ -92,6 +92,24 @@ async def test_an_export_of_nothing_can_be_gone_on_with(edge: Edge) -> None:
     assert (await edge.get("/usage/export?through=-1")).refused(400)["errors"][0]["field"] == "through"
 
 
+async def test_an_export_takes_the_names_that_clients_of_the_reference_know(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asapd.edge.http.usage_export.PAGE", 2)
+    await edge.post("/usage", [event(f"e{number}") for number in range(5)])
+    whole = (await edge.get("/usage/export?format=csv")).body.splitlines()
+    assert len(whole) == 6
+    for limit in (1, 2, 3, 5, 9):
+        first = await edge.get(f"/usage/export?export_format=csv&limit={limit}")
+        assert first.headers["content-type"].startswith("text/csv")
+        assert first.body.splitlines() == whole[: limit + 1]
+    assert (await edge.get("/usage/export?export_format=json&format=json&limit=2")).ok()["count"] == 2
+    both = (await edge.get("/usage/export?export_format=json&format=csv")).refused(400)
+    assert {error["field"] for error in both["errors"]} == {"format", "export_format"}
+    for query, name in (("export_format=xml", "export_format"), ("format=xml", "format"), ("limit=0", "limit")):
+        assert (await edge.get(f"/usage/export?{query}")).refused(400)["errors"][0]["field"] == name
+
+
 async def test_an_id_that_several_sources_used_has_to_be_told_apart(edge: Edge) -> None:
     await edge.post("/usage", [event("e1", source="x"), event("e1", source="y")])
     assert (await edge.post("/usage/e1/void", {"reason": "r"})).refused(409)["code"] == "usage_ambiguous"
