@@ -20,11 +20,10 @@ from asapd.edge.description.operation import (
 )
 from asapd.edge.description.queries import AGENT, NUMBER, PAGE, TASK, named
 from asapd.edge.http.delegations import NewDelegation, TokenQuestion
-from asapd.edge.http.reservations import ReservationChange
+from asapd.edge.http.reservations import Extension, Refund, Settlement
 from asapd.wire.problem import PROBLEM_JSON
 
 _RESERVATION = shows(reference("Reservation"), "The reservation as it is now")
-_CHANGE = {JSON: ReservationChange}
 
 OPERATIONS = (
     Operation(
@@ -114,7 +113,7 @@ OPERATIONS = (
         "Close a reservation",
         INGEST,
         (_RESERVATION,),
-        body=_CHANGE,
+        body={JSON: Settlement},
         may_be_empty=True,
         idempotency_key=True,
     ),
@@ -123,7 +122,7 @@ OPERATIONS = (
         "Prolong a reservation",
         INGEST,
         (_RESERVATION,),
-        body=_CHANGE,
+        body={JSON: Extension},
         may_be_empty=True,
         idempotency_key=True,
     ),
@@ -132,7 +131,7 @@ OPERATIONS = (
         "Give back what was spent",
         OPERATE,
         (_RESERVATION,),
-        body=_CHANGE,
+        body={JSON: Refund},
         idempotency_key=True,
     ),
     Operation(

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from quart import Response, g, request
 from quart_trio import QuartTrio
 
-from asapd.actors.messages import ChangeReservation
+from asapd.actors.messages import ChangeReservation, Idempotency
 from asapd.actors.reads import RESERVATION_STATES
-from asapd.core.access import Permission
-from asapd.core.errors import FieldError, Refusal
+from asapd.core.access import Caller, Permission
+from asapd.core.errors import Refusal
 from asapd.core.types import SECOND_US, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import Count, Ttl, authorize, shown_remaining
 from asapd.edge.http.context import idempotency, require, require_any, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, Usd, decode_body, page, usd_field
+from asapd.edge.http.parameters import Parameters, Usd, decode_body, page, usd_field
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import PROBLEM_JSON, encode_json, usd
 
+S = TypeVar("S", bound=msgspec.Struct)
 
-class ReservationChange(msgspec.Struct, forbid_unknown_fields=True):
-    """What a reservation is settled, prolonged or refunded with."""
+
+class Settlement(msgspec.Struct, forbid_unknown_fields=True):
+    """What a reservation is settled with."""
 
     cost_usd: Usd | None = None
     tokens: Count | None = None
+
+
+class Extension(msgspec.Struct, forbid_unknown_fields=True):
+    """For how long a reservation is prolonged."""
+
     ttl_seconds: Ttl | None = None
-    reason: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+
+
+class Refund(msgspec.Struct, forbid_unknown_fields=True):
+    """What is given back of a reservation, and why."""
+
+    cost_usd: Usd
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -70,21 +83,36 @@ def register(app: QuartTrio, services: Services) -> None:
             return refuse(Refusal("reservation_not_found", f"there is no reservation {reservation}: check the id"))
         return reply(shown)
 
-    @app.post("/reservations/<reservation>/<any(settle, extend, refund):verb>")
-    async def change_reservation(reservation: str, verb: Any) -> Response:
-        caller = require(Permission.OPERATE if verb == "refund" else Permission.INGEST)
+    @app.post("/reservations/<reservation>/settle")
+    async def settle_reservation(reservation: str) -> Response:
+        caller = require(Permission.INGEST)
+        sent, key = await wanted(caller, Settlement)
+        cost = None if sent.cost_usd is None else usd_field(sent.cost_usd, "cost_usd", round_up=True)
+        return await change(
+            lambda to: ChangeReservation(caller, "settle", reservation, cost, None, "", key, to, sent.tokens)
+        )
+
+    @app.post("/reservations/<reservation>/extend")
+    async def extend_reservation(reservation: str) -> Response:
+        caller = require(Permission.INGEST)
+        sent, key = await wanted(caller, Extension)
+        ttl_us = None if sent.ttl_seconds is None else sent.ttl_seconds * SECOND_US
+        return await change(lambda to: ChangeReservation(caller, "extend", reservation, None, ttl_us, "", key, to))
+
+    @app.post("/reservations/<reservation>/refund")
+    async def refund_reservation(reservation: str) -> Response:
+        caller = require(Permission.OPERATE)
+        sent, key = await wanted(caller, Refund)
+        cost = usd_field(sent.cost_usd, "cost_usd")
+        return await change(
+            lambda to: ChangeReservation(caller, "refund", reservation, cost, None, sent.reason, key, to)
+        )
+
+    async def wanted(caller: Caller, shape: type[S]) -> tuple[S, Idempotency | None]:
+        """What a body asks for, where none is one without fields."""
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, ReservationChange) if body.strip() else ReservationChange()
-        cost = None if sent.cost_usd is None else usd_field(sent.cost_usd, "cost_usd", round_up=verb == "settle")
-        if verb == "refund" and (cost is None or not sent.reason):
-            error = FieldError("cost_usd" if cost is None else "reason", "is missing")
-            raise RefusedError(Refusal("invalid", "a refund needs cost_usd and a reason", (error,)))
-        key = idempotency(caller, body, services.clock.now_us())
-        ttl_us = None if sent.ttl_seconds is None else sent.ttl_seconds * SECOND_US
-        return await change(
-            lambda to: ChangeReservation(caller, verb, reservation, cost, ttl_us, sent.reason, key, to, sent.tokens)
-        )
+        return decode_body(body if body.strip() else b"{}", shape), idempotency(caller, body, services.clock.now_us())
 
     @app.delete("/reservations/<reservation>")
     async def delete_reservation(reservation: str) -> Response:

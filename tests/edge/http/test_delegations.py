@@ -301,6 +301,31 @@ async def test_reservations_are_listed_newest_first_by_state_delegation_agent_an
     assert await listed(key="ours") == [fourth, third, second, first]
 
 
+@pytest.mark.parametrize(
+    ("verb", "body", "fields"),
+    [
+        ("settle", {"cost_usd": "0.1", "ttl_seconds": 600}, ["ttl_seconds"]),
+        ("settle", {"tokens": 1, "reason": "x"}, ["reason"]),
+        ("extend", {"ttl_seconds": 600, "cost_usd": "0.1"}, ["cost_usd"]),
+        ("extend", {"tokens": 1, "reason": "x"}, ["reason", "tokens"]),
+        ("refund", {"cost_usd": "0.1", "reason": "x", "tokens": 1}, ["tokens"]),
+        ("refund", {"cost_usd": "0.1", "reason": "x", "ttl_seconds": 1}, ["ttl_seconds"]),
+        ("refund", {"reason": ""}, ["cost_usd", "reason"]),
+        ("refund", {}, ["cost_usd", "reason"]),
+        ("refund", b"", ["cost_usd", "reason"]),
+    ],
+)
+async def test_a_verb_of_a_reservation_takes_its_own_fields_alone(
+    edge: Edge, verb: str, body: Any, fields: list[str]
+) -> None:
+    one = (await authorize(edge)).ok()["reservation"]["id"]
+    before = (await edge.get(f"/reservations/{one}")).ok()
+    problem = (await edge.post(f"/reservations/{one}/{verb}", body)).refused(422)
+    assert (problem["code"], sorted(error["field"] for error in problem["errors"])) == ("invalid", fields)
+    assert problem["errors"][0]["field"] in problem["detail"]
+    assert (await edge.get(f"/reservations/{one}")).ok() == before
+
+
 async def test_a_refund_under_a_key_is_given_once(edge: Edge) -> None:
     one = (await authorize(edge)).ok()["reservation"]["id"]
     (await edge.post(f"/reservations/{one}/settle", {"cost_usd": "0.40"})).ok()
