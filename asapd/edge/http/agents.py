@@ -128,7 +128,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.READ)
         parameters = Parameters()
         limit = parameters.limit()
-        start_us, end_us = parameters.time_us("start"), parameters.time_us("end")
+        start_us, end_us = parameters.period_us()
         before = parameters.cursor(int)
         window_us = window_parameter(parameters, services)
         parameters.done()

@@ -185,11 +185,12 @@ def register(app: QuartTrio, services: Services) -> None:
     async def get_asap_breaches() -> Response:
         caller = require(Permission.READ)
         parameters = Parameters()
+        start_us, end_us = parameters.period_us()
         filters = {
             "agent": parameters.text("agent_id", "agent"),
             "severity": parameters.choice("severity", ("warning", "critical")),
-            "start_us": parameters.time_us("start"),
-            "end_us": parameters.time_us("end"),
+            "start_us": start_us,
+            "end_us": end_us,
         }
         parameters.done()
         shown: list[dict[str, Any]] = []
@@ -204,12 +205,13 @@ def register(app: QuartTrio, services: Services) -> None:
 
 
 def _filters(parameters: Parameters) -> dict[str, Any]:
+    start_us, end_us = parameters.period_us()
     return {
         "agent": parameters.text("agent_id", "agent"),
         "consumer": parameters.text("consumer_id", "consumer"),
         "task": parameters.text("task_id", "task"),
-        "start_us": parameters.time_us("start"),
-        "end_us": parameters.time_us("end"),
+        "start_us": start_us,
+        "end_us": end_us,
     }
 
 

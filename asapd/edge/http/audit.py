@@ -179,12 +179,13 @@ def register(app: QuartTrio, services: Services) -> None:
 
 
 def _filters(parameters: Parameters) -> AuditFilter:
+    start_us, end_us = parameters.period_us()
     return AuditFilter(
         actor=parameters.text("actor"),
         subject=parameters.text("subject"),
         event_type=parameters.text("event_type"),
         task=parameters.text("task", "task_id"),
         agent=parameters.text("agent", "agent_id"),
-        start_us=parameters.time_us("start"),
-        end_us=parameters.time_us("end"),
+        start_us=start_us,
+        end_us=end_us,
     )

@@ -41,13 +41,14 @@ def register(app: QuartTrio, services: Services) -> None:
         by = tuple(dict.fromkeys(name.strip() for name in (parameters.text("group_by") or "agent").split(",")))
         if unknown := [name for name in by if name not in GROUPS]:
             raise bad_parameter("group_by", f"must be any of {', '.join(GROUPS)}, not {unknown[0]}")
+        start_us, end_us = parameters.period_us()
         filters = {
             "agent": parameters.text("agent_id", "agent"),
             "severity": parameters.choice("severity", SEVERITIES),
             "breach_type": parameters.choice("type", BREACH_TYPES) or parameters.choice("breach_type", BREACH_TYPES),
             "state": parameters.choice("state", ("open", "resolved")),
-            "start_us": parameters.time_us("start"),
-            "end_us": parameters.time_us("end"),
+            "start_us": start_us,
+            "end_us": end_us,
         }
         limit, offset = parameters.limit(), parameters.cursor(int) or parameters.offset()
         parameters.done()

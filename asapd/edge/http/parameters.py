@@ -79,6 +79,13 @@ class Parameters:
         except ValueError as error:
             raise bad_parameter(name, str(error)) from None
 
+    def period_us(self) -> tuple[int | None, int | None]:
+        """`start` and `end`, as far as given; there is nothing between equal ones, and none ends before it starts."""
+        start_us, end_us = self.time_us("start"), self.time_us("end")
+        if start_us is not None and end_us is not None and start_us > end_us:
+            raise bad_parameter("start", "must not be after end: exchange them, or leave one out")
+        return start_us, end_us
+
     def number(self, name: str, default: int, low: int, high: int) -> int:
         """A whole number in a range."""
         value = self.text(name)

@@ -52,7 +52,7 @@ def register(app: QuartTrio, services: Services) -> None:
         parameters = Parameters()
         dry_run = parameters.flag("dry_run")
         caller = require_everything(Permission.OPERATE if dry_run else Permission.ADMINISTER)
-        start_us, end_us = parameters.time_us("start"), parameters.time_us("end")
+        start_us, end_us = parameters.period_us()
         model = parameters.text("model")
         after: Progress | None = parameters.cursor_of("prices", Progress)
         parameters.done()

@@ -123,13 +123,14 @@ def register(app: QuartTrio, services: Services) -> None:
         return await breaches(Parameters(), agent, caller)
 
     async def breaches(parameters: Parameters, agent: str | None, caller: Caller) -> Response:
+        start_us, end_us = parameters.period_us()
         filters = {
             "agent": agent,
             "severity": parameters.choice("severity", SEVERITIES),
             "breach_type": parameters.choice("type", BREACH_TYPES) or parameters.choice("breach_type", BREACH_TYPES),
             "state": parameters.choice("state", ("open", "resolved")),
-            "start_us": parameters.time_us("start"),
-            "end_us": parameters.time_us("end"),
+            "start_us": start_us,
+            "end_us": end_us,
         }
         limit = parameters.limit()
         before = parameters.cursor(tuple[int, str])

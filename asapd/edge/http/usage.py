@@ -44,6 +44,7 @@ class TaskStep(msgspec.Struct, forbid_unknown_fields=True):
 
 def usage_filters(parameters: Parameters) -> dict[str, Any]:
     """Which events, as every route of usage is asked."""
+    start_us, end_us = parameters.period_us()
     return {
         "agent": parameters.text("agent", "agent_id"),
         "consumer": parameters.text("consumer", "consumer_id"),
@@ -52,8 +53,8 @@ def usage_filters(parameters: Parameters) -> dict[str, Any]:
         "project": parameters.text("project"),
         "outcome": parameters.outcome(),
         "delegation": parameters.text("delegation"),
-        "start_us": parameters.time_us("start"),
-        "end_us": parameters.time_us("end"),
+        "start_us": start_us,
+        "end_us": end_us,
     }
 
 

@@ -82,6 +82,30 @@ async def test_two_names_for_one_thing_that_say_different_things_are_both_named(
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        *("/usage", "/usage/aggregate", "/usage/agents", "/usage/consumers", "/usage/summary", "/usage/export"),
+        *("/usage/stream", "/audit/logs", "/audit/export", "/breaches/groups", "/sla/breaches", "/sla/history"),
+        *(f"/agents/{A}/{rest}" for rest in ("health", "sla/history", "sla/breaches")),
+        *("/asap/usage", "/asap/usage/aggregate?group_by=day", "/asap/usage/summary", "/asap/usage/export"),
+        *("/asap/sla/history", "/asap/sla/breaches", "/prices/reprice", f"/audit/pack?agent={A}"),
+    ],
+)
+async def test_a_period_that_ends_before_it_starts_is_refused(edge: Edge, path: str) -> None:
+    assert (await edge.post("/agents", {"id": A, "url": "http://127.0.0.1:1"})).ok(201)
+    query = f"{path}{'&' if '?' in path else '?'}start=2027-01-02T00:00:00Z&end=2027-01-01T00:00:00Z"
+    problem = (await edge.call("POST" if "reprice" in path else "GET", query)).refused(400)
+    assert (problem["code"], problem["errors"][0]["field"]) == ("bad_parameter", "start")
+    assert "end" in problem["detail"]
+
+
+async def test_a_period_without_length_has_nothing_in_it(edge: Edge) -> None:
+    await edge.post("/usage", {"task_id": "t", "agent": A, "consumer": A, "timestamp": NOW})
+    assert (await edge.get(f"/usage?start={NOW}&end={NOW}")).ok()["count"] == 0
+    assert (await edge.get(f"/usage?start={NOW}")).ok()["count"] == 1
+
+
+@pytest.mark.parametrize(
     ("query", "name"),
     [
         ("min_availability=much", "min_availability"),
