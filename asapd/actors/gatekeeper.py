@@ -118,8 +118,8 @@ async def _create(
     message: CreateKeyRequest, database: Database, now_us: int, entropy: Callable[[int], bytes], seed: bytes
 ) -> NewKey | Refusal:
     if message.role not in set(Role):
-        roles = ", ".join(Role)
-        return Refusal("invalid", "no key was made", (FieldError("role", f"must be one of {roles}"),))
+        error = FieldError("role", f"must be one of {', '.join(Role)}")
+        return Refusal("invalid", f"no key was made: role {error.reason}", (error,))
     fresh = entropy(32)
     key_id = entropy(5).hex()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import assert_never
 
 import trio
+from msgspec.structs import replace
 
 from asapd import config
 from asapd.actors.budgets import BudgetsNotSyncedError, sync_budgets
@@ -36,7 +37,7 @@ from asapd.actors.slow_reads import after_commit, refusing_slow
 from asapd.core.access import Caller, Permission, Tenants
 from asapd.core.agent_keys import OF_THE_HOST
 from asapd.core.delegation import Claims
-from asapd.core.denial import Denied, Reason, deeper, deny
+from asapd.core.denial import Denied, Reason, deeper, deny, legible
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.ledger import Remaining
 from asapd.core.types import DEFAULT_TENANT, MINUTE_US, OWN_ID, SECOND_US
@@ -62,6 +63,7 @@ from asapd.store.units.delegations import (
     SettleReservation,
 )
 from asapd.store.visibility import Visibility
+from asapd.wire.problem import denied_as_refusal
 from asapd.wire.token import TokenMalformed, decode, sign
 
 # Verifying is 54 us of arithmetic; what bounds us is the group commit, which gathers what is in hand.
@@ -321,7 +323,8 @@ class _Registry:
         if key is None:
             keys_dir = self._settings.delegation.keys_dir or self._settings.keys_dir
             reason = f"has no key in {keys_dir}: put <name>.pem there and reload, or sign elsewhere"
-            return Refusal("no_signing_key", "nothing was issued", (FieldError("delegator", reason),))
+            detail = f"nothing was issued: delegator {reason}"
+            return Refusal("no_signing_key", detail, (FieldError("delegator", reason),))
         parent_text: str | None = None
         above = Chain((), (), ())
         if message.parent is not None:
@@ -351,8 +354,11 @@ class _Registry:
     async def _find_parent(self, parent: str, issuer: str, caller: Caller) -> Chain | Denied | Refusal:
         text = await self._parent(parent, issuer, caller)
         if text is None and len(parent) <= _MAX_ID_CHARS and "{" not in parent:
-            error = FieldError("parent", f"there is no delegation {parent}: send its token instead")
-            return Refusal("invalid", "nothing was issued", (error,))
+            what, remedy = f"there is no delegation {legible(parent)}", "register it first, or send its token instead"
+            denied = deny(
+                Reason.CHAIN_BROKEN, "parent_known", f"nothing was issued: parent: {what}", remedy, asked=parent
+            )
+            return replace(denied_as_refusal(denied), errors=(FieldError("parent", f"{what}: {remedy}"),))
         return await self._open(parent if text is None else text, caller)
 
     async def _register(self, message: Register) -> Issued | Denied | Refusal:

@@ -525,8 +525,8 @@ async def test_a_delegation_can_be_issued_under_a_parent_by_id_or_token(desk: De
     for named in (parent.id, parent.token):
         child = issued(await desk.issue(B, C, parent=named, max_cost_microusd=10))
         assert await desk.validate(child.token, delegate=C) is None
-    assert code(await desk.issue(B, C, parent="del_unknown")) == "invalid"
-    assert code(await desk.issue(B, C, parent="not.a.token")) == "invalid"  # no token is so short
+    assert code(await desk.issue(B, C, parent="del_unknown")) == Reason.CHAIN_BROKEN
+    assert code(await desk.issue(B, C, parent="not.a.token")) == Reason.CHAIN_BROKEN  # no token is so short
     assert code(await desk.issue(B, C, parent="not.a." + "token" * 40)) == Reason.MALFORMED
     assert code(await desk.issue(B, C, parent=parent.id, scopes=("*",))) == Reason.SCOPE_EXCEEDED
     assert code(await desk.issue(B, C, parent=parent.id, expires_at_us=T0 + DAY_US)) == Reason.CONSTRAINT_EXCEEDED
@@ -733,7 +733,7 @@ async def test_another_tenants_delegation_is_not_there(desk: Desk) -> None:
     assert code(await desk.revoke(known, other)) == "delegation_not_found"
     desk.hold(B)
     await desk.reconfigure(desk.settings.pinned)
-    assert code(await desk.issue(B, C, parent=known, caller=other)) == "invalid"
+    assert code(await desk.issue(B, C, parent=known, caller=other)) == Reason.CHAIN_BROKEN
     assert isinstance(await desk.revoke(known, own), Revoked)
 
 

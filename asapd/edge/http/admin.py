@@ -49,7 +49,7 @@ def register(app: QuartTrio, services: Services) -> None:
         bad = next((pattern for pattern in sent.agents if "*" in pattern[:-1]), None)
         if bad is not None:
             error = FieldError("agents", f"{bad}: a * may stand at the end only")
-            raise RefusedError(Refusal("invalid", "no key was made", (error,)))
+            raise RefusedError(Refusal("invalid", f"no key was made: agents {error.reason}", (error,)))
         strange = [pattern for pattern in sent.agents if not may_match_an_agent(pattern)]
         if strange and sent.role is Role.INGEST:
             reason = f"{strange[0]} matches no agent: an agent's name has the form urn:asap:agent:<name>"

@@ -126,7 +126,16 @@ async def test_issuing_without_the_right_or_the_key_is_refused(edge: Edge) -> No
     assert (await edge.post("/delegations", TERMS, key="operator")).refused(403)["code"] == "forbidden"
     assert (await edge.post("/delegations", TERMS, key="reader")).refused(403)["code"] == "forbidden"
     no_key = await edge.post("/delegations", {**TERMS, "delegator": C})
-    assert no_key.refused(422)["code"] == "no_signing_key"
+    problem = no_key.refused(422)
+    assert (problem["code"], problem["errors"][0]["field"]) == ("no_signing_key", "delegator")
+    assert problem["detail"] == f"nothing was issued: delegator {problem['errors'][0]['reason']}"
+
+
+async def test_a_parent_that_is_not_there_breaks_the_chain_of_what_is_to_be_issued(edge: Edge) -> None:
+    problem = (await edge.post("/delegations", {**TERMS, "parent": "nope"})).refused(422)
+    assert (problem["code"], problem["explain"]["rule"]) == ("chain_broken", "parent_known")
+    assert (problem["token_id"], problem["explain"]["asked"]) == (None, "nope")
+    assert problem["detail"].startswith("nothing was issued: parent: there is no delegation nope")
 
 
 async def test_what_is_not_there_is_404(edge: Edge) -> None:

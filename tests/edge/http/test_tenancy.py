@@ -213,4 +213,5 @@ async def test_an_issue_names_no_parent_that_is_anothers(house: Edge) -> None:
     (await house.post("/delegations", document(B, C, parent="doc-a-b"))).ok(201)
     await house.new_key("a", "operator", A, sign=True)
     refused = (await house.post("/delegations", {**TERMS, "parent": "doc-b-c"}, key="a")).refused(422)
+    assert refused["code"] == "chain_broken"
     assert "there is no delegation doc-b-c" in refused["errors"][0]["reason"]
