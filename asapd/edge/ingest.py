@@ -403,7 +403,9 @@ _INTERNAL = refused_frame(Refusal("internal", "The frame failed inside the daemo
 
 _NO_ROOM = refused_frame(
     Refusal(
-        "overloaded", "Other large frames are being received and left no room for this one: send it again, in parts."
+        "overloaded",
+        "Other large frames are being received and left no room for this one: send it again, in parts.",
+        retry_after_s=1,
     )
 )
 

@@ -133,8 +133,9 @@ def problem(refusal: Refusal, *, status: int | None = None) -> dict[str, Any]:
 
 
 def refused_frame(refusal: Refusal) -> bytes:
-    """The answer to a frame that is refused."""
-    return encode_json({"ok": False, **problem(refusal)})
+    """The answer to a frame that is refused; when to try again is a member of it, for want of a header."""
+    again = {} if refusal.retry_after_s is None else {"retry_after_seconds": refusal.retry_after_s}
+    return encode_json({"ok": False, **problem(refusal), **again})
 
 
 def denied_as_refusal(denied: Denied) -> Refusal:

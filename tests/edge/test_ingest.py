@@ -503,7 +503,8 @@ async def test_a_large_frame_that_finds_no_room_is_refused_and_closed(
         await second.send_all(encode(b"small") + large[:100])
         small, refused = await answers(second, 2)
         assert small == b"re:small"
-        assert msgspec.json.decode(refused)["code"] == "overloaded"
+        told = msgspec.json.decode(refused)
+        assert (told["code"], told["retry_after_seconds"]) == ("overloaded", 1)
         await until_closed(second)
         await first.aclose()
         await second.aclose()

@@ -74,6 +74,16 @@ async def test_a_frame_that_is_wrong_says_what(edge: Edge) -> None:
     assert (many["code"], many["status"]) == ("too_many_events", 413)
 
 
+async def test_a_frame_that_finds_no_room_on_the_disk_says_when_to_send_it_again(edge: Edge) -> None:
+    (pages,) = edge.connection.execute("PRAGMA page_count").fetchone()
+    edge.connection.execute(f"PRAGMA max_page_count = {pages}")
+    labels = {f"label{number}": "x" * 200 for number in range(16)}
+    refused = await frame(edge, [event(f"e{number}", labels=labels) for number in range(200)])
+    assert (refused["ok"], refused["code"], refused["retry_after_seconds"]) == (False, "storage_full", 30)
+    # Nor is there a time to name where nothing changes by waiting.
+    assert "retry_after_seconds" not in await frame(edge, b"{")
+
+
 async def test_nobody_reports_for_others(edge: Edge) -> None:
     assert (await frame(edge, event(), None))["code"] == "forbidden"
     assert (await frame(edge, event(), Caller("x", Role.READER)))["code"] == "forbidden"
