@@ -95,8 +95,13 @@ def field_error(error: msgspec.ValidationError, shape: type[msgspec.Struct], wit
     return FieldError(place or "body", reason_of(error, types.get(place)))
 
 
-def field_errors(body: bytes, shape: type[msgspec.Struct]) -> Iterator[FieldError]:
-    """Each field that keeps a JSON object from being a struct that takes no others; nothing of another value."""
+def field_errors(
+    body: bytes, shape: type[msgspec.Struct], either: Iterable[tuple[str, ...]] = ()
+) -> Iterator[FieldError]:
+    """Each field that keeps a JSON object from being a struct that takes no others; nothing of another value.
+
+    Of the names in each of `either` one is required.
+    """
     if body.lstrip()[:1] != b"{":
         return
     parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -106,6 +111,7 @@ def field_errors(body: bytes, shape: type[msgspec.Struct]) -> Iterator[FieldErro
             yield from _value_errors(bytes(parts[name]), field.type, shape, name)
         elif field.required:
             yield FieldError(name, _MISSING)
+    yield from (FieldError(names[0], _MISSING) for names in either if parts.keys().isdisjoint(names))
     yield from (FieldError(name, _unknown(fields)) for name in parts if name not in fields)
 
 

@@ -296,9 +296,9 @@ class _Found:
 def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[FieldError]:
     """The normal form of an event, or what is wrong with it; `is_plain` says that no text has a control character."""
     errors: list[FieldError] = []
-    agent = wire.agent if wire.agent_id is None and wire.agent is not None else _one_of(wire, "agent", errors)
+    agent = wire.agent if wire.agent_id is None and wire.agent is not None else party_of(wire, "agent", errors)
     consumer = (
-        wire.consumer if wire.consumer_id is None and wire.consumer is not None else _one_of(wire, "consumer", errors)
+        wire.consumer if wire.consumer_id is None and wire.consumer is not None else party_of(wire, "consumer", errors)
     )
     if not AGENT_URN.match(agent) and agent:
         errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))
@@ -377,7 +377,8 @@ _TEXTS = (
 )
 
 
-def _one_of(wire: WireEvent, name: str, errors: list[FieldError]) -> str:
+def party_of(wire: msgspec.Struct, name: str, errors: list[FieldError]) -> str:
+    """An `agent` or a `consumer`, under its name or that of the reference implementation."""
     nested: str | None = getattr(wire, name)
     flat: str | None = getattr(wire, f"{name}_id")
     if nested is None and flat is None:

@@ -40,7 +40,6 @@ from asapd.edge.description.queries import (
     formats,
     named,
 )
-from asapd.edge.http.usage import TaskStep
 from asapd.edge.http.usage_more import VoidReason
 
 _SUMS = {**USAGE, "timezone": {**TEXT, "default": "UTC"}, **PAGE, **OFFSET}
@@ -148,7 +147,7 @@ OPERATIONS = (
         "Report one step in the life of a task",
         INGEST,
         (made(OBJECT, "Recorded"),),
-        body={JSON: TaskStep},
+        body={JSON: reference("Step")},
         idempotency_key=True,
     ),
     Operation(

@@ -13,6 +13,7 @@ from asapd.core.types import Role
 from asapd.edge.description import agents, audit, compatible, delegation, host, metering
 from asapd.edge.description.operation import JSON, Answer, Operation, Schema, Shape, reference
 from asapd.edge.description.shapes import SHAPES
+from asapd.edge.http.usage import TaskStep
 from asapd.edge.sessions import COOKIE
 from asapd.wire.problem import PROBLEM_JSON
 from asapd.wire.usage import WireEvent
@@ -128,7 +129,7 @@ def _schema(shape: Shape) -> Schema:
 
 def _decoded(operations: list[Operation]) -> dict[str, Any]:
     """The schemas of the structs that bodies are decoded into."""
-    structs: dict[type[msgspec.Struct], None] = {WireEvent: None}
+    structs: dict[type[msgspec.Struct], None] = dict.fromkeys((WireEvent, TaskStep))
     for operation in operations:
         structs |= {shape: None for shape in operation.body.values() if isinstance(shape, type)}
     _, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")

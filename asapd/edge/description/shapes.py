@@ -15,6 +15,9 @@ _TIME: Schema = {"type": "string", "format": "date-time"}
 _TEXTS: Schema = {"type": "array", "items": TEXT}
 _USD: Schema = {"type": "number", "description": "US dollars, with their exact decimals"}
 _HASH: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_PARTIES: tuple[Schema, ...] = tuple(
+    {"anyOf": [{"required": [name]}, {"required": [f"{name}_id"]}]} for name in ("agent", "consumer")
+)
 
 
 def _or_null(schema: Schema) -> Schema:
@@ -94,10 +97,10 @@ SHAPES: dict[str, Schema] = {
         "allOf": [
             reference("WireEvent"),
             {"required": ["task_id", "timestamp"]},
-            {"anyOf": [{"required": ["agent"]}, {"required": ["agent_id"]}]},
-            {"anyOf": [{"required": ["consumer"]}, {"required": ["consumer_id"]}]},
+            *_PARTIES,
         ],
     },
+    "Step": {"description": "One step in the life of a task.", "allOf": [reference("TaskStep"), *_PARTIES]},
     "Usage": {
         "description": "One event, an array, or an object that holds either.",
         "anyOf": [

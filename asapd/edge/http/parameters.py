@@ -254,8 +254,11 @@ def usd_field(amount: Usd, field: str, *, round_up: bool = False) -> int:
         raise RefusedError(Refusal("invalid", f"{field} {reason}", (FieldError(field, reason),))) from None
 
 
-def decode_body(body: bytes, shape: type[S]) -> S:
-    """A JSON object as a struct; each wrong field is named, the first in the detail as well."""
+def decode_body(body: bytes, shape: type[S], either: Iterable[tuple[str, ...]] = ()) -> S:
+    """A JSON object as a struct; each wrong field is named, the first in the detail as well.
+
+    Of the names in each of `either` one is required: beside what is wrong that is said here, else the caller's to see.
+    """
     if not body.strip():
         raise RefusedError(Refusal("malformed", "there is no body: send a JSON object"))
     try:
@@ -266,7 +269,7 @@ def decode_body(body: bytes, shape: type[S]) -> S:
             raise
     except msgspec.ValidationError as error:
         wrong = field_error(error, shape)
-        others = (bad for bad in field_errors(body, shape) if bad.field != wrong.field)
+        others = (bad for bad in field_errors(body, shape, either) if bad.field != wrong.field)
         errors = (wrong, *islice(others, MAX_ERRORS - 1))
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise RefusedError(Refusal("invalid", f"{wrong.field} {wrong.reason}{more}", errors)) from None

@@ -16,12 +16,13 @@ from asapd.core.access import Permission
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import AGENT_URN, format_us
 from asapd.edge.asking import ask_actor
+from asapd.edge.decisions import Name
 from asapd.edge.http.context import idempotency, raw_body, require, sent_json
 from asapd.edge.http.parameters import Parameters, RefusedError, bad_parameter, decode_body, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.edge.usage_request import DELEGATION_HEADER, UsageRequest, answer
-from asapd.wire.usage import CONTROL, parse_timestamp
+from asapd.wire.usage import CONTROL, parse_timestamp, party_of
 
 
 class GroupPlace(msgspec.Struct, frozen=True, array_like=True):
@@ -34,10 +35,12 @@ class TaskStep(msgspec.Struct, forbid_unknown_fields=True):
     """One step in the life of a task."""
 
     task_id: str
-    agent: str
-    consumer: str
     state: Literal["started", "completed", "failed"]
     timestamp: str | int | float
+    agent: Name | None = None
+    agent_id: Name | None = None
+    consumer: Name | None = None
+    consumer_id: Name | None = None
     error: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
     parent_task_id: str | None = None
 
@@ -168,7 +171,7 @@ def register(app: QuartTrio, services: Services) -> None:
         caller = require(Permission.INGEST)
         Parameters().done()
         body = await sent_json()
-        sent = decode_body(body, TaskStep)
+        sent = decode_body(body, TaskStep, (("agent", "agent_id"), ("consumer", "consumer_id")))
         task = _task_event(sent)
         if not caller.may_touch(task.agent):
             raise RefusedError(Refusal("forbidden", f"this caller may not report for {task.agent}"))
@@ -195,12 +198,16 @@ def _shown(wholeness: Wholeness) -> dict[str, Any]:
 
 
 def _task_event(sent: TaskStep) -> TaskEvent:
-    errors = [
+    errors: list[FieldError] = []
+    agent, consumer = party_of(sent, "agent", errors), party_of(sent, "consumer", errors)
+    errors += [
         FieldError(name, "must have 1 to 256 characters, none of them a control character")
-        for name in ("task_id", "consumer", "parent_task_id")
-        if (text := getattr(sent, name)) is not None and (not 1 <= len(text) <= 256 or CONTROL.search(text))
+        for name, text in (("task_id", sent.task_id), ("parent_task_id", sent.parent_task_id))
+        if text is not None and (not 1 <= len(text) <= 256 or CONTROL.search(text))
     ]
-    if not AGENT_URN.match(sent.agent):
+    if CONTROL.search(consumer):
+        errors.append(FieldError("consumer", "must not hold control characters"))
+    if agent and not AGENT_URN.match(agent):
         errors.append(FieldError("agent", "must be a URN of the form urn:asap:agent:<name>"))
     timestamp_us = 0
     try:
@@ -210,4 +217,4 @@ def _task_event(sent: TaskStep) -> TaskEvent:
     if errors:
         detail = f"nothing was recorded: {errors[0].field} {errors[0].reason}"
         raise RefusedError(Refusal("invalid", detail, tuple(errors)))
-    return TaskEvent(sent.task_id, sent.agent, sent.consumer, sent.state, timestamp_us, sent.error, sent.parent_task_id)
+    return TaskEvent(sent.task_id, agent, consumer, sent.state, timestamp_us, sent.error, sent.parent_task_id)

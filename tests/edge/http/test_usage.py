@@ -168,6 +168,26 @@ async def test_a_step_of_a_task_with_nulls_is_the_same_as_one_without_these_fiel
         assert [bad["field"] for bad in problem["errors"]] == [field]
 
 
+async def test_a_step_of_a_task_takes_the_names_that_tasks_and_events_are_shown_with(edge: Edge) -> None:
+    named = {"task_id": "t", "agent": A, "consumer": B}
+    flat = {"task_id": "t", "agent_id": A, "consumer_id": B}
+    start, end = ({"state": state, "timestamp": NOW} for state in ("started", "completed"))
+    for sent in ({**flat, **start}, {**named, **start}, {**named, **flat, **end}):
+        (await edge.post("/tasks", sent)).ok(201)
+    (row,) = (await edge.get("/tasks")).ok()["data"]
+    assert (row["agent_id"], row["consumer_id"], row["state"]) == (A, B, "completed")
+    for sent, fields in (
+        ({**named, "agent_id": B}, ["agent_id"]),
+        ({**named, "consumer_id": C}, ["consumer_id"]),
+        ({"task_id": "u"}, ["agent", "consumer"]),
+        ({**flat, "agent_id": "nourn", "consumer_id": "a\nb"}, ["agent", "consumer"]),
+        ({**flat, "agent_id": "", "consumer_id": ""}, ["agent_id", "consumer_id"]),
+    ):
+        problem = (await edge.post("/tasks", {**sent, **start})).refused(422)
+        assert sorted(bad["field"] for bad in problem["errors"]) == fields
+        assert problem["errors"][0]["reason"] in problem["detail"]
+
+
 async def test_a_conflict_is_409_with_both_events(edge: Edge) -> None:
     await edge.post("/usage", event("e1"))
     problem = (await edge.post("/usage", event("e1", task_id="t2"))).refused(409)
