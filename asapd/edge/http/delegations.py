@@ -20,12 +20,13 @@ from asapd.core.access import Caller, Permission
 from asapd.core.delegation import MAX_SCOPES, Claims
 from asapd.core.denial import Denied
 from asapd.core.errors import FieldError, Refusal
+from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import AGENT_URN, MAX_INT, format_us
 from asapd.edge.asking import ask_actor
 from asapd.edge.decisions import shown_remaining
 from asapd.edge.http.carried import decode_carrying, token_in
 from asapd.edge.http.context import idempotency, require, require_any, sent_json
-from asapd.edge.http.parameters import Parameters, RefusedError, Usd, bad_parameter, encode_cursor, page, usd_field
+from asapd.edge.http.parameters import Parameters, RefusedError, Usd, bad_parameter, encode_cursor, page
 from asapd.edge.http.replies import refuse, reply
 from asapd.edge.services import Services
 from asapd.wire.problem import denied_as_refusal, explained, usd
@@ -217,8 +218,10 @@ def _issue_terms(sent: NewDelegation) -> tuple[str, str, tuple[str, ...], int | 
     errors = [
         FieldError(name, "is missing")
         for name, value in (("delegator", sent.delegator), ("delegate", sent.delegate), ("scopes", sent.scopes))
-        if not value
+        if value is None
     ]
+    if sent.scopes == []:
+        errors.append(FieldError("scopes", "is empty: name at least one, such as task.execute, or * for everything"))
     errors += [
         FieldError(name, "must be a URN of the form urn:asap:agent:<name>")
         for name, value in (("delegator", sent.delegator), ("delegate", sent.delegate))
@@ -232,16 +235,27 @@ def _issue_terms(sent: NewDelegation) -> tuple[str, str, tuple[str, ...], int | 
             expires_at_us = parse_timestamp(constraints.expires_at)
         except ValueError as error:
             errors.append(FieldError("constraints.expires_at", str(error)))
+    cost: int | None = None
+    try:
+        cost = None if constraints.max_cost_usd is None else parse_usd(constraints.max_cost_usd)
+    except MoneyError as error:
+        errors.append(FieldError("constraints.max_cost_usd", str(error)))
+    parent: str | None = None
+    try:
+        parent = token_in(sent.parent, "parent")
+    except RefusedError as error:
+        if not error.refusal.errors:
+            raise
+        errors += error.refusal.errors
     if errors:
         detail = f"nothing was issued: {errors[0].field} {errors[0].reason}"
         raise RefusedError(Refusal("invalid", detail, tuple(errors)))
-    cost = constraints.max_cost_usd
     return (
         sent.delegator or "",
         sent.delegate or "",
         tuple(sent.scopes or ()),
-        None if cost is None else usd_field(cost, "constraints.max_cost_usd"),
+        cost,
         constraints.max_tasks,
         expires_at_us,
-        token_in(sent.parent, "parent"),
+        parent,
     )

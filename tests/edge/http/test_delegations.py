@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 
 from asapd.core.delegation import Claims
@@ -120,6 +121,19 @@ async def test_to_issue_takes_an_operator_also_with_the_right_to_sign(edge: Edge
 async def test_wrong_terms_name_their_field(edge: Edge, changes: dict[str, Any], field: str) -> None:
     problem = (await edge.post("/delegations", {**TERMS, **changes})).refused(422)
     assert problem["errors"][0]["field"] == field
+
+
+async def test_all_terms_that_are_wrong_are_named_at_once(edge: Edge) -> None:
+    wrong = {"delegator": "nourn", "scopes": [], "constraints": {"max_cost_usd": -1}, "parent": 5}
+    problem = (await edge.post("/delegations", wrong)).refused(422)
+    assert sorted(error["field"] for error in problem["errors"]) == [
+        *("constraints.expires_at", "constraints.max_cost_usd", "delegate", "delegator", "parent", "scopes"),
+    ]
+    assert problem["detail"] == "nothing was issued: delegate is missing"
+    empty = (await edge.post("/delegations", {**TERMS, "scopes": []})).refused(422)
+    assert empty["detail"].startswith("nothing was issued: scopes is empty")
+    halved = msgspec.json.encode({**TERMS, "parent": "?"}).replace(b'"?"', b'"\\ud800"')
+    assert (await edge.post("/delegations", halved)).refused(400)["code"] == "malformed"
 
 
 async def test_issuing_without_the_right_or_the_key_is_refused(edge: Edge) -> None:
