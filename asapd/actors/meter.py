@@ -454,6 +454,8 @@ def _shown(event: UsageEvent) -> dict[str, object]:
     if reported is not None:
         shown["reported_cost_usd"] = to_usd(reported)
     del shown["timestamp_us"], shown["tells_tokens"]
+    if shown.pop("is_action_assumed"):
+        del shown["action"]
     return {**shown, "outcome": Outcome(event.outcome).name.lower(), "timestamp": format_us(event.timestamp_us)}
 
 

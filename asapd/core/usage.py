@@ -43,6 +43,10 @@ FLAG_NAMES = {
 }
 
 
+ASSUMED_ACTION: Final = "task.execute"
+"""What an event did that names neither an action nor a reservation, which has one."""
+
+
 class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a client says was used, normalised.
 
@@ -52,6 +56,8 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     a resend. `duration_ms` None means that nobody said how long it took: it adds nothing, and is no latency.
     Without `tells_tokens` neither `tokens_in` nor `tokens_out` was given: they count as 0, but what they cost nobody
     knows. That is for the price alone, and no part of what makes two events the same.
+    `is_action_assumed` says that a reservation is named and no action: it is that of the reservation then, which the
+    store knows.
     """
 
     task_id: str
@@ -77,12 +83,13 @@ class UsageEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     reported_microusd: int | None = None
     delegation: str | None = None
     reservation: str | None = None
-    action: str = "task.execute"
+    action: str = ASSUMED_ACTION
     parent_task_id: str | None = None
     labels: dict[str, str] | None = None
     trace_id: str | None = None
     cache_write_1h_tokens: int = 0
     tells_tokens: bool = True
+    is_action_assumed: bool = False
 
 
 class Cost(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -110,7 +117,8 @@ def content_digest(event: UsageEvent) -> bytes:
 
     A field that is younger than the first version takes part only where it is not its default: what was recorded
     before the field was known is still the same event when it is sent again. No duration and one of 0 are the same
-    here, as they were when the one was taken for the other, and so are no tokens and 0 of them.
+    here, as they were when the one was taken for the other, and so are no tokens and 0 of them. That an action is
+    assumed takes no part: who leaves it out sends the same again, whatever the reservation was for.
     """
     if event.duration_ms is None:
         event = msgspec.structs.replace(event, duration_ms=0)

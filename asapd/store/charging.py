@@ -31,11 +31,12 @@ UNKNOWN: Final = "delegation_not_found"
 
 
 class Charge(NamedTuple):
-    """The flags of an event, and what an open reservation paid for it where nobody knows its cost.
+    """The event as it was judged, its flags, and what an open reservation paid for it where nobody knows its cost.
 
     `under` is the delegation by which it was judged, and `code` why that does not allow it, None where it does.
     """
 
+    event: UsageEvent
     flags: int
     estimated_microusd: int | None
     under: Account | None
@@ -49,7 +50,7 @@ def charge(tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost
     tenants have is as unknown (a reservation is of both sides of its delegation and of who made it), and usage of an
     agent that is not the delegate is flagged, never debited. The caller flushes the book.
     """
-    charged = _Charged()
+    charged = _Charged(event)
     if book is not None and event.reservation is not None:
         book.linked(event.reservation)  # a period that begins to count tasks counts what is held before this changes it
     if event.reservation is not None or event.delegation is not None:
@@ -59,15 +60,16 @@ def charge(tx: Tx, book: Book | None, unit: RecordUsage, event: UsageEvent, cost
         flags |= book.use(event, cost_microusd, charged.path, charged.reservation, settlement)
     estimated = settlement.spend_microusd if settlement is not None and settlement.unpriced else None
     flags |= 0 if charged.code is None else FLAG_UNAUTHORISED
-    return Charge(flags, estimated, charged.under, charged.code)
+    return Charge(charged.event, flags, estimated, charged.under, charged.code)
 
 
 class _Charged(msgspec.Struct, frozen=True):
     """What an event did to the ledger: its flags, the ids it debited, the reservation, and what that paid.
 
-    `under` and `code` as in `Charge`.
+    `event`, `under` and `code` as in `Charge`.
     """
 
+    event: UsageEvent
     flags: int = 0
     path: tuple[str, ...] = ()
     reservation: str | None = None
@@ -92,17 +94,19 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
     else:
         reached = reach(tx, event.delegation, unit)
         if reached is None:
-            return _Charged(flags, code=UNKNOWN)
+            return _Charged(event, flags, code=UNKNOWN)
         account, tenant = reached
         across = 0 if tenant == unit.tenant else FLAG_ACROSS_DELEGATION
         flags |= FLAG_UNRESERVED if event.reservation is None else 0
     path = path_of(tx, account)
     under_hold = found is not None and found.is_open(now_us)
+    if found is not None and event.is_action_assumed and path[0].delegate == event.agent:
+        event = msgspec.structs.replace(event, action=found.action)
     under: Account | None = path[0]
     code: str | None = _why_not(tx, path, event, now_us, under_hold=under_hold)
     if path[0].delegate != event.agent:
         # Naming an id is not holding a token: nobody drains the budget of another, or learns whose a reservation is.
-        return _Charged(flags, under=under if path[0].id == event.delegation else None, code=code)
+        return _Charged(event, flags, under=under if path[0].id == event.delegation else None, code=code)
     flags |= across
     settlement = None
     if found is not None and under_hold:
@@ -127,7 +131,7 @@ def _charge(tx: Tx, unit: RecordUsage, event: UsageEvent, cost_microusd: int | N
     ids = tuple(on_path.id for on_path in path)
     if code is None and event.delegation is not None and event.delegation not in ids:
         under, code = _judge_named(tx, unit, event)
-    return _Charged(flags, ids, None if found is None else found.id, settlement, under, code)
+    return _Charged(event, flags, ids, None if found is None else found.id, settlement, under, code)
 
 
 def _why_not(tx: Tx, path: list[Account], event: UsageEvent, now_us: int, *, under_hold: bool = False) -> Reason | None:

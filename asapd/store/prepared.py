@@ -71,9 +71,11 @@ INSERT = f"INSERT INTO usage VALUES ({','.join(f'?{_BOUND.index(column) + 1}' fo
 class UsageNote(msgspec.Struct, frozen=True, gc=False):
     """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical.
 
-    What a cost has not (a source, a price) is not said: most events have no such thing, and each byte is hashed.
+    What a cost has not (a source, a price) is not said: most events have no such thing, and each byte is hashed. Nor is
+    an action, which is part of the content, but where it is that of a reservation.
     """
 
+    action: str | msgspec.UnsetType
     agent: str
     api_calls: int
     consumer: str
@@ -213,6 +215,7 @@ def note_of(
 ) -> UsageNote:
     """What the audit log says of an event."""
     return UsageNote(
+        event.action if event.is_action_assumed else msgspec.UNSET,
         event.agent,
         event.api_calls,
         event.consumer,

@@ -12,7 +12,7 @@ import msgspec
 
 from asapd.core.row_digest import row_digest
 from asapd.core.types import Outcome
-from asapd.core.usage import UsageEvent, content_digest
+from asapd.core.usage import ASSUMED_ACTION, UsageEvent, content_digest
 from asapd.store.companions import Companions, strays
 from asapd.store.erasures import ROW_KINDS, Erasures, is_erased_since, newest
 from asapd.store.findings import Findings, Tally
@@ -189,7 +189,8 @@ def _compare(connection: apsw.Connection, entry: UsageEntry, columns: Row, names
     elif entry.says.row_digest is not msgspec.UNSET and entry.says.row_digest != row_digest(columns):
         findings.add(f"{where}: is not what was written, by the digest that entry {entry.seq} has of it")
     elif entry.kind == "usage.recorded" and not (
-        _is_content(row, {row["delegation"], None}) or _is_content(row, _called(connection, row["delegation"]))
+        _is_content(row, entry, {row["delegation"], None})
+        or _is_content(row, entry, _called(connection, row["delegation"]))
     ):
         findings.add(f"{where}: is not what was reported, by the digest that entry {entry.seq} has of it")
 
@@ -199,11 +200,15 @@ def _called(connection: apsw.Connection, delegation: str | None) -> set[str | No
     return {jti for (jti,) in fetch(connection, "SELECT jti FROM delegation WHERE id = ?", (delegation,))}
 
 
-def _is_content(row: dict[str, Any], delegations: set[str | None]) -> bool:
-    """Whether a row holds what its digest was made of, before the daemon named the event or attributed it."""
-    fields: dict[str, Any] = {
-        name: row[name] for name in UsageEvent.__struct_fields__ if name not in {"partial", "labels", "tells_tokens"}
-    }
+def _is_content(row: dict[str, Any], entry: UsageEntry, delegations: set[str | None]) -> bool:
+    """Whether a row holds what its digest was made of, before the daemon named the event or attributed it.
+
+    Nor had it given it the action of its reservation, which the entry says then.
+    """
+    fields: dict[str, Any] = {name: row[name] for name in UsageEvent.__struct_fields__ if name in row}
+    del fields["partial"], fields["labels"]
+    if entry.says.action is not msgspec.UNSET:
+        fields["action"] = ASSUMED_ACTION
     labels = None if row["labels"] is None else msgspec.json.decode(row["labels"])
     ids = {row["id"], ""} if row["id"].startswith("use_") else {row["id"]}
     return any(

@@ -53,6 +53,7 @@ class Reservation(msgspec.Struct):
     """The tenant that its delegation was registered for; `tenant` is that of whoever made it."""
     tokens: int | None
     tasks: int
+    action: str
 
     @property
     def estimate(self) -> Estimate:
@@ -74,7 +75,7 @@ def load(tx: Tx, reservation: str) -> Reservation | None:
     row = tx.row(
         "SELECT id, account, tenant, task_id, state, reason, cost_microusd, held_microusd, tasks_extra, "
         "used_microusd, refunded_microusd, expires_us, held_tokens, "
-        "(SELECT tenant FROM delegation d WHERE d.account = reservation.account), tokens, tasks "
+        "(SELECT tenant FROM delegation d WHERE d.account = reservation.account), tokens, tasks, action "
         "FROM reservation WHERE id = ?",
         (reservation,),
     )

@@ -228,7 +228,7 @@ class _Pass:
             if book is not None or event.reservation is not None or event.delegation is not None:
                 if event.reservation is not None and cost.microusd is None:
                     estimated = None  # only such an event can have one
-                flags, estimate, under, code = charging.charge(tx, book, unit, event, cost.microusd)
+                event, flags, estimate, under, code = charging.charge(tx, book, unit, event, cost.microusd)
                 if estimate is not None:
                     estimated = estimate
                     tx.execute("INSERT INTO usage_estimate VALUES (?,?)", (seq, estimate))

@@ -11,6 +11,7 @@ class SaysInRow(msgspec.Struct, frozen=True):
     """What an entry says of a row of usage; what it does not say is UNSET."""
 
     row: int
+    action: Any = msgspec.UNSET
     agent: Any = msgspec.UNSET
     api_calls: Any = msgspec.UNSET
     consumer: Any = msgspec.UNSET

@@ -320,6 +320,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         "cache_write_tokens", counts.get("cache_write_1h_tokens", 0) + counts.get("cache_write_5m_tokens", 0)
     )
     who = attribute(span.attributes, span.resource, settings)
+    reservation = named(("asap.reservation",), span.attributes, span.resource, 256) or None
     tokens_in, tokens_out = _inclusive(counts)
     if max(tokens_in, tokens_out) > MAX_INT:
         return "has more tokens than 2**53-1"
@@ -345,11 +346,12 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
         provider=who.provider,
         project=who.project,
         delegation=named(("asap.delegation",), span.attributes, span.resource, 256) or None,
-        reservation=named(("asap.reservation",), span.attributes, span.resource, 256) or None,
+        reservation=reservation,
         trace_id=span.trace_id,
         # Said of more than the whole, the part cannot be told from a part that is not in it.
         cache_write_1h_tokens=min(counts.get("cache_write_1h_tokens", 0), counts["cache_write_tokens"]),
         tells_tokens=tells_tokens,
+        is_action_assumed=reservation is not None,
     )
 
 

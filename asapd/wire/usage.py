@@ -20,7 +20,7 @@ from asapd.core.delegation import is_action
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import MoneyError, parse_usd
 from asapd.core.types import AGENT_URN, MAX_INT, SECOND_US, datetime_us
-from asapd.core.usage import UsageEvent
+from asapd.core.usage import ASSUMED_ACTION, UsageEvent
 from asapd.wire.mismatch import reason_of, why_unreadable
 
 MAX_EVENTS = 5_000
@@ -305,8 +305,8 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
     if wire.task_id is None:
         errors.append(FieldError("task_id", "is missing"))
     counts = _counts(wire, errors)
-    action = wire.action or "task.execute"
-    if action != "task.execute" and not is_action(action):
+    action = wire.action or ASSUMED_ACTION
+    if action != ASSUMED_ACTION and not is_action(action):
         errors.append(FieldError("action", "must be words joined by dots, such as task.execute"))
     timestamp_us = 0
     if wire.timestamp is None:
@@ -346,6 +346,7 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         wire.trace_id,
         counts.cache_write_1h_tokens or 0,
         counts.tokens_in is not _UNTOLD or counts.tokens_out is not _UNTOLD,
+        wire.reservation is not None and not wire.action,
     )
     if not is_plain and not _is_printable(event):
         errors += [

@@ -209,6 +209,20 @@ async def test_a_conflict_shows_the_stored_event_only_to_who_may_read_it(
                 assert refused.extra["stored"] is None
 
 
+async def test_a_conflict_shows_no_action_of_an_event_that_names_a_reservation_and_none(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    async with Meter(inline_database).running() as meter:
+        await meter.report(event("e1", tokens_in=1))
+        shown = []
+        for more in ({}, {"reservation": "r", "is_action_assumed": True}):
+            refused = await meter.report(event("e1", tokens_in=2, **more))
+            assert isinstance(refused, Refusal)
+            shown.append(refused.extra["received"])
+        assert shown[0]["action"] == "task.execute"
+        assert not {"action", "is_action_assumed"} & shown[1].keys()
+
+
 async def test_conflicts_name_their_places_and_whether_the_other_is_stored(
     inline_database: Inline, autojump_clock: MockClock
 ) -> None:

@@ -34,13 +34,22 @@ OTHER: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("field", [name for name in UsageEvent.__struct_fields__ if name != "tells_tokens"])
+@pytest.mark.parametrize(
+    "field",
+    [name for name in UsageEvent.__struct_fields__ if name not in {"tells_tokens", "is_action_assumed"}],
+)
 def test_a_change_of_any_field_changes_the_content(field: str) -> None:
     old = getattr(EVENT, field)
     new = OTHER.get(field, old + 1 if isinstance(old, int) else f"{old or ''}x" if isinstance(old, str) else 1)
     if (old is None) and field not in {"source_seq", "reported_microusd"}:
         new = "x"
     assert content_digest(replace(EVENT, **{field: new})) != content_digest(EVENT)
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_that_an_action_is_assumed_is_no_part_of_the_content(kept: int) -> None:
+    event = replace(EVENT, cache_write_1h_tokens=kept)
+    assert content_digest(replace(event, is_action_assumed=True)) == content_digest(event)
 
 
 def test_what_was_recorded_before_a_field_was_known_has_the_content_it_had() -> None:

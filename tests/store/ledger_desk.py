@@ -124,11 +124,12 @@ class Ledger:
         tasks: int = 1,
         ttl_us: int = HOUR_US,
         tenant: str = "default",
+        action: str = "task.execute",
     ) -> Reserve:
         """An authorisation to submit."""
         return Reserve(
             task_id=task,
-            action="task.execute",
+            action=action,
             estimate=Estimate(cost, tasks),
             ttl_us=ttl_us,
             actor="key:x",

@@ -13,7 +13,9 @@ from asapd.core.denial import explanation
 from asapd.core.ledger import Remaining
 from asapd.core.repricing import Correction
 from asapd.core.types import MAX_INT, format_us
+from asapd.core.usage import UsageEvent
 from asapd.store import audit, verifying
+from asapd.store.identity import repeats
 from asapd.store.task_spend import spend_by_task
 from asapd.store.units.delegations import Registered, Reserved, Revoked
 from asapd.store.units.exchange import Envelope
@@ -26,6 +28,7 @@ from tests.store.ledger_desk import (
     NOW_US,
     ROOT,
     USD,
+    A,
     B,
     C,
     D,
@@ -509,6 +512,35 @@ def test_usage_that_a_reservation_pays_has_to_be_allowed_by_the_delegation_that_
     assert ledger.use(1, delegation="also", reservation=root) == {"unauthorised"}
     assert ledger.counters("also") == (0, 0, 0, 0)
     assert ledger.counters("root")[:2] == (6, 12)
+
+
+@pytest.mark.parametrize("state", ["open", "settled", "lapsed"])
+def test_usage_that_names_a_reservation_and_no_action_did_what_was_reserved(ledger: Ledger, state: str) -> None:
+    ledger.register(link("narrow", scopes=("task.a",)))
+    ledger.register(link("reads", scopes=("data.read",)))
+    reservation = ledger.reserved(delegation="narrow", action="task.a", ttl_us=10)
+    if state == "settled":
+        ledger.settle(reservation)
+    elif state == "lapsed":
+        ledger.now_us += 20
+    closed = set() if state == "open" else {"reservation_closed"}
+    said = {"reservation": reservation, "is_action_assumed": True}
+    assert ledger.use(1, id="e", **said) == closed
+    newest = "SELECT action FROM usage ORDER BY seq DESC LIMIT 1"
+    assert ledger.connection.execute(newest).get == "task.a"
+    # What is said stands, and the delegation that is named beside it has to allow what was reserved.
+    assert ledger.use(1, reservation=reservation) == closed | {"unauthorised"}
+    assert ledger.use(1, delegation="reads", **said) == closed | {"unauthorised"}
+    assert ledger.connection.execute(newest).get == "task.a"
+    # Who is not its delegate does not learn what it is for.
+    assert "unauthorised" in ledger.use(1, agent=C, **said)
+    assert ledger.connection.execute(newest).get == "task.execute"
+    assert verifying.report(ledger.connection, verifying.Request()).is_valid
+    event = UsageEvent("t", B, A, ledger.now_us, id="e", reservation=reservation)
+    assert repeats(ledger.connection, "default", [event, replace(event, action="task.a")]) == [True, False]
+    ledger.connection.execute("DROP TRIGGER usage_no_update")
+    ledger.connection.execute("UPDATE usage SET action = 'task.b' WHERE action = 'task.a'")
+    assert not verifying.report(ledger.connection, verifying.Request()).is_valid
 
 
 def test_one_tenant_cannot_spend_what_belongs_to_another(ledger: Ledger) -> None:

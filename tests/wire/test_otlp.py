@@ -412,7 +412,8 @@ def test_which_attributes_name_what_is_a_setting() -> None:
 
 def test_delegation_and_reservation_are_taken_from_attributes() -> None:
     event = only({**CHAT, "asap.reservation": "r1"}, {"asap.delegation": "d1"})
-    assert (event.delegation, event.reservation) == ("d1", "r1")
+    assert (event.delegation, event.reservation, event.is_action_assumed) == ("d1", "r1", True)
+    assert not only(CHAT).is_action_assumed
 
 
 @pytest.mark.parametrize("tokens", [-1, 2**53, "many", True, 1.5, [1]])

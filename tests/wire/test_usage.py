@@ -122,6 +122,17 @@ def test_tokens_that_are_not_told_are_not_zero_of_them(
         assert not any(isinstance(number, bool) for number in (event.tokens_in, event.tokens_out))
 
 
+@pytest.mark.parametrize(
+    ("said", "is_assumed"),
+    [({}, False), ({"reservation": "r"}, True), ({"reservation": "r", "action": "task.execute"}, False)],
+)
+def test_an_action_is_assumed_only_where_a_reservation_is_named_and_none_is(
+    said: dict[str, str], is_assumed: bool
+) -> None:
+    (event,) = decoded(single(**said)).events
+    assert (event.action, event.is_action_assumed) == ("task.execute", is_assumed)
+
+
 def test_parts_of_tokens_are_held_to_their_sums_beside_nulls() -> None:
     parts = dict.fromkeys(NULLABLE_COUNTS[2:])
     for part, sum_of in (
