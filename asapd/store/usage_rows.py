@@ -81,6 +81,7 @@ def _row_columns(voided_by: str, repriced_by: str) -> str:
             "cache_write_1h_tokens",
             "(SELECT (SELECT id FROM usage o WHERE o.seq = r.event) FROM usage_repriced r WHERE r.seq = usage.seq)",
             repriced_by,
+            "priced_microusd",
         )
     )
 
@@ -97,7 +98,7 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         rest
     )
     (cost, cost_source, reported, version, delegation, reservation, action, flags, parent, labels, trace, *end) = tail
-    committed, voids, voided_by, written_1h, reprices, repriced_by = end
+    committed, voids, voided_by, written_1h, reprices, repriced_by, priced = end
     return {
         "seq": seq,
         "id": event_id,
@@ -125,6 +126,7 @@ def _row(row: tuple[Any, ...]) -> dict[str, Any]:
         "cost_usd": None if cost is None else to_usd(cost),
         "cost_source": cost_source,
         "reported_cost_usd": None if reported is None else to_usd(reported),
+        "priced_cost_usd": None if priced is None else to_usd(priced),
         "price_version": version,
         "delegation": delegation,
         "reservation": reservation,

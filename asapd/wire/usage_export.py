@@ -53,8 +53,9 @@ COLUMNS = (
     "reprices",
     "voided_by",
     "repriced_by",
+    "priced_cost_usd",
 )
-"""What an export holds of a row, all of it as of the export's snapshot."""
+"""What an export holds of a row, all of it as of its snapshot; a new column is the last, for who counts them."""
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
 _INTEGERS = frozenset(
@@ -72,7 +73,7 @@ _INTEGERS = frozenset(
     }
 )
 _TIMES = frozenset({"timestamp", "recorded_at"})
-_MONEY = frozenset({"cost_usd", "reported_cost_usd"})
+_MONEY = frozenset({"cost_usd", "reported_cost_usd", "priced_cost_usd"})
 
 
 class NotInstalledError(Exception):

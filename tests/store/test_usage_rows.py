@@ -72,7 +72,7 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         trace_id="f" * 32,
         cache_write_1h_tokens=4,
     )
-    unit = RecordUsage("default", "key:x", START_US + 1, [event], [Cost(10, "priced", 10, "v1")])
+    unit = RecordUsage("default", "key:x", START_US + 1, [event], [Cost(9, "reported", 10, "v1")])
     Writer(connection).run([Envelope(1, unit, False)])
     row = usage_rows.get_usage(connection, 1)
     assert row == {
@@ -99,9 +99,10 @@ def test_a_row_shows_all_that_was_said(connection: apsw.Connection) -> None:
         "model": "m",
         "provider": "v",
         "project": "p",
-        "cost_usd": to_usd(10),
-        "cost_source": "priced",
+        "cost_usd": to_usd(9),
+        "cost_source": "reported",
         "reported_cost_usd": to_usd(9),
+        "priced_cost_usd": to_usd(10),
         "price_version": "v1",
         "delegation": "d",
         "reservation": None,

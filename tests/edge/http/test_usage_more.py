@@ -186,9 +186,12 @@ async def test_every_format_exports_the_same_rows(edge: Edge, monkeypatch: pytes
     table = list(csv.DictReader(io.StringIO((await edge.get("/usage/export?format=csv")).body.decode())))
     assert [row["id"] for row in table] == [f"e{n}" for n in range(7)]
     assert (table[0]["task_id"], table[0]["cost_usd"], table[0]["partial"]) == ("'=t0", "0.25", "false")
+    assert list(table[0].items())[-2:] == [("repriced_by", ""), ("priced_cost_usd", "")]  # readers count columns
     parquet = pytest.importorskip("pyarrow.parquet")
     stored = parquet.read_table(io.BytesIO((await edge.get("/usage/export?format=parquet")).body)).to_pylist()
     assert [(row["id"], row["cost_usd"]) for row in stored] == [(f"e{n}", Decimal("0.25")) for n in range(7)]
+    assert list(stored[0]) == list(table[0])
+    assert stored[0]["priced_cost_usd"] is None
 
 
 async def test_an_export_of_nothing_is_whole(edge: Edge) -> None:
