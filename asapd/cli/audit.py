@@ -191,7 +191,7 @@ def export(session: Session, file: Path, form: str | None, **filters: str | None
     """Write out the log, all of it unless filtered.
 
     To FILE or to stdout; a whole export as json or ndjson is checked by `asapd verify FILE` anywhere, without a daemon.
-    csv is safe to open in a spreadsheet; syslog has lines of RFC 5424.
+    csv is safe to open in a spreadsheet, and so cannot be verified; syslog has lines of RFC 5424.
 
     \b
     Examples:

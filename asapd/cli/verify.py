@@ -9,6 +9,7 @@ from typing import Any
 from asapd.cli import verify_checkpoint, verify_evidence, verify_export, verify_pack, verify_proof, verify_receipt
 from asapd.cli.verified import CannotVerifyError, Verified
 from asapd.wire.audit_archive import MAGIC, read_archive
+from asapd.wire.audit_export import COLUMNS
 from asapd.wire.export import NotAnExportError
 from asapd.wire.keys import public_base64
 from asapd.wire.signed_note import SIGNATURE_MARK, NoteMalformedError
@@ -52,6 +53,11 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
         for is_kind, verify in DOCUMENTS:
             if is_kind(document):
                 return verify(document, public_key)
+        if document.keys() >= _REVOCATIONS:
+            raise CannotVerifyError(
+                "is a signed list of revocations: asapctl delegation revocations import FILE has a daemon check its "
+                "signature, and take it in"
+            )
     if public_key is not None:
         raise CannotVerifyError(UNSIGNED)
     try:
@@ -60,6 +66,10 @@ def verify_file(path: Path, public_key: bytes | None) -> Verified:
     except NotAnExportError as error:
         raise CannotVerifyError(f"{error}; {KINDS} can be verified") from None
 
+
+# The members of one, of whatever version.
+_REVOCATIONS = frozenset({"entries", "issuer", "key_id", "number", "signature"})
+_CSV = ",".join(COLUMNS)
 
 UNSIGNED = "is an export of the audit log, which carries no signature to check"
 
@@ -90,6 +100,11 @@ def _verify_text(path: Path, start: bytes, public_key: bytes | None) -> Verified
         text = content.decode()
     except UnicodeDecodeError:
         raise CannotVerifyError(f"is not text; {KINDS} can be verified") from None
+    if text.startswith((_CSV, f"\ufeff{_CSV}")):
+        raise CannotVerifyError(
+            "is an export of the audit log as CSV, which is changed for spreadsheets and not what was hashed: write it "
+            "again as lines of JSON, asapctl audit export FILE --format ndjson, and verify that"
+        )
     try:
         if start.startswith(HEADER.encode()):
             return verify_proof.verify_text(text, public_key)

@@ -19,7 +19,9 @@ from asapd.store.migrations import migrate
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
 from asapd.store.writer import Writer
+from asapd.wire.audit_export import FORMATS
 from asapd.wire.checkpoint import sign_checkpoint
+from asapd.wire.revocations import sign_list
 
 KEY = SigningKey(bytes(range(32)))
 PUBLIC = bytes(KEY.verify_key)
@@ -72,6 +74,25 @@ def test_two_roots_of_one_size_are_found_wherever_in_the_file_they_stand(tmp_pat
     assert verify_file(file, PUBLIC).is_good
     file.write_text("\n".join(notes), encoding="utf-8")
     assert "two checkpoints of 5 entries have different roots" in verify_file(file, PUBLIC).verdict
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_who_has_an_export_as_csv_is_told_which_format_can_be_verified(
+    proof: dict[str, Any], tmp_path: Path, mark: str
+) -> None:
+    file = tmp_path / "audit.csv"
+    csv = FORMATS["csv"]()
+    file.write_bytes(mark.encode() + csv.begin() + csv.rows([proof["entry"]]) + csv.end())
+    with pytest.raises(CannotVerifyError, match=r"as CSV.*asapctl audit export FILE --format ndjson"):
+        verify_file(file, None)
+
+
+@pytest.mark.parametrize("key", [None, PUBLIC])
+def test_who_has_a_list_of_revocations_is_told_what_checks_it(tmp_path: Path, key: bytes | None) -> None:
+    file = tmp_path / "revoked.json"
+    file.write_bytes(sign_list([], KEY, issuer="asapd/x", number=0, updated_us=None))
+    with pytest.raises(CannotVerifyError, match=r"list of revocations: asapctl delegation revocations import FILE"):
+        verify_file(file, key)
 
 
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
