@@ -241,7 +241,7 @@ class LaneConnection:
         self._searched = 0
         raw = bytes(buffer[: end + 4])
         head = self._heads.get(raw)
-        if head is None and len(raw) <= self._limits.max_header_bytes + 4:
+        if head is None and len(raw) <= self._limits.max_header_bytes:
             head = read_head(raw, self._limits.max_body_bytes)
         if head is None:
             self._is_foreign = True

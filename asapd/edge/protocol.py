@@ -150,6 +150,9 @@ class WebSocket(WSStream):
 class _H11(h11.Connection):
     """Does not let what comes spoil an answer: behind a `connection: close` request (RFC 9112, 9.6), or in a body."""
 
+    head_bytes = 0
+    """Of the newest request, as it came: h11 bounds only what is not whole yet, so by how it was cut into segments."""
+
     def receive_data(self, data: bytes) -> None:
         # Nothing is read any more of who broke off a body.
         if self.their_state is not h11.ERROR:
@@ -158,13 +161,17 @@ class _H11(h11.Connection):
     def next_event(self) -> Any:
         if self.their_state is h11.MUST_CLOSE and self.trailing_data[0]:
             return h11.PAUSED
+        buffered_bytes = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
         try:
-            return super().next_event()
+            event = super().next_event()
         except h11.RemoteProtocolError:
             # Hypercorn hangs up at once. An answer that has begun is to end first, and ends the connection.
             if self.our_state is not h11.SEND_BODY:
                 raise
             return h11.NEED_DATA
+        if isinstance(event, h11.Request):
+            self.head_bytes = buffered_bytes - len(self.trailing_data[0])
+        return event
 
 
 class Http11(H11Protocol):
@@ -184,7 +191,7 @@ class Http11(H11Protocol):
         """How long the body that is being received may take, if it holds room that others wait for."""
         self._request: h11.Request | None = None
         """The one that is being answered."""
-        self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
+        self._h11 = self.connection = _H11(h11.SERVER, max_incomplete_event_size=config.h11_max_incomplete_size)
 
     async def refuse(self, status: int) -> None:
         """Answers if no answer has begun."""
@@ -292,6 +299,8 @@ class Http11(H11Protocol):
 
     def _refused(self, request: h11.Request) -> int | None:
         """The status of a request that the application does not get to see."""
+        if self._h11.head_bytes > self.config.h11_max_incomplete_size:
+            return 431
         # HTTP/2's preface is a request "PRI * HTTP/2.0" to h11.
         if request.http_version not in {b"1.0", b"1.1"}:
             return 400

@@ -389,6 +389,8 @@ HANDED_OVER: list[tuple[Callable[[str], bytes], int]] = [
     (lambda key: post(b"zz\r\n", key=key, transfer_encoding="chunked"), 400),
     (lambda key: post(b"", key=key, content_length=str(9 << 20)), 413),
     (lambda key: post(event(), key=key, x="x" * 80_000), 431),
+    (lambda key: post(event(), key=key, x="x" * 40_000), 431),
+    (lambda key: post(event(), key=key, x="x" * 32_600), 431),
     (lambda key: post(event(), key=key).replace(b"\r\n", b"\n"), 201),
     (lambda key: b"POST /usage?\x00 HTTP/1.1\r\n\r\n", 400),
     (lambda key: b"\r\n\r\n" + post(event(), key=key), 400),

@@ -512,6 +512,7 @@ async def test_what_is_no_request_is_answered_with_a_problem_and_closed(sent: by
     [
         (b"HEAD * HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         (b"HEAD / HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999\r\n\r\n", 413),
+        (b"HEAD / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000 + b"\r\n\r\n", 431),
         (b"HEAD / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
     ],
 )
@@ -525,6 +526,17 @@ async def test_a_head_that_is_refused_is_answered_without_a_body(
         assert b"content-type: application/problem+json" in data.lower()
         assert data.endswith(b"\r\n\r\n")
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("piece_bytes", [4_096, 70_000])
+@pytest.mark.parametrize(("head_bytes", "status"), [(32_768, 200), (32_769, 431), (60_000, 431)])
+async def test_a_head_is_as_long_as_it_may_be_however_it_is_cut(piece_bytes: int, head_bytes: int, status: int) -> None:
+    start, end = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx: ", b"\r\n\r\n"
+    head = start + b"y" * (head_bytes - len(start) - len(end)) + end
+    async with running() as site, await site.connect() as stream:
+        for at in range(0, head_bytes, piece_bytes):
+            await stream.send_all(head[at : at + piece_bytes])
+        assert (await until_closed(stream)).startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize("before", [b"HEAD /", b"POST /v1/traces"])
