@@ -400,7 +400,8 @@ class House:
                     await self._reload_on_signal()
                 elif self._stop.is_set():
                     self._log.warning("stopped at once by a second signal")
-                    os._exit(1)  # the writer finishes its commit by itself when the socket closes
+                    # As shells count it. The writer finishes its commit by itself when the socket closes.
+                    os._exit(128 + number)
                 else:
                     self._stop.set()
 

@@ -266,7 +266,7 @@ async def test_a_second_signal_ends_it_at_once() -> None:
             assert process.poll() is None
             begun_s = time.monotonic()
             process.terminate()
-            assert await trio.to_thread.run_sync(process.wait, 10) != 0
+            assert await trio.to_thread.run_sync(process.wait, 10) == 128 + signal.SIGTERM
             assert time.monotonic() - begun_s < 4  # well inside the grace that a first signal gives
         daemon.process = None
         await trio.to_thread.run_sync(daemon.start)
