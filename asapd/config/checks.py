@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Final
 
 import msgspec
 
@@ -11,9 +12,19 @@ from asapd.config.positions import Place
 from asapd.config.values import Bind, duration_text
 from asapd.core.money import to_usd
 
+STAND_INS: Final[dict[str, Any]] = {
+    "agents.id": "urn:asap:agent:0.none",
+    "budget.period": "day",
+    "ingest.allow.agents": ["*"],
+}
+"""What is judged in the place of what a table must have and is wrong, or missing: the rest of it is judged then too."""
+
 
 class Finding(msgspec.Struct, frozen=True):
-    """A broken rule: where it is best mended, why, and which other places the judgement rests on."""
+    """A broken rule: where it is best mended, why, and which other places the judgement rests on.
+
+    Of a whole table it rests on those only, where there are any.
+    """
 
     place: Place
     reason: str
@@ -71,11 +82,14 @@ def _doors(config: Config) -> Iterator[Finding]:
 
 
 def _ingest_allow(config: Config) -> Iterator[Finding]:
+    names = ("uid", "gid", "user", "group")
     for i, rule in enumerate(config.ingest.allow):
-        given = [name for name in ("uid", "gid", "user", "group") if getattr(rule, name) is not None]
+        given = [name for name in names if getattr(rule, name) is not None]
         if len(given) != 1:
             what = f"it has {' and '.join(given)}" if given else "it has none"
-            yield Finding(("ingest", "allow", i), f"needs exactly one of uid, gid, user and group: {what}")
+            place: Place = ("ingest", "allow", i)
+            whose = tuple((*place, name) for name in names)
+            yield Finding(place, f"needs exactly one of uid, gid, user and group: {what}", whose)
 
 
 def _metering(config: Config) -> Iterator[Finding]:
@@ -138,7 +152,8 @@ def _budgets(config: Config) -> Iterator[Finding]:
             ("tasks", budget.soft_tasks, budget.hard_tasks),
         )
         if all(soft is None and hard is None for _, soft, hard in limits):
-            yield Finding(place, "limits nothing: give at least one of soft_ or hard_ usd, tokens or tasks")
+            keys = tuple((*place, f"{side}_{unit}") for unit, *_ in limits for side in ("soft", "hard"))
+            yield Finding(place, "limits nothing: give at least one of soft_ or hard_ usd, tokens or tasks", keys)
         for unit, soft, hard in limits:
             if soft is not None and hard is not None and soft > hard:
                 amounts = (to_usd(soft), to_usd(hard)) if unit == "usd" else (soft, hard)

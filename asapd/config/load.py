@@ -15,7 +15,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from asapd.config.checks import Finding, findings
+from asapd.config.checks import STAND_INS, Finding, findings
 from asapd.config.model import Config
 from asapd.config.positions import Place, lines_of
 from asapd.config.values import Bind
@@ -102,7 +102,7 @@ def parse(text: str, *, path: str = "<config>", more: More = lambda _: ()) -> Co
     pruned: list[Place] = []
     tree = _Tree(raw)
     # What is wrong is reported, taken out, and the rest judged on, so that one mistake hides no other.
-    # Each round takes out at least one node, so it ends.
+    # Each round takes out at least one node, or puts a right one in its place, so it ends.
     while True:
         try:
             config = Config.model_validate(tree.value)
@@ -117,14 +117,20 @@ def parse(text: str, *, path: str = "<config>", more: More = lambda _: ()) -> Co
                 if not any(_touches(cut, place) for cut in pruned)
                 and not (detail["type"] == "too_short" and detail["input"])
             ]
-            taken = [place[:-1] if detail["type"] == "missing" else place for place, detail in bad]
-            pruned += taken
-            for place in taken:
-                tree.remove(place)
+            for place, detail in bad:
+                stand_in = STAND_INS.get(_pattern(place)) if isinstance(place[-1], str) else None
+                taken = place[:-1] if stand_in is None and detail["type"] == "missing" else place
+                pruned.append(taken)
+                if stand_in is None:
+                    tree.remove(taken)
+                else:
+                    tree.put(place, stand_in)
     for finding in (*findings(config), *more(config)):
         place, *rests_on = involved = [tree.original(place) for place in (finding.place, *finding.rests_on)]
         # A part of a list that went makes the rest of it no less evidence: a tier without a name is not named either.
-        if not any(_touches(cut, place) or any(_holds(cut, other) for other in rests_on) for cut in pruned):
+        if not any(
+            any(_holds(cut, one) for one in involved) or (not rests_on and _touches(cut, place)) for cut in pruned
+        ):
             # What was written is to be mended, not a default that it collides with.
             problems.append((next((place for place in involved if place in lines), place), finding.reason))
     if problems:
@@ -191,6 +197,16 @@ class _Tree:
         for step in place:
             found = (*found, self._left[found][step] if isinstance(step, int) and found in self._left else step)
         return found
+
+    def put(self, place: Place, value: Any) -> None:
+        """Write a setting of a table, named by its original place; nothing happens when the table is gone."""
+        table: Any = self.value
+        for depth, original in enumerate(place[:-1]):
+            left = self._left.get(place[:depth])
+            if left is not None and original not in left:
+                return
+            table = table[original if left is None else left.index(int(original))]
+        table[place[-1]] = value
 
     def remove(self, place: Place) -> None:
         """Take out a part, named by its original place; nothing happens when it is gone already."""

@@ -370,6 +370,32 @@ def test_what_is_wrong_is_not_taken_as_evidence_of_more(text: str, field: str) -
     assert only(text).field == field
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('[[agents]]\nid = "x"', ["agents[0].id", "agents[0].url"]),
+        (
+            '[[agents]]\nid = "x"\n[[agents]]\ntier = "none"',
+            ["agents[0].id", "agents[0].url", "agents[1].id", "agents[1].tier", "agents[1].url"],
+        ),
+        ("agents = [3, {}]", ["agents[0]", "agents[1].id", "agents[1].url"]),
+        ('[[agents]]\nid = "x"\nhealth = "none"', ["agents[0].id", "agents[0].health", "agents[0].url"]),
+        ("[[ingest.allow]]\nuid = 1\ngid = 2\nagents = []", ["ingest.allow[0]", "ingest.allow[0].agents"]),
+        (
+            '[[ingest.allow]]\nuid = 1\nagents = ["*", "x", 3]',
+            ["ingest.allow[0].agents[1]", "ingest.allow[0].agents[2]"],
+        ),
+        ("[[ingest.allow]]\nagents = [[1]]", ["ingest.allow[0]", "ingest.allow[0].agents[0]"]),
+        ('[[ingest.allow]]\nuid = "x"\nagents = ["x"]', ["ingest.allow[0].uid", "ingest.allow[0].agents[0]"]),
+        ("[[budget]]", ["budget[0].name", "budget[0].period"]),
+        ('[[budget]]\nname = "b"\nperiod = "x"', ["budget[0]", "budget[0].period"]),
+        ('[[budget]]\nname = "b"\nhard_usd = "x"', ["budget[0].hard_usd", "budget[0].period"]),
+    ],
+)
+def test_a_setting_that_is_wrong_hides_no_other_of_its_table(text: str, fields: list[str]) -> None:
+    assert sorted(problem.field for problem in problems(text)) == sorted(fields)
+
+
 def test_a_tier_whose_name_is_wrong_or_missing_hides_no_unknown_one() -> None:
     agent = '[[agents]]\nid = "urn:asap:agent:a"\nurl = "http://127.0.0.1:1"\ntier = "none"\n'
     for tier, wrong in (("", "sla.tier[0].name"), ("name = 1\n", "sla.tier[0].name")):
