@@ -33,13 +33,22 @@ from asapd.core.errors import FieldError, Refusal
 from asapd.core.money import to_usd
 from asapd.core.pricing import PriceTable
 from asapd.core.types import DEFAULT_TENANT, Outcome, format_us
-from asapd.core.usage import Cost, UsageEvent, content_digest
+from asapd.core.usage import Cost, UsageEvent, content_digest, too_late
 from asapd.runtime import mailbox
 from asapd.runtime.clock import Clock
 from asapd.store import horizon, usage_rows
 from asapd.store.database import Database, UnitFailedError
 from asapd.store.units.unit import RowWritten
-from asapd.store.units.usage import KeepHorizon, Recall, Recorded, RecordTask, RecordUsage, UsageConflict, VoidUsage
+from asapd.store.units.usage import (
+    KeepHorizon,
+    Recall,
+    Recorded,
+    RecordTask,
+    RecordUsage,
+    UsageConflict,
+    UsageTooLate,
+    VoidUsage,
+)
 from asapd.store.visibility import Visibility
 
 # Messages other than plain reports in hand at once, each with a task of its own.
@@ -71,7 +80,7 @@ def untimely(events: list[UsageEvent], horizon_us: int, latest_us: int) -> list[
     found = []
     for index, event in enumerate(events):
         if event.timestamp_us < horizon_us:
-            found.append((index, f"is too late: events from before {format_us(horizon_us)} are no longer taken"))
+            found.append((index, too_late(horizon_us)))
         elif event.timestamp_us > latest_us:
             reason = f"is in the future: the newest time taken now is {format_us(latest_us)}; check the clock"
             found.append((index, reason))
@@ -205,7 +214,7 @@ def _unit(caller: Caller, settings: MeterSettings, now_us: int, events: list[Usa
     )
 
 
-_Outcome = Recorded | UsageConflict | Refusal | UnitFailedError
+_Outcome = Recorded | UsageConflict | UsageTooLate | Refusal | UnitFailedError
 
 
 class _Reports:
@@ -348,11 +357,13 @@ class _Reports:
             case Recorded(ids=ids, resent=[]) if len(ids) == len(messages):
                 for message, event_id in zip(messages, ids, strict=True):
                     message.reply.send(_of_one(message, event_id, is_repeat=False))
-            case Recorded(ids=ids, places=list(places), resent=resent):
-                found, repeats = dict(zip(places, ids, strict=True)), set(resent)
+            case Recorded(ids=ids, places=list(places), resent=resent, late=late):
+                found, repeats, reasons = dict(zip(places, ids, strict=True)), set(resent), dict(late)
                 for place, message in enumerate(messages):
                     if place in found:
                         message.reply.send(_of_one(message, found[place], is_repeat=place in repeats))
+                    elif place in reasons:
+                        message.reply.send(refuse_untimely([(0, reasons[place])], message.places))
                     else:
                         again.append(message)
             case Refusal(code=code) if code != "invalid":
@@ -375,6 +386,9 @@ class _Reports:
             case UnitFailedError():
                 self._log.error("a %s could not be handled", type(message).__name__, exc_info=outcome)
                 message.reply.fail()
+            case UsageTooLate(before_us=before_us, events=late):
+                reason = too_late(before_us)
+                message.reply.send(refuse_untimely([(index, reason) for index in late], message.places))
             case UsageConflict():
                 if self._closed:
                     message.reply.close()

@@ -14,7 +14,7 @@ import msgspec
 
 from asapd.actors.messages import ReportMetrics, TelemetryRecorded
 from asapd.actors.slow_reads import after_commit
-from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, told_of
+from asapd.actors.telemetry_terms import TOO_LATE, Compare, Counts, MakeUnit, Times, not_counted, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.core.types import DEFAULT_TENANT
@@ -30,6 +30,7 @@ from asapd.store.units.usage import (
     StreamsMoved,
     StreamValue,
     UsageConflict,
+    UsageTooLate,
 )
 from asapd.store.visibility import Visibility
 from asapd.wire.otlp import MAX_RECORDS
@@ -234,6 +235,10 @@ async def _record_part(
                 return outcome
             case StreamsMoved():
                 continue
+            case UsageTooLate(events=late):
+                spoilt = {unit.collections[index].key for index in late}
+                lost = [delta for delta in deltas if collection_key(delta.point) in spoilt]
+                points = _without(points, lost, rejected, TOO_LATE)
             case UsageConflict(conflicts=conflicts):
                 # Points from before collections were remembered.
                 spoilt = {unit.collections[index].key for index, _ in conflicts}

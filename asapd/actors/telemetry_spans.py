@@ -8,11 +8,11 @@ from typing import Final
 import msgspec
 
 from asapd.actors.messages import ReportSpans, TelemetryRecorded
-from asapd.actors.telemetry_terms import Compare, Counts, MakeUnit, Times, not_counted, told_of
+from asapd.actors.telemetry_terms import TOO_LATE, Compare, Counts, MakeUnit, Times, not_counted, told_of
 from asapd.core.access import Caller
 from asapd.core.errors import Refusal
 from asapd.store.database import Database
-from asapd.store.units.usage import Recorded, RecordTelemetry, SpanFact, StreamsMoved, UsageConflict
+from asapd.store.units.usage import Recorded, RecordTelemetry, SpanFact, StreamsMoved, UsageConflict, UsageTooLate
 from asapd.store.visibility import Visibility
 from asapd.wire.otlp_spans import SpanUsage
 from asapd.wire.usage import MAX_EVENTS
@@ -50,8 +50,14 @@ async def record_spans(
     if not timely and not message.links:
         return TelemetryRecorded(0, 0, rejected)
     recorded = duplicates = 0
-    for part, links in _parts_of(timely, message.links):
+    for whole, links in _parts_of(timely, message.links):
+        part = whole
         outcome = await _record_part(message.caller, part, links, database, make_unit, times)
+        while isinstance(outcome, UsageTooLate):  # once more at most for each time that retention goes on
+            late = set(outcome.events)
+            rejected += [f"span {part[index].event.id} {TOO_LATE}" for index in outcome.events]
+            part = [span for index, span in enumerate(part) if index not in late]
+            outcome = await _record_part(message.caller, part, links, database, make_unit, times)
         if isinstance(outcome, Refusal):
             return outcome
         recorded, duplicates = recorded + outcome.recorded, duplicates + outcome.duplicates
@@ -121,7 +127,7 @@ async def _record_part(
     database: Database,
     make_unit: MakeUnit,
     times: Times,
-) -> Recorded | Refusal:
+) -> Recorded | UsageTooLate | Refusal:
     unit = RecordTelemetry(
         msgspec.structs.replace(make_unit([span.event for span in spans]), partial=True),
         times.forget_before_us,

@@ -16,6 +16,9 @@ from asapd.wire.otlp import digest
 MakeUnit = Callable[[list[UsageEvent]], RecordUsage]
 
 
+TOO_LATE = "ended too long ago"
+
+
 class Compare(Protocol):
     """Hears what the spans of resources told, and the metrics that were set aside for them, and whose they are."""
 
@@ -36,7 +39,7 @@ class Times(msgspec.Struct, frozen=True):
     def reason(self, time_us: int) -> str | None:
         """What is wrong with a time."""
         if time_us < self.horizon_us:
-            return "ended too long ago"
+            return TOO_LATE
         return "is in the future: check the clock" if time_us > self.latest_us else None
 
     @property

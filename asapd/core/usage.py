@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from asapd.core.errors import FieldError, Refusal
-from asapd.core.types import HOUR_US, Outcome
+from asapd.core.types import HOUR_US, Outcome, format_us
 
 FLAG_UNRESERVED = 1
 """Names a delegation but no reservation."""
@@ -200,6 +200,11 @@ class RollupSums(NamedTuple):
 
 
 _COUNTS: Final = frozenset(RollupSums._fields) - {"events", "tasks", "cost_microusd", "unpriced"}
+
+
+def too_late(before_us: int) -> str:
+    """What is wrong with the time of an event from before the oldest that is taken."""
+    return f"is too late: events from before {format_us(before_us)} are no longer taken"
 
 
 def past_64_bits(column: str) -> Refusal:

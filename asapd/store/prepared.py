@@ -68,6 +68,9 @@ INSERT = f"INSERT INTO usage VALUES ({','.join(f'?{_BOUND.index(column) + 1}' fo
 """Takes what the transaction found and then what was prepared."""
 
 
+_NEVER_US = 2**63 - 1
+
+
 class UsageNote(msgspec.Struct, frozen=True, gc=False):
     """What the audit log says of an event; its fields stand in the order of their names, so its JSON is canonical.
 
@@ -121,6 +124,8 @@ class Prepared(NamedTuple):
     contents: list[bytes]
     is_simple: bool
     """Whether each event has an id, and is under no delegation and no reservation."""
+    oldest_us: int
+    """The time of the oldest event; far ahead where there is none."""
     supposed: Supposed | None = None
 
 
@@ -135,7 +140,8 @@ def prepare(unit: RecordUsage) -> Prepared:
             if event.delegation is not None or event.reservation is not None:
                 is_simple = False
                 break
-    return Prepared(keys, contents, is_simple)
+    oldest_us = min([event.timestamp_us for event in events], default=_NEVER_US)
+    return Prepared(keys, contents, is_simple, oldest_us)
 
 
 def suppose(

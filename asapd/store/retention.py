@@ -54,6 +54,7 @@ def retire(tx: Tx, unit: RetireUsage) -> UsageRetired:
             "events = events + ?",
             (unit.before_us, max(seqs), len(rows)),
         )
+        tx.retired_us = None
         details: dict[str, Any] = {
             "before_us": unit.before_us,
             "content_digest": contents.hexdigest(),
@@ -101,6 +102,13 @@ def retired_before(connection: apsw.Connection) -> int:
     """Up to which time raw events may be gone; 0 when none are."""
     row = fetch_one(connection, "SELECT before_us FROM usage_retired")
     return 0 if row is None else int(row[0])
+
+
+def retired_edge(tx: Tx) -> int:
+    """The same for every report, which asks for it in its transaction: it is read once."""
+    if tx.retired_us is None:
+        tx.retired_us = retired_before(tx.connection)
+    return tx.retired_us
 
 
 def retired_through(connection: apsw.Connection) -> int:

@@ -18,7 +18,7 @@ import msgspec
 from asapd.core.span_tree import SpanTree
 from asapd.core.types import MINUTE_US
 from asapd.core.usage import UsageEvent
-from asapd.store import identity, span_identity, superseding, usage
+from asapd.store import identity, retention, span_identity, superseding, usage
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import (
@@ -31,6 +31,7 @@ from asapd.store.units.usage import (
     StreamsMoved,
     StreamValue,
     UsageConflict,
+    UsageTooLate,
     VoidUsage,
 )
 from asapd.store.void_kinds import BY_HAND
@@ -97,13 +98,17 @@ def remembered(
     )
 
 
-def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
+def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict | UsageTooLate:
     """Record usage together with the memory that it was made from or makes.
 
     Raises:
         RefuseError: with `StreamsMoved`, when another export moved one of the streams or collections since it was
-            looked at; with `UsageConflict` as for usage of other origin.
+            looked at; with `UsageConflict` as for usage of other origin; with `UsageTooLate` for a partial
+            unit too: what else it says of such an event has to be left out as well.
     """
+    late = usage.find_late(tx, unit.usage)
+    if late:
+        raise RefuseError(UsageTooLate(retention.retired_edge(tx), late))
     tenant = tx.intern(unit.usage.tenant)
     moved = any(_value(tx, tenant, change.stream) != change.before for change in unit.streams)
     if moved or any(_parts_of(tx, tenant, change.key) != change.before for change in unit.collections):
@@ -142,13 +147,13 @@ def record(tx: Tx, unit: RecordTelemetry) -> Recorded | UsageConflict:
         kept = [unit.usage.events[place] for place in range(len(unit.spans)) if place not in gone]
         span_identity.keep(tx, unit.usage.tenant, kept)
     _forget(tx, unit)
-    if isinstance(recorded, UsageConflict):
+    if not isinstance(recorded, Recorded):
         return recorded
     conflicts = sorted([*recorded.conflicts, *((place, why.seq) for place, why in refused.items())])
     return msgspec.structs.replace(recorded, conflicts=conflicts, covered=covered, set_aside=set_aside)
 
 
-def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict:
+def _record_without(tx: Tx, unit: RecordTelemetry, left_out: set[int]) -> Recorded | UsageConflict | UsageTooLate:
     """Record the usage of a unit but for some events; conflicts and repeats are at their places among all."""
     kept = [place for place in range(len(unit.usage.events)) if place not in left_out]
     events = [unit.usage.events[place] for place in kept]

@@ -119,6 +119,8 @@ class Tx:
         self._counted_us = 0
         self.budget_rules: Any = None
         """What `asapd.store.budgets` has read of the configured budgets; None is not read."""
+        self.retired_us: int | None = None
+        """What `asapd.store.retention` has read of the time up to which events may be gone; None is not read."""
         self.next_usage = 0
         """The number that the next row of usage is likely to have."""
         self.has_alerted = False
@@ -248,7 +250,7 @@ class Tx:
         self.names.rewind()
         self._pending_audit.clear()
         self._counted.clear()
-        self.budget_rules = None
+        self.budget_rules = self.retired_us = None
         self._audit_seq, self._audit_hash = mark
 
     def forget(self) -> None:
@@ -256,6 +258,6 @@ class Tx:
         self.names.forget()
         self._pending_audit.clear()
         self._counted.clear()
-        self.budget_rules = None
+        self.budget_rules = self.retired_us = None
         self.has_alerted = False
         self._load_head()

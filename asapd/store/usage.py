@@ -19,13 +19,14 @@ from asapd.core.usage import (
     identity_digest,
     past_64_bits,
     rollup,
+    too_late,
 )
-from asapd.store import charging, identity, outcomes, sources, unauthorised, usage_days, usage_hours
+from asapd.store import charging, identity, outcomes, retention, sources, unauthorised, usage_days, usage_hours
 from asapd.store.budgets import open_book
 from asapd.store.prepared import INSERT, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
 from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
-from asapd.store.units.usage import Recall, Recorded, RecordUsage, UsageConflict
+from asapd.store.units.usage import Recall, Recorded, RecordUsage, UsageConflict, UsageTooLate
 
 # 1 025 events of 2**53 - 1 tokens in one request are more than an INTEGER column takes; SQLite sees to what is added.
 _MAX_SUM = 2**63 - 1
@@ -48,14 +49,28 @@ _Fresh = tuple[int, int, str]
 """An event that is to be written: its row, its place in its report, and its id."""
 
 
-def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict:
+def record(tx: Tx, unit: RecordUsage) -> Recorded | UsageConflict | UsageTooLate:
     """Record each event of a batch once.
 
     Raises:
-        RefuseError: with `UsageConflict`, when an identity is taken by other content and the unit is not partial;
-            `invalid`, when the sums of an hour would pass 64 bits.
+        RefuseError: with `UsageConflict`, when an identity is taken by other content, or `UsageTooLate`, when nobody
+            can tell any more whether one was, and the unit is not partial; `invalid`, when the sums of an hour would
+            pass 64 bits.
     """
     return record_together(tx, [(unit, prepare(unit))])[0]
+
+
+def find_late(tx: Tx, unit: RecordUsage) -> list[int]:
+    """The places of events from a time that retention has reached: they may have been taken with their identities.
+
+    The clock may have been ahead as it did so, or the report have waited while the settings changed. One whose
+    identity is there is a repeat as ever.
+    """
+    before_us = retention.retired_edge(tx)
+    old = [place for place, event in enumerate(unit.events) if event.timestamp_us < before_us]
+    identities = [(unit.tenant, its.agent, its.source, its.id) for its in map(unit.events.__getitem__, old)]
+    held = identity.holders(tx.connection, [its for its in identities if its[3]])
+    return [place for place, its in zip(old, identities, strict=True) if its not in held]
 
 
 def refuse(_: Tx, unit: Recall) -> NoReturn:
@@ -85,6 +100,7 @@ class _Pass:
     def __init__(self, tx: Tx, batch: Sequence[tuple[RecordUsage, Prepared]]) -> None:
         self._tx = tx
         self._now_us = batch[-1][0].now_us
+        self._retired_us = retention.retired_edge(tx)
         self._next = tx.next_seq("usage")
         self._known = identity.known(tx.connection, [key for _, its in batch for key in its.keys if key is not None])
         if tx.has_digests:
@@ -105,8 +121,11 @@ class _Pass:
 
     def record(self, unit: RecordUsage, prepared: Prepared) -> Recorded:
         """Take in one unit."""
+        late = find_late(self._tx, unit) if prepared.oldest_us < self._retired_us else []
+        if late and (not unit.partial or unit.places is None):
+            raise RefuseError(UsageTooLate(self._retired_us, late))
         is_simple = prepared.is_simple and len(unit.events) > FEW
-        if is_simple and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
+        if is_simple and not late and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
             return self._record_new(unit, prepared)
         tx, known, claimed = self._tx, self._known, self._claimed
         first = following = self._next
@@ -117,6 +136,8 @@ class _Pass:
         conflicts: list[tuple[int, int]] = []
         unprotected = 0
         for index, (event, key, content) in enumerate(zip(unit.events, prepared.keys, prepared.contents, strict=True)):
+            if index in late:
+                continue
             source = self._source(unit.tenant, event.agent, event.source)
             if key is not None:
                 event_id = event.id
@@ -149,6 +170,7 @@ class _Pass:
         if unit.places is None:
             return Recorded(len(fresh), len(resent), unprotected, ids, conflicts, without_permission)
         places = unit.places
+        found_late = [(places[index], too_late(self._retired_us)) for index in late]
         conflicts = [(places[index], seq) for index, seq in conflicts]
         return Recorded(
             len(fresh),
@@ -158,7 +180,7 @@ class _Pass:
             conflicts,
             without_permission,
             [places[index] for index in taken],
-            unit.late,
+            sorted([*unit.late, *found_late]),
             [places[index] for index in resent],
         )
 

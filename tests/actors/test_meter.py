@@ -28,7 +28,7 @@ from asapd.runtime.ask import HandlerFailed, Reply, ask
 from asapd.runtime.clock import TrioClock
 from asapd.store.database import Database, InlineReaders
 from asapd.store.units.unit import RowWritten
-from asapd.store.units.usage import Recorded, TaskEvent
+from asapd.store.units.usage import Recorded, RetireUsage, TaskEvent
 from asapd.store.writer import Writer
 from tests.actors.choking import Choking
 
@@ -163,6 +163,26 @@ async def test_the_horizon_never_moves_back_with_the_clock(inline_database: Inli
     meter.settings = MeterSettings(meter.settings.metering, PRICES)
     async with meter.running():
         assert problems(await meter.report(event("e1"))) == [("timestamp", None)]
+
+
+async def test_what_was_retired_while_the_clock_was_ahead_is_not_counted_again(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    """The meter heard nothing meanwhile, so that its own horizon is where it was."""
+    async with Meter(inline_database, late_max="5h").running() as meter:
+        old, new = event("x", T0 - 2 * HOUR_US), event("new", T0 + 2 * HOUR_US)
+        assert isinstance(await meter.report(old), Recorded)
+        await meter.database.submit(RetireUsage(T0 + HOUR_US, "asapd", T0 + 4 * HOUR_US))
+        meter.clock.offset_us = 2 * HOUR_US
+        alone = await meter.report(old)
+        assert isinstance(alone, Refusal)
+        reason = "is too late: events from before 2027-01-15T09:00:00.000000Z are no longer taken"
+        assert (alone.code, alone.detail) == ("invalid", f"nothing was recorded: timestamp {reason}")
+        assert problems(await meter.report(old, new, places=[4, 7])) == [("timestamp", 4)]
+        partial = await meter.report(old, new, places=[4, 7], partial=True)
+        assert isinstance(partial, Recorded)
+        assert (partial.ids, partial.places, partial.late) == (["new"], [7], [(4, reason)])
+        assert [row[0] for row in meter.rows()] == ["new"]
 
 
 async def test_the_horizon_does_not_move_back_over_a_restart_when_late_max_has_grown(

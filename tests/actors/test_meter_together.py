@@ -27,7 +27,7 @@ from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.units.delegations import SyncBudgets
 from asapd.store.units.exchange import Answer
 from asapd.store.units.unit import Failed, NotWritten
-from asapd.store.units.usage import Recorded, RecordUsage
+from asapd.store.units.usage import Recorded, RecordUsage, RetireUsage
 from asapd.store.writer import Writer, open_for_writing
 from tests.actors.choking import Choking
 from tests.actors.test_meter import T0, Inline, Meter, event
@@ -138,6 +138,18 @@ async def test_those_of_one_caller_share_a_unit(inline_database: Inline, autojum
         replies = await hear(meter, [(ONE, event(f"e{number}")) for number in range(5)] + [(OTHER, event("e0"))])
         assert [told(reply) for reply in replies] == [(1, 0, 0, [2])] * 6
     assert sorted(runner.sizes) == [1, 5]
+
+
+async def test_one_that_retention_may_have_taken_is_refused_alone(
+    inline_database: Inline, autojump_clock: MockClock
+) -> None:
+    async with Meter(inline_database, late_max="3h").running() as meter:
+        await hear(meter, [(ONE, event("x", T0 - HOUR_US))])
+        await meter.database.submit(RetireUsage(T0, "asapd", T0))
+        old, new = await hear(meter, [(ONE, event("x", T0 - HOUR_US)), (ONE, event("new"))])
+        alone = await meter.report(event("x", T0 - HOUR_US))
+        assert (old.result_nowait(), told(new)[0]) == (alone, 1)  # type: ignore[index]  # it was recorded
+        assert [row[0] for row in meter.rows()] == ["new"]
 
 
 async def test_one_that_would_pass_a_sum_is_refused_alone(inline_database: Inline, autojump_clock: MockClock) -> None:

@@ -37,7 +37,7 @@ from asapd.core.types import DAY_US, HOUR_US, MINUTE_US, SECOND_US, Role
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import usage_rows
 from asapd.store.database import Database, InlineReaders, InlineRunner, ReadTooLongError
-from asapd.store.units.usage import RecordUsage, Voided, VoidUsage
+from asapd.store.units.usage import RecordUsage, RetireUsage, Voided, VoidUsage
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
@@ -315,6 +315,25 @@ def test_any_order_and_any_split_of_the_same_telemetry_gives_the_same_totals(
 
 
 # --- one by one
+
+
+async def test_what_retention_may_have_taken_is_left_out_and_told(host: Host) -> None:
+    early, late = export_spans([(None, "call")], T0 - HOUR_US), export_spans([(None, "call")], T0)
+    points = export_metrics("m", [(True, 5, 0, 1)], T0 - HOUR_US, delta=True)
+    points += export_metrics("m", [(True, 5, 0, 1)], T0, delta=True)
+    await send(host, [early[0], points[0]])
+    await host.database.submit(RetireUsage(T0 - MINUTE_US, "asapd", T0))
+    spans, metrics = ExportTraceServiceRequest(), ExportMetricsServiceRequest()
+    for request in (*early, *late):
+        spans.MergeFrom(request)
+    for request in points:
+        metrics.MergeFrom(request)
+    told = await host.spans(spans.SerializeToString())
+    assert (told.recorded, [why.endswith(" ended too long ago") for why in told.rejected]) == (1, [True])
+    told = await host.metrics(metrics.SerializeToString())
+    assert told.recorded == 1
+    assert {why.partition(" ")[2] for why in told.rejected} == {"point of urn:asap:agent:m ended too long ago"}
+    assert host.connection.execute("SELECT DISTINCT timestamp_us FROM usage").fetchall() == [(T0,)]
 
 
 async def test_an_agents_span_is_voided_in_the_commit_of_the_call_below_it(host: Host) -> None:

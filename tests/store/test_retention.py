@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import msgspec
 import pytest
 
-from asapd.core.types import HOUR_US
+from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import audit, retention, usage_sums, verifying
 from asapd.store.units.exchange import AnyUnit, Envelope
-from asapd.store.units.unit import Taken
-from asapd.store.units.usage import RecordTelemetry, RecordUsage, RetireUsage, SpanFact, UsageRetired, VoidUsage
+from asapd.store.units.unit import NotWritten, Taken
+from asapd.store.units.usage import (
+    RecordTelemetry,
+    RecordUsage,
+    RetireUsage,
+    SpanFact,
+    UsageRetired,
+    UsageTooLate,
+    VoidUsage,
+)
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer, open_for_writing
@@ -129,3 +138,52 @@ def test_a_span_is_retired_with_both_its_identities(writer: Writer, connection: 
     assert submit(writer, RecordTelemetry(usage, 0, HOUR_US, spans=facts)).recorded == 1
     retire(writer, 5)
     assert connection.execute("SELECT count(*) FROM usage_identity").get == 0
+
+
+def test_what_may_have_been_taken_is_not_recorded_again(writer: Writer, connection: apsw.Connection) -> None:
+    """Whatever the one who reports it goes by: its clock was behind, or it waited while the settings changed."""
+    record(writer, 1, 2, 3, 9)
+    retire(writer, 3)
+    again = [
+        UsageEvent(f"t{at}", A, "c", NOW_US + at, tokens_in=1, id=f"e{at}", error="x" * 500) for at in (1, 2, 3, 9, 10)
+    ]
+    before_us = NOW_US + 3
+    unit = RecordUsage("default", "key:x", NOW_US, again, [UNKNOWN_COST] * 5)
+    assert submit(writer, unit) == UsageTooLate(before_us, [0, 1])
+    partial = msgspec.structs.replace(unit, partial=True)
+    assert submit(writer, partial) == UsageTooLate(before_us, [0, 1])  # where nobody could be told which were left out
+    partial = msgspec.structs.replace(partial, places=[10, 11, 12, 13, 14], late=[(12, "is early")])
+    found = submit(writer, partial)
+    reason = f"is too late: events from before {format_us(before_us)} are no longer taken"
+    assert found.late == [(10, reason), (11, reason), (12, "is early")]
+    assert (found.recorded, found.resent, found.ids) == (1, [12, 13], ["e3", "e9", "e10"])
+    assert usage_sums.summary(connection, ALL)["total_events"] == 5
+
+
+def test_an_event_of_before_that_was_kept_is_a_repeat(writer: Writer) -> None:
+    hour = NOW_US // HOUR_US
+    record(writer, 0, -HOUR_US)
+    submit(writer, RetireUsage(NOW_US + 5, "key:o", NOW_US, kept=[hour]))
+    kept, gone = (
+        RecordUsage("default", "key:x", NOW_US, [event], [UNKNOWN_COST])
+        for event in (
+            UsageEvent("t0", A, "c", NOW_US, tokens_in=1, id="e0", error="x" * 500),
+            UsageEvent("t", A, "c", NOW_US, tokens_in=1),
+        )
+    )
+    assert submit(writer, kept).duplicates == 1
+    assert submit(writer, gone) == UsageTooLate(NOW_US + 5, [0])
+
+
+def test_a_step_that_is_rolled_back_moves_no_edge(writer: Writer, connection: apsw.Connection) -> None:
+    record(writer, 1, 9)
+    step = Envelope(1, RetireUsage(NOW_US + 5, "key:o", NOW_US), False)
+    late, fine = (
+        Envelope(2, RecordUsage("default", "key:x", NOW_US, [UsageEvent("t", A, "c", at_us)], [UNKNOWN_COST]), False)
+        for at_us in (NOW_US + 2, NOW_US + 9)
+    )
+    connection.execute("CREATE TEMP TRIGGER bad BEFORE INSERT ON usage BEGIN SELECT raise(ROLLBACK, 'broken'); END")
+    assert all(isinstance(answer.result, NotWritten) for answer in writer.run([step, late, fine]))
+    connection.execute("DROP TRIGGER temp.bad")
+    assert writer.run([late])[0].result.recorded == 1
+    assert [answer.result for answer in writer.run([step, late])][1] == UsageTooLate(NOW_US + 5, [0])

@@ -97,6 +97,7 @@ from asapd.store.units.usage import (
     StreamsMoved,
     UsageConflict,
     UsageRetired,
+    UsageTooLate,
     Voided,
     VoidUsage,
 )
@@ -171,6 +172,7 @@ AnyResult = (
     | AlertsRetired
     | DaysAddedUp
     | UsageConflict
+    | UsageTooLate
     | StreamsMoved
     | Registered
     | Reserved

@@ -19,6 +19,16 @@ class UsageConflict(msgspec.Struct, frozen=True, tag=True):
     conflicts: list[tuple[int, int]]
 
 
+class UsageTooLate(msgspec.Struct, frozen=True, tag=True):
+    """New events from before `before_us`, up to which retention took events with their identities: their indices.
+
+    Nobody can tell any more whether they were recorded before.
+    """
+
+    before_us: int
+    events: list[int]
+
+
 class Attribution(msgspec.Struct, frozen=True):
     """What a report was made under: the delegation of a token that came with it, by its id where it is known here.
 
@@ -54,15 +64,16 @@ class Recorded(msgspec.Struct, frozen=True, tag=True):
     set_aside: list[tuple[bytes, str, int]] = []
 
 
-class RecordUsage(Unit[Recorded | UsageConflict], frozen=True):
+class RecordUsage(Unit[Recorded | UsageConflict | UsageTooLate], frozen=True):
     """Record events once each: rows, rollups, ledger and audit entries together.
 
-    With `partial` the conflicting events are left out instead of refusing the whole. An `attribution` is no part of
-    what the client says of an event, so a repeat under another token is still a repeat. `places` says where in the
-    request each event stood, and `late` which others were left out for their time and why: both only come back, so that
-    a repeat of the request is answered alike when other events are late. `contents` are the events' `content_digest`s,
-    made by who has time for it: in the daemon, beside the writer. Without them the writer makes them. With `is_bound`
-    events debit only delegations of which one side is of the tenant.
+    With `partial` the conflicting events, and with `places` those that come too late, are left out instead of refusing
+    the whole. An `attribution` is no part of what the client says of an event, so a repeat under another token is still
+    a repeat. `places` says where in the request each event stood, and `late` which others were left out for their time
+    and why: both come back, `late` with what is left out here, so that a repeat of the request is answered alike when
+    other events are late. `contents` are the events' `content_digest`s, made by who has time for it: in the daemon,
+    beside the writer. Without them the writer makes them. With `is_bound` events debit only delegations of which one
+    side is of the tenant.
     """
 
     tenant: str
@@ -149,7 +160,7 @@ class StreamsMoved(msgspec.Struct, frozen=True, tag=True):
     """Another export moved a stream or a collection in between: read it again and make the events anew."""
 
 
-class RecordTelemetry(Unit[Recorded | UsageConflict | StreamsMoved], frozen=True):
+class RecordTelemetry(Unit[Recorded | UsageConflict | UsageTooLate | StreamsMoved], frozen=True):
     """Record usage that OpenTelemetry reported, together with what has to be remembered of the export.
 
     `spans` are of the events, one each, or none at all; `links` as in `wire.otlp_spans`. Evidence, `evidence` and that
