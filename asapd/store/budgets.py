@@ -20,7 +20,7 @@ from asapd.core.pace import MAX_SAMPLES
 from asapd.core.periods import period_bounds
 from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import FLAG_OVERRUN, UsageEvent
-from asapd.store import budget_alerts, budget_counts
+from asapd.store import budget_alerts, budget_counts, retention
 from asapd.store.budget_page import COLUMNS, Page, Rule
 from asapd.store.budget_recount import recount, recount_tasks
 from asapd.store.rows import Row, fetch
@@ -264,6 +264,8 @@ class Book:
         )
 
     def _is_used(self, page: Page, task_id: str, but_seq: int) -> bool:
+        if retention.retired_edge(self._tx) > page.start_us:
+            return True  # it may have been, by usage that retention took
         connection = self._tx.connection
         return bool(recount_tasks(connection, page.budget, page.rule.id, page.id, task_id=task_id, but_seq=but_seq))
 

@@ -386,7 +386,9 @@ class ReplayedLedger:
         if account is None or told.get("withheld"):
             return
         self._give_back(account.path, told["refunded_microusd"], told.get("given_microusd"))
-        self._count(account.path, usage.task_id, used=-1, blind_us=self._retired_us)
+        kept = told.get("tasks_kept", ())  # where retention may have taken other usage of the task
+        freed = tuple(on_path for on_path in account.path if on_path.name not in kept)
+        self._count(freed, usage.task_id, used=-1, blind_us=self._retired_us)
         if found is not None and "held_microusd" in told:  # it was open: its hold has back what it paid
             self._spend(account.path, 0, -told["held_microusd"], -told["held_tasks"])
             found.used_microusd -= told["refunded_microusd"]

@@ -12,7 +12,7 @@ from asapd.core.ledger import Account, Settlement
 from asapd.core.ledger import take_back as taken_back
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, refunds, usage_days, usage_hours
+from asapd.store import budgets, identity, ledger, refunds, retention, usage_days, usage_hours
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load, spend
@@ -168,6 +168,8 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
     }
     if kind == WITHHELD:
         details["withheld"] = True
+    if returned.tasks_kept:
+        details["tasks_kept"] = returned.tasks_kept
     if returned.settlement is not None:
         details["held_microusd"] = -returned.settlement.release_microusd
         details["held_tasks"] = -returned.settlement.release_tasks
@@ -232,13 +234,15 @@ def _roll_back(tx: Tx, was: dict[str, Any]) -> None:
 class Returned(NamedTuple):
     """What an event gave back: to its delegation, to the budgets its reservation is held on, to each of its path.
 
-    `settlement` is what an open reservation holds again of it.
+    `settlement` is what an open reservation holds again of it. `tasks_kept` are those of the path that go on to count
+    the task for the sake of usage that retention may have taken.
     """
 
     microusd: int
     budgets_microusd: int
     path: dict[str, int]
     settlement: Settlement | None = None
+    tasks_kept: tuple[str, ...] = ()
 
 
 def _give_back(
@@ -256,7 +260,7 @@ def _give_back(
     if is_withheld:
         return Returned(0, 0, {on_path.id: 0 for on_path in accounts})
     shares = dict.fromkeys([*(on_path.account for on_path in accounts), refunds.BUDGETS], amount)
-    uncounted = _uncount_task(tx, was, accounts)
+    uncounted, tasks_kept = _uncount_task(tx, was, accounts)
     reservation = paying_for(tx, was["seq"])
     rest, settlement = shares, None
     if reservation is not None:
@@ -279,14 +283,20 @@ def _give_back(
     for on_path in accounts:
         ledger.debit(tx, on_path, spent=-rest[on_path.account], tasks=-(on_path.account in uncounted))
     given = {on_path.id: shares[on_path.account] for on_path in accounts}
-    return Returned(shares[account], shares[refunds.BUDGETS], given, settlement)
+    return Returned(shares[account], shares[refunds.BUDGETS], given, settlement, tasks_kept)
 
 
-def _uncount_task(tx: Tx, was: dict[str, Any], accounts: list[Account]) -> set[int]:
-    """Count the task of an event as used on none of its accounts where nothing else used it; which count it no more."""
+def _uncount_task(tx: Tx, was: dict[str, Any], accounts: list[Account]) -> tuple[set[int], tuple[str, ...]]:
+    """Count the task of an event as used on none of its accounts where nothing else used it; which count it no more.
+
+    Besides, the delegations that count it still as nobody can tell: retention has reached a time at which they could be
+    used, and may have taken other usage of the task.
+    """
     still_used = _accounts_that_used(tx, was, accounts[-1].account)
+    unused = [on_path for on_path in accounts if on_path.account not in still_used]
+    kept = tuple(on_path.id for on_path in unused if _was_reached(tx, on_path.account))
     uncounted: set[int] = set()
-    for number in (on_path.account for on_path in accounts if on_path.account not in still_used):
+    for number in (on_path.account for on_path in unused if on_path.id not in kept):
         tx.execute("UPDATE account_task SET used = 0 WHERE account = ? AND task_id = ?", (number, was["task_id"]))
         tx.execute(
             "DELETE FROM account_task WHERE account = ? AND task_id = ? AND used = 0 AND holds = 0",
@@ -294,7 +304,13 @@ def _uncount_task(tx: Tx, was: dict[str, Any], accounts: list[Account]) -> set[i
         )
         if tx.connection.changes():
             uncounted.add(number)
-    return uncounted
+    return uncounted, kept
+
+
+def _was_reached(tx: Tx, account: int) -> bool:
+    """Whether retention has come to a time at which a delegation could be used."""
+    sql = "SELECT 1 FROM delegation WHERE account = ? AND min(issued_us, coalesce(registered_us, issued_us)) < ?"
+    return tx.row(sql, (account, retention.retired_edge(tx))) is not None
 
 
 _PAYING = f"""

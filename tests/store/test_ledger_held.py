@@ -245,10 +245,23 @@ def late(connection: apsw.Connection, request: pytest.FixtureRequest) -> Ledger:
 
 
 def test_a_void_that_did_not_find_retired_usage_of_its_task_is_none_of_another_story(late: Ledger) -> None:
+    """And where usage can have been of a time that retention has reached, the task counts on."""
     tasks = late.connection.execute("SELECT task_id, used, holds FROM account_task").fetchall()
-    assert tasks == [("before", 1, 0), ("never", 1, 0)]
+    (registered_us,) = late.connection.execute("SELECT registered_us FROM delegation").fetchone() or (0,)
+    kept = [("after", 1, 0)] if registered_us < NOW_US else []
+    assert tasks == [*kept, ("before", 1, 0), ("never", 1, 0)]
+    assert late.connection.execute("SELECT tasks_used FROM delegation").get == len(tasks)
     assert compared(late) == ([], Held(1, 9, 0))
     assert verifying.report(late.connection, verifying.Request()).is_valid
+
+
+def test_a_task_that_a_void_went_on_to_count_is_held_to_that(late: Ledger) -> None:
+    late.use(1, delegation="root", task_id="before")
+    late.void(late.newest())
+    assert compared(late)[0] == []
+    (known,) = late.connection.execute("SELECT count(*) FROM account_task WHERE task_id = 'after'").fetchone() or (0,)
+    found = altered(late, "DELETE FROM account_task WHERE task_id = 'after'")
+    assert any("task after is counted as used None" in finding for finding in found) is bool(known)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_a_void_that_did_not_find_retired_usage_of_its_task_is_none_of_another_s
         ("DELETE FROM account_task WHERE task_id = 'never'", "task never is counted as used None, held None"),
         ("UPDATE account_task SET used = 0 WHERE task_id = 'before'", "task before is counted as used 0, held 0"),
         ("UPDATE account_task SET holds = 1 WHERE task_id = 'never'", "task never is counted as used 1, held 1"),
-        ("INSERT INTO account_task VALUES (1, 'after', 0, 1)", "task after is counted as used 0, held 1"),
+        ("INSERT OR REPLACE INTO account_task VALUES (1, 'after', 0, 1)", "task after is counted as used 0, held 1"),
         ("INSERT INTO account_task VALUES (1, 'new', 1, 0)", "task new is counted as used 1, held 0"),
     ],
 )

@@ -19,7 +19,7 @@ from asapd.core.ledger import Estimate
 from asapd.core.repricing import Correction
 from asapd.core.types import HOUR_US, SECOND_US
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import audit, usage_rows, usage_sums
+from asapd.store import audit, usage_rows, usage_sums, verifying
 from asapd.store.sla_queries import Followed, Position, Slots, task_history
 from asapd.store.units.delegations import NewDelegation, RegisterDelegation, Reserve, SyncBudgets
 from asapd.store.units.exchange import AnyUnit, Envelope
@@ -145,7 +145,7 @@ def test_a_budget_gets_back_what_was_spent(writer: Writer, connection: apsw.Conn
 PATH = {"root": ("root",), "left": ("left", "root"), "right": ("right", "root")}
 
 
-def link(name: str, delegate: str) -> NewDelegation:
+def link(name: str, delegate: str, issued_us: int = NOW_US) -> NewDelegation:
     claims = Claims(
         id=name,
         delegator="urn:asap:agent:o" if name == "root" else A,
@@ -153,8 +153,8 @@ def link(name: str, delegate: str) -> NewDelegation:
         scopes=("*",),
         max_tasks=None,
         max_cost_microusd=None,
-        issued_at_us=NOW_US,
-        expires_at_us=NOW_US + HOUR_US,
+        issued_at_us=issued_us,
+        expires_at_us=NOW_US + 2 * HOUR_US,
     )
     return NewDelegation(claims, name, name.encode())
 
@@ -198,6 +198,30 @@ def test_every_account_holds_what_counts_and_no_more(
             ]
             for name in PATH
         }
+
+
+def test_a_task_is_not_freed_where_retention_may_have_taken_other_usage_of_it(
+    writer: Writer, connection: apsw.Connection
+) -> None:
+    root = link("root", A)
+    submit(writer, RegisterDelegation([root], "key:x", "default", NOW_US))
+    submit(writer, SyncBudgets([Budget("b", Match(agent=A), "day", "UTC", hard=Limits(tasks=9))], "key:x", NOW_US))
+    later_us = NOW_US + HOUR_US
+    for number, at_us in enumerate((NOW_US, later_us)):
+        for task in "tu":
+            record(writer, replace(EVENT, id=f"{task}{number}", task_id=task, timestamp_us=at_us, delegation="root"))
+    assert submit(writer, RetireUsage(NOW_US + 1, "asapd", later_us)).taken.count == 2
+    left = link("left", A, later_us)
+    submit(writer, RegisterDelegation([root, left], "key:x", "default", later_us))
+    record(writer, replace(EVENT, id="v", task_id="v", timestamp_us=later_us, delegation="left"))
+    for seq in (3, 5):
+        assert isinstance(void(writer, seq), Voided)
+    used = "SELECT id, tasks_used FROM delegation ORDER BY id"
+    assert connection.execute(used).fetchall() == [("left", 0), ("root", 3)]
+    assert connection.execute("SELECT tasks_used FROM budget_period").fetchall() == [(3,)]
+    said = "SELECT details ->> 'tasks_kept' FROM audit WHERE event_type = 'usage.voided' ORDER BY seq"
+    assert connection.execute(said).fetchall() == [('["root"]',), ('["root"]',)]
+    assert verifying.report(connection, verifying.Request()).is_valid
 
 
 # --- whose it is to give back
