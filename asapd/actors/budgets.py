@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from asapd import config
@@ -30,11 +31,23 @@ def definition(budget: config.Budget) -> Budget:
 
 
 async def sync_budgets(
-    database: Database, budgets: Sequence[config.Budget], *, actor: str, now_us: int
+    database: Database, budgets: Sequence[config.Budget], *, actor: str, now_us: int, log: logging.Logger
 ) -> Refusal | None:
-    """Have the store go by these budgets from now on; nothing is written where it does already."""
+    """Have the store go by these budgets from now on; nothing is written where it does already.
+
+    A budget whose beginning may be too low is named in the log: it lets more be spent than it limits.
+    """
     wanted = sorted(map(definition, budgets), key=lambda budget: budget.name)
     if [rule.budget for rule in await database.read(read_rules)] == wanted:
         return None
     outcome = await database.submit(SyncBudgets(wanted, actor, now_us), urgent=True)
-    return outcome if isinstance(outcome, Refusal) else None
+    if isinstance(outcome, Refusal):
+        return outcome
+    for name in outcome.incomplete:
+        log.warning(
+            "budget %s may begin with less than was used in its current period: costs that came without usage (of "
+            "settlements and estimates), or events that retention took, are not in the records that it counts; until "
+            "its next period begins, take what is missing off its limits",
+            name,
+        )
+    return None

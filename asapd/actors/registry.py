@@ -183,7 +183,8 @@ class _Registry:
             raise KeysNotSyncedError(refusal.detail)
 
     async def _sync_budgets(self, budgets: tuple[config.Budget, ...], actor: str) -> Refusal | None:
-        return await sync_budgets(self._database, budgets, actor=actor, now_us=self._clock.now_us())
+        now_us = self._clock.now_us()
+        return await sync_budgets(self._database, budgets, actor=actor, now_us=now_us, log=self._log)
 
     async def _take_keys(self, delegation: config.Delegation, pinned: dict[str, bytes], actor: str) -> Refusal | None:
         """Read the keys that the daemon holds, and go by them and by these settings."""

@@ -118,6 +118,20 @@ def recount(connection: apsw.Connection, budget: Budget, start_us: int, end_us: 
     return [_hour_sum(*row) for row in rows]
 
 
+def is_all_usage(connection: apsw.Connection, start_us: int, end_us: int) -> bool:
+    """Whether the rows of usage tell all that was spent under the reservations that were made in a period.
+
+    They do not where one was settled at a cost of its own, or at its estimate, or where retention took some.
+    """
+    found = fetch(
+        connection,
+        "SELECT 1 FROM reservation r WHERE created_us >= ? AND created_us < ? AND used_microusd - refunded_microusd > "
+        "(SELECT total(cost_microusd) FROM usage WHERE reservation = r.id) LIMIT 1",
+        (start_us, end_us),
+    )
+    return not found
+
+
 def _hour_sum(hour: int, *halves: int) -> HourSum:
     events, unpriced, microusd, tokens_in, tokens_out = (
         (high << 32) + low for high, low in zip(halves[::2], halves[1::2], strict=True)

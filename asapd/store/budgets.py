@@ -8,6 +8,7 @@ by then; what comes late for a period before that counts from nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 import apsw
@@ -22,7 +23,7 @@ from asapd.core.types import HOUR_US, format_us
 from asapd.core.usage import FLAG_OVERRUN, UsageEvent
 from asapd.store import budget_alerts, budget_counts, retention
 from asapd.store.budget_page import COLUMNS, Page, Rule
-from asapd.store.budget_recount import recount, recount_tasks
+from asapd.store.budget_recount import is_all_usage, recount, recount_tasks
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
 from asapd.store.units.delegations import BudgetsSynced, SyncBudgets
@@ -43,6 +44,30 @@ def _rule(row: Row) -> Rule:
     match = Match(agent, consumer, project, delegation)
     budget = Budget(name, match, period, timezone, Limits(*limits[:3]), Limits(*limits[3:]))
     return Rule(number, budget, ZoneInfo(timezone), since_us, since_seq)
+
+
+class Before(NamedTuple):
+    """What a budget of the same match had counted of its current period when it was defined anew."""
+
+    tasks: list[str]
+    start_us: int
+    events: int
+    unpriced: int
+    spent_microusd: int
+    spent_tokens: int
+    counts_tasks: bool
+
+
+def _before(tx: Tx, rule: Rule, now_us: int) -> Before | None:
+    row = tx.row(
+        "SELECT id, start_us, events, unpriced, spent_microusd, spent_tokens, tasks_used NOT NULL FROM budget_period "
+        "WHERE budget = ? AND start_us <= ? AND end_us > ?",
+        (rule.id, now_us, now_us),
+    )
+    if row is None:
+        return None
+    used = fetch(tx.connection, "SELECT task_id FROM budget_task WHERE period = ? AND used", (row[0],))
+    return Before([task_id for (task_id,) in used], *row[1:])
 
 
 def open_book(tx: Tx, actor: str, now_us: int) -> Book | None:
@@ -134,8 +159,33 @@ class Book:
         assert row is not None
         return row
 
-    def introduce(self, rule: Rule) -> None:
-        """Count what is recorded in the period that is now, and of a time ahead of it."""
+    def introduce(self, rule: Rule, before: Before | None = None) -> bool:
+        """Count what is recorded in the period that is now, and of a time ahead of it; whether that is surely all.
+
+        What the same work had come to `before`, in a period that began then or later, is the least that was used: it
+        knows what was spent without usage, and what retention took.
+        """
+        self._count_records(rule)
+        page = self._page(rule, self._now_us)
+        if before is not None and before.start_us >= page.start_us:
+            page.events = max(page.events, before.events)
+            page.unpriced = max(page.unpriced, before.unpriced)
+            page.spend(
+                max(0, before.spent_microusd - page.spent_microusd), max(0, before.spent_tokens - page.spent_tokens)
+            )
+            for task_id in before.tasks:
+                page.use_task(task_id)
+            if before.start_us == page.start_us and (before.counts_tasks or not rule.budget.counts_tasks):
+                return True
+        return self.has_rows(rule) and is_all_usage(self._tx.connection, page.start_us, page.end_us)
+
+    def has_rows(self, rule: Rule) -> bool:
+        """Whether all events are there by which a budget counts its current period; of whole hours their sums stay."""
+        page, budget = self._page(rule, self._now_us), rule.budget
+        needs = budget.match.delegation is not None or budget.counts_tasks or page.start_us % HOUR_US != 0
+        return not needs or retention.retired_edge(self._tx) <= page.start_us
+
+    def _count_records(self, rule: Rule) -> None:
         newest_us = self._tx.row("SELECT coalesce(max(timestamp_us), 0) FROM usage")
         assert newest_us is not None
         at_us = self._now_us
@@ -372,8 +422,11 @@ def sync(tx: Tx, unit: SyncBudgets) -> BudgetsSynced:
     wanted = {budget.name: budget for budget in unit.budgets}
     known = {rule.budget.name: rule for rule in read_rules(tx.connection)}
     kept = {name: rule for name, rule in known.items() if name in wanted and _same_count(rule.budget, wanted[name])}
+    before: dict[str, Before | None] = {}
     for name, rule in known.items():
         if name not in kept:
+            if name in wanted and wanted[name].match == rule.budget.match:
+                before[name] = _before(tx, rule, unit.now_us)
             reason = "budget_changed" if name in wanted else "budget_removed"
             budget_alerts.resolve(tx, name, reason, unit.now_us)
             tx.execute("DELETE FROM budget WHERE id = ?", (rule.id,))
@@ -385,18 +438,25 @@ def sync(tx: Tx, unit: SyncBudgets) -> BudgetsSynced:
         if name not in kept:
             _insert(tx, budget, unit.now_us)
     changed = {name for name in known if name in wanted and wanted[name] != known[name].budget}
-    synced = BudgetsSynced(sorted(wanted.keys() - known.keys()), sorted(changed), sorted(known.keys() - wanted.keys()))
     tx.budget_rules = None
+    incomplete = []
     book = open_book(tx, unit.actor, unit.now_us)
     if book is not None:
         for rule in tx.budget_rules:
-            if rule.budget.name not in kept:
-                book.introduce(rule)
+            name = rule.budget.name
+            if name not in kept:
+                is_all = book.introduce(rule, before.get(name))
+            else:
+                is_all = kept[name].budget.counts_tasks or not rule.budget.counts_tasks or book.has_rows(rule)
+            if not is_all:
+                incomplete.append(name)
         for page in book.current():
             if page.budget.name in changed:
                 page.is_changed = True
                 page.alerted = budget_alerts.lower(tx, page.budget, page.balance, page.alerted, unit.now_us)
         book.flush()
+    added, removed = sorted(wanted.keys() - known.keys()), sorted(known.keys() - wanted.keys())
+    synced = BudgetsSynced(added, sorted(changed), removed, incomplete)
     if synced != BudgetsSynced():
         details = {**msgspec.to_builtins(synced), "definitions_digest": budget_counts.say_definitions(tx)}
         tx.audit("budgets.changed", unit.actor, "budgets", details, unit.now_us)

@@ -28,7 +28,7 @@ from asapd.runtime.fanout import Wakeup
 from asapd.store.budget_queries import get_budget
 from asapd.store.budgets import read_rules
 from asapd.store.database import WRITER_AWAY, Database, InlineReaders, InlineRunner
-from asapd.store.units.delegations import AuthorizationDenied, Reserved
+from asapd.store.units.delegations import AuthorizationDenied, Reserved, SettleReservation
 from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
@@ -228,6 +228,21 @@ async def test_a_new_configuration_takes_effect_at_once_and_keeps_what_was_count
             ("key:x", "[]", '["all"]', "[]"),
             ("key:x", "[]", "[]", '["all"]'),
         ]
+
+
+async def test_a_budget_that_may_begin_with_too_little_is_named_in_the_log(
+    connection: apsw.Connection,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Desk(connection, tmp_path, budget("all", hard_usd="1")).open() as desk:
+        settled = await desk.authorize(0)
+        assert isinstance(settled, Reserved)
+        await desk.database.submit(SettleReservation(settled.reservation, 7, "key:x", T0))
+        assert await desk.reconfigure(budget("all", hard_usd="2"), budget("late", hard_usd="1")) == ()
+    named = [message.partition(" may begin with less")[0] for message in caplog.messages if "may begin" in message]
+    assert named == ["budget late"]
 
 
 async def test_a_registry_that_starts_again_goes_by_the_newest_budgets_and_writes_nothing(

@@ -46,7 +46,7 @@ from asapd.store.units.delegations import (
 )
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Sweep
-from asapd.store.units.usage import RecordUsage, VoidUsage
+from asapd.store.units.usage import RecordUsage, RetireUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 
@@ -601,6 +601,46 @@ def test_limiting_tasks_later_counts_those_of_the_period_exactly(desk: Desk) -> 
     assert rows == [(4, 1), (1, 0)], "a, settled, b and during; late is still held, the lapsed ones are not"
 
 
+@pytest.mark.parametrize("timezone", ["Europe/Berlin", "Etc/UTC", "America/New_York"])
+def test_a_budget_whose_period_begins_no_later_keeps_what_it_counted(desk: Desk, timezone: str) -> None:
+    """Of costs that are no usage the records do not tell, nor of what retention took."""
+    budget = limited(microusd=50 * USD, tokens=500, tasks=50)
+    desk.sync(budget)
+    desk.settle(desk.reserved(task="a", cost_microusd=4 * USD), 4 * USD, 7)
+    estimated = desk.reserved(task="b", cost_microusd=5 * USD)
+    desk.use(None, reservation=estimated, task_id="b", tokens_in=3)
+    desk.settle(estimated)
+    desk.use(USD, task_id="c", timestamp_us=NOON_US - 3 * HOUR_US)
+    desk.submit(RetireUsage(NOON_US - HOUR_US, "asapd", NOON_US))
+    assert desk.counters()[:3] == (10, 10, 3)
+    is_later = timezone == "America/New_York"
+    found = desk.sync(replace(budget, timezone=timezone))
+    assert found == BudgetsSynced(changed=["daily"], incomplete=[] if timezone == "Etc/UTC" else ["daily"])
+    assert desk.counters()[:3] == ((1, 3, 1) if is_later else (10, 10, 3))
+    desk.use(USD, task_id="d")
+    assert desk.counters()[:3] == ((2, 3, 2) if is_later else (11, 10, 4))
+    assert verifying.report(desk.connection, verifying.Request()).is_valid
+
+
+def test_a_budget_says_where_its_records_may_not_be_whole(desk: Desk) -> None:
+    desk.use(USD, task_id="a")
+    usd, tasks = limited(microusd=50 * USD), replace(limited(tasks=50), name="tasks")
+    assert desk.sync(usd, tasks).incomplete == []
+    desk.sync(usd)
+    desk.submit(RetireUsage(NOON_US + 1, "asapd", NOON_US))
+    child = replace(usd, name="child", match=Match(delegation="child"))
+    found = desk.sync(usd, tasks, child, replace(usd, name="half", timezone="Asia/Kolkata"))
+    assert found == BudgetsSynced(added=["child", "half", "tasks"], incomplete=["child", "half", "tasks"])
+    # Whole hours are known; their tasks are not, where they are limited only now.
+    assert desk.counters()[:3] == (1, 0, None)
+    assert desk.sync(replace(usd, hard=Limits(tasks=5))).incomplete == ["daily"]
+    desk.sync()
+    assert desk.sync(usd).incomplete == []
+    assert desk.sync(replace(usd, timezone="Etc/UTC", hard=Limits(tasks=9))).incomplete == ["daily"]
+    desk.settle(desk.reserved(), USD)
+    assert desk.sync(replace(usd, match=Match(consumer=DESK))).incomplete == ["daily"]
+
+
 def test_a_budget_that_comes_back_counts_from_the_records_again(desk: Desk) -> None:
     desk.sync(DAILY)
     reservation = desk.reserved()
@@ -717,6 +757,9 @@ class Counted:
 
     def __init__(self, budget: Budget, since_us: int, since: int) -> None:
         self.budget, self.since_us, self.since = budget, since_us, since
+        self.kept = {"usd": 0, "tokens": 0}
+        """What it goes on to count in the period from `since_us` on, of one by the same name and match."""
+        self.kept_tasks: set[str] = set()
 
     def start(self, at_us: int) -> int:
         return period_bounds(self.budget.period, ZoneInfo(self.budget.timezone), at_us)[0]
@@ -769,7 +812,8 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def used_tasks(self, one: Counted, start_us: int) -> set[str]:
         settled = {hold.task for hold in self.holds if hold.on.get(one) == start_us and hold.state == "settled"}
-        return settled | {fact.task for fact in self.facts_of(one, start_us) if fact.task is not None}
+        kept = one.kept_tasks if start_us == one.since_us else set()
+        return kept | settled | {fact.task for fact in self.facts_of(one, start_us) if fact.task is not None}
 
     def tasks_of(self, one: Counted, start_us: int) -> set[str]:
         held = {hold.task for hold in self.holds if hold.on.get(one) == start_us and hold.state == "open"}
@@ -780,12 +824,14 @@ class BudgetMachine(RuleBasedStateMachine):
         used = len(self.used_tasks(one, start_us))
         facts = self.facts_of(one, start_us)
         open_holds = [hold for hold in self.holds if hold.on.get(one) == start_us and hold.state == "open"]
+        kept = one.kept if start_us == one.since_us else {"usd": 0, "tokens": 0}
         return {
             "usd": (
-                sum(fact.spent if fact.held is not None and one in fact.held.on else fact.cost for fact in facts),
+                kept["usd"]
+                + sum(fact.spent if fact.held is not None and one in fact.held.on else fact.cost for fact in facts),
                 sum(hold.cost for hold in open_holds),
             ),
-            "tokens": (sum(fact.tokens for fact in facts), sum(hold.tokens for hold in open_holds)),
+            "tokens": (kept["tokens"] + sum(fact.tokens for fact in facts), sum(hold.tokens for hold in open_holds)),
             "tasks": (used, len(self.tasks_of(one, start_us)) - used + sum(hold.extra for hold in open_holds)),
         }
 
@@ -847,17 +893,35 @@ class BudgetMachine(RuleBasedStateMachine):
     def configure(self, choice: int) -> None:
         before, now_us = self.counted, self.desk.now_us
         self.counted = {}
+        was = {
+            name: (
+                known.start(now_us),
+                self.balance(known, known.start(now_us)),
+                self.used_tasks(known, known.start(now_us)),
+            )
+            for name, known in before.items()
+        }
         for budget in LIMITS[choice]:
             known = before.get(budget.name)
             fresh = Counted(budget, 0, len(self.facts))
             if known is not None and replace(known.budget, soft=budget.soft, hard=budget.hard) == budget:
                 known.budget = budget
+                known.kept_tasks = known.kept_tasks if budget.counts_tasks else set()
                 self.counted[budget.name] = known
             else:
                 fresh.since_us = fresh.start(now_us)
                 self.counted[budget.name] = fresh
         for hold in self.holds:
             hold.on = {one: start for one, start in hold.on.items() if one in self.counted.values()}
+        for name, fresh in self.counted.items():
+            known = before.get(name)
+            if known is None or known is fresh or known.budget.match != fresh.budget.match:
+                continue
+            start_us, balance, tasks = was[name]
+            if start_us >= fresh.since_us:
+                now = self.balance(fresh, fresh.since_us)
+                fresh.kept = {unit: max(0, balance[unit][0] - now[unit][0]) for unit in fresh.kept}
+                fresh.kept_tasks = tasks if known.budget.counts_tasks and fresh.budget.counts_tasks else set()
         self.desk.sync(*LIMITS[choice])
 
     @rule(
@@ -1042,6 +1106,8 @@ class BudgetMachine(RuleBasedStateMachine):
     def void(self, at: int) -> None:
         events = [fact for fact in self.facts if fact.seq is not None]
         fact = events[at % len(events)]
+        number, task = self.facts.index(fact), fact.task
+        of = [one for one in self.counted.values() if self.period_of(one, number, fact) == one.since_us]
         back = fact.cost
         if fact.held is not None:
             back = min(fact.spent, fact.held.used - fact.held.refunded)
@@ -1053,6 +1119,10 @@ class BudgetMachine(RuleBasedStateMachine):
         # What is left of it is what the reservation had given back before.
         fact.at_us, fact.seq, fact.task = None, None, None
         fact.cost, fact.tokens, fact.spent = 0, 0, fact.spent - back
+        for one in of:  # what is kept of a task is as if it were of its events
+            kept, one.kept_tasks = one.kept_tasks, set()
+            used = self.used_tasks(one, one.since_us)
+            one.kept_tasks = {name for name in kept if name != task or name in used}
 
     def hold_again(self, voided: Fact, back: int) -> None:
         """An open reservation has back what it was made for, as far as nothing else used it."""

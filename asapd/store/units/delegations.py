@@ -212,11 +212,17 @@ class ImportRevocations(Unit[RevocationsImported], frozen=True):
 
 
 class BudgetsSynced(msgspec.Struct, frozen=True, tag=True):
-    """Which budgets a change of the configuration touched, by name."""
+    """Which budgets a change of the configuration touched, by name.
+
+    Of those that begin to count, `incomplete` may have begun with less than their period had used: what retention took
+    is known by whole hours only, and not by delegation or task; and of what was spent without usage nothing is known by
+    another `match`, or for a later beginning of the period.
+    """
 
     added: list[str] = []
     changed: list[str] = []
     removed: list[str] = []
+    incomplete: list[str] = []
 
 
 class SyncBudgets(Unit[BudgetsSynced], frozen=True):
