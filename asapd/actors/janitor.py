@@ -89,11 +89,18 @@ async def run_janitor(
         nursery.start_soon(_add_up, database, clock, log)
 
 
-async def recover_reservations(database: Database, clock: Clock) -> int | Refusal:
-    """Close the reservations whose time came before this start; how many. To be called before anybody can ask."""
+async def recover_reservations(database: Database, clock: Clock, log: logging.Logger) -> int | Refusal:
+    """Close the reservations whose time came before this start; how many. To be called before anybody can ask.
+
+    With a full disk they wait for the sweep, which closes them once there is room: nobody can use what is past its
+    time, and what is only read is there.
+    """
     total = 0
     while True:
         recovered = await database.submit(RecoverReservations(clock.now_us()), urgent=True)
+        if isinstance(recovered, Refusal) and recovered.code == "storage_full":
+            log.warning("reservations from before are not closed yet, and hold what they held: %s", recovered.detail)
+            return total
         if isinstance(recovered, Refusal):
             return recovered
         total += recovered.reservations

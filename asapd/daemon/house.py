@@ -356,7 +356,7 @@ class House:
         if not await self._database.read(keys.list_keys):
             await make_first_key(self._database, self._clock, self._premises.admin_key)
             self._log.info("made the first API key: %s", self._premises.admin_key)
-        recovered = await recover_reservations(self._database, self._clock)
+        recovered = await recover_reservations(self._database, self._clock, self._log)
         if isinstance(recovered, Refusal):
             raise BootError(f"reservations from before could not be closed: {recovered.detail}")
         if recovered:

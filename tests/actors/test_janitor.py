@@ -71,11 +71,14 @@ class ScriptedRunner:
 
 
 class AwayRunner:
-    """A writer that is away."""
+    """A writer that is away, or says otherwise why it writes nothing."""
+
+    def __init__(self, why: Refusal = WRITER_AWAY) -> None:
+        self._why = why
 
     async def execute(self, unit: AnyUnit, *, urgent: bool, idempotency: Idempotency | None) -> Answer | Refusal:
         await trio.lowlevel.checkpoint()
-        return WRITER_AWAY
+        return self._why
 
 
 def archivist_of(database: Database, directory: Path = Path("nowhere")) -> Archivist:
@@ -154,12 +157,21 @@ async def test_a_start_closes_every_reservation_that_lapsed_before_it(inline_dat
     for number in range(501):  # more than one step closes
         unit = Reserve(f"t{number}", "a", Estimate(1), SECOND_US, "x", "default", T0, delegation="root")
         assert isinstance(await database.submit(unit), Reserved)
-    assert await recover_reservations(database, TrioClock(T0 + SECOND_US)) == 501
+    assert await recover_reservations(database, TrioClock(T0 + SECOND_US), log) == 501
     found = connection.execute("SELECT DISTINCT state, reason, held_microusd FROM reservation").fetchall()
     assert found == [("expired", "recovered", 0)]
-    assert await recover_reservations(database, TrioClock(T0 + SECOND_US)) == 0
-    away = await recover_reservations(Database(AwayRunner(), InlineReaders(connection)), TrioClock(T0))
+    assert await recover_reservations(database, TrioClock(T0 + SECOND_US), log) == 0
+    away = await recover_reservations(Database(AwayRunner(), InlineReaders(connection)), TrioClock(T0), log)
     assert isinstance(away, Refusal)
+
+
+async def test_a_start_with_a_full_disk_leaves_reservations_to_the_sweep(
+    inline_database: Inline, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Refusal("storage_full", "nothing was written, the disk is full: make room")
+    database = Database(AwayRunner(full), InlineReaders(inline_database[1]))
+    assert await recover_reservations(database, TrioClock(T0), log) == 0
+    assert [message for message in caplog.messages if "not closed yet" in message and full.detail in message]
 
 
 async def test_usage_past_its_time_goes_at_the_start_and_each_minute(
