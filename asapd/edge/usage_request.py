@@ -85,9 +85,10 @@ async def answer(
     body = await unpack_beside(request.body, request.headers.get("content-encoding"), most_bytes)
     for unread in (written, body):
         if isinstance(unread, Refusal):
+            if not only_validate or unread.retry_after_s is not None:
+                return unread
             # A validation always has an answer, which may be that nothing could be read.
-            verdict = {"valid": False, "error": unread.detail, "code": unread.code}
-            return (200, verdict) if only_validate else unread
+            return 200, {"valid": False, "error": unread.detail, "code": unread.code}
     assert not isinstance(written, Refusal)
     assert not isinstance(body, Refusal)
     if only_validate:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from asapd.edge.unpacking import INLINE_BYTES, THREADS, unpack_beside
+from asapd.edge.unpacking import INLINE_BYTES, TURNS, unpack_beside
 from tests.edge.house import Edge
 
 EMPTY = gzip.compress(b"", mtime=0)
@@ -66,9 +66,19 @@ async def test_plain_bodies_wait_for_no_unpacking_and_packed_ones_take_turns() -
     async def unpack() -> None:
         unpacked.append(await unpack_beside(NOTHING, "gzip", 10))
 
-    async with trio.open_nursery() as nursery, THREADS:
+    async with trio.open_nursery() as nursery, TURNS:
         nursery.start_soon(unpack)
         await wait_all_tasks_blocked()
         assert await unpack_beside(bytes(INLINE_BYTES + 1), None, 1 << 20) == bytes(INLINE_BYTES + 1)
         assert unpacked == []
     assert unpacked == [b""]
+
+
+@pytest.mark.parametrize("path", ["/usage", "/usage/validate"])
+async def test_who_waits_too_long_for_the_bodies_of_others_is_told_to_come_again(
+    edge: Edge, autojump_clock: MockClock, path: str
+) -> None:
+    async with TURNS:
+        reply = await edge.post(path, NOTHING, headers={"Content-Type": "application/json", **PACKED})
+    assert (reply.status, reply.json["code"], reply.headers["retry-after"]) == (503, "overloaded", "5")
+    assert TURNS.value == 1
