@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -30,6 +31,7 @@ WAIT_FOR_WRITER = (
     "it is finishing its last commit. Start again when it has ended; if it hangs, end it with kill -9, which loses "
     "nothing that was acknowledged"
 )
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 _log = logging.getLogger("asapd")
 
 
@@ -205,7 +207,8 @@ def occupy(loaded: Config, state_dir: Path | None, environ: Mapping[str, str]) -
         raise BootError(str(error)) from None
     except OSError as error:
         what = f"{error.filename or chosen}: {error.strerror or error}"
-        raise BootError(f"the state directory cannot be used: {what}; name a writable one with --state-dir") from None
+        todo = "free some of the disk" if error.errno in _FULL else "name a writable one with --state-dir"
+        raise BootError(f"the state directory cannot be used: {what}; {todo}") from None
     return Premises(chosen, config.default_runtime_dir(environ, is_root, chosen), tuple(locks), identity)
 
 

@@ -7,6 +7,7 @@ code inline in tests (`InlineRunner`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -39,6 +40,8 @@ MAX_IN_FLIGHT_BYTES = 64 << 20
 
 RECEIVE_BYTES = 64 << 10
 
+_LEAST_BYTES = 256 << 10
+"""With less SQLite may not even begin: its shared memory takes 32 KiB, and the log of what is written as much."""
 READ_LIMIT_S = 30.0
 """A query that runs longer is interrupted: an open reader keeps the WAL from being folded back."""
 
@@ -459,6 +462,17 @@ def prepare(path: Path, key: SigningKey | None = None) -> None:
 
     Raises:
         DatabaseTooNewError, NotOurDatabaseError: see `asapd.store.migrations`.
+        OSError: the disk is full or fails, or may not be written.
     """
-    open_for_writing(path, key=key).close()
+    try:
+        open_for_writing(path, key=key).close()
+    except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError) as error:
+        # On a full disk SQLite calls it an I/O error that it cannot make its shared memory.
+        code = errno.EROFS if isinstance(error, apsw.ReadOnlyError) else errno.ENOSPC if _is_full(path) else errno.EIO
+        raise OSError(code, f"{os.strerror(code)} ({error})", str(path)) from error
     path.chmod(0o600)
+
+
+def _is_full(path: Path) -> bool:
+    of_disk = os.statvfs(path.parent)
+    return of_disk.f_bavail * of_disk.f_frsize < _LEAST_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -202,6 +203,16 @@ def test_a_state_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("")
     with pytest.raises(BootError, match=r"the state directory cannot be used: .*/s: .*--state-dir"):
         occupy(config.Config(), tmp_path / "s", {})
+
+
+def test_a_disk_without_any_room_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device (disk I/O error)", str(path))
+
+    monkeypatch.setattr(boot, "prepare", fail)
+    with pytest.raises(BootError, match=r"cannot be used: .*/asapd.db: No space .*; free some of the disk$"):
+        occupy(config.Config(), tmp_path, {})
+    assert occupied_by_nobody(tmp_path)
 
 
 @needs_other_user

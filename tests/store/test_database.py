@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apsw
@@ -247,6 +249,28 @@ def test_prepare_makes_a_private_file_and_may_be_called_again(tmp_path: Path) ->
         assert path.stat().st_mode & 0o777 == 0o600
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize(
+    ("error", "free_bytes", "code"),
+    [
+        (apsw.FullError("database or disk is full"), 0, errno.ENOSPC),
+        (apsw.IOError("disk I/O error"), 8 << 10, errno.ENOSPC),
+        (apsw.IOError("disk I/O error"), 1 << 30, errno.EIO),
+        (apsw.ReadOnlyError("attempt to write a readonly database"), 0, errno.EROFS),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: apsw.Error, free_bytes: int, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(database, "open_for_writing", fail)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_bytes >> 10, f_frsize=1 << 10))
+    with pytest.raises(OSError, match=str(error)) as raised:
+        prepare(tmp_path / "asapd.db")
+    assert (raised.value.errno, raised.value.filename) == (code, str(tmp_path / "asapd.db"))
 
 
 # --- the writer process
