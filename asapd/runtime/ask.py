@@ -150,10 +150,11 @@ async def ask(
             if deadline_s is not None:
                 raise MailboxFull("the queue is full; nothing was done") from None
             await mailbox.send(message)
-    except BaseException as error:
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
         reply.close()  # nobody else has it
-        if isinstance(error, trio.BrokenResourceError | trio.ClosedResourceError):
-            raise AnswererGone("the answerer has shut down; nothing was done") from None
+        raise AnswererGone("the answerer has shut down; nothing was done") from None
+    except BaseException:
+        reply.close()
         raise
     if deadline_s is None:
         await reply.wait_ended()
