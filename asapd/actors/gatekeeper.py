@@ -6,12 +6,13 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import assert_never
 
 import trio
 
 from asapd.actors.messages import CreateKeyRequest, GatekeeperMessage, NewKey, RevokeKeyRequest
-from asapd.actors.slow_reads import after_commit, refusing_slow
+from asapd.actors.slow_reads import ReadTooLongError, after_commit, refusing_slow
 from asapd.core.access import Caller, Tenants
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Role, format_us
@@ -100,9 +101,12 @@ async def run_gatekeeper(
                 if isinstance(revoked, Refusal):
                     with after_commit():
                         ring.replace(await database.read(list_keys))
+                    message.reply.send(revoked)
                 else:
                     ring.drop(revoked.id)  # from the reply on, however slow the disk is
-                message.reply.send(revoked)
+                    message.reply.send(revoked)
+                    with suppress(ReadTooLongError):
+                        ring.replace(await database.read(list_keys))
             case _:
                 assert_never(message)
 

@@ -31,6 +31,11 @@ class Late:
         """Have something done by whoever catches up next; it must not raise."""
         self._work.append((os.getpid(), work))
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something was put off."""
+        return bool(self._work)
+
     def catch_up(self) -> None:
         """Do what was put off, outside of all locks."""
         while True:
@@ -42,4 +47,7 @@ class Late:
 
     def forget_in_child(self) -> None:
         """In a forked child: leave to the parent what came there; what came since the fork is the child's."""
-        self._work = deque(late for late in self._work if late[0] == os.getpid())
+        for _ in range(len(self._work)):
+            late = self._work.popleft()
+            if late[0] == os.getpid():
+                self._work.append(late)

@@ -35,10 +35,20 @@ def close_file(fd: int) -> None:
             os.close(fd)
 
 
-def _after_in_child() -> None:
+def forget_in_child() -> None:
+    """Close all of them in a forked child; called by Python's hooks, or by whoever finds that a fork went past them."""
+    global _opening  # noqa: PLW0603 -- whoever held it is not in the child
     while _known:
         os.close(_known.pop())
-    _opening.release()  # the thread that forked is the one that goes on
+    _opening = threading.RLock()
 
 
-os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_in_child)
+def _before_fork() -> None:
+    _opening.acquire()
+
+
+def _after_in_parent() -> None:
+    _opening.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=forget_in_child)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack
 
 from asapd.client import address as addresses
-from asapd.client import delegation, spool
+from asapd.client import delegation, locked, spool
 from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
 from asapd.client.late import Late, is_held
 from asapd.client.link import Requests, make_link, report, settle
@@ -115,12 +115,10 @@ class Meter:
     def _open(self) -> Sender | None:
         """The sender and the queues, made when there are none yet in this process; never raises."""
         sender = self._sender
-        if sender is not None and sender.is_alive:
+        if self._is_closed or (sender is not None and sender.is_alive):
             return sender
         try:
-            with self._lock:
-                if not self._is_closed:
-                    self._take_spool()
+            self._take_spool()
             # Waited for by nobody else, and not in the lock: before the new thread has begun it may run a finalizer
             # that records. What comes meanwhile is in the queues, and the sender is told of it.
             if self._starting.acquire(blocking=False):
@@ -133,7 +131,7 @@ class Meter:
         return self._sender
 
     def _start(self) -> None:
-        if self._is_closed or (self._sender is not None and self._sender.is_alive):
+        if self._sender is not None and self._sender.is_alive:
             return
         self._sender = Sender(self._work())
         try:
@@ -141,19 +139,22 @@ class Meter:
         except BaseException:
             self._sender = None
             raise
+        if self._is_closed:  # just now, by another thread, which found no sender to end
+            self._sender.close(0)
 
     def _take_spool(self) -> Waiting | None:
-        """The spool, if there is to be one and it could not be opened so far; tried again by the sender."""
-        if self._root is None or self._spool is not None:
-            return None
-        try:
-            self._spool = spool.take(self._root, self._spool_bytes, self._source)
-        except OSError as error:
-            self.counters.complain("no spool, events wait in memory until it can be opened: %s", error)
-            return None
-        if self._has_default_root:
-            self._tell_of_others(self._root)
-        return self._spool
+        """The spool, if there is to be one; tried again by the sender where it could not be opened so far."""
+        with self._lock:
+            if self._root is None or self._spool is not None:
+                return self._spool
+            try:
+                self._spool = spool.take(self._root, self._spool_bytes, self._source)
+            except OSError as error:
+                self.counters.complain("no spool, events wait in memory until it can be opened: %s", error)
+                return None
+            if self._has_default_root:
+                self._tell_of_others(self._root)
+            return self._spool
 
     def _own(self) -> list[Waiting]:
         return [self._memory] if self._spool is None else [self._spool, self._memory]
@@ -198,8 +199,9 @@ class Meter:
 
     def forget_in_child(self) -> None:
         """In a forked child, whose spools are closed: leave the connections to the parent; what comes opens others."""
-        self._link.close()
-        self._requests.forget_in_child()
+        with contextlib.suppress(OSError):
+            self._link.close()
+            self._requests.forget_in_child()
         self.counters.forget_in_child()
         self._late.forget_in_child()
         self._lock = threading.RLock()
@@ -283,9 +285,10 @@ class Meter:
             self._late.put(lambda: self._take(kind, values))
             return True
         self._late.catch_up()
-        is_taken = self._take(kind, values)
-        self._late.catch_up()
-        return is_taken
+        try:
+            return self._take(kind, values)
+        finally:
+            self._late.catch_up()
 
     def _is_entered(self) -> bool:
         """Whether this thread is in one of the meter's locks, and what asks came between: a finalizer or a signal.
@@ -293,7 +296,11 @@ class Meter:
         So is a child that was forked and has all that is the parent's until `forget_in_child`.
         """
         if self._pid != os.getpid():
-            return True
+            if _is_forking:
+                return True
+            # By a server written in C, such as uWSGI, which calls no hooks of Python unless it is told to.
+            locked.forget_in_child()
+            _after_fork()
         sender = self._sender
         is_sender_entered = sender is not None and sender.is_entered
         return is_held(self._lock) or is_sender_entered or any(queue.is_entered for queue in self._own())
@@ -322,9 +329,10 @@ class Meter:
         return is_taken
 
     def _keep(self, kind: Kind, values: dict[str, Any]) -> bool:
-        # Behind the usage that waits there, which it may settle: a spool of its own would be sent first.
-        is_behind = kind is Kind.SETTLE and self._memory.count > 0
-        if self._spool is not None and not is_behind:
+        # Behind the usage that waits there, which it may settle: the spool would be sent first.
+        if kind is Kind.SETTLE and self._memory.count > 0 and self._memory.append(kind, values):
+            return True
+        if self._spool is not None:
             try:
                 return self._spool.append(kind, values)
             except OSError as error:
@@ -388,6 +396,8 @@ class Meter:
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be flushed", error=error)
             return False
+        finally:
+            self._late.catch_up()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what can be sent in the time, and end. What remains in the spool is sent by whoever opens it next."""
@@ -410,6 +420,7 @@ class Meter:
             self.counters.say_rest()
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be closed", error=error)
+        self._late.catch_up()  # what came since is counted as lost
 
     def __enter__(self) -> Self:
         return self
@@ -443,11 +454,22 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+_is_forking = False
+"""Whether this process is about to fork, or is a child that still has what is its parent's."""
+
+
+def _set_forking(is_forking: bool) -> None:
+    global _is_forking  # noqa: PLW0603 -- a process forks as a whole
+    _is_forking = is_forking
+
+
 def _after_fork() -> None:
+    _set_forking(True)
     spool.forget_in_child()
     meters = list(_meters)
     for meter in meters:
         meter.forget_in_child()
+    _set_forking(False)
     for meter in meters:
         meter.catch_up()
 
@@ -457,5 +479,7 @@ def _at_exit() -> None:
         meter.close(EXIT_S)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(
+    before=lambda: _set_forking(True), after_in_parent=lambda: _set_forking(False), after_in_child=_after_fork
+)
 atexit.register(_at_exit)

@@ -50,9 +50,11 @@ class RefusedFile:
                 os.ftruncate(fd, size_bytes)
                 raise
         finally:
-            # Not left to the last descriptor: a child that is forked just now has one too, for a moment.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            close_file(fd)
+            try:
+                # Not left to the last descriptor: a child that is forked just now has one too, for a moment.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            finally:
+                close_file(fd)
         return True
 
 

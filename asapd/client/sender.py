@@ -50,7 +50,7 @@ class Work:
     """First the own ones, `own` of them, which are closed at the end only."""
     own: int
     take_spool: Callable[[], Waiting | None]
-    """The own spool, where it could not be opened before and now can."""
+    """The own spool; None where there is none, or it cannot be opened."""
     adopt: Callable[[], Iterator[Waiting]]
     """Queues that processes which are gone left behind."""
     late: Late
@@ -129,6 +129,8 @@ class Sender:
         with self._changed:
             self._closing_at_s = time.monotonic() + timeout_s
             self._changed.notify_all()
+        if self._thread.ident is None:
+            return  # it is just being started, and ends at once
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._work.link.abort()
@@ -202,6 +204,8 @@ class Sender:
                 now_s = time.monotonic()
                 if self._closing_at_s is not None:
                     return waiting > 0 and now_s < self._closing_at_s
+                if work.late.is_waiting:
+                    return True  # what was put off here is taken in before the next wait
                 if now_s >= self._adopted_at_s + ADOPT_EVERY_S:
                     return True
                 if not waiting:
@@ -241,7 +245,7 @@ class Sender:
             self._adopted_at_s = now_s
             try:
                 spool = work.take_spool()
-                if spool is not None:
+                if spool is not None and all(queue is not spool for queue in work.queues):
                     with self._changed:
                         work.queues.insert(0, spool)
                         work.own += 1

@@ -77,15 +77,21 @@ class SpanTree(msgspec.Struct, array_like=True, gc=False):
             known = self.parents.setdefault(span, [])
             if parent != span and len(known) < MAX_PARENTS and parent not in known:
                 known.append(parent)
+        giving_way = list(tops)
+        for span in giving_way:  # an older build kept them with those that have no tokens
+            row = self.work.pop(span, None)
+            if row is not None:
+                self.tops[span] = row
         covered = self._cover(reached)
         covered += self._hollow_out(hollow)
-        for span in tops:
+        for span in giving_way:
             if span not in self.covered:
                 self.tops.setdefault(span, 0)
         below = self._below() if self.tops else set()
         topped = [self.empty.pop(span) for span in below & self.empty.keys()]
         for span in list(self.parents)[: max(0, len(self.parents) - MAX_LINKS)]:
             del self.parents[span]
+            self.empty.pop(span, None)
         return Grown(covered, topped, below)
 
     def note(self, span: bytes, row: int, *, has_tokens: bool, gives_way: bool) -> None:

@@ -414,6 +414,7 @@ _TOO_LATE = refused_frame(
         "outcome_unknown",
         "The frame was not answered in time; it may still take effect. Send it again: an event with an id is counted "
         "once.",
+        retry_after_s=1,
     )
 )
 

@@ -22,6 +22,11 @@ def of_span(tenant: str, event_id: str) -> Identity:
     return (tenant, "", OTLP, event_id)
 
 
+def has_tokens(event: UsageEvent) -> bool:
+    """Whether a span tells of any tokens; one of 0 takes nothing away from others."""
+    return event.tokens_in > 0 or event.tokens_out > 0
+
+
 class Refused(NamedTuple):
     """Why a span is not recorded: its identity has the row `seq`, 0 where that is of another span of the same unit.
 
@@ -42,8 +47,7 @@ class _Holder(NamedTuple):
     tokens_out: int
 
     def refuses(self, event: UsageEvent, agent: int) -> Refused:
-        is_told = event.tokens_in > 0 or event.tokens_out > 0
-        has_its_tokens = is_told and (self.tokens_in, self.tokens_out) == (event.tokens_in, event.tokens_out)
+        has_its_tokens = has_tokens(event) and (self.tokens_in, self.tokens_out) == (event.tokens_in, event.tokens_out)
         return Refused(self.seq, self.agent != agent, has_its_tokens)
 
 
@@ -63,7 +67,10 @@ def refused(tx: Tx, unit: RecordUsage) -> dict[int, Refused]:
     }
     known = {its: held[row] for its, row in rows.items() if row in held}
     found: dict[int, Refused] = {}
-    for place, (event, its, span) in enumerate(zip(unit.events, own, of_nobody, strict=True)):
+    spans = list(zip(unit.events, own, of_nobody, strict=True))
+    # One without tokens may give way, and holds nothing then: of two in a unit it is the one that is refused.
+    for place in sorted(range(len(spans)), key=lambda place: not has_tokens(spans[place][0])):
+        event, its, span = spans[place]
         agent, content = tx.intern(event.agent), unit.contents[place] if unit.contents else content_digest(event)
         new = _Holder(0, agent, content, event.tokens_in, event.tokens_out)
         holder = known.setdefault(span, new)

@@ -186,12 +186,14 @@ def _keep(
     may_go = [
         place
         for place, fact in enumerate(unit.spans)
-        if place not in left_out and (fact.gives_way or not _has_tokens(events[place]))
+        if place not in left_out and (fact.gives_way or not span_identity.has_tokens(events[place]))
     ]
     rows = _rows_of(tx, unit.usage.tenant, [events[place] for place in may_go])
     for place, row in zip(may_go, rows, strict=True):
         fact = unit.spans[place]
-        trees[_trace(fact)].note(_id(fact), row, has_tokens=_has_tokens(events[place]), gives_way=fact.gives_way)
+        trees[_trace(fact)].note(
+            _id(fact), row, has_tokens=span_identity.has_tokens(events[place]), gives_way=fact.gives_way
+        )
     tx.insert_many(
         "INSERT OR REPLACE INTO otlp_trace VALUES (?,?,?,?,?)",
         (
@@ -263,7 +265,7 @@ def _grow(
     untold: dict[bytes, list[bytes]] = {}
     tops: dict[bytes, list[bytes]] = {}
     for place, (fact, event) in enumerate(zip(unit.spans, unit.usage.events, strict=False)):
-        is_told = _has_tokens(event) and (place not in refused or refused[place].has_its_tokens)
+        is_told = span_identity.has_tokens(event) and (place not in refused or refused[place].has_its_tokens)
         (told if is_told else untold).setdefault(_trace(fact), []).append(_id(fact))
         if is_told and fact.gives_way and place not in refused:
             tops.setdefault(_trace(fact), []).append(_id(fact))
@@ -275,15 +277,11 @@ def _grow(
         rows += [(row, _COVERED) for row in grown.covered] + [(row, _TOPPED) for row in grown.topped]
     gone = set()
     for place, (fact, event) in enumerate(zip(unit.spans, unit.usage.events, strict=False)):
-        span, tree, has_tokens = _id(fact), trees[_trace(fact)], _has_tokens(event)
+        span, tree, has_tokens = _id(fact), trees[_trace(fact)], span_identity.has_tokens(event)
         is_covered = fact.gives_way and (span in tree.covered or (not has_tokens and span in tree.hollow))
         if is_covered or (not has_tokens and span in below[_trace(fact)]):
             gone.add(place)
     return gone, rows
-
-
-def _has_tokens(event: UsageEvent) -> bool:
-    return event.tokens_in > 0 or event.tokens_out > 0
 
 
 # --- evidence

@@ -128,6 +128,7 @@ class _Pass:
         if is_simple and not late and self._are_new(prepared) and open_book(self._tx, unit.actor, unit.now_us) is None:
             return self._record_new(unit, prepared)
         tx, known, claimed = self._tx, self._known, self._claimed
+        left_out = set(late)
         first = following = self._next
         fresh: list[_Fresh] = []
         ids: list[str] = []
@@ -136,7 +137,7 @@ class _Pass:
         conflicts: list[tuple[int, int]] = []
         unprotected = 0
         for index, (event, key, content) in enumerate(zip(unit.events, prepared.keys, prepared.contents, strict=True)):
-            if index in late:
+            if index in left_out:
                 continue
             source = self._source(unit.tenant, event.agent, event.source)
             if key is not None:

@@ -150,4 +150,5 @@ def collection_event(of: MetricPoint, parts: Parts) -> UsageEvent:
         model=who.model,
         provider=who.provider,
         project=who.project,
+        tells_tokens="tokens_in" in sums or "tokens_out" in sums,
     )

@@ -314,7 +314,7 @@ def _event(span: _Span, settings: OtlpSettings) -> UsageEvent | str:
             if number is None:
                 return f"{name} must be an integer from 0 to 2**53-1"
             counts[bucket] = number
-    tells_tokens = bool(counts)
+    tells_tokens = "tokens_in" in counts or "tokens_out" in counts or any(counts.values())
     # Where the whole is not told, it is what was written for an hour and for five minutes.
     counts.setdefault(
         "cache_write_tokens", counts.get("cache_write_1h_tokens", 0) + counts.get("cache_write_5m_tokens", 0)

@@ -345,7 +345,12 @@ def normalise(wire: WireEvent, *, is_plain: bool = False) -> UsageEvent | list[F
         wire.labels or None,
         wire.trace_id,
         counts.cache_write_1h_tokens or 0,
-        counts.tokens_in is not _UNTOLD or counts.tokens_out is not _UNTOLD,
+        (
+            counts.tokens_in is not _UNTOLD
+            or counts.tokens_out is not _UNTOLD
+            or wire.tokens_in is not _UNTOLD
+            or wire.tokens_out is not _UNTOLD
+        ),
         wire.reservation is not None and not wire.action,
     )
     if not is_plain and not _is_printable(event):

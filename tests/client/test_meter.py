@@ -499,6 +499,44 @@ meter.record(task_id="parent")
     assert sorted(sources.values()) == [[("before", 1), ("late", 2), ("parent", 3)], [("child", 1)]]
 
 
+def test_a_child_that_a_server_written_in_c_forked_reports_by_itself(home: Path, fake: Fake) -> None:
+    """It calls none of Python's hooks, as uWSGI without `py-call-osafterfork`."""
+    script = """
+import ctypes, os, sys
+from asapd.client import Meter
+meter = Meter(sys.argv[1], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[2])
+meter.record(task_id="before")
+assert meter.flush()
+child = ctypes.PyDLL(None).fork()
+assert meter.record(task_id="parent" if child else "child")
+assert meter.flush()
+if not child:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    until(lambda: len(fake.events) == 3)
+    sources = {event["task_id"]: event["source"] for event in fake.events}
+    assert sources["parent"] == sources["before"] != sources["child"]
+
+
+def test_a_spool_that_another_thread_took_meanwhile_is_sent_as_well(home: Path, fake: Fake) -> None:
+    with Meter(home / "ingest.sock", agent=AGENT, consumer=CONSUMER, spool=home / "spool") as meter:
+        assert meter.flush()
+        sender = meter._sender
+        assert sender is not None
+        with sender._changed:  # as a sender that was made before the spool could be taken
+            sender._work.queues.pop(0)
+            sender._work.own -= 1
+        meter.record(task_id="t")
+        sender._adopted_at_s = float("-inf")
+        sender.appended()
+        until(lambda: len(fake.events) == 1)
+        assert len(sender._work.queues) == 2
+
+
 def test_a_forked_child_does_not_hold_what_its_parent_adopted(home: Path) -> None:
     """Else what waits there could be sent by nobody for as long as the child lives."""
     script = """

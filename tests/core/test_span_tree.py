@@ -128,6 +128,12 @@ def test_what_is_above_a_counted_span_needs_no_link_any_more() -> None:
     assert (tree.parents, tree.covered) == ({}, {B, C, D})
 
 
+def test_a_span_with_tokens_of_an_older_build_counts_on_when_it_comes_again() -> None:
+    tree = SpanTree(work={B: 7})
+    assert tree.grow([(A, B)], [B], [A], [B]).covered == []
+    assert (tree.work, tree.tops) == ({}, {B: 7})
+
+
 def test_of_a_huge_trace_the_oldest_links_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(span_tree, "MAX_LINKS", 2)
     tree: Any = SpanTree()

@@ -120,6 +120,8 @@ def test_tokens_that_are_not_told_are_not_zero_of_them(
         assert event.tells_tokens is tells
         assert (event.tokens_in, event.tokens_out) == (0, counts.get("tokens_out", 0))
         assert not any(isinstance(number, bool) for number in (event.tokens_in, event.tokens_out))
+    (event,) = decoded({**flat, "tokens_out": 0, "metrics": {"duration_ms": 5}}, body_format).events
+    assert event.tells_tokens
 
 
 @pytest.mark.parametrize(
