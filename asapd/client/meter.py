@@ -145,7 +145,7 @@ class Meter:
     def _take_spool(self) -> Waiting | None:
         """The spool, if there is to be one; tried again by the sender where it could not be opened so far."""
         with self._lock:
-            if self._root is None or self._spool is not None:
+            if self._root is None or self._spool is not None or self._is_closed:
                 return self._spool
             try:
                 self._spool = spool.take(self._root, self._spool_bytes, self._source)

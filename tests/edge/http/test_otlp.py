@@ -700,6 +700,14 @@ async def test_spans_with_the_messages_of_their_conversations_are_taken(edge: Ed
         assert "1048576 bytes" in Status.FromString(reply.body).message
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """The clock stands still: threads and the server take as long as they take."""
+    patience_ends_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < patience_ends_s
+        await trio.lowlevel.checkpoint()
+
+
 async def test_few_large_exports_wait_for_their_commits_at_once_and_others_are_told_to_come_again(
     inline_database: tuple[Database, apsw.Connection], tmp_path: Path, mock_clock: MockClock
 ) -> None:
@@ -711,13 +719,6 @@ async def test_few_large_exports_wait_for_their_commits_at_once_and_others_are_t
 
         async def export() -> None:
             replies.append(await send(edge, body))
-
-        async def until(condition: Callable[[], bool]) -> None:
-            """The clock stands still: threads and the server take as long as they take."""
-            patience_ends_s = time.monotonic() + 30
-            while not condition():
-                assert time.monotonic() < patience_ends_s
-                await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             for _ in range(4):
@@ -749,12 +750,6 @@ async def test_large_exports_keep_their_turns_until_they_are_recorded_though_nob
 
         async def export() -> None:
             replies.append(await send(edge, body))
-
-        async def until(condition: Callable[[], bool]) -> None:
-            patience_ends_s = time.monotonic() + 30
-            while not condition():
-                assert time.monotonic() < patience_ends_s
-                await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             for _ in range(2):
