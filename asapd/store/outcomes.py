@@ -16,7 +16,7 @@ from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
-from asapd.store.usage_filter import OF_TASK
+from asapd.store.usage_tasks import OF_TASK, looking
 
 _OF = "tenant = ? AND agent = ? AND task_id = ?"
 _COUNTED = "timestamp_us, outcome, duration_ms"
@@ -35,6 +35,8 @@ def settle(tx: Tx, tenant: int, agent: int, task_id: str) -> None:
     last = tx.row(f"SELECT sign, {_COUNTED} FROM task_outcome WHERE {_OF} ORDER BY seq DESC LIMIT 1", key)
     counted = None if last is None or last[0] < 0 else last[1:]
     wanted = _ending(tx, key)
+    if wanted is not None:
+        looking(tx)
     if wanted is not None and tx.row(
         f"SELECT 1 FROM usage WHERE {OF_TASK} AND +tenant = ? AND +agent = ? AND {JUDGED} LIMIT 1",
         (task_id, task_id, tenant, agent),

@@ -13,7 +13,7 @@ from asapd.store.audit import get_entry, reading_entries
 from asapd.store.parties import HOLDER, OWNER, debited, paid
 from asapd.store.rows import fetch
 from asapd.store.seals import Proof
-from asapd.store.usage_filter import OF_TASK
+from asapd.store.usage_tasks import OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 
 MOST = 1_000

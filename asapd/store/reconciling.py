@@ -23,6 +23,7 @@ from asapd.store.reconciling_identity import reconcile_identities
 from asapd.store.reconciling_outcomes import reconcile_outcomes
 from asapd.store.reconciling_tasks import reconcile_tasks
 from asapd.store.reconciling_usage import reconcile_usage
+from asapd.store.reconciling_usage_tasks import reconcile_usage_tasks
 from asapd.store.rows import one_moment
 
 
@@ -34,6 +35,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
     # What mostly grows is read step by step, up to where it ends now; what changes has to be seen at one moment.
     usage = _compared(connection, "usage", reconcile_usage)
     identities = _compared(connection, "usage_identity", reconcile_identities)
+    by_task = _compared(connection, "usage_task", reconcile_usage_tasks)
     hours, ledger = _compared(connection, "usage_hour", _hours), _compared(connection, "ledger", _ledger)
     budgets = _compared(connection, "budget_period", _budgets)
     with one_moment(connection):
@@ -44,6 +46,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             usage,
             tasks,
             identities,
+            by_task,
             hours,
             _compared(connection, "delegation", lambda connection: reconcile_delegations(connection, erasures)),
             ledger,

@@ -15,8 +15,9 @@ from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask, TaskEvent
-from asapd.store.usage_filter import CORRECTION, LIVE, OF_TASK
+from asapd.store.usage_filter import CORRECTION, LIVE
 from asapd.store.usage_sums import totals_of_tasks
+from asapd.store.usage_tasks import OF_TASK, looking
 from asapd.store.visibility import Visibility, visible_names
 
 STATES = ("started", "completed", "failed", "abandoned")
@@ -174,6 +175,7 @@ def abandon_overdue(tx: Tx, before_us: int, grace_us: int, now_us: int, limit: i
             tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (again_us, seq))
             continue
         tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name = of_start
+        looking(tx)
         of_task = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
         key = (task_id, task_id, tenant, agent)
         heard = tx.row(

@@ -21,7 +21,17 @@ from asapd.core.usage import (
     rollup,
     too_late,
 )
-from asapd.store import charging, identity, outcomes, retention, sources, unauthorised, usage_days, usage_hours
+from asapd.store import (
+    charging,
+    identity,
+    outcomes,
+    retention,
+    sources,
+    unauthorised,
+    usage_days,
+    usage_hours,
+    usage_tasks,
+)
 from asapd.store.budgets import open_book
 from asapd.store.prepared import INSERT, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
 from asapd.store.rows import Row
@@ -101,7 +111,7 @@ class _Pass:
         self._tx = tx
         self._now_us = batch[-1][0].now_us
         self._retired_us = retention.retired_edge(tx)
-        self._next = tx.next_seq("usage")
+        self._first = self._next = tx.next_seq("usage")
         self._known = identity.known(tx.connection, [key for _, its in batch for key in its.keys if key is not None])
         if tx.has_digests:
             self._known |= self._known_by_digest(batch)
@@ -302,6 +312,7 @@ class _Pass:
             tx.execute(_CLAIM[: len(_CLAIM) - (_CLAIMS - len(part)) * len(_CLAIMED)], [*chain.from_iterable(part)])
         self._write_rows()
         tx.next_usage = self._next
+        usage_tasks.came(tx, self._first, self._next)
         names, rows = tx.names, []
         for tenant, priced in self._priced.items():
             for (hour, agent, consumer, model, project, outcome), sums in rollup(priced).items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from asapd.store.usage_tasks import OF_TASK
 from asapd.store.visibility import Visibility, visible_names
 
 LIVE = (
@@ -16,22 +17,6 @@ LIVE = (
 
 CORRECTION = "seq IN (SELECT seq FROM usage_repriced)"
 """Raw rows that are no usage, but correct the cost of another."""
-
-# The names of tasks are random: over all rows, an index of them has each event on a page of its own, which a commit
-# then writes. So it has them by stretches of rows, each of which is looked through, gaps of retention left out. Behind
-# the last stretch that 64 bits have it begins again with the first: UNION takes that for known, and ends.
-IN_STRETCHES = (
-    "seq >> 15 IN (WITH RECURSIVE stretch (n) AS (SELECT (SELECT min(seq) FROM usage) >> 15 UNION "
-    "SELECT (SELECT min(u.seq) FROM usage u WHERE u.seq >= n + 1 << 15) >> 15 FROM stretch WHERE n IS NOT NULL) "
-    "SELECT n FROM stretch WHERE n IS NOT NULL)"
-)
-"""All raw rows, for the index `usage_task`: beside it, a condition on the end of the name of a task."""
-
-OF_TASK = f"{IN_STRETCHES} AND substr(task_id, -8) = substr(?, -8) AND task_id = ?"
-"""Raw rows of a task, given twice: by the index `usage_task`, which has the ends of names.
-
-Other conditions that an index could answer have a `+` before them: SQLite takes theirs for the narrower.
-"""
 
 # A row under a reservation need not name its delegation. Both sides have an index of their own.
 _UNDER = (

@@ -17,7 +17,8 @@ from asapd.core.usage import RollupSums
 from asapd.store import usage_days
 from asapd.store.rows import Row, fetch
 from asapd.store.usage_days import DAY_HOURS, TENANTS
-from asapd.store.usage_filter import CORRECTION, IN_STRETCHES, LIVE, UsageFilter, of_dimensions, of_rows, within
+from asapd.store.usage_filter import CORRECTION, LIVE, UsageFilter, of_dimensions, of_rows, within
+from asapd.store.usage_tasks import OF_TASKS
 from asapd.store.visibility import Visibility, visible_names
 
 
@@ -396,9 +397,7 @@ def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: lis
     narrower, values = visible_names(visible, ("agent", "consumer"))
     where = [
         *(f"+({condition})" for condition in narrower),
-        IN_STRETCHES,
-        "substr(task_id, -8) IN (SELECT substr(value, -8) FROM json_each(?))",
-        "task_id IN (SELECT value FROM json_each(?))",
+        OF_TASKS,
         LIVE,
     ]
     source = f"{_RAW} WHERE {' AND '.join(where)}"

@@ -60,6 +60,7 @@ NOT_HELD: dict[str, str] = {
     "usage_source_range": NUMBERS,
     "usage_horizon": "a setting that only tightens; what retention took is refused whatever it says",
     "usage_day_through": POSITION,
+    "usage_task_through": POSITION,
     "usage_digest": POSITION,
     "sqlite_sequence": POSITION,
     "retention_gate": POSITION,
@@ -81,7 +82,10 @@ GONE_UNSEEN: dict[str, str] = {
 }
 """Tables of which some rows may go without being missed."""
 
-PUT_IN_UNSEEN = {"name": "one that no row has says nothing"}
+PUT_IN_UNSEEN = {
+    "name": "one that no row has says nothing",
+    "usage_task": "an entry that no row has finds nothing",
+}
 SWAPPED_UNSEEN = {"task_outcome": "what they come to is held, and in which order they came says nothing"}
 
 

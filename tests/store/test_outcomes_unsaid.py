@@ -14,7 +14,7 @@ from nacl.signing import SigningKey
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import migrations, outcomes_unsaid, verifying
 from asapd.store.excuses import VOUCHED
-from asapd.store.schema import MIGRATIONS
+from asapd.store.schema import MIGRATIONS, tasks_behind
 from asapd.store.schema import outcomes_unsaid as schema
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Note
@@ -53,6 +53,7 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
     with monkeypatch.context() as older:
         older.setattr(migrations, "MIGRATIONS", MIGRATIONS[: MIGRATIONS.index(schema.SCRIPT)])
         with closing(open_for_writing(path)) as connection:
+            connection.execute(tasks_behind.SCRIPT)  # what writes now looks into it
             ended(connection, *range(ENDS))
             if with_usage:
                 event = UsageEvent("other", A, "c", T0, id="e", source="s")
@@ -60,6 +61,8 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
                 submit(connection, RetireUsage(T0 + 1, "k", T0))
             for statement in taken:
                 connection.execute(statement)
+            connection.execute("DROP TABLE usage_task; DROP TABLE usage_task_through")
+            connection.execute("CREATE INDEX usage_task ON usage (substr(task_id, -8))")
     return open_for_writing(path, key=KEY)
 
 

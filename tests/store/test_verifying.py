@@ -155,6 +155,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("usage", 291, 291),
         ("task", 2, 2),
         ("usage_identity", 291, 0),
+        ("usage_task", 280, 0),
         ("usage_hour", 1, 0),
         ("delegation", 1, 1),
         ("ledger", 1, 1),

@@ -27,6 +27,7 @@ from asapd.store.schema import (
     sealing_times,
     seals,
     task_stretches,
+    tasks_behind,
     v1,
     v2,
 )
@@ -58,6 +59,7 @@ MIGRATIONS: tuple[str, ...] = (
     erasing.SCRIPT,
     identity_order.SCRIPT,
     task_stretches.SCRIPT,
+    tasks_behind.SCRIPT,
 )
 
 COUNTED_SINCE = MIGRATIONS.index(erasing.SCRIPT) + 1

@@ -1,0 +1,172 @@
+"""Rows of a task are found, wherever the index behind them stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import closing
+from pathlib import Path
+
+import apsw
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asapd.core.usage import Cost, UsageEvent
+from asapd.store import migrations, usage_tasks
+from asapd.store.reconciling_usage_tasks import reconcile_usage_tasks
+from asapd.store.schema import tasks_behind
+from asapd.store.tx import Tx
+from asapd.store.units.usage import RecordUsage, RetireUsage
+from asapd.store.usage_tasks import FEW, OF_TASK, OF_TASKS
+from asapd.store.writer import open_for_writing
+from tests.store.conftest import OpenStore
+from tests.store.ledger_desk import NOW_US, A, Ledger
+
+TASKS = ("task-1", "task-2", "another/task-1", "", "ends-in-12345678", "12345678", "tâche-é…\N{SNOWMAN}")
+
+
+def put(connection: apsw.Connection, seq: int, task: str) -> None:
+    info = connection.execute("PRAGMA table_info(usage)").fetchall()
+    blank: dict[str, object] = {"INTEGER": 0, "TEXT": "", "BLOB": b""}
+    row = {name: blank[kind] if notnull else None for _, name, kind, notnull, *_ in info}
+    row |= {"seq": seq, "task_id": task}
+    connection.execute(f"INSERT INTO usage ({','.join(row)}) VALUES ({','.join('?' * len(row))})", tuple(row.values()))
+
+
+def rows_of(connection: apsw.Connection, task: str) -> list[int]:
+    return [seq for (seq,) in connection.execute(f"SELECT seq FROM usage WHERE {OF_TASK} ORDER BY seq", (task, task))]
+
+
+def entered(connection: apsw.Connection) -> list[int]:
+    return [seq for (seq,) in connection.execute("SELECT seq FROM usage_task ORDER BY seq")]
+
+
+def through(connection: apsw.Connection) -> int:
+    found: int = connection.execute("SELECT seq FROM usage_task_through").get
+    return found
+
+
+def tx(connection: apsw.Connection) -> Tx:
+    return Tx(connection, os.urandom)
+
+
+def report(desk: Ledger, *tasks: str, offset_us: int = 0) -> None:
+    events = [UsageEvent(task, A, A, NOW_US + offset_us, id=f"{offset_us} {at}") for at, task in enumerate(tasks)]
+    desk.submit(RecordUsage("default", "key:x", NOW_US, events, [Cost(None)] * len(events)))
+
+
+def test_rows_of_a_task_are_found_in_all_stretches_and_gaps_are_passed_over(connection: apsw.Connection) -> None:
+    stretch = 1 << 15
+    seqs = [1, stretch - 1, stretch, 40 * stretch + 7, (1 << 60) + 5, (1 << 63) - 9]
+    for at, seq in enumerate(seqs):
+        put(connection, seq, "a task of some name")
+        put(connection, seq + 3, "another name")
+        if at == 3:
+            usage_tasks.came(tx(connection), 0, 1 << 20)
+    assert rows_of(connection, "a task of some name") == seqs
+    assert len(entered(connection)) == 8
+
+
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("report"), st.lists(st.sampled_from(TASKS), min_size=1, max_size=9)),
+        st.tuples(st.sampled_from(["void", "retire", "look"]), st.integers(0, 60)),
+    ),
+    max_size=25,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_steps, st.integers(0, 4), st.integers(0, 6))
+def test_rows_of_tasks_are_found_whatever_came_and_went(
+    open_store: OpenStore, steps: list[tuple[str, list[str] | int]], at_once: int, few: int
+) -> None:
+    with open_store() as connection, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usage_tasks, "AT_ONCE", at_once)
+        patch.setattr(usage_tasks, "FEW", few)
+        desk = Ledger(connection)
+        for at, (what, value) in enumerate(steps):
+            if isinstance(value, list):
+                report(desk, *value, offset_us=at)
+            elif what == "void":
+                desk.void(value)
+            elif what == "retire":
+                desk.submit(RetireUsage(NOW_US + 1_000, "asapd", NOW_US + value, limit=7))
+            else:
+                usage_tasks.looking(tx(connection))
+                assert tx(connection).next_seq("usage") - 1 - through(connection) <= few
+            there = connection.execute("SELECT seq, task_id FROM usage ORDER BY seq").fetchall()
+            for task in TASKS:
+                assert rows_of(connection, task) == [seq for seq, its in there if its == task]
+            listed = json.dumps(TASKS[::2])
+            found = connection.execute(f"SELECT seq FROM usage WHERE {OF_TASKS} ORDER BY seq", (listed, listed))
+            assert [seq for (seq,) in found] == [seq for seq, its in there if its in TASKS[::2]]
+            assert entered(connection) == [seq for seq, _ in there if seq <= through(connection)]
+            assert reconcile_usage_tasks(connection).findings == 0
+
+
+def test_rows_are_entered_once_there_are_many_whoever_writes_them(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_tasks, "AT_ONCE", 2)
+    desk = Ledger(connection)
+    report(desk, "a", "b")
+    assert entered(connection) == []
+    report(desk, "c", "d", "e", offset_us=1)
+    assert entered(connection) == [1, 2, 3, 4, 5]
+    desk.void(1)
+    assert through(connection) == 5
+    desk.void(2)
+    assert entered(connection) == [1, 2, 3, 4, 5, 6, 7]
+    assert rows_of(connection, "b") == [2, 7]
+
+
+def test_the_writer_looks_through_few_rows(connection: apsw.Connection) -> None:
+    desk = Ledger(connection)
+    report(desk, *["a"] * FEW)
+    usage_tasks.looking(tx(connection))
+    assert entered(connection) == []
+    report(desk, "b", offset_us=1)
+    usage_tasks.looking(tx(connection))
+    assert through(connection) == FEW + 1
+    assert rows_of(connection, "b") == [FEW + 1]
+
+
+def test_a_mark_that_was_moved_back_stops_nothing(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage_tasks, "AT_ONCE", 0)
+    desk = Ledger(connection)
+    report(desk, "a")
+    connection.execute("UPDATE usage_task_through SET seq = 0")
+    report(desk, "a", offset_us=1)
+    assert rows_of(connection, "a") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "sql", ["DELETE FROM usage_task WHERE seq = 2", "UPDATE usage_task SET name = 'c' WHERE seq = 2"]
+)
+def test_a_row_that_its_task_does_not_find_is_named(connection: apsw.Connection, sql: str) -> None:
+    desk = Ledger(connection)
+    report(desk, "a", "b", "a")
+    usage_tasks.came(tx(connection), 0, 1 << 20)
+    connection.execute(sql)
+    (named,) = reconcile_usage_tasks(connection).named
+    assert re.fullmatch(r"usage row 2 \(0 1\) is not found by its task", named)
+
+
+def test_the_rows_of_an_older_file_are_entered(tmp_path: Path) -> None:
+    path = tmp_path / "asapd.db"
+    before = migrations.MIGRATIONS[: migrations.MIGRATIONS.index(tasks_behind.SCRIPT)]
+    with closing(apsw.Connection(str(path))) as old:
+        for script in before:
+            old.execute(script)
+        for seq in (1, 5, (1 << 15) + 1):
+            put(old, seq, f"task {seq % 4}")
+        old.pragma("application_id", migrations.APPLICATION_ID)
+        old.pragma("user_version", len(before))
+    with closing(open_for_writing(path)) as connection:
+        assert through(connection) == (1 << 15) + 1
+        assert rows_of(connection, "task 1") == [1, 5, (1 << 15) + 1]
+        put(connection, (1 << 15) + 2, "task 1")
+        assert rows_of(connection, "task 1")[-1] == (1 << 15) + 2
