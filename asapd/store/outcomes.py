@@ -16,7 +16,7 @@ from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
-from asapd.store.usage_tasks import OF_TASK, looking
+from asapd.store.usage_tasks import OF_TASK, looking, of_task
 
 _OF = "tenant = ? AND agent = ? AND task_id = ?"
 _COUNTED = "timestamp_us, outcome, duration_ms"
@@ -39,7 +39,7 @@ def settle(tx: Tx, tenant: int, agent: int, task_id: str) -> None:
         looking(tx)
     if wanted is not None and tx.row(
         f"SELECT 1 FROM usage WHERE {OF_TASK} AND +tenant = ? AND +agent = ? AND {JUDGED} LIMIT 1",
-        (task_id, task_id, tenant, agent),
+        (*of_task(task_id), tenant, agent),
     ):
         wanted = None
     if wanted == counted:

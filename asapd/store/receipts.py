@@ -13,7 +13,7 @@ from asapd.store.audit import get_entry, reading_entries
 from asapd.store.parties import HOLDER, OWNER, debited, paid
 from asapd.store.rows import fetch
 from asapd.store.seals import Proof
-from asapd.store.usage_tasks import OF_TASK
+from asapd.store.usage_tasks import OF_TASK, of_task
 from asapd.store.visibility import Visibility, visible_names
 
 MOST = 1_000
@@ -39,7 +39,7 @@ def entries_of(
     rows = fetch(
         connection,
         f"SELECT seq, committed_us FROM usage WHERE {' AND '.join([OF_TASK, *(f'+({its})' for its in where)])} LIMIT ?",
-        (task, task, *values, MOST + 1),
+        (*of_task(task), *values, MOST + 1),
     )
     steps = fetch(
         connection,

@@ -17,7 +17,7 @@ from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask, TaskEvent
 from asapd.store.usage_filter import CORRECTION, LIVE
 from asapd.store.usage_sums import totals_of_tasks
-from asapd.store.usage_tasks import OF_TASK, looking
+from asapd.store.usage_tasks import OF_TASK, looking, of_task
 from asapd.store.visibility import Visibility, visible_names
 
 STATES = ("started", "completed", "failed", "abandoned")
@@ -176,14 +176,16 @@ def abandon_overdue(tx: Tx, before_us: int, grace_us: int, now_us: int, limit: i
             continue
         tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name = of_start
         looking(tx)
-        of_task = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
-        key = (task_id, task_id, tenant, agent)
+        its_rows = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
+        key = (*of_task(task_id), tenant, agent)
         heard = tx.row(
-            f"SELECT outcome, timestamp_us, error, id FROM usage WHERE {of_task} AND NOT partial "
+            f"SELECT outcome, timestamp_us, error, id FROM usage WHERE {its_rows} AND NOT partial "
             "ORDER BY timestamp_us DESC, seq DESC LIMIT 1",
             key,
         )
-        interim = tx.row(f"SELECT max(timestamp_us) FROM usage WHERE {of_task} AND partial AND NOT ({CORRECTION})", key)
+        interim = tx.row(
+            f"SELECT max(timestamp_us) FROM usage WHERE {its_rows} AND partial AND NOT ({CORRECTION})", key
+        )
         if heard is None and interim is not None and (interim[0] or 0) >= before_us:
             tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (interim[0], seq))
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from asapd.store.usage_tasks import OF_TASK
+from asapd.store.usage_tasks import OF_TASK, of_task
 from asapd.store.visibility import Visibility, visible_names
 
 LIVE = (
@@ -70,7 +70,7 @@ def of_rows(query: UsageFilter) -> tuple[list[str], list[Any]]:
         values += [query.delegation, query.delegation]
     if query.task is not None:
         where = [*(f"+({condition})" for condition in where), OF_TASK]
-        values += [query.task, query.task]
+        values += of_task(query.task)
     if query.counting:
         where += [LIVE, f"NOT ({CORRECTION})"]
     return where, values

@@ -18,7 +18,7 @@ from asapd.store import usage_days
 from asapd.store.rows import Row, fetch
 from asapd.store.usage_days import DAY_HOURS, TENANTS
 from asapd.store.usage_filter import CORRECTION, LIVE, UsageFilter, of_dimensions, of_rows, within
-from asapd.store.usage_tasks import OF_TASKS
+from asapd.store.usage_tasks import OF_TASKS, of_tasks
 from asapd.store.visibility import Visibility, visible_names
 
 
@@ -401,8 +401,7 @@ def totals_of_tasks(connection: apsw.Connection, visible: Visibility, tasks: lis
         LIVE,
     ]
     source = f"{_RAW} WHERE {' AND '.join(where)}"
-    listed = msgspec.json.encode(tasks).decode()
-    return _totals_over(connection, source, (*values, listed, listed))
+    return _totals_over(connection, source, (*values, *of_tasks(tasks)))
 
 
 def _totals(sums: RollupSums, unique_agents: int, unique_consumers: int) -> dict[str, Any]:

@@ -7,16 +7,27 @@ order, and by stretches of rows, so that those of one time lie side by side. The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import Final, cast
 
+import apsw
+import msgspec
+
+from asapd.store.rows import fetch_one
 from asapd.store.tx import Tx
 
 AT_ONCE: Final = 11
-"""Rows are entered every 2**11 of them: so many are looked through at the most, in less than a millisecond."""
+"""Every 2**11 rows are entered: so many at the most are looked through, within a millisecond, or a commit's own."""
 
 FEW: Final = 256
 """Rows that the writer itself looks through for a task; more of them are entered first."""
+
+STRETCH: Final = 15
+"""2**15 rows are a stretch: some 250 pages."""
+
+# Without a mark nothing is known to be entered: all is looked through.
+_THROUGH = "coalesce((SELECT seq FROM usage_task_through), 0)"
 
 # Each stretch is looked into, gaps of retention left out.
 _STRETCHES = (
@@ -28,28 +39,55 @@ _STRETCHES = (
 
 def _rows_of(wanted: str) -> str:
     return (
-        f"seq IN (WITH wanted (task) AS ({wanted}) "
-        f"SELECT seq FROM usage_task WHERE stretch IN ({_STRETCHES}) "
-        "AND name IN (SELECT substr(task, -8) FROM wanted) UNION ALL "
-        "SELECT seq FROM usage WHERE seq > (SELECT seq FROM usage_task_through) "
-        "AND task_id IN (SELECT task FROM wanted))"
+        f"seq IN (WITH wanted (task, key) AS ({wanted}) "
+        f"SELECT seq FROM usage_task WHERE stretch IN ({_STRETCHES}) AND key IN (SELECT key FROM wanted) UNION ALL "
+        f"SELECT seq FROM usage WHERE seq > {_THROUGH} AND task_id IN (SELECT task FROM wanted))"
     )
 
 
-OF_TASK: Final = f"{_rows_of('VALUES (?)')} AND task_id = ?"
-"""Raw rows of a task, given twice: the index has the ends of names.
+OF_TASK: Final = f"{_rows_of('VALUES (?, ?)')} AND task_id = ?"
+"""Raw rows of a task, with the values of `of_task`.
 
 Other conditions that an index could answer have a `+` before them: SQLite takes theirs for the narrower.
 """
 
-OF_TASKS: Final = f"{_rows_of('SELECT value FROM json_each(?)')} AND task_id IN (SELECT value FROM json_each(?))"
-"""Raw rows of several tasks, a JSON array of them given twice."""
+OF_TASKS: Final = (
+    f"{_rows_of('SELECT value ->> 0, value ->> 1 FROM json_each(?)')} AND task_id IN (SELECT value FROM json_each(?))"
+)
+"""Raw rows of several tasks, with the values of `of_tasks`."""
 
-# Again is no harm: whoever moved the mark back by hand would else stop all ingest.
-_ENTER = """
-INSERT OR IGNORE INTO usage_task SELECT seq >> 15, substr(task_id, -8) AS name, seq FROM usage
-WHERE seq > (SELECT seq FROM usage_task_through) ORDER BY seq >> 15, name, seq
-"""
+
+def of_task(task: str) -> tuple[str, int, str]:
+    """The values of `OF_TASK`."""
+    return task, task_key(task.encode()), task
+
+
+def of_tasks(tasks: Iterable[str]) -> tuple[str, str]:
+    """The values of `OF_TASKS`."""
+    listed = list(tasks)
+    pairs = [(task, task_key(task.encode())) for task in listed]
+    return msgspec.json.encode(pairs).decode(), msgspec.json.encode(listed).decode()
+
+
+def task_key(task: bytes) -> int:
+    """What a task is found by: 64 bits of which nobody makes many that are alike, whatever names have in common."""
+    return int.from_bytes(blake2b(task, digest_size=8).digest(), "big", signed=True)
+
+
+def teach(connection: apsw.Connection) -> None:
+    """Let statements of a connection that enters or drops rows make keys: of bytes, as a damaged name is no text."""
+    connection.create_scalar_function("task_key", cast("apsw.ScalarProtocol", task_key), 1, deterministic=True)
+
+
+def mark(connection: apsw.Connection) -> int | None:
+    """The row through which all are entered; None where there is no such mark, or one beyond the rows."""
+    found = fetch_one(
+        connection,
+        "SELECT max(t.seq), count(*), (SELECT seq FROM sqlite_sequence WHERE name = 'usage') FROM usage_task_through t",
+    )
+    assert found is not None
+    through, count, newest = found
+    return None if count != 1 or not 0 <= through <= (newest or 0) else int(through)
 
 
 def came(tx: Tx, first: int, following: int) -> None:
@@ -60,20 +98,25 @@ def came(tx: Tx, first: int, following: int) -> None:
 
 def looking(tx: Tx) -> None:
     """Before the writer looks for the rows of a task: it does so for each of many in a commit."""
-    row = tx.row("SELECT s.seq - t.seq FROM usage_task_through t JOIN sqlite_sequence s ON s.name = 'usage'")
-    if row is not None and row[0] > FEW:
+    if tx.next_seq("usage") - 1 - (mark(tx.connection) or 0) > FEW:
         _enter(tx)
 
 
 def _enter(tx: Tx) -> None:
-    tx.execute(_ENTER)
-    tx.execute("UPDATE usage_task_through SET seq = ?", (tx.next_seq("usage") - 1,))
+    # Where the mark tells nothing all are entered anew, of which those that are there stay.
+    tx.execute(
+        f"INSERT OR IGNORE INTO usage_task SELECT seq >> {STRETCH}, task_key(CAST(task_id AS BLOB)) AS key, seq "
+        f"FROM usage WHERE seq > ? ORDER BY seq >> {STRETCH}, key, seq",
+        (mark(tx.connection) or 0,),
+    )
+    tx.execute("DELETE FROM usage_task_through")
+    tx.execute("INSERT INTO usage_task_through VALUES (?)", (tx.next_seq("usage") - 1,))
 
 
 def drop(tx: Tx, seqs: Sequence[int]) -> None:
     """Forget rows that are about to go."""
     tx.insert_many(
-        "DELETE FROM usage_task WHERE (stretch, name, seq) IN "
-        "(SELECT seq >> 15, substr(task_id, -8), seq FROM usage WHERE seq = ?)",
+        "DELETE FROM usage_task WHERE (stretch, key, seq) IN "
+        f"(SELECT seq >> {STRETCH}, task_key(CAST(task_id AS BLOB)), seq FROM usage WHERE seq = ?)",
         ((seq,) for seq in seqs),
     )

@@ -351,7 +351,7 @@ def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
             "AND (delegation IS NOT NULL OR reservation IS NOT NULL) "
             f"AND ({LIVE} OR seq IN (SELECT voids FROM usage_void WHERE superseded = {WITHHELD})) "
             f"AND NOT ({CORRECTION}) GROUP BY tenant, agent, delegation, reservation, flags",
-            (was["task_id"], was["task_id"], was["seq"]),
+            (*usage_tasks.of_task(was["task_id"]), was["seq"]),
         )
     }
     leaves |= {

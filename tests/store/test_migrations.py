@@ -169,13 +169,17 @@ def test_identities_of_an_older_file_are_found_by_their_keys_of_today(path: Path
     keys = [identity_key("default", f"agent {number}", "s", name) for number, name in enumerate(ids)]
     digests = [identity_digest(("default", "a", "", name)) for name in ("old", "span")]
     of_span = identity_key("default", "a", "", "s" * 40)
-    with closing(open_for_writing(path)) as old:
+    before_order = MIGRATIONS[: MIGRATIONS.index(identity_order.SCRIPT)]
+    with closing(apsw.Connection(str(path))) as old:
+        for script in before_order:
+            old.execute(script)
+        old.pragma("application_id", APPLICATION_ID)
         old.execute("UPDATE usage_digest SET through_seq = 2")
         before = [(key[-10:] + key[:-10], seq) for key, seq in [(of_span, 2), *zip(keys, range(3, 8), strict=True)]]
         assert len(before[1][0]) == len(digests[0]), "as long as a digest"
         rows = [*zip(digests, (1, 2), strict=True), *before]
         old.executemany("INSERT INTO usage_identity VALUES (?,?)", rows)
-        old.pragma("user_version", MIGRATIONS.index(identity_order.SCRIPT))
+        old.pragma("user_version", len(before_order))
     with closing(open_for_writing(path)) as connection:
         found = dict(connection.execute("SELECT key, seq FROM usage_identity").fetchall())
     assert found == dict(zip([*digests, of_span, *keys], (1, 2, 2, *range(3, 8)), strict=True))

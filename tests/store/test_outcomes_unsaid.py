@@ -62,7 +62,7 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
             for statement in taken:
                 connection.execute(statement)
             connection.execute("DROP TABLE usage_task; DROP TABLE usage_task_through")
-            connection.execute("CREATE INDEX usage_task ON usage (substr(task_id, -8))")
+            connection.execute("CREATE INDEX usage_task ON usage (task_id)")
     return open_for_writing(path, key=KEY)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import closing
@@ -19,7 +18,7 @@ from asapd.store.reconciling_usage_tasks import reconcile_usage_tasks
 from asapd.store.schema import tasks_behind
 from asapd.store.tx import Tx
 from asapd.store.units.usage import RecordUsage, RetireUsage
-from asapd.store.usage_tasks import FEW, OF_TASK, OF_TASKS
+from asapd.store.usage_tasks import FEW, OF_TASK, OF_TASKS, of_task, of_tasks
 from asapd.store.writer import open_for_writing
 from tests.store.conftest import OpenStore
 from tests.store.ledger_desk import NOW_US, A, Ledger
@@ -36,7 +35,7 @@ def put(connection: apsw.Connection, seq: int, task: str) -> None:
 
 
 def rows_of(connection: apsw.Connection, task: str) -> list[int]:
-    return [seq for (seq,) in connection.execute(f"SELECT seq FROM usage WHERE {OF_TASK} ORDER BY seq", (task, task))]
+    return [seq for (seq,) in connection.execute(f"SELECT seq FROM usage WHERE {OF_TASK} ORDER BY seq", of_task(task))]
 
 
 def entered(connection: apsw.Connection) -> list[int]:
@@ -100,8 +99,7 @@ def test_rows_of_tasks_are_found_whatever_came_and_went(
             there = connection.execute("SELECT seq, task_id FROM usage ORDER BY seq").fetchall()
             for task in TASKS:
                 assert rows_of(connection, task) == [seq for seq, its in there if its == task]
-            listed = json.dumps(TASKS[::2])
-            found = connection.execute(f"SELECT seq FROM usage WHERE {OF_TASKS} ORDER BY seq", (listed, listed))
+            found = connection.execute(f"SELECT seq FROM usage WHERE {OF_TASKS} ORDER BY seq", of_tasks(TASKS[::2]))
             assert [seq for (seq,) in found] == [seq for seq, its in there if its in TASKS[::2]]
             assert entered(connection) == [seq for seq, _ in there if seq <= through(connection)]
             assert reconcile_usage_tasks(connection).findings == 0
@@ -134,17 +132,44 @@ def test_the_writer_looks_through_few_rows(connection: apsw.Connection) -> None:
     assert rows_of(connection, "b") == [FEW + 1]
 
 
-def test_a_mark_that_was_moved_back_stops_nothing(connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage_tasks, "AT_ONCE", 0)
+@pytest.mark.parametrize(
+    ("sql", "is_found"),
+    [
+        ("UPDATE usage_task_through SET seq = 1", False),
+        ("UPDATE usage_task_through SET seq = 1000", True),
+        ("DELETE FROM usage_task_through", True),
+        ("INSERT INTO usage_task_through VALUES (0)", True),
+        ("UPDATE usage_task_through SET seq = -1", True),
+        ("DELETE FROM usage_task; DELETE FROM usage_task_through", True),
+    ],
+)
+def test_a_mark_that_was_moved_is_named_and_put_right_with_the_next_rows(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch, sql: str, is_found: bool
+) -> None:
     desk = Ledger(connection)
-    report(desk, "a")
-    connection.execute("UPDATE usage_task_through SET seq = 0")
+    report(desk, "a", "b", "a")
+    usage_tasks.came(tx(connection), 0, 1 << 20)
+    connection.execute(sql)
+    named = reconcile_usage_tasks(connection).named
+    said = ("usage_task_through does not say up to which row usage is found by its tasks",)
+    assert named == (said if is_found else ())
+    monkeypatch.setattr(usage_tasks, "AT_ONCE", 0)
     report(desk, "a", offset_us=1)
-    assert rows_of(connection, "a") == [1, 2]
+    assert (rows_of(connection, "a"), through(connection)) == ([1, 3, 4], 4)
+    assert entered(connection) == [1, 2, 3, 4]
+    assert reconcile_usage_tasks(connection).findings == 0
+
+
+def test_a_name_that_is_no_text_any_more_stops_nothing(connection: apsw.Connection) -> None:
+    desk = Ledger(connection)
+    report(desk, "a", "b")
+    connection.execute("DROP TRIGGER usage_no_update; UPDATE usage SET task_id = CAST(x'ff' AS TEXT) WHERE seq = 1")
+    usage_tasks.came(tx(connection), 0, 1 << 20)
+    assert (entered(connection), rows_of(connection, "b")) == ([1, 2], [2])
 
 
 @pytest.mark.parametrize(
-    "sql", ["DELETE FROM usage_task WHERE seq = 2", "UPDATE usage_task SET name = 'c' WHERE seq = 2"]
+    "sql", ["DELETE FROM usage_task WHERE seq = 2", "UPDATE usage_task SET key = key + 1 WHERE seq = 2"]
 )
 def test_a_row_that_its_task_does_not_find_is_named(connection: apsw.Connection, sql: str) -> None:
     desk = Ledger(connection)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+# `task_key` is known to the connection that upgrades.
 SCRIPT = """
 DROP INDEX usage_task;
 
 CREATE TABLE usage_task (
-  stretch INTEGER NOT NULL,  -- 2**15 rows: some 250 pages
-  name TEXT NOT NULL,        -- the end of it
+  stretch INTEGER NOT NULL,
+  key INTEGER NOT NULL,  -- of the task
   seq INTEGER NOT NULL,
-  PRIMARY KEY (stretch, name, seq)
+  PRIMARY KEY (stretch, key, seq)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO usage_task SELECT seq >> 15, substr(task_id, -8) AS name, seq FROM usage ORDER BY seq >> 15, name, seq;
+INSERT INTO usage_task SELECT seq >> 15, task_key(CAST(task_id AS BLOB)) AS key, seq FROM usage
+  ORDER BY seq >> 15, key, seq;
 
 CREATE TABLE usage_task_through (seq INTEGER NOT NULL) STRICT;
 INSERT INTO usage_task_through SELECT coalesce(max(seq), 0) FROM usage;
