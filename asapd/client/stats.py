@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -60,16 +61,16 @@ class Counters:
         """Remember whether sending works; a change is logged."""
         before, self._error = self._error, error
         if error is not None and before is None:
-            self._log.warning("asapd takes no usage events at present, they are kept: %s", error)
+            self._say(logging.WARNING, "asapd takes no usage events at present, they are kept: %s", error)
         elif error is None and before is not None:
-            self._log.info("asapd takes usage events again")
+            self._say(logging.INFO, "asapd takes usage events again")
 
     def complain(self, message: str, *args: object, error: BaseException | None = None) -> None:
         """Log a message, each kind at most once a minute."""
         with self._lock:
             may_say = self._may_say(message)
         if may_say:
-            self._log.warning(message, *args, exc_info=error)
+            self._say(logging.WARNING, message, *args, error=error)
 
     def complain_of_unkept(self, message: str, *args: object) -> None:
         """Log a refused event that could not be kept, after the number of those since the last such line."""
@@ -80,14 +81,22 @@ class Counters:
             if may_say:
                 self._unsaid = 0
         if may_say:
-            self._log.warning("usage events lost: %d; " + message, number, *args)
+            self._say(logging.WARNING, "usage events lost: %d; " + message, number, *args)
 
     def say_rest(self) -> None:
         """Log at the end how many refused events were lost since the last line that said so."""
         with self._lock:
             number, self._unsaid = self._unsaid, 0
         if number:
-            self._log.warning("usage events lost: %d; asapd refused them too, and they could not be set aside", number)
+            self._say(
+                logging.WARNING,
+                "usage events lost: %d; asapd refused them too, and they could not be set aside",
+                number,
+            )
+
+    def _say(self, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+        with contextlib.suppress(Exception):  # what the program's own handlers raise must not reach what is metered
+            self._log.log(level, message, *args, exc_info=error)
 
     def _may_say(self, message: str) -> bool:
         now_s = time.monotonic()

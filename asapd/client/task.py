@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from decimal import Decimal
@@ -80,6 +81,8 @@ class Task:
         self.consumer = consumer
         self._given_id = task_id
         self.task_id = new_id() if task_id is None else str(task_id)
+        # One that its thread can take twice: a finalizer or the handler of a signal may count too.
+        self._lock = threading.RLock()
         self.details: Details = {}
         for name, value in details.items():  # one by one: what makes no sense is left out, and nothing else
             self.describe(**cast("Details", {name: value}))
@@ -88,6 +91,7 @@ class Task:
         self.cost_usd: Decimal | None = None
         self.metrics: Metrics = {}
         self._began_ns: int | None = None
+        self._is_over = False
         self._outer: contextvars.Token[Task | None] | None = None
 
     # --- what was used
@@ -124,16 +128,23 @@ class Task:
     @_harmless
     def cost(self, usd: Usd) -> None:
         """Add what the work cost in US dollars; without it the daemon's price table decides."""
-        self.cost_usd = add_dollars(self.cost_usd, usd)
+        with self._lock:
+            while True:
+                known = self.cost_usd
+                total = add_dollars(known, usd)
+                if self.cost_usd is known:
+                    self.cost_usd = total
+                    return
 
     @_harmless
     def describe(self, **details: Unpack[Details]) -> None:
         """Say or correct the model, the provider, labels and so on, when they are known only now."""
         check_names(details)
-        labels = {**(self.details.get("labels") or {}), **(details.get("labels") or {})}
-        self.details.update(details)
-        if labels:
-            self.details["labels"] = labels
+        with self._lock:
+            labels = {**(self.details.get("labels") or {}), **(details.get("labels") or {})}
+            self.details.update(details)
+            if labels:
+                self.details["labels"] = labels
 
     @_harmless
     def failed(self, error: BaseException | str | None = None) -> None:
@@ -143,35 +154,46 @@ class Task:
             self.error = error_text(error) if isinstance(error, BaseException) else clean(error)
 
     def _add(self, **counts: int | None) -> None:
-        known = cast("dict[str, int]", self.metrics)
-        sums = {name: count(known.get(name, 0) + count(more)) for name, more in counts.items() if more is not None}
-        known.update(sums)
+        added = {name: count(more) for name, more in counts.items() if more is not None}
+        with self._lock:
+            while True:
+                known = cast("dict[str, int]", self.metrics)
+                sums = {**known, **{name: count(known.get(name, 0) + more) for name, more in added.items()}}
+                if self.metrics is known:  # else something of this thread came between, and is added to
+                    self.metrics = cast("Metrics", sums)
+                    return
 
     # --- begin and end
 
     @_harmless
     def start(self) -> None:
-        """Begin to time. `with` does it; for work that does not begin and end in one place."""
+        """Begin to time. `with` does it; for work that does not begin and end in one place.
+
+        After its end it is the next piece of work, of which nothing was counted yet.
+        """
+        if self._is_over:
+            self._is_over = False
+            self.metrics, self.cost_usd, self.outcome, self.error = {}, None, "completed", None
         self._began_ns = time.perf_counter_ns()
 
     @_harmless
     def stop(self) -> None:
         """End to time; what is used until `finish` counts still. For work that goes on after it was answered."""
-        if self._began_ns is not None:
-            self._measure()
+        if (began_ns := self._began_ns) is not None:
+            self._measure(began_ns)
 
-    def _measure(self) -> None:
-        assert self._began_ns is not None
-        elapsed_ns = time.perf_counter_ns() - self._began_ns
-        self.metrics.setdefault("duration_ms", (elapsed_ns + 500_000) // 1_000_000)
+    def _measure(self, began_ns: int) -> None:
+        if "duration_ms" not in self.metrics:
+            self._add(duration_ms=(time.perf_counter_ns() - began_ns + 500_000) // 1_000_000)
 
     @_harmless
     def finish(self, error: BaseException | None = None) -> None:
         """Record the work; the second time does nothing."""
-        if self._began_ns is None:
+        began_ns, self._began_ns = self._began_ns, None  # nothing can come between, another end neither
+        if began_ns is None:
             return
-        self._measure()
-        self._began_ns = None
+        self._is_over = True
+        self._measure(began_ns)
         if _is_failure(error):
             assert error is not None
             self.outcome, self.error = "failed", error_text(error)

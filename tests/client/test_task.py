@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from asapd.client import task as module
 from asapd.client.stats import Counters
 from asapd.client.task import Task, current_task
 
@@ -301,3 +304,94 @@ def test_a_with_block_in_a_generator_that_ends_elsewhere_is_no_trouble(recorder:
 
     asyncio.run(main())
     assert recorder.outcomes == [("completed", None)]
+
+
+def test_threads_can_count_on_one_task(recorder: Recorder) -> None:
+    def work() -> None:
+        for _ in range(500):
+            task.tokens(1, 1)
+            task.calls()
+            task.cost("0.001")
+
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with recorder.task() as task:
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(switch_s)
+    (event,) = recorder.events
+    metrics = event["metrics"]
+    assert (metrics["tokens_in"], metrics["tokens_out"], metrics["api_calls"]) == (2000, 2000, 2000)
+    assert event["cost_usd"] == "2"
+
+
+def test_what_a_handler_counts_in_the_middle_of_counting_is_kept(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_up, add_dollars = module.count, module.add_dollars
+
+    def interrupted_count(value: Any) -> int:
+        if value == 10:
+            task.tokens(100)
+        return add_up(value)
+
+    def interrupted_dollars(total: Decimal | None, more: Any) -> Decimal:
+        if total is None and more == 1:
+            task.cost(5)
+        return add_dollars(total, more)
+
+    monkeypatch.setattr(module, "count", interrupted_count)
+    monkeypatch.setattr(module, "add_dollars", interrupted_dollars)
+    with recorder.task() as task:
+        task.tokens(3)
+        task.tokens(7)
+        task.cost(1)
+    (event,) = recorder.events
+    assert (event["metrics"]["tokens_in"], event["cost_usd"]) == (110, "6")
+
+
+def test_a_handler_that_ends_a_task_that_is_just_ending_changes_nothing(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = recorder.task()
+    task.start()
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: task.finish() or task.stop() or 2**62)
+    task.finish()
+    assert len(recorder.events) == 1
+    assert recorder.misused == 0
+
+
+def test_a_task_that_begins_again_counts_anew(recorder: Recorder) -> None:
+    task = recorder.task()
+    task.tokens(1)
+    for tokens, error in ((10, RuntimeError("no")), (20, None)):
+        with contextlib.suppress(RuntimeError), task:
+            task.tokens(tokens)
+            task.cost(tokens)
+            if error is not None:
+                raise error
+    assert [event["metrics"]["tokens_in"] for event in recorder.events] == [11, 20]
+    assert [event["cost_usd"] for event in recorder.events] == ["10", "20"]
+    assert recorder.outcomes == [("failed", "RuntimeError: no"), ("completed", None)]
+
+
+def test_a_log_handler_that_raises_breaks_nothing(recorder: Recorder) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError(record.getMessage())
+
+    log, broken = logging.getLogger("asapd.client"), Broken()
+    log.addHandler(broken)
+    try:
+        with recorder.task() as task:
+            task.tokens(-1)
+        recorder.counters.set_error("away")
+        recorder.counters.set_error(None)
+    finally:
+        log.removeHandler(broken)
+    assert (recorder.misused, len(recorder.events)) == (1, 1)
