@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+
+# The resolver and whoever opens a text file import these with their first use, in whatever thread that is; a child that
+# is forked in the middle of an import waits for its end for ever.
+import encodings.ascii
+import encodings.idna  # noqa: F401 -- for what importing them does
 import http.client
 import json
+import os
 import socket
 import ssl
-import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -192,14 +198,17 @@ class Response:
 
 
 class Requests:
-    """Requests with JSON bodies over HTTP/1.1, on kept connections; any thread may use it."""
+    """Requests with JSON bodies over HTTP/1.1, on kept connections; any thread may use it, and a forked child.
+
+    Without any lock: the handler of a signal may close it in the middle of anything.
+    """
 
     def __init__(self, address: Address, key: str | None, tls: ssl.SSLContext | None) -> None:
         self._address = address
         self._key = key
         self._tls = tls
-        self._idle: list[http.client.HTTPConnection] = []
-        self._lock = threading.Lock()
+        # Each with the process that made it: in a child it is the parent's yet, who would take its answers.
+        self._idle: deque[tuple[int, http.client.HTTPConnection]] = deque()
 
     def post(
         self,
@@ -224,12 +233,20 @@ class Requests:
         if token is not None:
             headers["X-ASAP-Delegation-Token"] = token
         prefix = self._address.prefix if isinstance(self._address, Web) else ""
-        with self._lock:
-            kept = self._idle.pop() if self._idle else None
+        kept = self._kept()
         if kept is not None:
             with contextlib.suppress(ConnectionError):
                 return self._request(kept, prefix + path, body, headers, timeout_s)
         return self._request(self._connection(timeout_s), prefix + path, body, headers, timeout_s)
+
+    def _kept(self) -> http.client.HTTPConnection | None:
+        with contextlib.suppress(IndexError):
+            while True:
+                maker, connection = self._idle.pop()
+                if maker == os.getpid():
+                    return connection
+                connection.close()  # which leaves it to the parent
+        return None
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         address = self._address
@@ -264,8 +281,7 @@ class Requests:
             connection.close()
             raise
         if is_kept:
-            with self._lock:
-                self._idle.append(connection)
+            self._idle.append((os.getpid(), connection))
         else:
             connection.close()
         document: Any = None
@@ -273,17 +289,11 @@ class Requests:
             document = json.loads(data)
         return Response(response.status, document if isinstance(document, dict) else {})
 
-    def forget_in_child(self) -> None:
-        """In a forked child: leave the connections to the parent."""
-        self._lock = threading.Lock()
-        self.close()
-
     def close(self) -> None:
-        """Close the connections that are not in use."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        """Close the connections that are not in use, which in a forked child leaves them to the parent."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop()[1].close()
 
 
 class WebLink:

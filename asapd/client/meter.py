@@ -80,6 +80,8 @@ class Meter:
     ) -> None:
         if not 1 <= batch_events <= 5000 or batch_age_s < 0 or spool_bytes < 1:
             raise ValueError("batch_events must be within 1 and 5000, batch_age_s and spool_bytes positive")
+        # Before anything is opened here: what the parent had open is closed then, by its number.
+        _follow_fork()
         self._address = addresses.parse(address)
         self.agent = agent
         self.consumer = consumer
@@ -108,7 +110,6 @@ class Meter:
         self._memory = Memory(MEMORY_BYTES, self._source)
         self._sender: Sender | None = None
         self._starting = threading.Lock()
-        self._pid = os.getpid()
 
     # --- opening, and forking
 
@@ -201,7 +202,7 @@ class Meter:
         """In a forked child, whose spools are closed: leave the connections to the parent; what comes opens others."""
         with contextlib.suppress(OSError):
             self._link.close()
-            self._requests.forget_in_child()
+            self._requests.close()
         self.counters.forget_in_child()
         self._late.forget_in_child()
         self._lock = threading.RLock()
@@ -222,6 +223,7 @@ class Meter:
         **details: Unpack[Details],
     ) -> Task:
         """A piece of work, for `with` or as a decorator; without a `task_id` it is given one."""
+        _follow_fork()  # a task counts what is misused without asking the meter
         return Task(self, agent or self.agent, consumer or self.consumer, task_id, **details)
 
     def record(
@@ -295,12 +297,8 @@ class Meter:
 
         So is a child that was forked and has all that is the parent's until `forget_in_child`.
         """
-        if self._pid != os.getpid():
-            if _is_forking:
-                return True
-            # By a server written in C, such as uWSGI, which calls no hooks of Python unless it is told to.
-            locked.forget_in_child()
-            _after_fork()
+        if not _follow_fork():
+            return True
         sender = self._sender
         is_sender_entered = sender is not None and sender.is_entered
         return is_held(self._lock) or is_sender_entered or any(queue.is_entered for queue in self._own())
@@ -354,6 +352,7 @@ class Meter:
         ttl_s: int | None = None,
     ) -> delegation.Authorization:
         """Ask the daemon, and wait for its answer, whether `agent` may work under a token or a delegation's id."""
+        _follow_fork()
         try:
             return delegation.authorize(
                 self._requests,
@@ -382,6 +381,7 @@ class Meter:
 
     def stats(self) -> Stats:
         """What this meter did, in this process."""
+        _follow_fork()
         pending, pending_bytes = (0, 0) if self._sender is None else self._sender.waiting()
         return self.counters.snapshot(pending, pending_bytes)
 
@@ -454,8 +454,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+_pid = os.getpid()
+"""The process that the meters are in, as far as they know."""
+_following: dict[int, threading.RLock] = {}
+"""What a process holds while its meters follow it; one for each, as a child inherits its parent's as it was."""
 _is_forking = False
-"""Whether this process is about to fork, or is a child that still has what is its parent's."""
+"""Whether this process is about to fork by Python's hooks, or is a child that they were not all called in yet."""
 
 
 def _set_forking(is_forking: bool) -> None:
@@ -463,12 +467,32 @@ def _set_forking(is_forking: bool) -> None:
     _is_forking = is_forking
 
 
+def _follow_fork() -> bool:
+    """Have the meters follow a fork of a server written in C, such as uWSGI, which calls no hooks of Python by itself.
+
+    False while they are about to follow one: what comes between then, in a hook or a finalizer, has to wait.
+    """
+    pid = os.getpid()
+    if _pid == pid:
+        return True
+    lock = _following.setdefault(pid, threading.RLock())
+    if _is_forking or is_held(lock):
+        return False
+    with lock:
+        if _pid != pid:  # else another thread was first, and what it made is in use
+            locked.forget_in_child()
+            _after_fork()
+    return True
+
+
 def _after_fork() -> None:
-    _set_forking(True)
+    global _pid  # noqa: PLW0603 -- a process forks as a whole
     spool.forget_in_child()
     meters = list(_meters)
     for meter in meters:
         meter.forget_in_child()
+    _pid = os.getpid()
+    _following.clear()  # of its parents, and this one, which nobody asks for any more
     _set_forking(False)
     for meter in meters:
         meter.catch_up()

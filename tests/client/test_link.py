@@ -6,16 +6,19 @@ import contextlib
 import json
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from asapd.client import link as links
 from asapd.client.address import Socket, Web, parse
 from asapd.client.link import Away, FrameLink, Refused, Requests, Taken, WebLink, make_link, settle
-from tests.client.fake import Fake, refused, taken
+from tests.client.fake import PATIENCE_S, Fake, refused, taken
 
 EVENT = b'{"id":"a"}'
 
@@ -63,10 +66,31 @@ def test_events_go_over_http_with_the_key(home: Path) -> None:
         assert [link.report([EVENT]) for _ in expected] == expected
         link.abort()
         link.close()
-        requests.forget_in_child()
+        requests.close()
         assert fake.requests[0][1]["authorization"] == "Bearer secret"
         assert fake.requests[0][0] == "/usage"
         assert fake.requests[0][2] == [{"id": "a"}]
+
+
+def test_the_handler_of_a_signal_may_close_the_connections_in_the_middle_of_anything(home: Path) -> None:
+    with Fake(home / "s", http=lambda path, headers, body: (200, {})):
+        requests = Requests(parse(home / "s"), None, None)
+        answers: list[int] = []
+
+        def handle(frame: FrameType, event: str, argument: object) -> Any:
+            if frame.f_code.co_filename == links.__file__:
+                requests.close()
+            return handle
+
+        def ask() -> None:
+            sys.settrace(handle)
+            answers.extend(requests.post("/x", b"").status for _ in range(2))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(PATIENCE_S)
+        assert answers == [200, 200]
+        requests.close()
 
 
 def test_what_does_not_speak_http_is_away() -> None:

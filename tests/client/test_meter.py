@@ -460,7 +460,7 @@ if child:
     meter.record(task_id="after")
 """
     arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
-    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     until(lambda: len(fake.events) == 4)
     sources: dict[str, list[tuple[str, int]]] = {}
@@ -491,7 +491,7 @@ assert os.waitpid(child, 0)[1] == 0
 meter.record(task_id="parent")
 """
     arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
-    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     sources: dict[str, list[tuple[str, int]]] = {}
     for event in fake.events:
@@ -515,11 +515,130 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 """
     arguments = [sys.executable, "-W", "error", "-c", script, home / "ingest.sock", home / "spool"]
-    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     until(lambda: len(fake.events) == 3)
     sources = {event["task_id"]: event["source"] for event in fake.events}
     assert sources["parent"] == sources["before"] != sources["child"]
+
+
+# Before each of the scripts: a fork of which Python's hooks hear nothing. The parent has no thread of the meter: one
+# that wants the lock of the interpreter just then leaves the child's threads waiting for it, whatever the meter does.
+FORK_IN_C = """
+import ctypes, logging, os, sys, threading
+from asapd.client import Allowed, Denied, Meter
+from asapd.client.sender import Sender
+logging.getLogger("asapd.client").addHandler(logging.NullHandler())
+start, Sender.start = Sender.start, None
+meter = Meter(sys.argv[1], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[2])
+def fork():
+    child = ctypes.PyDLL(None).fork()
+    if not child:
+        Sender.start = start
+    return child
+def end(child):
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def run(home: Path, script: str) -> None:
+    arguments = [sys.executable, "-W", "error", "-c", FORK_IN_C + script, home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+def test_a_child_that_c_forked_asks_on_connections_of_its_own(home: Path, fake: Fake) -> None:
+    """On one that it shares with its parent each would get the other's answers."""
+
+    def judge(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
+        if body["delegation"] == "bad":
+            return 403, {"decision": "deny", "code": "revoked"}
+        return 200, ALLOWED
+
+    fake.http = judge
+    script = """
+from asapd.client import meter as meters
+assert isinstance(meter.authorize("good", task_id="t"), Allowed)
+shared, = [connection.sock.fileno() for _, connection in meter._requests._idle]
+inode = os.fstat(shared).st_ino
+child = fork()
+if not child:
+    meters._pid = os.getpid()  # as if another meter's call had come between: the requests look for themselves
+    assert isinstance(meter.authorize("bad", task_id="t"), Denied)
+    (_, connection), = meter._requests._idle
+    assert os.fstat(connection.sock.fileno()).st_ino != inode
+    end(child)
+assert os.waitpid(child, 0)[1] == 0
+assert isinstance(meter.authorize("good", task_id="t"), Allowed)
+(_, connection), = meter._requests._idle
+assert os.fstat(connection.sock.fileno()).st_ino == inode
+"""
+    run(home, script)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "meter.authorize('good', task_id='t')",
+        "meter.stats()",
+        "meter.task()",
+        "meter.settle('')",
+        "meter.flush()",
+        "Meter(sys.argv[1], spool=sys.argv[2])",
+    ],
+)
+def test_whatever_a_child_that_c_forked_calls_first_finds_a_meter_of_its_own(home: Path, fake: Fake, call: str) -> None:
+    fake.http = lambda path, headers, body: (200, ALLOWED)
+    script = f"""
+meter.record(task_id="before")
+requests = meter._requests
+meter.counters._lock.acquire()  # as by another thread, which is not in the child
+child = fork()
+if not child:
+    threading.Thread(target=lambda: {call}).start()
+    while meter._requests is requests:
+        pass
+    assert meter.stats().recorded == 0
+    end(child)
+meter.counters._lock.release()
+end(child)
+"""
+    run(home, script)
+
+
+def test_threads_of_a_child_that_c_forked_make_one_meter_of_it(home: Path, fake: Fake) -> None:
+    """Else the second throws away what the first has taken in."""
+    script = """
+from asapd.client import spool
+forget, times = spool.forget_in_child, []
+def slow():
+    times.append(1)
+    if len(times) == 1:
+        meter.record(task_id="between")  # as a finalizer does
+        assert not meter.flush()
+        other.start()
+        while not waits():
+            pass
+    forget()
+def waits():
+    frames = sys._current_frames().get(other.ident)
+    return frames is not None and frames.f_code.co_name == "_follow_fork"
+other = threading.Thread(target=lambda: meter.record(task_id="second"))
+meter._root = None
+spool.forget_in_child = slow
+child = fork()
+if not child:
+    meter.record(task_id="first")
+    other.join()
+    assert times == [1]
+    assert meter.flush()
+    assert meter.stats().recorded == 3
+end(child)
+"""
+    run(home, script)
+    assert sorted(event["task_id"] for event in fake.events) == ["between", "first", "second"]
 
 
 def test_a_spool_that_another_thread_took_meanwhile_is_sent_as_well(home: Path, fake: Fake) -> None:

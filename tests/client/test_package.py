@@ -14,6 +14,7 @@ import pytest
 import asapd
 from asapd.client import address, event
 from asapd.client.address import Socket, Web
+from tests.client.fake import Fake
 
 ROOT = Path(asapd.__file__).parent.parent
 
@@ -34,6 +35,29 @@ assert "trio" not in sys.modules and "asyncio" not in sys.modules
     outcome = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_all_that_the_thread_needs_is_imported_before(home: Path, fake: Fake) -> None:
+    """A child that is forked while the thread imports something would wait for the end of that for ever."""
+    fake.http = lambda path, headers, body: (200, {})
+    script = """
+import logging, sys
+from asapd.client import Meter
+logging.getLogger("asapd.client").addHandler(logging.NullHandler())
+before = set(sys.modules)
+for address in sys.argv[1:3]:
+    with Meter(address, agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=sys.argv[3]) as meter:
+        meter.record()
+        meter.settle("r")
+        assert meter.flush(0 if "http" in address else 10) == ("http" not in address)
+        meter.authorize("del_1", task_id="t")
+        meter.close(0.1)
+assert meter.stats().pending == 0
+assert set(sys.modules) == before, set(sys.modules) - before
+"""
+    arguments = [sys.executable, "-c", script, "http://localhost:1", home / "ingest.sock", home / "spool"]
+    outcome = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
 
 
