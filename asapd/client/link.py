@@ -11,6 +11,7 @@ import encodings.idna  # noqa: F401 -- for what importing them does
 import http.client
 import json
 import os
+import re
 import socket
 import ssl
 from collections import deque
@@ -57,6 +58,7 @@ Answer = Taken | Refused | Away
 
 # What is about the events, not about the caller or the state of the daemon.
 _ABOUT_EVENTS = {"malformed", "invalid", "usage_conflict", "too_large", "too_many_events", "idempotency_key_reused"}
+_TOO_LARGE = {413, 414, 431}
 
 
 def judge(document: Mapping[str, Any]) -> Answer:
@@ -325,14 +327,23 @@ def report(web: Requests, events: Sequence[bytes], token: str | None = None) -> 
     if response.status == 413 and "code" not in document:
         # A proxy's own limit.
         return Refused("too_large", "the request is too large")
+    if response.status == 431 and token is not None:
+        # Without a token it is about the key, which is no fault of the events.
+        code = str(document.get("code", "headers_too_large"))
+        return Refused(code, "the headers of the request are too large: the token of the delegation is too long")
     if "code" not in document:
         return Away(f"HTTP status {response.status}")
     return judge(document)
 
 
+def is_reservation(text: str) -> bool:
+    """Whether this can be a reservation's id, which becomes a part of a path."""
+    return re.fullmatch("[A-Za-z0-9_-]{1,128}", text) is not None
+
+
 def settle(web: Requests, reservation: str) -> Answer:
     """Close a reservation; one that is closed already, or gone, is as good."""
-    if not reservation.replace("_", "").replace("-", "").isalnum():
+    if not is_reservation(reservation):  # from a spool of an older build, which took any
         return Refused("invalid", "this is no reservation's id")
     try:
         response = web.post(f"/reservations/{reservation}/settle", b"", idempotency=f"settle-{reservation}")
@@ -343,6 +354,9 @@ def settle(web: Requests, reservation: str) -> Answer:
         return Taken(0, 0)
     if response.status in {400, 403, 404, 409, 422} and code:
         return Refused(code, str(response.document.get("detail", "")))
+    if response.status in _TOO_LARGE:
+        # The daemon's limits or a proxy's: the same request is over them for ever.
+        return Refused(code or "too_large", str(response.document.get("detail", "the request is too large")))
     return Away(f"{code or 'HTTP status'} {response.status}", is_bug=code == "internal")
 
 

@@ -20,7 +20,7 @@ from asapd.client import address as addresses
 from asapd.client import delegation, locked, spool
 from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
 from asapd.client.late import Late, is_held
-from asapd.client.link import Requests, make_link, report, settle
+from asapd.client.link import Requests, is_reservation, make_link, report, settle
 from asapd.client.refused import RefusedFile
 from asapd.client.sender import Sender, Work
 from asapd.client.stats import Counters, Stats
@@ -375,6 +375,14 @@ class Meter:
 
     def settle(self, reservation: str) -> None:
         """Have a reservation closed, after all that was recorded before; never raises, survives an outage."""
+        if not isinstance(reservation, str) or not is_reservation(reservation):
+            _follow_fork()
+            self.counters.add("misused")
+            self.counters.complain(
+                "settle() takes the `reservation` of an `Allowed`, and nothing is settled by what it was given: %.100r",
+                reservation,
+            )
+            return
         self._now_or_late(Kind.SETTLE, {"reservation": reservation})
 
     # --- ending

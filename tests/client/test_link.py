@@ -17,7 +17,7 @@ import pytest
 
 from asapd.client import link as links
 from asapd.client.address import Socket, Web, parse
-from asapd.client.link import Away, FrameLink, Refused, Requests, Taken, WebLink, make_link, settle
+from asapd.client.link import Away, FrameLink, Refused, Requests, Taken, WebLink, make_link, report, settle
 from tests.client.fake import PATIENCE_S, Fake, refused, taken
 
 EVENT = b'{"id":"a"}'
@@ -51,6 +51,7 @@ def test_events_go_over_http_with_the_key(home: Path) -> None:
         (422, {"code": "invalid", "detail": "no", "errors": [{"field": "a", "reason": "b", "index": 0}, "x"]}),
         (401, {"code": "unauthorized", "detail": "no"}),
         (502, {}),
+        (431, {}),
     ]
     expected = [
         Taken(1, 1),
@@ -59,6 +60,7 @@ def test_events_go_over_http_with_the_key(home: Path) -> None:
         Refused("invalid", "no", {0: "a b"}),
         Away("unauthorized: no"),
         Away("HTTP status 502"),
+        Away("HTTP status 431"),  # about the key, which is no fault of the event
     ]
     with Fake(home / "s", taken, lambda path, headers, body: answers.pop(0)) as fake:
         requests = Requests(parse(home / "s"), "secret", None)
@@ -70,6 +72,15 @@ def test_events_go_over_http_with_the_key(home: Path) -> None:
         assert fake.requests[0][1]["authorization"] == "Bearer secret"
         assert fake.requests[0][0] == "/usage"
         assert fake.requests[0][2] == [{"id": "a"}]
+
+
+def test_what_is_too_large_under_a_token_is_refused(home: Path) -> None:
+    with Fake(home / "s", http=lambda path, headers, body: (431, {})):
+        requests = Requests(parse(home / "s"), None, None)
+        answer = report(requests, [EVENT], "token")
+        assert isinstance(answer, Refused)
+        assert answer.code == "headers_too_large"
+        requests.close()
 
 
 def test_the_handler_of_a_signal_may_close_the_connections_in_the_middle_of_anything(home: Path) -> None:
@@ -186,6 +197,8 @@ def test_what_does_not_speak_frames_is_away(home: Path, answer: bytes) -> None:
         (409, "reservation_closed", Taken),
         (404, "reservation_not_found", Taken),
         (422, "invalid", Refused),
+        (431, "headers_too_large", Refused),
+        (414, "", Refused),
         (404, "", Away),
         (500, "internal", Away),
         (503, "overloaded", Away),
@@ -196,7 +209,8 @@ def test_a_settlement_is_done_refused_or_open(home: Path, status: int, code: str
     with Fake(home / "s", http=lambda path, headers, body: (status, document)) as fake:
         requests = Requests(parse(home / "s"), None, None)
         assert isinstance(settle(requests, "res_1"), expected)
-        assert isinstance(settle(requests, "../status"), Refused)
+        for strange in ("../status", "\u00e9", "r" * 129, ""):
+            assert isinstance(settle(requests, strange), Refused)
         requests.close()
         assert len(fake.requests) == 1
         assert "authorization" not in fake.requests[0][1]

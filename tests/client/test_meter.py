@@ -355,6 +355,18 @@ def test_a_handler_that_closes_the_meter_inside_its_lock_leaves_that_to_the_exit
     assert len(fake.events) == 1
 
 
+@pytest.mark.parametrize("strange", ["\u00e9", "r" * 129, "../status", "", None, 5])
+def test_what_can_be_no_reservation_is_misused_and_stops_nothing(home: Path, fake: Fake, strange: Any) -> None:
+    fake.http = lambda path, headers, body: (200, {})
+    with make(home) as meter:
+        meter.settle(strange)
+        meter.record()
+        meter.settle("res_1")
+        assert meter.flush()
+        assert (meter.stats().misused, meter.stats().sent) == (1, 1)
+    assert [path for path, _, _ in fake.requests] == ["/reservations/res_1/settle"]
+
+
 def test_a_closed_meter_loses_what_comes_and_says_so(home: Path, fake: Fake) -> None:
     meter = make(home)
     meter.close()
