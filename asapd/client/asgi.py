@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
-from asapd.client.async_meter import AsyncMeter, in_thread
+from asapd.client.async_meter import AsyncMeter, NoThreadError, in_thread
 from asapd.client.meter import Meter
 from asapd.client.middleware import Answer, Request, Rules
 from asapd.client.task import leave
@@ -36,7 +36,10 @@ class AsgiMiddleware:
             return
         request = Request(self._meter, self._rules, scope.get("path", ""), _headers(scope))
         if request.is_guarded:
-            answer = await in_thread(request.authorize)
+            try:
+                answer = await in_thread(request.authorize, lambda _: request.release())
+            except NoThreadError as error:
+                answer = request.unasked(str(error))
             if answer is not None:
                 await _refuse(scope, receive, send, answer)
                 return

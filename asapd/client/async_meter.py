@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
-from asapd.client.delegation import Authorization, Estimate
+from asapd.client.delegation import Allowed, Authorization, Estimate, Unavailable
 from asapd.client.event import Details
 from asapd.client.meter import Meter, Settings
 from asapd.client.stats import Stats
@@ -17,12 +19,62 @@ from asapd.client.task import Task
 T = TypeVar("T")
 
 
-async def in_thread(work: Callable[[], T]) -> T:
+class NoThreadError(Exception):
+    """No thread takes work any more: the event loop or the interpreter is about to end, or the host has none left."""
+
+
+class _Work(Generic[T]):
+    """Work in a thread, and what to do with its result once nobody waits for it; whichever comes last does that."""
+
+    def __init__(self, work: Callable[[], T], unwanted: Callable[[T], object]) -> None:
+        self._work = work
+        self._unwanted = unwanted
+        self._results: deque[T] = deque()
+        self._is_left = False
+        self.has_failed = False
+
+    def run(self) -> T:
+        try:
+            result = self._work()
+        except BaseException:
+            self.has_failed = True
+            raise
+        self._results.append(result)
+        if self._is_left:
+            self._drop()
+        return result
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        self._is_left = True
+        self._drop()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._unwanted(self._results.popleft())
+
+
+async def in_thread(work: Callable[[], T], unwanted: Callable[[T], object] = lambda _: None) -> T:
     """Run blocking work in a thread of the event loop that runs here, asyncio's or Trio's.
 
-    Trio is looked for among the loaded modules and never imported. Cancelled under asyncio, the work goes on alone;
-    under Trio it is waited for.
+    Trio is looked for among the loaded modules and never imported. Cancelled under asyncio, the work goes on alone, and
+    `unwanted` is called with its result, in whatever thread; under Trio it is waited for.
+
+    Raises:
+        NoThreadError: there is no thread for it.
     """
+    one = _Work(work, unwanted)
+    try:
+        return await _in_thread(one.run)
+    except BaseException as error:
+        one.leave()
+        if isinstance(error, RuntimeError) and not one.has_failed:
+            raise NoThreadError(str(error)) from error
+        raise
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
     trio: Any = sys.modules.get("trio")
     if trio is not None:
         try:
@@ -76,28 +128,46 @@ class AsyncMeter:
         estimate: Estimate | None = None,
         ttl_s: int | None = None,
     ) -> Authorization:
-        """See `Meter.authorize`."""
-        return await in_thread(
-            lambda: self.meter.authorize(
-                credential,
-                task_id=task_id,
-                action=action,
-                agent=agent,
-                consumer=consumer,
-                project=project,
-                estimate=estimate,
-                ttl_s=ttl_s,
+        """See `Meter.authorize`. Cancelled, what it is still allowed then is settled."""
+        try:
+            return await in_thread(
+                lambda: self.meter.authorize(
+                    credential,
+                    task_id=task_id,
+                    action=action,
+                    agent=agent,
+                    consumer=consumer,
+                    project=project,
+                    estimate=estimate,
+                    ttl_s=ttl_s,
+                ),
+                self._settle_unwanted,
             )
-        )
+        except NoThreadError as error:
+            self.meter.counters.complain("an authorisation could not be asked for: %s", error)
+            return Unavailable(str(error))
+
+    def _settle_unwanted(self, outcome: Authorization) -> None:
+        if isinstance(outcome, Allowed):
+            self.meter.settle(outcome.reservation)
 
     async def flush(self, timeout_s: float = 10.0) -> bool:
         """See `Meter.flush`."""
-        return await in_thread(lambda: self.meter.flush(timeout_s))
+        try:
+            return await in_thread(lambda: self.meter.flush(timeout_s))
+        except NoThreadError as error:
+            self.meter.counters.complain("the meter could not be flushed: %s", error)
+            return False
 
     async def aclose(self, timeout_s: float = 5.0) -> None:
-        """See `Meter.close`. Cancelled, it closes without waiting; what is in the spool stays there."""
+        """See `Meter.close`. Cancelled, it closes without waiting; what is in the spool stays there.
+
+        Where no thread takes work any more it closes in this one, and the event loop waits.
+        """
         try:
             await in_thread(lambda: self.meter.close(timeout_s))
+        except NoThreadError:
+            self.meter.close(timeout_s)
         finally:
             self.meter.close(0)
 

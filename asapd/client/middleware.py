@@ -140,6 +140,10 @@ class Request:
             return _problem(403, {"title": "A delegation is needed", "detail": detail, "code": "delegation_required"})
         return self._judge(self._ask(credential))
 
+    def unasked(self, reason: str) -> Answer | None:
+        """The answer where `authorize` could not be called."""
+        return self._judge(Unavailable(reason))
+
     def _ask(self, credential: str) -> Authorization:
         if not self._is_consumer_known:
             # As nobody it would pass by the budgets of whoever it is.
@@ -193,6 +197,10 @@ class Request:
         if error is None and (status is None or status >= 500):
             self.task.failed("no response" if status is None else f"HTTP status {status}")
         self.task.finish(error)
+        self.release()
+
+    def release(self) -> None:
+        """Have settled what `authorize` reserved; by itself where the request is not served after all."""
         if self._reservation is not None:
             self._meter.settle(self._reservation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import trio
 from asapd.client import AsgiMiddleware, AsyncMeter, Meter, Rules, WsgiMiddleware, current_task
 from asapd.client.meter import Settings
 from asapd.wire.usage import Events, decode_events
-from tests.client.fake import Fake
+from tests.client.fake import PATIENCE_S, Fake
 from tests.client.test_meter import AGENT, ALLOWED, CONSUMER, DENIED
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -445,6 +446,48 @@ def test_a_websocket_is_a_task_and_is_guarded(meter: Meter, fake: Fake) -> None:
     assert meter.flush()
     assert len(fake.events) == 2
     assert all("outcome" not in event for event in fake.events)
+
+
+def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(meter: Meter, fake: Fake) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def http(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
+        if "authorize" in path:
+            asked.set()
+            answered.wait(PATIENCE_S)
+        return 200, ALLOWED
+
+    async def main() -> None:
+        scope = {"type": "http", "headers": [(b"x-asap-delegation-token", b"a.b.c")]}
+        app: Any = AsgiMiddleware(asgi_app(), meter, Rules(require_delegation=True))
+        request = asyncio.create_task(app(scope, None, None))
+        await asyncio.to_thread(asked.wait, PATIENCE_S)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        answered.set()
+
+    fake.http = http
+    asyncio.run(main())  # which waits for its threads at the end
+    assert meter.flush()
+    assert fake.log == ["/delegations/authorize", "/reservations/res_1/settle"]
+
+
+def test_a_loop_without_threads_lets_nothing_through(meter: Meter, fake: Fake) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        await asyncio.get_running_loop().shutdown_default_executor()
+        scope = {"type": "http", "headers": [(b"x-asap-delegation-token", b"a.b.c")]}
+        app: Any = AsgiMiddleware(asgi_app(), meter, Rules(require_delegation=True))
+        await app(scope, None, send)
+
+    asyncio.run(main())
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["code"] == "authorization_unavailable"
 
 
 def test_other_scopes_pass_through(meter: Meter, fake: Fake) -> None:
