@@ -336,9 +336,9 @@ def report(web: Requests, events: Sequence[bytes], token: str | None = None) -> 
     return judge(document)
 
 
-def is_reservation(text: str) -> bool:
+def is_reservation(text: object) -> bool:
     """Whether this can be a reservation's id, which becomes a part of a path."""
-    return re.fullmatch("[A-Za-z0-9_-]{1,128}", text) is not None
+    return isinstance(text, str) and re.fullmatch("[A-Za-z0-9_-]{1,128}", text) is not None
 
 
 def settle(web: Requests, reservation: str) -> Answer:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import ssl
+import sys
 import threading
 import time
 import weakref
@@ -78,7 +79,7 @@ class Meter:
         batch_age_s: float = 0.2,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        if not 1 <= batch_events <= 5000 or batch_age_s < 0 or spool_bytes < 1:
+        if not 1 <= batch_events <= 5000 or not batch_age_s >= 0 or spool_bytes < 1:
             raise ValueError("batch_events must be within 1 and 5000, batch_age_s and spool_bytes positive")
         # Before anything is opened here: what the parent had open is closed then, by its number.
         _follow_fork()
@@ -94,7 +95,7 @@ class Meter:
         self._spool_bytes = spool_bytes
         self._source = source
         self._batch_events = batch_events
-        self._batch_age_s = batch_age_s
+        self._batch_age_s = min(batch_age_s, threading.TIMEOUT_MAX)
         self.counters = Counters(_log)
         self._lock = threading.RLock()
         self._is_closed = False
@@ -140,6 +141,7 @@ class Meter:
         except BaseException:
             self._sender = None
             raise
+        _close_with_worker()
         if self._is_closed:  # just now, by another thread, which found no sender to end
             self._sender.close(0)
 
@@ -375,7 +377,7 @@ class Meter:
 
     def settle(self, reservation: str) -> None:
         """Have a reservation closed, after all that was recorded before; never raises, survives an outage."""
-        if not isinstance(reservation, str) or not is_reservation(reservation):
+        if not is_reservation(reservation):
             _follow_fork()
             self.counters.add("misused")
             self.counters.complain(
@@ -419,7 +421,7 @@ class Meter:
             self._is_closed = True
         try:
             if self._sender is not None:
-                self._sender.close(timeout_s)
+                self._sender.close(min(timeout_s, threading.TIMEOUT_MAX))
             else:
                 self.counters.add("lost", self._memory.count)
                 for queue in self._own():
@@ -509,6 +511,13 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     for meter in list(_meters):
         meter.close(EXIT_S)
+
+
+def _close_with_worker() -> None:
+    """In a process of `multiprocessing`, which may end without `atexit`, have the meters closed before."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None and sys.modules["multiprocessing.process"].parent_process() is not None:
+        util.Finalize(None, _at_exit, exitpriority=-100)  # after those of the program's own that may record
 
 
 os.register_at_fork(

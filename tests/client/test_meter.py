@@ -139,7 +139,16 @@ def test_an_address_that_is_none_is_an_error_at_once(address: str) -> None:
         Meter(address, spool=False)
 
 
-@pytest.mark.parametrize("bad", [{"batch_events": 0}, {"batch_events": 5001}, {"batch_age_s": -1}, {"spool_bytes": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"batch_events": 0},
+        {"batch_events": 5001},
+        {"batch_age_s": -1},
+        {"batch_age_s": float("nan")},
+        {"spool_bytes": 0},
+    ],
+)
 def test_bounds_that_are_none_are_an_error_at_once(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Meter(spool=False, **bad)
@@ -651,6 +660,47 @@ end(child)
 """
     run(home, script)
     assert sorted(event["task_id"] for event in fake.events) == ["between", "first", "second"]
+
+
+@pytest.mark.parametrize("way", ["fork", "forkserver"])
+def test_a_process_of_multiprocessing_sends_at_its_end_what_it_has_in_memory(home: Path, fake: Fake, way: str) -> None:
+    program = home / "program.py"
+    program.write_text("""
+import multiprocessing, sys
+from asapd.client import Meter
+def work(address):
+    meter = Meter(address, agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=False, batch_age_s=60)
+    meter.record(task_id="one")
+    inherited.record(task_id="two") if inherited else None
+if __name__ == "__main__":
+    way, address = sys.argv[1:]
+    inherited = None
+    if way == "fork":
+        inherited = Meter(address, agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=False, batch_age_s=60)
+    child = multiprocessing.get_context(way).Process(target=work, args=(address,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+else:
+    inherited = None
+""")
+    subprocess.run([sys.executable, program, way, home / "ingest.sock"], timeout=20, check=True)
+    assert {event["task_id"] for event in fake.events} == ({"one", "two"} if way == "fork" else {"one"})
+
+
+def test_a_time_that_no_clock_has_is_a_long_one(home: Path, fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
+    meter = make(home, batch_age_s=float("inf"))
+    sender = meter._sender
+    assert sender is not None
+    meter.record()
+    assert not meter.flush(0)
+    until(lambda: meter.stats().sent == 1)  # what flush() hurries
+    meter.record()
+    assert meter.flush(float("inf"))
+    assert meter._sender is sender
+    meter.close(1e10)
+    assert not sender.is_alive
+    assert not caplog.records
 
 
 def test_a_spool_that_another_thread_took_meanwhile_is_sent_as_well(home: Path, fake: Fake) -> None:
