@@ -355,8 +355,12 @@ def take(root: Path, max_bytes: int, name: str | None) -> Spool:
     for number in [*known, *range(fresh, fresh + 1000)]:
         try:
             return Spool(root / str(number), max_bytes, source_name(name))
-        except (SpoolLockedError, PermissionError):
+        except SpoolLockedError:
             continue
+        except PermissionError:
+            # Another user's; what could not even be made is nobody's.
+            if not (root / str(number)).exists():
+                raise
         except OSError:
             # What is wrong with one directory is passed over, and what is wrong with a new one is so with all.
             if number >= fresh:

@@ -303,6 +303,21 @@ def test_where_no_new_directory_can_be_made_one_try_is_enough(tmp_path: Path, mo
     assert tried == [tmp_path / "4", tmp_path / "5"]
 
 
+def test_where_nothing_may_be_made_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that everything is in use; what is there and belongs to another user is passed over."""
+    make = Path.mkdir
+
+    def forbidden(path: Path, **settings: Any) -> None:
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, **settings)
+
+    (tmp_path / "1").mkdir()
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(PermissionError, match=str(tmp_path / "2")):
+        take(tmp_path, ROOM, None)
+
+
 def test_a_directory_that_cannot_be_used_is_an_error_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
