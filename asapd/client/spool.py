@@ -77,18 +77,23 @@ class Spool:
     def _open(self, name: str | None) -> None:
         segments = self._segments()
         marked, offset, seq = _read_mark(self._directory)
-        self._acknowledged = (marked, offset) if marked in segments else (segments[0] if segments else 1, 0)
+        first, start = (marked, offset) if marked in segments else (segments[0] if segments else 1, 0)
         for number in segments:
-            if number < self._acknowledged[0]:
+            if number < first:
                 self._path(number).unlink()
         self.source, is_known = self._identify(name)
         self._number = segments[-1] if segments else 1
         self._fd = os.open(self._path(self._number), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._end = _cut_torn_line(self._fd)
+        # A power cut may keep the mark and take what was acknowledged before it, with the end of the segment.
+        self._acknowledged = (first, min(start, self._size(first)))
         self._seq = seq if is_known else 0
         self._count()
         self._mark_fd = os.open(self._directory / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._write_mark()
+        if self._acknowledged < (marked, offset):
+            # Before anything is appended, which the former mark would pass over after another power cut.
+            os.fsync(self._mark_fd)
 
     def _count(self) -> None:
         """What a former process left, and the number it had come to."""

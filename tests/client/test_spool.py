@@ -181,6 +181,39 @@ def test_a_mark_that_is_torn_or_not_yet_written_hides_nothing_and_stops_nobody(t
     own.close()
 
 
+@pytest.mark.parametrize("is_sealed", [False, True], ids=["the last segment", "one before it"])
+def test_a_mark_beyond_the_end_of_its_segment_hides_nothing_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sealed: bool
+) -> None:
+    """A power cut may keep the mark and take the end of what it stands for."""
+    spool = Spool(tmp_path, ROOM, None, segment_bytes=1 if is_sealed else ROOM)
+    append(spool, "a", "b", "c")
+    acknowledge(spool, 3)
+    if is_sealed:
+        append(spool, "kept")
+    spool.close()
+    first = min(tmp_path.glob("*.segment"))
+    os.truncate(first, first.stat().st_size // 2)
+    stale = (tmp_path / "acknowledged").read_bytes()
+    synced: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "asapd.client.spool.os.fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        )
+        spool = Spool(tmp_path, ROOM, None)
+    assert synced == ["acknowledged"], "else another power cut could bring the former mark back"
+    assert (tmp_path / "acknowledged").read_bytes() != stale
+    append(spool, "d", "e")
+    wanted = ["kept", "d", "e"] if is_sealed else ["d", "e"]
+    assert names(spool) == wanted
+    spool.close()
+    spool = Spool(tmp_path, ROOM, None)
+    assert names(spool) == wanted
+    acknowledge(spool, 9)
+    assert (spool.count, spool.size_bytes) == (0, 0)
+    spool.close()
+
+
 def test_beyond_its_bound_it_takes_nothing_and_the_number_is_missing_for_ever(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 250, None)
     assert append(spool, "a", "b", "c", "d", "e")[-1] is False
