@@ -36,6 +36,9 @@ class _Batch:
     """A stack: the last is sent first."""
     settles: list[Record]
     bugs: int = 0
+    settle_bugs: int = 0
+    takes: int = 0
+    """What the daemon had taken when it first failed at a settlement."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Sender:
         self._is_hurried = False
         self._closing_at_s: float | None = None
         self._done: Counter[int] = Counter()  # by the id of the queue
+        self._takes = 0
         self._lost = 0
         self._has_ended = False
         self._synced_at_s = 0.0
@@ -261,7 +265,9 @@ class Sender:
                 failure = f"a spool cannot be used: {error}"
                 continue
             if away is not None:
-                return away.reason
+                failure = away.reason
+                if not away.is_bug:  # else it may be what is in this queue, and the others get on
+                    return failure
         for queue in work.queues[work.own :]:
             if not queue.count:
                 work.queues.remove(queue)
@@ -317,14 +323,44 @@ class Sender:
                     failure = self._isolate(batch, part)
                     if failure is not None:
                         return failure
+        return self._settle(batch)
+
+    def _settle(self, batch: _Batch) -> Away | None:
+        """Settle what is to be settled. What the daemon fails at is set aside only if it takes something else."""
+        if not batch.settle_bugs:
+            batch.takes = self._takes
+        failing: list[Record] = []
+        last: Away | None = None
         while batch.settles:
-            answer = self._work.settle(_reservation(batch.settles[0]))
-            if isinstance(answer, Away):
+            record = batch.settles[0]
+            answer = self._work.settle(_reservation(record))
+            if isinstance(answer, Away) and not answer.is_bug:
+                batch.settles += failing
                 return answer
-            record = batch.settles.pop(0)
-            if isinstance(answer, Refused):
-                self._set_aside(record, answer.code, answer.detail)
-        return None
+            del batch.settles[0]
+            match answer:
+                case Taken():
+                    self._takes += 1
+                case Refused():
+                    self._set_aside(record, answer.code, answer.detail)
+                case Away():
+                    failing.append(record)
+                    last = answer
+        if last is None:
+            return None
+        batch.settle_bugs += 1
+        if batch.settle_bugs >= BUG_TRIES and self._takes > batch.takes:
+            for record in failing:
+                self._set_aside(record, "internal", "the daemon fails at this settlement, and takes other things")
+            return None
+        batch.settles = failing
+        if batch.settle_bugs >= BUG_TRIES:
+            self._read_on(batch)  # what is behind shows whether it is the daemon or the settlement
+        return last
+
+    def _read_on(self, batch: _Batch) -> None:
+        known = len(batch.records)
+        self._extend(batch, batch.queue.read(known + self._work.batch_events, 2 * BATCH_BYTES)[known:])
 
     def _report(self, part: list[Record]) -> Answer:
         token = _token(part[0])
@@ -349,8 +385,7 @@ class Sender:
     def _isolate(self, batch: _Batch, part: list[Record]) -> Away | None:
         """Find the events that the daemon fails at. They are set aside only if it takes others: else it is not them."""
         if len(part) == 1 and not batch.parts:
-            known = len(batch.records)
-            self._extend(batch, batch.queue.read(known + self._work.batch_events, 2 * BATCH_BYTES)[known:])
+            self._read_on(batch)
             part = [record for more in [part, *batch.parts] for record in more]
             batch.parts.clear()
         failing: list[Record] = []
@@ -380,6 +415,7 @@ class Sender:
         return None
 
     def _taken(self, answer: Taken) -> None:
+        self._takes += 1
         self._work.counters.add("sent", answer.recorded + answer.duplicates)
         if answer.duplicates:
             self._work.counters.add("duplicates", answer.duplicates)

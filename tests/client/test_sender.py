@@ -289,6 +289,47 @@ def test_a_settlement_waits_while_the_daemon_cannot_take_it_and_is_set_aside_whe
     assert set_aside(home)[0]["event"] == {"reservation": "res_1"}
 
 
+@pytest.mark.parametrize("behind", ["usage", "a settlement", "usage in memory"])
+def test_a_settlement_at_which_the_daemon_fails_is_set_aside_when_it_takes_other_things(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    def settle(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
+        return (500, {"code": "internal"}) if "bad" in path else (200, {"state": "settled"})
+
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.http = settle
+    with make(home, batch_age_s=0.01) as meter:
+        meter.settle("bad")
+        until(lambda: len(fake.requests) > sender.BUG_TRIES)
+        assert "internal" in str(meter.stats().last_error)
+        assert meter.stats().refused == 0
+        if behind == "usage in memory":
+            meter._memory.append(Kind.USAGE, {"id": "a"})
+        elif behind == "usage":
+            meter.record(task_id="t")
+        else:
+            meter.settle("good")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (behind != "a settlement", 1)
+        until(lambda: meter.stats().last_error is None)
+    assert [(line["code"], line["event"]["reservation"]) for line in set_aside(home)] == [("internal", "bad")]
+
+
+def test_a_settlement_that_was_passed_over_waits_on_when_the_daemon_goes_away(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    answers = {"b": iter([None, (200, {"state": "settled"})])}
+    failure = (500, {"code": "internal"})
+    fake.http = lambda path, headers, body: next(answers.get(path.split("/")[2], iter([])), failure)
+    with make(home, batch_age_s=0.05) as meter:
+        meter.settle("a")
+        meter.settle("b")
+        assert meter.flush()
+        assert meter.stats().refused == 1
+    assert [line["event"]["reservation"] for line in set_aside(home)] == ["a"]
+
+
 def test_closing_does_not_wait_for_a_daemon_that_does_not_answer(home: Path, fake: Fake) -> None:
     hold = threading.Event()
     fake.handle = lambda events: taken(events) if hold.wait(20) else None
