@@ -72,6 +72,7 @@ class Sender:
         self._changed = threading.Condition()
         self._waits_since_s: float | None = time.monotonic()
         self._is_hurried = False
+        self._may_cut_pause = False
         self._closing_at_s: float | None = None
         self._done: Counter[int] = Counter()  # by the id of the queue
         self._takes = 0
@@ -116,6 +117,9 @@ class Sender:
             # Queue by queue: what is sent of one, perhaps of a process that is gone, says nothing about another.
             wanted = Counter({id(queue): self._done[id(queue)] + queue.count for queue in self._own()})
             deadline_s = time.monotonic() + timeout_s
+            self._may_cut_pause = (
+                True  # once: a daemon that is away or overloaded is not asked faster for being waited for
+            )
             while not wanted <= self._done and self._thread.is_alive():
                 self._is_hurried = True
                 self._changed.notify_all()
@@ -228,8 +232,12 @@ class Sender:
         with self._changed:
             if self._closing_at_s is not None:
                 self._changed.wait(min(pause_s, FIRST_PAUSE_S))
-            else:
-                self._changed.wait_for(lambda: self._is_hurried or self._closing_at_s is not None, pause_s)
+                return
+            # However many flushes there are, one after the other.
+            shortest_s = min(pause_s, FIRST_PAUSE_S)
+            self._changed.wait_for(lambda: self._closing_at_s is not None, shortest_s)
+            self._changed.wait_for(lambda: self._may_cut_pause or self._closing_at_s is not None, pause_s - shortest_s)
+            self._may_cut_pause = False
 
     def _sync(self, now_s: float) -> None:
         if now_s < self._synced_at_s + SYNC_EVERY_S:

@@ -65,6 +65,38 @@ def test_flush_does_not_wait_for_company(home: Path, fake: Fake) -> None:
         assert len(fake.events) == 1
 
 
+def test_a_daemon_that_takes_nothing_is_not_asked_faster_because_a_flush_waits(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "FIRST_PAUSE_S", 0.01)
+    fake.handle = lambda events: refused("overloaded")
+    with make(home) as meter:
+        meter.record(task_id="t")
+        assert meter.flush(0.3) is False
+        # The pauses double, from 5 ms on at least: a thousand times the time has no room for more.
+        assert len(fake.batches) < 20
+
+
+@pytest.mark.parametrize("first_s", [0.01, 60.0])
+def test_a_flush_ends_one_pause_but_none_before_the_shortest(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, first_s: float
+) -> None:
+    monkeypatch.setattr(sender, "FIRST_PAUSE_S", first_s)
+    monkeypatch.setattr("asapd.client.sender.random.uniform", lambda *bounds: 6000.0)
+    fake.handle = lambda events: refused("overloaded")
+    with make(home, batch_age_s=0) as meter:
+        meter.record(task_id="t")
+        until(lambda: meter.stats().last_error)
+        assert meter.flush(0.2) is False
+        if first_s > 1:
+            assert not meter.flush(0.0)
+            assert len(fake.batches) == 1
+        else:
+            until(lambda: len(fake.batches) == 2)
+            fake.handle = taken
+            assert meter.flush()
+
+
 def test_flush_is_about_the_meter_and_not_about_what_others_left(home: Path, fake: Fake) -> None:
     """However much of a former process is sent, the own event, which cannot be read, waits."""
     left = Memory(10**6, None)
