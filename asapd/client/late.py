@@ -7,6 +7,7 @@ taken twice would let it at what is half changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -22,10 +23,11 @@ def is_held(lock: Any) -> bool:
 
 
 class Late:
-    """Work that is put off. Without any lock: it is used where one may be held."""
+    """Work that is put off. Nobody waits here for anybody: it is used where a lock may be held."""
 
     def __init__(self) -> None:
         self._work: deque[tuple[int, Callable[[], object]]] = deque()  # each with the process in which it came
+        self._owner: dict[str, object] = {}  # whoever is at it; no lock, which an interrupt could leave taken
 
     def put(self, work: Callable[[], object]) -> None:
         """Have something done by whoever catches up next; it must not raise."""
@@ -33,20 +35,38 @@ class Late:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something was put off."""
-        return bool(self._work)
+        """Whether something was put off and nobody is at it."""
+        return bool(self._work) and not self._owner
 
-    def catch_up(self) -> None:
-        """Do what was put off, outside of all locks."""
-        while True:
+    def catch_up(self) -> bool:
+        """Do what was put off, outside of all locks, in its order.
+
+        False when it is not done yet, because another thread is at it, or this one further out; that one does all.
+        """
+        owner, mine = self._owner, object()
+        while self._work:  # asked again after it was let go: what was put meanwhile found it taken
             try:
-                _, work = self._work.popleft()
-            except IndexError:
-                return
-            work()
+                if owner.setdefault("is", mine) is not mine:
+                    return False
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self._do(self._work[0])
+            finally:
+                if owner.get("is") is mine:
+                    del owner["is"]
+        return True
+
+    def _do(self, first: tuple[int, Callable[[], object]]) -> None:
+        try:
+            first[1]()
+        finally:
+            # Only now, so that others see that it is not done. In a child that was forked meanwhile it is the parent's.
+            with contextlib.suppress(ValueError):
+                self._work.remove(first)
 
     def forget_in_child(self) -> None:
         """In a forked child: leave to the parent what came there; what came since the fork is the child's."""
+        self._owner = {}  # whoever was at it is in the parent
         for _ in range(len(self._work)):
             late = self._work.popleft()
             if late[0] == os.getpid():

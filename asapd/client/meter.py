@@ -288,7 +288,11 @@ class Meter:
         if self._is_entered():
             self._late.put(lambda: self._take(kind, values))
             return True
-        self._late.catch_up()
+        if not self._late.catch_up() and kind is Kind.SETTLE:
+            # Behind the usage that another thread is taking in, which it may settle.
+            self._late.put(lambda: self._take(kind, values))
+            self._late.catch_up()  # where that thread has come to its end since
+            return True
         try:
             return self._take(kind, values)
         finally:
