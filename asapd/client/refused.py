@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -35,7 +36,7 @@ class RefusedFile:
             event = json.loads(record.body)
         except ValueError:
             event = record.body.decode("utf-8", "replace")
-        line = {"code": code, "reason": reason, "refused_at": timestamp(time.time_ns()), "event": event}
+        line = {"code": code, "reason": reason, "refused_at": _now(), "event": event}
         fd = open_file(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             # So that what is cut off again is never a line of another process.
@@ -56,6 +57,13 @@ class RefusedFile:
             finally:
                 close_file(fd)
         return True
+
+
+def _now() -> str | None:
+    """None by a clock that is so wrong that its time cannot be written."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return timestamp(time.time_ns())
+    return None
 
 
 def _lock(fd: int) -> None:

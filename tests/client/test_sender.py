@@ -462,6 +462,26 @@ def test_what_is_refused_and_cannot_be_kept_is_lost_and_at_least_logged(
     assert "refused.ndjson is full" in caplog.text
 
 
+@pytest.mark.parametrize("now_ns", [-5 * 10**18, 0, 4 * 10**20, 10**22])
+def test_a_clock_that_is_wrong_by_ages_breaks_nothing(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, now_ns: int
+) -> None:
+    is_wrong = threading.Event()
+    fail = fail_at("invalid", "before", is_named=True)
+    fake.handle = lambda events: fail(events) if is_wrong.wait(10) else None
+    is_year = now_ns < 10**20
+    with make(home) as meter:
+        meter.record(task_id="before")
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time_ns", lambda: now_ns)
+            is_wrong.set()
+            assert (meter.record(task_id="t") is not None) == is_year
+            assert meter.flush()
+        stats = meter.stats()
+        assert (stats.recorded, stats.misused, stats.refused) == ((2, 0, 1) if is_year else (1, 1, 1))
+    assert [line["refused_at"] is not None for line in set_aside(home)] == [is_year]
+
+
 def test_the_number_of_the_refused_that_are_lost_is_said_though_each_is_not(
     home: Path, fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
