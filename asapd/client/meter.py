@@ -427,9 +427,7 @@ class Meter:
             if self._sender is not None:
                 self._sender.close(min(timeout_s, threading.TIMEOUT_MAX))
             else:
-                self.counters.add("lost", self._memory.count)
-                for queue in self._own():
-                    queue.close()
+                self.counters.add("lost", sum(queue.close() for queue in self._own()))
             self._requests.close()
             self.counters.say_rest()
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures

@@ -144,13 +144,13 @@ class Sender:
             self._work.link.abort()
             self._thread.join(min(timeout_s, 1.0))
         # The thread may still be about to end; it corrects the number then by what got through after all.
-        self._count_lost()
+        self._count_lost(sum(queue.count for queue in self._work.queues if not queue.is_durable), has_ended=False)
 
-    def _count_lost(self) -> None:
+    def _count_lost(self, lost: int, *, has_ended: bool) -> None:
         with self._changed:
             if self._has_ended:
                 return
-            lost = sum(queue.count for queue in self._work.queues if not queue.is_durable)
+            self._has_ended = has_ended
             self._work.counters.add("lost", lost - self._lost)
             self._lost = lost
         if lost:
@@ -196,11 +196,11 @@ class Sender:
 
     def _end(self) -> None:
         self._work.link.close()
-        self._count_lost()
-        self._has_ended = True
         self._sync(float("inf"))
-        for queue in self._work.queues:
-            queue.close()
+        # Counted as they are closed, so that nothing comes between; the memory last, which is there for what a spool
+        # that was just closed does not take.
+        lost = sum(queue.close() for queue in sorted(self._work.queues, key=lambda queue: not queue.is_durable))
+        self._count_lost(lost, has_ended=True)
 
     def _wait_for_work(self) -> bool:
         """Until there is a batch, or the oldest record has waited long enough; False when it is time to end."""

@@ -145,6 +145,8 @@ class Spool:
     def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
         """See `Waiting`."""
         with self._lock:
+            if self._lock_fd < 0:  # the directory may be another process's by now
+                raise OSError(errno.EBADF, "the spool is closed", str(self._directory))
             body = numbered(kind, values, self.source, self._seq + 1)
             line = b"%b %08x %b\n" % (kind.value.encode(), zlib.crc32(body), body)
             has_room = self.size_bytes + len(line) <= self._max_bytes
@@ -262,13 +264,14 @@ class Spool:
             os.fsync(fd)
             os.close(fd)
 
-    def close(self) -> None:
-        """See `Waiting`."""
+    def close(self) -> int:
+        """See `Waiting`. Nothing is lost."""
         with self._lock:
             if self._lock_fd >= 0:
                 # Not left to its last descriptor: a child that is forked just now has one too, for a moment.
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             self._close()
+        return 0
 
     def _close(self) -> None:
         known = [self._fd, self._mark_fd, self._reading, *self._sealed.values()]

@@ -78,8 +78,8 @@ class Waiting(Protocol):
         """Make what was appended survive a power cut, where that can be."""
         ...
 
-    def close(self) -> None:
-        """Leave what waits to whoever opens it next."""
+    def close(self) -> int:
+        """Leave what waits to whoever opens it next, and take nothing more; gives how many records that loses."""
         ...
 
 
@@ -160,8 +160,10 @@ class Memory:
     def sync(self) -> None:
         """Memory does not survive anything."""
 
-    def close(self) -> None:
+    def close(self) -> int:
         """Forget everything, and take nothing more: it would be nowhere."""
         with self._lock:
+            lost = len(self._records)
             self._records.clear()
             self._size_bytes = self._max_bytes = 0
+            return lost

@@ -378,6 +378,31 @@ def test_closing_does_not_wait_for_a_daemon_that_does_not_answer(home: Path, fak
     left.close()
 
 
+@pytest.mark.parametrize("is_before", [True, False], ids=["just before the memory", "just after the spool"])
+def test_what_comes_while_the_queues_are_closed_is_counted_as_lost(
+    home: Path, monkeypatch: pytest.MonkeyPatch, is_before: bool
+) -> None:
+    """From a thread that saw the meter open a moment ago."""
+    queue: type[Memory | Spool] = Memory if is_before else Spool
+    close = queue.close
+
+    def closing(self: Any) -> int:
+        if is_before:
+            meter._memory.append(Kind.USAGE, {"id": "late"})
+            return close(self)
+        lost = close(self)
+        assert meter._keep(Kind.USAGE, {"id": "late"}), "there is the memory"
+        return lost
+
+    meter = make(home)
+    meter.record(task_id="kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "close", closing)
+        meter.close(0)
+        until(lambda: not meter._sender.is_alive)  # type: ignore[union-attr] -- it has one
+    assert meter.stats().lost == 1
+
+
 def test_an_outage_is_logged_once_and_so_is_its_end(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "asapd.client"), make(home) as meter:
         meter.record(task_id="t")

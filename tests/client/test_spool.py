@@ -261,6 +261,17 @@ def test_a_spool_that_someone_emptied_says_so(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_what_was_closed_takes_nothing_and_leaves_the_directory_alone(tmp_path: Path) -> None:
+    """It may be another process's by then."""
+    spool = Spool(tmp_path, ROOM, None, segment_bytes=1)
+    append(spool, "a")
+    spool.close()
+    known = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError, match="closed"):
+        append(spool, "b")
+    assert sorted(tmp_path.iterdir()) == known
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     spool = Spool(tmp_path, ROOM, None)
     with pytest.raises(SpoolLockedError):
