@@ -1,4 +1,4 @@
-"""Events that the daemon will never take, set aside with the reason, so that the others get through."""
+"""Events and settlements that the daemon will never take, set aside with the reason, so that the others get through."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ LOCKED_S = 2.0
 
 
 class RefusedFile:
-    """An append-only file of lines `{"code", "reason", "refused_at", "event"}`; several processes may write it."""
+    """An append-only file of lines `{"code", "reason", "refused_at", "event"}`; several processes may write it.
+
+    `event` is a settlement's record where one is refused, and text where a line of the spool was damaged.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

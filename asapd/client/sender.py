@@ -434,9 +434,8 @@ class Sender:
         why = "there is no file for it"
         try:
             if refused.add(record, code, reason):
-                counters.complain(
-                    "asapd refuses a usage event: %s: %s; it is set aside: %s", code, reason, refused.path
-                )
+                what = "a settlement" if record.kind is Kind.SETTLE else "a usage event"
+                counters.complain("asapd refuses %s: %s: %s; it is set aside: %s", what, code, reason, refused.path)
                 return
             if refused.path is not None:
                 why = f"{refused.path} is full: send or remove what is in it"
