@@ -11,7 +11,6 @@ from nacl.signing import SigningKey
 
 from asapd.store import upgrade
 from asapd.store.schema import COUNTED_SINCE, MIGRATIONS
-from asapd.store.usage_tasks import teach
 
 APPLICATION_ID = 0x61736170  # "asap"
 
@@ -33,7 +32,6 @@ def migrate(connection: apsw.Connection, path: Path | None, key: SigningKey | No
         DatabaseTooNewError: the file's version is ahead of this program.
         NotOurDatabaseError: the file belongs to something else.
     """
-    teach(connection)
     try:
         version = connection.pragma("user_version")
         application_id = connection.pragma("application_id")

@@ -8,8 +8,7 @@ order, and by stretches of rows, so that those of one time lie side by side. The
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
-from typing import Final, cast
+from typing import Final
 
 import apsw
 import msgspec
@@ -39,44 +38,32 @@ _STRETCHES = (
 
 def _rows_of(wanted: str) -> str:
     return (
-        f"seq IN (WITH wanted (task, key) AS ({wanted}) "
-        f"SELECT seq FROM usage_task WHERE stretch IN ({_STRETCHES}) AND key IN (SELECT key FROM wanted) UNION ALL "
+        f"seq IN (WITH wanted (task) AS ({wanted}) "
+        f"SELECT seq FROM usage_task WHERE stretch IN ({_STRETCHES}) "
+        "AND name IN (SELECT CAST(task AS BLOB) FROM wanted) UNION ALL "
         f"SELECT seq FROM usage WHERE seq > {_THROUGH} AND task_id IN (SELECT task FROM wanted))"
     )
 
 
-OF_TASK: Final = f"{_rows_of('VALUES (?, ?)')} AND task_id = ?"
+OF_TASK: Final = f"{_rows_of('VALUES (?)')} AND task_id = ?"
 """Raw rows of a task, with the values of `of_task`.
 
 Other conditions that an index could answer have a `+` before them: SQLite takes theirs for the narrower.
 """
 
-OF_TASKS: Final = (
-    f"{_rows_of('SELECT value ->> 0, value ->> 1 FROM json_each(?)')} AND task_id IN (SELECT value FROM json_each(?))"
-)
+OF_TASKS: Final = f"{_rows_of('SELECT value FROM json_each(?)')} AND task_id IN (SELECT value FROM json_each(?))"
 """Raw rows of several tasks, with the values of `of_tasks`."""
 
 
-def of_task(task: str) -> tuple[str, int, str]:
+def of_task(task: str) -> tuple[str, str]:
     """The values of `OF_TASK`."""
-    return task, task_key(task.encode()), task
+    return task, task
 
 
 def of_tasks(tasks: Iterable[str]) -> tuple[str, str]:
     """The values of `OF_TASKS`."""
-    listed = list(tasks)
-    pairs = [(task, task_key(task.encode())) for task in listed]
-    return msgspec.json.encode(pairs).decode(), msgspec.json.encode(listed).decode()
-
-
-def task_key(task: bytes) -> int:
-    """What a task is found by: 64 bits of which nobody makes many that are alike, whatever names have in common."""
-    return int.from_bytes(blake2b(task, digest_size=8).digest(), "big", signed=True)
-
-
-def teach(connection: apsw.Connection) -> None:
-    """Let statements of a connection that enters or drops rows make keys: of bytes, as a damaged name is no text."""
-    connection.create_scalar_function("task_key", cast("apsw.ScalarProtocol", task_key), 1, deterministic=True)
+    listed = msgspec.json.encode(list(tasks)).decode()
+    return listed, listed
 
 
 def mark(connection: apsw.Connection) -> int | None:
@@ -105,8 +92,8 @@ def looking(tx: Tx) -> None:
 def _enter(tx: Tx) -> None:
     # Where the mark tells nothing all are entered anew, of which those that are there stay.
     tx.execute(
-        f"INSERT OR IGNORE INTO usage_task SELECT seq >> {STRETCH}, task_key(CAST(task_id AS BLOB)) AS key, seq "
-        f"FROM usage WHERE seq > ? ORDER BY seq >> {STRETCH}, key, seq",
+        f"INSERT OR IGNORE INTO usage_task SELECT seq >> {STRETCH}, CAST(task_id AS BLOB) AS name, seq FROM usage "
+        f"WHERE seq > ? ORDER BY seq >> {STRETCH}, name, seq",
         (mark(tx.connection) or 0,),
     )
     tx.execute("DELETE FROM usage_task_through")
@@ -116,7 +103,7 @@ def _enter(tx: Tx) -> None:
 def drop(tx: Tx, seqs: Sequence[int]) -> None:
     """Forget rows that are about to go."""
     tx.insert_many(
-        "DELETE FROM usage_task WHERE (stretch, key, seq) IN "
-        f"(SELECT seq >> {STRETCH}, task_key(CAST(task_id AS BLOB)), seq FROM usage WHERE seq = ?)",
+        "DELETE FROM usage_task WHERE (stretch, name, seq) IN "
+        f"(SELECT seq >> {STRETCH}, CAST(task_id AS BLOB), seq FROM usage WHERE seq = ?)",
         ((seq,) for seq in seqs),
     )

@@ -82,9 +82,10 @@ CACHE_KIB = 16_384
 it moves pages by way of number 262 145, and then drops from its cache what lies behind the end of the file. With 64 MiB
 commits of 32 events took 1.3 times the time."""
 
-STATEMENTS = 1_024
+STATEMENTS = 256
 """Places for prepared statements. Each row of an `executemany` takes a new one and drops what was in it (APSW 3.54):
-with the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost."""
+with the usual 100, a commit of 32 events prepared all of its thirteen statements again, a quarter of what it cost. All
+are looked through for each, so that with 1 024 that was a twentieth of it."""
 
 MASKS = "ASAPD_MASKS"
 """The variable that hands the patterns of `audit.mask` down, as a JSON list: arguments are everybody's to read."""
@@ -101,7 +102,9 @@ def open_for_writing(path: Path, *, synchronous: str = "full", key: SigningKey |
 
     `key` is the daemon's, which signs what an upgrade enters.
     """
-    connection = apsw.Connection(str(path), statementcachesize=STATEMENTS)
+    # No lock around each value that is bound: one thread at a time has this connection.
+    flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_NOMUTEX
+    connection = apsw.Connection(str(path), flags=flags, statementcachesize=STATEMENTS)
     connection.set_busy_timeout(10_000)
     if path.stat().st_size == 0:
         # Only before the first table: retention then hands pages back. An older file needs one VACUUM for it.

@@ -33,6 +33,6 @@ def test_a_task_is_found_by_its_index_whatever_else_is_asked_for(connection: aps
         sql = f"EXPLAIN QUERY PLAN SELECT * FROM usage WHERE {' AND '.join(where)}{more}"
         plan = [row[3] for row in connection.execute(sql, values)]
         assert "SEARCH usage USING INTEGER PRIMARY KEY (rowid=?)" in plan
-        assert "SEARCH usage_task USING PRIMARY KEY (stretch=? AND key=?)" in plan
+        assert "SEARCH usage_task USING PRIMARY KEY (stretch=? AND name=?)" in plan
         assert "SEARCH usage USING INTEGER PRIMARY KEY (rowid>?)" in plan
         assert not {"SCAN usage", "SCAN usage_task"} & set(plan)

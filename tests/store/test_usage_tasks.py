@@ -169,7 +169,7 @@ def test_a_name_that_is_no_text_any_more_stops_nothing(connection: apsw.Connecti
 
 
 @pytest.mark.parametrize(
-    "sql", ["DELETE FROM usage_task WHERE seq = 2", "UPDATE usage_task SET key = key + 1 WHERE seq = 2"]
+    "sql", ["DELETE FROM usage_task WHERE seq = 2", "UPDATE usage_task SET name = x'00' WHERE seq = 2"]
 )
 def test_a_row_that_its_task_does_not_find_is_named(connection: apsw.Connection, sql: str) -> None:
     desk = Ledger(connection)
