@@ -235,7 +235,8 @@ class ThreadReaders:
             self._idle.append(connection)
 
     def _open(self) -> apsw.Connection:
-        connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
+        # No lock around each value: one thread at a time has a connection.
+        connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_NOMUTEX)
         connection.set_busy_timeout(5_000)
         connection.pragma("cache_size", -16_384)
         connection.pragma("temp_store", "memory")
