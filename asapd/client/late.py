@@ -30,7 +30,10 @@ class Late:
         self._owner: dict[str, object] = {}  # whoever is at it; no lock, which an interrupt could leave taken
 
     def put(self, work: Callable[[], object]) -> None:
-        """Have something done by whoever catches up next; it must not raise."""
+        """Have something done by whoever catches up next; it must not raise.
+
+        What an interrupt such as Ctrl-C ended in the middle is called again, and has to know by itself how far it came.
+        """
         self._work.append((os.getpid(), work))
 
     @property
@@ -50,19 +53,17 @@ class Late:
                     return False
                 with contextlib.suppress(IndexError):
                     while True:
-                        self._do(self._work[0])
+                        first = self._work[0]
+                        first[1]()
+                        # Only now, so that others see that it is not done, and that an interrupt leaves it to be done;
+                        # without a call, after which one could come. In a child that was forked meanwhile it is the
+                        # parent's.
+                        if self._work[0] is first:
+                            del self._work[0]
             finally:
-                if owner.get("is") is mine:
+                if owner == {"is": mine}:  # without a call, after which an interrupt could leave it taken for ever
                     del owner["is"]
         return True
-
-    def _do(self, first: tuple[int, Callable[[], object]]) -> None:
-        try:
-            first[1]()
-        finally:
-            # Only now, so that others see that it is not done. In a child that was forked meanwhile it is the parent's.
-            with contextlib.suppress(ValueError):
-                self._work.remove(first)
 
     def forget_in_child(self) -> None:
         """In a forked child: leave to the parent what came there; what came since the fork is the child's."""

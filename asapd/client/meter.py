@@ -285,16 +285,17 @@ class Meter:
         return self._now_or_late(Kind.USAGE, event)
 
     def _now_or_late(self, kind: Kind, values: dict[str, Any]) -> bool:
+        kept: list[bool] = []
         if self._is_entered():
-            self._late.put(lambda: self._take(kind, values))
+            self._late.put(lambda: self._take(kind, values, kept))
             return True
         if not self._late.catch_up() and kind is Kind.SETTLE:
             # Behind the usage that another thread is taking in, which it may settle.
-            self._late.put(lambda: self._take(kind, values))
+            self._late.put(lambda: self._take(kind, values, kept))
             self._late.catch_up()  # where that thread has come to its end since
             return True
         try:
-            return self._take(kind, values)
+            return self._take(kind, values, kept)
         finally:
             self._late.catch_up()
 
@@ -309,28 +310,30 @@ class Meter:
         is_sender_entered = sender is not None and sender.is_entered
         return is_held(self._lock) or is_sender_entered or any(queue.is_entered for queue in self._own())
 
-    def _take(self, kind: Kind, values: dict[str, Any]) -> bool:
-        is_taken = self._append(kind, values)
+    def _take(self, kind: Kind, values: dict[str, Any], kept: list[bool]) -> bool:
+        """Take it in. `kept` is empty at first; after an interrupt it says whether that is to be done again."""
+        is_taken = self._append(kind, values, kept)
         if kind is Kind.USAGE:
             self.counters.add("recorded" if is_taken else "lost")
         return is_taken
 
-    def _append(self, kind: Kind, values: dict[str, Any]) -> bool:
+    def _append(self, kind: Kind, values: dict[str, Any], kept: list[bool]) -> bool:
         try:
-            if self._is_closed:
-                self.counters.complain("an event came after the meter was closed, and is lost")
-                return False
-            self._open()
-            is_taken = self._keep(kind, values)
+            if not kept:
+                if self._is_closed:
+                    self.counters.complain("an event came after the meter was closed, and is lost")
+                    return False
+                self._open()
+                kept.append(self._keep(kind, values))  # at once, so that no interrupt comes between the two
             sender = self._sender
             if sender is not None:
                 sender.appended()
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("a usage event is lost", error=error)
             return False
-        if not is_taken:
+        if not kept[0]:
             self.counters.complain("no room left for usage events, new ones are lost: %s", self._root or "in memory")
-        return is_taken
+        return kept[0]
 
     def _keep(self, kind: Kind, values: dict[str, Any]) -> bool:
         # Behind the usage that waits there, which it may settle: the spool would be sent first.

@@ -129,14 +129,16 @@ class Memory:
     def append(self, kind: Kind, values: Mapping[str, Any]) -> bool:
         """See `Waiting`."""
         with self._lock:
-            body = numbered(kind, values, self._source, self._seq + 1)
+            record = Record(kind, numbered(kind, values, self._source, self._seq + 1), (0, 0))
+            size_bytes = len(record.body)
+            has_room = self._size_bytes + size_bytes <= self._max_bytes
+            # From here on without a call, so that no interrupt comes between.
             if kind is Kind.USAGE:
                 self._seq += 1
-            if self._size_bytes + len(body) > self._max_bytes:
-                return False
-            self._records.append(Record(kind, body, (0, 0)))
-            self._size_bytes += len(body)
-            return True
+            if has_room:
+                self._records += (record,)
+                self._size_bytes += size_bytes
+            return has_room
 
     def read(self, max_records: int, max_bytes: int) -> list[Record]:
         """See `Waiting`."""

@@ -275,7 +275,7 @@ def test_reservations_are_settled_after_the_usage_before_them_even_across_an_out
     meter.settle("res_1")
     meter.record(task_id="b", reservation="res_2")
     meter.settle("res_2")
-    meter._append(Kind.SETTLE, {"reservation": "../keys"})  # a build before this one took it
+    meter._append(Kind.SETTLE, {"reservation": "../keys"}, [])  # a build before this one took it
     answers = {"/reservations/res_1/settle": (200, {"state": "settled"})}
     closed = (409, {"code": "reservation_closed"})
     with Fake(home / "ingest.sock", http=lambda path, headers, body: answers.get(path, closed)) as fake:
