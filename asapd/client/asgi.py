@@ -37,7 +37,7 @@ class AsgiMiddleware:
         request = Request(self._meter, self._rules, scope.get("path", ""), _headers(scope))
         if request.is_guarded:
             try:
-                answer = await in_thread(request.authorize, lambda _: request.release())
+                answer = await in_thread(request.authorize, lambda _: request.abandon())
             except NoThreadError as error:
                 answer = request.unasked(str(error))
             if answer is not None:

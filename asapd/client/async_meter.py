@@ -149,7 +149,7 @@ class AsyncMeter:
 
     def _settle_unwanted(self, outcome: Authorization) -> None:
         if isinstance(outcome, Allowed):
-            self.meter.settle(outcome.reservation)
+            self.meter.settle_unwanted(outcome.reservation)
 
     async def flush(self, timeout_s: float = 10.0) -> bool:
         """See `Meter.flush`."""

@@ -341,12 +341,14 @@ def is_reservation(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch("[A-Za-z0-9_-]{1,128}", text) is not None
 
 
-def settle(web: Requests, reservation: str) -> Answer:
+def settle(web: Requests, reservation: str, timeout_s: float = ANSWER_S) -> Answer:
     """Close a reservation; one that is closed already, or gone, is as good."""
     if not is_reservation(reservation):  # from a spool of an older build, which took any
         return Refused("invalid", "this is no reservation's id")
     try:
-        response = web.post(f"/reservations/{reservation}/settle", b"", idempotency=f"settle-{reservation}")
+        response = web.post(
+            f"/reservations/{reservation}/settle", b"", idempotency=f"settle-{reservation}", timeout_s=timeout_s
+        )
     except (OSError, ValueError) as error:
         return Away(_reason(error))
     code = str(response.document.get("code", ""))

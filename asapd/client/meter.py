@@ -21,7 +21,7 @@ from asapd.client import address as addresses
 from asapd.client import delegation, locked, spool
 from asapd.client.event import Details, Metrics, Usd, build, count, dollars, new_id
 from asapd.client.late import Late, is_held
-from asapd.client.link import Requests, is_reservation, make_link, report, settle
+from asapd.client.link import Away, Refused, Requests, is_reservation, make_link, report, settle
 from asapd.client.refused import RefusedFile
 from asapd.client.sender import Sender, Work
 from asapd.client.stats import Counters, Stats
@@ -393,6 +393,21 @@ class Meter:
             )
             return
         self._now_or_late(Kind.SETTLE, {"reservation": reservation})
+
+    def settle_unwanted(self, reservation: str) -> None:
+        """Settle what was allowed once nobody waited for it any more; also where the meter was closed meanwhile.
+
+        There it asks the daemon by itself and waits: it is called where the question was asked, in a thread for that.
+        """
+        if not self._is_closed and self._now_or_late(Kind.SETTLE, {"reservation": reservation}):
+            return
+        requests = self._requests
+        answer = settle(requests, reservation, delegation.AUTHORIZE_S)
+        requests.close()
+        if isinstance(answer, Away | Refused):
+            self.counters.add("lost")
+            reason = answer.reason if isinstance(answer, Away) else answer.detail
+            self.counters.complain("a reservation that nobody uses stays open until it expires: %s", reason)
 
     # --- ending
 

@@ -200,9 +200,14 @@ class Request:
         self.release()
 
     def release(self) -> None:
-        """Have settled what `authorize` reserved; by itself where the request is not served after all."""
+        """Have settled what `authorize` reserved."""
         if self._reservation is not None:
             self._meter.settle(self._reservation)
+
+    def abandon(self) -> None:
+        """Settle it where nobody waits for the answer any more, so that the request is not served after all."""
+        if self._reservation is not None:
+            self._meter.settle_unwanted(self._reservation)
 
 
 def _name(value: str | None) -> str | None:

@@ -89,6 +89,38 @@ def test_what_is_allowed_when_nobody_waits_for_it_any_more_is_settled(home: Path
         assert fake.log == ["/delegations/authorize", *(["/reservations/res_1/settle"] if status == 200 else [])]
 
 
+@pytest.mark.parametrize("status", [200, 404, 503])
+def test_what_is_allowed_once_the_meter_is_closed_is_settled_too(
+    home: Path, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where Ctrl-C or a task group cancels what runs inside `async with`."""
+    asked, answered = threading.Event(), threading.Event()
+    meters: list[AsyncMeter] = []
+
+    def http(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
+        if "authorize" in path:
+            asked.set()
+            answered.wait(PATIENCE_S)
+            return 200, ALLOWED
+        return status, {} if status == 503 else {"code": "invalid", "detail": "no such thing"}
+
+    async def main() -> None:
+        async with AsyncMeter(home / "ingest.sock", agent=AGENT, consumer=CONSUMER, spool=home / "spool") as meter:
+            meters.append(meter)
+            asking = asyncio.create_task(meter.authorize("del_1", task_id="one"))
+            await asyncio.to_thread(asked.wait, PATIENCE_S)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        answered.set()
+
+    with Fake(home / "ingest.sock", http=http) as fake:
+        asyncio.run(main())  # which waits for its threads at the end
+        assert fake.log == ["/delegations/authorize", "/reservations/res_1/settle"]
+    assert meters[0].stats().lost == (status != 200)
+    assert ("stays open until it expires" in caplog.text) is (status != 200)
+
+
 def test_a_result_that_is_there_when_its_task_is_cancelled_is_not_lost() -> None:
     unwanted: list[int] = []
 

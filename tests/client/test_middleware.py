@@ -448,7 +448,10 @@ def test_a_websocket_is_a_task_and_is_guarded(meter: Meter, fake: Fake) -> None:
     assert all("outcome" not in event for event in fake.events)
 
 
-def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(meter: Meter, fake: Fake) -> None:
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(
+    meter: Meter, fake: Fake, is_closed: bool
+) -> None:
     asked, answered = threading.Event(), threading.Event()
 
     def http(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
@@ -465,6 +468,8 @@ def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(meter: 
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
+        if is_closed:
+            meter.close()
         answered.set()
 
     fake.http = http
