@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
@@ -81,8 +82,7 @@ class Task:
         self.consumer = consumer
         self._given_id = task_id
         self.task_id = new_id() if task_id is None else str(task_id)
-        # One that its thread can take twice: a finalizer or the handler of a signal may count too.
-        self._lock = threading.RLock()
+        self._locks: dict[int, threading.RLock] = {}
         self.details: Details = {}
         for name, value in details.items():  # one by one: what makes no sense is left out, and nothing else
             self.describe(**cast("Details", {name: value}))
@@ -128,7 +128,7 @@ class Task:
     @_harmless
     def cost(self, usd: Usd) -> None:
         """Add what the work cost in US dollars; without it the daemon's price table decides."""
-        with self._lock:
+        with self._own_lock():
             while True:
                 known = self.cost_usd
                 total = add_dollars(known, usd)
@@ -140,11 +140,16 @@ class Task:
     def describe(self, **details: Unpack[Details]) -> None:
         """Say or correct the model, the provider, labels and so on, when they are known only now."""
         check_names(details)
-        with self._lock:
-            labels = {**(self.details.get("labels") or {}), **(details.get("labels") or {})}
-            self.details.update(details)
-            if labels:
-                self.details["labels"] = labels
+        with self._own_lock():
+            while True:
+                known = self.details
+                described: Details = {**known, **details}
+                labels = {**(known.get("labels") or {}), **(details.get("labels") or {})}
+                if labels:
+                    described["labels"] = labels
+                if self.details is known:  # else something of this thread came between, and is kept
+                    self.details = described
+                    return
 
     @_harmless
     def failed(self, error: BaseException | str | None = None) -> None:
@@ -155,13 +160,20 @@ class Task:
 
     def _add(self, **counts: int | None) -> None:
         added = {name: count(more) for name, more in counts.items() if more is not None}
-        with self._lock:
+        with self._own_lock():
             while True:
                 known = cast("dict[str, int]", self.metrics)
                 sums = {**known, **{name: count(known.get(name, 0) + more) for name, more in added.items()}}
                 if self.metrics is known:  # else something of this thread came between, and is added to
                     self.metrics = cast("Metrics", sums)
                     return
+
+    def _own_lock(self) -> threading.RLock:
+        """This process's: a child that was forked while another thread held it would wait for its parent's for ever.
+
+        One that its thread can take twice: a finalizer or the handler of a signal may count too.
+        """
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     # --- begin and end
 

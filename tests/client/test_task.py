@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +19,7 @@ import trio
 from asapd.client import task as module
 from asapd.client.stats import Counters
 from asapd.client.task import Task, current_task
+from tests.client.fake import PATIENCE_S
 
 
 class Recorder:
@@ -353,6 +356,55 @@ def test_what_a_handler_counts_in_the_middle_of_counting_is_kept(
         task.cost(1)
     (event,) = recorder.events
     assert (event["metrics"]["tokens_in"], event["cost_usd"]) == (110, "6")
+
+
+def test_what_a_handler_describes_in_the_middle_of_describing_is_kept(recorder: Recorder) -> None:
+    class Labels(dict[str, str]):
+        def keys(self) -> Any:  # asked in the middle, where a signal could come
+            if "by the handler" not in (task.details.get("labels") or {}):
+                task.describe(model="m", labels={"by the handler": "1"})
+            return super().keys()
+
+        def __iter__(self) -> Iterator[str]:
+            return super().__iter__()
+
+    with recorder.task(labels={"first": "1"}) as task:
+        task.describe(provider="p", labels=Labels(second="1"))  # type: ignore[typeddict-item] -- as good as one
+    (event,) = recorder.events
+    assert (event["model"], event["provider"]) == ("m", "p")
+    assert event["labels"] == {"first": "1", "by the handler": "1", "second": "1"}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_is_forked_while_another_thread_counts_goes_on_with_the_task(recorder: Recorder) -> None:
+    task = recorder.task(labels={"a": "1"})
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with task._own_lock():
+            held.set()
+            assert go.wait(PATIENCE_S)
+
+    task.start()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(PATIENCE_S)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(PATIENCE_S))  # ends it where it waits
+            task.tokens(1, 2)
+            task.describe(model="m")
+            task.finish()
+            event = recorder.events[0]
+            code = (event["metrics"]["tokens_in"], event["model"]) != (1, "m")
+        finally:
+            os._exit(code)
+    go.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_handler_that_ends_a_task_that_is_just_ending_changes_nothing(
