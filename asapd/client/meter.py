@@ -141,7 +141,7 @@ class Meter:
         except BaseException:
             self._sender = None
             raise
-        _close_with_worker()
+        _close_with_worker(self)
         if self._is_closed:  # just now, by another thread, which found no sender to end
             self._sender.close(0)
 
@@ -533,11 +533,20 @@ def _at_exit() -> None:
         meter.close(EXIT_S)
 
 
-def _close_with_worker() -> None:
+def _close_with_worker(meter: Meter) -> None:
     """In a process of `multiprocessing`, which may end without `atexit`, have the meters closed before."""
     util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None and sys.modules["multiprocessing.process"].parent_process() is not None:
+    if util is None:
+        return
+
+    def close_at_end(_: object) -> None:
         util.Finalize(None, _at_exit, exitpriority=-100)  # after those of the program's own that may record
+
+    # A worker calls it, and has forgotten what was to be done at its end before, once it knows that it is one: after
+    # the hooks of the fork and the import of the program, which may record. It forgets this with the meter.
+    util.register_after_fork(meter, close_at_end)
+    if sys.modules["multiprocessing.process"].parent_process() is not None:
+        close_at_end(meter)
 
 
 os.register_at_fork(

@@ -688,6 +688,29 @@ else:
     assert {event["task_id"] for event in fake.events} == ({"one", "two"} if way == "fork" else {"one"})
 
 
+@pytest.mark.parametrize("way", ["fork", "forkserver"])
+def test_a_process_of_multiprocessing_sends_what_a_meter_of_its_program_has_in_memory(
+    home: Path, fake: Fake, way: str
+) -> None:
+    """It is made, or begins to send after a fork, before multiprocessing says that this is such a process."""
+    program = home / "program.py"
+    program.write_text("""
+import multiprocessing, os, sys
+from asapd.client import Meter
+meter = Meter(sys.argv[2], agent="urn:asap:agent:w", consumer="urn:asap:agent:c", spool=False, batch_age_s=60)
+os.register_at_fork(after_in_child=lambda: meter.flush(0))
+def work():
+    meter.record(task_id="one")
+if __name__ == "__main__":
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+""")
+    subprocess.run([sys.executable, program, way, home / "ingest.sock"], timeout=20, check=True)
+    assert [event["task_id"] for event in fake.events] == ["one"]
+
+
 def test_a_time_that_no_clock_has_is_a_long_one(home: Path, fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
     meter = make(home, batch_age_s=float("inf"))
     sender = meter._sender
