@@ -99,6 +99,8 @@ class Meter:
         self.counters = Counters(_log)
         self._lock = threading.RLock()
         self._is_closed = False
+        self._closer: int | None = None
+        self._has_ended = False
         self._late = Late()
         self._forget()
         _meters.add(self)
@@ -424,7 +426,7 @@ class Meter:
         try:
             self._late.catch_up()
             sender = self._open()
-            return sender is not None and sender.flush(timeout_s)
+            return sender is not None and sender.flush(_seconds(timeout_s))
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be flushed", error=error)
             return False
@@ -437,19 +439,23 @@ class Meter:
             self.counters.complain("close() came inside another call of the meter, which is closed at the exit instead")
             return
         self._late.catch_up()
+        mine = threading.get_ident()
         with self._lock:
-            if self._is_closed:
+            # Again by the thread whose call was interrupted, or where it failed, as in the thread that sends.
+            if self._has_ended or self._closer not in {None, mine}:
                 return
-            self._is_closed = True
+            self._is_closed, self._closer = True, mine
         try:
             if self._sender is not None:
-                self._sender.close(min(timeout_s, threading.TIMEOUT_MAX))
+                self._sender.close(_seconds(timeout_s))
             else:
                 self.counters.add("lost", sum(queue.close() for queue in self._own()))
             self._requests.close()
             self.counters.say_rest()
+            self._has_ended = True
         except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
             self.counters.complain("the meter could not be closed", error=error)
+        self._closer = None
         self._late.catch_up()  # what came since is counted as lost
 
     def __enter__(self) -> Self:
@@ -459,6 +465,11 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _seconds(timeout_s: float) -> float:
+    """A time that can be waited: not longer than a lock takes, and none where it is no number."""
+    return max(0.0, min(timeout_s, threading.TIMEOUT_MAX))  # in this order NaN is 0
 
 
 def _default_spool(address: addresses.Address, key: str | None) -> Path | None:

@@ -415,6 +415,74 @@ def test_what_is_lost_when_closing_is_counted_though_the_thread_has_not_ended(ho
     assert meter.flush() is True
 
 
+def test_what_an_interrupt_left_of_closing_is_done_at_the_exit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while close() waits, or a handler that ends the program."""
+    meter = make(home, spool=False)
+    meter.record()
+    sender = meter._sender
+    assert sender is not None
+
+    def interrupted(timeout_s: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sender._thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            meter.close(60)
+    monkeypatch.setattr(meters, "EXIT_S", 0.0)
+    meters._at_exit()
+    assert meter.stats().lost == 1
+    meter.close()
+    assert meter.stats().lost == 1
+
+
+def test_a_finalizer_of_the_thread_that_sends_leaves_the_end_of_closing_to_the_exit(home: Path, fake: Fake) -> None:
+    meter = make(home, spool=False)
+    sender, report = meter._sender, meter._link.report
+    assert sender is not None
+    closed, go = threading.Event(), threading.Event()
+
+    def report_and_close(events: Any) -> Any:
+        meter.close(60)
+        closed.set()
+        assert go.wait(PATIENCE_S)
+        return report(events)
+
+    meter._link.report = report_and_close  # type: ignore[method-assign] -- as garbage is collected anywhere
+    meter.record()
+    assert closed.wait(PATIENCE_S)
+    assert sender.is_alive
+    go.set()
+    meter.close(60)
+    assert not sender.is_alive
+    assert (meter.stats().sent, meter.stats().lost) == (1, 0)
+
+
+def test_one_thread_closes_at_a_time(home: Path) -> None:
+    meter = make(home, spool=False)
+    meter.record()
+    sender = meter._sender
+    assert sender is not None
+    other = threading.Thread(target=lambda: meter.close(60))
+    other.start()
+    until(lambda: sender._closing_at_s is not None)
+    meter.close(0)  # which does not cut short what is sent there
+    assert meter.stats().lost == 0
+    with Fake(home / "ingest.sock"):
+        other.join()
+    assert meter.stats().sent == 1
+
+
+def test_a_time_that_is_no_number_is_none(home: Path) -> None:
+    meter = make(home)
+    meter.record()
+    assert meter.flush(float("nan")) is False
+    meter.close(float("nan"))
+    assert meter._sender is not None
+    until(lambda: not meter._sender.is_alive)
+    assert meter.stats().pending == 1
+
+
 def test_a_host_without_threads_keeps_the_events(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise RuntimeError("can't start new thread")
