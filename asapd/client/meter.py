@@ -112,7 +112,7 @@ class Meter:
         self._spool: spool.Spool | None = None
         self._memory = Memory(MEMORY_BYTES, self._source)
         self._sender: Sender | None = None
-        self._starting = threading.Lock()
+        self._starting: dict[str, object] = {}  # whoever is at it; no lock, which an interrupt could leave taken
 
     # --- opening, and forking
 
@@ -125,11 +125,13 @@ class Meter:
             self._take_spool()
             # Waited for by nobody else, and not in the lock: before the new thread has begun it may run a finalizer
             # that records. What comes meanwhile is in the queues, and the sender is told of it.
-            if self._starting.acquire(blocking=False):
-                try:
+            starting, mine = self._starting, object()
+            try:
+                if starting.setdefault("is", mine) is mine:
                     self._start()
-                finally:
-                    self._starting.release()
+            finally:
+                if starting == {"is": mine}:  # without a call, as in `Late`
+                    del starting["is"]
         except Exception as error:  # noqa: BLE001 -- a host without threads to spare does not stop the caller's work
             self.counters.complain("the meter cannot start to send, events are kept", error=error)
         return self._sender
@@ -140,7 +142,7 @@ class Meter:
         self._sender = Sender(self._work())
         try:
             self._sender.start()
-        except BaseException:
+        except Exception:  # after an interrupt it may run, and another one would send the same
             self._sender = None
             raise
         _close_with_worker(self)
@@ -228,7 +230,15 @@ class Meter:
     ) -> Task:
         """A piece of work, for `with` or as a decorator; without a `task_id` it is given one."""
         _follow_fork()  # a task counts what is misused without asking the meter
-        return Task(self, agent or self.agent, consumer or self.consumer, task_id, **details)
+        return Task(self, self._name(agent, self.agent), self._name(consumer, self.consumer), task_id, **details)
+
+    def _name(self, given: str | None, own: str) -> str:
+        try:
+            return given or own
+        except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
+            self.counters.add("misused")
+            self.counters.complain("the agent or the consumer of a metered task is left out", error=error)
+            return own
 
     def record(
         self,
@@ -315,7 +325,7 @@ class Meter:
     def _take(self, kind: Kind, values: dict[str, Any], kept: list[bool]) -> bool:
         """Take it in. `kept` is empty at first; after an interrupt it says whether that is to be done again."""
         is_taken = self._append(kind, values, kept)
-        if kind is Kind.USAGE:
+        if kind is Kind.USAGE or not is_taken:
             self.counters.add("recorded" if is_taken else "lost")
         return is_taken
 
@@ -401,7 +411,8 @@ class Meter:
 
         There it asks the daemon by itself and waits: it is called where the question was asked, in a thread for that.
         """
-        if not self._is_closed and self._now_or_late(Kind.SETTLE, {"reservation": reservation}):
+        if not self._is_closed:
+            self.settle(reservation)
             return
         requests = self._requests
         answer = settle(requests, reservation, delegation.AUTHORIZE_S)

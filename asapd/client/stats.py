@@ -26,8 +26,8 @@ class Stats:
     """Events that the daemon will never take; they stand in `refused.ndjson` of the spool, with the reason. Those that
     could not be written there are among the `lost` as well."""
     lost: int = 0
-    """Events that are nowhere: the spool was full, they could not be written as JSON, they were refused and could not
-    be kept, or they waited in memory when the meter was closed."""
+    """Events and settlements that are nowhere: the spool was full, they could not be written as JSON, they were refused
+    and could not be kept, or they waited in memory when the meter was closed, or came later."""
     misused: int = 0
     """Calls that made no sense, such as a negative count, and changed nothing; requests for whom nobody could say."""
     pending: int = 0

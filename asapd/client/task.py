@@ -75,13 +75,19 @@ class Task:
     """
 
     def __init__(
-        self, recorder: Recorder, agent: str, consumer: str, task_id: str | None, **details: Unpack[Details]
+        self, recorder: Recorder, agent: str, consumer: str, task_id: str | None, /, **details: Unpack[Details]
     ) -> None:
         self.recorder = recorder
         self.agent = agent
         self.consumer = consumer
         self._given_id = task_id
-        self.task_id = new_id() if task_id is None else str(task_id)
+        self.task_id = new_id()
+        if task_id is not None:
+            try:
+                self.task_id = str(task_id)
+            except Exception as error:  # noqa: BLE001 -- metering never breaks the work that it measures
+                recorder.counters.add("misused")
+                recorder.counters.complain("the id of a metered task is left out", error=error)
         self._locks: dict[int, threading.RLock] = {}
         self.details: Details = {}
         for name, value in details.items():  # one by one: what makes no sense is left out, and nothing else

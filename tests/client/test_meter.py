@@ -28,6 +28,7 @@ from asapd.client.waiting import Kind
 from asapd.core.money import MoneyError, parse_usd
 from asapd.wire.usage import Events, decode_events
 from tests.client.fake import PATIENCE_S, Fake, refused, taken, until
+from tests.client.interrupts import everywhere
 
 SMALL, SMALLEST = 0.0001, 5e-324
 """Doubles: as decimals one has 66 of them, and the other 1,074, which is the most."""
@@ -94,6 +95,19 @@ def test_a_call_that_makes_no_sense_is_counted_as_misused_and_raises_nothing(hom
         assert meter.record(tokenz=1) is None  # type: ignore[call-arg] -- wrong on purpose
         stats = meter.stats()
     assert (stats.lost, stats.misused, stats.recorded) == (0, 4, 0)
+
+
+def test_a_name_that_breaks_is_left_out(home: Path, fake: Fake) -> None:
+    class Strange:
+        def __bool__(self) -> bool:
+            raise RuntimeError("no")
+
+    with make(home) as meter:
+        with meter.task(agent=Strange(), consumer=Strange(), recorder=1):  # type: ignore -- wrong on purpose
+            pass
+        assert meter.flush()
+        assert meter.stats().misused == 3
+    assert [(event["agent"], event["consumer"]) for event in fake.events] == [(AGENT, CONSUMER)]
 
 
 @pytest.mark.parametrize(
@@ -381,8 +395,9 @@ def test_a_closed_meter_loses_what_comes_and_says_so(home: Path, fake: Fake) -> 
     meter.close()
     meter.close()
     assert meter.record() is None
+    meter.settle("res_1")
     assert meter.flush() is True
-    assert meter.stats().lost == 1
+    assert meter.stats().lost == 2
 
 
 def test_a_closed_meter_says_whether_the_daemon_has_everything(home: Path) -> None:
@@ -529,6 +544,53 @@ def test_what_is_recorded_while_the_thread_is_started_does_not_wait_for_it(
     assert waits == [False]
     assert meter.flush()
     assert {event["task_id"] for event in fake.events} == {"first", "meanwhile"}
+    meter.close()
+
+
+def test_an_interrupt_while_the_thread_is_started_leaves_it_to_be_started(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for interrupt in everywhere(meters):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            meter = make(home, spool=False)
+        interrupt(meter._open)
+        sender = meter._open()
+        assert sender is not None
+        assert sender.is_alive
+        meter.close(0)
+
+
+def test_a_thread_whose_start_was_interrupted_is_the_one_that_sends(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "asapd-meter":
+            started.append(thread)
+            if len(started) == 1:
+                raise KeyboardInterrupt
+
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        meter = make(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            meter.record(task_id="interrupted")
+        meter.record(task_id="next")
+    assert len(started) == 1
+    assert meter.flush()
+    assert [event["task_id"] for event in fake.events] == ["next"]
     meter.close()
 
 

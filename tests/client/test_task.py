@@ -183,6 +183,20 @@ def test_a_detail_that_there_is_not_is_left_out_and_counted_once(
     assert not {"modle", "labels", "projekt", "model"} & (first.keys() | second.keys())
 
 
+def test_an_id_that_cannot_be_shown_and_a_detail_with_the_name_of_a_parameter_are_left_out(recorder: Recorder) -> None:
+    class Strange:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    @recorder.task(Strange(), recorder=1, model="m")  # type: ignore[arg-type] -- wrong on purpose
+    def work() -> None: ...
+
+    work()
+    (event,) = recorder.events
+    assert (len(event["task_id"]), event["model"]) == (26, "m")
+    assert recorder.misused == 3, "the id also for the call"
+
+
 def test_a_recorder_that_breaks_does_not_break_the_work(recorder: Recorder) -> None:
     recorder.events = None  # type: ignore[assignment] -- as broken as can be
     with recorder.task():
