@@ -211,6 +211,7 @@ class Requests:
         self._tls = tls
         # Each with the process that made it: in a child it is the parent's yet, who would take its answers.
         self._idle: deque[tuple[int, http.client.HTTPConnection]] = deque()
+        self._is_closed = False
 
     def post(
         self,
@@ -284,6 +285,8 @@ class Requests:
             raise
         if is_kept:
             self._idle.append((os.getpid(), connection))
+            if self._is_closed:  # meanwhile, or before: nobody would close it
+                self.close()
         else:
             connection.close()
         document: Any = None
@@ -292,7 +295,8 @@ class Requests:
         return Response(response.status, document if isinstance(document, dict) else {})
 
     def close(self) -> None:
-        """Close the connections that are not in use, which in a forked child leaves them to the parent."""
+        """Keep no connection any more, and close those not in use; in a forked child that leaves them to the parent."""
+        self._is_closed = True
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop()[1].close()

@@ -414,9 +414,7 @@ class Meter:
         if not self._is_closed:
             self.settle(reservation)
             return
-        requests = self._requests
-        answer = settle(requests, reservation, delegation.AUTHORIZE_S)
-        requests.close()
+        answer = settle(self._requests, reservation, delegation.AUTHORIZE_S)
         if isinstance(answer, Away | Refused):
             self.counters.add("lost")
             reason = answer.reason if isinstance(answer, Away) else answer.detail

@@ -448,9 +448,9 @@ def test_a_websocket_is_a_task_and_is_guarded(meter: Meter, fake: Fake) -> None:
     assert all("outcome" not in event for event in fake.events)
 
 
-@pytest.mark.parametrize("is_closed", [False, True])
+@pytest.mark.parametrize(("is_closed", "status"), [(False, 200), (True, 200), (True, 503)])
 def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(
-    meter: Meter, fake: Fake, is_closed: bool
+    meter: Meter, fake: Fake, is_closed: bool, status: int
 ) -> None:
     asked, answered = threading.Event(), threading.Event()
 
@@ -458,7 +458,7 @@ def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(
         if "authorize" in path:
             asked.set()
             answered.wait(PATIENCE_S)
-        return 200, ALLOWED
+        return status, ALLOWED
 
     async def main() -> None:
         scope = {"type": "http", "headers": [(b"x-asap-delegation-token", b"a.b.c")]}
@@ -475,7 +475,7 @@ def test_a_request_that_is_cancelled_while_it_asks_leaves_no_reservation(
     fake.http = http
     asyncio.run(main())  # which waits for its threads at the end
     assert meter.flush()
-    assert fake.log == ["/delegations/authorize", "/reservations/res_1/settle"]
+    assert fake.log == ["/delegations/authorize", *(["/reservations/res_1/settle"] if status == 200 else [])]
 
 
 def test_a_loop_without_threads_lets_nothing_through(meter: Meter, fake: Fake) -> None:
