@@ -7,7 +7,6 @@ taken twice would let it at what is half changed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -51,15 +50,14 @@ class Late:
             try:
                 if owner.setdefault("is", mine) is not mine:
                     return False
-                with contextlib.suppress(IndexError):
-                    while True:
-                        first = self._work[0]
-                        first[1]()
-                        # Only now, so that others see that it is not done, and that an interrupt leaves it to be done;
-                        # without a call, after which one could come. In a child that was forked meanwhile it is the
-                        # parent's.
-                        if self._work[0] is first:
-                            del self._work[0]
+                while self._work:
+                    first = self._work[0]
+                    first[1]()
+                    # Only now, so that others see that it is not done, and that an interrupt leaves it to be done; and
+                    # without a call, after which one could come. In a child that was forked meanwhile it is the
+                    # parent's.
+                    if self._work and self._work[0] is first:
+                        del self._work[0]
             finally:
                 if owner == {"is": mine}:  # without a call, after which an interrupt could leave it taken for ever
                     del owner["is"]

@@ -25,6 +25,7 @@ class Interrupt:
     def __call__(self, work: Callable[[], object]) -> None:
         """Do it; the interrupt ends here."""
         former = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # 3.12 looks for it only when the tracing begins
         sys.settrace(self._trace)
         try:
             work()
