@@ -99,7 +99,7 @@ class Meter:
         self.counters = Counters(_log)
         self._lock = threading.RLock()
         self._is_closed = False
-        self._closer: int | None = None
+        self._closer: int | None = None  # the thread that is at it, or was when an interrupt came
         self._has_ended = False
         self._late = Late()
         self._forget()
