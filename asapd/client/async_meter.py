@@ -67,10 +67,13 @@ async def in_thread(work: Callable[[], T], unwanted: Callable[[T], object] = lam
     one = _Work(work, unwanted)
     try:
         return await _in_thread(one.run)
-    except BaseException as error:
+    except RuntimeError as error:
         one.leave()
-        if isinstance(error, RuntimeError) and not one.has_failed:
-            raise NoThreadError(str(error)) from error
+        if one.has_failed:
+            raise
+        raise NoThreadError(str(error)) from error
+    except BaseException:
+        one.leave()
         raise
 
 
