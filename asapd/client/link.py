@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from asapd.client.address import Address, Socket, Web
+from asapd.client.event import token_text
 
 CONNECT_S = 3.0
 ANSWER_S = 30.0
@@ -321,6 +322,8 @@ class WebLink:
 
 def report(web: Requests, events: Sequence[bytes], token: str | None = None) -> Answer:
     """Report events over HTTP, all of them under a token if one is given."""
+    if token is not None and token_text(token) != token:  # from a file that was damaged or edited
+        return Refused("malformed", "the token of the delegation can be no header of a request")
     try:
         response = web.post("/usage", b"[" + b",".join(events) + b"]", token=token)
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 _opening = threading.RLock()
 """Held from before a file is opened until it is known, and while a process forks."""
+_opening_pid = os.getpid()
 _known: set[int] = set()
 
 
@@ -37,13 +38,21 @@ def close_file(fd: int) -> None:
 
 def forget_in_child() -> None:
     """Close all of them in a forked child; called by Python's hooks, or by whoever finds that a fork went past them."""
-    global _opening  # noqa: PLW0603 -- whoever held it is not in the child
     while _known:
         os.close(_known.pop())
-    _opening = threading.RLock()
+    _renew_lock()
+
+
+def _renew_lock() -> None:
+    global _opening, _opening_pid
+    _opening, _opening_pid = threading.RLock(), os.getpid()
 
 
 def _before_fork() -> None:
+    if (
+        _opening_pid != os.getpid()
+    ):  # a fork went past Python's hooks, and this child forks before it does anything else
+        _renew_lock()
     _opening.acquire()
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from asapd.client import directory
 from asapd.client.event import encode, timestamp
 from asapd.client.locked import close_file, open_file
 from asapd.client.waiting import Record
@@ -40,16 +41,20 @@ class RefusedFile:
         except ValueError:
             event = record.body.decode("utf-8", "replace")
         line = {"code": code, "reason": reason, "refused_at": _now(), "event": event}
-        fd = open_file(self.path, os.O_WRONLY | os.O_APPEND)
+        fd = open_file(self.path, os.O_RDWR | os.O_APPEND)
         try:
             # So that what is cut off again is never a line of another process.
             _lock(fd)
             size_bytes = os.fstat(fd).st_size
             if size_bytes >= MAX_BYTES:
                 return False
+            # What a power cut tore off, or someone wrote without an end, must not take this line with it.
+            is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
             try:
-                _write(fd, encode(line) + b"\n")
+                _write(fd, b"\n" * is_torn + encode(line) + b"\n")
                 os.fsync(fd)
+                if not size_bytes:
+                    directory.sync(self.path.parent)
             except OSError:
                 os.ftruncate(fd, size_bytes)
                 raise

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         requests = Requests(addresses.parse(options.address), os.environ.get("ASAPD_KEY", "").strip() or None, None)
-        with contextlib.closing(requests), options.file.open(encoding="utf-8", errors="replace") as lines:
+        with contextlib.closing(requests), options.file.open(encoding="utf-8", errors="surrogateescape") as lines:
             return send(lines, requests, sys.stdout)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -61,11 +61,14 @@ def send(lines: Iterable[str], requests: Requests, rest: TextIO) -> int:
 
 
 def _line(text: str) -> dict[str, Any]:
+    """A line, or its text as the event of one: what was damaged is shown, never sent."""
+    data = text.rstrip("\n").encode("utf-8", "surrogateescape")
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = json.loads(data.decode("utf-8"))
+        encode(line)  # which 1e999 cannot be, nor what is nested too deeply
+    except (ValueError, RecursionError):
         line = None
-    return line if isinstance(line, dict) else {"event": text.rstrip("\n")}
+    return line if isinstance(line, dict) else {"event": data.decode("utf-8", "replace")}
 
 
 def _send(requests: Requests, event: Any) -> Answer:

@@ -24,6 +24,10 @@ LONGEST_PAUSE_S = 2.0
 SYNC_EVERY_S = 1.0
 ADOPT_EVERY_S = 30.0
 BUG_TRIES = 5
+FAILING_BYTES = 2**23
+"""How much at which the daemon fails is looked beyond for what it takes."""
+FAILURES_AT_A_STRETCH = 100
+"""More are the daemon's, though it took something just before; and it is not asked on without a pause."""
 
 
 @dataclass(eq=False)
@@ -31,14 +35,20 @@ class _Batch:
     """Records of one queue on their way; what is left of them is sent again after a failure."""
 
     queue: Waiting
-    records: list[Record]
-    parts: list[list[Record]]
-    """A stack: the last is sent first."""
-    settles: list[Record]
+    last: Record
+    """The last of its records, which are `count`."""
+    count: int = 0
+    parts: list[list[Record]] = field(default_factory=list)
+    """A stack: the last is sent first. A part is usage under one token, or a settlement."""
+    settles: list[Record] = field(default_factory=list)
+    """They have their turn when the usage is dealt with."""
     bugs: int = 0
-    settle_bugs: int = 0
-    takes: int = 0
-    """What the daemon had taken when it first failed at a settlement."""
+    failing: list[Record] = field(default_factory=list)
+    """At which the daemon failed, each by itself."""
+    takes: dict[Record, int] = field(default_factory=dict)
+    """Of each of those: what the daemon had taken when it failed at it last."""
+    failure: Away | None = None
+    """The latest."""
 
 
 @dataclass
@@ -76,6 +86,8 @@ class Sender:
         self._closing_at_s: float | None = None
         self._done: Counter[int] = Counter()  # by the id of the queue
         self._takes = 0
+        self._failures = 0  # since then
+        self._dealt_with = 0
         self._lost = 0
         self._has_ended = False
         self._synced_at_s = 0.0
@@ -172,6 +184,7 @@ class Sender:
         pause_s = FIRST_PAUSE_S
         while self._wait_for_work():
             began_s = time.monotonic()
+            dealt_with = self._dealt_with
             try:
                 failure = self._round(began_s)
             except Exception as error:  # noqa: BLE001 -- the thread has to live on, whatever the disk or a bug does
@@ -184,8 +197,9 @@ class Sender:
                 if self.waiting()[0]:
                     self._waits_since_s = began_s
                 self._changed.notify_all()
+            if failure is None or self._dealt_with > dealt_with:
+                pause_s = FIRST_PAUSE_S  # what fails in one queue does not slow down the others
             if failure is None:
-                pause_s = FIRST_PAUSE_S
                 continue
             self._sync(began_s)
             if self._closing_at_s is not None and all(queue.is_durable for queue in self._work.queues if queue.count):
@@ -292,35 +306,57 @@ class Sender:
             raise
         if away is None:
             with self._changed:  # both at once for `flush`, which adds them up
-                queue.acknowledge(batch.records[-1], len(batch.records))
-                self._done[id(queue)] += len(batch.records)
+                queue.acknowledge(batch.last, batch.count)
+                self._done[id(queue)] += batch.count
                 self._changed.notify_all()
             del self._work.batches[id(queue)]
         return away
 
     def _begin(self, queue: Waiting) -> _Batch:
-        batch = _Batch(queue, [], [], [])
-        self._extend(batch, queue.read(self._work.batch_events, BATCH_BYTES))
+        records = queue.read(self._work.batch_events, BATCH_BYTES)
+        batch = _Batch(queue, records[-1])
+        self._extend(batch, records)
         self._work.batches[id(queue)] = batch
         return batch
 
     def _extend(self, batch: _Batch, records: list[Record]) -> None:
-        batch.records += records
-        usage = [record for record in records if record.kind is Kind.USAGE]
-        # The last is sent first, and what is under one token goes by itself.
-        batch.parts += [list(part) for _, part in groupby(usage, _token)][::-1]
+        batch.last = [batch.last, *records][-1]
+        batch.count += len(records)
+        batch.parts += self._parts([record for record in records if record.kind is Kind.USAGE])
         batch.settles += [record for record in records if record.kind is Kind.SETTLE]
         for record in records:
             if record.kind is Kind.DAMAGED:
                 self._set_aside(record, "damaged", "the checksum of the line in the spool is wrong")
 
+    def _parts(self, records: list[Record]) -> list[list[Record]]:
+        """What is sent at once, the last first: usage under one token, or a settlement."""
+        parts: list[list[Record]] = []
+        for (kind, _), group in groupby(records, lambda record: (record.kind, _token(record))):
+            most = 1 if kind is Kind.SETTLE else self._work.batch_events
+            part: list[Record] = []
+            size_bytes = 0
+            for record in group:
+                size_bytes += len(record.body)
+                if not part or len(part) >= most or size_bytes > BATCH_BYTES:
+                    part, size_bytes = [], len(record.body)
+                    parts.append(part)
+                part.append(record)
+        return parts[::-1]
+
     def _deliver(self, batch: _Batch) -> Away | None:
-        while batch.parts:
-            part = batch.parts.pop()
+        """Send what is left of it.
+
+        After some tries, what the daemon fails at is sent one by one, and passed over. It is set aside only if the
+        daemon takes something else then, from whatever queue, and fails at it again: else it is not them. That the
+        daemon refuses something shows nothing, as it does so before it comes to what fails.
+        """
+        failures = 0
+        while part := self._next_part(batch):
             answer = self._report(part)
             match answer:
                 case Taken():
                     self._taken(answer)
+                    failures = 0
                 case Refused():
                     batch.parts += self._split(part, answer)
                 case Away():
@@ -328,49 +364,41 @@ class Sender:
                     if not answer.is_bug or batch.bugs < BUG_TRIES:
                         batch.parts.append(part)
                         return answer
-                    failure = self._isolate(batch, part)
-                    if failure is not None:
-                        return failure
-        return self._settle(batch)
-
-    def _settle(self, batch: _Batch) -> Away | None:
-        """Settle what is to be settled. What the daemon fails at is set aside only if it takes something else."""
-        if not batch.settle_bugs:
-            batch.takes = self._takes
-        failing: list[Record] = []
-        last: Away | None = None
-        while batch.settles:
-            record = batch.settles[0]
-            answer = self._work.settle(_reservation(record))
-            if isinstance(answer, Away) and not answer.is_bug:
-                batch.settles += failing
-                return answer
-            del batch.settles[0]
-            match answer:
-                case Taken():
-                    self._takes += 1
-                case Refused():
-                    self._set_aside(record, answer.code, answer.detail)
-                case Away():
-                    failing.append(record)
-                    last = answer
-        if last is None:
+                    batch.failure = answer
+                    self._pass_over(batch, part)
+                    failures += 1
+                    if failures >= FAILURES_AT_A_STRETCH:
+                        return answer
+        if not batch.failing:
             return None
-        batch.settle_bugs += 1
-        if batch.settle_bugs >= BUG_TRIES and self._takes > batch.takes:
-            for record in failing:
-                self._set_aside(record, "internal", "the daemon fails at this settlement, and takes other things")
-            return None
-        batch.settles = failing
-        if batch.settle_bugs >= BUG_TRIES:
-            self._read_on(batch)  # what is behind shows whether it is the daemon or the settlement
-        return last
+        has_taken = any(self._takes > batch.takes[record] for record in batch.failing)
+        if not has_taken and sum(len(record.body) for record in batch.failing + batch.settles) < FAILING_BYTES:
+            # What is behind shows whether it is the daemon.
+            self._extend(batch, batch.queue.read(self._work.batch_events, BATCH_BYTES, batch.last))
+        if not batch.parts:
+            batch.parts, batch.failing = self._parts(batch.failing), []
+        return batch.failure
 
-    def _read_on(self, batch: _Batch) -> None:
-        known = len(batch.records)
-        self._extend(batch, batch.queue.read(known + self._work.batch_events, 2 * BATCH_BYTES)[known:])
+    def _next_part(self, batch: _Batch) -> list[Record] | None:
+        if not batch.parts and all(record.kind is Kind.SETTLE for record in batch.failing):
+            batch.parts, batch.settles = self._parts(batch.settles), []
+        return batch.parts.pop() if batch.parts else None
+
+    def _pass_over(self, batch: _Batch, part: list[Record]) -> None:
+        self._failures += 1
+        takes = batch.takes.get(part[0], self._takes)
+        if len(part) > 1:
+            batch.parts += [[record] for record in reversed(part)]
+        elif self._takes > takes and self._failures <= FAILURES_AT_A_STRETCH:
+            what = "settlement" if part[0].kind is Kind.SETTLE else "event"
+            self._set_aside(part[0], "internal", f"the daemon fails at this {what}, and takes others")
+        else:
+            batch.takes[part[0]] = self._takes
+            batch.failing.append(part[0])
 
     def _report(self, part: list[Record]) -> Answer:
+        if part[0].kind is Kind.SETTLE:
+            return self._work.settle(_reservation(part[0]))
         token = _token(part[0])
         if token is None:
             return self._work.link.report([record.body for record in part])
@@ -390,46 +418,17 @@ class Sender:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
 
-    def _isolate(self, batch: _Batch, part: list[Record]) -> Away | None:
-        """Find the events that the daemon fails at. They are set aside only if it takes others: else it is not them."""
-        if len(part) == 1 and not batch.parts:
-            self._read_on(batch)
-            part = [record for more in [part, *batch.parts] for record in more]
-            batch.parts.clear()
-        failing: list[Record] = []
-        last: Away | None = None
-        works = False
-        for place, record in enumerate(part):
-            answer = self._report([record])
-            match answer:
-                case Taken():
-                    works = True
-                    self._taken(answer)
-                case Refused():
-                    self._set_aside(record, answer.code, next(iter(answer.places.values()), answer.detail))
-                case Away():
-                    last = answer
-                    if not answer.is_bug:
-                        batch.parts.append(failing + part[place:])
-                        return answer
-                    failing.append(record)
-        if works:
-            for record in failing:
-                self._set_aside(record, "internal", "the daemon fails at this event, and takes others")
-            return None
-        if failing:
-            batch.parts.append(failing)
-            return last
-        return None
-
     def _taken(self, answer: Taken) -> None:
         self._takes += 1
+        self._failures = 0
+        self._dealt_with += 1
         self._work.counters.add("sent", answer.recorded + answer.duplicates)
         if answer.duplicates:
             self._work.counters.add("duplicates", answer.duplicates)
 
     def _set_aside(self, record: Record, code: str, reason: str) -> None:
         counters, refused = self._work.counters, self._work.refused
+        self._dealt_with += 1
         counters.add("refused")
         why = "there is no file for it"
         try:

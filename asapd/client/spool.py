@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from asapd.client.directory import make
 from asapd.client.late import is_held
 from asapd.client.locked import close_file, open_file
 from asapd.client.waiting import Kind, Record, new_source, numbered, source_name
@@ -52,7 +53,7 @@ class Spool:
     def __init__(
         self, directory: Path, max_bytes: int, name: str | None, *, segment_bytes: int = SEGMENT_BYTES
     ) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make(directory)
         self._directory = directory
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
@@ -179,7 +180,7 @@ class Spool:
         self._seq += numbers
         self._is_dirty = True
 
-    def read(self, max_records: int, max_bytes: int) -> list[Record]:
+    def read(self, max_records: int, max_bytes: int, after: Record | None = None) -> list[Record]:
         """See `Waiting`.
 
         Raises:
@@ -187,12 +188,12 @@ class Spool:
         """
         found: list[Record] = []
         size_bytes = 0
-        for record, line_bytes in self._lines(self._acknowledged):
+        for record, line_bytes in self._lines(self._acknowledged if after is None else after.end):
             size_bytes += line_bytes
             if found and (len(found) >= max_records or size_bytes > max_bytes):
                 break
             found.append(record)
-        if self.count and not found:
+        if self.count and not found and after is None:
             raise OSError(errno.EIO, "the spool lacks records that were written to it", str(self._directory))
         return found
 
@@ -357,7 +358,7 @@ def take(root: Path, max_bytes: int, name: str | None) -> Spool:
     Raises:
         OSError: when the directory cannot be used.
     """
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make(root)
     known = sorted(_numbers(root), key=lambda number: (not _holds_records(root / str(number)), number))
     fresh = max(known, default=0) + 1
     for number in [*known, *range(fresh, fresh + 1000)]:

@@ -66,8 +66,8 @@ class Waiting(Protocol):
         """
         ...
 
-    def read(self, max_records: int, max_bytes: int) -> list[Record]:
-        """The oldest records, at least one if any waits."""
+    def read(self, max_records: int, max_bytes: int, after: Record | None = None) -> list[Record]:
+        """The oldest records, or those behind one that was read, at least one if there is any."""
         ...
 
     def acknowledge(self, record: Record, count: int) -> None:
@@ -140,12 +140,15 @@ class Memory:
                 self._size_bytes += size_bytes
             return has_room
 
-    def read(self, max_records: int, max_bytes: int) -> list[Record]:
+    def read(self, max_records: int, max_bytes: int, after: Record | None = None) -> list[Record]:
         """See `Waiting`."""
         found: list[Record] = []
         size_bytes = 0
         with self._lock:
-            for record in self._records:
+            records = iter(self._records)
+            if after is not None:
+                next((record for record in records if record is after), None)
+            for record in records:
                 size_bytes += len(record.body)
                 if found and (len(found) >= max_records or size_bytes > max_bytes):
                     break

@@ -117,3 +117,21 @@ def test_a_process_does_not_fork_between_the_opening_of_a_file_and_its_being_kno
     with (tmp_path / "lock").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     children.pop().end()
+
+
+def test_a_child_that_was_forked_past_the_hooks_while_a_file_was_opened_can_fork(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such a child has the lock as it was: held by a thread that it does not have."""
+    held = threading.RLock()
+    holding = threading.Thread(target=held.acquire)
+    holding.start()
+    holding.join()
+    monkeypatch.setattr(locked, "_opening", held)
+    monkeypatch.setattr(locked, "_opening_pid", os.getppid())
+    children: list[Child] = []
+    forking = threading.Thread(target=lambda: children.append(Child()), daemon=True)
+    forking.start()
+    forking.join(PATIENCE_S)
+    assert not forking.is_alive()
+    children.pop().end()

@@ -96,6 +96,37 @@ def test_what_is_refused_again_is_given_back_with_the_reason_of_today(
         assert main([str(path), "--address", str(fake.path)]) == 0
 
 
+def test_what_was_damaged_keeps_nothing_else_from_being_taken(
+    home: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = path.read_bytes().splitlines()[0]
+    assert json.loads(good)["event"]["task_id"] == "plain"
+
+    def changed(before: bytes, after: bytes) -> bytes:
+        assert before in good
+        return good.replace(before, after)
+
+    tokens = [
+        changed(b'"task_id"', b'"delegation_token":"%b","task_id"' % token)
+        for token in (b"a\\n.b", b"\xc3\xbf\xe2\x82\xac")
+    ]
+    damaged = [
+        changed(b'"metrics":{', b'"metrics":{"tokens_in":4e999'),
+        changed(b"agent:desk", b"agent:d\xffsk"),
+        b"[" * 20_000,
+        b'{"event":' * 20_000,
+    ]
+    path.write_bytes(b"\n".join([*tokens, *damaged, changed(b"agent:desk", "agent:bläh".encode())]) + b"\n")
+    with Fake(home / "ingest.sock", http=lambda path, headers, body: recorded(body)) as fake:
+        assert main([str(path), "--address", str(fake.path)]) == 1
+        assert [body[0]["consumer"] for _, _, body in fake.requests] == ["urn:asap:agent:bläh"]
+    out, err = capsys.readouterr()
+    assert err == "taken: 1, refused again: 6\n"
+    rest = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+    assert [line["code"] for line in rest] == ["malformed"] * 2 + ["damaged"] * 4
+    assert [line["event"] for line in rest[2:]] == [line.decode("utf-8", "replace") for line in damaged]
+
+
 def test_a_daemon_that_is_away_ends_it(home: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "--address", str(home / "none.sock")]) == 3
     out, err = capsys.readouterr()

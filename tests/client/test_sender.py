@@ -8,12 +8,14 @@ import logging
 import os
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asapd.client import Meter, sender
+from asapd.client.sender import Sender
 from asapd.client.spool import Spool, is_left
 from asapd.client.waiting import Kind, Memory
 from tests.client.fake import Event, Fake, refused, taken, until
@@ -231,6 +233,197 @@ def test_a_daemon_that_fails_at_everything_makes_nothing_be_set_aside(
         fake.handle = taken
         assert meter.flush()
         assert (meter.stats().sent, meter.stats().refused) == (3, 0)
+
+
+@pytest.mark.parametrize("batch_events", [1, 500])
+def test_several_events_at_which_the_daemon_fails_do_not_stop_those_behind_them(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, batch_events: int
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.handle = fail_at("internal", "bad1", "bad2", is_named=False)
+    with make(home, batch_age_s=0.05, batch_events=batch_events) as meter:
+        meter.record(task_id="bad1")
+        meter.record(task_id="bad2")
+        until(lambda: len(fake.batches) > 3 * sender.BUG_TRIES)
+        assert meter.stats().refused == 0
+        meter.record(task_id="good")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (1, 2)
+    assert [line["event"]["task_id"] for line in set_aside(home)] == ["bad1", "bad2"]
+
+
+def test_an_event_under_a_token_at_which_the_daemon_fails_does_not_stop_those_behind_it(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.http = lambda path, headers, body: (500, {"code": "internal"})
+    with make(home, batch_age_s=60) as meter:
+        meter.record(task_id="bad", delegation_token="a.b.c")
+        for number in range(3):
+            meter.record(task_id=f"t{number}")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (3, 1)
+    assert [event["task_id"] for event in fake.events] == ["t0", "t1", "t2"]
+
+
+@pytest.mark.parametrize("first", ["a.b.c", None])
+def test_no_event_goes_out_under_the_token_of_another(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, first: str | None
+) -> None:
+    """Also when the daemon goes away while those are looked for at which it fails."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    sent: list[tuple[str, str | None]] = []
+    away = iter([None])
+
+    def judge(events: list[Event], token: str | None) -> int:
+        sent.extend((event["task_id"], token) for event in events)
+        if any(event["task_id"] == "bad" for event in events):
+            return 500
+        return 200 if len(fake.log) <= sender.BUG_TRIES else next(away, 200) or 503
+
+    def frame(events: list[Event]) -> dict[str, Any]:
+        return {200: taken(events), 500: refused("internal"), 503: refused("overloaded")}[judge(events, None)]
+
+    def http(path: str, headers: dict[str, str], body: list[Event]) -> tuple[int, dict[str, Any]]:
+        status = judge(body, headers["x-asap-delegation-token"])
+        code = {500: "internal", 503: "overloaded"}.get(status)
+        return status, {"status": "recorded", "recorded": len(body), "duplicates": 0} if code is None else {
+            "code": code
+        }
+
+    fake.handle, fake.http = frame, http
+    with make(home, batch_age_s=60) as meter:
+        meter.record(task_id="bad", delegation_token=first)
+        meter.record(task_id="a", delegation_token="d.e.f")
+        meter.record(task_id="b")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (2, 1)
+    assert set(sent) == {("bad", first), ("a", "d.e.f"), ("b", None)}
+    assert next(away, "used") == "used"
+
+
+def test_what_is_taken_of_another_queue_shows_too_that_it_is_not_the_daemon(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One queue after the other: what fails in one does not make the others wait, either."""
+    monkeypatch.setattr(sender, "ADOPT_EVERY_S", 0.02)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 60.0)
+    fake.handle = fail_at("internal", "bad", is_named=False)
+    with make(home, batch_age_s=0, batch_events=1) as meter:
+        assert meter.flush()
+        left = Spool(home / "spool" / "2", 10**6, None)
+        left.append(Kind.USAGE, {"id": "bad", "task_id": "bad"})
+        left.close()
+        until(lambda: meter.stats().pending)
+        for number in range(20):
+            meter.record(task_id=f"t{number}")
+        assert meter.flush(20)
+        until(lambda: meter.stats().pending == 0)
+        assert (meter.stats().sent, meter.stats().refused) == (20, 1)
+    assert [(line["code"], line["event"]["id"]) for line in set_aside(home)] == [("internal", "bad")]
+
+
+@pytest.mark.parametrize("bad", ["an event", "a settlement"])
+def test_refused_events_between_do_not_hide_what_the_daemon_takes(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(sender, "BATCH_BYTES", 1000)
+    names = [f"late{number}" for number in range(20)]
+
+    def handle(events: list[Event]) -> dict[str, Any]:
+        if any(event["task_id"] == "bad" for event in events):
+            return refused("internal")
+        answer: dict[str, Any] = fail_at("invalid", *names, is_named=True)(events)
+        return answer
+
+    fake.handle = handle
+    fake.http = lambda path, headers, body: (500, {"code": "internal"})
+    with make(home, batch_age_s=60) as meter:
+        if bad == "an event":
+            meter.record(task_id="bad")
+        else:
+            meter.settle("bad")
+        for name in names:
+            meter.record(task_id=name)
+        meter.record(task_id="good")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (1, 21)
+
+
+def test_a_daemon_that_only_refuses_things_is_not_one_that_works(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that an event is invalid before it comes to its disk, at which it may fail with every other."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.handle = lambda events: refused("invalid" if events[0]["task_id"] == "odd" else "internal")
+    with make(home, batch_age_s=0.05, batch_events=1) as meter:
+        for name in ("good", "odd", "good too"):
+            meter.record(task_id=name)
+        until(lambda: len(fake.batches) > 4 * sender.BUG_TRIES)
+        assert (meter.stats().pending, meter.stats().refused) == (3, 1)
+        fake.handle = taken
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (2, 1)
+
+
+def test_a_daemon_that_recovers_while_events_are_tried_one_by_one_gets_them_all(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.handle = lambda events: taken(events) if len(fake.batches) > sender.BUG_TRIES + 2 else refused("internal")
+    with make(home, batch_age_s=60) as meter:
+        for number in range(5):  # two of them fail by themselves, and then it takes the others
+            meter.record(task_id=f"t{number}")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (5, 0)
+
+
+def test_a_daemon_that_fails_at_everything_is_not_asked_about_each_event_without_a_pause(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is everything that waits read into memory."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(sender, "FAILURES_AT_A_STRETCH", 3)
+    monkeypatch.setattr(sender, "FAILING_BYTES", 1)
+    asked: list[int] = []
+    pause = Sender._pause
+
+    def count(self: Sender, pause_s: float) -> None:
+        asked.append(len(fake.batches))
+        pause(self, pause_s)
+
+    monkeypatch.setattr(Sender, "_pause", count)
+    fake.handle = lambda events: refused("internal")
+    with make(home, batch_age_s=60, batch_events=10) as meter:
+        for number in range(25):
+            meter.record(task_id=f"t{number}")
+        until(lambda: len(asked) > 30)
+        assert max(after - before for before, after in pairwise(asked)) == 3
+        assert {event["task_id"] for event in fake.events} < {f"t{number}" for number in range(20)}
+        fake.handle = taken
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (25, 0)
+
+
+def test_a_daemon_that_takes_one_thing_and_fails_again_does_not_have_everything_set_aside(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(sender, "FAILURES_AT_A_STRETCH", 3)
+    fake.handle = lambda events: taken(events) if events[0]["task_id"] == "one" else refused("internal")
+    with make(home, batch_age_s=0.01) as meter:
+        for number in range(10):
+            meter.record(task_id=f"t{number}")
+        until(lambda: len(fake.batches) > 4 * sender.BUG_TRIES)
+        meter.record(task_id="one")
+        until(lambda: meter.stats().refused)
+        asked = len(fake.batches)
+        until(lambda: len(fake.batches) > asked + 4 * sender.BUG_TRIES)
+        assert (meter.stats().sent, meter.stats().refused <= 3) == (1, True)
+        fake.handle = taken
+        assert meter.flush()
+        assert meter.stats().sent == 11 - meter.stats().refused
 
 
 @pytest.mark.parametrize("code", ["unauthorized", "forbidden", "storage_full", "outcome_unknown", "overloaded"])

@@ -252,6 +252,20 @@ def test_a_batch_has_at_least_one_record_and_else_keeps_to_its_bounds(tmp_path: 
     spool.close()
 
 
+@pytest.mark.parametrize("is_durable", [True, False], ids=["on the disk", "in memory"])
+def test_one_can_read_on_behind_what_was_read(tmp_path: Path, is_durable: bool) -> None:
+    queue = Spool(tmp_path, ROOM, None, segment_bytes=1) if is_durable else Memory(ROOM, None)
+    append(queue, "a", "b", "b", "c")
+    read = queue.read(2, ROOM)
+    assert [body["id"] for body in bodies(queue.read(9, ROOM, read[-1]))] == ["b", "c"]
+    assert [body["id"] for body in bodies(queue.read(1, ROOM, read[-1]))] == ["b"]
+    queue.acknowledge(read[0], 1)
+    rest = queue.read(9, ROOM, read[-1])
+    assert [body["id"] for body in bodies(rest)] == ["b", "c"]
+    assert queue.read(9, ROOM, rest[-1]) == []
+    queue.close()
+
+
 def test_a_spool_that_someone_emptied_says_so(tmp_path: Path) -> None:
     spool = Spool(tmp_path, ROOM, None)
     append(spool, "a")
@@ -478,3 +492,39 @@ def test_a_refused_event_is_given_up_when_another_process_has_the_file(
             file.add(record, "invalid", "is odd")
     assert file.add(record, "invalid", "is odd")
     assert len((tmp_path / "refused.ndjson").read_bytes().splitlines()) == 2
+
+
+def test_a_refused_event_is_a_line_of_its_own_behind_one_that_a_power_cut_tore(tmp_path: Path) -> None:
+    file = RefusedFile(tmp_path / "refused.ndjson")
+    for name in "abc":
+        assert file.add(Record(Kind.USAGE, b'{"id":"%b"}' % name.encode(), (0, 0)), "invalid", "is odd")
+        if name == "a":
+            whole = (tmp_path / "refused.ndjson").read_bytes()
+        elif name == "b":
+            os.truncate(tmp_path / "refused.ndjson", len(whole) + 20)
+    first, torn, last = (tmp_path / "refused.ndjson").read_bytes().splitlines(keepends=True)
+    assert (first, torn) == (whole, whole[:20] + b"\n")
+    assert json.loads(last)["event"] == {"id": "c"}
+
+
+def test_what_is_made_is_synced_with_the_directories_that_it_is_made_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    root = tmp_path / "above" / "spool"
+    take(root, ROOM, None).close()
+    assert {tmp_path, tmp_path / "above", root} <= set(synced)
+    synced.clear()
+    file = RefusedFile(root / "refused.ndjson")
+    record = Record(Kind.USAGE, b'{"id":"a"}', (0, 0))
+    assert file.add(record, "invalid", "is odd")
+    assert synced == [root / "refused.ndjson", root]
+    assert file.add(record, "invalid", "is odd")
+    assert synced[2:] == [root / "refused.ndjson"]
