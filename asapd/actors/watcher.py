@@ -50,14 +50,14 @@ from asapd.store.units.promises import DeclareMaintenance, EndMaintenance, Maint
 
 __all__ = ["WatcherSettings", "run_watcher"]
 
-# Following costs the loop a thread hop a turn and a share of the GIL: a fifth of the time where that is enough. What
+# Following costs the loop a thread hop a turn and a share of the GIL: a tenth of the time where that is enough. What
 # was not used of it is kept for a while, so that news after a long turn need not wait for its sake; and under full
 # ingest, where turns are long, it pauses no longer than a part of a commit.
-_PAUSE_FOR_WORK = 4
+_PAUSE_FOR_WORK = 9
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.002, 0.01
 _SAVED_S = 0.05
-# Of those that are due, judged in one turn: a millisecond and a pause of four, in which an alert may have to wait.
-_AT_ONCE = 8
+# Of those that are due, judged in one turn: two milliseconds and a pause of ten, in which an alert may have to wait.
+_AT_ONCE = 16
 _BEAT_EVERY_S = 1.0
 # After a read of the directory and of maintenance that took too long: at most half of the time goes into such reads.
 _ANEW_AGAIN_S = 30.0

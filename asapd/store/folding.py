@@ -18,8 +18,9 @@ LARGE_COMMIT_PAGES = 400
 worked out and needs no disk. While what was folded is made durable, commits wait for the disk; often and little holds
 them up less than seldom and much."""
 
-FOLD_PAGES = 1_200
-"""Of smaller commits together. They write the same pages again and again, each of which is copied once."""
+FOLD_PAGES = 4_800
+"""Of smaller commits together. They write the same pages again and again, each of which is copied once: at a quarter of
+this single events came a twentieth slower, and none of them waited less."""
 
 FOLD_EVERY_S = 0.25
 """What is less is folded so often."""

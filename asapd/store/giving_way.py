@@ -13,8 +13,11 @@ from asapd.store.rows import fetch
 BUSY_ENTRIES = 2_000
 """What the log grows by in a second of much reporting: an eighth of the single events that are taken at most."""
 
-LOOK_S = 1.0
-"""Between two looks at how fast it grows."""
+LOOK_S = 0.1
+"""Between two looks at how fast it grows, while it is walked."""
+
+REST_S = 1.0
+"""How long a rest is, before the next look: a second that is busy is mostly followed by another."""
 
 PATIENCE_S = 600.0
 """For so long in all: a log that always grows as fast is walked all the same."""
@@ -47,8 +50,8 @@ class GivingWay:
             self._is_looking = True
             try:
                 while self._is_busy() and self._patience_s > 0:
-                    self._patience_s -= LOOK_S
-                    self._sleep(LOOK_S)
+                    self._patience_s -= REST_S
+                    self._sleep(REST_S)
             finally:
                 self._is_looking = False
         return True

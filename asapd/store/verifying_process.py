@@ -83,11 +83,13 @@ def open_alone(path: Path) -> apsw.Connection:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m asapd.store.verifying_process DATABASE`, the request on stdin; for the daemon only."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with contextlib.suppress(OSError):  # a sandbox may not let it: it is none the worse
         os.nice(_NICE)
+        if request.gives_way:  # nobody waits for it: it takes what nobody else wants of the processors
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     # Only the daemon listens: with it gone there is nobody to tell, and nothing to say about that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     try:
         with reading(), contextlib.closing(open_alone(Path(arguments[0]))) as connection:
             if request.gives_way:
