@@ -13,14 +13,13 @@ from typing import Self
 
 import apsw
 
-LARGE_COMMIT_PAGES = 400
-"""Some four fifths of an array of a thousand events: folding begins right behind such a commit, while the next one is
-worked out and needs no disk. While what was folded is made durable, commits wait for the disk; often and little holds
-them up less than seldom and much."""
-
 FOLD_PAGES = 4_800
-"""Of smaller commits together. They write the same pages again and again, each of which is copied once: at a quarter of
-this single events came a twentieth slower, and none of them waited less."""
+"""Of commits together, 19 MiB. They write the same pages again and again, each of which is copied once: at a quarter of
+this single events came a twentieth slower, and so did arrays of a thousand where each commit of them was folded."""
+
+LITTLE_PAGES = 1_200
+"""The same while decisions come. While what was folded is made durable, commits wait for the disk; often and little
+holds them up less than seldom and much."""
 
 FOLD_EVERY_S = 0.25
 """What is less is folded so often."""
@@ -39,6 +38,7 @@ class Folding:
         self._connection = connection
         self._path = path
         self._pages = self._asked = 0
+        self._at_once = FOLD_PAGES
         self._commits = 0
         self._wanted = threading.Event()
         self._folding = threading.Lock()
@@ -58,21 +58,22 @@ class Folding:
         self._wanted.set()
         self._thread.join()
 
-    def begin_anew(self) -> None:
+    def rest(self, decisions: bool) -> None:
         """Fold what is left of a long WAL, so that the next commit begins it anew; does nothing to a short one.
 
-        To be called where nobody waits for an answer, by the thread that commits.
+        To be called where nobody waits for an answer, by the thread that commits, with whether `decisions` come, which
+        are to wait little.
         """
+        self._at_once = LITTLE_PAGES if decisions else FOLD_PAGES
         if self._pages >= MAX_PAGES:
             self._checkpoint(self._connection)
 
     def _committed(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         if pages < self._pages:  # begun anew
             self._asked = self._pages = 0
-        is_large = pages - self._pages >= LARGE_COMMIT_PAGES
         self._pages = pages
         self._commits += 1
-        if is_large or pages - self._asked >= FOLD_PAGES:
+        if pages - self._asked >= self._at_once:
             self._asked = pages
             self._wanted.set()
         return apsw.SQLITE_OK

@@ -407,7 +407,7 @@ def serve(
     wait_us: int = 0,
     busy_wait_us: int = BUSY_WAIT_US,
     busy_gap_us: int = BUSY_GAP_US,
-    rest: Callable[[], None] = lambda: None,
+    rest: Callable[[bool], None] = lambda _: None,
 ) -> None:
     """Answer envelopes until the other side closes its ends; what had arrived by then is still committed.
 
@@ -416,7 +416,7 @@ def serve(
     they share it.
     With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits. Without, it
     waits only after a commit that many shared, and while units keep coming: a lone client never waits.
-    `rest` is called after each commit, once it is answered.
+    `rest` is called after each commit, once it is answered, with whether decisions come.
     """
     frames = Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
@@ -462,7 +462,7 @@ def serve(
         # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             frames.send(answers)
-        rest()
+        rest(are_small())
 
     owed = False
     while True:
@@ -535,8 +535,7 @@ def main(arguments: Sequence[str]) -> int:
             masks = msgspec.json.decode(os.environ.get(MASKS, "[]"), type=list[str])
             seed = sys.stdin.buffer.read()
             writer = Writer(connection, masks=masks, key=SigningKey(seed) if seed else None)
-            rest = folding.begin_anew
-            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us, rest=rest)
+            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us, rest=folding.rest)
     return 0
 
 

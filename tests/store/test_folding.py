@@ -77,15 +77,22 @@ def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
             folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)  # noqa: B023 -- called before it changes
 
 
-def test_a_large_commit_is_folded_at_once(
+def test_while_decisions_come_less_is_folded_at_once(
     path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "LARGE_COMMIT_PAGES", 200)
+    monkeypatch.setattr(folding, "LITTLE_PAGES", 200)
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
-    with Folding(connection, path):
+    with Folding(connection, path) as folding_:
         before = path.stat().st_size
         fill(connection, MEBIBYTE)
+        folding_.rest(decisions=True)
+        fill(connection, 10_000)
         folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)
+        folding_.rest(decisions=False)
+        fill(connection, MEBIBYTE)
+        fill(connection, MEBIBYTE)
+        with pytest.raises(queue.Empty):
+            folds.get(timeout=0.2)
 
 
 def test_a_small_commit_is_folded_after_a_while(path: Path, connection: apsw.Connection, folds: Told) -> None:
@@ -145,7 +152,7 @@ def test_a_long_wal_is_begun_anew_between_two_commits(
         fill(connection, MEBIBYTE)
         size = wal.stat().st_size
         for _ in range(30):
-            folding_.begin_anew()
+            folding_.rest(decisions=False)
             fill(connection, 100_000)
         assert wal.stat().st_size == size, "its pages are written over"
 
@@ -162,7 +169,7 @@ def test_a_long_wal_is_begun_anew_although_the_thread_is_folding_it(
         size = wal.stat().st_size
         while path.stat().st_size == before:
             pass
-        folding_.begin_anew()
+        folding_.rest(decisions=False)
         fill(connection, MEBIBYTE)
     assert wal.stat().st_size == size, "its pages are written over"
 
@@ -176,6 +183,6 @@ def test_a_wal_that_cannot_be_folded_grows_and_no_commit_fails(
         assert other.execute("SELECT count(*) FROM filled").get == 0
         for _ in range(3):
             fill(connection, 100_000)
-            folding_.begin_anew()
+            folding_.rest(decisions=False)
         other.execute("COMMIT")
         assert other.execute("SELECT count(*) FROM filled").get == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 from collections import deque
@@ -1136,17 +1137,19 @@ def test_a_commit_that_many_shared_makes_the_next_one_wait_for_what_comes() -> N
 
 def test_what_nobody_waits_for_is_done_once_a_commit_is_answered() -> None:
     answered: list[int] = []
-    rested = threading.Event()
+    rested: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def rest() -> None:
+    def rest(decisions: bool) -> None:
         answered.extend(server.receive(1))
-        rested.set()
+        rested.put(decisions)
 
     with served(rest=rest) as server:
         server.gate.set()
-        server.send(decision(1))
-        assert rested.wait(10)
-    assert answered == [1]
+        server.send(bulk(1))
+        assert not rested.get(timeout=10), "no decision came"
+        server.send(decision(2))
+        assert rested.get(timeout=10), "one came"
+    assert answered == [1, 2]
 
 
 def test_the_wait_of_busy_times_ends_when_nothing_comes() -> None:
