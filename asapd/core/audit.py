@@ -108,6 +108,9 @@ Sealed = tuple[str, bytes, bytes, bytes]
 Chained = tuple[int, str, int, str, str, str, str, bytes, bytes, bytes, bytes]
 """An entry to be stored, in the order of `Entry`."""
 
+Head = tuple[int, bytes]
+"""The number and hash of the newest entry of a log."""
+
 
 def seal(actor: str, notes: Iterable[tuple[str, bytes]], salts: bytes) -> list[Sealed]:
     """What entries of one actor are to say, each a subject and details; there are 16 bytes of `salts` for each."""
@@ -123,14 +126,9 @@ def seal(actor: str, notes: Iterable[tuple[str, bytes]], salts: bytes) -> list[S
 
 
 def chain(
-    head: tuple[int, bytes],
-    event_type: str,
-    actor: str,
-    timestamp_us: int,
-    ids: Iterable[str],
-    sealed: Sequence[Sealed],
+    head: Head, event_type: str, actor: str, timestamp_us: int, ids: Iterable[str], sealed: Sequence[Sealed]
 ) -> list[Chained]:
-    """Entries of one kind, actor and time, chained on from `head`, the number and hash of the newest entry.
+    """Entries of one kind, actor and time, chained on from `head`.
 
     What is the same in all of them is written once, which is most of the text that is hashed.
     """
@@ -151,6 +149,13 @@ def chain(
         )
         previous = digest
     return chained
+
+
+def head_behind(head: Head, entries: Sequence[Chained]) -> Head | None:
+    """The head with entries that were chained on from it; None when they were from another, or there are none."""
+    if not entries or (entries[0][0] - 1, entries[0][-2]) != head:
+        return None
+    return entries[-1][0], entries[-1][-1]
 
 
 class Walk(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from asapd.core.audit import Sealed, seal
+from asapd.core.audit import Chained, Sealed, seal
 from asapd.core.types import Outcome
 from asapd.core.usage import FLAG_UNTIMED, Cost, UsageEvent, content_digest, identity_key
 from asapd.store.rows import Row
@@ -67,6 +67,8 @@ _BOUND = (*_FOUND, *(column for column in COLUMNS if column not in _FOUND))
 INSERT = f"INSERT INTO usage VALUES ({','.join(f'?{_BOUND.index(column) + 1}' for column in COLUMNS)})"
 """Takes what the transaction found and then what was prepared."""
 
+RECORDED = "usage.recorded"
+"""What an entry of an event is called."""
 
 _NEVER_US = 2**63 - 1
 
@@ -114,6 +116,8 @@ class Supposed(NamedTuple):
     """Of names that had these numbers in that version."""
     sealed: list[Sealed]
     """What their entries say."""
+    entries: list[Chained]
+    """The entries, behind the head that they are likely to have; none where nobody knows."""
 
 
 class Prepared(NamedTuple):
@@ -154,7 +158,7 @@ def suppose(
 ) -> Supposed | None:
     """Work out what a simple report comes to if all of it is new and its rows begin with one, as most often is so.
 
-    There are 16 bytes of `salts` for each. None if a name has no number.
+    There are 16 bytes of `salts` for each. None if a name has no number. The entries are not chained.
     """
     rows: list[Row] = []
     notes: list[UsageNote] = []
@@ -173,7 +177,7 @@ def suppose(
     if tenant is None or any(None in numbers for numbers in found.values()):
         return None
     said = zip((event.id for event in unit.events), texts_of(notes), strict=True)
-    return Supposed(first_row, names_version, rows, seal(unit.actor, said, salts))
+    return Supposed(first_row, names_version, rows, seal(unit.actor, said, salts), [])
 
 
 def row_of(unit: RecordUsage, found: Row, event: UsageEvent, cost: Cost, content: bytes) -> Row:

@@ -11,7 +11,7 @@ import apsw
 from nacl.signing import SigningKey
 from ulid import base32
 
-from asapd.core.audit import GENESIS, Chained, Sealed, canonical_details, chain, seal
+from asapd.core.audit import GENESIS, Chained, Head, Sealed, canonical_details, chain, head_behind, seal
 from asapd.core.budget_counts import BudgetChanges, Key
 from asapd.core.canonical import exact
 from asapd.core.masking import masked_details
@@ -205,14 +205,27 @@ class Tx:
         """Chain an entry for each subject and its details, which are RFC 8785 text."""
         self.enter_all(event_type, actor, seal(actor, notes, self.salts(len(notes))), now_us)
 
-    def enter_all(self, event_type: str, actor: str, sealed: Sequence[Sealed], now_us: int) -> None:
-        """Chain an entry for each of what was sealed for this actor."""
+    @property
+    def head(self) -> Head:
+        """The newest entry, of those that are not written yet too."""
+        return self._audit_seq, self._audit_hash
+
+    def chained(self, head: Head, event_type: str, actor: str, sealed: Sequence[Sealed], now_us: int) -> list[Chained]:
+        """An entry for each of what was sealed for this actor, behind a head."""
+        return chain(head, event_type, actor, now_us, self.new_ids("aud", now_us, len(sealed)), sealed)
+
+    def enter_all(
+        self, event_type: str, actor: str, sealed: Sequence[Sealed], now_us: int, supposed: Sequence[Chained] = ()
+    ) -> None:
+        """Chain an entry for each of what was sealed for this actor: those that are `supposed`, if they fit."""
         if not sealed:
             return
-        head = self._audit_seq, self._audit_hash
-        entries = chain(head, event_type, actor, now_us, self.new_ids("aud", now_us, len(sealed)), sealed)
-        self._pending_audit += entries
-        self._audit_seq, self._audit_hash = entries[-1][0], entries[-1][-1]
+        following = head_behind(self.head, supposed)
+        if following is None:
+            supposed = self.chained(self.head, event_type, actor, sealed, now_us)
+            following = supposed[-1][0], supposed[-1][-1]
+        self._pending_audit += supposed
+        self._audit_seq, self._audit_hash = following
 
     def count_budget(self, period: Key, changes: Mapping[str, int], now_us: int) -> None:
         """Have it entered, in one entry for the unit at hand, by how much counters of a budget's period changed."""

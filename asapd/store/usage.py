@@ -33,7 +33,7 @@ from asapd.store import (
     usage_tasks,
 )
 from asapd.store.budgets import open_book
-from asapd.store.prepared import INSERT, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
+from asapd.store.prepared import INSERT, RECORDED, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
 from asapd.store.rows import Row
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.usage import Recall, Recorded, RecordUsage, UsageConflict, UsageTooLate
@@ -221,7 +221,7 @@ class _Pass:
             assert supposed is not None, "each name gets a number"
         self._next += count
         self._rows += supposed.rows
-        tx.enter_all("usage.recorded", unit.actor, supposed.sealed, unit.now_us)
+        tx.enter_all(RECORDED, unit.actor, supposed.sealed, unit.now_us, supposed.entries)
         self._priced.setdefault(unit.tenant, []).extend(zip(unit.events, unit.costs, strict=True))
         seqs, keys = range(first, self._next), cast("list[bytes]", prepared.keys)
         self._claimed += zip(keys, seqs, strict=True)
@@ -292,7 +292,7 @@ class _Pass:
             subjects.append(event_id)
             notes.append(note_of(unit.tenant, event, cost, content, flags, estimated, seq))
         said = list(zip(subjects, texts_of(notes), strict=True))
-        tx.audit_all("usage.recorded", unit.actor, said, unit.now_us)
+        tx.audit_all(RECORDED, unit.actor, said, unit.now_us)
         if refused:
             unauthorised.tell(tx, unit, refused)
         if book is not None:

@@ -27,6 +27,7 @@ import apsw
 import msgspec
 from nacl.signing import SigningKey
 
+from asapd.core.audit import Head, head_behind
 from asapd.core.delegation import Denied
 from asapd.core.errors import Refusal
 from asapd.core.masking import compiled
@@ -39,7 +40,7 @@ from asapd.store.folding import Folding
 from asapd.store.frames import Frames
 from asapd.store.migrations import migrate
 from asapd.store.overwriting import overwrite_what_goes
-from asapd.store.prepared import Prepared, prepare, suppose
+from asapd.store.prepared import RECORDED, Prepared, prepare, suppose
 from asapd.store.tx import RefuseError, Tx
 from asapd.store.units.delegations import AuthorizationDenied, Reserve
 from asapd.store.units.exchange import Answer, AnyResult, Envelope, Idempotency
@@ -135,6 +136,7 @@ class Writer:
         self._wary = 0
         self._prepared: dict[int, Prepared] = {}
         self._next_usage = 0
+        self._next_head: Head | None = None
         self._beside = Beside()
 
     def prepare(self, envelope: Envelope) -> None:
@@ -148,9 +150,14 @@ class Writer:
                 # Only names whose numbers are remembered have any: the connection is at work.
                 salts = self._tx.salts(len(unit.events))
                 supposed = suppose(unit, prepared.contents, self._next_usage, names.version, names.get, salts)
+                if supposed is not None and self._next_head is not None:
+                    sealed = supposed.sealed
+                    entries = self._tx.chained(self._next_head, RECORDED, unit.actor, sealed, unit.now_us)
+                    supposed = supposed._replace(entries=entries)
                 prepared = prepared._replace(supposed=supposed)
             self._prepared[envelope.number] = prepared
             self._next_usage += len(unit.events)
+            self._next_head = _behind(self._next_head, prepared)
 
     def _take_prepared(self, envelope: Envelope) -> Prepared | None:
         return self._prepared.pop(envelope.number, None)
@@ -207,6 +214,9 @@ class Writer:
             self._end_transaction()
             return
         self._next_usage = self._tx.next_usage + sum(len(its.keys) for its in self._prepared.values())
+        self._next_head = self._tx.head
+        for prepared in self._prepared.values():
+            self._next_head = _behind(self._next_head, prepared)
         try:
             committed = self._beside.begin(self._end_transaction)
         except RuntimeError:  # no thread is to be had
@@ -367,6 +377,11 @@ class Writer:
                 "INSERT INTO idempotency VALUES (?,?,?,?)",
                 (idempotency.key, idempotency.request, _result_encoder.encode(result), idempotency.now_us),
             )
+
+
+def _behind(head: Head | None, prepared: Prepared) -> Head | None:
+    """The head when what was prepared was entered; None when nobody knows."""
+    return None if head is None or prepared.supposed is None else head_behind(head, prepared.supposed.entries)
 
 
 def _is_plain_report(envelope: Envelope) -> bool:

@@ -9,11 +9,14 @@ import apsw
 import pytest
 from msgspec.structs import replace
 
+from asapd.core.audit import Chained, Head
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import usage, verifying
 from asapd.store.prepared import suppose
+from asapd.store.tx import Tx
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.units.exchange import AnyUnit, Envelope
+from asapd.store.units.house import Note
 from asapd.store.units.unit import Failed, NotWritten
 from asapd.store.units.usage import Recorded, RecordUsage
 from asapd.store.writer import Writer
@@ -58,6 +61,20 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("asapd.store.usage.suppose", work_out)
     return again
+
+
+@pytest.fixture
+def chained(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Behind which entries others were chained, since the first event."""
+    behind: list[int] = []
+    real = Tx.chained
+
+    def chain(tx: Tx, head: Head, *rest: Any) -> list[Chained]:
+        behind.append(head[0])
+        return real(tx, head, *rest)
+
+    monkeypatch.setattr(Tx, "chained", chain)
+    return behind
 
 
 def rows(connection: apsw.Connection) -> list[tuple[Any, ...]]:
@@ -118,6 +135,32 @@ def test_rows_that_come_to_be_others_are_worked_out_again(
     assert [(seq, name, subject) for seq, name, _, _, subject in found] == [
         (seq, name, name) for seq, name in enumerate(ids.split(), 1)
     ]
+    assert_whole(connection)
+
+
+def test_entries_are_chained_ahead_on_those_before(
+    writer: Writer, connection: apsw.Connection, chained: list[int]
+) -> None:
+    units = [report("e1", "e2"), report("e3"), report("e4")]
+    for number, unit in enumerate(units[:2], 2):
+        writer.prepare(Envelope(number, unit, False))
+    commit(writer, units[0], first=2)
+    writer.prepare(Envelope(4, units[2], False))
+    assert chained == [1, 3, 4], "behind which entries"
+    commit(writer, *units[1:], first=3)
+    assert chained == [1, 3, 4], "none again"
+    assert_whole(connection)
+
+
+def test_entries_that_come_to_stand_behind_another_are_chained_again(
+    writer: Writer, connection: apsw.Connection, chained: list[int], worked_out: list[int]
+) -> None:
+    units = [report("e1", "e2"), report("e3")]
+    for number, unit in enumerate(units, 3):
+        writer.prepare(Envelope(number, unit, False))
+    commit(writer, Note("test", "asapd", "x", {}, NOW_US), *units, first=2)
+    assert chained == [1, 3, 1, 2, 4], "ahead, and behind the other one"
+    assert not worked_out, "their rows are what they were to be"
     assert_whole(connection)
 
 
