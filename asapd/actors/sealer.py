@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import islice
@@ -33,6 +34,9 @@ STEP = 4_096
 KEEP = 512
 """Nodes that are kept in one unit of bulk: two for each 256 entries."""
 
+AHEAD = 65_536
+"""Entries that the tree is grown by between two checkpoints: those of a minute of much reporting, all at once, have the
+loop share the interpreter with a reader's thread for seconds."""
 
 HELD = 1_000
 """Checkpoints of the file the log is held to at the start: a second. The verifier holds it to all of them."""
@@ -198,16 +202,10 @@ class Sealer:
         newest = await self._database.read(seals.newest)
         if newest is not None and newest.size == head:
             return newest
-        tree: Tree = await self._database.read(seals.grown) if self._tree is None else self._tree
-        nodes: list[MadeNode] = []
-        while tree.size < head:
-            tree, made = await self._database.read(seals.grow_step, tree, min(STEP, head - tree.size))
-            nodes += made
-            if len(nodes) >= KEEP:
-                kept = await self._database.submit(Seal(tree.size, b"", nodes, None, self._clock.now_us()))
-                if isinstance(kept, Refusal):
-                    return kept
-                self._tree, nodes = tree, []
+        grown = await self._grow(head)
+        if isinstance(grown, Refusal):
+            return grown
+        tree, nodes = grown
         checkpoint = sign_checkpoint(tree.size, tree.root(), self._identity)
         sealed = SealedAt(tree.size, tree.root(), checkpoint.note.encode(), self._clock.now_us())
         unit = Seal(sealed.size, sealed.root, nodes, sealed.note, sealed.sealed_us)
@@ -217,6 +215,41 @@ class Sealer:
         self._tree = tree
         await self._remember(sealed.note)
         return sealed
+
+    async def keep_up(self) -> None:
+        """Grow the tree where much was entered since, so that the next checkpoint finds little left to do."""
+        async with self._lock:
+            head, _ = await self._database.read(audit.head)
+            with contextlib.suppress(HoleInLogError):  # the next checkpoint is refused for it
+                if head - (await self._newest_tree()).size >= AHEAD:
+                    grown = await self._grow(head)
+                    if not isinstance(grown, Refusal):  # the writer is away; the next checkpoint tries again
+                        await self._keep(*grown)
+
+    async def _newest_tree(self) -> Tree:
+        if self._tree is None:
+            self._tree = await self._database.read(seals.grown)
+        return self._tree
+
+    async def _grow(self, head: int) -> tuple[Tree, list[MadeNode]] | Refusal:
+        """The tree over so many entries, and those of its nodes that are not kept yet."""
+        tree, nodes = await self._newest_tree(), list[MadeNode]()
+        while tree.size < head:
+            tree, made = await self._database.read(seals.grow_step, tree, min(STEP, head - tree.size))
+            nodes += made
+            if len(nodes) >= KEEP:
+                kept = await self._keep(tree, nodes)
+                if kept is not None:
+                    return kept
+                nodes = []
+        return tree, nodes
+
+    async def _keep(self, tree: Tree, nodes: list[MadeNode]) -> Refusal | None:
+        kept = await self._database.submit(Seal(tree.size, b"", nodes, None, self._clock.now_us()))
+        if isinstance(kept, Refusal):
+            return kept
+        self._tree = tree
+        return None
 
     async def noted(self, sealed: SealedAt) -> str:
         """A checkpoint with the signatures of all witnesses that have seen it."""
@@ -307,5 +340,7 @@ async def run_sealer(
             beat()
             await trio.sleep(min(1.0, (sealer.settings.checkpoint_every_us - waited_us) / SECOND_US))
             waited_us += SECOND_US
-            if isinstance(sealed, SealedAt) and await sealer.is_of_former_key(sealed):
-                break  # proofs rest on the newest, and who has the key of now cannot verify it
+            if isinstance(sealed, SealedAt):
+                await sealer.keep_up()
+                if await sealer.is_of_former_key(sealed):
+                    break  # proofs rest on the newest, and who has the key of now cannot verify it

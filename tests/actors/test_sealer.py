@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from asapd.actors import sealer as sealer_module
 from asapd.actors.sealer import Sealer, run_sealer
 from asapd.core import merkle
 from asapd.core.errors import Refusal
+from asapd.core.merkle import Tree
 from asapd.runtime.clock import TrioClock
 from asapd.store import checkpoint_log, seals
 from asapd.store.database import Database, InlineReaders, InlineRunner
@@ -93,6 +95,74 @@ async def test_a_sealer_that_starts_afresh_goes_on_where_the_nodes_end(
     entries = [digest for (digest,) in connection.execute("SELECT hash FROM audit ORDER BY seq")]
     assert (found.size, found.root) == (1_140, mth(entries))
     assert seals.differs(connection, found.size, found.root) is None
+
+
+async def test_the_tree_keeps_up_with_many_entries_between_two_checkpoints(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr(sealer_module, "AHEAD", 600)
+    sealer = make(database, tmp_path)
+    least: list[int] = []
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        await run_sealer(sealer, tell=told, remind=told, beat=lambda: None, log=LOG, task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        await trio.sleep(0.5)  # until there is a checkpoint of nothing
+        await enter(database, 599)
+        await trio.sleep(3)
+        kept = connection.execute("SELECT count(*) FROM audit_node")
+        assert kept.get == 0
+        await enter(database, 1)
+        await trio.sleep(3)
+        kept = connection.execute("SELECT count(*) FROM audit_node")
+        assert kept.get == 3, "two over 256 entries, one over both"
+        assert connection.execute("SELECT max(size) FROM audit_checkpoint").get == 0
+        monkeypatch.setattr(seals, "grow_step", partial(grown_from, seals.grow_step, least))
+        await enter(database, 5)
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert least == [600]
+    found = await sealer.newest()
+    assert found is not None
+    entries = [digest for (digest,) in connection.execute("SELECT hash FROM audit ORDER BY seq")]
+    assert (found.size, found.root) == (605, mth(entries))
+
+
+def grown_from(real: Callable[..., Any], least: list[int], connection: apsw.Connection, tree: Tree, limit: int) -> Any:
+    least.append(tree.size)
+    return real(connection, tree, limit)
+
+
+@pytest.mark.parametrize("lost", ["an entry", "the writer"])
+async def test_a_tree_that_cannot_keep_up_is_left_to_the_next_checkpoint(
+    inline_database: Inline, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    database, connection = inline_database
+    monkeypatch.setattr(sealer_module, "AHEAD", 600)
+    sealer = make(database, tmp_path)
+    await enter(database, 600)
+    if lost == "an entry":
+        connection.execute("UPDATE retention_gate SET open = 1; DELETE FROM audit WHERE seq = 300")
+        await sealer.keep_up()
+        refused = await sealer.seal()
+        assert isinstance(refused, Refusal)
+        assert refused.code == "log_broken"
+        return
+    monkeypatch.setattr(sealer_module, "KEEP", 1)
+    with monkeypatch.context() as away:
+        away.setattr(database, "submit", refusing)
+        await sealer.keep_up()
+    assert connection.execute("SELECT count(*) FROM audit_node").get == 0
+    assert (await sealed(sealer)).size == 600
+    assert connection.execute("SELECT count(*) FROM audit_node").get == 3
+
+
+async def refusing(*_: Any, **__: Any) -> Refusal:
+    await trio.lowlevel.checkpoint()
+    return Refusal("writer_unavailable", "")
 
 
 async def test_it_seals_at_intervals_and_a_changed_interval_counts(
