@@ -223,7 +223,7 @@ class Sealer:
             with contextlib.suppress(HoleInLogError):  # the next checkpoint is refused for it
                 if head - (await self._newest_tree()).size >= AHEAD:
                     grown = await self._grow(head)
-                    if not isinstance(grown, Refusal):  # the writer is away; the next checkpoint tries again
+                    if not isinstance(grown, Refusal) and grown[1]:  # refused, the next checkpoint tries again
                         await self._keep(*grown)
 
     async def _newest_tree(self) -> Tree:
@@ -341,6 +341,7 @@ async def run_sealer(
             await trio.sleep(min(1.0, (sealer.settings.checkpoint_every_us - waited_us) / SECOND_US))
             waited_us += SECOND_US
             if isinstance(sealed, SealedAt):
-                await sealer.keep_up()
+                async with beating(beat):
+                    await sealer.keep_up()
                 if await sealer.is_of_former_key(sealed):
                     break  # proofs rest on the newest, and who has the key of now cannot verify it

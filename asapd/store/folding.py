@@ -13,13 +13,15 @@ from typing import Self
 
 import apsw
 
+from asapd.store.giving_way import be_batch_work
+
 FOLD_PAGES = 4_800
 """Of commits together, 19 MiB. They write the same pages again and again, each of which is copied once: at a quarter of
 this single events came a twentieth slower, and so did arrays of a thousand where each commit of them was folded."""
 
 LITTLE_PAGES = 1_200
-"""The same while decisions come. While what was folded is made durable, commits wait for the disk; often and little
-holds them up less than seldom and much."""
+"""The same while decisions come, or little is recorded. While what was folded is made durable, commits wait for the
+disk; often and little holds them up less than seldom and much."""
 
 FOLD_EVERY_S = 0.25
 """What is less is folded so often."""
@@ -38,7 +40,7 @@ class Folding:
         self._connection = connection
         self._path = path
         self._pages = self._asked = 0
-        self._at_once = FOLD_PAGES
+        self._at_once = LITTLE_PAGES
         self._commits = 0
         self._wanted = threading.Event()
         self._folding = threading.Lock()
@@ -58,13 +60,13 @@ class Folding:
         self._wanted.set()
         self._thread.join()
 
-    def rest(self, decisions: bool) -> None:
+    def rest(self, much: bool) -> None:
         """Fold what is left of a long WAL, so that the next commit begins it anew; does nothing to a short one.
 
-        To be called where nobody waits for an answer, by the thread that commits, with whether `decisions` come, which
-        are to wait little.
+        To be called where nobody waits for an answer, by the thread that commits, with whether `much` is recorded, and
+        no decision is to wait little.
         """
-        self._at_once = LITTLE_PAGES if decisions else FOLD_PAGES
+        self._at_once = FOLD_PAGES if much else LITTLE_PAGES
         if self._pages >= MAX_PAGES:
             self._checkpoint(self._connection)
 
@@ -79,6 +81,7 @@ class Folding:
         return apsw.SQLITE_OK
 
     def _fold(self) -> None:
+        be_batch_work()
         with contextlib.ExitStack() as opened:
             connection = None
             folded = 0

@@ -1,7 +1,9 @@
-"""A long walk gives way: while the log grows fast it rests, because it would slow down who reports."""
+"""Work that nobody waits for gives way: to what is woken, and a long walk to who reports, while the log grows fast."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,16 @@ PATIENCE_S = 600.0
 """For so long in all: a log that always grows as fast is walked all the same."""
 
 
+def be_batch_work(*, is_batch: bool = True) -> None:
+    """Have the thread that calls this, when it is woken, let others end what they are at before it runs; or no longer.
+
+    It has its share of the processors all the same. Where an operator chose another way of scheduling, that stays.
+    """
+    with contextlib.suppress(OSError):  # a sandbox may not let it: it is none the worse
+        if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
+            os.sched_setscheduler(0, os.SCHED_BATCH if is_batch else os.SCHED_OTHER, os.sched_param(0))
+
+
 class GivingWay:
     """Rests before a statement, but never within a snapshot, which would keep the WAL from being begun anew.
 
@@ -41,7 +53,8 @@ class GivingWay:
         self._patience_s = PATIENCE_S
         self._is_looking = False
         self._looked_s = clock()
-        self._head: int | None = None
+        self._base: tuple[float, int] | None = None
+        """When growth is measured from, and how long the log was."""
 
     def __call__(self, _cursor: apsw.Cursor, _sql: str, _bindings: Any) -> bool:
         """Rest while the log grows fast. Always True: the statement is to run."""
@@ -57,7 +70,12 @@ class GivingWay:
         return True
 
     def _is_busy(self) -> bool:
-        now_s, before, before_s = self._clock(), self._head, self._looked_s
+        now_s, base = self._clock(), self._base
         self._looked_s = now_s
-        self._head = fetch(self._connection, "SELECT max(seq) FROM audit")[0][0] or 0
-        return before is not None and self._head - before > BUSY_ENTRIES * (now_s - before_s)
+        head: int = fetch(self._connection, "SELECT max(seq) FROM audit")[0][0] or 0
+        # What comes at once is that of a second: one array in each is not much.
+        passed_s = 0.0 if base is None else now_s - base[0]
+        is_busy = base is not None and head - base[1] > BUSY_ENTRIES * max(1.0, passed_s)
+        if base is None or is_busy or passed_s >= 1.0:
+            self._base = now_s, head
+        return is_busy

@@ -14,7 +14,7 @@ import apsw
 import msgspec
 import trio
 
-from asapd.store.giving_way import GivingWay
+from asapd.store.giving_way import GivingWay, be_batch_work
 from asapd.store.verifying import CannotVerifyError, Progress, Report, Request, reading, verification
 
 _NICE = 10
@@ -86,8 +86,9 @@ def main(arguments: Sequence[str]) -> int:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with contextlib.suppress(OSError):  # a sandbox may not let it: it is none the worse
         os.nice(_NICE)
-        if request.gives_way:  # nobody waits for it: it takes what nobody else wants of the processors
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    # Not idle work: where all processors are busy that gets a hundredth of one, and a snapshot of it keeps the WAL from
+    # being begun anew.
+    be_batch_work()
     # Only the daemon listens: with it gone there is nobody to tell, and nothing to say about that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:

@@ -38,6 +38,7 @@ from asapd.store.authorizing_together import authorize_together
 from asapd.store.beside import Beside
 from asapd.store.folding import Folding
 from asapd.store.frames import Frames
+from asapd.store.giving_way import be_batch_work
 from asapd.store.migrations import migrate
 from asapd.store.overwriting import overwrite_what_goes
 from asapd.store.prepared import RECORDED, Prepared, prepare, suppose
@@ -57,6 +58,10 @@ BUSY_WAIT_US = 3_000
 """The longest such wait: a commit on a common disk takes as long."""
 BUSY_GAP_US = 300
 """The wait ends when nothing comes for so long; the daemon needs a third of it for a single event."""
+
+MUCH_ROWS = 8
+"""Commits of so many are of much reporting, if no decision comes. Woken, the writer then lets the daemon end what it is
+at instead of taking its processor: a twentieth more is recorded. No lone event or decision is to wait for that."""
 
 LARGE_ROWS = 500
 """A commit of so many takes long enough to read and prepare the next one meanwhile."""
@@ -431,7 +436,7 @@ def serve(
     they share it.
     With `wait_us` a commit that is not full waits that long for more to share it, unless a decision waits. Without, it
     waits only after a commit that many shared, and while units keep coming: a lone client never waits.
-    `rest` is called after each commit, once it is answered, with whether decisions come.
+    `rest` is called after each commit, once it is answered, with whether much is recorded and no decision comes.
     """
     frames = Frames([sock] if decisions is None else [sock, decisions])
     urgent: deque[Envelope] = deque()
@@ -473,11 +478,11 @@ def serve(
         waiting_rows += came
         return came > 0
 
-    def answer(answers: list[Answer]) -> None:
+    def answer(answers: list[Answer], rows: int = 0) -> None:
         # When the daemon is gone nobody hears the answers; what it sent is read to its end all the same.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             frames.send(answers)
-        rest(are_small())
+        rest(rows >= MUCH_ROWS and not are_small())
 
     owed = False
     while True:
@@ -519,7 +524,7 @@ def serve(
                     bulk.appendleft(envelope)
                     waiting_rows += weigh(envelope)
                     ready = 0
-            answer(answers)
+            answer(answers, rows)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -534,9 +539,6 @@ def main(arguments: Sequence[str]) -> int:
     handler.setFormatter(TerminalFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     path, synchronous = Path(arguments[2]), arguments[3]
-    # Woken, it lets the daemon end what it is at instead of taking its processor: a twentieth more is recorded.
-    with contextlib.suppress(OSError):  # a sandbox may not let it: it is none the worse
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     apsw.shutdown()
     apsw.config(apsw.SQLITE_CONFIG_MULTITHREAD)
     apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
@@ -553,7 +555,16 @@ def main(arguments: Sequence[str]) -> int:
             masks = msgspec.json.decode(os.environ.get(MASKS, "[]"), type=list[str])
             seed = sys.stdin.buffer.read()
             writer = Writer(connection, masks=masks, key=SigningKey(seed) if seed else None)
-            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us, rest=folding.rest)
+            is_batch = False
+
+            def rest(much: bool) -> None:
+                nonlocal is_batch
+                if much != is_batch:
+                    be_batch_work(is_batch=much)
+                    is_batch = much
+                folding.rest(much)
+
+            serve(sock, writer, decisions=decisions, rows_per_commit=rows, wait_us=wait_us, rest=rest)
     return 0
 
 

@@ -68,7 +68,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> Told:
 def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
     path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "FOLD_PAGES", 200)
+    monkeypatch.setattr(folding, "LITTLE_PAGES", 200)
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
     with Folding(connection, path):
         for _ in range(2):  # it goes on folding
@@ -77,22 +77,20 @@ def test_commits_are_folded_into_the_database_without_a_commit_having_to_do_it(
             folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)  # noqa: B023 -- called before it changes
 
 
-def test_while_decisions_come_less_is_folded_at_once(
+def test_while_much_is_recorded_more_is_folded_at_once(
     path: Path, connection: apsw.Connection, folds: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folding, "LITTLE_PAGES", 200)
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
     with Folding(connection, path) as folding_:
         before = path.stat().st_size
-        fill(connection, MEBIBYTE)
-        folding_.rest(decisions=True)
-        fill(connection, 10_000)
-        folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)
-        folding_.rest(decisions=False)
-        fill(connection, MEBIBYTE)
+        folding_.rest(much=True)
         fill(connection, MEBIBYTE)
         with pytest.raises(queue.Empty):
             folds.get(timeout=0.2)
+        folding_.rest(much=False)
+        fill(connection, 10_000)
+        folds.until(lambda: path.stat().st_size >= before + MEBIBYTE)
 
 
 def test_a_small_commit_is_folded_after_a_while(path: Path, connection: apsw.Connection, folds: Told) -> None:
@@ -144,7 +142,7 @@ def test_a_file_that_could_not_be_opened_is_opened_the_next_time(
 def test_a_long_wal_is_begun_anew_between_two_commits(
     path: Path, connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "FOLD_PAGES", 1_000_000)
+    monkeypatch.setattr(folding, "LITTLE_PAGES", 1_000_000)
     monkeypatch.setattr(folding, "FOLD_EVERY_S", 3600.0)
     monkeypatch.setattr(folding, "MAX_PAGES", 100)
     wal = path.with_name(f"{path.name}-wal")
@@ -152,7 +150,7 @@ def test_a_long_wal_is_begun_anew_between_two_commits(
         fill(connection, MEBIBYTE)
         size = wal.stat().st_size
         for _ in range(30):
-            folding_.rest(decisions=False)
+            folding_.rest(much=False)
             fill(connection, 100_000)
         assert wal.stat().st_size == size, "its pages are written over"
 
@@ -169,7 +167,7 @@ def test_a_long_wal_is_begun_anew_although_the_thread_is_folding_it(
         size = wal.stat().st_size
         while path.stat().st_size == before:
             pass
-        folding_.rest(decisions=False)
+        folding_.rest(much=False)
         fill(connection, MEBIBYTE)
     assert wal.stat().st_size == size, "its pages are written over"
 
@@ -183,6 +181,6 @@ def test_a_wal_that_cannot_be_folded_grows_and_no_commit_fails(
         assert other.execute("SELECT count(*) FROM filled").get == 0
         for _ in range(3):
             fill(connection, 100_000)
-            folding_.rest(decisions=False)
+            folding_.rest(much=False)
         other.execute("COMMIT")
         assert other.execute("SELECT count(*) FROM filled").get == 3

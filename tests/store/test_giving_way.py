@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from asapd.store.giving_way import BUSY_ENTRIES, LOOK_S, PATIENCE_S, REST_S, GivingWay
+from asapd.store.giving_way import BUSY_ENTRIES, LOOK_S, PATIENCE_S, REST_S, GivingWay, be_batch_work
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.house import Note
 from asapd.store.verifying_process import open_alone
@@ -85,6 +87,49 @@ def test_it_looks_now_and_then_and_rests_at_no_slow_growth(
     time.now_s += 100.0
     assert walk.execute("SELECT count(*) FROM audit").get == 2
     assert not time.slept_s
+
+
+@pytest.mark.parametrize(("entries", "rests"), [(BUSY_ENTRIES, 0), (2 * BUSY_ENTRIES, 1)])
+def test_what_comes_at_once_is_that_of_a_second(
+    writer: apsw.Connection, walk: apsw.Connection, time: Time, entries: int, rests: int
+) -> None:
+    for _ in range(3):
+        time.now_s += 1.0 - 2 * LOOK_S
+        walk.execute("SELECT count(*) FROM audit").close()
+        grow(writer, entries)
+        time.now_s += 2 * LOOK_S
+        walk.execute("SELECT count(*) FROM audit").close()
+    assert time.slept_s == 3 * rests * REST_S
+
+
+def test_work_that_gives_way_is_batch_work_as_long_as_it_says_so() -> None:
+    policies: list[int] = []
+
+    def work() -> None:
+        for is_batch in (True, False):
+            be_batch_work(is_batch=is_batch)
+            policies.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=work)  # its own policy only
+    thread.start()
+    thread.join()
+    assert policies == [os.SCHED_BATCH, os.SCHED_OTHER]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_where_an_operator_chose_a_policy_or_a_sandbox_forbids_one_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda _, policy, __: asked.append(policy))
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_RR)
+    be_batch_work()
+    assert not asked
+
+    def forbidden(_: int) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_getscheduler", forbidden)
+    be_batch_work()
+    assert not asked
 
 
 @pytest.mark.parametrize("begun", ["SELECT seq FROM audit UNION ALL SELECT seq FROM audit", "BEGIN"])

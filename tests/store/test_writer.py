@@ -1139,17 +1139,21 @@ def test_what_nobody_waits_for_is_done_once_a_commit_is_answered() -> None:
     answered: list[int] = []
     rested: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def rest(decisions: bool) -> None:
+    def rest(much: bool) -> None:
         answered.extend(server.receive(1))
-        rested.put(decisions)
+        rested.put(much)
 
     with served(rest=rest) as server:
         server.gate.set()
         server.send(bulk(1))
-        assert not rested.get(timeout=10), "no decision came"
-        server.send(decision(2))
-        assert rested.get(timeout=10), "one came"
-    assert answered == [1, 2]
+        assert not rested.get(timeout=10), "one event is not much"
+        server.send(bulk(2, 8))
+        assert rested.get(timeout=10)
+        server.send(decision(3))
+        assert not rested.get(timeout=10), "a decision came"
+        server.send(bulk(4, 8))
+        assert not rested.get(timeout=10), "not long ago"
+    assert answered == [1, 2, 3, 4]
 
 
 def test_the_wait_of_busy_times_ends_when_nothing_comes() -> None:
