@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 
 from asapd.client.event import TOKEN_FIELD, encode
 from asapd.client.late import Late, is_held
@@ -23,6 +23,8 @@ FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 SYNC_EVERY_S = 1.0
 ADOPT_EVERY_S = 30.0
+MOST_ADOPTED = 4
+"""Each has four files open of the program's own, which may have a thousand in all."""
 BUG_TRIES = 5
 FAILING_BYTES = 2**23
 """How much at which the daemon fails is looked beyond for what it takes."""
@@ -275,7 +277,7 @@ class Sender:
                     with self._changed:
                         work.queues.insert(0, spool)
                         work.own += 1
-                work.queues.extend(work.adopt())
+                work.queues.extend(islice(work.adopt(), max(0, work.own + MOST_ADOPTED - len(work.queues))))
             except OSError as error:
                 work.counters.complain("abandoned spools cannot be looked at", error=error)
         failure: str | None = None
@@ -292,6 +294,8 @@ class Sender:
                     return failure
         for queue in work.queues[work.own :]:
             if not queue.count:
+                if len(work.queues) >= work.own + MOST_ADOPTED:
+                    self._adopted_at_s = float("-inf")  # the next may wait for its place
                 work.queues.remove(queue)
                 queue.close()
         return failure

@@ -162,6 +162,32 @@ def test_what_a_process_that_is_gone_left_a_running_one_adopts(home: Path, fake:
     running.close()
 
 
+def test_however_many_are_gone_only_a_few_of_what_they_left_are_open_at_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "MOST_ADOPTED", 2)
+    names = [str(number) for number in range(2, 9)]
+    for name in names:
+        left = Spool(home / "spool" / name, 10**6, None)
+        left.append(Kind.USAGE, {"id": name})
+        left.close()
+    held: list[int] = []
+    send_one = Sender._send_one
+
+    def count(self: Sender, queue: Any) -> Any:
+        held.append(len(self._work.queues) - self._work.own)
+        return send_one(self, queue)
+
+    monkeypatch.setattr(Sender, "_send_one", count)
+    with make(home) as meter:
+        until(lambda: held)
+        with Fake(home / "ingest.sock") as fake:
+            until(lambda: len(fake.events) == len(names))
+        until(lambda: meter.stats().pending == 0)
+    assert sorted(event["id"] for event in fake.events) == names
+    assert max(held) == 2
+
+
 def test_a_lost_answer_makes_it_send_the_same_events_again(home: Path, fake: Fake) -> None:
     answers = iter([None, None])
     fake.handle = lambda events: next(answers, taken(events))
