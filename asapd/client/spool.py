@@ -253,17 +253,29 @@ class Spool:
 
     def sync(self) -> None:
         """See `Waiting`."""
+        fds: list[int] = []
+        try:
+            with self._lock:
+                if not self._is_dirty and not self._sealed:
+                    return
+                sealed = list(self._sealed)
+                # Of their own, as they may be closed meanwhile by whoever acknowledges.
+                fds.extend(os.dup(fd) for fd in [*self._sealed.values(), self._fd])
+                self._is_dirty = False
+            fds.append(os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC))
+            for fd in fds:
+                os.fsync(fd)
+        except BaseException:
+            self._is_dirty = True  # with the sealed ones, which are kept: it is tried again
+            raise
+        finally:
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         with self._lock:
-            synced, self._sealed = self._sealed, {}
-            if self._is_dirty:
-                synced[self._number] = os.dup(self._fd)
-            self._is_dirty = False
-        if not synced:
-            return
-        synced[0] = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
-        for fd in synced.values():
-            os.fsync(fd)
-            os.close(fd)
+            for number in sealed:
+                if number in self._sealed:
+                    os.close(self._sealed.pop(number))
 
     def close(self) -> int:
         """See `Waiting`. Nothing is lost."""

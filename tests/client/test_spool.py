@@ -507,6 +507,47 @@ def test_a_refused_event_is_a_line_of_its_own_behind_one_that_a_power_cut_tore(t
     assert json.loads(last)["event"] == {"id": "c"}
 
 
+@pytest.mark.parametrize("broken", ["dup", "open", "fsync"])
+def test_what_could_not_be_synced_is_synced_later_and_keeps_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Whichever of the calls it is that fails."""
+    spool = Spool(tmp_path / "1", ROOM, None, segment_bytes=50)
+    append(spool, *"abc")
+    segments = set((tmp_path / "1").glob("*.segment"))
+    assert len(segments) > 2
+    call, fsync = getattr(os, broken), os.fsync
+    left = 0
+    synced: set[Path] = set()
+
+    def fail_at_last(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return call(*args)
+
+    def note(fd: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{fd}").readlink())
+        fsync(fd)
+
+    before = sorted(Path("/proc/self/fd").iterdir())
+    for place in range(1, 2 if broken == "open" else 1 + len(segments)):
+        left = place
+        with monkeypatch.context() as patch:
+            patch.setattr(os, broken, fail_at_last)
+            with pytest.raises(OSError, match="Input/output"):
+                spool.sync()
+        assert sorted(Path("/proc/self/fd").iterdir()) == before
+    monkeypatch.setattr(os, "fsync", note)
+    spool.sync()
+    assert synced == {*segments, tmp_path / "1"}
+    synced.clear()
+    spool.sync()
+    assert not synced
+    spool.close()
+
+
 def test_what_is_made_is_synced_with_the_directories_that_it_is_made_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
