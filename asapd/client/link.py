@@ -48,7 +48,7 @@ class Refused:
 class Away:
     """Nobody knows whether the events are recorded, or nobody could take them now: send them again.
 
-    `is_bug` says that the daemon answered with a failure of its own, which the events may have caused.
+    `is_bug` says that the events may have caused it: the daemon answered with a failure of its own, or a proxy refused.
     """
 
     reason: str
@@ -60,6 +60,8 @@ Answer = Taken | Refused | Away
 # What is about the events, not about the caller or the state of the daemon.
 _ABOUT_EVENTS = {"malformed", "invalid", "usage_conflict", "too_large", "too_many_events", "idempotency_key_reused"}
 _TOO_LARGE = {413, 414, 431}
+# What a proxy says for its own sake, of the way there, the key or the time.
+_ABOUT_NO_EVENT = {401, 407, 408, 425, 429, 431}
 
 
 def judge(document: Mapping[str, Any]) -> Answer:
@@ -73,6 +75,13 @@ def judge(document: Mapping[str, Any]) -> Answer:
     if code in _ABOUT_EVENTS or (code == "forbidden" and places):
         return Refused(code, detail, places)
     return Away(f"{code}: {detail}", is_bug=code == "internal")
+
+
+def _unexplained(status: int) -> Away:
+    """An answer that is not the daemon's: a proxy may refuse what is in this request, or all of them."""
+    return Away(
+        f"HTTP status {status}", is_bug=status == 500 or (400 <= status < 500 and status not in _ABOUT_NO_EVENT)
+    )
 
 
 class Link(Protocol):
@@ -339,7 +348,7 @@ def report(web: Requests, events: Sequence[bytes], token: str | None = None) -> 
         code = str(document.get("code", "headers_too_large"))
         return Refused(code, "the headers of the request are too large: the token of the delegation is too long")
     if "code" not in document:
-        return Away(f"HTTP status {response.status}")
+        return _unexplained(response.status)
     return judge(document)
 
 
@@ -366,7 +375,9 @@ def settle(web: Requests, reservation: str, timeout_s: float = ANSWER_S) -> Answ
     if response.status in _TOO_LARGE:
         # The daemon's limits or a proxy's: the same request is over them for ever.
         return Refused(code or "too_large", str(response.document.get("detail", "the request is too large")))
-    return Away(f"{code or 'HTTP status'} {response.status}", is_bug=code == "internal")
+    if not code:
+        return _unexplained(response.status)
+    return Away(f"{code} {response.status}", is_bug=code == "internal")
 
 
 def make_link(address: Address, web: Requests) -> Link:

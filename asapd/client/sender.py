@@ -369,7 +369,7 @@ class Sender:
                         batch.parts.append(part)
                         return answer
                     batch.failure = answer
-                    self._pass_over(batch, part)
+                    self._pass_over(batch, part, answer)
                     failures += 1
                     if failures >= FAILURES_AT_A_STRETCH:
                         return answer
@@ -388,14 +388,14 @@ class Sender:
             batch.parts, batch.settles = self._parts(batch.settles), []
         return batch.parts.pop() if batch.parts else None
 
-    def _pass_over(self, batch: _Batch, part: list[Record]) -> None:
+    def _pass_over(self, batch: _Batch, part: list[Record], failure: Away) -> None:
         self._failures += 1
         takes = batch.takes.get(part[0], self._takes)
         if len(part) > 1:
             batch.parts += [[record] for record in reversed(part)]
         elif self._takes > takes and self._failures <= FAILURES_AT_A_STRETCH:
             what = "settlement" if part[0].kind is Kind.SETTLE else "event"
-            self._set_aside(part[0], "internal", f"the daemon fails at this {what}, and takes others")
+            self._set_aside(part[0], "internal", f"the daemon fails at this {what}, and takes others: {failure.reason}")
         else:
             batch.takes[part[0]] = self._takes
             batch.failing.append(part[0])

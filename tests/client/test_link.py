@@ -74,6 +74,22 @@ def test_events_go_over_http_with_the_key(home: Path) -> None:
         assert fake.requests[0][2] == [{"id": "a"}]
 
 
+@pytest.mark.parametrize(
+    ("status", "is_bug"),
+    [
+        *((status, True) for status in (400, 403, 404, 405, 422, 500)),
+        *((status, False) for status in (200, 302, 401, 407, 408, 425, 429, 431, 502, 503, 504)),
+    ],
+)
+def test_what_a_proxy_says_may_be_about_the_events_or_not(home: Path, status: int, is_bug: bool) -> None:
+    with Fake(home / "s", http=lambda path, headers, body: (status, {"error": "a proxy's page"})):
+        requests = Requests(parse(home / "s"), None, None)
+        assert report(requests, [EVENT]) == Away(f"HTTP status {status}", is_bug)
+        if status not in {200, 431}:
+            assert settle(requests, "res_1") == Away(f"HTTP status {status}", is_bug)
+        requests.close()
+
+
 def test_what_is_too_large_under_a_token_is_refused(home: Path) -> None:
     with Fake(home / "s", http=lambda path, headers, body: (431, {})):
         requests = Requests(parse(home / "s"), None, None)

@@ -292,6 +292,38 @@ def test_an_event_under_a_token_at_which_the_daemon_fails_does_not_stop_those_be
     assert [event["task_id"] for event in fake.events] == ["t0", "t1", "t2"]
 
 
+@pytest.mark.parametrize("status", [400, 403, 500])
+def test_an_event_that_a_proxy_refuses_does_not_stop_those_behind_it(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Such as one under a token that is longer than the proxy takes as a header."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.http = lambda path, headers, body: (status, {})
+    with make(home, batch_age_s=60) as meter:
+        meter.record(task_id="bad", delegation_token="x" * 9000)
+        for number in range(3):
+            meter.record(task_id=f"t{number}")
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (3, 1)
+    assert str(status) in set_aside(home)[0]["reason"]
+
+
+def test_at_an_address_where_there_is_no_daemon_nothing_is_set_aside(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.http = lambda path, headers, body: (404, {})
+    with make(home, batch_age_s=0.05) as meter:
+        for number in range(5):
+            meter.record(task_id=f"t{number}", delegation_token="a.b.c")
+        meter.settle("res_1")
+        until(lambda: len(fake.requests) > 10 * sender.BUG_TRIES)
+        assert (meter.stats().pending, meter.stats().refused, meter.stats().lost) == (6, 0, 0)
+        fake.http = lambda path, headers, body: (200, {"status": "recorded", "recorded": len(body or [])})
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused) == (5, 0)
+
+
 @pytest.mark.parametrize("first", ["a.b.c", None])
 def test_no_event_goes_out_under_the_token_of_another(
     home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, first: str | None
