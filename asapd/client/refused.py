@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,9 @@ from asapd.client.waiting import Record
 
 MAX_BYTES = 64 * 2**20
 LOCKED_S = 2.0
-"""How long another process may write at most before a line is given up."""
+"""How long another process may write at most before a line has to wait."""
+PASSING = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EINTR}
+"""What the disk is no reason of, and will be over: another process has the file, or there are too many open."""
 
 
 class RefusedFile:
@@ -28,8 +31,10 @@ class RefusedFile:
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
-    def add(self, record: Record, code: str, reason: str) -> bool:
+    def add(self, record: Record, code: str, reason: str, *, is_patient: bool = True) -> bool:
         """Write one line, durably, all of it or nothing; False when the file is full or there is none.
+
+        `is_patient` says whether to wait for another process that writes.
 
         Raises:
             OSError: the disk refuses.
@@ -44,7 +49,7 @@ class RefusedFile:
         fd = open_file(self.path, os.O_RDWR | os.O_APPEND)
         try:
             # So that what is cut off again is never a line of another process.
-            _lock(fd)
+            _lock(fd, LOCKED_S if is_patient else 0.0)
             size_bytes = os.fstat(fd).st_size
             if size_bytes >= MAX_BYTES:
                 return False
@@ -74,13 +79,13 @@ def _now() -> str | None:
     return None
 
 
-def _lock(fd: int) -> None:
+def _lock(fd: int, patience_s: float) -> None:
     """Wait for the others' lines.
 
     Raises:
         BlockingIOError: one that writes does not come to its end; it may have been stopped.
     """
-    deadline_s = time.monotonic() + LOCKED_S
+    deadline_s = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from itertools import groupby, islice
 from asapd.client.event import TOKEN_FIELD, encode
 from asapd.client.late import Late, is_held
 from asapd.client.link import Answer, Away, Link, Refused, Taken
-from asapd.client.refused import RefusedFile
+from asapd.client.refused import PASSING, RefusedFile
 from asapd.client.stats import Counters
 from asapd.client.waiting import Kind, Record, Waiting
 
@@ -49,6 +49,10 @@ class _Batch:
     """At which the daemon failed, each by itself."""
     takes: dict[Record, int] = field(default_factory=dict)
     """Of each of those: what the daemon had taken when it failed at it last."""
+    unkept: list[tuple[Record, str, str]] = field(default_factory=list)
+    """Refused, with code and reason, but they could not be set aside yet."""
+    has_waited: bool = False
+    """For the file to set them aside."""
     failure: Away | None = None
     """The latest."""
 
@@ -330,7 +334,7 @@ class Sender:
         batch.settles += [record for record in records if record.kind is Kind.SETTLE]
         for record in records:
             if record.kind is Kind.DAMAGED:
-                self._set_aside(record, "damaged", "the checksum of the line in the spool is wrong")
+                self._set_aside(batch, record, "damaged", "the checksum of the line in the spool is wrong")
 
     def _parts(self, records: list[Record]) -> list[list[Record]]:
         """What is sent at once, the last first: usage under one token, or a settlement."""
@@ -354,6 +358,9 @@ class Sender:
         daemon takes something else then, from whatever queue, and fails at it again: else it is not them. That the
         daemon refuses something shows nothing, as it does so before it comes to what fails.
         """
+        unkept, batch.unkept = batch.unkept, []
+        for record, code, reason in unkept:
+            self._set_aside(batch, record, code, reason)
         failures = 0
         while part := self._next_part(batch):
             answer = self._report(part)
@@ -362,7 +369,7 @@ class Sender:
                     self._taken(answer)
                     failures = 0
                 case Refused():
-                    batch.parts += self._split(part, answer)
+                    batch.parts += self._split(batch, part, answer)
                 case Away():
                     batch.bugs += answer.is_bug
                     if not answer.is_bug or batch.bugs < BUG_TRIES:
@@ -373,10 +380,11 @@ class Sender:
                     failures += 1
                     if failures >= FAILURES_AT_A_STRETCH:
                         return answer
-        if not batch.failing:
+        if not batch.failing and not batch.unkept:
             return None
         has_taken = any(self._takes > batch.takes[record] for record in batch.failing)
-        if not has_taken and sum(len(record.body) for record in batch.failing + batch.settles) < FAILING_BYTES:
+        held = batch.failing + batch.settles + [record for record, _, _ in batch.unkept]
+        if not has_taken and sum(len(record.body) for record in held) < FAILING_BYTES:
             # What is behind shows whether it is the daemon.
             self._extend(batch, batch.queue.read(self._work.batch_events, BATCH_BYTES, batch.last))
         if not batch.parts:
@@ -395,7 +403,8 @@ class Sender:
             batch.parts += [[record] for record in reversed(part)]
         elif self._takes > takes and self._failures <= FAILURES_AT_A_STRETCH:
             what = "settlement" if part[0].kind is Kind.SETTLE else "event"
-            self._set_aside(part[0], "internal", f"the daemon fails at this {what}, and takes others: {failure.reason}")
+            reason = f"the daemon fails at this {what}, and takes others: {failure.reason}"
+            self._set_aside(batch, part[0], "internal", reason)
         else:
             batch.takes[part[0]] = self._takes
             batch.failing.append(part[0])
@@ -408,16 +417,16 @@ class Sender:
             return self._work.link.report([record.body for record in part])
         return self._work.report_under(token, [_without_token(record) for record in part])
 
-    def _split(self, part: list[Record], answer: Refused) -> list[list[Record]]:
+    def _split(self, batch: _Batch, part: list[Record], answer: Refused) -> list[list[Record]]:
         """Set aside what was refused; give what is to be tried again, the last first."""
         named = {place: reason for place, reason in answer.places.items() if 0 <= place < len(part)}
         for place, reason in named.items():
-            self._set_aside(part[place], answer.code, reason)
+            self._set_aside(batch, part[place], answer.code, reason)
         if named:
             rest = [record for place, record in enumerate(part) if place not in named]
             return [rest] if rest else []
         if len(part) == 1:
-            self._set_aside(part[0], answer.code, answer.detail)
+            self._set_aside(batch, part[0], answer.code, answer.detail)
             return []
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
@@ -430,20 +439,30 @@ class Sender:
         if answer.duplicates:
             self._work.counters.add("duplicates", answer.duplicates)
 
-    def _set_aside(self, record: Record, code: str, reason: str) -> None:
+    def _set_aside(self, batch: _Batch, record: Record, code: str, reason: str) -> None:
+        if batch.unkept:  # for a reason that holds for this one too
+            batch.unkept.append((record, code, reason))
+            return
         counters, refused = self._work.counters, self._work.refused
-        self._dealt_with += 1
-        counters.add("refused")
-        why = "there is no file for it"
+        is_kept, why = False, "there is no file for it"
         try:
-            if refused.add(record, code, reason):
-                what = "a settlement" if record.kind is Kind.SETTLE else "a usage event"
-                counters.complain("asapd refuses %s: %s: %s; it is set aside: %s", what, code, reason, refused.path)
-                return
+            is_kept = refused.add(record, code, reason, is_patient=not batch.has_waited)
             if refused.path is not None:
                 why = f"{refused.path} is full: send or remove what is in it"
         except OSError as error:
+            if error.errno in PASSING:
+                batch.unkept.append((record, code, reason))
+                batch.has_waited = True
+                batch.failure = Away(f"{refused.path} cannot be written: {error}", is_bug=True)
+                counters.complain("what asapd refuses cannot be set aside at present, it waits", error=error)
+                return
             why = str(error)
+        self._dealt_with += 1
+        counters.add("refused")
+        if is_kept:
+            what = "a settlement" if record.kind is Kind.SETTLE else "a usage event"
+            counters.complain("asapd refuses %s: %s: %s; it is set aside: %s", what, code, reason, refused.path)
+            return
         # Acknowledged all the same, or it would stand in the way of all the others for ever.
         counters.add("lost")
         counters.complain_of_unkept(

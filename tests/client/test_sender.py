@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from asapd.client import Meter, sender
+from asapd.client import refused as refusing
 from asapd.client.sender import Sender
 from asapd.client.spool import Spool, is_left
 from asapd.client.waiting import Kind, Memory
@@ -736,6 +737,46 @@ def test_what_is_refused_and_cannot_be_kept_is_lost_and_at_least_logged(
         assert (meter.stats().refused, meter.stats().lost) == (1, 1)
     assert "and here" in caplog.text
     assert "refused.ndjson is full" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EINTR])
+@pytest.mark.parametrize("kind", ["invalid", "damaged"])
+def test_what_cannot_be_set_aside_at_present_waits_and_nothing_else_does(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
+) -> None:
+    """Such as while a process that is stopped has the file; it is waited for once."""
+    waits: list[float] = []
+    lock = refusing._lock
+
+    def fail(fd: int, patience_s: float) -> None:
+        waits.append(patience_s)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(refusing, "_lock", fail)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.handle = fail_at("invalid", "bad1", "bad2", "bad3", is_named=True)
+    left = Spool(home / "spool" / "1", 10**6, None)
+    for name in ("bad1", "bad2", "good"):
+        left.append(Kind.USAGE, {"task_id": name})
+    left.close()
+    if kind == "damaged":
+        (segment,) = (home / "spool" / "1").glob("*.segment")
+        segment.write_bytes(segment.read_bytes().replace(b'"bad', b'"bax'))
+    with make(home, batch_age_s=0.01) as meter:
+        until(lambda: meter.stats().sent == 1)
+        meter.record(task_id="bad3")
+        meter.record(task_id="good too")
+        until(lambda: meter.stats().sent == 2)
+        until(lambda: len(waits) > 5)
+        assert [wait_s > 0 for wait_s in waits[:6]] == [True] + [False] * 5
+        assert "refused.ndjson" in str(meter.stats().last_error)
+        assert (meter.stats().refused, meter.stats().lost) == (0, 0)
+        assert meter.stats().pending == 5
+        monkeypatch.setattr(refusing, "_lock", lock)
+        assert meter.flush()
+        assert (meter.stats().sent, meter.stats().refused, meter.stats().lost) == (2, 3, 0)
+        assert meter.stats().pending == 0
+    assert len(set_aside(home)) == 3
 
 
 @pytest.mark.parametrize("now_ns", [-5 * 10**18, 0, 4 * 10**20, 10**22])
