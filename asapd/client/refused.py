@@ -41,11 +41,7 @@ class RefusedFile:
         """
         if self.path is None:
             return False
-        try:
-            event = json.loads(record.body)
-        except ValueError:
-            event = record.body.decode("utf-8", "replace")
-        line = {"code": code, "reason": reason, "refused_at": _now(), "event": event}
+        line = _line(record, code, reason)
         fd = open_file(self.path, os.O_RDWR | os.O_APPEND)
         try:
             # So that what is cut off again is never a line of another process.
@@ -56,7 +52,7 @@ class RefusedFile:
             # What a power cut tore off, or someone wrote without an end, must not take this line with it.
             is_torn = size_bytes > 0 and os.pread(fd, 1, size_bytes - 1) != b"\n"
             try:
-                _write(fd, b"\n" * is_torn + encode(line) + b"\n")
+                _write(fd, b"\n" * is_torn + line + b"\n")
                 os.fsync(fd)
                 if not size_bytes:
                     directory.sync(self.path.parent)
@@ -70,6 +66,14 @@ class RefusedFile:
             finally:
                 close_file(fd)
         return True
+
+
+def _line(record: Record, code: str, reason: str) -> bytes:
+    why = {"code": code, "reason": reason, "refused_at": _now()}
+    try:
+        return encode({**why, "event": json.loads(record.body)})
+    except (ValueError, RecursionError):  # also for 1e999, which can be read only, and what is nested too deeply
+        return encode({**why, "event": record.body.decode("utf-8", "replace")})
 
 
 def _now() -> str | None:

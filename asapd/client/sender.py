@@ -386,7 +386,12 @@ class Sender:
         held = batch.failing + batch.settles + [record for record, _, _ in batch.unkept]
         if not has_taken and sum(len(record.body) for record in held) < FAILING_BYTES:
             # What is behind shows whether it is the daemon.
-            self._extend(batch, batch.queue.read(self._work.batch_events, BATCH_BYTES, batch.last))
+            try:
+                behind = batch.queue.read(self._work.batch_events, BATCH_BYTES, batch.last)
+            except OSError as error:  # which is no trouble of what is dealt with already
+                behind = []
+                self._work.counters.complain("a spool cannot be used", error=error)
+            self._extend(batch, behind)
         if not batch.parts:
             batch.parts, batch.failing = self._parts(batch.failing), []
         return batch.failure

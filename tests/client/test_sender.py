@@ -521,6 +521,41 @@ def test_a_damaged_line_is_set_aside(home: Path) -> None:
     assert "br" in set_aside(home)[0]["event"]
 
 
+def test_what_cannot_be_read_behind_does_not_have_what_was_refused_counted_again(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    read = Spool.read
+    refused_reads: list[int] = []
+
+    def read_first_only(self: Spool, most: int, max_bytes: int, after: Any = None) -> Any:
+        if after is not None:
+            refused_reads.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, most, max_bytes, after)
+
+    def handle(events: list[Event]) -> dict[str, Any]:
+        answer: dict[str, Any] = fail_at("invalid", "odd", is_named=True)(events)
+        return refused("internal") if answer["ok"] else answer
+
+    fake.handle = handle
+    left = Spool(home / "spool" / "1", 10**6, None)
+    for name in ("odd", "bad", "behind"):
+        left.append(Kind.USAGE, {"task_id": name})
+    left.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "read", read_first_only)
+        with make(home, batch_age_s=0.01, batch_events=2) as meter:
+            until(lambda: len(refused_reads) > 5)
+            assert (meter.stats().refused, meter.stats().pending) == (1, 3)
+            assert "internal" in str(meter.stats().last_error)
+            patch.setattr(Spool, "read", read)
+            fake.handle = taken
+            assert meter.flush()
+            assert (meter.stats().sent, meter.stats().refused) == (2, 1)
+    assert [line["event"]["task_id"] for line in set_aside(home)] == ["odd"]
+
+
 def test_reservations_are_settled_after_the_usage_before_them_even_across_an_outage(home: Path) -> None:
     meter = make(home)
     meter.record(task_id="a", reservation="res_1")

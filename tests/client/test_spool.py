@@ -494,6 +494,13 @@ def test_a_refused_event_is_given_up_when_another_process_has_the_file(
     assert len((tmp_path / "refused.ndjson").read_bytes().splitlines()) == 2
 
 
+@pytest.mark.parametrize("body", [b"1e999\n", b'{"a":-Infinity}', b"NaN", b"[" * 200_000, b'u \xff"', b""])
+def test_what_is_no_json_that_can_be_written_is_set_aside_as_text(tmp_path: Path, body: bytes) -> None:
+    assert RefusedFile(tmp_path / "refused.ndjson").add(Record(Kind.DAMAGED, body, (0, 0)), "damaged", "is odd")
+    line = json.loads((tmp_path / "refused.ndjson").read_bytes(), parse_constant=pytest.fail)
+    assert line["event"] == body.decode("utf-8", "replace")
+
+
 def test_a_refused_event_is_a_line_of_its_own_behind_one_that_a_power_cut_tore(tmp_path: Path) -> None:
     file = RefusedFile(tmp_path / "refused.ndjson")
     for name in "abc":
