@@ -60,6 +60,8 @@ Answer = Taken | Refused | Away
 # What is about the events, not about the caller or the state of the daemon.
 _ABOUT_EVENTS = {"malformed", "invalid", "usage_conflict", "too_large", "too_many_events", "idempotency_key_reused"}
 _TOO_LARGE = {413, 414, 431}
+# Of the key or the address mostly; `forbidden` also says that the key may not settle this one reservation.
+_ABOUT_CALLER = {"forbidden", "host_not_allowed", "not_found"}
 # What a proxy says for its own sake, of the way there, the key or the time.
 _ABOUT_NO_EVENT = {401, 407, 408, 425, 429, 431}
 
@@ -370,14 +372,14 @@ def settle(web: Requests, reservation: str, timeout_s: float = ANSWER_S) -> Answ
     code = str(response.document.get("code", ""))
     if response.status == 200 or code in {"reservation_closed", "reservation_not_found"}:
         return Taken(0, 0)
-    if response.status in {400, 403, 404, 409, 422} and code:
+    if response.status in {400, 403, 404, 409, 422} and code and code not in _ABOUT_CALLER:
         return Refused(code, str(response.document.get("detail", "")))
     if response.status in _TOO_LARGE:
         # The daemon's limits or a proxy's: the same request is over them for ever.
         return Refused(code or "too_large", str(response.document.get("detail", "the request is too large")))
     if not code:
         return _unexplained(response.status)
-    return Away(f"{code} {response.status}", is_bug=code == "internal")
+    return Away(f"{code} {response.status}", is_bug=code == "internal" or code in _ABOUT_CALLER)
 
 
 def make_link(address: Address, web: Requests) -> Link:

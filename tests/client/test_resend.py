@@ -28,7 +28,7 @@ def path(home: Path) -> Path:
     """A file as a meter leaves it, with one of each kind."""
 
     def http(path: str, headers: dict[str, str], body: Any) -> tuple[int, dict[str, Any]]:
-        return no(0) if path == "/usage" else (403, {"code": "forbidden"})
+        return no(0) if path == "/usage" else (422, {"code": "invalid"})
 
     def handle(events: list[dict[str, Any]]) -> dict[str, Any]:
         return refused("invalid", *range(len(events)))

@@ -608,6 +608,27 @@ def test_a_settlement_waits_while_the_daemon_cannot_take_it_and_is_set_aside_whe
     assert set_aside(home)[0]["event"] == {"reservation": "res_1"}
 
 
+@pytest.mark.parametrize(("status", "code"), [(403, "forbidden"), (403, "host_not_allowed"), (404, "not_found")])
+@pytest.mark.parametrize("is_key", [True, False], ids=["the key", "this reservation"])
+def test_a_settlement_waits_while_it_may_be_the_key_that_is_wrong(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, status: int, code: str, is_key: bool
+) -> None:
+    """Where the key may do other things it is not the key."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+    fake.http = lambda path, headers, body: (status, {"code": code, "detail": "no"})
+    with make(home, batch_age_s=0.01) as meter:
+        meter.settle("res_1")
+        until(lambda: len(fake.requests) > 4 * sender.BUG_TRIES)
+        assert code in str(meter.stats().last_error)
+        assert (meter.stats().pending, meter.stats().refused) == (1, 0)
+        if is_key:
+            fake.http = lambda path, headers, body: (200, {"state": "settled"})
+        else:
+            meter.record(task_id="t")
+        assert meter.flush()
+        assert (meter.stats().pending, meter.stats().refused) == (0, not is_key)
+
+
 @pytest.mark.parametrize("behind", ["usage", "a settlement", "usage in memory"])
 def test_a_settlement_at_which_the_daemon_fails_is_set_aside_when_it_takes_other_things(
     home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, behind: str
