@@ -29,10 +29,17 @@ MAX_ANSWER_BYTES = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The events are recorded; `duplicates` of them were before."""
+    """The events are recorded; `duplicates` of them were before. Or a reservation is closed."""
 
     recorded: int
     duplicates: int
+    settled: int = 0
+    """1 for a reservation that was not closed or gone before."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it shows that the daemon can write: what was done before takes reading alone."""
+        return self.recorded + self.settled > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +378,7 @@ def settle(web: Requests, reservation: str, timeout_s: float = ANSWER_S) -> Answ
         return Away(_reason(error))
     code = str(response.document.get("code", ""))
     if response.status == 200 or code in {"reservation_closed", "reservation_not_found"}:
-        return Taken(0, 0)
+        return Taken(0, 0, settled=int(response.status == 200))
     if response.status in {400, 403, 404, 409, 422} and code and code not in _ABOUT_CALLER:
         return Refused(code, str(response.document.get("detail", "")))
     if response.status in _TOO_LARGE:

@@ -356,7 +356,7 @@ class Sender:
 
         After some tries, what the daemon fails at is sent one by one, and passed over. It is set aside only if the
         daemon takes something else then, from whatever queue, and fails at it again: else it is not them. That the
-        daemon refuses something shows nothing, as it does so before it comes to what fails.
+        daemon refuses something shows nothing, as it does so before it comes to what fails; nor that it knew something.
         """
         unkept, batch.unkept = batch.unkept, []
         for record, code, reason in unkept:
@@ -367,7 +367,7 @@ class Sender:
             match answer:
                 case Taken():
                     self._taken(answer)
-                    failures = 0
+                    failures = 0 if answer.is_written else failures
                 case Refused():
                     batch.parts += self._split(batch, part, answer)
                 case Away():
@@ -437,8 +437,9 @@ class Sender:
         return [part[middle:], part[:middle]]
 
     def _taken(self, answer: Taken) -> None:
-        self._takes += 1
-        self._failures = 0
+        if answer.is_written:
+            self._takes += 1
+            self._failures = 0
         self._dealt_with += 1
         self._work.counters.add("sent", answer.recorded + answer.duplicates)
         if answer.duplicates:

@@ -426,6 +426,38 @@ def test_a_daemon_that_only_refuses_things_is_not_one_that_works(
         assert (meter.stats().sent, meter.stats().refused) == (2, 1)
 
 
+@pytest.mark.parametrize("known", ["usage", "settlement"])
+def test_a_daemon_that_only_knows_things_is_not_one_that_works(
+    home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    """What was recorded or closed before it answers without its disk, at which it may fail with every other."""
+    monkeypatch.setattr(sender, "LONGEST_PAUSE_S", 0.02)
+
+    def handle(events: list[Event]) -> dict[str, Any]:
+        if {event["task_id"] for event in events} == {"known"}:
+            return {"ok": True, "recorded": 0, "duplicates": len(events)}
+        return refused("internal")
+
+    fake.handle = handle
+    fake.http = lambda path, headers, body: (409, {"code": "reservation_closed", "detail": "no"})
+    with make(home, batch_age_s=0.01, batch_events=1) as meter:
+        for number in range(3):
+            meter.record(task_id=f"good{number}")
+        until(lambda: len(fake.batches) > 4 * sender.BUG_TRIES)
+        if known == "settlement":
+            meter._memory.append(Kind.SETTLE, {"reservation": "res_1"})
+            until(lambda: fake.requests)
+        else:
+            meter.record(task_id="known")
+            until(lambda: meter.stats().sent)
+        asked = len(fake.batches)
+        until(lambda: len(fake.batches) > asked + 8 * sender.BUG_TRIES)
+        assert meter.stats().refused == 0
+        fake.handle = taken
+        assert meter.flush()
+        assert meter.stats().refused == 0
+
+
 def test_a_daemon_that_recovers_while_events_are_tried_one_by_one_gets_them_all(
     home: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
