@@ -103,7 +103,7 @@ def test_a_name_that_breaks_is_left_out(home: Path, fake: Fake) -> None:
             raise RuntimeError("no")
 
     with make(home) as meter:
-        with meter.task(agent=Strange(), consumer=Strange(), recorder=1):  # type: ignore -- wrong on purpose
+        with meter.task(agent=Strange(), consumer=Strange(), recorder=1):  # type: ignore[arg-type] -- wrong on purpose
             pass
         assert meter.flush()
         assert meter.stats().misused == 3
