@@ -109,15 +109,20 @@ def _holders(descriptor: int, name: str) -> list[int]:
     wanted = os.fstat(descriptor)
     found = []
     for process in _PROCESSES.glob("[0-9]*"):
+        links: list[Path] = []
         with contextlib.suppress(OSError):  # it ended, or is of somebody else
-            for link in (process / "fd").iterdir():
-                # By its name first: to look at a file may take long where it is far away.
-                if link.readlink().name != name or not os.path.samestat(link.stat(), wanted):
-                    continue
-                if "FLOCK" in (process / "fdinfo" / link.name).read_text():
-                    found.append(int(process.name))
-                    break
+            links = list((process / "fd").iterdir())
+        if any(_is_lock(process, link, name, wanted) for link in links):
+            found.append(int(process.name))
     return sorted(found)
+
+
+def _is_lock(process: Path, link: Path, name: str, wanted: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):  # it was closed since: another one may be the lock
+        # By its name first: to look at a file may take long where it is far away.
+        if link.readlink().name == name and os.path.samestat(link.stat(), wanted):
+            return "FLOCK" in (process / "fdinfo" / link.name).read_text()
+    return False
 
 
 def _named(holders: Sequence[int]) -> str:

@@ -137,6 +137,30 @@ def test_an_owner_that_left_no_pid_is_named_by_what_the_kernel_knows(
         Patience().acquire(path, patience_s=0)
 
 
+def test_a_descriptor_that_is_closed_meanwhile_hides_no_owner(
+    tmp_path: Path, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "asapd.lock"
+    lock_as(path, "", held)
+    reader, writer = os.pipe()
+    readlink = Path.readlink
+
+    def closing(link: Path) -> Path:
+        if link.name == str(reader):
+            raise FileNotFoundError(link)
+        return readlink(link)
+
+    monkeypatch.setattr(Path, "readlink", closing)
+    iterdir = Path.iterdir
+    monkeypatch.setattr(
+        Path, "iterdir", lambda self: iter(sorted(iterdir(self), key=lambda its: its.name != str(reader)))
+    )
+    with pytest.raises(LockedError, match=f"in use by pid {os.getpid()}"):
+        Patience().acquire(path, patience_s=0)
+    os.close(reader)
+    os.close(writer)
+
+
 def test_an_owner_of_another_user_is_alive(tmp_path: Path, held: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What others hold cannot be looked at: that they are there is all there is to go by."""
     path = tmp_path / "asapd.lock"
