@@ -20,6 +20,7 @@ from asapd.core.repricing import Correction
 from asapd.core.types import DAY_US, HOUR_US
 from asapd.core.usage import Cost, UsageEvent
 from asapd.store import budgets_held, erasure, migrations, verifying
+from asapd.store.retention import retired_before
 from asapd.store.rows import fetch
 from asapd.store.schema import COUNTED_SINCE, MIGRATIONS
 from asapd.store.tx import Tx
@@ -300,7 +301,7 @@ SECOND = replace(DAILY, name="second", match=Match(consumer=DESK), timezone="Ame
 STEPS: tuple[Callable[[Desk, int], Any], ...] = (
     lambda desk, n: desk.use(n, task_id=f"t{n % 3}", tokens_in=n),
     lambda desk, n: desk.use(None if n % 3 else n, delegation="root", task_id=f"t{n % 4}", consumer=A),
-    lambda desk, n: desk.use(n, timestamp_us=desk.now_us - n * HOUR_US),
+    lambda desk, n: desk.use(n, timestamp_us=max(desk.now_us - n * HOUR_US, retired_before(desk.connection))),
     lambda desk, n: desk.reserve(ROOT, task=f"t{n % 3}", tasks=1 + n % 3, consumer=DESK, ttl_us=n * HOUR_US + 1),
     lambda desk, n: desk.use(n, reservation=some(desk, n), task_id=f"t{n % 5}"),
     lambda desk, n: desk.settle(some(desk, n), n),
