@@ -11,6 +11,7 @@ import apsw
 import coverage
 import pytest
 
+from asapd.store import usage_behind
 from asapd.store.database import Database, InlineReaders, InlineRunner
 from asapd.store.writer import Writer, open_for_writing
 
@@ -40,6 +41,15 @@ def _unmeasured_under_load(request: pytest.FixtureRequest) -> Iterator[None]:
         measured.stop()
         yield
         measured.start()
+
+
+@pytest.fixture(scope="module")
+def entered_soon() -> Iterator[None]:
+    """Have indexes that are written behind their rows hold all but the newest three, not two thousand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usage_behind, "AT_ONCE", 2)
+        patch.setattr(usage_behind, "FEW", 2)
+        yield
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from asapd.core.budgets import Budget, Limits, Match
 from asapd.core.types import HOUR_US
 from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
+from asapd.store.usage_filter import in_time
+from asapd.store.usage_parties import Party, named, rows_of
 from asapd.store.void_kinds import WITHHELD
 
 
@@ -104,7 +106,8 @@ def recount(connection: apsw.Connection, budget: Budget, start_us: int, end_us: 
         parts = [f"{_ROLLUP} WHERE {' AND '.join(where)}"]
         values += [first_hour, last_hour]
         if is_hard and first_hour < last_hour:
-            condition, bound = _in_raw(match, first_hour * HOUR_US, last_hour * HOUR_US, is_hard=True)
+            # These are few, and found by what took them back.
+            condition, bound = _in_raw(match, first_hour * HOUR_US, last_hour * HOUR_US, is_hard=True, by_party=False)
             parts.append(f"{_RAW} WHERE {condition} AND {_WITHHELD}")
             values += bound
     for low_us, high_us in spans:
@@ -170,25 +173,43 @@ def recount_tasks(
     return [task for (task,) in found]
 
 
-def _in_raw(match: Match, start_us: int, end_us: int, *, is_hard: bool) -> tuple[str, list[Any]]:
+def _in_raw(match: Match, start_us: int, end_us: int, *, is_hard: bool, by_party: bool = True) -> tuple[str, list[Any]]:
     where, values = _conditions(match)
-    where += ["timestamp_us >= ?", "timestamp_us < ?", _LIVE[is_hard]]
-    values += [start_us, end_us]
+    if by_party and (whose := _parties(match)):
+        conditions, bound = rows_of(whose, in_time(start_us, end_us))
+    else:
+        conditions, bound = ["timestamp_us >= ?", "timestamp_us < ?"], [start_us, end_us]
+    where += [*conditions, _LIVE[is_hard]]
+    values += bound
     if match.delegation is not None:
         where.append(_ON_PATH)
         values.append(match.delegation)
     return " AND ".join(where), values
 
 
+def _parties(match: Match) -> list[Party]:
+    """By whose rows those of a budget are found: the consumer's, else the agents', else nobody's."""
+    if match.consumer is not None:
+        return [named("consumer", match.consumer)]
+    agents = _agents(match)
+    return [] if agents is None else [Party("agent", *agents)]
+
+
+def _agents(match: Match) -> tuple[str, list[Any]] | None:
+    if match.agent is None:
+        return None
+    if match.agent.endswith("*"):
+        return "IN (SELECT id FROM name WHERE substr(name, 1, ?) = ?)", [len(match.agent) - 1, match.agent[:-1]]
+    return "= (SELECT id FROM name WHERE name = ?)", [match.agent]
+
+
 def _conditions(match: Match) -> tuple[list[str], list[Any]]:
     where: list[str] = []
     values: list[Any] = []
-    if match.agent is not None and match.agent.endswith("*"):
-        where.append("agent IN (SELECT id FROM name WHERE substr(name, 1, ?) = ?)")
-        values += [len(match.agent) - 1, match.agent[:-1]]
-    elif match.agent is not None:
-        where.append("agent = (SELECT id FROM name WHERE name = ?)")
-        values.append(match.agent)
+    if (agents := _agents(match)) is not None:
+        is_one_of, bound = agents
+        where.append(f"agent {is_one_of}")
+        values += bound
     for column, name in (("consumer", match.consumer), ("project", match.project)):
         if name is not None:
             where.append(f"{column} = (SELECT id FROM name WHERE name = ?)")

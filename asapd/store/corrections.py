@@ -18,7 +18,7 @@ from asapd.core.usage import (
     FLAGS_OF_THE_LEDGER,
     UsageEvent,
 )
-from asapd.store import budgets, ledger, usage_days, usage_hours, usage_tasks
+from asapd.store import budgets, ledger, usage_behind, usage_days, usage_hours
 from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load
 from asapd.store.rows import fetch
@@ -112,7 +112,7 @@ def _correct(tx: Tx, book: budgets.Book | None, unit: CorrectCosts, change: Corr
         "reported_by": unit.actor,
     }
     tx.execute(f"INSERT INTO usage ({', '.join(now)}) VALUES ({','.join('?' * len(now))})", tuple(now.values()))
-    usage_tasks.came(tx, seq, seq + 1)
+    usage_behind.came(tx, seq, seq + 1)
     in_ledger = account is None or spent is not None
     tx.execute("INSERT INTO usage_repriced VALUES (?,?,?,?)", (seq, change.seq, change.was_microusd, in_ledger))
     spent_now = change.now_microusd if account is None or spent is None else spent + adjusted.microusd

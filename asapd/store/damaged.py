@@ -21,6 +21,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "task": {"task": ("seq", "task_id", "state"), "name": ("id", "name")},
     "usage_identity": {"usage": ("seq", "id"), "name": ("id", "name")},
     "usage_task": {"usage": ("seq", "id", "task_id")},
+    "usage_party": {"usage": ("seq", "id")},
     "usage_hour": {"name": ("id", "name")},
     "task_outcome": {"task_outcome": ("seq", "task_id"), "name": ("id", "name")},
     "credit_terms": {"credit_terms": ("seq", "tiers")},

@@ -7,6 +7,7 @@ import apsw
 from asapd.store.retention import retired_through
 from asapd.store.rows import fetch, fetch_one
 from asapd.store.usage_days import TENANTS
+from asapd.store.usage_parties import Party, in_order
 
 BLOCK_HOURS = 24
 """Hours whose sums are looked through by one read: a host with 50 000 sums an hour has a million in them."""
@@ -23,8 +24,9 @@ WITH RECURSIVE tenants (tenant) AS (
   SELECT (SELECT min(t.tenant) FROM task t WHERE t.tenant > tenants.tenant) FROM tenants WHERE tenant IS NOT NULL
 )
 """
+_BY_AGENT, _ = in_order([Party("agent", "= ?1", ())])
 _DID = (
-    "EXISTS (SELECT 1 FROM usage WHERE agent = ?1) "
+    f"EXISTS (SELECT 1 FROM ({_BY_AGENT} LIMIT 1)) "
     "OR EXISTS (SELECT 1 FROM task WHERE tenant IN (SELECT tenant FROM tenants) AND agent = ?1)"
 )
 _IS_AGENT = f"{_TASK_TENANTS} SELECT 1 WHERE {_DID} OR EXISTS (SELECT 1 FROM agent WHERE id = ?2)"

@@ -14,9 +14,10 @@ import msgspec
 
 from asapd.core.types import Outcome
 from asapd.core.usage import UsageEvent
+from asapd.store import usage_behind
 from asapd.store.rows import Row, fetch
 from asapd.store.tx import Tx
-from asapd.store.usage_tasks import OF_TASK, looking, of_task
+from asapd.store.usage_tasks import OF_TASK, of_task
 
 _OF = "tenant = ? AND agent = ? AND task_id = ?"
 _COUNTED = "timestamp_us, outcome, duration_ms"
@@ -36,7 +37,7 @@ def settle(tx: Tx, tenant: int, agent: int, task_id: str) -> None:
     counted = None if last is None or last[0] < 0 else last[1:]
     wanted = _ending(tx, key)
     if wanted is not None:
-        looking(tx)
+        usage_behind.looking(tx)
     if wanted is not None and tx.row(
         f"SELECT 1 FROM usage WHERE {OF_TASK} AND +tenant = ? AND +agent = ? AND {JUDGED} LIMIT 1",
         (*of_task(task_id), tenant, agent),

@@ -23,7 +23,7 @@ from asapd.store.reconciling_identity import reconcile_identities
 from asapd.store.reconciling_outcomes import reconcile_outcomes
 from asapd.store.reconciling_tasks import reconcile_tasks
 from asapd.store.reconciling_usage import reconcile_usage
-from asapd.store.reconciling_usage_tasks import reconcile_usage_tasks
+from asapd.store.reconciling_usage_behind import reconcile_usage_parties, reconcile_usage_tasks
 from asapd.store.rows import one_moment
 
 
@@ -36,6 +36,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
     usage = _compared(connection, "usage", reconcile_usage)
     identities = _compared(connection, "usage_identity", reconcile_identities)
     by_task = _compared(connection, "usage_task", reconcile_usage_tasks)
+    by_party = _compared(connection, "usage_party", reconcile_usage_parties)
     hours, ledger = _compared(connection, "usage_hour", _hours), _compared(connection, "ledger", _ledger)
     budgets = _compared(connection, "budget_period", _budgets)
     with one_moment(connection):
@@ -47,6 +48,7 @@ def reconcile(connection: apsw.Connection, keys: tuple[bytes, ...] = ()) -> tupl
             tasks,
             identities,
             by_task,
+            by_party,
             hours,
             _compared(connection, "delegation", lambda connection: reconcile_delegations(connection, erasures)),
             ledger,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import apsw
 import msgspec
 
-from asapd.store import usage_days, usage_hours
+from asapd.store import usage_behind, usage_days, usage_hours
 from asapd.store.namesakes import BLOCK_HOURS, LAST, free_name, next_hour
 from asapd.store.prepared import COLUMNS
 from asapd.store.rows import Row, fetch
@@ -21,6 +21,7 @@ from asapd.store.tx import Tx
 from asapd.store.units.audit import EraseConsumer
 from asapd.store.usage_days import TENANTS
 from asapd.store.usage_hours import KEY, SUMS
+from asapd.store.usage_parties import Party, in_order
 
 ROWS = 100
 """Rows, or steps, that one unit writes anew, with all of their indexes and their sums: some fifteen milliseconds."""
@@ -28,10 +29,11 @@ ROWS = 100
 SUMS_AT_ONCE = 2_000
 """Sums of the hours that one unit moves what is left in, which it digests twice: some ten milliseconds."""
 
+_BY_CONSUMER, _ = in_order([Party("consumer", "= ?1", ())])
 # An event goes together with what voids it and what corrects its cost: their sums make sense together only.
-_USAGE = """
-WITH some (seq) AS (SELECT seq FROM usage WHERE consumer = ?1 ORDER BY timestamp_us, seq LIMIT ?2),
-events (seq) AS (
+_USAGE = f"""
+WITH some (seq) AS MATERIALIZED (SELECT row FROM ({_BY_CONSUMER} LIMIT ?2)),
+events (seq) AS MATERIALIZED (
   SELECT coalesce((SELECT voids FROM usage_void v WHERE v.seq = some.seq),
                   (SELECT event FROM usage_repriced r WHERE r.seq = some.seq), some.seq) FROM some
 )
@@ -147,7 +149,9 @@ def _move(tx: Tx, unit: EraseConsumer, consumer: int, to: int) -> Moved:
     with usage_hours.changing(tx, {*hours, *(hour for hour, *_ in made)}, unit.actor, unit.now_us):
         for hour, *sums in made:
             _shift(tx, hour, tuple(sums), consumer, to)
+        usage_behind.drop(tx, rows)
         _rewrite(tx, "usage", COLUMNS, rows, consumer, to)
+        usage_behind.enter_again(tx, rows)
         for hour in hours:
             for row in fetch(tx.connection, _OF_HOUR, (consumer, hour)):
                 _shift(tx, hour, row, consumer, to)

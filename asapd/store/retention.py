@@ -10,7 +10,7 @@ import apsw
 
 from asapd.core.types import format_us
 from asapd.core.usage import OTLP
-from asapd.store import identity, usage_tasks
+from asapd.store import identity, usage_behind
 from asapd.store.rows import Row, fetch, fetch_one
 from asapd.store.span_identity import of_span
 from asapd.store.times import FIRST_US, hour_us, shown_us
@@ -88,7 +88,7 @@ def _drop(tx: Tx, rows: list[tuple[Any, ...]]) -> None:
     held = [((tenant, agent, source, event_id), seq) for seq, _, event_id, _, tenant, agent, source in rows]
     held += [(of_span(its[0], its[3]), seq) for its, seq in held if its[2] == OTLP]
     identity.give_up(tx.connection, held)
-    usage_tasks.drop(tx, [row[0] for row in rows])
+    usage_behind.drop(tx, [row[0] for row in rows])
     tx.execute("UPDATE retention_gate SET open = 1")
     tx.insert_many("DELETE FROM usage WHERE seq = ?", ((row[0],) for row in rows))
     # A void is as old as what it voids and goes after it, in this step or the next.

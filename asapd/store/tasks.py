@@ -9,7 +9,7 @@ import msgspec
 
 from asapd.core.errors import FieldError, Refusal
 from asapd.core.types import Outcome, format_us
-from asapd.store import outcomes
+from asapd.store import outcomes, usage_behind
 from asapd.store.erasure import is_pseudonym
 from asapd.store.rows import fetch
 from asapd.store.tx import RefuseError, Tx
@@ -17,7 +17,7 @@ from asapd.store.units.unit import RowWritten
 from asapd.store.units.usage import RecordTask, TaskEvent
 from asapd.store.usage_filter import CORRECTION, LIVE
 from asapd.store.usage_sums import totals_of_tasks
-from asapd.store.usage_tasks import OF_TASK, looking, of_task
+from asapd.store.usage_tasks import OF_TASK, of_task
 from asapd.store.visibility import Visibility, visible_names
 
 STATES = ("started", "completed", "failed", "abandoned")
@@ -175,7 +175,7 @@ def abandon_overdue(tx: Tx, before_us: int, grace_us: int, now_us: int, limit: i
             tx.execute("UPDATE task_open SET started_us = ? WHERE seq = ?", (again_us, seq))
             continue
         tenant, agent, consumer, task_id, started_us, parent, tenant_name, agent_name, consumer_name = of_start
-        looking(tx)
+        usage_behind.looking(tx)
         its_rows = f"{OF_TASK} AND +tenant = ? AND +agent = ? AND {LIVE}"
         key = (*of_task(task_id), tenant, agent)
         heard = tx.row(

@@ -28,9 +28,9 @@ from asapd.store import (
     retention,
     sources,
     unauthorised,
+    usage_behind,
     usage_days,
     usage_hours,
-    usage_tasks,
 )
 from asapd.store.budgets import open_book
 from asapd.store.prepared import INSERT, RECORDED, Prepared, UsageNote, note_of, prepare, row_of, suppose, texts_of
@@ -322,7 +322,7 @@ class _Pass:
             tx.execute(_CLAIM[: len(_CLAIM) - (_CLAIMS - len(part)) * len(_CLAIMED)], [*chain.from_iterable(part)])
         self._write_rows()
         tx.next_usage = self._next
-        usage_tasks.came(tx, self._first, self._next)
+        usage_behind.came(tx, self._first, self._next)
         names, rows = tx.names, []
         for tenant, priced in self._priced.items():
             for (hour, agent, consumer, model, project, outcome), sums in rollup(priced).items():

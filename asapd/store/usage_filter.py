@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from asapd.store.usage_behind import SIDES
+from asapd.store.usage_parties import Bound, Party, named
 from asapd.store.usage_tasks import OF_TASK, of_task
-from asapd.store.visibility import Visibility, visible_names
+from asapd.store.visibility import Visibility, visible_agents, visible_names
 
 LIVE = (
     "seq NOT IN (SELECT seq FROM usage_void) AND seq NOT IN (SELECT voids FROM usage_void) AND NOT EXISTS ("
@@ -81,3 +83,25 @@ def within(column: str, low: int | None, high: int | None) -> tuple[list[str], l
     bounds = [(">=", low), ("<", high)]
     given = [(sign, bound) for sign, bound in bounds if bound is not None]
     return [f"{column} {sign} ?" for sign, _ in given], [bound for _, bound in given]
+
+
+def parties(query: UsageFilter) -> list[Party]:
+    """By whose rows a question about single rows is answered best: none where there is a narrower way, or no party."""
+    if query.task is not None or query.delegation is not None:
+        return []
+    for column, name in (("consumer", query.consumer), ("agent", query.agent)):
+        if name is not None:
+            return [named(column, name)]
+    return seen(query.visible)
+
+
+def seen(visible: Visibility) -> list[Party]:
+    """The parties of whose rows a caller may see none but theirs; none where no pattern limits it."""
+    admitted = visible_agents(visible)
+    return [] if admitted is None else [Party(column, *admitted) for column in SIDES]
+
+
+def in_time(start_us: int | None, end_us: int | None) -> list[Bound]:
+    """A half-open range of time as bounds; None leaves a side open."""
+    conditions, values = within("{time}", start_us, end_us)
+    return [(condition, (value,)) for condition, value in zip(conditions, values, strict=True)]

@@ -11,7 +11,8 @@ from asapd.core.money import to_usd
 from asapd.core.types import Outcome, format_us
 from asapd.core.usage import FLAG_NAMES, FLAG_UNTIMED
 from asapd.store.rows import fetch, fetch_one
-from asapd.store.usage_filter import UsageFilter, of_rows, within
+from asapd.store.usage_filter import UsageFilter, in_time, of_rows, parties, seen
+from asapd.store.usage_parties import held_to, in_order, rows_of
 from asapd.store.visibility import EVERYTHING, Visibility, visible_names
 
 
@@ -25,27 +26,30 @@ def list_usage(
     through_seq: int | None = None,
 ) -> list[dict[str, Any]]:
     """Rows in the order of (timestamp, seq), from behind the position `after`; as of row `through_seq`."""
-    where, values = of_rows(query)
     direction, beyond = ("DESC", "<") if descending else ("ASC", ">")
-    conditions, bounds = within("timestamp_us", query.start_us, query.end_us)
-    where += conditions
-    values += bounds
+    bounds = in_time(query.start_us, query.end_us)
     if after is not None:
-        where.append(f"(timestamp_us, seq) {beyond} (?, ?)")
-        values.extend(after)
+        bounds.append((f"({{time}}, {{row}}) {beyond} (?, ?)", after))
+    columns, as_of = _ROW_COLUMNS, []
     if through_seq is not None:
-        where.append("+seq <= ?")  # the index of time is the one to read
-        values.append(through_seq)
-    condition = f"WHERE {' AND '.join(where)}" if where else ""
-    columns = _ROW_COLUMNS
-    if through_seq is not None:
-        columns = _ROW_COLUMNS_AS_OF
-        values[:0] = (through_seq, through_seq)
-    cursor = connection.execute(
-        f"SELECT {columns} FROM usage {condition} ORDER BY timestamp_us {direction}, seq {direction} LIMIT ? OFFSET ?",
-        (*values, limit, offset),
-    )
-    return [_row(row) for row in cursor.fetchall()]
+        columns, as_of = _ROW_COLUMNS_AS_OF, [through_seq, through_seq]
+        bounds.append(("+{row} <= ?", (through_seq,)))  # the index of time is the one to read
+    ordered = f"ORDER BY timestamp_us {direction}, seq {direction}"
+    where, values = of_rows(query)
+    if whose := parties(query):
+        found, values = in_order(whose, bounds, where, values, descending=descending)
+        sql = (
+            f"WITH page (time_us, row) AS MATERIALIZED ({found} LIMIT ? OFFSET ?) "
+            f"SELECT {columns} FROM page CROSS JOIN usage ON usage.seq = page.row {ordered}"
+        )
+        rows = fetch(connection, sql, (*values, limit, offset, *as_of))
+    else:
+        where += held_to(bounds)
+        values += [value for _, its in bounds for value in its]
+        condition = f"WHERE {' AND '.join(where)}" if where else ""
+        sql = f"SELECT {columns} FROM usage {condition} {ordered} LIMIT ? OFFSET ?"
+        rows = fetch(connection, sql, (*as_of, *values, limit, offset))
+    return [_row(row) for row in rows]
 
 
 def get_usage(connection: apsw.Connection, seq: int) -> dict[str, Any] | None:
@@ -154,6 +158,9 @@ def newest_visible(connection: apsw.Connection, visible: Visibility) -> int:
     where, values = visible_names(visible, ("agent", "consumer"))
     if not where:
         return newest_seq(connection)
+    if whose := seen(visible):
+        conditions, numbers = rows_of(whose)
+        where, values = [*conditions, *(f"+({condition})" for condition in where)], [*numbers, *values]
     query = f"SELECT seq FROM usage WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT 1"
     row = fetch_one(connection, query, tuple(values))
     return 0 if row is None else int(row[0])

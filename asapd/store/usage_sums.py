@@ -17,7 +17,18 @@ from asapd.core.usage import RollupSums
 from asapd.store import usage_days
 from asapd.store.rows import Row, fetch
 from asapd.store.usage_days import DAY_HOURS, TENANTS
-from asapd.store.usage_filter import CORRECTION, LIVE, UsageFilter, of_dimensions, of_rows, within
+from asapd.store.usage_filter import (
+    CORRECTION,
+    LIVE,
+    UsageFilter,
+    in_time,
+    of_dimensions,
+    of_rows,
+    parties,
+    seen,
+    within,
+)
+from asapd.store.usage_parties import in_order, rows_of
 from asapd.store.usage_tasks import OF_TASKS, of_tasks
 from asapd.store.visibility import Visibility, visible_names
 
@@ -173,9 +184,13 @@ def _source(
             where, bound = of_rows(query)
             parts.append(f"{_RAW_OF_SPLIT} AND {' AND '.join([*where, LIVE])}")
             values += [*listed, *bound]
+    whose = parties(query)
     for low, high in raw_ranges:
         where, bound = of_rows(query)
         conditions, bounds = within("timestamp_us", low, high)
+        if whose:
+            where = [f"+({condition})" for condition in where]
+            conditions, bounds = rows_of(whose, in_time(low, high))
         parts.append(f"{_RAW} WHERE {' AND '.join([*where, LIVE, *conditions])}")
         values += [*bound, *bounds]
     return " UNION ALL ".join(parts), values
@@ -442,8 +457,9 @@ def stats(connection: apsw.Connection, visible: Visibility) -> dict[str, Any]:
         f"SELECT coalesce(sum(events), 0) FROM usage_hour {condition}",
         values,
     ).get
-    oldest = connection.execute(
-        f"SELECT timestamp_us FROM usage {condition} ORDER BY timestamp_us LIMIT 1",
-        values,
-    ).get
+    first = f"SELECT timestamp_us FROM usage {condition} ORDER BY timestamp_us"
+    if whose := seen(visible):
+        first, values = in_order(whose, [], where, values)
+    found = fetch(connection, f"SELECT time_us FROM ({first} LIMIT 1)" if whose else f"{first} LIMIT 1", values)
+    oldest = found[0][0] if found else None
     return {"total_events": total, "oldest_timestamp": None if oldest is None else format_us(oldest)}

@@ -33,6 +33,14 @@ def _globs(agents: Sequence[str]) -> list[str]:
     return [text + ("*" if agent.endswith("*") else "") for agent, text in zip(agents, escaped, strict=True)]
 
 
+def visible_agents(visible: Visibility) -> tuple[str, list[str]] | None:
+    """The numbers of the names that a caller's patterns admit, as `IN (...)`, and its values; None where all are."""
+    if "*" in visible.agents:
+        return None
+    globs = _globs(visible.agents)
+    return f"IN (SELECT id FROM name WHERE {' OR '.join(['name GLOB ?'] * len(globs))})", globs
+
+
 def visible_names(visible: Visibility, columns: Sequence[str]) -> tuple[list[str], list[Any]]:
     """Conditions over interned columns: any of them matches a pattern, and the tenant is the caller's.
 
@@ -49,10 +57,9 @@ def visible_names(visible: Visibility, columns: Sequence[str]) -> tuple[list[str
             f"(tenant = {_NUMBER} OR agent IN ({_AGENTS} WHERE a.tenant = ?))",
         ]
         values += [visible.tenant, DEFAULT_TENANT, visible.tenant, visible.tenant]
-    if "*" not in visible.agents:
-        globs = _globs(visible.agents)
-        matched = f"(SELECT id FROM name WHERE {' OR '.join(['name GLOB ?'] * len(globs))})"
-        where.append("(" + " OR ".join(f"{column} IN {matched}" for column in columns) + ")")
+    if (admitted := visible_agents(visible)) is not None:
+        matched, globs = admitted
+        where.append("(" + " OR ".join(f"{column} {matched}" for column in columns) + ")")
         values.extend(globs * len(columns))
     return where, values
 

@@ -12,7 +12,17 @@ from asapd.core.ledger import Account, Settlement
 from asapd.core.ledger import take_back as taken_back
 from asapd.core.row_digest import row_digest
 from asapd.core.types import HOUR_US
-from asapd.store import budgets, identity, ledger, refunds, retention, usage_days, usage_hours, usage_tasks
+from asapd.store import (
+    budgets,
+    identity,
+    ledger,
+    refunds,
+    retention,
+    usage_behind,
+    usage_days,
+    usage_hours,
+    usage_tasks,
+)
 from asapd.store.parties import UNLIMITED, debited, may_give_back, paid
 from asapd.store.prepared import COLUMNS
 from asapd.store.reservations import load, spend
@@ -134,7 +144,7 @@ def take_back(tx: Tx, was: dict[str, Any], unit: VoidUsage, kind: int) -> Voided
         "reported_by": unit.actor,
     }
     tx.execute(f"INSERT INTO usage VALUES ({','.join('?' * len(now))})", tuple(now.values()))
-    usage_tasks.came(tx, seq, seq + 1)
+    usage_behind.came(tx, seq, seq + 1)
     tx.execute(
         "INSERT INTO usage_void (seq, voids, reason, superseded) VALUES (?,?,?,?)",
         (seq, unit.seq, unit.reason, kind),
@@ -342,7 +352,7 @@ def account_of(tx: Tx, seq: int, agent: str) -> int | None:
 
 def _accounts_that_used(tx: Tx, was: dict[str, Any], root: int) -> set[int]:
     """Accounts on which the task still counts as used, by another event or by a reservation that was settled."""
-    usage_tasks.looking(tx)
+    usage_behind.looking(tx)
     leaves = {
         account_of(tx, seq, name_of(tx, agent))
         for seq, agent in fetch(

@@ -29,6 +29,8 @@ from asapd.store.units.exchange import Answer, AnyUnit, Idempotency
 from asapd.store.units.usage import AddUpDays, CorrectCosts, RecordUsage, RetireUsage, VoidUsage
 from asapd.store.writer import Writer, open_for_writing
 
+pytestmark = pytest.mark.usefixtures("entered_soon")
+
 Inline = tuple[Database, apsw.Connection]
 T0 = 20_833 * DAY_US + 12 * HOUR_US
 HOUR = T0 // HOUR_US

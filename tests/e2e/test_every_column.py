@@ -85,6 +85,7 @@ GONE_UNSEEN: dict[str, str] = {
 PUT_IN_UNSEEN = {
     "name": "one that no row has says nothing",
     "usage_task": "an entry that no row has finds nothing",
+    "usage_party": "an entry that no row has finds nothing",
 }
 SWAPPED_UNSEEN = {"task_outcome": "what they come to is held, and in which order they came says nothing"}
 

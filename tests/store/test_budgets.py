@@ -50,6 +50,8 @@ from asapd.store.units.usage import RecordUsage, RetireUsage, VoidUsage
 from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.writer import Writer, open_for_writing
 
+pytestmark = pytest.mark.usefixtures("entered_soon")
+
 NOON_US = 1_795_176_000_000_000  # Friday 2026-11-20, 12:00 UTC
 MIDNIGHT_US = NOON_US + 12 * HOUR_US
 USD = 1_000_000

@@ -28,7 +28,10 @@ from asapd.store.units.audit import EraseConsumer, KeepArchive, RetireAudit
 from asapd.store.units.usage import CorrectCosts, RecordUsage, RetireUsage, VoidUsage
 from asapd.store.visibility import Visibility
 from asapd.store.writer import Writer, open_for_writing
+from tests.store.older_file import indexes_of_now
 from tests.store.test_budgets import CHILD, DAILY, DESK, NOON_US, ROOT, USD, A, B, Desk, OpenStore
+
+pytestmark = pytest.mark.usefixtures("entered_soon")
 
 KEY = SigningKey(b"k" * 32)
 WEEKLY = Budget("weekly", Match(consumer=DESK), "week", "Europe/Berlin", hard=Limits(tokens=10**6))
@@ -233,7 +236,7 @@ def upgraded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
         older.setattr(Tx, "count_budget", lambda *_: None)
         older.setattr(Tx, "remove_budget", lambda *_: None)
         older.setattr("asapd.store.budget_counts.say_definitions", lambda _: None)
-        with closing(open_for_writing(path)) as connection:
+        with closing(open_for_writing(path)) as connection, indexes_of_now(connection):
             live(Desk(connection))
     monkeypatch.setattr("asapd.store.upgrade.PERIODS", 2)
     with closing(open_for_writing(path, key=KEY)) as connection:

@@ -48,6 +48,8 @@ from asapd.store.visibility import EVERYTHING
 from asapd.store.writer import Writer
 from tests.store.day_sums import assert_days_hold_their_hours
 
+pytestmark = pytest.mark.usefixtures("entered_soon")
+
 NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]

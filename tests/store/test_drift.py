@@ -11,6 +11,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import apsw
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -27,6 +28,8 @@ from asapd.store.writer import Writer, open_for_writing
 from tests import recount
 from tests.recount import GROUPS, TIME_GROUPS, Stored
 from tests.store.day_sums import assert_days_hold_their_hours
+
+pytestmark = pytest.mark.usefixtures("entered_soon")
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 Identity = tuple[str, str, str, str]

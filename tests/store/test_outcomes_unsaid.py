@@ -14,12 +14,13 @@ from nacl.signing import SigningKey
 from asapd.core.usage import UNKNOWN_COST, UsageEvent
 from asapd.store import migrations, outcomes_unsaid, verifying
 from asapd.store.excuses import VOUCHED
-from asapd.store.schema import MIGRATIONS, tasks_behind
+from asapd.store.schema import MIGRATIONS
 from asapd.store.schema import outcomes_unsaid as schema
 from asapd.store.units.exchange import AnyUnit, Envelope
 from asapd.store.units.house import Note
 from asapd.store.units.usage import RecordTask, RecordUsage, RetireUsage, TaskEvent
 from asapd.store.writer import Writer, open_for_writing
+from tests.store.older_file import indexes_of_now
 
 T0 = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
@@ -52,8 +53,7 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
     """A file of before, of which some was taken."""
     with monkeypatch.context() as older:
         older.setattr(migrations, "MIGRATIONS", MIGRATIONS[: MIGRATIONS.index(schema.SCRIPT)])
-        with closing(open_for_writing(path)) as connection:
-            connection.execute(tasks_behind.SCRIPT)  # what writes now looks into it
+        with closing(open_for_writing(path)) as connection, indexes_of_now(connection):
             ended(connection, *range(ENDS))
             if with_usage:
                 event = UsageEvent("other", A, "c", T0, id="e", source="s")
@@ -61,8 +61,6 @@ def upgraded(path: Path, monkeypatch: pytest.MonkeyPatch, *taken: str, with_usag
                 submit(connection, RetireUsage(T0 + 1, "k", T0))
             for statement in taken:
                 connection.execute(statement)
-            connection.execute("DROP TABLE usage_task; DROP TABLE usage_task_through")
-            connection.execute("CREATE INDEX usage_task ON usage (task_id)")
     return open_for_writing(path, key=KEY)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import apsw
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from asapd.store.usage_filter import UsageFilter
 from asapd.store.writer import Writer
 from tests.recount import Stored
 from tests.store.asked_usage import START_US, fill, filters, keep, stored
+
+pytestmark = pytest.mark.usefixtures("entered_soon")
 
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 

@@ -25,6 +25,8 @@ from tests import recount
 from tests.recount import Stored
 from tests.store.asked_usage import START_US, fill, filters, keep, stored, times, zones
 
+pytestmark = pytest.mark.usefixtures("entered_soon")
+
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 
 groupings = st.lists(st.sampled_from(sorted(usage_sums.GROUPS)), min_size=1, max_size=4, unique=True).filter(

@@ -156,6 +156,7 @@ def test_untouched_everything_agrees(log: apsw.Connection) -> None:
         ("task", 2, 2),
         ("usage_identity", 291, 0),
         ("usage_task", 280, 0),
+        ("usage_party", 280, 0),
         ("usage_hour", 1, 0),
         ("delegation", 1, 1),
         ("ledger", 1, 1),

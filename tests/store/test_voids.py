@@ -30,6 +30,8 @@ from asapd.store.visibility import EVERYTHING, Visibility
 from asapd.store.voids import find_event
 from asapd.store.writer import Writer
 
+pytestmark = pytest.mark.usefixtures("entered_soon")
+
 NOW_US = 1_795_169_203_000_000
 A = "urn:asap:agent:a"
 OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]

@@ -17,6 +17,7 @@ from asapd.store.schema import (
     identity_order,
     namesakes,
     outcomes_unsaid,
+    parties_behind,
     prices,
     promise_record,
     promises,
@@ -60,6 +61,7 @@ MIGRATIONS: tuple[str, ...] = (
     identity_order.SCRIPT,
     task_stretches.SCRIPT,
     tasks_behind.SCRIPT,
+    parties_behind.SCRIPT,
 )
 
 COUNTED_SINCE = MIGRATIONS.index(erasing.SCRIPT) + 1
