@@ -123,6 +123,8 @@ class Tx:
         """What `asapd.store.retention` has read of the time up to which events may be gone; None is not read."""
         self.next_usage = 0
         """The number that the next row of usage is likely to have."""
+        self.has_many_behind = False
+        """Whether rows of usage are to be entered into the indexes behind them when the transaction ends."""
         self.has_alerted = False
         """Whether a unit wrote a transition of a breach, until somebody is told."""
         self.has_digests = has_digests(connection)
@@ -272,5 +274,5 @@ class Tx:
         self._pending_audit.clear()
         self._counted.clear()
         self.budget_rules = self.retired_us = None
-        self.has_alerted = False
+        self.has_alerted = self.has_many_behind = False
         self._load_head()

@@ -36,13 +36,19 @@ SIDES: Final = ("agent", "consumer")
 """Columns of rows, each by its number in `usage_party`."""
 
 _ENTRIES = [
-    ("usage_task", "stretch, name, seq", f"SELECT seq >> {STRETCH}, CAST(task_id AS BLOB) AS name, seq FROM usage"),
+    (
+        "usage_task",
+        "stretch, name, seq",
+        f"SELECT seq >> {STRETCH}, CAST(task_id AS BLOB) AS name, seq FROM usage",
+        " ORDER BY 1, 2, 3",
+    ),
+    # These are nearly in order within each party: to sort them costs more than it gains.
     *(
-        ("usage_party", "side, party, time_us, row", f"SELECT {side}, {column}, timestamp_us, seq FROM usage")
+        ("usage_party", "side, party, time_us, row", f"SELECT {side}, {column}, timestamp_us, seq FROM usage", "")
         for side, column in enumerate(SIDES)
     ),
 ]
-"""What has the rows of usage: a table, its columns, and what it has of them."""
+"""What has the rows of usage: a table, its columns, what it has of them, and in which order many are written."""
 
 
 def mark(connection: apsw.Connection) -> int | None:
@@ -57,36 +63,46 @@ def mark(connection: apsw.Connection) -> int | None:
 
 
 def came(tx: Tx, first: int, following: int) -> None:
-    """Enter what is not entered yet, if it has become many with the rows from `first` up to `following`."""
+    """Have what is not entered yet entered with the commit, if it is many with the rows from `first` to `following`."""
     if first >> AT_ONCE != following >> AT_ONCE:
-        _enter(tx)
+        tx.has_many_behind = True
 
 
 def looking(tx: Tx) -> None:
     """Before the writer looks for the rows of a task: it does so for each of many in a commit."""
     if tx.next_seq("usage") - 1 - (mark(tx.connection) or 0) > FEW:
-        _enter(tx)
+        enter(tx)
 
 
-def _enter(tx: Tx) -> None:
+def enter(tx: Tx) -> None:
+    """Enter what is not entered yet."""
+    for sql, values in entering(tx):
+        tx.execute(sql, values)
+
+
+def entering(tx: Tx) -> list[tuple[str, tuple[int, int]]]:
+    """Move the mark, and return the statements that have to be run before anybody looks again."""
+    tx.has_many_behind = False
     # Where the mark tells nothing all are entered anew, of which those that are there stay.
-    through = mark(tx.connection) or 0
-    for table, _, entries in _ENTRIES:
-        tx.execute(f"INSERT OR IGNORE INTO {table} {entries} WHERE seq > ? ORDER BY 1, 2, 3", (through,))
+    rows = mark(tx.connection) or 0, tx.next_seq("usage") - 1
     tx.execute("DELETE FROM usage_task_through")
-    tx.execute("INSERT INTO usage_task_through VALUES (?)", (tx.next_seq("usage") - 1,))
+    tx.execute("INSERT INTO usage_task_through VALUES (?)", rows[1:])
+    return [
+        (f"INSERT OR IGNORE INTO {table} {entries} WHERE seq > ? AND seq <= ?{order}", rows)
+        for table, _, entries, order in _ENTRIES
+    ]
 
 
 def drop(tx: Tx, seqs: Sequence[int]) -> None:
     """Forget rows that are about to go."""
-    for table, columns, entries in _ENTRIES:
+    for table, columns, entries, _ in _ENTRIES:
         tx.insert_many(f"DELETE FROM {table} WHERE ({columns}) IN ({entries} WHERE seq = ?)", ((seq,) for seq in seqs))
 
 
 def enter_again(tx: Tx, seqs: Sequence[int]) -> None:
     """Enter rows again that were dropped and written anew, as far as others of their time are entered."""
     through = mark(tx.connection) or 0
-    for table, _, entries in _ENTRIES:
+    for table, _, entries, _ in _ENTRIES:
         tx.insert_many(
             f"INSERT OR IGNORE INTO {table} {entries} WHERE seq = ?", ((seq,) for seq in seqs if seq <= through)
         )

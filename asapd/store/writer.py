@@ -33,7 +33,7 @@ from asapd.core.errors import Refusal
 from asapd.core.masking import compiled
 from asapd.core.types import SECOND_US
 from asapd.core.usage import past_64_bits
-from asapd.store import handlers, usage
+from asapd.store import handlers, usage, usage_behind
 from asapd.store.authorizing_together import authorize_together
 from asapd.store.beside import Beside
 from asapd.store.folding import Folding
@@ -65,6 +65,10 @@ at instead of taking its processor: a twentieth more is recorded. No lone event 
 
 LARGE_ROWS = 500
 """A commit of so many takes long enough to read and prepare the next one meanwhile."""
+
+SWITCH_S = 0.0001
+"""What ends a transaction runs beside the preparing of the next, and needs the interpreter for a moment between two
+statements: with Python's own 5 ms a commit waited for that longer than for the disk."""
 
 LOOK_S = 0.001
 """How long the next commit is not looked for while the disk is at work and nothing had come for it."""
@@ -215,17 +219,25 @@ class Writer:
         return answers
 
     def _commit(self, meanwhile: Callable[[], bool] | None) -> None:
+        # Indexes are written last: SQLite does so by itself, beside the preparing of what comes next.
+        statements = usage_behind.entering(self._tx) if self._tx.has_many_behind else []
+
+        def end() -> None:
+            for sql, values in statements:
+                self._tx.execute(sql, values)
+            self._tx.execute("COMMIT")
+
         if meanwhile is None:
-            self._end_transaction()
+            end()
             return
         self._next_usage = self._tx.next_usage + sum(len(its.keys) for its in self._prepared.values())
         self._next_head = self._tx.head
         for prepared in self._prepared.values():
             self._next_head = _behind(self._next_head, prepared)
         try:
-            committed = self._beside.begin(self._end_transaction)
+            committed = self._beside.begin(end)
         except RuntimeError:  # no thread is to be had
-            self._end_transaction()
+            end()
             return
         try:
             while not committed.done():
@@ -234,9 +246,6 @@ class Writer:
         finally:
             wait([committed])  # whatever happened beside it: until then the connection is its own
         committed.result()
-
-    def _end_transaction(self) -> None:
-        self._tx.execute("COMMIT")
 
     def _run_bulk(
         self,
@@ -549,6 +558,7 @@ def main(arguments: Sequence[str]) -> int:
         # of every 700th they cost more than the rest of Python's part.
         gc.freeze()
         gc.set_threshold(200_000, 20, 20)
+        sys.setswitchinterval(SWITCH_S)
         _keep_arenas()
         with contextlib.closing(connection), Folding(connection, path) as folding:
             rows, wait_us = int(arguments[4]), int(arguments[5])

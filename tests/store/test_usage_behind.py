@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from asapd.store.namesakes import is_agent
 from asapd.store.reconciling_usage_behind import reconcile_usage_parties, reconcile_usage_tasks
 from asapd.store.schema import parties_behind, tasks_behind
 from asapd.store.tx import Tx
-from asapd.store.units.usage import RecordUsage, RetireUsage
+from asapd.store.units.exchange import Envelope
+from asapd.store.units.unit import NotWritten
+from asapd.store.units.usage import Recorded, RecordUsage, RetireUsage
 from asapd.store.usage_behind import FEW
 from asapd.store.usage_filter import UsageFilter
 from asapd.store.usage_rows import list_usage, newest_visible
 from asapd.store.usage_sums import aggregate, stats
 from asapd.store.usage_tasks import OF_TASK, OF_TASKS, of_task, of_tasks
 from asapd.store.visibility import EVERYTHING, Visibility
-from asapd.store.writer import open_for_writing
+from asapd.store.writer import Writer, open_for_writing
 from tests.store.conftest import OpenStore
 from tests.store.ledger_desk import NOW_US, A, Ledger
 
@@ -74,7 +77,7 @@ def test_rows_of_a_task_are_found_in_all_stretches_and_gaps_are_passed_over(conn
         put(connection, seq, "a task of some name")
         put(connection, seq + 3, "another name")
         if at == 3:
-            usage_behind.came(tx(connection), 0, 1 << 20)
+            usage_behind.enter(tx(connection))
     assert rows_of(connection, "a task of some name") == seqs
     assert len(entered(connection)) == 8
 
@@ -163,7 +166,7 @@ def assert_found_by_parties(connection: apsw.Connection, *, descending: bool) ->
 def test_an_entry_that_no_row_has_finds_nothing(connection: apsw.Connection, values: str) -> None:
     desk = Ledger(connection)
     report(desk, "a", "b", "c")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     (number,) = {party for side, party, *_ in in_index(connection) if side == 0}
     connection.execute("INSERT INTO name (name) VALUES (?)", (PARTIES[1],))
     values = values.format(agent=number, other=connection.last_insert_rowid(), time=NOW_US)
@@ -183,7 +186,7 @@ def test_a_row_that_its_party_does_not_find_is_named(
 ) -> None:
     desk = Ledger(connection)
     report(desk, "a", "b", "a")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     connection.execute(f"{what} WHERE side = ? AND row = 2", (side,))
     assert reconcile_usage_parties(connection).named == (f"usage row 2 (0 1) is not found by its {said}",)
 
@@ -191,7 +194,7 @@ def test_a_row_that_its_party_does_not_find_is_named(
 def test_rows_are_listed_once_wherever_the_mark_was_moved_to(connection: apsw.Connection) -> None:
     desk = Ledger(connection)
     report(desk, "a", "b", "c")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     connection.execute("UPDATE usage_task_through SET seq = 1")
     assert listed(connection, agent=A) == [1, 2, 3]
     by_minute = aggregate(connection, UsageFilter(EVERYTHING, agent=A), ("minute",), 9, 0).rows
@@ -241,7 +244,7 @@ def test_a_mark_that_was_moved_is_named_and_put_right_with_the_next_rows(
 ) -> None:
     desk = Ledger(connection)
     report(desk, "a", "b", "a")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     connection.execute(sql)
     named = reconcile_usage_tasks(connection).named
     said = ("usage_task_through does not say up to which row usage is found by its task, agent and consumer",)
@@ -257,7 +260,7 @@ def test_a_name_that_is_no_text_any_more_stops_nothing(connection: apsw.Connecti
     desk = Ledger(connection)
     report(desk, "a", "b")
     connection.execute("DROP TRIGGER usage_no_update; UPDATE usage SET task_id = CAST(x'ff' AS TEXT) WHERE seq = 1")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     assert (entered(connection), rows_of(connection, "b")) == ([1, 2], [2])
 
 
@@ -267,7 +270,7 @@ def test_a_name_that_is_no_text_any_more_stops_nothing(connection: apsw.Connecti
 def test_a_row_that_its_task_does_not_find_is_named(connection: apsw.Connection, sql: str) -> None:
     desk = Ledger(connection)
     report(desk, "a", "b", "a")
-    usage_behind.came(tx(connection), 0, 1 << 20)
+    usage_behind.enter(tx(connection))
     connection.execute(sql)
     (named,) = reconcile_usage_tasks(connection).named
     assert re.fullmatch(r"usage row 2 \(0 1\) is not found by its task", named)
@@ -308,6 +311,30 @@ def test_the_rows_of_parties_of_an_older_file_are_entered(tmp_path: Path, mark: 
     with closing(open_for_writing(path)) as connection:
         assert set(in_index(connection)) == of_parties(connection, entered)
         assert listed(connection, agent="a") == listed(connection, consumer="c") == [5, 3, 1]
-        usage_behind.came(tx(connection), 0, 1 << 20)
+        usage_behind.enter(tx(connection))
         assert set(in_index(connection)) == of_parties(connection, 5)
         assert reconcile_usage_parties(connection).findings == 0
+
+
+@pytest.mark.parametrize("meanwhile", [None, lambda: False])
+def test_what_cannot_be_entered_fails_its_commit_and_is_entered_with_the_next(
+    connection: apsw.Connection, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], bool] | None
+) -> None:
+    monkeypatch.setattr(usage_behind, "AT_ONCE", 0)
+    writer = Writer(connection)
+
+    def record(event_id: str) -> Any:
+        unit = RecordUsage("default", "key:x", NOW_US, [UsageEvent("t", A, A, NOW_US, id=event_id)], [Cost(None)])
+        return writer.run([Envelope(1, unit, False)], meanwhile=meanwhile)[0].result
+
+    with monkeypatch.context() as patch:
+        entering = usage_behind.entering
+        patch.setattr(
+            usage_behind, "entering", lambda tx: [*entering(tx), ("INSERT INTO nosuch VALUES (?, ?)", (1, 2))]
+        )
+        assert isinstance(record("a"), NotWritten)
+    assert connection.execute("SELECT count(*) FROM usage").get == 0
+    assert (in_index(connection), through(connection)) == ([], 0)
+    assert isinstance(record("a"), Recorded)
+    assert set(in_index(connection)) == of_parties(connection, 1) != set()
+    assert through(connection) == 1

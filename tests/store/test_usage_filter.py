@@ -75,9 +75,9 @@ def _in_turn(query: UsageFilter) -> tuple[str, list[Any]]:
     return in_order(parties(query), in_time(query.start_us, query.end_us), *of_rows(query), descending=True)
 
 
-@pytest.mark.parametrize(("table", "columns", "entries"), usage_behind._ENTRIES)
+@pytest.mark.parametrize(("table", "columns", "entries", "_"), usage_behind._ENTRIES)
 def test_what_goes_from_an_index_is_found_in_it(
-    connection: apsw.Connection, table: str, columns: str, entries: str
+    connection: apsw.Connection, table: str, columns: str, entries: str, _: str
 ) -> None:
     # Of both sides at once SQLite would look through the whole table.
     plan = plan_of(connection, f"DELETE FROM {table} WHERE ({columns}) IN ({entries} WHERE seq = ?)", [1])
