@@ -17,6 +17,7 @@ from asapd.store.parties import debited, paid
 from asapd.store.rows import fetch
 from asapd.store.usage_filter import in_time
 from asapd.store.usage_parties import Party, named, rows_of
+from asapd.store.usage_tasks import OF_TASK, of_task
 from asapd.store.void_kinds import WITHHELD
 
 
@@ -157,9 +158,11 @@ def recount_tasks(
         (period,),
     )[0]
     is_hard = budget.hard != Limits()
-    condition, values = _in_raw(budget.match, start_us, end_us, is_hard=is_hard)
+    condition, values = _in_raw(budget.match, start_us, end_us, is_hard=is_hard, by_party=task_id is None)
     after_seq = 0 if start_us >= since_us else since_seq
     one, named = ("", []) if task_id is None else ("AND task_id = ?", [task_id])
+    if task_id is not None:
+        condition, values = f"{OF_TASK} AND +({condition})", [*of_task(task_id), *values]
     found = fetch(
         connection,
         f"SELECT task_id FROM usage WHERE {condition} AND {_USAGE} AND +seq > ? AND seq <> ? {one} AND NOT (EXISTS ("

@@ -123,7 +123,7 @@ class Tx:
         """What `asapd.store.retention` has read of the time up to which events may be gone; None is not read."""
         self.next_usage = 0
         """The number that the next row of usage is likely to have."""
-        self.has_many_behind = False
+        self.has_many_behind = self._had_many_behind = False
         """Whether rows of usage are to be entered into the indexes behind them when the transaction ends."""
         self.has_alerted = False
         """Whether a unit wrote a transition of a breach, until somebody is told."""
@@ -258,11 +258,14 @@ class Tx:
     def mark(self) -> tuple[int, bytes]:
         """Remember the state that a rollback of the next unit returns to."""
         self.names.mark()
+        self._had_many_behind = self.has_many_behind
         return self._audit_seq, self._audit_hash
 
     def rewind(self, mark: tuple[int, bytes]) -> None:
         """Forget what the unit since `mark` cached, its SQL having been rolled back."""
         self.names.rewind()
+        # Where the unit had entered them, that is undone as well.
+        self.has_many_behind |= self._had_many_behind
         self._pending_audit.clear()
         self._counted.clear()
         self.budget_rules = self.retired_us = None

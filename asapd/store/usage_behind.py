@@ -28,8 +28,11 @@ FEW: Final = 256
 STRETCH: Final = 15
 """2**15 rows are a stretch of `usage_task`: some 250 pages."""
 
-# Without a mark nothing is known to be entered: all is looked through.
-THROUGH: Final = "coalesce((SELECT seq FROM usage_task_through), 0)"
+# As `mark`: without one that can be, nothing is known to be entered, and all is looked through.
+THROUGH: Final = (
+    "(SELECT CASE WHEN count(*) = 1 AND max(seq) BETWEEN 0 AND "
+    "(SELECT seq FROM sqlite_sequence WHERE name = 'usage') THEN max(seq) ELSE 0 END FROM usage_task_through)"
+)
 """The row through which all are entered, as SQL."""
 
 SIDES: Final = ("agent", "consumer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import apsw
@@ -10,9 +11,9 @@ import msgspec
 from asapd.core.money import to_usd
 from asapd.core.types import Outcome, format_us
 from asapd.core.usage import FLAG_NAMES, FLAG_UNTIMED
-from asapd.store.rows import fetch, fetch_one
-from asapd.store.usage_filter import UsageFilter, in_time, of_rows, parties, seen
-from asapd.store.usage_parties import held_to, in_order, rows_of
+from asapd.store.rows import Row, fetch, fetch_one
+from asapd.store.usage_filter import UsageFilter, in_time, of_rows, one_by_one, parties, seen
+from asapd.store.usage_parties import Bound, held_to, in_order, rows_of
 from asapd.store.visibility import EVERYTHING, Visibility, visible_names
 
 
@@ -36,20 +37,48 @@ def list_usage(
         bounds.append(("+{row} <= ?", (through_seq,)))  # the index of time is the one to read
     ordered = f"ORDER BY timestamp_us {direction}, seq {direction}"
     where, values = of_rows(query)
-    if whose := parties(query):
-        found, values = in_order(whose, bounds, where, values, descending=descending)
-        sql = (
-            f"WITH page (time_us, row) AS MATERIALIZED ({found} LIMIT ? OFFSET ?) "
-            f"SELECT {columns} FROM page CROSS JOIN usage ON usage.seq = page.row {ordered}"
-        )
-        rows = fetch(connection, sql, (*values, limit, offset, *as_of))
-    else:
-        where += held_to(bounds)
-        values += [value for _, its in bounds for value in its]
-        condition = f"WHERE {' AND '.join(where)}" if where else ""
+
+    def by_time(bounds: Sequence[Bound]) -> list[Row]:
+        conditions = [*where, *held_to(bounds)]
+        condition = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        limits = [value for _, its in bounds for value in its]
         sql = f"SELECT {columns} FROM usage {condition} {ordered} LIMIT ? OFFSET ?"
-        rows = fetch(connection, sql, (*as_of, *values, limit, offset))
-    return [_row(row) for row in rows]
+        return fetch(connection, sql, (*as_of, *values, *limits, limit, offset))
+
+    whose = parties(query)
+    if not whose:
+        return [_row(row) for row in by_time(bounds)]
+    whose = one_by_one(connection, whose)
+    if any(its.is_one_of != "= ?" for its in whose):
+        # Rows of many names would all have to be sorted. Often they are so many that the first are soon met.
+        last = _nth(connection, bounds, ordered, LOOKED_AT)
+        if last is not None:
+            rows = by_time([*bounds, (f"({{time}}, {{row}}) {beyond.translate(_OPPOSITE)} (?, ?)", last)])
+            if len(rows) == limit:
+                return [_row(row) for row in rows]
+    if not whose:
+        return []
+    found, bound = in_order(whose, bounds, where, values, descending=descending)
+    sql = (
+        f"WITH page (time_us, row) AS MATERIALIZED ({found} LIMIT ? OFFSET ?) "
+        f"SELECT {columns} FROM page CROSS JOIN usage ON usage.seq = page.row {ordered}"
+    )
+    return [_row(row) for row in fetch(connection, sql, (*bound, limit, offset, *as_of))]
+
+
+LOOKED_AT = 5_000
+"""Rows of anybody that are looked at for those of many names: some three milliseconds."""
+
+_OPPOSITE = str.maketrans("<>", "><")
+
+
+def _nth(connection: apsw.Connection, bounds: Sequence[Bound], ordered: str, count: int) -> tuple[int, int] | None:
+    condition = f"WHERE {' AND '.join(held_to(bounds))}" if bounds else ""
+    limits = [value for _, its in bounds for value in its]
+    found = fetch(
+        connection, f"SELECT timestamp_us, seq FROM usage {condition} {ordered} LIMIT 1 OFFSET ?", (*limits, count)
+    )
+    return (found[0][0], found[0][1]) if found else None
 
 
 def get_usage(connection: apsw.Connection, seq: int) -> dict[str, Any] | None:
@@ -158,11 +187,15 @@ def newest_visible(connection: apsw.Connection, visible: Visibility) -> int:
     where, values = visible_names(visible, ("agent", "consumer"))
     if not where:
         return newest_seq(connection)
-    if whose := seen(visible):
+    newest = (
+        f"SELECT seq FROM usage WHERE {{}} AND {' AND '.join(f'+({its})' for its in where)} ORDER BY seq DESC LIMIT 1"
+    )
+    row = fetch_one(connection, newest.format("seq > ?"), (newest_seq(connection) - LOOKED_AT, *values))
+    if row is None and (whose := seen(visible)):
         conditions, numbers = rows_of(whose)
-        where, values = [*conditions, *(f"+({condition})" for condition in where)], [*numbers, *values]
-    query = f"SELECT seq FROM usage WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT 1"
-    row = fetch_one(connection, query, tuple(values))
+        row = fetch_one(connection, newest.format(" AND ".join(conditions)), (*numbers, *values))
+    elif row is None:
+        row = fetch_one(connection, newest.format("true"), values)
     return 0 if row is None else int(row[0])
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from asapd.core.money import to_usd
 from asapd.core.offsets import clock_offsets, split_hours
-from asapd.core.types import HOUR_US, SECOND_US, Outcome, format_us
+from asapd.core.types import HOUR_US, SECOND_US, Outcome
 from asapd.core.usage import RollupSums
 from asapd.store import usage_days
 from asapd.store.rows import Row, fetch
@@ -25,10 +25,10 @@ from asapd.store.usage_filter import (
     of_dimensions,
     of_rows,
     parties,
-    seen,
     within,
 )
-from asapd.store.usage_parties import in_order, rows_of
+from asapd.store.usage_parties import rows_of
+from asapd.store.usage_rows import list_usage
 from asapd.store.usage_tasks import OF_TASKS, of_tasks
 from asapd.store.visibility import Visibility, visible_names
 
@@ -457,9 +457,5 @@ def stats(connection: apsw.Connection, visible: Visibility) -> dict[str, Any]:
         f"SELECT coalesce(sum(events), 0) FROM usage_hour {condition}",
         values,
     ).get
-    first = f"SELECT timestamp_us FROM usage {condition} ORDER BY timestamp_us"
-    if whose := seen(visible):
-        first, values = in_order(whose, [], where, values)
-    found = fetch(connection, f"SELECT time_us FROM ({first} LIMIT 1)" if whose else f"{first} LIMIT 1", values)
-    oldest = found[0][0] if found else None
-    return {"total_events": total, "oldest_timestamp": None if oldest is None else format_us(oldest)}
+    oldest = list_usage(connection, UsageFilter(visible), 1, None)
+    return {"total_events": total, "oldest_timestamp": oldest[0]["timestamp"] if oldest else None}

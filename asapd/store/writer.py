@@ -142,6 +142,10 @@ class Writer:
         key: SigningKey | None = None,
     ) -> None:
         self._tx = Tx(connection, entropy, compiled(masks), key)
+        if usage_behind.mark(connection) is None:
+            # Somebody took the mark away, or made it one that cannot be: what asks by the indexes is not to wait.
+            with connection:
+                usage_behind.enter(self._tx)
         self._wary = 0
         self._prepared: dict[int, Prepared] = {}
         self._next_usage = 0

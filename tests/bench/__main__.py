@@ -33,7 +33,7 @@ class Size:
     commits: int
 
 
-FULL = Size(rounds=5, arrays=40, singles=20_000, authorizations=2_000, commits=300)
+FULL = Size(rounds=5, arrays=120, singles=20_000, authorizations=2_000, commits=300)
 QUICK = Size(rounds=2, arrays=10, singles=3_000, authorizations=300, commits=50)
 
 
@@ -71,7 +71,7 @@ def measure(daemon: Daemon, directory: Path, token: str, size: Size, number: int
     http = {"kind": "http", "host": "127.0.0.1", "port": daemon.port, "key": daemon.key}
     frames = {"kind": "frames", "socket": str(daemon.socket)}
     lane = {"kind": "requests", "socket": str(daemon.socket), "path": "/usage", "connections": 64}
-    figures.add("ceiling", events_per_second(directory / "ceiling.db", size.arrays, f"{name}c"))
+    ceiling = events_per_second(directory / "ceiling.db", size.arrays, f"{name}c")
     random = events_per_second(directory / "random.db", size.arrays, f"{name}q", random_ids=True)
     figures.add("random ceiling", random)
     done = load(directory, **http, path="/usage", connections=8, arrays=size.arrays, name=f"{name}h")
@@ -80,6 +80,8 @@ def measure(daemon: Daemon, directory: Path, token: str, size: Size, number: int
     done = load(directory, **frames, connections=8, arrays=size.arrays, name=f"{name}f")
     figures.add("lag p99", lag_p99_ms(before, daemon.lag()))
     figures.add("frames", done["count"] / done["seconds"])
+    # Before and behind what is compared with it: it differs most of all.
+    figures.add("ceiling", (ceiling + events_per_second(directory / "ceiling.db", size.arrays, f"{name}e")) / 2)
     done = load(directory, **frames, connections=8, arrays=size.arrays, random_ids=True, name=f"{name}v")
     figures.add("random", done["count"] / done["seconds"])
     done = load(directory, **frames, connections=64, singles=size.singles, name=f"{name}s")

@@ -1,12 +1,14 @@
 """The bare ceiling: what this machine does with nothing of asapd in the way.
 
 The same bodies come over a socket into one writer process, which decodes them with msgspec, refuses repeats by the same
-key of their identity, keeps one row an event under two indexes and an hourly sum, and commits durably. No HTTP, no
-validation beyond types, no price, no audit log, no ledger, no answer but a count.
+key of their identity, keeps one row an event under two indexes, by agent and by consumer in the order of time, and an
+hourly sum, and commits durably. No HTTP, no validation beyond types, no price, no audit log, no ledger, no answer but a
+count.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import subprocess
@@ -57,8 +59,8 @@ def _open(path: Path) -> apsw.Connection:
         "CREATE TABLE IF NOT EXISTS usage (seq INTEGER PRIMARY KEY, id TEXT, task_id TEXT, agent TEXT, consumer TEXT, "
         "timestamp INTEGER, tokens_in INTEGER, tokens_out INTEGER, duration_ms INTEGER, api_calls INTEGER, model TEXT, "
         "outcome TEXT) STRICT;"
-        "CREATE INDEX IF NOT EXISTS by_time ON usage (timestamp);"
         "CREATE INDEX IF NOT EXISTS by_agent ON usage (agent, timestamp);"
+        "CREATE INDEX IF NOT EXISTS by_consumer ON usage (consumer, timestamp);"
         "CREATE TABLE IF NOT EXISTS identity (key BLOB PRIMARY KEY) STRICT, WITHOUT ROWID;"
         "CREATE TABLE IF NOT EXISTS hour (hour INTEGER, agent TEXT, events INTEGER, tokens INTEGER, "
         "PRIMARY KEY (hour, agent)) STRICT, WITHOUT ROWID"
@@ -133,6 +135,7 @@ def _serve(descriptor: int, path: Path) -> None:
 def events_per_second(path: Path, count: int, name: str, *, random_ids: bool = False) -> float:
     """Record `count` arrays in a writer process and return the rate; `path` is a database, made when missing."""
     bodies = arrays(count, name, random_ids=random_ids)
+    os.sync()  # or it pays for what was written before it
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "tests.bench.ceiling", str(theirs.fileno()), str(path)]

@@ -138,6 +138,7 @@ def loading(directory: Path, **job: Any) -> Iterator[dict[str, Any]]:
     """Run a job in a load process beside what happens inside; at the end the value holds what it measured."""
     description = directory / f"job-{job['kind']}.json"
     description.write_text(json.dumps(job))
+    os.sync()  # or it pays for what was written before it
     command = [sys.executable, "-m", "tests.bench.load", f"@{description}"]
     measured: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

@@ -16,6 +16,7 @@ from asapd.store.units.agents import AgentRecord, PutAgent, RecordManifest
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.promises import PromiseRecord, RecordPromises
 from asapd.store.writer import Writer, open_for_writing
+from tests.store.older_file import indexes_of_now
 
 A = "urn:asap:agent:a"
 T0 = 1_800_000_000_000_000
@@ -76,7 +77,7 @@ def test_an_older_file_keeps_what_is_certain_of_its_past(tmp_path: Path, monkeyp
     }
     with monkeypatch.context() as patched:
         patched.setattr(migrations, "MIGRATIONS", MIGRATIONS[: MIGRATIONS.index(promise_record.SCRIPT)])
-        with closing(open_for_writing(path)) as connection:
+        with closing(open_for_writing(path)) as connection, indexes_of_now(connection):
             writer, number = Writer(connection), 0
             for name, (fields, versions) in agents.items():
                 agent = AgentRecord(f"urn:asap:agent:{name}", "http://127.0.0.1:1", "default", **fields)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from asapd.core.types import format_us
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import migrations, usage_behind
+from asapd.store import migrations, usage_behind, usage_rows
 from asapd.store.namesakes import is_agent
 from asapd.store.reconciling_usage_behind import reconcile_usage_parties, reconcile_usage_tasks
 from asapd.store.schema import parties_behind, tasks_behind
@@ -113,6 +113,7 @@ def test_rows_of_tasks_are_found_whatever_came_and_went(
     with open_store() as connection, pytest.MonkeyPatch.context() as patch:
         patch.setattr(usage_behind, "AT_ONCE", at_once)
         patch.setattr(usage_behind, "FEW", few)
+        patch.setattr(usage_rows, "LOOKED_AT", few)
         desk = Ledger(connection)
         for at, (what, value) in enumerate(steps):
             if isinstance(value, list):
@@ -338,3 +339,37 @@ def test_what_cannot_be_entered_fails_its_commit_and_is_entered_with_the_next(
     assert isinstance(record("a"), Recorded)
     assert set(in_index(connection)) == of_parties(connection, 1) != set()
     assert through(connection) == 1
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE usage_task_through SET seq = 1000",
+        "UPDATE usage_task_through SET seq = -1",
+        "INSERT INTO usage_task_through VALUES (3)",
+        "DELETE FROM usage_task_through",
+    ],
+)
+def test_a_mark_that_cannot_be_hides_no_row_and_is_put_right_at_the_start(
+    connection: apsw.Connection, sql: str
+) -> None:
+    report(Ledger(connection), "a", "b", "c")
+    connection.execute(sql)
+    assert (listed(connection, agent=A), rows_of(connection, "b")) == ([1, 2, 3], [2])
+    Writer(connection)
+    assert (through(connection), entered(connection)) == (3, [1, 2, 3])
+    assert set(in_index(connection)) == of_parties(connection, 3)
+    assert not connection.in_transaction
+
+
+def test_what_is_to_be_entered_is_remembered_when_a_unit_is_undone(connection: apsw.Connection) -> None:
+    report(Ledger(connection), "a", "b", "c")
+    its = tx(connection)
+    its.has_many_behind = True
+    mark = its.mark()
+    connection.execute("SAVEPOINT unit")
+    usage_behind.enter(its)
+    assert not its.has_many_behind
+    connection.execute("ROLLBACK TO unit; RELEASE unit")
+    its.rewind(mark)
+    assert its.has_many_behind

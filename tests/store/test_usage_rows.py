@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from asapd.core.money import to_usd
 from asapd.core.usage import Cost, UsageEvent
-from asapd.store import usage_rows
+from asapd.store import usage_filter, usage_rows
 from asapd.store.units.exchange import Envelope
 from asapd.store.units.usage import RecordUsage
 from asapd.store.usage_filter import UsageFilter
@@ -26,12 +26,27 @@ OpenStore = Callable[[], AbstractContextManager[apsw.Connection]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=stored, query=filters, limit=st.integers(1, 4), descending=st.booleans())
+@given(
+    rows=stored,
+    query=filters,
+    limit=st.integers(1, 4),
+    descending=st.booleans(),
+    looked_at=st.integers(0, 9),
+    few_names=st.integers(0, 3),
+)
 def test_pages_of_rows_are_the_filtered_events_in_order_each_once(
-    open_store: OpenStore, rows: list[Stored], query: UsageFilter, limit: int, descending: bool
+    open_store: OpenStore,
+    rows: list[Stored],
+    query: UsageFilter,
+    limit: int,
+    descending: bool,
+    looked_at: int,
+    few_names: int,
 ) -> None:
     numbered = [(row[1].timestamp_us, seq) for seq, row in enumerate(rows, 1) if keep(query, row)]
-    with open_store() as connection:
+    with open_store() as connection, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usage_rows, "LOOKED_AT", looked_at)
+        patch.setattr(usage_filter, "FEW_NAMES", few_names)
         fill(connection, rows)
         found: list[tuple[int, int]] = []
         while True:

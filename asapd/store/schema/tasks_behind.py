@@ -1,4 +1,4 @@
-"""The index of tasks becomes a table, which `asapd.store.usage_tasks` writes behind the rows."""
+"""The index of tasks becomes a table, which `asapd.store.usage_behind` writes behind the rows."""
 
 from __future__ import annotations
 
