@@ -106,6 +106,7 @@ def test_what_an_upgrade_enters_is_not_held_to_the_checkpoints_of_what_came_behi
         older.setattr(migrations, "MIGRATIONS", MIGRATIONS[: COUNTED_SINCE - 1])
         older.setattr(Tx, "count_budget", lambda *_: None)
         older.setattr("asapd.store.budget_counts.say_definitions", lambda _: None)
+        older.setattr("asapd.store.usage_behind.mark", lambda _: 0)
         older.setattr("asapd.store.prepared.identity_key", lambda *its: (key := identity_key(*its))[-10:] + key[:-10])
         with closing(open_for_writing(host.database, synchronous="off")) as connection:
             budgets = [Budget("b", Match(), "day", "UTC", soft=Limits(microusd=1_000))]
