@@ -2,8 +2,8 @@
 
 The names of tasks are random, and each agent and each consumer has its own place in an index by them. An index that
 every commit keeps has most events of it on pages of their own, and of a commit of thirty single events such pages were
-more than half of what it wrote. So rows are entered here once there are many: in order, so that what belongs together
-is written together. The newest are looked through instead.
+more than half of what it wrote. So rows are entered here once there are many, of which several share a page. The newest
+are looked through instead.
 
 `usage_task` is read by `asapd.store.usage_tasks`, `usage_party` by `asapd.store.usage_parties`. The mark of both is in
 `usage_task_through`.
